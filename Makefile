@@ -1,0 +1,55 @@
+# Two commands for a new checkout: make quickstart, make test. `make help` lists the others.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Read by any Python, so that an old one gets a sentence and not a syntax error.
+CHECK_PYTHON := import sys; sys.version_info >= (3, 11) or sys.exit( \
+	"tokendiff needs Python 3.11 or newer, %s is %d.%d; choose one: make PYTHON=python3.11" \
+	% ((sys.executable,) + tuple(sys.version_info[:2])))
+CHECK_VENV := import importlib.util, sys; importlib.util.find_spec("ensurepip") or sys.exit( \
+	"%s cannot make virtual environments (no ensurepip); install its venv package, on Debian and " \
+	"Ubuntu: apt install python3-venv" % sys.executable)
+
+.PHONY: help setup quickstart test lint bench lock clean
+
+help:  ## list the targets (the default)
+	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' Makefile | expand -t 12
+
+setup: $(INSTALLED)  ## .venv with what requirements.lock names and tokendiff itself
+
+# The stamp is written last: an interrupted install starts again.
+$(INSTALLED): requirements.lock pyproject.toml
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		"$(PYTHON)" -c '$(CHECK_PYTHON)' && "$(PYTHON)" -c '$(CHECK_VENV)' \
+		&& echo "creating $(VENV)" && "$(PYTHON)" -m venv --clear $(VENV); fi
+	@$(BIN)/python -c '$(CHECK_PYTHON)'
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+quickstart: setup  ## train, sample and evaluate a small model: minutes on two cores
+	$(BIN)/python -m jobs.pipeline run pipelines/quickstart.yaml
+
+test: setup  ## the test suite; PYTEST_ARGS="-m 'not slow'" for a part of it
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup  ## ruff and mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+bench: setup  ## what Ray costs per training step, against the plain loop
+	$(BIN)/python -m tests.bench_overhead
+
+lock: setup  ## write what is installed now to requirements.lock, its comments kept
+	sed -n '/^#/p' requirements.lock > requirements.lock.new
+	$(BIN)/python -m pip freeze --all --exclude pip --exclude-editable \
+		| sed -E '/^(cuda|nvidia|triton)/d; s/\+.*$$//' >> requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+clean:  ## remove .venv and caches; output/ is yours and stays
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist tokendiff.egg-info
+	find jobs pipelines tests tokendiff -name __pycache__ -type d -prune -exec rm -rf {} +

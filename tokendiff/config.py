@@ -1,0 +1,368 @@
+"""Everything a user may set, checked at birth: one section per job, one file for a whole pipeline.
+
+Field names are those of the published examples' flags. A section is what a YAML file holds under
+the section's name, what `-o section.field=value` overrides, and what a job's `--field value` flags
+set. This module imports pydantic alone, so that `--help` answers at once.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+BUILTIN_MODEL_PREFIX = "builtin:"
+
+
+class Section(BaseModel):
+    """Strict: unknown fields and wrong types are errors; nothing is coerced or changes later."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, validate_default=True, protected_namespaces=()
+    )
+
+    def result_fields(self) -> dict[str, Any]:
+        """The fields that decide the result, as plain JSON: what a stage's key is made of."""
+        chosen = {}
+        for name, info in type(self).model_fields.items():
+            extra = info.json_schema_extra
+            if isinstance(extra, dict) and extra.get("affects_result") is False:
+                continue
+            value = getattr(self, name)
+            chosen[name] = value.result_fields() if isinstance(value, Section) else value
+        return chosen
+
+
+def operational(default: Any, **kwargs: Any) -> Any:
+    """A field that changes how a job runs, not what it makes: no part of a stage's key."""
+    return Field(default, json_schema_extra={"affects_result": False}, **kwargs)
+
+
+def _named(default_name: str) -> BeforeValidator:
+    """`objective: mdlm` is short for `objective: {name: mdlm}`."""
+
+    def expand(value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and "name" not in value:
+            return {"name": default_name, **value}
+        return value
+
+    return BeforeValidator(expand)
+
+
+class PreprocessConfig(Section):
+    """Text to packed token rows."""
+
+    dataset_name: str = Field(
+        "builtin",
+        min_length=1,
+        description="builtin (CPython's own documentation), text | jsonl | parquet "
+        "(with data_files), or a Hugging Face dataset: a hub name or a local folder",
+    )
+    dataset_config_name: str | None = Field(
+        None, description="configuration of a Hugging Face dataset"
+    )
+    dataset_split: str = Field("train", description="split of a Hugging Face dataset")
+    data_files: list[str] = Field([], description="files or globs for text, jsonl and parquet")
+    text_column: str = Field("text", min_length=1, description="column that holds the text")
+    sample_by: Literal["line", "document"] = Field(
+        "line", description="what one document is in text files: a line or the whole file"
+    )
+    use_dummy_data: bool = Field(False, description="random tokens in place of a dataset")
+    num_dummy_samples: int = Field(2048, ge=1, description="rows of random tokens")
+    tokenizer_name_or_path: str | None = Field(
+        None,
+        description="bytes, bpe (trained on the corpus), or a transformers name or path; "
+        "by default the model's own, or bpe where the model is a built-in one",
+    )
+    vocab_size: int = Field(2048, ge=300, description="size of the bpe vocabulary")
+    max_length: int = Field(128, ge=2, description="tokens per packed row")
+    heldout_fraction: float = Field(
+        0.05,
+        ge=0.0,
+        le=1.0,
+        description="share of documents, chosen by hash, that is kept for evaluation",
+    )
+    partition_bytes: int = Field(
+        32 << 20, ge=1, description="input bytes packed by one task; also the unit of a shard"
+    )
+    output_dir: str | None = operational(None, description="folder for the shards")
+
+    @model_validator(mode="after")
+    def _files_where_they_belong(self) -> "PreprocessConfig":
+        if self.dataset_name in FILE_FORMATS and not self.data_files and not self.use_dummy_data:
+            raise ValueError(
+                f"dataset_name {self.dataset_name!r} needs data_files: a list of files or globs"
+            )
+        if self.data_files and self.dataset_name not in FILE_FORMATS:
+            raise ValueError(
+                "data_files goes with dataset_name text, jsonl or parquet, not "
+                f"{self.dataset_name!r}"
+            )
+        if "num_dummy_samples" in self.model_fields_set and not self.use_dummy_data:
+            raise ValueError("num_dummy_samples goes with use_dummy_data")
+        return self
+
+
+FILE_FORMATS = ("text", "jsonl", "parquet")
+
+
+class MDLMConfig(Section):
+    """Masked (absorbing) diffusion, continuous time. Source: MDLM (arXiv 2406.07524)."""
+
+    name: Literal["mdlm"] = "mdlm"
+    alpha_schedule: Literal["log_linear", "linear", "cosine", "geometric"] = Field(
+        "log_linear", description="noise schedule alpha(t)"
+    )
+    eps: float = Field(1e-3, gt=0.0, lt=0.5, description="distance of alpha from its ends")
+    sigma_min: float = Field(1e-4, gt=0.0, description="least noise of the geometric schedule")
+    sigma_max: float = Field(20.0, gt=0.0, description="most noise of the geometric schedule")
+    min_time: float = Field(1e-3, gt=0.0, lt=1.0, description="smallest time that is trained on")
+    lambda_conf: float = Field(0.0, ge=0.0, description="weight of the confidence term")
+    conf_temperature: float = Field(
+        1.0, gt=0.0, description="temperature inside the confidence term"
+    )
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> "MDLMConfig":
+        geometric = self.alpha_schedule == "geometric"
+        idle = {"eps"} if geometric else {"sigma_min", "sigma_max"}
+        if given := sorted(idle & self.model_fields_set):
+            raise ValueError(
+                f"{', '.join(given)}: not used by alpha_schedule {self.alpha_schedule!r}"
+            )
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
+        if (
+            "conf_temperature" in self.model_fields_set
+            and self.lambda_conf == 0.0
+            and self.conf_temperature != 1.0
+        ):
+            raise ValueError("conf_temperature has no effect while lambda_conf is 0")
+        return self
+
+
+ObjectiveConfig = Annotated[MDLMConfig, _named("mdlm")]
+
+
+class TrainConfig(Section):
+    """Packed rows to a checkpoint."""
+
+    model_name_or_path: str = Field(
+        "builtin:bert-mini",
+        min_length=1,
+        description="transformers name or path, a checkpoint of ours, "
+        "or builtin:NAME (a small model, new weights)",
+    )
+    from_scratch: bool = Field(
+        False, description="take the model's config, but start from new weights"
+    )
+    objective: ObjectiveConfig = Field(MDLMConfig(), description="what is trained")
+    data_path: str | None = operational(None, description="folder that jobs.preprocess wrote")
+    output_dir: str | None = operational(None, description="gets checkpoint-N/ and final/")
+
+    max_train_steps: int = Field(1000, ge=1, description="optimiser steps")
+    per_device_train_batch_size: int = operational(
+        8, ge=1, description="rows in one forward and backward pass of one worker, at most"
+    )
+    gradient_accumulation_steps: int = operational(1, ge=1, description="passes that make one step")
+    global_batch_size: int | None = operational(
+        None,
+        ge=1,
+        description="rows of one optimiser step, shared by all workers; "
+        "by default per_device_train_batch_size * gradient_accumulation_steps, "
+        "however many workers there are",
+    )
+    learning_rate: float = Field(1e-4, gt=0.0, description="peak learning rate of AdamW")
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = Field("cosine", description="a schedule of transformers.get_scheduler")
+    lr_warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.01, ge=0.0, description="AdamW's, on matrices only")
+    adam_beta1: float = Field(0.9, ge=0.0, lt=1.0, description="AdamW's decay of the first moment")
+    adam_beta2: float = Field(
+        0.999, ge=0.0, lt=1.0, description="AdamW's decay of the second moment"
+    )
+    adam_epsilon: float = Field(1e-8, gt=0.0, description="AdamW's denominator offset")
+    max_grad_norm: float = Field(1.0, gt=0.0, description="gradient norm is clipped to this")
+    ema_decay: float = Field(
+        0.0, ge=0.0, lt=1.0, description="moving average of the weights; 0 is off"
+    )
+    dropout: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="above 0, losses are repeatable only for the same number of workers",
+    )
+    mixed_precision: Literal["no", "bf16"] = Field(
+        "no", description="bf16 autocast; weights stay fp32"
+    )
+    gradient_checkpointing: bool = operational(
+        False, description="recompute activations, save memory"
+    )
+    compile: bool = operational(False, description="torch.compile the encoder")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="decides initial weights, order of rows and noise"
+    )
+
+    checkpointing_steps: int = operational(500, ge=1, description="steps between checkpoints")
+    checkpoints_total_limit: int = operational(
+        3, ge=1, description="newest checkpoints that are kept"
+    )
+    logging_steps: int = operational(10, ge=1, description="steps between log lines")
+
+    @model_validator(mode="after")
+    def _batch_is_said_once(self) -> "TrainConfig":
+        if (
+            self.global_batch_size is not None
+            and "gradient_accumulation_steps" in self.model_fields_set
+        ):
+            raise ValueError(
+                "global_batch_size and gradient_accumulation_steps both set the rows of a step; "
+                "give one"
+            )
+        if self.lr_warmup_steps > self.max_train_steps:
+            raise ValueError(
+                f"lr_warmup_steps {self.lr_warmup_steps} exceeds max_train_steps "
+                f"{self.max_train_steps}"
+            )
+        return self
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimiser step over all workers: the batch that the loss is a mean over."""
+        if self.global_batch_size is not None:
+            return self.global_batch_size
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def result_fields(self) -> dict[str, Any]:
+        return {**super().result_fields(), "rows_per_step": self.rows_per_step}
+
+
+class AncestralConfig(Section):
+    """Ancestral sampling on a uniform time grid."""
+
+    name: Literal["ancestral"] = "ancestral"
+    num_inference_steps: int = Field(128, ge=1, description="steps of the time grid")
+    temperature: float = Field(
+        1.0, ge=0.0, description="of the predicted distribution; 0 is argmax"
+    )
+    top_k: int | None = Field(None, ge=1, description="keep the k likeliest tokens")
+    top_p: float | None = Field(
+        None, gt=0.0, le=1.0, description="keep the likeliest tokens of this total"
+    )
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> "AncestralConfig":
+        if self.temperature == 0.0 and (self.top_k is not None or self.top_p is not None):
+            raise ValueError("top_k and top_p have no effect at temperature 0 (argmax)")
+        return self
+
+
+SamplerConfig = Annotated[AncestralConfig, _named("ancestral")]
+
+
+class GenerateConfig(Section):
+    """Checkpoint and prompts to samples."""
+
+    checkpoint_path: str | None = operational(None, description="a checkpoint-N/ or final/ folder")
+    output_dir: str | None = operational(None, description="folder for the samples")
+    prompt: list[str] = Field([], description="a prompt; may be given several times")
+    prompts: list[str] = Field(
+        [], description="prompt files or globs: .txt (a prompt a line) or .jsonl (prompt)"
+    )
+    num_samples: int = Field(4, ge=1, description="samples, or samples per prompt")
+    seq_len: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of a sample, its prompt included; by default the trained max_length",
+    )
+    sampler: SamplerConfig = Field(AncestralConfig(), description="how samples are drawn")
+    batch_size: int = Field(16, ge=1, description="rows that are sampled together")
+    output_format: Literal["jsonl", "parquet"] = Field(
+        "jsonl", description="format of the part files"
+    )
+    mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16 autocast")
+    seed: int = Field(0, ge=0, lt=2**63, description="with a row's id, decides its randomness")
+
+
+class EvaluateConfig(Section):
+    """Checkpoint and held-out rows (and samples) to metrics and a report."""
+
+    checkpoint_path: str | None = operational(None, description="a checkpoint-N/ or final/ folder")
+    data_path: str | None = operational(
+        None,
+        description="folder that jobs.preprocess wrote; by default the checkpoint's own",
+    )
+    samples_path: str | None = operational(None, description="folder that jobs.generate wrote")
+    output_dir: str | None = operational(None, description="folder for metrics.json and report/")
+    split: Literal["heldout", "train"] = Field(
+        "heldout", description="rows that the bound is taken on"
+    )
+    max_eval_rows: int | None = Field(None, ge=2, description="rows at most; by default all")
+    num_mask_samples: int = Field(4, ge=1, description="noise levels drawn per row")
+    batch_size: int = Field(16, ge=1, description="rows in one forward pass")
+    reference_model_name_or_path: str | None = Field(
+        None, description="causal LM that scores the samples (generative perplexity)"
+    )
+    mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16 autocast")
+    seed: int = Field(0, ge=0, lt=2**63, description="with a row's id, decides its noise")
+
+
+class ClusterConfig(Section):
+    """How the work is spread. Nothing here changes a result, or is part of a stage's key."""
+
+    address: str | None = Field(
+        None,
+        description="a running Ray cluster; by default RAY_ADDRESS, else one on this machine",
+    )
+    num_workers: int = Field(1, ge=1, description="training workers")
+    cpus_per_worker: float = Field(1.0, gt=0.0, description="CPUs reserved by one worker or actor")
+    use_gpu: bool | None = Field(None, description="by default, whether the cluster has a GPU")
+    threads_per_worker: int | None = Field(
+        None,
+        ge=1,
+        description="torch threads on CPU; by default the machine's cores over its workers",
+    )
+    num_actors: int = Field(1, ge=1, description="actors that sample and evaluate")
+    max_failures: int = Field(
+        3, ge=0, description="lost workers that are survived before the job fails"
+    )
+    worker_start_timeout_s: float = Field(
+        600.0, gt=0.0, description="seconds to wait for the workers' resources"
+    )
+
+
+class TrackingConfig(Section):
+    """Where runs are recorded, beside the run's own log."""
+
+    enabled: bool = Field(True, description="mirror the log to MLflow")
+    uri: str | None = Field(
+        None,
+        description="MLflow store; MLFLOW_TRACKING_URI goes first; by default sqlite under root",
+    )
+    experiment: str = Field("tokendiff", min_length=1, description="MLflow experiment")
+
+
+class Config(Section):
+    """A whole pipeline file. Each job reads the sections it needs, so one file serves them all."""
+
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the pipeline's name"
+    )
+    root: str = operational(
+        "output", min_length=1, description="folder that everything is written under"
+    )
+    preprocess: PreprocessConfig = PreprocessConfig()
+    train: TrainConfig = TrainConfig()
+    generate: GenerateConfig | None = GenerateConfig()
+    evaluate: EvaluateConfig | None = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def tokenizer_name_or_path(self) -> str:
+        """What the tokenizer is, where the preprocess section leaves it open."""
+        if self.preprocess.tokenizer_name_or_path is not None:
+            return self.preprocess.tokenizer_name_or_path
+        model = self.train.model_name_or_path
+        return "bpe" if model.startswith(BUILTIN_MODEL_PREFIX) else model
