@@ -1,0 +1,76 @@
+"""What objectives and samplers are given and give back; a model is known here only as what it is
+called by.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from tokendiff.random import RowGenerator
+
+
+class Denoiser(Protocol):
+    """A model in two parts, so that logits are computed only where they are needed."""
+
+    def encode(self, tokens: Tensor, is_valid: Tensor) -> Tensor:
+        """Hidden states [B, L, D] of noisy tokens [B, L]; positions outside `is_valid` ([B, L]) are
+        not seen.
+        """
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [N, V] of hidden states [N, D], over every id of the vocabulary, the mask
+        included.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """Rows of packed tokens.
+
+    Attributes:
+        tokens: [B, L] int64 clean tokens, padded at the right.
+        is_valid: [B, L] bool; False on padding.
+    """
+
+    tokens: Tensor
+    is_valid: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """A sum and a count, so that the mean is taken once, over all workers and micro-batches.
+
+    Attributes:
+        loss_sum: scalar, nats, with gradient.
+        num_tokens: scalar count of valid tokens that `loss_sum / num_tokens` is a mean over.
+        metrics: name to (sum, count), scalars without gradient.
+    """
+
+    loss_sum: Tensor
+    num_tokens: Tensor
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    def loss(self, model: Denoiser, batch: TokenBatch, generator: RowGenerator) -> LossOutput: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Finished sequences.
+
+    Attributes:
+        tokens: [B, L] int64, no mask among them.
+        num_model_calls: [B] int64, forward passes that the row took part in.
+    """
+
+    tokens: Tensor
+    num_model_calls: Tensor
+
+
+# Called after each step of a sampler with (time reached, x_t [B, L]); x_t must not be written to.
+StepCallback = Callable[[float, Tensor], None]
