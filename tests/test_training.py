@@ -1,0 +1,436 @@
+"""The training loop without Ray: the order of rows, worker counts, resuming, checkpoints, divergence."""
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.builders import letter_tokenizer, random_rows, token_folder
+from tokendiff.checkpoint import (
+    NoiseProcess,
+    committed_checkpoints,
+    load_for_inference,
+    newest_sound_checkpoint,
+    open_checkpoint,
+)
+from tokendiff.config import TrainConfig
+from tokendiff.data.order import RowOrder
+from tokendiff.data.rows import StepPlan, TokenData, step_batches
+from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.manifest import verify
+from tokendiff.training.run import TrainingRun, train_in_process
+
+LENGTH, ROWS_PER_STEP = 12, 8
+Losses = dict[int, float]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TokenData:
+    rows = random_rows(70, LENGTH)
+    rows[-1] = rows[-1][:5]  # a short last row, padded in its batch
+    files = [rows[:40], rows[40:]]
+    folder = token_folder(
+        tmp_path_factory.mktemp("tokens") / "data",
+        files=files,
+        max_length=LENGTH,
+        tokenizer=letter_tokenizer(),
+        heldout=random_rows(10, LENGTH, seed=1),
+    )
+    return TokenData.open(folder, split="train")
+
+
+def config(**changes: Any) -> TrainConfig:
+    fields = {
+        "model_name_or_path": "builtin:bert-tiny",
+        "max_train_steps": 6,
+        "global_batch_size": ROWS_PER_STEP,
+        "per_device_train_batch_size": ROWS_PER_STEP,
+        "learning_rate": 1e-3,
+        "lr_warmup_steps": 2,
+        "ema_decay": 0.9,
+        "logging_steps": 1,
+        "checkpointing_steps": 2,
+        "objective": {"name": "mdlm", "lambda_conf": 0.5, "conf_temperature": 0.5},
+    }
+    return TrainConfig.model_validate({**fields, **changes})
+
+
+def run(cfg: TrainConfig, data: TokenData, folder: Path) -> tuple[Losses, list[dict[str, Any]]]:
+    events: list[dict[str, Any]] = []
+    train_in_process(
+        cfg,
+        data,
+        folder,
+        on_event=lambda event, **fields: events.append({"event": event, **fields}),
+    )
+    losses = {e["step"]: e["loss"] for e in events if e["event"] == "metrics"}
+    return losses, events
+
+
+# The order of rows
+
+
+def test_each_epoch_visits_each_row_once_in_an_order_of_its_own() -> None:
+    order = RowOrder(row_group_sizes=(5, 16, 16, 3, 16), seed=3, window_rows=32)
+    epochs, groups, rows = order.rows(0, 3 * 56)
+    assert epochs.tolist() == [0] * 56 + [1] * 56 + [2] * 56
+    everything = {(g, r) for g, size in enumerate(order.row_group_sizes) for r in range(size)}
+    visits = [list(zip(groups[epochs == e], rows[epochs == e], strict=True)) for e in range(3)]
+    assert all(len(visit) == 56 and set(visit) == everything for visit in visits)
+    assert visits[0] != visits[1] != visits[2]
+
+
+def test_any_stretch_of_the_order_can_be_asked_for() -> None:
+    order = RowOrder(row_group_sizes=(5, 16, 16, 3, 16), seed=3, window_rows=20)
+    whole = np.stack(order.rows(0, 200))
+    for start, stop in ((0, 1), (55, 57), (17, 130), (111, 113), (199, 200)):
+        assert np.array_equal(np.stack(order.rows(start, stop)), whole[:, start:stop])
+
+
+def test_windows_bound_what_is_read_at_once() -> None:
+    order = RowOrder(row_group_sizes=(16,) * 100, seed=0, window_rows=64)
+    _, groups, _ = order.rows(0, 1600)
+    for start in range(0, 1600, 64):
+        assert len(set(groups[start : start + 64])) == 4
+    assert len(set(groups[:64]) & set(range(4))) < 4  # the row groups themselves are shuffled
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+def test_workers_share_each_step_without_overlap(data: TokenData, world_size: int) -> None:
+    order = RowOrder(row_group_sizes=data.row_group_sizes, seed=0)
+    plans = [
+        StepPlan(order=order, rows_per_step=8, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    alone = StepPlan(order=order, rows_per_step=8)
+    for start in (0, 5):
+        expected = list(step_batches(data, alone, start, 20))
+        shares = [list(step_batches(data, plan, start, 20)) for plan in plans]
+        for step, whole in enumerate(expected):
+            for plan, share in zip(plans, shares, strict=True):
+                assert np.array_equal(share[step]["row_id"], whole["row_id"][plan.positions])
+                assert np.array_equal(share[step]["tokens"], whole["tokens"][plan.positions])
+
+
+def test_rows_arrive_as_written(data: TokenData) -> None:
+    rows = random_rows(70, LENGTH)
+    read = data.read(np.array([4, 0, 4]), np.array([13, 3, 0]))
+    assert data.row_group_sizes == (16, 16, 8, 16, 14)
+    assert read.tokens[1].tolist() == rows[3]
+    assert read.tokens[2].tolist() == rows[56]
+    assert read.lengths.tolist() == [5, LENGTH, LENGTH]
+    assert read.tokens[0].tolist() == rows[69][:5] + [0] * 7
+    assert read.row_ids.tolist() == [(1 << 32) + 29, 3, (1 << 32) + 16]
+
+
+# The loop
+
+
+def _one_of_many(
+    rank: int, size: int, port: int, cfg: TrainConfig, path: Path, out: Path, queue: Any
+) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    losses, _ = run(cfg, TokenData.open(path, split="train"), out)
+    if rank == 0:
+        queue.put(losses)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def run_distributed(cfg: TrainConfig, data: TokenData, out: Path, size: int) -> Losses:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    workers = [
+        context.Process(target=_one_of_many, args=(rank, size, port, cfg, data.folder, out, queue))
+        for rank in range(size)
+    ]
+    for worker in workers:
+        worker.start()
+    losses: Losses = queue.get(timeout=180)
+    for worker in workers:
+        worker.join(timeout=60)
+        assert worker.exitcode == 0
+    return losses
+
+
+def test_losses_do_not_depend_on_workers_or_micro_batches(data: TokenData, tmp_path: Path) -> None:
+    alone, _ = run(config(), data, tmp_path / "1")
+    assert sorted(alone) == [1, 2, 3, 4, 5, 6]
+    small_passes, _ = run(config(per_device_train_batch_size=3), data, tmp_path / "micro")
+    assert small_passes == pytest.approx(alone, rel=1e-5)
+    for size in (2, 4):
+        cfg = config(per_device_train_batch_size=1 if size == 2 else 2)
+        assert run_distributed(cfg, data, tmp_path / str(size), size) == pytest.approx(
+            alone, rel=1e-5
+        )
+
+
+def test_uneven_shares_are_still_one_mean(data: TokenData, tmp_path: Path) -> None:
+    """7 rows on 2 workers: 4 and 3; averaging the workers' means would be off."""
+    cfg = config(global_batch_size=7, max_train_steps=3)
+    alone, _ = run(cfg, data, tmp_path / "1")
+    assert run_distributed(cfg, data, tmp_path / "2", 2) == pytest.approx(alone, rel=1e-5)
+
+
+def test_twice_is_identical_and_the_seed_matters(data: TokenData, tmp_path: Path) -> None:
+    first, _ = run(config(), data, tmp_path / "a")
+    assert run(config(), data, tmp_path / "b")[0] == first
+    assert run(config(seed=1), data, tmp_path / "c")[0] != first
+
+
+def test_dropout_too_is_repeatable(data: TokenData, tmp_path: Path) -> None:
+    first, _ = run(config(dropout=0.2), data, tmp_path / "a")
+    torch.manual_seed(99)
+    assert run(config(dropout=0.2), data, tmp_path / "b")[0] == first
+    assert first != run(config(), data, tmp_path / "c")[0]
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("logging_steps", [1, 3])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    data: TokenData, tmp_path: Path, logging_steps: int
+) -> None:
+    cfg = config(max_train_steps=9, checkpointing_steps=4, logging_steps=logging_steps, dropout=0.1)
+    expected, _ = run(cfg, data, tmp_path / "whole")
+    cut = tmp_path / "cut"
+    seen: Losses = {}
+
+    def die_after_checkpoint(event: str, **fields: Any) -> None:
+        if event == "metrics":
+            seen[fields["step"]] = fields["loss"]
+        if event == "checkpoint" and fields["step"] == 8:
+            # Step 8 was committed; then the newest checkpoint is damaged, so that 4 must be found.
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        train_in_process(cfg, data, cut, on_event=die_after_checkpoint)
+    weights = cut / "checkpoint-8" / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-100] ^= 1
+    weights.write_bytes(bytes(damaged))
+
+    resumed, events = run(cfg, data, cut)
+    warnings = [e["message"] for e in events if e["event"] == "warning"]
+    assert len(warnings) == 1
+    assert "checkpoint-8: model.safetensors does not match its MANIFEST (sha256" in warnings[0]
+    assert next(e for e in events if e["event"] == "resume")["step"] == 4
+    assert {**seen, **resumed} == expected
+    whole, again = (
+        load_for_inference(folder / "final")[0].state_dict() for folder in (tmp_path / "whole", cut)
+    )
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_finished_run_does_no_step_and_a_longer_one_goes_on(
+    data: TokenData, tmp_path: Path
+) -> None:
+    run(config(), data, tmp_path)
+    assert run(config(), data, tmp_path) == ({}, [])
+    longer, events = run(config(max_train_steps=8), data, tmp_path)
+    assert next(e for e in events if e["event"] == "resume")["step"] == 6
+    assert sorted(longer) == [7, 8]
+
+
+def test_another_configuration_is_refused_and_nothing_is_lost(
+    data: TokenData, tmp_path: Path
+) -> None:
+    run(config(), data, tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"learning_rate: 0\.001 there, 0\.002 here"):
+        run(config(learning_rate=2e-3), data, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_before_the_optimiser_step(
+    data: TokenData, tmp_path: Path, poison: float
+) -> None:
+    cfg = config(checkpointing_steps=2)
+    training: dict[str, TrainingRun] = {}
+    events: list[str] = []
+
+    def poison_after_step_3(event: str, **fields: Any) -> None:
+        events.append(event)
+        if event == "metrics" and fields["step"] == 3:
+            model = training["run"].trainer.denoiser.model
+            next(model.parameters()).data[:] = poison
+
+    from tokendiff.training.run import step_plan
+    from tokendiff.training.world import World
+
+    built = TrainingRun.build(
+        cfg, data, tmp_path, world=World.current(), on_event=poison_after_step_3
+    )
+    training["run"] = built
+    plan = step_plan(cfg, data, rank=0, world_size=1)
+    with pytest.raises(FloatingPointError, match=r"step 4: loss is .*checkpoint-2"):
+        built.fit(step_batches(data, plan, 0, 6))
+    assert built.trainer.step == 3
+    assert [p.name for p in committed_checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+def test_options_that_save_memory_change_nothing(data: TokenData, tmp_path: Path) -> None:
+    plain, _ = run(config(), data, tmp_path / "plain")
+    saving, _ = run(config(gradient_checkpointing=True), data, tmp_path / "saving")
+    assert saving == pytest.approx(plain, rel=1e-6)
+    bf16, _ = run(config(mixed_precision="bf16"), data, tmp_path / "bf16")
+    assert bf16 == pytest.approx(plain, rel=0.02)
+    assert bf16 != plain
+    weights = load_for_inference(tmp_path / "bf16" / "final")[0].model
+    assert {p.dtype for p in weights.parameters()} == {torch.float32}
+
+
+def test_it_learns(data: TokenData, tmp_path: Path) -> None:
+    cfg = config(
+        max_train_steps=150, learning_rate=1e-2, logging_steps=30, ema_decay=0.0, objective="mdlm"
+    )
+    losses, _ = run(cfg, data, tmp_path)
+    assert losses[150] < 0.8 * losses[30]
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_opens_with_transformers_and_keeps_the_averaged_weights(
+    data: TokenData, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    run(config(), data, tmp_path)
+    assert [p.name for p in committed_checkpoints(tmp_path)] == [
+        f"checkpoint-{n}" for n in (2, 4, 6)
+    ]
+    final = tmp_path / "final"
+    verify(final, kind="checkpoint")
+    model = AutoModelForMaskedLM.from_pretrained(final)
+    assert AutoTokenizer.from_pretrained(final).mask_token == "[MASK]"
+    average = load_file(tmp_path / "checkpoint-6" / "ema.safetensors")
+    raw = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
+    differing = 0
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.data, average[name], rtol=0, atol=0)
+        differing += int(name in raw and not torch.equal(parameter.data, raw[name]))
+    assert differing > 10
+    # Sampling from checkpoint-6 takes the average too.
+    denoiser, _, process = load_for_inference(tmp_path / "checkpoint-6")
+    for name, parameter in denoiser.model.named_parameters():
+        assert torch.equal(parameter.data, average[name])
+    assert process.mask_token_id == 1
+    scheduler = json.loads((final / "scheduler_config.json").read_text())
+    assert scheduler["_class_name"] == "TokenDiffusionScheduler"
+    assert (scheduler["forward_process"], scheduler["prediction"]) == ("absorbing", "loo")
+
+
+def test_only_the_newest_checkpoints_are_kept(data: TokenData, tmp_path: Path) -> None:
+    run(config(checkpointing_steps=1, checkpoints_total_limit=2), data, tmp_path)
+    assert [p.name for p in committed_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-6"]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_folder_without_its_manifest_does_not_count(data: TokenData, tmp_path: Path) -> None:
+    run(config(), data, tmp_path)
+    (tmp_path / "checkpoint-6" / "MANIFEST.json").unlink()
+    newest = newest_sound_checkpoint(tmp_path, warn=pytest.fail)
+    assert newest is not None
+    assert newest.name == "checkpoint-4"
+    shutil.rmtree(newest)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    assert newest_sound_checkpoint(tmp_path, warn=pytest.fail) is None
+
+
+def test_opening_what_is_not_a_checkpoint(data: TokenData, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        open_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"no committed checkpoint there \(no MANIFEST.json\)"):
+        open_checkpoint(tmp_path)
+    run(config(max_train_steps=2), data, tmp_path)
+    assert open_checkpoint(tmp_path).name == "final"
+    (tmp_path / "final" / "config.json").unlink()
+    with pytest.raises(CorruptFileError, match="config.json is missing"):
+        open_checkpoint(tmp_path / "final")
+    with pytest.raises(InputError, match="must be a checkpoint-N or final folder"):
+        NoiseProcess.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model_name_or_path": "builtin:bert-giant"},
+            "no such built-in model; there are builtin:",
+        ),
+        ({"model_name_or_path": "/nowhere/model"}, "cannot be opened"),
+    ],
+)
+def test_models_that_cannot_be_had(
+    data: TokenData, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run(config(**changes), data, tmp_path)
+
+
+def test_models_that_do_not_fit(data: TokenData, tmp_path: Path) -> None:
+    from transformers import BertConfig, GPT2Config
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    GPT2Config(n_embd=16, n_layer=1, n_head=2).save_pretrained(tmp_path / "gpt2")
+    BertConfig(**small, max_position_embeddings=8).save_pretrained(tmp_path / "short")
+    BertConfig(**small, max_position_embeddings=64).save_pretrained(tmp_path / "bare")
+    for name, message in (
+        ("gpt2", "has no masked language model"),
+        ("short", "takes at most 8 tokens; max_length is 12"),
+        ("bare", "a config but no weights; from_scratch"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(config(model_name_or_path=str(tmp_path / name)), data, tmp_path / "out")
+    cfg = config(model_name_or_path=str(tmp_path / "bare"), from_scratch=True, max_train_steps=1)
+    losses, _ = run(cfg, data, tmp_path / "scratch")
+    assert sorted(losses) == [1]
+
+
+@pytest.mark.parametrize(
+    "model_type", ["albert", "bert", "distilbert", "electra", "modernbert", "roberta"]
+)
+def test_split_models_give_the_logits_of_the_whole(model_type: str) -> None:
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    from tokendiff.models.denoiser import MaskedLMDenoiser
+
+    sizes = {"distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}}.get(
+        model_type,
+        {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "embedding_size": 16,
+        },
+    )
+    model = AutoModelForMaskedLM.from_config(
+        AutoConfig.for_model(model_type, vocab_size=32, pad_token_id=0, **sizes)
+    ).eval()
+    denoiser = MaskedLMDenoiser(model, vocab_size=30)
+    assert denoiser.is_split == (model_type != "distilbert")
+    tokens = torch.randint(1, 30, (2, 9))
+    is_valid = torch.arange(9) < torch.tensor([9, 6])[:, None]
+    for valid in (is_valid, torch.ones_like(is_valid)):
+        expected = model(input_ids=tokens, attention_mask=valid.long()).logits[valid][:, :30]
+        ours = denoiser.head(denoiser.encode(tokens, valid)[valid])
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,201 @@
+"""Reading packed token shards: in order (evaluation), or the rows of given steps (training)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokendiff.data.order import RowOrder
+from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.manifest import Manifest, fingerprint, verify
+
+KIND = "tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRows:
+    """Packed rows as arrays.
+
+    Attributes:
+        tokens: [n, max_length] int32, padded at the right with 0; `lengths` says where padding
+            begins.
+        lengths: [n] int32.
+        row_ids: [n] int64, stable across runs.
+        num_bytes: [n] int32, UTF-8 bytes of source text that the row stands for.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    row_ids: np.ndarray
+    num_bytes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def take(self, index: np.ndarray | slice) -> "TokenRows":
+        return TokenRows(
+            tokens=self.tokens[index],
+            lengths=self.lengths[index],
+            row_ids=self.row_ids[index],
+            num_bytes=self.num_bytes[index],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenData:
+    """One split of a folder that jobs.preprocess wrote."""
+
+    folder: Path
+    split: str
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: str | Path, *, split: str) -> "TokenData":
+        """Open and check presence and size of every shard (their hashes are compared by
+        `jobs.preprocess`).
+
+        Raises:
+            InputError: no such folder, not committed, or the split has no rows.
+            CorruptFileError: a shard does not match the manifest.
+        """
+        path = Path(folder).expanduser().resolve()
+        try:
+            manifest = verify(path, kind=KIND, hashes=False)
+        except FileNotFoundError as error:
+            raise InputError(
+                f"data_path {folder}: no committed token shards there (no MANIFEST.json); run "
+                "jobs.preprocess"
+            ) from error
+        data = cls(folder=path, split=split, manifest=manifest)
+        if not data.row_group_sizes:
+            raise InputError(
+                f"data_path {folder}: split {split!r} has no rows; set preprocess.heldout_fraction "
+                "and preprocess again"
+            )
+        return data
+
+    @cached_property
+    def _groups(self) -> list[tuple[str, int, int]]:
+        """(file, row group within it, rows) of every row group, in the order of the shards."""
+        files = self.manifest.metadata["splits"].get(self.split, {}).get("files", [])
+        return [
+            (f["path"], group, rows) for f in files for group, rows in enumerate(f["row_groups"])
+        ]
+
+    @cached_property
+    def row_group_sizes(self) -> tuple[int, ...]:
+        return tuple(rows for _, _, rows in self._groups)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.row_group_sizes)
+
+    @property
+    def max_length(self) -> int:
+        return int(self.manifest.metadata["max_length"])
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.folder / "tokenizer"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes where any token of any shard does."""
+        return fingerprint({name: entry["sha256"] for name, entry in self.manifest.files.items()})
+
+    def read_group(self, group: int) -> TokenRows:
+        """All rows of one row group, in order."""
+        import pyarrow.parquet as pq
+
+        name, index, rows = self._groups[group]
+        try:
+            table = pq.ParquetFile(self.folder / name).read_row_group(index)
+        except (OSError, ValueError) as error:
+            raise CorruptFileError(
+                f"{self.folder}: {name} cannot be read ({error}); run jobs.preprocess again"
+            ) from error
+        lists = table.column("tokens").combine_chunks()
+        offsets, values = lists.offsets.to_numpy(), lists.values.to_numpy()
+        lengths = np.diff(offsets).astype(np.int32)
+        tokens = np.zeros((rows, self.max_length), dtype=np.int32)
+        tokens[np.arange(self.max_length) < lengths[:, None]] = values[offsets[0] : offsets[-1]]
+        return TokenRows(
+            tokens=tokens,
+            lengths=lengths,
+            row_ids=table.column("row_id").to_numpy(),
+            num_bytes=table.column("num_bytes").to_numpy(),
+        )
+
+    def read(self, groups: np.ndarray, rows: np.ndarray) -> TokenRows:
+        """Rows (row group, row within it), in the order asked for; each row group is read once."""
+        needed, which = np.unique(groups, return_inverse=True)
+        loaded = [self.read_group(int(group)) for group in needed]
+        starts = np.cumsum([0, *(len(part) for part in loaded)])[:-1]
+        everything = TokenRows(
+            **{
+                name: np.concatenate([getattr(part, name) for part in loaded])
+                for name in ("tokens", "lengths", "row_ids", "num_bytes")
+            }
+        )
+        return everything.take(starts[which] + rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """Which rows each step of a run trains on, and which of them one worker gets."""
+
+    order: RowOrder
+    rows_per_step: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rows_per_step < self.world_size:
+            raise InputError(
+                f"a step of {self.rows_per_step} rows cannot be shared by {self.world_size} "
+                "workers; "
+                "raise global_batch_size or lower num_workers"
+            )
+
+    @property
+    def positions(self) -> np.ndarray:
+        """This worker's places in the global batch: every world_size-th."""
+        return np.arange(self.rank, self.rows_per_step, self.world_size)
+
+    @property
+    def chunk_steps(self) -> int:
+        """Steps read at once: about one shuffle window, so that each is read about once."""
+        return max(1, min(self.order.window_rows, self.order.num_rows) // self.rows_per_step)
+
+    def chunks(self, first_step: int, stop_step: int) -> list[tuple[int, int]]:
+        """Runs of steps [start, stop) that cover first_step..stop_step-1."""
+        size = self.chunk_steps
+        return [(s, min(s + size, stop_step)) for s in range(first_step, stop_step, size)]
+
+    def read(self, data: TokenData, start: int, stop: int) -> dict[str, np.ndarray]:
+        """This worker's rows of steps start..stop-1, step after step, as columns."""
+        places = (np.arange(start, stop)[:, None] * self.rows_per_step + self.positions).ravel()
+        first = start * self.rows_per_step
+        epochs, groups, rows = self.order.rows(first, stop * self.rows_per_step)
+        chosen = places - first
+        read = data.read(groups[chosen], rows[chosen])
+        return {
+            "tokens": read.tokens,
+            "length": read.lengths,
+            "row_id": read.row_ids,
+            "epoch": epochs[chosen].astype(np.int64),
+        }
+
+
+def step_batches(
+    data: TokenData, plan: StepPlan, first_step: int, stop_step: int
+) -> Iterator[dict[str, Any]]:
+    """One worker's rows of each step, read in this process; what Ray Data delivers, without Ray."""
+    size = len(plan.positions)
+    for start, stop in plan.chunks(first_step, stop_step):
+        columns = plan.read(data, start, stop)
+        for offset in range(0, (stop - start) * size, size):
+            yield {name: column[offset : offset + size] for name, column in columns.items()}

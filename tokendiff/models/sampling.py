@@ -1,0 +1,94 @@
+"""A checkpoint ready to sample, in the process that calls it: what a generation actor, or a
+notebook, holds.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tokendiff.checkpoint import NoiseProcess, load_for_inference
+from tokendiff.data.prompts import GenerationRow
+from tokendiff.interfaces import StepCallback
+from tokendiff.random import RowGenerator, key_from
+from tokendiff.samplers.ancestral import AncestralSampler
+from tokendiff.samplers.batch import prefix_batch
+
+if TYPE_CHECKING:
+    from tokendiff.config import AncestralConfig, GenerateConfig
+
+
+def _build_ancestral(config: "AncestralConfig", process: NoiseProcess) -> AncestralSampler:
+    return AncestralSampler(
+        kernel=process.kernel(),
+        num_inference_steps=config.num_inference_steps,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+    )
+
+
+# The closed table behind `sampler: NAME`.
+SAMPLERS: dict[str, Callable[[Any, NoiseProcess], AncestralSampler]] = {
+    "ancestral": _build_ancestral
+}
+
+
+class SamplingModel:
+    """A checkpoint ready to sample: what one actor holds."""
+
+    def __init__(self, checkpoint: Path, config: "GenerateConfig", *, device: str) -> None:
+        denoiser, self.tokenizer, self.process = load_for_inference(checkpoint)
+        self._denoiser = denoiser.to(device)
+        self._device, self._config = torch.device(device), config
+        self._sampler = SAMPLERS[config.sampler.name](config.sampler, self.process)
+        self.seq_len = config.seq_len or self.process.max_length
+
+    def sample(
+        self, rows: list[GenerationRow], *, on_step: StepCallback | None = None
+    ) -> list[dict[str, Any]]:
+        """One record per row: id, prompt, num_prompt_tokens, tokens, text, num_model_calls, and the seconds that its
+        batch took.
+        """
+        start = time.perf_counter()
+        prompts = [encode_prompt(self.tokenizer, row.prompt) for row in rows]
+        tokens, is_given = prefix_batch(
+            prompts, seq_len=self.seq_len, mask_token_id=self.process.mask_token_id
+        )
+        ids = torch.tensor([row.id for row in rows], dtype=torch.int64, device=self._device)
+        generator = RowGenerator.for_rows(key_from(self._config.seed, "sample"), ids)
+        is_bf16 = self._config.mixed_precision == "bf16"
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_bf16):
+            samples = self._sampler.sample(
+                self._denoiser,
+                tokens.to(self._device),
+                is_given.to(self._device),
+                generator,
+                on_step=on_step,
+            )
+        seconds = round(time.perf_counter() - start, 3)
+        return [
+            {
+                "id": row.id,
+                "prompt": row.prompt,
+                "num_prompt_tokens": len(prompt),
+                "tokens": sampled,
+                "text": self.tokenizer.decode(sampled, skip_special_tokens=True),
+                "num_model_calls": calls,
+                "seconds": seconds,
+            }
+            for row, prompt, sampled, calls in zip(
+                rows,
+                prompts,
+                samples.tokens.tolist(),
+                samples.num_model_calls.tolist(),
+                strict=True,
+            )
+        ]
+
+
+def encode_prompt(tokenizer: Any, prompt: str | None) -> list[int]:
+    """Token ids of a prompt, without the special tokens that some tokenizers put around a text."""
+    return tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt is not None else []

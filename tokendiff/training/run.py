@@ -1,0 +1,260 @@
+"""One training run from config and data to `checkpoint-N/` and `final/`, in the process or worker
+that calls it.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokendiff.checkpoint import (
+    EMA_WEIGHTS,
+    FINAL,
+    NoiseProcess,
+    checkpoint_name,
+    newest_sound_checkpoint,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from tokendiff.data.order import RowOrder
+from tokendiff.data.rows import StepPlan, TokenData, step_batches
+from tokendiff.errors import InputError
+from tokendiff.interfaces import Objective
+from tokendiff.manifest import is_committed, load_manifest
+from tokendiff.models.loading import load_denoiser
+from tokendiff.objectives.mdlm import MDLM
+from tokendiff.training.trainer import Batches, OnEvent, Trainer
+from tokendiff.training.world import World
+
+if TYPE_CHECKING:
+    from tokendiff.config import MDLMConfig, TrainConfig
+
+OPTIMIZER_STATE, TRAINER_STATE = "optimizer.safetensors", "trainer_state.json"
+
+
+def _build_mdlm(config: "MDLMConfig", process: NoiseProcess) -> Objective:
+    return MDLM(
+        kernel=process.kernel(),
+        min_time=config.min_time,
+        lambda_conf=config.lambda_conf,
+        conf_temperature=config.conf_temperature,
+    )
+
+
+# The closed table behind `objective: NAME`.
+OBJECTIVES: dict[str, Callable[[Any, NoiseProcess], Objective]] = {"mdlm": _build_mdlm}
+
+
+def run_identity(config: "TrainConfig", data: TokenData) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued: everything that decides the losses but
+    the end.
+    """
+    fields = config.result_fields()
+    del fields["max_train_steps"]
+    return {**fields, "data": data.fingerprint}
+
+
+def check_same_run(folder: Path, config: "TrainConfig", data: TokenData) -> None:
+    """Raise InputError if `folder` is a checkpoint of another run than this config and data
+    describe.
+    """
+    there = load_manifest(folder).metadata["run"]
+    here = run_identity(config, data)
+    differing = [
+        name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)
+    ]
+    if differing:
+        changes = "; ".join(
+            f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in differing
+        )
+        raise InputError(
+            f"output_dir {folder.parent} holds a run of another configuration ({changes}); "
+            "choose another output_dir, or delete that one"
+        )
+
+
+def finished_run(output_dir: Path, config: "TrainConfig", data: TokenData) -> Path | None:
+    """`final/`, if this very run is finished."""
+    final = output_dir / FINAL
+    if not is_committed(final):
+        return None
+    check_same_run(final, config, data)
+    return final if load_manifest(final).metadata["step"] >= config.max_train_steps else None
+
+
+def step_plan(config: "TrainConfig", data: TokenData, *, rank: int, world_size: int) -> StepPlan:
+    order = RowOrder(row_group_sizes=data.row_group_sizes, seed=config.seed)
+    return StepPlan(
+        order=order, rows_per_step=config.rows_per_step, rank=rank, world_size=world_size
+    )
+
+
+@dataclass(kw_only=True)
+class TrainingRun:
+    """A trainer together with the folder that its checkpoints go to."""
+
+    trainer: Trainer
+    config: "TrainConfig"
+    data: TokenData
+    output_dir: Path
+    process: NoiseProcess
+    tokenizer: Any
+    on_event: OnEvent
+
+    @classmethod
+    def build(
+        cls,
+        config: "TrainConfig",
+        data: TokenData,
+        output_dir: Path,
+        *,
+        world: World,
+        on_event: OnEvent = lambda event, **fields: None,
+    ) -> "TrainingRun":
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
+        denoiser = load_denoiser(
+            config.model_name_or_path,
+            tokenizer=tokenizer,
+            max_length=data.max_length,
+            from_scratch=config.from_scratch,
+            dropout=config.dropout,
+            seed=config.seed,
+        )
+        process = NoiseProcess(
+            objective=config.objective.name,
+            vocab_size=denoiser.vocab_size,
+            mask_token_id=tokenizer.mask_token_id,
+            alpha_schedule=config.objective.alpha_schedule,
+            eps=config.objective.eps,
+            sigma_min=config.objective.sigma_min,
+            sigma_max=config.objective.sigma_max,
+            max_length=data.max_length,
+        )
+        objective = OBJECTIVES[config.objective.name](config.objective, process)
+        trainer = Trainer(denoiser, objective, config, world, on_event=on_event)
+        return cls(
+            trainer=trainer,
+            config=config,
+            data=data,
+            output_dir=output_dir,
+            process=process,
+            tokenizer=tokenizer,
+            on_event=on_event,
+        )
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint whose manifest was verified."""
+        from safetensors.torch import load_file, load_model
+
+        check_same_run(checkpoint, self.config, self.data)
+        load_model(self.trainer.denoiser.model, checkpoint / "model.safetensors")
+        average = checkpoint / EMA_WEIGHTS
+        self.trainer.load_state(
+            json.loads((checkpoint / TRAINER_STATE).read_text()),
+            load_file(checkpoint / OPTIMIZER_STATE),
+            load_file(average) if average.is_file() else None,
+        )
+        if self.trainer.world.is_main:
+            self.on_event("resume", step=self.trainer.step, checkpoint=str(checkpoint))
+
+    def fit(self, batches: Batches) -> Path:
+        """Train to the end from where the run stands; returns `final/`."""
+        if self.trainer.world.is_main:
+            self.on_event("start", **self._facts())
+        self.trainer.run(batches, last_good=self._last_good, save=self._save)
+        if self.trainer.world.is_main:
+            self._save_final()
+        self.trainer.world.barrier()
+        return self.output_dir / FINAL
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "step": self.trainer.step,
+            "max_train_steps": self.config.max_train_steps,
+            "rows": self.data.num_rows,
+            "tokens_per_step": self.config.rows_per_step * self.data.max_length,
+            "num_params": sum(p.numel() for p in self.trainer.denoiser.parameters()),
+            "num_workers": self.trainer.world.size,
+            "device": str(self.trainer.world.device),
+        }
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "step": self.trainer.step,
+            "run": run_identity(self.config, self.data),
+            "data_path": str(self.data.folder),
+        }
+
+    def _last_good(self) -> Path | None:
+        return newest_sound_checkpoint(self.output_dir, warn=lambda message: None)
+
+    def _save(self) -> None:
+        if self.trainer.world.is_main:
+            folder = save_checkpoint(
+                self.output_dir,
+                checkpoint_name(self.trainer.step),
+                self._write,
+                metadata=self._metadata(),
+            )
+            self.on_event("checkpoint", step=self.trainer.step, path=str(folder))
+            remove_old_checkpoints(self.output_dir, keep=self.config.checkpoints_total_limit)
+        self.trainer.world.barrier()
+
+    def _write(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        self._write_model(folder)
+        save_file(self.trainer.state_tensors(), folder / OPTIMIZER_STATE)
+        if self.trainer.average is not None:
+            save_file(self.trainer.average.tensors, folder / EMA_WEIGHTS)
+        (folder / TRAINER_STATE).write_text(json.dumps(self.trainer.state(), indent=1))
+
+    def _write_model(self, folder: Path) -> None:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # one bar per checkpoint, written over the progress of the run
+        self.trainer.denoiser.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.process.save(folder)
+
+    def _save_final(self) -> None:
+        average = self.trainer.average
+        if average is None:
+            save_checkpoint(self.output_dir, FINAL, self._write_model, metadata=self._metadata())
+        else:
+            with average.in_place_of_weights():
+                save_checkpoint(
+                    self.output_dir, FINAL, self._write_model, metadata=self._metadata()
+                )
+
+
+def train_in_process(
+    config: "TrainConfig",
+    data: TokenData,
+    output_dir: Path,
+    *,
+    device: str = "cpu",
+    on_event: OnEvent = lambda event, **fields: None,
+) -> Path:
+    """Train without Ray: in a notebook, or in each process of a torch.distributed group.
+
+    Resumes from the newest sound checkpoint under `output_dir`, which all processes must see.
+    Returns `final/`.
+    """
+    world = World.current(device)
+    if (final := finished_run(output_dir, config, data)) is not None:
+        return final
+    run = TrainingRun.build(config, data, output_dir, world=world, on_event=on_event)
+    checkpoint = newest_sound_checkpoint(
+        output_dir, warn=lambda message: on_event("warning", message=message)
+    )
+    if checkpoint is not None:
+        run.resume(checkpoint)
+    plan = step_plan(config, data, rank=world.rank, world_size=world.size)
+    batches: Iterator[dict[str, Any]] = step_batches(
+        data, plan, run.trainer.step, config.max_train_steps
+    )
+    return run.fit(batches)

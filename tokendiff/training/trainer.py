@@ -1,0 +1,264 @@
+"""The training loop. It knows torch, a denoiser and an objective; not Ray, and not where rows come
+from.
+
+One step: every worker takes the gradient of the *sum* of its rows' losses; the sums of loss, tokens
+    and metrics are
+added over all workers; the gradient is divided by the token count of the whole global batch. The
+mean is thus taken once, and is the same however the rows are spread over workers and micro-batches.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tokendiff.interfaces import LossOutput, Objective, TokenBatch
+from tokendiff.random import RowGenerator, key_from, strata_of
+from tokendiff.training.ema import WeightAverage
+from tokendiff.training.optimizer import Optimizer
+from tokendiff.training.world import World
+
+if TYPE_CHECKING:
+    from tokendiff.config import TrainConfig
+    from tokendiff.models.denoiser import MaskedLMDenoiser
+
+OnEvent = Callable[..., None]  # (event name, **fields), called on the main worker only
+Batches = Iterator[dict[str, Any]]  # one per step: tokens [b, L], length [b], row_id [b], epoch [b]
+
+
+class _LossModule(nn.Module):
+    """Model and objective as one module, so that DistributedDataParallel sees encoder and head in
+    one forward.
+    """
+
+    def __init__(self, denoiser: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.objective = objective
+
+    def forward(self, batch: TokenBatch, generator: RowGenerator) -> LossOutput:
+        return self.objective.loss(self.denoiser, batch, generator)  # type: ignore[arg-type]
+
+
+class Trainer:
+    """Model, optimiser, schedule, average and step: everything that a checkpoint must hold.
+
+    Args:
+        objective: gives sums; see `tokendiff.interfaces.LossOutput`.
+        on_event: hears "metrics" every `logging_steps` steps.
+    """
+
+    def __init__(
+        self,
+        denoiser: "MaskedLMDenoiser",
+        objective: Objective,
+        config: "TrainConfig",
+        world: World,
+        *,
+        on_event: OnEvent = lambda event, **fields: None,
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.denoiser = denoiser.to(world.device).train()
+        if config.gradient_checkpointing:
+            denoiser.recompute_activations()
+        if config.compile:
+            denoiser.compile_encoder()
+        self.optimizer = Optimizer(denoiser.model, config)
+        self.average = (
+            WeightAverage(denoiser.model, config.ema_decay) if config.ema_decay > 0.0 else None
+        )
+        self.step = 0
+        self._on_event = on_event
+        self._since_log: dict[
+            str, list[float]
+        ] = {}  # metric -> [sum, count], global, part of the state
+        module = _LossModule(denoiser, objective)
+        self._module: nn.Module = module
+        if world.size > 1:
+            self._module = DistributedDataParallel(
+                module, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def run(
+        self, batches: Batches, *, last_good: Callable[[], Path | None], save: Callable[[], None]
+    ) -> None:
+        """Train until `max_train_steps`; `save` is called every `checkpointing_steps` and at the
+        end.
+
+        Raises:
+            FloatingPointError: on all workers alike, before the optimiser step, when loss or
+                gradient is not finite.
+        """
+        clock = _Clock()
+        while self.step < self.config.max_train_steps:
+            with clock.waiting():
+                batch = next(batches)
+            totals, grad_norm = self._take_step(batch, last_good)
+            self._count(totals)
+            clock.steps += 1
+            clock.tokens += totals["loss"][1]
+            if (
+                self.step % self.config.logging_steps == 0
+                or self.step == self.config.max_train_steps
+            ):
+                self._log(clock, grad_norm)
+                clock = _Clock()
+            if (
+                self.step % self.config.checkpointing_steps == 0
+                or self.step == self.config.max_train_steps
+            ):
+                save()
+
+    def _take_step(
+        self, columns: dict[str, Any], last_good: Callable[[], Path | None]
+    ) -> tuple[dict[str, list[float]], float]:
+        """One optimiser step; returns the global sums and counts of loss and metrics, and the
+        gradient norm.
+        """
+        self.optimizer.zero_grad()
+        micro_batches = list(self._micro_batches(columns))
+        sums: dict[str, Tensor] = {}
+        for index, (batch, generator) in enumerate(micro_batches):
+            self._seed_dropout(index)
+            is_last = index == len(micro_batches) - 1
+            wait = nullcontext() if is_last or self.world.size == 1 else self._module.no_sync()  # type: ignore[operator]
+            with wait:
+                with torch.autocast(
+                    self.world.device.type,
+                    dtype=torch.bfloat16,
+                    enabled=self.config.mixed_precision == "bf16",
+                ):
+                    output = self._module(batch, generator)
+                output.loss_sum.backward()
+            for name, (total, count) in _pairs(output).items():
+                pair = torch.stack([total.detach().double(), count.double()])
+                sums[name] = sums.get(name, 0.0) + pair
+        names = sorted(sums)
+        reduced = self.world.sum(torch.stack([sums[name] for name in names])).tolist()
+        totals = dict(zip(names, reduced, strict=True))
+        loss_sum, num_tokens = totals["loss"]
+        if not math.isfinite(loss_sum):
+            raise FloatingPointError(self._divergence("loss", loss_sum, last_good()))
+        # DistributedDataParallel averages over workers; what is wanted is the sum over workers per
+        # token.
+        self.optimizer.scale_grad(self.world.size / num_tokens)
+        grad_norm = self.optimizer.clip_grad(self.config.max_grad_norm)
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(self._divergence("gradient norm", grad_norm, last_good()))
+        self.optimizer.step()
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.step)
+        return totals, grad_norm
+
+    def _micro_batches(self, columns: dict[str, Any]) -> Iterator[tuple[TokenBatch, RowGenerator]]:
+        device, seed = self.world.device, self.config.seed
+        tokens = torch.as_tensor(columns["tokens"], device=device).long()
+        length = torch.as_tensor(columns["length"], device=device)
+        row_id = torch.as_tensor(columns["row_id"], device=device)
+        epoch = torch.as_tensor(columns["epoch"], device=device)
+        is_valid = torch.arange(tokens.shape[1], device=device) < length[:, None]
+        positions = torch.arange(
+            self.world.rank, self.config.rows_per_step, self.world.size, device=device
+        )
+        strata = strata_of(key_from(seed, "time", self.step), positions, self.config.rows_per_step)
+        generator = RowGenerator.for_rows(key_from(seed, "noise"), row_id, strata=strata).fold_in(
+            epoch
+        )
+        for rows in torch.arange(len(tokens), device=device).split(
+            self.config.per_device_train_batch_size
+        ):
+            yield TokenBatch(tokens=tokens[rows], is_valid=is_valid[rows]), generator.select(rows)
+
+    def _seed_dropout(self, micro_batch: int) -> None:
+        if self.config.dropout > 0.0:
+            key = key_from(self.config.seed, "dropout", self.step, self.world.rank, micro_batch)
+            torch.manual_seed(key % 2**63)
+
+    def _divergence(self, what: str, value: float, checkpoint: Path | None) -> str:
+        kept = f"last good checkpoint: {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        return (
+            f"step {self.step + 1}: {what} is {value}; stopped before the optimiser step, {kept}. "
+            "Lower learning_rate or max_grad_norm, or look at the rows of this step"
+        )
+
+    def _count(self, totals: dict[str, list[float]]) -> None:
+        for name, (total, count) in totals.items():
+            kept = self._since_log.setdefault(name, [0.0, 0.0])
+            kept[0] += total
+            kept[1] += count
+
+    def _log(self, clock: "_Clock", grad_norm: float) -> None:
+        means = {name: total / count for name, (total, count) in self._since_log.items() if count}
+        self._since_log = {}
+        if self.world.is_main:
+            self._on_event(
+                "metrics",
+                step=self.step,
+                **means,
+                lr=self.optimizer.learning_rate,
+                grad_norm=grad_norm,
+                **clock.figures(),
+            )
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Optimiser state by parameter name."""
+        return self.optimizer.tensors()
+
+    def state(self) -> dict[str, Any]:
+        """The rest of the state, plain JSON; floats survive JSON exactly."""
+        return {
+            "step": self.step,
+            "schedule": self.optimizer.schedule_state(),
+            "since_log": self._since_log,
+        }
+
+    def load_state(
+        self,
+        state: dict[str, Any],
+        optimizer_tensors: dict[str, Tensor],
+        average: dict[str, Tensor] | None,
+    ) -> None:
+        self.step = state["step"]
+        self._since_log = state["since_log"]
+        self.optimizer.load(optimizer_tensors, state["schedule"])
+        if self.average is not None and average is not None:
+            self.average.load(average)
+
+
+class _Clock:
+    """Time since the last log line, and how much of it was spent waiting for rows."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = 0.0
+        self.steps = 0
+        self.tokens = 0.0
+
+    def waiting(self) -> "_Clock":
+        return self
+
+    def __enter__(self) -> None:
+        self._asked = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._waited += time.perf_counter() - self._asked
+
+    def figures(self) -> dict[str, float]:
+        elapsed = time.perf_counter() - self._start
+        return {
+            "tokens_per_second": self.tokens / elapsed,
+            "seconds_per_step": elapsed / self.steps,
+            "data_wait_fraction": self._waited / elapsed,
+        }
+
+
+def _pairs(output: LossOutput) -> dict[str, tuple[Tensor, Tensor]]:
+    return {"loss": (output.loss_sum, output.num_tokens), **output.metrics}
