@@ -1,0 +1,275 @@
+"""What the jobs share on the command line: a config, overrides, a flag for every field, exit codes.
+
+Exit codes: 0 done; 1 failed; 2 the input cannot be used as it stands (a flag, a config, a file), so
+that the same command would fail again; 130 interrupted.
+"""
+
+import argparse
+import difflib
+import functools
+import json
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from tokendiff.config import Config
+from tokendiff.config_loader import (
+    TAG,
+    alternatives,
+    is_tagged,
+    load_config,
+    models_in,
+    tags,
+    walk_fields,
+)
+from tokendiff.errors import CorruptFileError, InputError
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+FieldPath = tuple[str, ...]
+Variants = list[tuple[type[BaseModel], FieldInfo]]  # a field, with the model that has it
+
+_COMMON = ("config", "override", "json", "verbose", "help")
+_METAVARS = {int: "INT", float: "FLOAT", bool: "true|false"}
+_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """A command line that was read; `config` has its overrides and flags in it."""
+
+    config: Config
+    config_path: Path | None
+    json: bool
+    verbose: bool
+    command: str | None
+
+
+def entry_point(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
+    """Make a job's `main(argv)` answer with an exit code, and put errors on stderr.
+
+    Only an exception that nobody foresaw shows its traceback.
+    """
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv) or EXIT_OK
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        except InputError as error:
+            _print_error(error)
+            return EXIT_BAD_INPUT
+        except (FloatingPointError, CorruptFileError) as error:
+            _print_error(error)
+            return EXIT_FAILED
+        except Exception:
+            traceback.print_exc()
+            return EXIT_FAILED
+
+    return run
+
+
+def _print_error(error: Exception) -> None:
+    prefix = "error: "
+    text = textwrap.indent(str(error), " " * len(prefix)).strip()
+    print(prefix + text, file=sys.stderr)
+
+
+def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """The last thing on stdout: one line of JSON, or else a line per entry.
+
+    JSON has no NaN and no infinity: they become null.
+    """
+    if as_json:
+        finite = json.loads(json.dumps(result, default=str), parse_constant=lambda _: None)
+        print(json.dumps(finite), flush=True)
+        return
+    width = max(map(len, result), default=0)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in result.items()), flush=True)
+
+
+def parse(
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str | None,
+    sections: Sequence[str] = (),
+    commands: Mapping[str, str] | None = None,
+) -> Arguments:
+    """Read a job's command line and its config.
+
+    Args:
+        argv: None reads `sys.argv`.
+        prog: the module, as in `python -m prog`.
+        sections: those whose fields become flags, the job's main one first: where fields share a
+            name, the flag is the earlier section's, and the others are reached by `-o`.
+        commands: subcommands and their help; each takes its config as a positional FILE.yaml.
+
+    Raises:
+        InputError: listing what is wrong with the command line, or else with the config.
+        SystemExit: after `--help`.
+    """
+    parser = _Parser(prog=prog, description=description, usage=_usage(prog, sections, commands))
+    if commands:
+        # Without `prog`, argparse would make the name of a subcommand out of `usage`.
+        subparsers = parser.add_subparsers(dest="command", required=True, prog=prog)
+        for name, text in commands.items():
+            subparser = subparsers.add_parser(name, help=text, description=text)
+            subparser.add_argument("config", type=Path, metavar="FILE.yaml")
+            _add_common_flags(subparser)
+    else:
+        parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="config to start from")
+        _add_common_flags(parser)
+    paths = _flag_paths(sections)
+    for section in sections:
+        _add_section_flags(parser, section, paths)
+
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_explain_unknown(unknown, paths))
+    flags = {name: value for name, value in vars(options).items() if "." in name}
+    config = load_config(options.config, options.override, flags)
+    for section in sections:
+        if getattr(config, section) is None:
+            raise InputError(
+                f"{options.config or 'config'}: {section}: null, but {prog} needs this section; "
+                f"remove the line or add -o {section}={{}}"
+            )
+    return Arguments(
+        config=config,
+        config_path=options.config,
+        json=options.json,
+        verbose=options.verbose,
+        command=getattr(options, "command", None),
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **kwargs: Any) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=formatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}\nsee python -m {self.prog} --help")
+
+
+def _usage(prog: str, sections: Sequence[str], commands: Mapping[str, str] | None) -> str:
+    config = f"{{{','.join(commands)}}} FILE.yaml" if commands else "[--config FILE.yaml]"
+    flags = " [--field value ...]" if sections else ""
+    return f"python -m {prog} {config} [-o section.field=value ...]{flags} [--json] [--verbose]"
+
+
+def _add_common_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o",
+        "--override",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="set any field, the value as in YAML; may be given several times",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
+    parser.add_argument("--verbose", action="store_true", help="log more")
+
+
+def _section_fields(section: str) -> dict[FieldPath, Variants]:
+    """All fields of a section; the members of a union may each have one at the same path."""
+    fields: dict[FieldPath, Variants] = {}
+    for model in models_in(Config.model_fields[section].annotation):
+        for path, owner, field in walk_fields(model, (section,)):
+            if not (path[-1] == TAG and tags(owner)):
+                fields.setdefault(path, []).append((owner, field))
+    return fields
+
+
+def _flag_paths(sections: Sequence[str]) -> dict[str, FieldPath]:
+    """Flag -> path of its field. In a section, its own fields go before those inside them."""
+    paths: dict[str, FieldPath] = {}
+    for section in sections:
+        for path in sorted(_section_fields(section), key=len):
+            if path[-1] not in _COMMON:
+                paths.setdefault(path[-1], path)
+    return paths
+
+
+def _add_section_flags(
+    parser: argparse.ArgumentParser, section: str, paths: Mapping[str, FieldPath]
+) -> None:
+    fields = _section_fields(section)
+    without_flag = [".".join(path) for path in fields if paths.get(path[-1]) != path]
+    note = f"By -o only: {', '.join(without_flag)}." if without_flag else None
+    group = parser.add_argument_group(section, note)
+    for path, variants in fields.items():
+        if ".".join(path) in without_flag:
+            continue
+        field = variants[0][1]
+        details = _details(field)
+        parent = fields.get(path[:-1])
+        if parent and len(models_in(parent[0][1].annotation)) > len(variants):
+            details.insert(0, f"{path[-2]} {', '.join(tags(owner)[0] for owner, _ in variants)}")
+        text = f"{field.description or ''} ({'; '.join(details)})".replace(" ()", "")
+        kwargs: dict[str, Any] = _shape(field.annotation)
+        group.add_argument(
+            f"--{path[-1]}",
+            dest=".".join(path),
+            default=argparse.SUPPRESS,
+            help=text.replace("%", "%%"),
+            **kwargs,
+        )
+
+
+def _shape(annotation: Any) -> dict[str, Any]:
+    """How many words a flag takes. What they mean is left to the loader: its errors are better."""
+    types = alternatives(annotation)
+    for item in (get_args(t)[0] for t in types if get_origin(t) is list):
+        return {**_shape(item), "nargs": "+", "action": "extend"}
+    metavar = next((_METAVARS[t] for t in types if t in _METAVARS), "TEXT")
+    if bool in types:
+        return {"nargs": "?", "const": "true", "metavar": metavar}
+    return {"metavar": metavar}
+
+
+def _details(field: FieldInfo) -> list[str]:
+    """Allowed values and default of a field."""
+    types = alternatives(field.annotation)
+    choices = [str(c) for t in types if get_origin(t) is Literal for c in get_args(t)]
+    if is_tagged(field):
+        choices = [tag for model in models_in(field.annotation) for tag in tags(model)]
+    details = [f"one of {', '.join(choices)}"] if choices else []
+    for rule in field.metadata:
+        details += [
+            f"{sign} {getattr(rule, at)}" for at, sign in _BOUNDS.items() if hasattr(rule, at)
+        ]
+    default = getattr(field.default, TAG, field.default)
+    if isinstance(default, bool):
+        default = str(default).lower()
+    return details if default in (None, []) else [*details, f"default: {default}"]
+
+
+def _explain_unknown(words: Sequence[str], paths: Mapping[str, FieldPath]) -> str:
+    unknown = [word.partition("=")[0] for word in words if word.startswith("--")]
+    if not unknown:
+        return f"unexpected argument {words[0]!r}"
+    everywhere = {path[-1]: ".".join(path) for path, _, _ in walk_fields(Config) if len(path) > 1}
+    lines = []
+    for flag in unknown:
+        name = flag.removeprefix("--").replace("-", "_")
+        close = difflib.get_close_matches(name, [*paths, *_COMMON], n=1)
+        if name in everywhere and name not in paths:
+            hint = f"; did you mean -o {everywhere[name]}=...?"
+        else:
+            hint = f"; did you mean --{close[0]}?" if close else ""
+        lines.append(f"unknown flag {flag}{hint}")
+    return "\n".join(lines)

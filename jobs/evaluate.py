@@ -1,0 +1,40 @@
+"""Judge a checkpoint: the bound on held-out rows, metrics of its samples, and an HTML report.
+
+    python -m jobs.evaluate --checkpoint_path mdlm-output/final --samples_path samples \\
+        --output_dir evaluation
+"""
+
+import sys
+from collections.abc import Sequence
+
+from jobs import cli
+from tokendiff.errors import InputError
+
+
+@cli.entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    args = cli.parse(
+        argv,
+        prog="jobs.evaluate",
+        description=__doc__,
+        sections=("evaluate", "cluster", "tracking"),
+    )
+    config = args.config.evaluate
+    if config is None or config.checkpoint_path is None:
+        raise InputError("--checkpoint_path is missing: a checkpoint-N or final folder of jobs.train")
+    from pipelines.runner import run_job
+    from pipelines.stage import evaluate_stage
+
+    stage = evaluate_stage(
+        args.config,
+        folder=config.output_dir or "evaluation",
+        checkpoint_path=config.checkpoint_path,
+        data_path=config.data_path,
+        samples_path=config.samples_path,
+    )
+    cli.print_result(run_job([stage], args.config), as_json=args.json)
+    return cli.EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Sample from a checkpoint, in batches, on any number of actors.
+
+Writes part files (jsonl or Parquet) with id, prompt, tokens, text, model calls and seconds;
+running the same command again goes on where it stopped.
+
+    python -m jobs.generate --checkpoint_path mdlm-output/final --num_samples 4 --seq_len 64 \\
+        --num_inference_steps 128 --output_dir samples
+"""
+
+import sys
+from collections.abc import Sequence
+
+from jobs import cli
+from tokendiff.errors import InputError
+
+
+@cli.entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    args = cli.parse(
+        argv,
+        prog="jobs.generate",
+        description=__doc__,
+        sections=("generate", "cluster", "tracking"),
+    )
+    config = args.config.generate
+    if config is None or config.checkpoint_path is None:
+        raise InputError("--checkpoint_path is missing: a checkpoint-N or final folder of jobs.train")
+    from pipelines.runner import run_job
+    from pipelines.stage import generate_stage
+    from tokendiff.data.samples import read_samples
+
+    stage = generate_stage(
+        args.config,
+        folder=config.output_dir or "samples",
+        checkpoint_path=config.checkpoint_path,
+    )
+    result = run_job([stage], args.config)
+    if not args.json:
+        for record in read_samples(stage.folder)[:4]:
+            print(f"--- {record['id']}\n{record['text']}")
+    cli.print_result(result, as_json=args.json)
+    return cli.EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

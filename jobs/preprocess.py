@@ -1,0 +1,32 @@
+"""Text to packed token shards.
+
+Reads files, a Hugging Face dataset or the built-in corpus, tokenizes, packs documents into rows of
+max_length, keeps a part for evaluation, and writes Parquet shards with a manifest.
+
+    python -m jobs.preprocess --dataset_name text --data_files 'corpus/*.txt' --output_dir data
+"""
+
+import sys
+from collections.abc import Sequence
+
+from jobs import cli
+
+
+@cli.entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    args = cli.parse(
+        argv,
+        prog="jobs.preprocess",
+        description=__doc__,
+        sections=("preprocess", "cluster", "tracking"),
+    )
+    from pipelines.runner import run_job
+    from pipelines.stage import preprocess_stage
+
+    stage = preprocess_stage(args.config, folder=args.config.preprocess.output_dir or "data")
+    cli.print_result(run_job([stage], args.config), as_json=args.json)
+    return cli.EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

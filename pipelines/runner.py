@@ -1,0 +1,163 @@
+"""Running stages: each with its log, its progress on the console, and its run in MLflow."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pipelines.stage import Stage, pipeline_stages
+from tokendiff.cluster.session import ray_session
+from tokendiff.config import Config
+from tokendiff.errors import InputError
+from tokendiff.manifest import verify
+from tokendiff.tracking.mlflow_mirror import MlflowMirror
+from tokendiff.tracking.progress import LogTailer, ProgressPrinter
+from tokendiff.tracking.run_log import RunLog
+
+Results = dict[str, dict[str, Any]]
+
+
+def run_stage(stage: Stage, mirror: MlflowMirror) -> dict[str, Any]:
+    """Run one stage, or go on with it where it was cut off; returns its result.
+
+    What it does is written to its log, and shown and mirrored from there.
+    """
+    params = {stage.name: stage.settings}
+    tags = {"stage": stage.name, "key": stage.key}
+    with (
+        RunLog(stage.log_path) as log,
+        ProgressPrinter(stage.name) as printer,
+        mirror.stage(stage.name, folder=stage.record, params=params, tags=tags) as run,
+        LogTailer(stage.log_path, [printer.consume, run.consume]),
+    ):
+        try:
+            stage.action(stage, log)
+        except BaseException as error:
+            log.write("error", message=str(error).split("\n")[0] or type(error).__name__)
+            raise
+        log.write("end")
+        result = stage.result(stage)
+        run.log_metrics(_numbers(result))
+        if (report := stage.folder / "report").is_dir():
+            run.log_artifacts(report, "report")
+    return result
+
+
+def run_job(stages: Sequence[Stage], config: Config) -> dict[str, Any]:
+    """Run the stages of a single job, without a pipeline around them; returns the last one's result.
+
+    Its tracking store, where none is configured, is under the last stage's folder.
+    """
+    folder = stages[-1].folder
+    with (
+        _alone(folder),
+        MlflowMirror.open(config.tracking, folder) as mirror,
+        ray_session(config.cluster),
+    ):
+        for stage in stages:
+            result = run_stage(stage, mirror)
+    return {"output_dir": str(folder), **result}
+
+
+def run_pipeline(config: Config, root: Path) -> Results:
+    """Run every stage that is not done, in order; returns the result of each.
+
+    Args:
+        root: absolute folder that the pipeline's own folder is made in.
+
+    Raises:
+        InputError: a stage's input cannot be used, or another run of this pipeline is under way.
+    """
+    folder = root / config.name
+    stages = checked_stages(config, root)
+    with _alone(folder), _parent_run(config, root) as mirror:
+        results: Results = {}
+        pending = [stage for stage in stages if not _is_sound(stage)]
+        for stage in stages:
+            if stage not in pending:
+                print(f"{stage.name}  done before, in {stage.folder.name}", flush=True)
+                results[stage.name] = stage.result(stage)
+        if pending:
+            with ray_session(config.cluster):
+                for stage in pending:
+                    started = time.monotonic()
+                    results[stage.name] = run_stage(stage, mirror)
+                    print(f"{stage.name}  done in {time.monotonic() - started:.0f} s", flush=True)
+        mirror.log_metrics(_numbers(results.get("evaluate", {})))
+    return {stage.name: results[stage.name] for stage in stages}
+
+
+def plan(config: Config, root: Path) -> list[dict[str, str]]:
+    """What `run_pipeline` would do with each stage: `state` is done, resume or run."""
+    rows = []
+    for stage in checked_stages(config, root):
+        state = "done" if stage.is_done else "resume" if stage.folder.is_dir() else "run"
+        rows.append(
+            {"stage": stage.name, "state": state, "key": stage.key, "folder": str(stage.folder)}
+        )
+    return rows
+
+
+def status(config: Config, root: Path) -> Results:
+    """The result of every stage that is done."""
+    return {
+        stage.name: stage.result(stage) for stage in checked_stages(config, root) if stage.is_done
+    }
+
+
+def checked_stages(config: Config, root: Path) -> list[Stage]:
+    """The stages, after refusing paths that the pipeline itself decides."""
+    for section in ("preprocess", "train", "generate", "evaluate"):
+        part = getattr(config, section)
+        for name in ("output_dir", "data_path", "checkpoint_path", "samples_path"):
+            if getattr(part, name, None) is not None:
+                raise InputError(
+                    f"{section}.{name} is decided by the pipeline (everything goes under root); "
+                    f"remove it, or run python -m jobs.{section} by itself"
+                )
+    return pipeline_stages(config, root / config.name)
+
+
+def _is_sound(stage: Stage) -> bool:
+    """Whether the stage is done; its files must then still be there, by presence and size."""
+    if not stage.is_done:
+        return False
+    verify(stage.result_folder, hashes=False)
+    return True
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the system frees it when its holder dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise InputError(
+            f"{folder}: another run that writes there is under way; wait for it, or choose another "
+            "folder or name"
+        ) from error
+
+
+@contextmanager
+def _parent_run(config: Config, root: Path) -> Iterator[MlflowMirror]:
+    with MlflowMirror.open(
+        config.tracking,
+        root,
+        run_name=config.name,
+        tags={"pipeline": config.name},
+        folder=root / config.name / ".run",
+    ) as mirror:
+        yield mirror
+
+
+def _numbers(result: dict[str, Any]) -> dict[str, float]:
+    return {
+        name: value
+        for name, value in result.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }

@@ -1,0 +1,234 @@
+"""Stages: what jobs and pipelines are made of. Each has settings, inputs, a folder, and a key.
+
+The key is a hash of the settings that decide the result, the keys of the inputs and the version of
+the code. In a pipeline it names the stage's folder, and a folder that is committed is not made
+again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokendiff
+from pipelines.paths import output_path
+from tokendiff.checkpoint import FINAL
+from tokendiff.config import Config
+from tokendiff.manifest import RECORD_FOLDER, fingerprint, is_committed, load_manifest
+from tokendiff.tracking.run_log import LOG_NAME, RunLog, metrics_by_step
+
+_KEY_LENGTH = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of the way from text to a report.
+
+    Attributes:
+        settings: fields that decide the result, plain JSON.
+        base: the stage's folder; in a pipeline the folder that `NAME-KEY` is made in.
+        action: does the work; leaves `result_folder` committed, goes on where it was cut off.
+        result: what the finished stage reports: figures for tables, the tracking and `--json`.
+        version: raised when the same settings come to give another result.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    base: Path
+    action: Callable[["Stage", RunLog], None]
+    result: Callable[["Stage"], dict[str, Any]]
+    inputs: tuple["Stage", ...] = ()
+    is_keyed: bool = False
+    version: int = 1
+
+    @cached_property
+    def key(self) -> str:
+        parts = {
+            "settings": self.settings,
+            "inputs": [stage.key for stage in self.inputs],
+            "code": [tokendiff.__version__, self.version],
+        }
+        return fingerprint(parts)[:_KEY_LENGTH]
+
+    @cached_property
+    def folder(self) -> Path:
+        return self.base / f"{self.name}-{self.key}" if self.is_keyed else self.base
+
+    @property
+    def record(self) -> Path:
+        """The folder of the stage's own log and tracking state, beside its result."""
+        return self.folder / RECORD_FOLDER
+
+    @property
+    def log_path(self) -> Path:
+        return self.record / LOG_NAME
+
+    @property
+    def result_folder(self) -> Path:
+        """The folder whose manifest commits the stage."""
+        return self.folder / FINAL if self.name == "train" else self.folder
+
+    @property
+    def is_done(self) -> bool:
+        return is_committed(self.result_folder)
+
+
+def pipeline_stages(config: Config, folder: Path) -> list[Stage]:
+    """The stages of a pipeline in the order in which they run, each in `folder/NAME-KEY`."""
+    data = preprocess_stage(config, folder, is_keyed=True)
+    train = train_stage(config, folder, data_path=data.folder, inputs=(data,), is_keyed=True)
+    checkpoint = str(train.result_folder)
+    stages = [data, train]
+    if config.generate is not None:
+        stages.append(
+            generate_stage(
+                config, folder, checkpoint_path=checkpoint, inputs=(train,), is_keyed=True
+            )
+        )
+    if config.evaluate is not None:
+        samples = stages[-1].folder if config.generate is not None else None
+        stages.append(
+            evaluate_stage(
+                config,
+                folder,
+                checkpoint_path=checkpoint,
+                data_path=data.folder,
+                samples_path=samples,
+                inputs=tuple(stages),
+                is_keyed=True,
+            )
+        )
+    return stages
+
+
+def preprocess_stage(config: Config, folder: str | Path, **kwargs: Any) -> Stage:
+    tokenizer = config.tokenizer_name_or_path
+
+    def action(stage: Stage, log: RunLog) -> None:
+        from tokendiff.cluster.preprocess import preprocess
+
+        preprocess(
+            config.preprocess,
+            tokenizer_name_or_path=tokenizer,
+            output_dir=stage.folder,
+            on_progress=lambda done, total: log.write("progress", done=done, total=total),
+        )
+
+    def result(stage: Stage) -> dict[str, Any]:
+        metadata = load_manifest(stage.folder).metadata
+        counts = {
+            f"{split}_{name}": figures[name]
+            for split, figures in metadata["splits"].items()
+            for name in ("documents", "rows", "tokens")
+        }
+        dropped = {f"dropped_{name}": count for name, count in metadata["dropped"].items()}
+        return {**counts, **dropped, "padded_fraction": metadata["padded_fraction"]}
+
+    settings = {**config.preprocess.result_fields(), "tokenizer_name_or_path": tokenizer}
+    return _stage("preprocess", settings, folder, action, result, **kwargs)
+
+
+def train_stage(
+    config: Config, folder: str | Path, *, data_path: str | Path, **kwargs: Any
+) -> Stage:
+    def action(stage: Stage, log: RunLog) -> None:
+        from tokendiff.cluster.train import train
+
+        train(
+            config.train,
+            config.cluster,
+            data_path=data_path,
+            output_dir=stage.folder,
+            on_event=log.write,
+        )
+
+    def result(stage: Stage) -> dict[str, Any]:
+        log = metrics_by_step(stage.log_path)
+        return {
+            "step": load_manifest(stage.result_folder).metadata["step"],
+            "loss": log[-1]["loss"] if log else None,
+            "tokens_per_second": _median([event["tokens_per_second"] for event in log]),
+            "checkpoint": str(stage.result_folder),
+        }
+
+    return _stage("train", config.train.result_fields(), folder, action, result, **kwargs)
+
+
+def generate_stage(
+    config: Config, folder: str | Path, *, checkpoint_path: str, **kwargs: Any
+) -> Stage:
+    section = config.generate
+    assert section is not None
+
+    def action(stage: Stage, log: RunLog) -> None:
+        from tokendiff.cluster.generate import generate
+
+        generate(
+            section,
+            config.cluster,
+            checkpoint_path=checkpoint_path,
+            output_dir=stage.folder,
+            on_event=log.write,
+        )
+
+    def result(stage: Stage) -> dict[str, Any]:
+        metadata = load_manifest(stage.folder).metadata
+        figures = {name: metadata[name] for name in ("rows", "seq_len", "tokens_per_second")}
+        return {**figures, "output_dir": str(stage.folder)}
+
+    return _stage("generate", section.result_fields(), folder, action, result, **kwargs)
+
+
+def evaluate_stage(
+    config: Config,
+    folder: str | Path,
+    *,
+    checkpoint_path: str,
+    data_path: str | Path | None,
+    samples_path: str | Path | None,
+    **kwargs: Any,
+) -> Stage:
+    section = config.evaluate
+    assert section is not None
+
+    def action(stage: Stage, log: RunLog) -> None:
+        from tokendiff.checkpoint import open_checkpoint
+        from tokendiff.cluster.evaluate import evaluate
+        from tokendiff.config_loader import to_yaml
+
+        training = open_checkpoint(checkpoint_path).parent / RECORD_FOLDER / LOG_NAME
+        evaluate(
+            section,
+            config.cluster,
+            title=config.name,
+            checkpoint_path=checkpoint_path,
+            data_path=data_path,
+            samples_path=samples_path,
+            training_log=metrics_by_step(training),
+            config_yaml=to_yaml(config),
+            output_dir=stage.folder,
+            on_event=log.write,
+        )
+
+    def result(stage: Stage) -> dict[str, Any]:
+        metrics = load_manifest(stage.folder).metadata["metrics"]
+        return {**metrics, "report": str(stage.folder / "report" / "index.html")}
+
+    return _stage("evaluate", section.result_fields(), folder, action, result, **kwargs)
+
+
+def _stage(
+    name: str,
+    settings: dict[str, Any],
+    folder: str | Path,
+    action: Callable[[Stage, RunLog], None],
+    result: Callable[[Stage], dict[str, Any]],
+    **kwargs: Any,
+) -> Stage:
+    base = output_path(str(folder))
+    return Stage(name=name, settings=settings, base=base, action=action, result=result, **kwargs)
+
+
+def _median(values: list[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None

@@ -1,0 +1,107 @@
+"""What a pipeline prints: plan, status, and the short table at the end of a run."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from pipelines.runner import Results
+from tokendiff.config import Config
+from tokendiff.data.samples import read_samples
+from tokendiff.tracking.mlflow_store import open_command, resolve_uri
+
+_SHOWN_SAMPLES = 2
+_SHOWN_CHARACTERS = 400
+
+
+def print_plan(rows: list[dict[str, str]], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        print(f"{row['stage']:<11} {row['state']:<7} {row['folder']}")
+
+
+def print_results(results: Results, config: Config, root: Path, *, as_json: bool) -> None:
+    """The figures that matter, the first samples, and where everything is.
+
+    Args:
+        results: of the stages that are done.
+        root: as for `run_pipeline`.
+    """
+    if as_json:
+        print(json.dumps(results))
+        return
+    lines = [*_training_lines(results), *_bound_lines(results), *_sample_lines(results)]
+    if "evaluate" in results:
+        lines.append(("report", results["evaluate"]["report"]))
+    if "train" in results:
+        lines.append(("checkpoint", results["train"]["checkpoint"]))
+    if config.tracking.enabled:
+        lines.append(("MLflow", open_command(resolve_uri(config.tracking, root))))
+    if not results:
+        lines.append((config.name, "no stage is done yet"))
+    print()
+    width = max(len(label) for label, _ in lines)
+    for label, text in lines:
+        print(f"{label:<{width}}  " + text.replace("\n", "\n" + " " * (width + 2)))
+
+
+def _training_lines(results: Results) -> list[tuple[str, str]]:
+    lines = []
+    if data := results.get("preprocess"):
+        lines.append(
+            (
+                "data",
+                f"{data['train_tokens']:,} training tokens in {data['train_rows']:,} rows, "
+                f"{data['heldout_tokens']:,} held out, {100 * data['padded_fraction']:.2f} % padding",
+            )
+        )
+    if train := results.get("train"):
+        speed = train["tokens_per_second"]
+        lines.append(
+            (
+                "training",
+                f"{train['step']} steps" + (f", {speed:,.0f} tokens/s" if speed else ""),
+            )
+        )
+    if (samples := results.get("generate")) and samples["tokens_per_second"]:
+        lines.append(
+            ("sampling", f"{samples['rows']} samples, {samples['tokens_per_second']:,.0f} tokens/s")
+        )
+    return lines
+
+
+def _bound_lines(results: Results) -> list[tuple[str, str]]:
+    figures = results.get("evaluate")
+    if figures is None:
+        return []
+    bound, unigram = figures["nats_per_token"], figures["unigram_entropy_nats"]
+    lines = [
+        (
+            "bound",
+            f"{bound:.3f} ± {figures['standard_error']:.3f} nats per held-out token",
+        ),
+        ("unigram", f"{unigram:.3f} nats: the bound is {100 * (1 - bound / unigram):.0f} % below"),
+    ]
+    if figures["bits_per_byte"] is not None:
+        unigram_bits = unigram * figures["num_tokens"] / figures["num_bytes"] / math.log(2.0)
+        lines.append(
+            (
+                "bits/byte",
+                f"{figures['bits_per_byte']:.3f}, against {unigram_bits:.3f} at the unigram entropy",
+            )
+        )
+    return lines
+
+
+def _sample_lines(results: Results) -> list[tuple[str, str]]:
+    if "generate" not in results:
+        return []
+    records = read_samples(Path(results["generate"]["output_dir"]))[:_SHOWN_SAMPLES]
+    return [(f"sample {record['id']}", _shortened(record["text"])) for record in records]
+
+
+def _shortened(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " ..."

@@ -1,0 +1,493 @@
+"""Strict YAML and the loading of configs: what is read, and what each bad input is told."""
+
+import json
+import random
+import re
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+import yaml
+from pydantic import BeforeValidator, Field
+
+from tokendiff import strict_yaml
+from tokendiff.config import Config, MDLMConfig, PreprocessConfig, Section, TrainConfig
+from tokendiff.config_loader import load_config, load_model, to_yaml
+from tokendiff.errors import InputError
+
+
+class Red(Section):
+    name: Literal["red"] = "red"
+    depth: int = Field(1, ge=0)
+
+
+class Blue(Section):
+    name: Literal["blue"] = "blue"
+    width: float = 1.0
+    marks: list[int] = Field([])
+
+
+def _by_name(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"name": value}
+    return {"name": "red", **value} if isinstance(value, dict) else value
+
+
+Colour = Annotated[Red | Blue, Field(discriminator="name"), BeforeValidator(_by_name)]
+
+
+class Paint(Section):
+    colour: Colour = Red()
+    second: Colour | None = None
+    api_key: int = 0
+    uri: int = 0
+
+
+class Toy(Section):
+    """A config with a real discriminated union, which Config has none of yet."""
+
+    paint: Paint = Paint()
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write a config into the working directory, so that messages begin with its bare name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write_text(text: str | bytes) -> Path:
+        path = Path("run.yaml")
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write_text
+
+
+def problems(*args: Any, model: type = Config) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        load_model(model, *args)
+    assert "pydantic" not in str(caught.value)
+    return str(caught.value).splitlines()
+
+
+# Strict YAML.
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        # Section 10.3.2 of the YAML 1.2.2 specification ...
+        *[(text, None) for text in ("null", "Null", "NULL", "~", "")],
+        *[(text, True) for text in ("true", "True", "TRUE")],
+        *[(text, False) for text in ("false", "False", "FALSE")],
+        *[("0", 0), ("-19", -19), ("+12", 12), ("0o7", 7), ("0x3A", 58), ("010", 10)],
+        *[("0.", 0.0), ("-0.0", 0.0), (".5", 0.5), ("+12e03", 12000.0), ("-2E+05", -200000.0)],
+        *[("1e-3", 0.001), ("1E5", 1e5), (".inf", float("inf")), ("-.Inf", -float("inf"))],
+        # ... and what it leaves as strings, unlike YAML 1.1.
+        *[(t, t) for t in ("yes", "no", "on", "off", "y", "2024-01-01", "12:30:00", "1_000")],
+        *[(t, t) for t in ("0b1", "1e", ".", "e5", "inf", "nan", "0xg", "-0x1", "\u0661", "1.2.3")],
+    ],
+)
+def test_plain_scalars_follow_yaml_1_2(text, value):
+    found = strict_yaml.parse(f"key: {text}", source="f").value["key"]
+    assert (found, type(found)) == (value, type(value))
+    assert strict_yaml.parse_value(text, source="-o") == value
+    assert strict_yaml.parse(f"key: '{text}'", source="f").value["key"] == text
+
+
+def random_text(rng: random.Random) -> str:
+    awkward = "1e-3 0o17 0x1F yes null ~ << = 1_000 .5 .inf -1 2024-01-01 true [ { # & * ! | > % @"
+    if rng.random() < 0.5:
+        return rng.choice(awkward.split())
+    return "".join(rng.choices("ab1 :#-\n\t'\"\\,[]{}é\u2028\x85\x07😀", k=rng.randrange(8)))
+
+
+def random_value(rng: random.Random, depth: int = 0) -> Any:
+    kind = rng.randrange(8 if depth < 4 else 6)
+    if kind == 6:
+        return [random_value(rng, depth + 1) for _ in range(rng.randrange(4))]
+    if kind == 7:
+        return {f"k{i}": random_value(rng, depth + 1) for i in range(rng.randrange(4))}
+    floats = [0.1, 1e-8, 1e300, -2.5]
+    scalars = [None, True, False, rng.randrange(-99, 10**12), rng.choice(floats), random_text(rng)]
+    return scalars[kind]
+
+
+def test_dump_and_parse_are_inverse():
+    rng = random.Random(0)
+    for _ in range(300):
+        value = {"key": random_value(rng)}
+        assert strict_yaml.parse(strict_yaml.dump(value), source="f").value == value
+
+
+def test_json_reads_as_json():
+    rng = random.Random(1)
+    for _ in range(300):
+        text = json.dumps({"key": random_value(rng)}, ensure_ascii=False)
+        text = re.sub(
+            "[\x85\u2028]", "", text
+        )  # to YAML 1.1, which PyYAML scans, these are line breaks
+        assert strict_yaml.parse(text, source="f").value == json.loads(text)
+
+
+def test_every_key_has_its_line():
+    text = """\
+a:
+  b: 1
+
+  # a comment
+  c:
+  - d: 1
+    e: {f: 1}
+  - g: |
+      text
+      text
+    h:
+      2
+"""
+    lines = strict_yaml.parse(text, source="f").lines
+    by_search = {
+        key: number
+        for number, line in enumerate(text.splitlines(), start=1)
+        for key in "abcdefgh"
+        if f"{key}:" in line
+    }
+    assert {
+        path[-1]: line for path, line in lines.items() if isinstance(path[-1], str)
+    } == by_search
+    assert (lines["a", "c", 0], lines["a", "c", 1]) == (6, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a:\n  b: 1\n  c: 2\n  b: 3", "4: a.b: given twice, first on line 2"),
+        ("a: 1\n'a': 2", "2: a: given twice, first on line 1"),
+        ("b: {1: x}", "1: a key must be a string, got 1"),
+        ("a: 1\ntrue: x", "2: a key must be a string, got true"),
+        ("~: x", "1: a key must be a string, got ~"),
+        ("? [a]\n: x", "1: a key must be a string, not a list or mapping"),
+        ("a: !!python/object/apply:os.system ['true']", "1: tag !!python/object/apply:os.system"),
+        ("a: 1\nb: !foo x", "2: tag !foo is not allowed"),
+        ("!!map {a: 1}", "1: tag !!map is not allowed"),
+        ("a: ! 1", "1: tag ! is not allowed"),
+        ("a: &x {b: 1}\nc:\n  <<: *x", "3: merge keys (<<) are not allowed"),
+        ("a: 1\n---\nb: 1", "2: a second document"),
+        ("a: [1,\n 2", "2: not valid YAML: while parsing a flow sequence"),
+        ("a: 1\nb: c: d", "2: not valid YAML: mapping values are not allowed here"),
+        ("a: *x", "1: not valid YAML: found undefined alias 'x'"),
+        ("a: 1\nb: \x07", "2: not valid YAML: character U+0007 is not allowed"),
+        ('a: 1\nb: "\\UFFFFFFFF"', "2: not valid YAML: an escape or a version is out of range"),
+        ("a: 1\nb: " + "9" * 5000, "2: a number of 5000 characters"),
+        ("a: &a [1, *a]", "1: nested deeper than 32 levels, or an alias that contains itself"),
+        ("\n".join(" " * i + "a:" for i in range(40)), "33: nested deeper than 32 levels"),
+        ("", "1: the file is empty"),
+        ("# nothing\n", "1: the file is empty"),
+        ("\n- a", "2: the file should hold sections"),
+        ("text", "1: the file should hold sections"),
+        (b"a: 1\nb: \xe9", "2: not UTF-8 (byte 0xe9)"),
+    ],
+)
+def test_doubtful_yaml_is_refused_at_its_line(write, text, message):
+    with pytest.raises(InputError) as caught:
+        strict_yaml.read(write(text))
+    assert str(caught.value).startswith(f"run.yaml:{message}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *["[" * 100_000, "a: " + "{b: " * 100_000, "- " * 100_000, "a: [\n" * 100_000],
+        "a0: &a0 x\n" + "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i},' * 9}]\n" for i in range(9)),
+    ],
+    ids=["flow", "mappings", "block", "lines", "billion laughs"],
+)
+def test_bombs_are_refused_fast(text):
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"^f:\d+: (nested deeper|aliases repeat more)"):
+        strict_yaml.parse(text, source="f")
+    assert time.monotonic() - start < 5  # seconds; expanded, the last one has 400 million values
+
+
+def test_a_depth_of_32_and_a_few_aliases_are_fine():
+    deep = "a: " + "[" * 31 + "]" * 31
+    assert strict_yaml.parse(deep, source="f").value == yaml.safe_load(deep)
+    shared = "a: &x {b: [1, 2]}\nc: *x\nd: [*x, *x]"
+    document = strict_yaml.parse(shared, source="f")
+    assert document.value == yaml.safe_load(shared)
+    assert document.value["a"] is not document.value["c"], (
+        "an override of one must not reach the other"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("[a, 'b # c', 1e-3]", ["a", "b # c", 0.001]),
+        ("{a: {b: 1}}", {"a": {"b": 1}}),
+        *[("'1'", "1"), ('"1"', "1"), ("*.txt", "*.txt"), ("a: b # c", "a: b # c")],
+        ("http://host:5000", "http://host:5000"),
+    ],
+)
+def test_values_of_the_command_line(text, value):
+    assert strict_yaml.parse_value(text, source="-o x") == value
+
+
+@pytest.mark.parametrize("text", ["[a", "'a': b", "[a]: b", "!!str a", "[1]\n---\n[2]", "[" * 99])
+def test_bad_values_of_the_command_line(text):
+    with pytest.raises(InputError, match=r"^-o x: "):
+        strict_yaml.parse_value(text, source="-o x")
+
+
+# Configs.
+
+
+def test_every_problem_is_listed_with_place_value_and_remedy(write):
+    path = write("""\
+name: a b
+train:
+  max_train_stepz: 1
+  max_train_steps: 0
+  learning_rate: "1"
+  lr_scheduler: cosin
+  lambda_conf: 1
+  compile: yes
+  objective: mdml
+  model_name_or_path: 12
+  seed: true
+preprocess:
+  data_files:
+  - a
+  - 1
+  text_column: ""
+trian: 3
+cluster: 4
+generate:
+  sampler: {top_q: 1, temperature: -1, top_p: 1.5}
+evaluate:
+  seed: 1.0
+""")
+    schedulers = (
+        "'linear', 'cosine', 'cosine_with_restarts', 'polynomial', 'constant', "
+        "'constant_with_warmup'"
+    )
+    assert problems(path, ["train.weight_decay=-1", "foo"], {"train.logging_steps": "x"}) == [
+        "run.yaml:1: name: must be of the form ^[A-Za-z0-9][A-Za-z0-9._-]*$, got 'a b'",
+        "run.yaml:3: train.max_train_stepz: unknown field; did you mean 'max_train_steps'?",
+        "run.yaml:4: train.max_train_steps: must be >= 1, got 0",
+        "run.yaml:5: train.learning_rate: must be a number, got '1'",
+        f"run.yaml:6: train.lr_scheduler: must be one of {schedulers}, got 'cosin'; "
+        "did you mean 'cosine'?",
+        "run.yaml:7: train.lambda_conf: unknown field; did you mean 'train.objective.lambda_conf'?",
+        "run.yaml:8: train.compile: must be true or false, got 'yes'",
+        "run.yaml:9: train.objective: must be one of 'mdlm', got 'mdml'; did you mean 'mdlm'?",
+        "run.yaml:10: train.model_name_or_path: must be a string, got 12; put it in quotes",
+        "run.yaml:11: train.seed: must be an integer, got true",
+        "run.yaml:15: preprocess.data_files[1]: must be a string, got 1; put it in quotes",
+        "run.yaml:16: preprocess.text_column: must be at least 1 characters long, got ''",
+        "run.yaml:17: trian: unknown field; did you mean 'train'?",
+        "run.yaml:18: cluster: must be a mapping of fields, got 4",
+        "run.yaml:20: generate.sampler.temperature: must be >= 0.0, got -1",
+        "run.yaml:20: generate.sampler.top_p: must be <= 1.0, got 1.5",
+        "run.yaml:20: generate.sampler.top_q: unknown field; did you mean 'top_p'?",
+        "run.yaml:22: evaluate.seed: must be an integer, got 1.0",
+        "-o train.weight_decay: must be >= 0.0, got -1",
+        "-o foo: write it as -o section.field=value",
+        "--logging_steps: must be an integer, got 'x'",
+    ]
+
+
+def test_a_problem_between_fields_stands_at_the_last_of_them(write):
+    path = write(
+        "train:\n  lr_warmup_steps: 20\n  seed: 1\n  max_train_steps: 10\n  compile: true\n"
+    )
+    text = "train: lr_warmup_steps 20 exceeds max_train_steps"
+    assert problems(path) == [f"run.yaml:4: {text} 10"]
+    assert problems(path, ["train.max_train_steps=5"]) == [f"-o train.max_train_steps: {text} 5"]
+    assert problems(None, ["train.lr_warmup_steps=2000"]) == [
+        "-o train.lr_warmup_steps: train: lr_warmup_steps 2000 exceeds max_train_steps 1000"
+    ]
+
+
+def test_an_unreadable_file_is_named(tmp_path):
+    assert problems(tmp_path / "no.yaml") == [
+        f"{tmp_path}/no.yaml: cannot be read: No such file or directory"
+    ]
+    assert problems(tmp_path) == [f"{tmp_path}: cannot be read: Is a directory"]
+
+
+def test_later_sources_win(write):
+    path = write("root: a\ntrain: {seed: 1, max_train_steps: 5}\ngenerate:\n")
+    assert load_config(path) == Config(
+        root="a", train=TrainConfig(seed=1, max_train_steps=5), generate=None
+    )
+    config = load_config(
+        path,
+        ["train.seed=2", "train.max_train_steps=6", "train.seed=3", "root=b", "generate.seq_len=9"],
+        {"train.max_train_steps": "7"},
+    )
+    assert (config.root, config.train.seed, config.train.max_train_steps) == ("b", 3, 7)
+    assert config.generate is not None
+    assert config.generate.seq_len == 9
+    assert load_config(None, ["train.output_dir=", "evaluate=null"]).evaluate is None
+    assert load_config(None) == Config()
+
+
+def test_the_text_of_a_flag_is_read_as_its_field_wants():
+    flags = {
+        "preprocess.dataset_name": "parquet",
+        "preprocess.text_column": "123",
+        "preprocess.data_files": ["1", "null"],
+        "preprocess.max_length": "0x40",
+        "train.learning_rate": "1e-3",
+        "train.compile": "true",
+        "train.data_path": "1e-3",
+        "train.mixed_precision": "no",
+        "train.objective.lambda_conf": ".5",
+        "train.seed": 7,
+        "cluster.use_gpu": "null",
+    }
+    assert load_config(None, (), flags) == Config(
+        preprocess=PreprocessConfig(
+            dataset_name="parquet", text_column="123", data_files=["1", "null"], max_length=64
+        ),
+        train=TrainConfig(
+            learning_rate=0.001,
+            compile=True,
+            data_path="1e-3",
+            objective=MDLMConfig(lambda_conf=0.5),
+            seed=7,
+        ),
+    )
+    assert problems(None, [], {"train.seed": "1" * 90, "preprocess.max_length": "1e2"}) == [
+        "--seed: a number of 90 characters; at most 64",
+        "--max_length: must be an integer, got 100.0",
+    ]
+
+
+@pytest.mark.parametrize("short", ["objective: mdlm", "objective: {name: mdlm}", "seed: 0"])
+def test_an_override_reaches_into_an_objective_given_by_name(write, short):
+    path = write(f"train:\n  {short}\n")
+    for overrides in (
+        ["train.objective.lambda_conf=0.1"],
+        ["train.objective.lambda_conf=0.1", "train.objective=mdlm"],
+        ["train.objective={lambda_conf: 0.1}"],
+    ):
+        assert load_config(path, overrides).train.objective == MDLMConfig(lambda_conf=0.1)
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("=1", "-o =1: write it as -o section.field=value"),
+        ("train..seed=1", "-o train..seed=1: write it as -o section.field=value"),
+        ("tracking.api_key:1", "-o ...: write it as -o section.field=value"),
+        ("train.seed.x=1", "-o train.seed.x: train.seed: must be an integer, got a mapping"),
+        ("root.x=1", "-o root.x: root is not a section"),
+        ("trian.seed=1", "-o trian.seed: trian: unknown field; did you mean 'train'?"),
+        ("train.seed=[1", "-o train.seed: not valid YAML: while parsing a flow sequence"),
+        ("train.seed=1_000", "-o train.seed: must be an integer, got '1_000'"),
+        ("train.seed=!!int 1", "-o train.seed: tag !!int is not allowed"),
+        ("preprocess.data_files=*.txt", "-o preprocess.data_files: must be a list, got '*.txt'"),
+        ("train={seedy: 1}", "-o train: train.seedy: unknown field; did you mean 'seed'?"),
+        ("train.zzz=1", "-o train.zzz: unknown field; the fields here are model_name_or_path, "),
+    ],
+)
+def test_a_bad_override_is_named(write, override, problem):
+    (found,) = problems(write("root: out\n"), [override])
+    assert found.startswith(problem)
+
+
+def test_secrets_are_not_repeated(write):
+    path = write(
+        "paint:\n  api_key: hunter2\n  uri: https://me:hunter2@host/x\n  password: hunter2\n"
+    )
+    found = problems(path, ["paint.api_key=hunter3"], model=Toy)
+    assert found[-1] == "-o paint.api_key: must be an integer, got a value not shown here"
+    assert "run.yaml:3: paint.uri: must be an integer, got 'https://***@host/x'" in found
+    assert "hunter" not in "".join(found + problems(path, model=Toy))
+    # A tokenizer is no token.
+    assert problems(None, ["preprocess.tokenizer_name_or_path=5"])[0].endswith(
+        "got 5; put it in quotes"
+    )
+
+
+# Tagged unions.
+
+
+def test_a_tagged_union_is_given_by_name_mapping_or_flags(write):
+    path = write("paint:\n  colour: blue\n  second: {name: red, depth: 2}\n")
+    assert load_model(Toy, path).paint == Paint(colour=Blue(), second=Red(depth=2))
+    flags = {"paint.colour.width": "2", "paint.colour.marks": ["1", "2"], "paint.colour": "blue"}
+    for base in (None, path):
+        loaded = load_model(Toy, base, (), flags)
+        assert loaded.paint.colour == Blue(width=2.0, marks=[1, 2])
+    overrides = ["paint.second.name=blue", "paint.second.depth=null"]
+    assert "depth" in problems(path, overrides, model=Toy)[0]
+    # Another name starts afresh, the same name keeps what was given.
+    assert load_model(Toy, path, ["paint.second=blue"]).paint.second == Blue()
+    assert load_model(Toy, path, ["paint.second=red"]).paint.second == Red(depth=2)
+
+
+def test_problems_in_a_tagged_union_are_those_of_the_chosen_member(write):
+    path = write("""\
+paint:
+  colour:
+    name: blue
+    widht: 1
+    depth: 3
+    marks: [1, x]
+  second: {depth: -1}
+""")
+    assert problems(path, model=Toy) == [
+        "run.yaml:4: paint.colour.widht: unknown field; did you mean 'width'?",
+        "run.yaml:5: paint.colour.depth: not a field of blue, only of red",
+        "run.yaml:6: paint.colour.marks[1]: must be an integer, got 'x'",
+        "run.yaml:7: paint.second.depth: must be >= 0, got -1",
+    ]
+    wrong = "must be one of 'red', 'blue', got 'bluish'; did you mean 'blue'?"
+    assert problems(write("paint:\n  colour:\n    depth: 1\n    name: bluish\n"), model=Toy) == [
+        f"run.yaml:4: paint.colour: {wrong}"
+    ]
+    assert problems(None, ["paint.colour=bluish"], model=Toy) == [f"-o paint.colour: {wrong}"]
+    assert problems(None, (), {"paint.colour": "bluish"}, model=Toy) == [f"--colour: {wrong}"]
+    assert problems(None, ["paint.colour=3"], model=Toy) == [
+        "-o paint.colour: must be a mapping of fields, got 3"
+    ]
+
+
+def test_a_missing_field_is_placed_at_its_section(write):
+    class Inner(Section):
+        needed: int
+
+    class Outer(Section):
+        inner: Inner
+
+    assert problems(write("inner: {}\n"), model=Outer) == ["run.yaml:1: inner.needed: is required"]
+    assert problems(None, model=Outer) == ["config: inner: is required"]
+
+
+# Writing.
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(),
+        Config(name="1e-3", root="0o17", generate=None),
+        # Each of these has fields beside it that may not be given, not even their defaults.
+        Config(train=TrainConfig(global_batch_size=4)),
+        Config(train=TrainConfig(gradient_accumulation_steps=4)),
+        Config(preprocess=PreprocessConfig(use_dummy_data=True, num_dummy_samples=8)),
+        Config(train=TrainConfig(objective=MDLMConfig(alpha_schedule="geometric", sigma_min=1e-5))),
+        Config(preprocess=PreprocessConfig(dataset_name="text", data_files=["*.txt", "yes", "é"])),
+    ],
+)
+def test_a_written_config_loads_to_an_equal_one(write, config):
+    assert load_config(write(to_yaml(config))) == config
+
+
+def test_a_written_config_names_its_members(write):
+    toy = Toy(paint=Paint(colour=Blue(), second=Blue(marks=[1])))
+    assert load_model(Toy, write(to_yaml(toy))) == toy

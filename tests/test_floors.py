@@ -1,0 +1,270 @@
+"""Who may import whom. The same table, for people, stands in CONTRIBUTING.md."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted(
+    path for top in ("tokendiff", "jobs", "pipelines") for path in (ROOT / top).rglob("*.py")
+)
+
+# Every room has its floor; a new one is placed here deliberately. A room may import the floors
+# below its own, and others on its own floor unless that is in PEERS_APART.
+FLOORS = {
+    0: {"errors"},
+    1: {"schedules", "kernels", "attention_masks", "random", "interfaces"},
+    2: {"objectives", "samplers"},
+    3: {
+        "models", "data", "checkpoint", "training", "evaluation",
+        "config", "config_loader", "strict_yaml", "manifest",
+    },
+    4: {"cluster", "tracking"},
+    5: {"jobs", "pipelines"},
+}  # fmt: skip
+FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+PEERS_APART = {2, 4}
+COMPUTED_NAME = "<computed name>"  # an import path that the source does not spell out
+
+# Libraries beside the standard one: all that a floor may import, or what a room never may.
+ONLY_LIBRARIES: dict[int, set[str]] = {0: set(), 1: {"torch"}, 2: {"torch"}}
+NEVER_LIBRARIES = {
+    **{room: {"ray", "mlflow"} for room in FLOORS[3]},
+    "cluster": {"mlflow"},
+    "tracking": {"ray"},
+}
+
+JOBS = ("evaluate", "generate", "pipeline", "preprocess", "train")
+HEAVY = {"datasets", "matplotlib", "mlflow", "pyarrow", "ray", "torch", "transformers"}
+
+
+def imports(path: Path, source: str) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything that `source`, the file at `path`, imports anywhere in it.
+
+    Args:
+        path: relative to the repository, which relative imports are resolved against.
+    """
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                yield from ((node.lineno, alias.name) for alias in names)
+            case ast.ImportFrom(module=module, names=names, level=level):
+                package = list(path.parent.parts)
+                base = package[: len(package) + 1 - level] if level else []
+                stem = ".".join([*base, *filter(None, [module])])
+                # with the alias, since `from tokendiff import kernels` imports a room
+                yield from ((node.lineno, f"{stem}.{alias.name}") for alias in names)
+            case ast.Call(
+                func=ast.Name(id="__import__" | "import_module")
+                | ast.Attribute(attr="import_module"),
+                args=args,
+            ):
+                match args:
+                    case [ast.Constant(value=str(name)), *_]:
+                        yield node.lineno, name
+                    case _:
+                        yield node.lineno, COMPUTED_NAME
+
+
+def room_of(dotted: str) -> str | None:
+    """The room that a module of ours is in; None for tokendiff itself and others' modules."""
+    top, _, rest = dotted.partition(".")
+    if top in FLOORS[5]:
+        return top
+    if top != "tokendiff" or not rest or rest.startswith("__"):
+        return None
+    return rest.split(".")[0]
+
+
+def objection(room: str | None, dotted: str) -> str | None:
+    """Why a file of `room` (None: tokendiff itself) may not import `dotted`; None if it may."""
+    floor = 0 if room is None else FLOOR_OF[room]
+    top = dotted.split(".")[0]
+    target = room_of(dotted)
+    if target is not None:
+        if target not in FLOOR_OF:
+            return f"{target} stands on no floor"
+        above = FLOOR_OF[target] - floor
+        if above > 0 or (above == 0 and target != room and floor in PEERS_APART):
+            return f"{target} is on floor {FLOOR_OF[target]}"
+    elif top not in {*sys.stdlib_module_names, "tokendiff"}:
+        if top in NEVER_LIBRARIES.get(room or "", ()):
+            return f"never {top}"
+        if top not in ONLY_LIBRARIES.get(floor, {top}) or top in {"tests", COMPUTED_NAME}:
+            return f"not {top}"
+    return None
+
+
+def violations(path: Path, source: str) -> list[str]:
+    """One line for each import that the floor of the file at `path` (relative) forbids."""
+    parts = path.with_suffix("").parts
+    room = room_of(".".join(parts))
+    if room is not None and room not in FLOOR_OF:
+        return [f"{path}: {room} stands on no floor; place it in FLOORS"]
+    return [
+        f"{path}:{line}: {room or 'tokendiff'} may not import {dotted}: {reason}"
+        for line, dotted in imports(path, source)
+        if (reason := objection(room, dotted))
+    ]
+
+
+def test_every_import_keeps_its_floor() -> None:
+    assert SOURCES
+    found = [
+        line
+        for path in SOURCES
+        for line in violations(path.relative_to(ROOT), path.read_text(encoding="utf-8"))
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "wanted"),
+    [
+        ("tokendiff/kernels.py", "import numpy", "kernels may not import numpy: not numpy"),
+        ("tokendiff/kernels.py", "from tokendiff.models import x", "models is on floor 3"),
+        ("tokendiff/errors.py", "import torch", "not torch"),
+        ("tokendiff/__init__.py", "import torch", "not torch"),
+        ("tokendiff/__init__.py", "from tokendiff.cluster import train", "cluster is on floor 4"),
+        ("tokendiff/objectives/mdlm.py", "from transformers import AutoModel", "not transformers"),
+        (
+            "tokendiff/objectives/mdlm.py",
+            "from tokendiff import samplers",
+            "samplers is on floor 2",
+        ),
+        (
+            "tokendiff/samplers/a.py",
+            "from ..objectives.mdlm import MDLM",
+            "objectives is on floor 2",
+        ),
+        ("tokendiff/samplers/a.py", "from tokendiff import manifest", "manifest is on floor 3"),
+        ("tokendiff/training/run.py", "def f():\n    import ray.train", "run.py:2: training may"),
+        ("tokendiff/data/rows.py", "import os, mlflow", "never mlflow"),
+        (
+            "tokendiff/models/a.py",
+            "import_module('x'); importlib.import_module('ray')",
+            "never ray",
+        ),
+        ("tokendiff/models/a.py", "import_module(name)", "not <computed name>"),
+        ("tokendiff/evaluation/a.py", "from tokendiff.tracking import run_log", "floor 4"),
+        ("tokendiff/cluster/train.py", "from mlflow import MlflowClient", "never mlflow"),
+        ("tokendiff/cluster/train.py", "from tokendiff.tracking import run_log", "floor 4"),
+        ("tokendiff/cluster/train.py", "from jobs import train", "jobs is on floor 5"),
+        ("tokendiff/tracking/a.py", "if TYPE_CHECKING:\n    import ray", "a.py:2: tracking may"),
+        ("tokendiff/attic/a.py", "", "attic stands on no floor; place it"),
+        ("tokendiff/attic.py", "", "attic stands on no floor; place it"),
+        ("jobs/train.py", "from tokendiff.attic import x", "attic stands on no floor"),
+        ("jobs/train.py", "from tests import oracles", "not tests"),
+    ],
+)
+def test_violation_is_caught(path: str, source: str, wanted: str) -> None:
+    (line,) = violations(Path(path), source)
+    assert wanted in line
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("tokendiff/kernels.py", "import math, torch\nfrom tokendiff.schedules import Linear"),
+        (
+            "tokendiff/samplers/a.py",
+            "from . import categorical\nfrom tokendiff.errors import InputError",
+        ),
+        (
+            "tokendiff/models/a.py",
+            "import transformers\nfrom tokendiff import __version__, kernels",
+        ),
+        ("tokendiff/cluster/a.py", "import ray, torch\nfrom ..training import run"),
+        ("jobs/pipeline.py", "import mlflow, ray\nfrom pipelines import runner\nimport tokendiff"),
+    ],
+)
+def test_permitted_import_passes(path: str, source: str) -> None:
+    assert violations(Path(path), source) == []
+
+
+def test_contributing_shows_the_same_floors() -> None:
+    rows = re.findall(r"^\| (\d) \|([^|]*)\|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    shown = {int(floor): set(re.findall(r"`(\w+)`", rooms)) for floor, rooms in rows}
+    assert shown == FLOORS
+
+
+# Rooms that a training box without these libraries must be able to open, and what they lack there.
+PORTABLE = ("objectives", "samplers", "models", "training", "checkpoint", "data.order", "data.rows")
+ABSENT = ("pydantic", "datasets", "ray", "mlflow")
+IMPORT_ALL = """
+import importlib, json, sys, traceback
+names, absent = map(json.loads, sys.argv[1:])
+sys.modules.update(dict.fromkeys(absent))
+failures = {}
+for name in names:
+    try:
+        importlib.import_module(name)
+    except BaseException:
+        failures[name] = traceback.format_exc()
+print(json.dumps(failures))
+"""
+
+
+def portable_modules() -> list[str]:
+    modules = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES)
+    prefixes = tuple(f"tokendiff.{room}." for room in PORTABLE)
+    return [name.removesuffix(".__init__") for name in modules if f"{name}.".startswith(prefixes)]
+
+
+@pytest.fixture(scope="module")
+def portable_failures() -> dict[str, str]:
+    """Module -> traceback; all in one process, since each would import torch again."""
+    done = run_python("-c", IMPORT_ALL, json.dumps(portable_modules()), json.dumps(ABSENT))
+    failures: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return failures
+
+
+@pytest.mark.parametrize("module", portable_modules())
+def test_imports_without_pydantic_datasets_ray_mlflow(
+    module: str, portable_failures: dict[str, str]
+) -> None:
+    assert module not in portable_failures, portable_failures[module]
+
+
+def test_every_portable_room_is_there() -> None:
+    modules = portable_modules()
+    for room in PORTABLE:
+        assert any(f"{name}.".startswith(f"tokendiff.{room}.") for name in modules), room
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_is_quick_and_light(job: str) -> None:
+    seconds = float("inf")
+    for _ in range(3):  # the best of three: the machine may be busy with something else
+        start = time.perf_counter()
+        done = run_python("-X", "importtime", "-m", f"jobs.{job}", "--help")
+        seconds = min(seconds, time.perf_counter() - start)
+        if seconds < 1.5:
+            break
+    assert done.stdout.startswith("usage:")
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in loaded, "-X importtime prints what this test thinks it does"
+    assert not HEAVY & loaded
+    assert seconds < 1.5
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done

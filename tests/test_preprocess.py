@@ -1,0 +1,311 @@
+"""Shards of one partition, and the job that makes them on Ray Data."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer
+
+from tokendiff.config import PreprocessConfig
+from tokendiff.data.preprocess import is_heldout, preprocess_partition, training_text
+from tokendiff.data.rows import TokenData
+from tokendiff.data.sources import plan_partitions, read_documents
+from tokendiff.data.tokenizers import build_tokenizer
+from tokendiff.errors import InputError
+from tokendiff.manifest import MANIFEST_NAME, sha256_of, verify
+
+BYTES = build_tokenizer("bytes", documents=(), vocab_size=300)[0]
+EOS = BYTES.eos_token_id
+
+
+def shards_of(config: PreprocessConfig, output_dir: Path, **options: Any) -> list[Any]:
+    return [
+        preprocess_partition(
+            partition,
+            tokenizer=options.get("tokenizer", BYTES),
+            max_length=config.max_length,
+            heldout_fraction=config.heldout_fraction,
+            output_dir=output_dir,
+            batch_chars=options.get("batch_chars", 1 << 20),
+        )
+        for partition in plan_partitions(config)
+    ]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of the splits, hidden ones too."""
+    paths = [path for split in ("train", "heldout") for path in (folder / split).glob("*")]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def jsonl(path: Path, cells: list[Any]) -> list[str]:
+    path.write_text("\n".join(json.dumps({"text": cell}) for cell in cells))
+    return [str(path)]
+
+
+def documents_of(rows: dict[str, list[Any]]) -> list[list[int]]:
+    """The rows joined and cut again after every EOS."""
+    tokens = [token for row in rows["tokens"] for token in row]
+    ends = [i + 1 for i, token in enumerate(tokens) if token == EOS]
+    return [tokens[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def test_the_rows_of_a_split_are_its_documents_end_to_end(tmp_path: Path) -> None:
+    config = PreprocessConfig(max_length=100, heldout_fraction=0.3, partition_bytes=200_000)
+    all_stats = shards_of(config, tmp_path)
+    assert len(all_stats) == 3
+    for partition, stats in zip(plan_partitions(config), all_stats, strict=True):
+        texts = list(read_documents(partition))
+        for split, shard in stats.shards.items():
+            of_split = [t for t in texts if is_heldout(t.encode(), 0.3) == (split == "heldout")]
+            file = pq.ParquetFile(tmp_path / shard.path)
+            rows = file.read().to_pydict()
+            assert documents_of(rows) == [[*BYTES(t)["input_ids"], EOS] for t in of_split]
+            lengths = [len(row) for row in rows["tokens"]]
+            assert set(lengths[:-1]) == {100}
+            assert [sum(runs) for runs in rows["document_lengths"]] == lengths
+            assert sum(rows["num_bytes"]) == sum(len(t.encode()) for t in of_split)
+            first = partition.index * 2**32 + (2**62 if split == "heldout" else 0)
+            assert rows["row_id"] == list(range(first, first + len(lengths)))
+            groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            assert shard.row_groups == groups
+            assert set(groups[:-1]) <= {512}
+            assert shard.documents == len(of_split)
+            assert shard.tokens == sum(lengths)
+            assert shard.num_bytes == sum(rows["num_bytes"])
+            assert shard.sha256 == sha256_of(tmp_path / shard.path)
+
+
+def test_document_lengths_end_where_documents_end(tmp_path: Path) -> None:
+    shards_of(PreprocessConfig(max_length=64, heldout_fraction=0.0), tmp_path)
+    rows = pq.read_table(tmp_path / "train/part-00000.parquet").to_pydict()
+    for tokens, runs in zip(rows["tokens"], rows["document_lengths"], strict=True):
+        ends = {i + 1 for i, token in enumerate(tokens) if token == EOS} | {len(tokens)}
+        assert set(np.cumsum(runs).tolist()) == ends
+
+
+def test_shards_do_not_depend_on_the_batches_of_the_tokenizer(tmp_path: Path) -> None:
+    config = PreprocessConfig(partition_bytes=200_000)
+    stats = shards_of(config, tmp_path / "one")
+    assert shards_of(config, tmp_path / "two", batch_chars=1) == stats
+    assert shards_of(config, tmp_path / "two", batch_chars=5000) == stats  # replaces them
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_equal_documents_fall_on_the_same_side_and_the_share_is_kept(tmp_path: Path) -> None:
+    cells = [f"document {i % 2000}" for i in range(4000)]
+    files = jsonl(tmp_path / "a.jsonl", cells)
+    config = PreprocessConfig(
+        dataset_name="jsonl", data_files=files, heldout_fraction=0.25, partition_bytes=10_000
+    )
+    stats = shards_of(config, tmp_path)
+    sides: dict[str, set[str]] = {}
+    for split in ("train", "heldout"):
+        found = [
+            BYTES.decode(ids[:-1])
+            for part in stats
+            for ids in documents_of(pq.read_table(tmp_path / part.shards[split].path).to_pydict())
+        ]
+        sides[split] = set(found)
+        assert len(found) == 2 * len(sides[split])
+    assert not sides["train"] & sides["heldout"]
+    assert len(sides["train"] | sides["heldout"]) == 2000
+    assert abs(len(sides["heldout"]) - 500) < 4 * (2000 * 0.25 * 0.75) ** 0.5
+
+
+def test_what_is_no_text_is_dropped_and_counted(tmp_path: Path) -> None:
+    files = jsonl(tmp_path / "a.jsonl", ["a", "", " \n\t", None, 3, ["x"], "\ud800", "b"])
+    config = PreprocessConfig(dataset_name="jsonl", data_files=files, heldout_fraction=0.0)
+    (stats,) = shards_of(config, tmp_path)
+    assert (stats.dropped_empty, stats.dropped_not_text) == (2, 4)
+    assert stats.shards.keys() == {"train"}
+    assert stats.shards["train"].documents == 2
+    rows = pq.read_table(tmp_path / "train/part-00000.parquet").to_pydict()
+    assert [BYTES.decode(ids[:-1]) for ids in documents_of(rows)] == ["a", "b"]
+
+
+def test_dummy_rows_are_full_of_ordinary_tokens_and_decided_by_their_number(tmp_path: Path) -> None:
+    config = PreprocessConfig(
+        use_dummy_data=True, num_dummy_samples=600, max_length=8, heldout_fraction=0.1
+    )
+    (one,) = shards_of(config, tmp_path / "one")
+    assert sum(shard.rows for shard in one.shards.values()) == 600
+    cut = config.model_copy(update={"partition_bytes": 3200})
+    cut_stats = shards_of(cut, tmp_path / "cut")
+    assert len(cut_stats) == 6
+    for split in ("train", "heldout"):
+        whole = pq.read_table(tmp_path / "one" / split).to_pydict()
+        parts = pq.read_table(tmp_path / "cut" / split).to_pydict()
+        assert whole["tokens"] == parts["tokens"]
+        assert whole["document_lengths"] == [[8]] * len(whole["tokens"])
+        assert not {t for row in whole["tokens"] for t in row} & set(BYTES.all_special_ids)
+
+
+def test_a_partition_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    good = "\n".join(json.dumps({"text": "fine " * 100}) for _ in range(2000))
+    (tmp_path / "a.jsonl").write_text(good + "\nbad")
+    files = [str(tmp_path / "a.jsonl")]
+    with pytest.raises(InputError, match=r"a\.jsonl:2001"):
+        shards_of(PreprocessConfig(dataset_name="jsonl", data_files=files), tmp_path / "out")
+    assert contents(tmp_path / "out") == {}
+
+
+def test_a_tokenizer_is_trained_on_the_training_side_of_all_partitions() -> None:
+    partitions = plan_partitions(PreprocessConfig(partition_bytes=50_000))
+    texts = [text for part in partitions for text in read_documents(part)]
+    expected = [text for text in texts if not is_heldout(text.encode(), 0.4)]
+    assert list(training_text(partitions, 0.4)) == expected
+    with pytest.raises(InputError, match=f"{len(texts)} held-out documents"):
+        list(training_text(partitions, 1.0))
+
+
+def test_the_text_for_a_tokenizer_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(f"line {i:05}" for i in range(1000)))
+    files = [str(tmp_path / "a.txt")]
+    config = PreprocessConfig(dataset_name="text", data_files=files, partition_bytes=1100)
+    monkeypatch.setattr("tokendiff.data.preprocess._TRAINING_TEXT_BYTES", 1000)
+    taken = list(training_text(plan_partitions(config), 0.0))
+    assert sum(map(len, taken)) == 1000
+    assert {int(line.split()[1]) // 100 for line in taken} == set(range(10))  # of every partition
+
+
+_PEAK = """
+import resource, sys
+from pathlib import Path
+from tokendiff.config import PreprocessConfig
+from tests.test_preprocess import shards_of
+
+text, out = sys.argv[1:]
+config = PreprocessConfig(dataset_name="text", data_files=[text], max_length=128)
+print(shards_of(config, Path(out))[0].shards["train"].tokens)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    peaks = []
+    for megabytes in (3, 24):
+        path = tmp_path / f"{megabytes}.txt"
+        line = "The quick brown fox jumps over the lazy dog, again and again. " * 16
+        path.write_text(f"{line}\n" * (megabytes * 1_000_000 // len(line)))
+        command = [sys.executable, "-c", _PEAK, str(path), str(tmp_path / "out")]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        tokens, peak = map(int, output.split())
+        assert tokens > 0.9 * path.stat().st_size * 0.9
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] < 40, f"peak memory in MiB: {peaks}"
+
+
+# On Ray
+
+
+def run(config: PreprocessConfig, output_dir: Path, **options: Any) -> Any:
+    from tokendiff.cluster.preprocess import preprocess
+
+    options = {"tokenizer_name_or_path": "bytes", **options}
+    return preprocess(config, output_dir=output_dir, **options)
+
+
+@pytest.mark.ray
+def test_the_job_makes_the_shards_of_one_process(tmp_path: Path, ray_session: None) -> None:
+    config = PreprocessConfig(partition_bytes=60_000, vocab_size=400, heldout_fraction=0.1)
+    stale = tmp_path / "ray" / "train" / "part-00099.parquet"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"of an attempt that was never committed")
+    progress: list[tuple[int, int]] = []
+    manifest = run(
+        config,
+        tmp_path / "ray",
+        tokenizer_name_or_path="bpe",
+        on_progress=lambda done, total: progress.append((done, total)),
+    )
+    assert progress == [(i + 1, 9) for i in range(9)]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ray" / "tokenizer")
+    stats = shards_of(config, tmp_path / "plain", tokenizer=tokenizer)
+    assert contents(tmp_path / "ray") == contents(tmp_path / "plain")
+
+    verify(tmp_path / "ray", kind="tokens")
+    metadata = manifest.metadata
+    assert metadata["vocab_size"] == len(tokenizer) == 400
+    assert metadata["mask_token_id"] == tokenizer.mask_token_id
+    assert metadata["dropped"] == {"empty": 0, "not_text": 0}
+    assert metadata["notes"] == []
+    assert 0.0 < metadata["padded_fraction"] < 0.01
+    assert metadata["config"]["heldout_fraction"] == 0.1
+    for split in ("train", "heldout"):
+        shards = [partition.shards[split] for partition in stats]
+        told = metadata["splits"][split]
+        assert [file["path"] for file in told["files"]] == [shard.path for shard in shards]
+        assert told["bytes"] == sum(shard.num_bytes for shard in shards)
+        data = TokenData.open(tmp_path / "ray", split=split)
+        assert data.num_rows == told["rows"]
+        read = [data.read_group(i) for i in range(len(data.row_group_sizes))]
+        assert sum(int(rows.lengths.sum()) for rows in read) == told["tokens"]
+
+    before = contents(tmp_path / "ray"), (tmp_path / "ray" / MANIFEST_NAME).stat().st_mtime_ns
+    assert run(config, tmp_path / "ray", tokenizer_name_or_path="bpe").files == manifest.files
+    after = contents(tmp_path / "ray"), (tmp_path / "ray" / MANIFEST_NAME).stat().st_mtime_ns
+    assert before == after
+    with pytest.raises(InputError, match="another config"):
+        run(config, tmp_path / "ray", tokenizer_name_or_path="bytes")
+
+
+@pytest.mark.ray
+def test_bad_input_in_a_task_is_told_plainly(
+    tmp_path: Path, ray_session: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 10 + "bad\n")
+    files = [str(tmp_path / "a.jsonl")]
+    config = PreprocessConfig(dataset_name="jsonl", data_files=files, partition_bytes=40)
+    with pytest.raises(InputError) as caught:
+        run(config, tmp_path / "out")
+    assert str(caught.value).startswith(f"{tmp_path}/a.jsonl:11: not a JSON value")
+    assert not (tmp_path / "out" / MANIFEST_NAME).exists()
+    assert "Traceback" not in capfd.readouterr().err
+
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 10)
+    manifest = run(config, tmp_path / "out")  # the same folder, once the file is mended
+    assert manifest.metadata["splits"]["train"]["documents"] == 10
+    assert "no document fell into the heldout split" in manifest.metadata["notes"][0]
+    (tmp_path / "a.jsonl").write_text('{"text": "more"}\n' * 11)
+    with pytest.raises(InputError, match="other input"):
+        run(config, tmp_path / "out")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("cells", "fields", "said"),
+    [
+        ([None, "", " "], {}, "corpus is empty.*2 empty cells and 1 that are not text"),
+        ([], {}, "corpus is empty"),
+        (["only one"], {"heldout_fraction": 0.999999}, "left no document for training, of 1"),
+    ],
+)
+def test_a_corpus_without_training_rows_is_refused(
+    tmp_path: Path, ray_session: None, cells: list[Any], fields: dict[str, Any], said: str
+) -> None:
+    files = jsonl(tmp_path / "a.jsonl", cells)
+    config = PreprocessConfig(dataset_name="jsonl", data_files=files, **fields)
+    with pytest.raises(InputError, match=said):
+        run(config, tmp_path / "out")
+    assert not (tmp_path / "out" / MANIFEST_NAME).exists()
+
+
+@pytest.mark.ray
+def test_dummy_data_needs_no_corpus(tmp_path: Path, ray_session: None) -> None:
+    config = PreprocessConfig(
+        use_dummy_data=True, num_dummy_samples=100, max_length=8, vocab_size=300
+    )
+    manifest = run(config, tmp_path, tokenizer_name_or_path="bpe")
+    splits = manifest.metadata["splits"]
+    assert splits["train"]["rows"] + splits["heldout"]["rows"] == 100
+    assert manifest.metadata["padded_fraction"] == 0.0
+    assert "builtin corpus" in manifest.metadata["notes"][0]

@@ -1,0 +1,262 @@
+"""Evaluation on the cluster: the bound with Ray Data actors, and what needs a model beside it with
+tasks.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+import ray.data
+
+from tokendiff.checkpoint import NoiseProcess, open_checkpoint
+from tokendiff.cluster.session import check_resources, threads_on_this_node, wants_gpu
+from tokendiff.config import AncestralConfig, GenerateConfig
+from tokendiff.data.prompts import GenerationRow
+from tokendiff.data.rows import TokenData
+from tokendiff.data.samples import read_samples
+from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.evaluation.bound import Bound, summarize
+from tokendiff.evaluation.evaluator import Evaluator, evaluation_rows
+from tokendiff.evaluation.generation_metrics import generation_metrics, unigram_entropy_nats
+from tokendiff.evaluation.report import write_report
+from tokendiff.evaluation.summary import make_report
+from tokendiff.manifest import MANIFEST_NAME, Manifest, commit, load_manifest, write_atomically
+from tokendiff.training.trainer import OnEvent
+
+if TYPE_CHECKING:
+    from tokendiff.config import ClusterConfig, EvaluateConfig
+
+KIND = "evaluation"
+_ROWS_PER_TASK = 256
+_TRACE_STEPS = 64
+
+
+class _BoundActor:
+    def __init__(
+        self,
+        checkpoint: Path,
+        data: TokenData,
+        config: "EvaluateConfig",
+        cluster: "ClusterConfig",
+        use_gpu: bool,
+        num_actors: int,
+    ) -> None:
+        import torch
+
+        if not use_gpu:
+            torch.set_num_threads(threads_on_this_node(cluster, num_actors))
+        self._data = data
+        self._evaluator = Evaluator(checkpoint, config, device="cuda" if use_gpu else "cpu")
+
+    def __call__(self, items: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for text in items["rows"]:
+            places = np.asarray(json.loads(text))
+            figures = self._evaluator.bounds(self._data.read(places[:, 0], places[:, 1]))
+            yield {
+                "figures": [json.dumps({name: array.tolist() for name, array in figures.items()})]
+            }
+
+
+def evaluate_bound(
+    config: "EvaluateConfig",
+    cluster: "ClusterConfig",
+    *,
+    checkpoint: Path,
+    data: TokenData,
+    on_event: OnEvent,
+) -> tuple[Bound, np.ndarray]:
+    """The bound over the chosen rows, and how often each token id occurs in them ([V] int64).
+
+    A row's noise is keyed by its id, so the figure does not depend on the number of actors.
+    """
+    check_same_tokenizer(checkpoint, data)
+    groups, rows = evaluation_rows(data, seed=config.seed, max_rows=config.max_eval_rows)
+    places = np.stack([groups, rows], axis=1)
+    items = [
+        places[at : at + _ROWS_PER_TASK].tolist() for at in range(0, len(places), _ROWS_PER_TASK)
+    ]
+    num_actors = min(cluster.num_actors, len(items))
+    use_gpu = wants_gpu(cluster)
+    if (lack := check_resources(cluster, count=num_actors, what="evaluation actors")) is not None:
+        on_event("warning", message=lack)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    dataset: ray.data.Dataset = ray.data.from_items(
+        [{"rows": json.dumps(item)} for item in items], override_num_blocks=len(items)
+    )
+    dataset = dataset.map_batches(
+        _BoundActor,
+        fn_constructor_args=(checkpoint, data, config, cluster, use_gpu, num_actors),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
+        num_cpus=cluster.cpus_per_worker,
+        num_gpus=1 if use_gpu else None,
+    )
+    parts: list[dict[str, Any]] = []
+    done = 0
+    for row in dataset.iter_rows():
+        parts.append(json.loads(row["figures"]))
+        done += len(parts[-1]["nats"])
+        on_event("progress", done=done, total=len(places))
+    nats, num_tokens, num_bytes = (
+        np.concatenate([np.asarray(part[name]) for part in parts])
+        for name in ("nats", "num_tokens", "num_bytes")
+    )
+    token_counts = np.sum([np.asarray(part["token_counts"][0]) for part in parts], axis=0)
+    return summarize(nats, num_tokens, num_bytes), token_counts
+
+
+def trace_sample(
+    config: "EvaluateConfig", cluster: "ClusterConfig", *, checkpoint: Path
+) -> dict[str, Any]:
+    """One sample being denoised: `frames` (x_t after each step), `times`, and the text of every id
+    that occurs.
+    """
+
+    def work() -> dict[str, Any]:
+        from tokendiff.models.sampling import SamplingModel
+
+        sampling = GenerateConfig(
+            sampler=AncestralConfig(num_inference_steps=_TRACE_STEPS), seed=config.seed
+        )
+        model = SamplingModel(checkpoint, sampling, device="cuda" if use_gpu else "cpu")
+        frames: list[list[int]] = []
+        times: list[float] = []
+
+        def keep(time: float, x_t: Any) -> None:
+            frames.append(x_t[0].tolist())
+            times.append(time)
+
+        model.sample([GenerationRow(id=0, prompt=None)], on_step=keep)
+        ids = sorted({token for frame in frames for token in frame})
+        return {
+            "frames": frames,
+            "times": times,
+            "vocabulary": {token: model.tokenizer.decode([token]) for token in ids},
+            "mask_token_id": model.process.mask_token_id,
+        }
+
+    use_gpu = wants_gpu(cluster)
+    return _run_task(work, cluster, use_gpu)
+
+
+def score_with_reference(
+    config: "EvaluateConfig", cluster: "ClusterConfig", *, texts: list[str], max_length: int
+) -> dict[str, Any]:
+    """Generative perplexity of the samples under the reference model."""
+    reference = config.reference_model_name_or_path
+    assert reference is not None
+
+    def work() -> dict[str, Any]:
+        from tokendiff.evaluation.reference import generative_perplexity
+
+        return generative_perplexity(
+            texts,
+            reference,
+            batch_size=config.batch_size,
+            max_length=max_length,
+            device="cuda" if use_gpu else "cpu",
+        )
+
+    use_gpu = wants_gpu(cluster)
+    return _run_task(work, cluster, use_gpu)
+
+
+def check_same_tokenizer(checkpoint: Path, data: TokenData) -> None:
+    """Ids mean the same to the checkpoint and to the data."""
+    name = "tokenizer.json"
+    ours, theirs = checkpoint / name, data.tokenizer_path / name
+    if ours.is_file() and theirs.is_file():
+        vocabularies = [
+            json.loads(path.read_text())["model"].get("vocab") for path in (ours, theirs)
+        ]
+        if vocabularies[0] != vocabularies[1]:
+            raise InputError(
+                f"data_path {data.folder} was made with another tokenizer than checkpoint "
+                f"{checkpoint}; "
+                "preprocess the text with the checkpoint's tokenizer (tokenizer_name_or_path)"
+            )
+
+
+def _trained_on(checkpoint: Path) -> str:
+    return str(load_manifest(checkpoint).metadata["data_path"])
+
+
+def _generated(record: Mapping[str, Any]) -> list[int]:
+    """The tokens that the model chose: those behind the prompt."""
+    return list(record["tokens"][record["num_prompt_tokens"] :])
+
+
+def _run_task(work: Any, cluster: "ClusterConfig", use_gpu: bool) -> Any:
+    task = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=1 if use_gpu else 0)(work)
+    try:
+        return ray.get(task.remote())
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError | CorruptFileError):
+            raise error.cause from None
+        raise
+
+
+def evaluate(
+    config: "EvaluateConfig",
+    cluster: "ClusterConfig",
+    *,
+    title: str,
+    checkpoint_path: str,
+    data_path: str | Path | None,
+    samples_path: str | Path | None,
+    training_log: Sequence[Mapping[str, Any]],
+    config_yaml: str,
+    output_dir: Path,
+    on_event: OnEvent,
+) -> Manifest:
+    """Write `metrics.json` and `report/index.html` under `output_dir`, and commit it.
+
+    Args:
+        data_path: token shards; None takes those that the checkpoint was trained on.
+        samples_path: a samples folder, or None to leave the generation metrics out.
+        training_log: the "metrics" events of the training run, for the curves.
+
+    Raises:
+        InputError: a path does not hold what it should, or the data has another tokenizer.
+    """
+    checkpoint = open_checkpoint(checkpoint_path)
+    data = TokenData.open(data_path or _trained_on(checkpoint), split=config.split)
+    samples = [] if samples_path is None else read_samples(Path(samples_path))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / MANIFEST_NAME).unlink(missing_ok=True)
+
+    bound, token_counts = evaluate_bound(
+        config, cluster, checkpoint=checkpoint, data=data, on_event=on_event
+    )
+    metrics: dict[str, Any] = {
+        **asdict(bound),
+        "unigram_entropy_nats": unigram_entropy_nats(token_counts),
+    }
+    process = NoiseProcess.load(checkpoint)
+    if samples:
+        metrics |= generation_metrics([_generated(record) for record in samples])
+        if config.reference_model_name_or_path is not None:
+            texts = [record["text"] for record in samples]
+            metrics |= score_with_reference(
+                config, cluster, texts=texts, max_length=process.max_length
+            )
+    trace = trace_sample(config, cluster, checkpoint=checkpoint)
+    write_atomically(output_dir / "metrics.json", json.dumps(metrics, indent=1).encode())
+    report = make_report(
+        title=title,
+        checkpoint=checkpoint,
+        bound=bound,
+        metrics=metrics,
+        samples=samples,
+        training_log=training_log,
+        trace=trace,
+        config_yaml=config_yaml,
+    )
+    write_report(output_dir / "report", report)
+    return commit(output_dir, kind=KIND, metadata={"metrics": metrics, "checkpoint": str(checkpoint)})

@@ -1,0 +1,215 @@
+"""Batch offline generation with Ray Data actors.
+
+Rows are cut into batches, and batches into parts, by their ids alone. An actor samples a part and
+commits its file by a rename; a restarted job skips the parts that are there. A row's randomness is
+keyed by (seed, id) and its batch does not depend on the actors, so the output is the same with any
+number of them.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray.data
+
+from tokendiff.checkpoint import NoiseProcess, open_checkpoint
+from tokendiff.cluster.session import check_resources, threads_on_this_node, wants_gpu
+from tokendiff.data.prompts import GenerationRow, generation_rows
+from tokendiff.data.samples import KIND, write_part
+from tokendiff.errors import InputError
+from tokendiff.manifest import (
+    Manifest,
+    commit,
+    fingerprint,
+    is_committed,
+    load_manifest,
+    write_atomically,
+)
+from tokendiff.models.sampling import SamplingModel, encode_prompt
+from tokendiff.training.trainer import OnEvent
+
+if TYPE_CHECKING:
+    from tokendiff.config import ClusterConfig, GenerateConfig
+
+_MAX_PARTS = 256
+_MAX_BATCHES_PER_PART = 64
+_PLAN = "plan.json"
+
+
+class _PartSampler:
+    """The Ray Data actor: samples the rows of a part, writes its file, returns counts."""
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        config: "GenerateConfig",
+        cluster: "ClusterConfig",
+        use_gpu: bool,
+        num_actors: int,
+    ) -> None:
+        import torch
+
+        if not use_gpu:
+            torch.set_num_threads(threads_on_this_node(cluster, num_actors))
+        self._config = config
+        self._model = SamplingModel(checkpoint, config, device="cuda" if use_gpu else "cpu")
+
+    def __call__(self, items: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for text in items["part"]:
+            part = json.loads(text)
+            start = time.perf_counter()
+            rows = [GenerationRow(**row) for row in part["rows"]]
+            size = self._config.batch_size
+            records = [
+                record
+                for at in range(0, len(rows), size)
+                for record in self._model.sample(rows[at : at + size])
+            ]
+            write_part(Path(part["path"]), records)
+            yield {"rows": [len(rows)], "seconds": [time.perf_counter() - start]}
+
+
+def generate(
+    config: "GenerateConfig",
+    cluster: "ClusterConfig",
+    *,
+    checkpoint_path: str,
+    output_dir: Path,
+    on_event: OnEvent,
+) -> Manifest:
+    """Sample every row into part files under `output_dir`, on the connected Ray cluster, and commit
+    the folder.
+
+    Running it again goes on where it stopped, or returns at once where it is finished.
+
+    Raises:
+        InputError: no such checkpoint, a prompt that does not fit, or output_dir holds other
+            samples.
+    """
+    checkpoint = open_checkpoint(checkpoint_path)
+    rows = generation_rows(config)
+    seq_len = _check_prompts(checkpoint, config, rows)
+    identity = fingerprint(
+        {
+            "config": config.result_fields(),
+            "rows": [dataclasses.asdict(row) for row in rows],
+            "checkpoint": load_manifest(checkpoint).files,
+        }
+    )
+    if is_committed(output_dir):
+        manifest = load_manifest(output_dir, kind=KIND)
+        _check_identity(manifest.metadata["identity"], identity, output_dir)
+        return manifest
+    output_dir.mkdir(parents=True, exist_ok=True)
+    _claim(output_dir, identity)
+    parts = _parts(rows, config, output_dir)
+    missing = [part for part in parts if not Path(part["path"]).is_file()]
+    seconds, done = (
+        0.0,
+        sum(len(part["rows"]) for part in parts) - sum(len(part["rows"]) for part in missing),
+    )
+    on_event("progress", done=done, total=len(rows))
+    started = time.perf_counter()
+    for counts in _sample_parts(missing, checkpoint, config, cluster, on_event):
+        seconds += counts["seconds"]
+        done += counts["rows"]
+        on_event("progress", done=done, total=len(rows))
+    (output_dir / _PLAN).unlink()
+    tokens = sum(len(part["rows"]) for part in missing) * seq_len
+    metadata = {
+        "identity": identity,
+        "config": config.result_fields(),
+        "checkpoint": str(checkpoint),
+        "rows": len(rows),
+        "seq_len": seq_len,
+        "tokens_per_second": tokens / seconds if seconds else None,
+        "wall_seconds": time.perf_counter() - started,
+    }
+    return commit(output_dir, kind=KIND, metadata=metadata)
+
+
+def _check_prompts(checkpoint: Path, config: "GenerateConfig", rows: list[GenerationRow]) -> int:
+    """The length of a sample, after checking that the process, the length and every prompt fit."""
+    from transformers import AutoTokenizer
+
+    process = NoiseProcess.load(checkpoint)
+    seq_len = config.seq_len or process.max_length
+    if seq_len > process.max_length:
+        raise InputError(
+            f"seq_len {seq_len}: the checkpoint was trained on rows of {process.max_length} tokens "
+            "and knows no longer ones"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    for prompt in {row.prompt for row in rows if row.prompt is not None}:
+        length = len(encode_prompt(tokenizer, prompt))
+        if length > seq_len:
+            raise InputError(
+                f"prompt {prompt[:60]!r} has {length} tokens; it must fit seq_len {seq_len}"
+            )
+    return seq_len
+
+
+def _claim(output_dir: Path, identity: str) -> None:
+    """Leave a note of what is being sampled, so that parts of another job are never taken for this
+    one's.
+    """
+    plan = output_dir / _PLAN
+    if plan.is_file():
+        _check_identity(json.loads(plan.read_text())["identity"], identity, output_dir)
+    else:
+        write_atomically(plan, json.dumps({"identity": identity}).encode())
+
+
+def _check_identity(there: str, here: str, output_dir: Path) -> None:
+    if there != here:
+        raise InputError(
+            f"output_dir {output_dir} holds samples of another checkpoint, config or prompts; "
+            "choose another output_dir, or delete that one"
+        )
+
+
+def _parts(
+    rows: list[GenerationRow], config: "GenerateConfig", output_dir: Path
+) -> list[dict[str, Any]]:
+    num_batches = math.ceil(len(rows) / config.batch_size)
+    batches_per_part = min(_MAX_BATCHES_PER_PART, math.ceil(num_batches / _MAX_PARTS))
+    size = batches_per_part * config.batch_size
+    return [
+        {
+            "path": str(output_dir / f"part-{at // size:05d}.{config.output_format}"),
+            "rows": [dataclasses.asdict(row) for row in rows[at : at + size]],
+        }
+        for at in range(0, len(rows), size)
+    ]
+
+
+def _sample_parts(
+    parts: list[dict[str, Any]],
+    checkpoint: Path,
+    config: "GenerateConfig",
+    cluster: "ClusterConfig",
+    on_event: OnEvent,
+) -> Iterator[dict[str, Any]]:
+    if not parts:
+        return
+    num_actors = min(cluster.num_actors, len(parts))
+    use_gpu = wants_gpu(cluster)
+    if (lack := check_resources(cluster, count=num_actors, what="sampling actors")) is not None:
+        on_event("warning", message=lack)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    dataset = ray.data.from_items(
+        [{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts)
+    ).map_batches(
+        _PartSampler,
+        fn_constructor_args=(checkpoint, config, cluster, use_gpu, num_actors),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
+        num_cpus=cluster.cpus_per_worker,
+        num_gpus=1 if use_gpu else None,
+    )
+    yield from dataset.iter_rows()

@@ -1,0 +1,237 @@
+"""Text to a committed folder of token shards, one Ray Data task per partition."""
+
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokendiff.data.partition import Partition
+from tokendiff.data.preprocess import (
+    SPLITS,
+    PartitionStats,
+    preprocess_partition,
+    training_text,
+)
+from tokendiff.data.rows import KIND
+from tokendiff.data.sources import plan_partitions
+from tokendiff.data.tokenizers import build_tokenizer
+from tokendiff.errors import InputError
+from tokendiff.manifest import Manifest, commit, fingerprint, is_committed, verify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tokendiff.config import PreprocessConfig
+
+_MAX_BLOCKS = 1000
+OnProgress = Callable[[int, int], None]
+
+
+def preprocess(
+    config: "PreprocessConfig",
+    *,
+    tokenizer_name_or_path: str,
+    output_dir: str | Path,
+    on_progress: OnProgress | None = None,
+) -> Manifest:
+    """Tokenize, pack and split the configured text on the connected Ray cluster.
+
+    The folder's content is a function of the input and the config alone. One that was already made
+    is returned as it is, after a check that its files are there.
+
+    Args:
+        tokenizer_name_or_path: as `data.tokenizers.build_tokenizer` takes it.
+        output_dir: must be visible from every node under the same path.
+        on_progress: called in this process with the number of partitions that are done, and of all.
+
+    Raises:
+        InputError: the input, the tokenizer or the folder cannot be used; nothing is committed.
+        CorruptFileError: the folder was committed, but a file is missing or cut short.
+    """
+    output_dir = Path(output_dir).expanduser().resolve()
+    partitions = plan_partitions(config)
+    if not partitions:
+        raise InputError(f"dataset_name {config.dataset_name!r}: the corpus is empty (0 bytes)")
+    key = _key(config, tokenizer_name_or_path, partitions)
+    if is_committed(output_dir):
+        return _committed(output_dir, key)
+    _clear(output_dir)
+    tokenizer, notes = _make_tokenizer(config, tokenizer_name_or_path, partitions)
+    tokenizer.save_pretrained(output_dir / "tokenizer")
+    stats = []
+    for done in _run(config, partitions, output_dir):
+        stats.append(done)
+        if on_progress is not None:
+            on_progress(len(stats), len(partitions))
+    stats.sort(key=lambda partition: partition.index)
+    splits = {split: _split_totals(stats, split) for split in SPLITS}
+    dropped = {
+        "empty": sum(partition.dropped_empty for partition in stats),
+        "not_text": sum(partition.dropped_not_text for partition in stats),
+    }
+    notes += _check_corpus(config, splits, dropped)
+    known_sha256 = {shard.path: shard.sha256 for part in stats for shard in part.shards.values()}
+    _check_files(output_dir, known_sha256)
+    num_rows = sum(split["rows"] for split in splits.values())
+    num_tokens = sum(split["tokens"] for split in splits.values())
+    metadata = {
+        "key": key,
+        "config": config.result_fields(),
+        "tokenizer": tokenizer_name_or_path,
+        "vocab_size": len(tokenizer),
+        "max_length": config.max_length,
+        "mask_token_id": tokenizer.mask_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "padded_fraction": 1.0 - num_tokens / (num_rows * config.max_length),
+        "dropped": dropped,
+        "notes": notes,
+        "splits": splits,
+    }
+    return commit(output_dir, kind=KIND, metadata=metadata, known_sha256=known_sha256)
+
+
+def _key(config: "PreprocessConfig", tokenizer: str, partitions: Sequence[Partition]) -> str:
+    """Changes with the config and with the size of any input; the input may be moved as a whole."""
+    pieces = [
+        [Path(p.path).name, p.start, p.stop, p.num_bytes]
+        for part in partitions
+        for p in part.pieces
+    ]
+    return fingerprint({"config": config.result_fields(), "tokenizer": tokenizer, "pieces": pieces})
+
+
+def _committed(output_dir: Path, key: str) -> Manifest:
+    manifest = verify(output_dir, kind=KIND, hashes=False)
+    if manifest.metadata["key"] != key:
+        raise InputError(
+            f"output_dir {output_dir} holds token shards of another config or of other input; "
+            "choose another output_dir, or delete this one"
+        )
+    return manifest
+
+
+def _clear(output_dir: Path) -> None:
+    """Remove what an attempt that was never committed left behind."""
+    for name in (*SPLITS, "tokenizer"):
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _make_tokenizer(
+    config: "PreprocessConfig", name_or_path: str, partitions: Sequence[Partition]
+) -> tuple["PreTrainedTokenizerBase", list[str]]:
+    notes = []
+    source = partitions
+    if config.use_dummy_data and name_or_path == "bpe":
+        source = plan_partitions(type(config)())
+        notes.append("bpe is trained on the builtin corpus, since dummy data has no text")
+    documents = training_text(source, config.heldout_fraction)
+    tokenizer, more = build_tokenizer(
+        name_or_path, documents=documents, vocab_size=config.vocab_size
+    )
+    return tokenizer, notes + more
+
+
+def _run(
+    config: "PreprocessConfig", partitions: Sequence[Partition], output_dir: Path
+) -> Iterator[PartitionStats]:
+    """Preprocess the partitions in tasks of one CPU; yields them in the order of completion."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_no_progress_timeout_s = -1  # a compressed file is one task, however long
+    context.enable_progress_bars = logging.getLogger().isEnabledFor(logging.INFO)
+    if not context.enable_progress_bars:
+        for handler in logging.getLogger("ray.data").handlers:
+            if isinstance(handler, logging.StreamHandler):  # its log file keeps everything
+                handler.setLevel(logging.ERROR)
+    # Pickled here: Ray Data would warn that these are not Arrow values, and pickle them itself.
+    items = [{"partition": pickle.dumps(partition)} for partition in partitions]
+    with ray.data.DataContext.current(context):
+        source = ray.data.from_items(items, override_num_blocks=min(len(items), _MAX_BLOCKS))
+        for row in source.map(_task(config, output_dir)).iter_rows():
+            if row["error"]:
+                raise InputError(row["error"])
+            yield pickle.loads(row["stats"])
+
+
+def _task(
+    config: "PreprocessConfig", output_dir: Path
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    max_length, heldout_fraction = config.max_length, config.heldout_fraction
+
+    def work(row: dict[str, Any]) -> dict[str, Any]:
+        from transformers import AutoTokenizer
+
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task owns one CPU
+        folder = output_dir / "tokenizer"
+        try:
+            if not folder.is_dir():
+                raise InputError(_not_shared(output_dir))
+            stats = preprocess_partition(
+                pickle.loads(row["partition"]),
+                tokenizer=AutoTokenizer.from_pretrained(folder),
+                max_length=max_length,
+                heldout_fraction=heldout_fraction,
+                output_dir=output_dir,
+            )
+        except InputError as error:
+            # As a value: Ray would log and wrap an exception, and bad input is no crash.
+            return {"stats": b"", "error": str(error)}
+        return {"stats": pickle.dumps(stats), "error": ""}
+
+    return work
+
+
+def _split_totals(stats: Sequence[PartitionStats], split: str) -> dict[str, Any]:
+    shards = [partition.shards[split] for partition in stats if split in partition.shards]
+    return {
+        "rows": sum(shard.rows for shard in shards),
+        "tokens": sum(shard.tokens for shard in shards),
+        "bytes": sum(shard.num_bytes for shard in shards),
+        "documents": sum(shard.documents for shard in shards),
+        "files": [{"path": shard.path, "row_groups": shard.row_groups} for shard in shards],
+    }
+
+
+def _check_corpus(
+    config: "PreprocessConfig", splits: dict[str, Any], dropped: dict[str, int]
+) -> list[str]:
+    """Notes on a split that is empty by chance; an empty corpus is an error."""
+    train, heldout = splits["train"]["rows"], splits["heldout"]["rows"]
+    if train + heldout == 0:
+        raise InputError(
+            f"dataset_name {config.dataset_name!r}: the corpus is empty ({dropped['empty']} empty "
+            f"cells and {dropped['not_text']} that are not text); check the data and text_column"
+        )
+    if train == 0 and config.heldout_fraction < 1.0:
+        raise InputError(
+            f"heldout_fraction {config.heldout_fraction} left no document for training, of "
+            f"{splits['heldout']['documents']}; lower it, or give more documents"
+        )
+    if heldout == 0 and config.heldout_fraction > 0.0:
+        return [
+            f"no document fell into the heldout split (heldout_fraction {config.heldout_fraction}, "
+            f"{splits['train']['documents']} documents)"
+        ]
+    return []
+
+
+def _check_files(output_dir: Path, known_sha256: dict[str, str]) -> None:
+    """Leave the shards of these tasks alone in the folder; all of them must have arrived there."""
+    for path in output_dir.glob("*/*"):
+        name = path.relative_to(output_dir).as_posix()
+        if path.parent.name in SPLITS and name not in known_sha256:
+            path.unlink()  # the temporary file of a task whose worker was lost
+    if any(not (output_dir / name).is_file() for name in known_sha256):
+        raise InputError(_not_shared(output_dir))
+
+
+def _not_shared(output_dir: Path) -> str:
+    return (
+        f"output_dir {output_dir} is not the same on every node; choose a folder on shared storage"
+    )

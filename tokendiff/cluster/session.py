@@ -1,0 +1,102 @@
+"""Connecting to Ray: a running cluster, or one started on this machine for the length of a job."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from tokendiff.errors import InputError
+
+if TYPE_CHECKING:
+    from tokendiff.config import ClusterConfig
+
+# CPUs that Ray Data's tasks need beside the workers; without them training waits for rows for ever.
+DATA_CPUS = 1
+
+
+@contextmanager
+def ray_session(config: "ClusterConfig") -> Iterator[None]:
+    """Ray is connected inside this block. A session that is already there is used, and left as it
+    is.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    # The controller looks at its workers this often; the default of 2 s is felt at every start and
+    # end.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.worker_start_timeout_s)
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if address is not None:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"cluster.address {address}: no Ray cluster answers there ({error}); start one "
+                "with "
+                "'ray start --head', or leave address and RAY_ADDRESS unset to start one on this "
+                "machine"
+            ) from error
+    else:
+        # CPUs are only counts to Ray. Reserving more than there are lets a small machine run
+        # workers and data tasks side by side where real counts would deadlock.
+        reserved = max(config.num_workers, config.num_actors) * config.cpus_per_worker
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, int(reserved) + 1 + DATA_CPUS),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            _node_ip_address="127.0.0.1",
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def wants_gpu(config: "ClusterConfig") -> bool:
+    """Whether workers and actors get a GPU each: as configured, else whether the cluster has one
+    now.
+    """
+    import ray
+
+    if config.use_gpu is not None:
+        return config.use_gpu
+    return ray.cluster_resources().get("GPU", 0) > 0
+
+
+def check_resources(config: "ClusterConfig", *, count: int, what: str) -> str | None:
+    """What the cluster lacks for `count` workers or actors, as a message, or None.
+
+    An autoscaling cluster may still grow, so a lack is not an error here; the wait for it is
+    bounded by `worker_start_timeout_s`.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    needed = {"CPU": count * config.cpus_per_worker + DATA_CPUS}
+    if wants_gpu(config):
+        needed["GPU"] = float(count)
+    lacking = [
+        f"{name} {have.get(name, 0):g} of {n:g}"
+        for name, n in needed.items()
+        if have.get(name, 0) < n
+    ]
+    if not lacking:
+        return None
+    return (
+        f"{count} {what} and Ray Data need more than the cluster has now ({', '.join(lacking)}); "
+        "waiting up to "
+        f"{config.worker_start_timeout_s:g} s for it to grow. Lower num_workers or cpus_per_worker "
+        "to start at once"
+    )
+
+
+def threads_on_this_node(config: "ClusterConfig", num_processes: int) -> int:
+    """torch threads for one of `num_processes` CPU processes that share this machine."""
+    if config.threads_per_worker is not None:
+        return config.threads_per_worker
+    return max(1, len(os.sched_getaffinity(0)) // num_processes)

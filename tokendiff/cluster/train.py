@@ -1,0 +1,199 @@
+"""Training on Ray Train workers that read their rows through Ray Data.
+
+Ray places the processes, sets up torch.distributed, streams rows and notices lost workers.
+Checkpoints are our own (`tokendiff.checkpoint`): the newest sound one is found again at every
+start, so a lost worker costs the steps since then.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray.data
+import ray.train
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from tokendiff.checkpoint import newest_sound_checkpoint, step_of
+from tokendiff.cluster.session import check_resources, threads_on_this_node, wants_gpu
+from tokendiff.data.rows import TokenData
+from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.training.run import TrainingRun, check_same_run, finished_run, step_plan
+from tokendiff.training.trainer import OnEvent
+from tokendiff.training.world import World
+
+if TYPE_CHECKING:
+    from tokendiff.config import ClusterConfig, TrainConfig
+
+_NEVER_RETRIED = (InputError, CorruptFileError, FloatingPointError)
+_MAX_READ_BLOCKS = 1000
+
+
+class _RankRows(DataConfig):
+    """Gives each worker its own stream of rows, read in the order of the steps.
+
+    Ray Data's own splitting hands blocks to whoever asks first; which rows make a global batch
+    would then depend on timing and on the number of workers.
+    """
+
+    def __init__(self, data: TokenData, config: "TrainConfig", first_step: int) -> None:
+        super().__init__(datasets_to_split=[])
+        self._data, self._config, self._first_step = data, config, first_step
+
+    def configure(
+        self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any
+    ) -> list[dict[str, Any]]:
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False
+        return [{"train": self._rows_of(rank, world_size).iterator()} for rank in range(world_size)]
+
+    def _rows_of(self, rank: int, world_size: int) -> ray.data.Dataset:
+        plan = step_plan(self._config, self._data, rank=rank, world_size=world_size)
+        chunks = plan.chunks(self._first_step, self._config.max_train_steps)
+        data = self._data
+
+        def read(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+            for index in batch["id"]:
+                yield plan.read(data, *chunks[int(index)])
+
+        source = ray.data.range(len(chunks), override_num_blocks=min(len(chunks), _MAX_READ_BLOCKS))
+        return source.map_batches(read, batch_size=1, compute=ray.data.TaskPoolStrategy(size=2))
+
+
+def train(
+    config: "TrainConfig",
+    cluster: "ClusterConfig",
+    *,
+    data_path: str | Path,
+    output_dir: Path,
+    on_event: OnEvent,
+) -> Path:
+    """Train on the connected Ray cluster; returns `output_dir/final`.
+
+    Running it again resumes: from the newest sound checkpoint, or not at all where the run is
+        finished.
+
+    Args:
+        on_event: must be picklable: the main worker calls it too (say `RunLog(path).write`).
+
+    Raises:
+        InputError: the config cannot work with this data, model or cluster, or output_dir holds
+            another run.
+        FloatingPointError: the loss or the gradient stopped being finite.
+        RuntimeError: more than `max_failures` workers were lost.
+    """
+    data = TokenData.open(data_path, split="train")
+    step_plan(config, data, rank=0, world_size=cluster.num_workers)
+    if (final := finished_run(output_dir, config, data)) is not None:
+        return final
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if (
+        lack := check_resources(cluster, count=cluster.num_workers, what="training workers")
+    ) is not None:
+        on_event("warning", message=lack)
+    for attempt in range(cluster.max_failures + 1):
+        checkpoint = newest_sound_checkpoint(
+            output_dir, warn=lambda message: on_event("warning", message=message)
+        )
+        if checkpoint is not None:
+            check_same_run(checkpoint, config, data)
+        try:
+            _fit_once(config, cluster, data, output_dir, checkpoint, on_event)
+            break
+        except ray.train.TrainingFailedError as error:
+            reason = _reason_to_retry(error)
+            if attempt == cluster.max_failures:
+                raise RuntimeError(
+                    f"training failed {attempt + 1} times, the last time because {reason}; raise "
+                    "max_failures to go on, "
+                    f"or run the same command again: it resumes from {checkpoint or 'step 0'}"
+                ) from error
+            on_event("warning", message=f"{reason}; restarting from the newest checkpoint")
+    final = finished_run(output_dir, config, data)
+    assert final is not None, "training ended without an error and without final/"
+    return final
+
+
+def _fit_once(
+    config: "TrainConfig",
+    cluster: "ClusterConfig",
+    data: TokenData,
+    output_dir: Path,
+    checkpoint: Path | None,
+    on_event: OnEvent,
+) -> None:
+    use_gpu = wants_gpu(cluster)
+    first_step = step_of(checkpoint) if checkpoint is not None else 0
+    # Ray Train wants a folder for a state of its own that nothing here reads.
+    ray_folder = output_dir / ".ray-train"
+    shutil.rmtree(ray_folder, ignore_errors=True)
+
+    def work() -> None:
+        device = str(ray.train.torch.get_device()) if use_gpu else "cpu"
+        context = ray.train.get_context()
+        if not use_gpu:
+            import torch
+
+            torch.set_num_threads(threads_on_this_node(cluster, context.get_local_world_size()))
+        world = World.current(device)
+        run = TrainingRun.build(config, data, output_dir, world=world, on_event=on_event)
+        if checkpoint is not None:
+            run.resume(checkpoint)
+        rows = len(step_plan(config, data, rank=world.rank, world_size=world.size).positions)
+        shard = ray.train.get_dataset_shard("train")
+        run.fit(iter(shard.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)))
+
+    resources = {"CPU": cluster.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
+    TorchTrainer(
+        work,
+        datasets={"train": ray.data.range(1)},
+        dataset_config=_RankRows(data, config, first_step),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.num_workers, use_gpu=use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=f"attempt-{os.getpid()}-{first_step}",
+            storage_path=str(ray_folder),
+            failure_config=_no_retries(),
+        ),
+    ).fit()
+    shutil.rmtree(ray_folder, ignore_errors=True)
+
+
+def _no_retries() -> FailureConfig:
+    # Retrying is decided in `train`, which also knows which errors no other attempt gets around.
+    return FailureConfig(max_failures=0, controller_failure_limit=0)  # type: ignore[call-arg]
+
+
+def _reason_to_retry(error: ray.train.TrainingFailedError) -> str:
+    """What was lost, in words; or raises the error that no other attempt would get around."""
+    failures = getattr(error, "worker_failures", None)
+    if failures is None:
+        return f"the workers could not be started or were preempted ({_first_line(error)})"
+    for failure in failures.values():
+        if isinstance(failure, _NEVER_RETRIED):
+            raise failure from None
+    lost = [rank for rank, failure in sorted(failures.items()) if _is_loss(failure)]
+    if not lost:
+        raise next(iter(failures.values())) from error
+    return f"worker {', '.join(map(str, lost))} was lost ({_first_line(failures[lost[0]])})"
+
+
+def _is_loss(failure: Exception) -> bool:
+    """A worker that died, or one whose collective broke because another did."""
+    import torch.distributed as dist
+    from ray.exceptions import RayActorError
+
+    if type(failure).__name__.startswith("WorkerHealthCheck") or isinstance(
+        failure, RayActorError | dist.DistError
+    ):
+        return True
+    # gloo reports a lost peer as a bare RuntimeError.
+    return isinstance(failure, RuntimeError) and "gloo" in str(failure)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]

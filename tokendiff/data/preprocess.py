@@ -1,0 +1,251 @@
+"""One partition of text to its token shards, in one process and in bounded memory."""
+
+import hashlib
+import os
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tokendiff.data.packing import BATCH_CHARS, PackedRows, Packer, tokenize_documents
+from tokendiff.data.partition import Partition
+from tokendiff.data.sources import dummy_rows, read_documents
+from tokendiff.errors import InputError
+from tokendiff.manifest import sha256_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPLITS = ("train", "heldout")
+ROW_GROUP_ROWS = 512
+_HELDOUT_BIT = 1 << 62
+_TRAINING_TEXT_BYTES = 32 << 20
+_TRAINING_TEXT_PARTITIONS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardStats:
+    """What one partition gave to one split.
+
+    Attributes:
+        path: relative to the output folder.
+        row_groups: rows of each Parquet row group.
+        num_bytes: UTF-8 bytes of the source text.
+    """
+
+    path: str
+    sha256: str
+    row_groups: list[int]
+    tokens: int
+    num_bytes: int
+    documents: int
+
+    @property
+    def rows(self) -> int:
+        return sum(self.row_groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionStats:
+    """What became of one partition; a split that got nothing is not in `shards`."""
+
+    index: int
+    shards: dict[str, ShardStats]
+    dropped_empty: int
+    dropped_not_text: int
+
+
+def preprocess_partition(
+    partition: Partition,
+    *,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    heldout_fraction: float,
+    output_dir: Path,
+    batch_chars: int = BATCH_CHARS,
+) -> PartitionStats:
+    """Stream a partition into `train/part-NNNNN.parquet` and `heldout/part-NNNNN.parquet`.
+
+    The files' bytes depend on the partition, the tokenizer, max_length and heldout_fraction alone;
+    doing it again replaces them. Equal documents fall on the same side of the split wherever they
+    stand.
+
+    Raises:
+        InputError: the input cannot be read as what it is said to be.
+    """
+    dropped: Counter[str] = Counter()
+    writers = {
+        split: _ShardWriter(output_dir, split, partition.index, max_length) for split in SPLITS
+    }
+    try:
+        if partition.format == "dummy":
+            documents = _dummy_documents(partition, tokenizer, max_length)
+        else:
+            documents = _text_documents(partition, tokenizer, dropped, batch_chars)
+        for content, tokens, num_bytes in documents:
+            split = "heldout" if is_heldout(content, heldout_fraction) else "train"
+            writers[split].add(tokens, num_bytes)
+        shards = {split: writer.finish() for split, writer in writers.items()}
+    finally:
+        for writer in writers.values():
+            writer.close()
+    return PartitionStats(
+        index=partition.index,
+        shards={split: shard for split, shard in shards.items() if shard is not None},
+        dropped_empty=dropped["empty"],
+        dropped_not_text=dropped["not text"],
+    )
+
+
+def is_heldout(content: bytes, heldout_fraction: float) -> bool:
+    """Whether a document is kept for evaluation, by the hash of what it says."""
+    digest = hashlib.blake2b(content, digest_size=8).digest()
+    return int.from_bytes(digest, "big") < heldout_fraction * 2**64
+
+
+def training_text(partitions: Sequence[Partition], heldout_fraction: float) -> Iterator[str]:
+    """Training-side documents for a tokenizer to learn from: 32 MiB, an equal share per partition.
+
+    Of many partitions, 64 that are evenly spread.
+
+    Raises:
+        InputError: there are none.
+    """
+    places = np.linspace(0, len(partitions) - 1, _TRAINING_TEXT_PARTITIONS)
+    chosen = np.unique(places.round().astype(int))
+    share = _TRAINING_TEXT_BYTES // len(chosen)
+    seen: Counter[str] = Counter()
+    for index in chosen:
+        left = share
+        for document in _texts(read_documents(partitions[index]), seen):
+            content = document.encode()
+            is_kept = not is_heldout(content, heldout_fraction)
+            seen["training" if is_kept else "held-out"] += 1
+            if is_kept:
+                yield content[:left].decode(errors="ignore")
+                left -= len(content)
+            if left <= 0:
+                break
+    if not seen["training"]:
+        raise InputError(
+            "the corpus has no training text to make a tokenizer from "
+            f"({seen['empty']} empty cells, {seen['not text']} that are not text, "
+            f"{seen['held-out']} held-out documents); check the data, text_column, heldout_fraction"
+        )
+
+
+def _text_documents(
+    partition: Partition,
+    tokenizer: "PreTrainedTokenizerBase",
+    dropped: Counter[str],
+    batch_chars: int,
+) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
+    """(content, tokens, bytes per token) of each document."""
+    texts = _texts(read_documents(partition), dropped)
+    for document in tokenize_documents(tokenizer, texts, batch_chars=batch_chars):
+        if len(document.tokens) == 0:
+            dropped["empty"] += 1
+        else:
+            yield document.text.encode(), document.tokens, document.num_bytes
+
+
+def _dummy_documents(
+    partition: Partition, tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
+    ordinary = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    for tokens in dummy_rows(partition, np.array(ordinary, dtype=np.int32), max_length):
+        yield tokens.tobytes(), tokens, np.zeros_like(tokens)
+
+
+def _texts(cells: Iterable[Any], dropped: Counter[str]) -> Iterator[str]:
+    """The cells that are text; the others are counted."""
+    for cell in cells:
+        if not isinstance(cell, str) or not _is_unicode(cell):
+            dropped["not text"] += 1
+        elif not cell or cell.isspace():
+            dropped["empty"] += 1
+        else:
+            yield cell
+
+
+def _is_unicode(text: str) -> bool:
+    """False where there are lone surrogates, which JSON can spell ("\\ud800") and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class _ShardWriter:
+    """Packs the documents of one split and writes full row groups as they come."""
+
+    def __init__(self, output_dir: Path, split: str, index: int, max_length: int) -> None:
+        self._packer = Packer(max_length, ROW_GROUP_ROWS)
+        self._name = f"{split}/part-{index:05d}.parquet"
+        self._path = output_dir / self._name
+        # Its own name for every attempt: a task that is thought lost may still be writing.
+        self._temporary = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        self._next_row_id = (index << 32) + (_HELDOUT_BIT if split == "heldout" else 0)
+        self._row_groups: list[int] = []
+        self._totals: Counter[str] = Counter(documents=0, tokens=0, num_bytes=0)
+        self._writer: Any = None
+
+    def add(self, tokens: np.ndarray, num_bytes: np.ndarray) -> None:
+        self._totals.update(documents=1, tokens=len(tokens), num_bytes=int(num_bytes.sum()))
+        if (rows := self._packer.add(tokens, num_bytes)) is not None:
+            self._write(rows)
+
+    def finish(self) -> ShardStats | None:
+        """Write what is left and give the file its name; None where the split got no rows."""
+        if (rows := self._packer.flush()) is not None:
+            self._write(rows)
+        if self._writer is None:
+            self._path.unlink(missing_ok=True)
+            return None
+        self._writer.close()
+        with open(self._temporary, "rb") as file:
+            os.fsync(file.fileno())
+        digest = sha256_of(self._temporary)
+        os.replace(self._temporary, self._path)
+        return ShardStats(
+            path=self._name, sha256=digest, row_groups=self._row_groups, **self._totals
+        )
+
+    def close(self) -> None:
+        """Leave nothing unfinished behind."""
+        if self._writer is not None:
+            self._writer.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def _write(self, rows: PackedRows) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        row_ids = np.arange(self._next_row_id, self._next_row_id + len(rows), dtype=np.int64)
+        self._next_row_id += len(rows)
+        table = pa.table(
+            {
+                "row_id": pa.array(row_ids),
+                "tokens": _list_array(rows.tokens, rows.row_lengths),
+                "document_lengths": _list_array(rows.document_lengths, rows.documents_per_row),
+                "num_bytes": pa.array(rows.num_bytes),
+            }
+        )
+        if self._writer is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = pq.ParquetWriter(self._temporary, table.schema, compression="zstd")
+        self._writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+        full, rest = divmod(len(rows), ROW_GROUP_ROWS)
+        self._row_groups += [ROW_GROUP_ROWS] * full + [rest] * (rest > 0)
+
+
+def _list_array(values: np.ndarray, lengths: np.ndarray) -> Any:
+    import pyarrow as pa
+
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))

@@ -1,0 +1,124 @@
+"""Where text comes from: the plan of what each task reads, and the reading."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tokendiff.data import files, hub
+from tokendiff.data.partition import Partition, Piece, group_pieces
+
+if TYPE_CHECKING:
+    from tokendiff.config import PreprocessConfig
+
+_BUILTIN_DOCUMENT_CHARS = 2000
+_DUMMY_SEED = 0
+
+
+def plan_partitions(config: "PreprocessConfig") -> list[Partition]:
+    """Cut the input into partitions of about `partition_bytes`, the same ones on any cluster.
+
+    Raises:
+        InputError: a file, dataset, split or column is not there, or a Parquet file is not one.
+    """
+    kind, pieces = _pieces(config)
+    return [
+        Partition(
+            index=index,
+            format=kind,
+            pieces=group,
+            text_column=config.text_column,
+            sample_by=config.sample_by,
+            dataset_config_name=config.dataset_config_name,
+            dataset_split=config.dataset_split,
+        )
+        for index, group in enumerate(group_pieces(pieces, config.partition_bytes))
+    ]
+
+
+def read_documents(partition: Partition) -> Iterator[Any]:
+    """Stream the raw cells of a partition of text, whatever they hold.
+
+    Raises:
+        InputError: naming file and line, where the input cannot be read as what it is said to be.
+    """
+    for piece in partition.pieces:
+        yield from _read_piece(partition, piece)
+
+
+def dummy_rows(
+    partition: Partition, token_ids: np.ndarray, max_length: int
+) -> Iterator[np.ndarray]:
+    """Rows of random tokens, [max_length] int32 each, decided by the row's number."""
+    for piece in partition.pieces:
+        for row in range(piece.start, piece.stop):
+            generator = np.random.default_rng([_DUMMY_SEED, row])
+            yield generator.choice(token_ids, max_length).astype(np.int32)
+
+
+def _pieces(config: "PreprocessConfig") -> tuple[str, Iterator[Piece]]:
+    name, column = config.dataset_name, config.text_column
+    if config.use_dummy_data:
+        row_bytes = 4 * config.max_length
+        return "dummy", _one_by_one([row_bytes] * config.num_dummy_samples)
+    if name == "builtin":
+        return "builtin", _one_by_one([len(document.encode()) for document in _builtin_documents()])
+    if name == "parquet":
+        return name, (
+            p
+            for path in files.find_files(config.data_files)
+            for p in files.parquet_pieces(path, column)
+        )
+    if name in ("text", "jsonl"):
+        is_cut = not (name == "text" and config.sample_by == "document")
+        max_bytes = config.partition_bytes if is_cut else None
+        paths = files.find_files(config.data_files)
+        return name, (p for path in paths for p in files.text_pieces(path, max_bytes=max_bytes))
+    return "datasets", hub.dataset_pieces(
+        name, config.dataset_config_name, config.dataset_split, column, config.partition_bytes
+    )
+
+
+def _read_piece(partition: Partition, piece: Piece) -> Iterator[Any]:
+    match partition.format:
+        case "builtin":
+            return iter(_builtin_documents()[piece.start : piece.stop])
+        case "text" if partition.sample_by == "document":
+            return files.read_whole(piece)
+        case "text":
+            return files.read_lines(piece)
+        case "jsonl":
+            return files.read_jsonl(piece, partition.text_column)
+        case "parquet":
+            return files.read_parquet(piece, partition.text_column)
+        case "datasets":
+            return hub.read_dataset(
+                piece, partition.dataset_config_name, partition.dataset_split, partition.text_column
+            )
+    raise AssertionError(f"no reader of text for format {partition.format!r}")
+
+
+def _one_by_one(sizes: list[int]) -> Iterator[Piece]:
+    for index, size in enumerate(sizes):
+        yield Piece(path="", start=index, stop=index + 1, num_bytes=size)
+
+
+@cache
+def _builtin_documents() -> tuple[str, ...]:
+    """CPython's own documentation: neighbouring paragraphs of a topic, about 2,000 characters each.
+
+    Whole topics are too few (79) and too unequal for a split by document.
+    """
+    from pydoc_data.topics import topics
+
+    documents = []
+    for _, text in sorted(topics.items()):
+        document = ""
+        for paragraph in text.split("\n\n"):
+            if document and len(document) + len(paragraph) > _BUILTIN_DOCUMENT_CHARS:
+                documents.append(document)
+                document = ""
+            document += paragraph + "\n\n"
+        documents.append(document)
+    return tuple(document.strip("\n") for document in documents)

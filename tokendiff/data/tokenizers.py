@@ -1,0 +1,129 @@
+"""Tokenizers: two of our own that need no download, and any of transformers'.
+
+Whatever the tokenizer, what comes out has a mask, an EOS and a padding token.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from tokendiff.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+PAD, MASK, EOS = "[PAD]", "[MASK]", "[EOS]"
+
+
+def build_tokenizer(
+    name_or_path: str, *, documents: Iterable[str], vocab_size: int
+) -> tuple["PreTrainedTokenizerBase", list[str]]:
+    """Make or load a tokenizer.
+
+    Args:
+        name_or_path: bytes (256 tokens and the special ones), bpe (byte-level, trained on
+            `documents`), both lossless; or a transformers name or folder.
+        documents: what bpe is trained on; not read otherwise.
+        vocab_size: of bpe, the special tokens included.
+
+    Returns:
+        The tokenizer, and notes for the user on what had to be added to it.
+
+    Raises:
+        InputError: a name or folder that transformers cannot load, or a vocabulary with gaps.
+    """
+    if name_or_path == "bytes":
+        return _wrapped(_byte_tokenizer()), []
+    if name_or_path == "bpe":
+        tokenizer = _wrapped(_trained_bpe(documents, vocab_size))
+        if len(tokenizer) < vocab_size:
+            return tokenizer, [f"bpe found {len(tokenizer)} tokens of the vocab_size {vocab_size}"]
+        return tokenizer, []
+    tokenizer = _pretrained(name_or_path)
+    notes = _add_missing_tokens(tokenizer)
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= len(tokenizer):
+        raise InputError(
+            f"tokenizer_name_or_path {name_or_path!r}: has {len(tokenizer)} tokens, but ids up to "
+            f"{highest}; a vocabulary with gaps cannot be used"
+        )
+    return tokenizer, notes
+
+
+def _byte_tokenizer() -> "Tokenizer":
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = [PAD, MASK, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _trained_bpe(documents: Iterable[str], vocab_size: int) -> "Tokenizer":
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[PAD, MASK, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+def _wrapped(tokenizer: "Tokenizer") -> "PreTrainedTokenizerBase":
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        mask_token=MASK,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,  # it deletes spaces before punctuation
+    )
+
+
+def _pretrained(name_or_path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = os.path.abspath(os.path.expanduser(name_or_path))
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder if os.path.isdir(folder) else name_or_path, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"tokenizer_name_or_path {name_or_path!r}: cannot be loaded ({reason}); "
+            "give bytes, bpe, a hub name, or a folder that holds a tokenizer"
+        ) from error
+
+
+def _add_missing_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    notes = []
+    if tokenizer.mask_token_id is None:
+        tokenizer.add_special_tokens({"mask_token": MASK})
+        notes.append(
+            f"the tokenizer has no mask token; added {MASK} as id {tokenizer.mask_token_id}"
+        )
+    if tokenizer.eos_token_id is None:
+        if tokenizer.sep_token_id is not None:
+            tokenizer.eos_token = tokenizer.sep_token
+            notes.append(f"the tokenizer has no EOS token; {tokenizer.sep_token} ends documents")
+        else:
+            tokenizer.add_special_tokens({"eos_token": EOS})
+            notes.append(
+                f"the tokenizer has no EOS token; added {EOS} as id {tokenizer.eos_token_id}"
+            )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return notes

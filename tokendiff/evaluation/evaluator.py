@@ -1,0 +1,71 @@
+"""A checkpoint ready to be judged on rows: what an evaluation actor holds."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from tokendiff.checkpoint import load_for_inference
+from tokendiff.data.order import RowOrder
+from tokendiff.data.rows import TokenData, TokenRows
+from tokendiff.evaluation.bound import row_bounds
+from tokendiff.random import RowGenerator, key_from
+
+if TYPE_CHECKING:
+    from tokendiff.config import EvaluateConfig
+
+
+class Evaluator:
+    def __init__(self, checkpoint: Path, config: "EvaluateConfig", *, device: str) -> None:
+        denoiser, self.tokenizer, self.process = load_for_inference(checkpoint)
+        self._denoiser = denoiser.to(device)
+        self._device, self._config = torch.device(device), config
+
+    def bounds(self, rows: TokenRows) -> dict[str, np.ndarray]:
+        """Per row: nats (float64), num_tokens, num_bytes; and the token counts [1, V] of all rows
+        together.
+        """
+        nats, counts = [], []
+        for at in range(0, len(rows), self._config.batch_size):
+            batch = rows.take(slice(at, at + self._config.batch_size))
+            tokens = torch.as_tensor(batch.tokens, device=self._device).long()
+            length = torch.as_tensor(batch.lengths, device=self._device)
+            is_valid = torch.arange(tokens.shape[1], device=self._device) < length[:, None]
+            ids = torch.as_tensor(batch.row_ids, device=self._device)
+            generator = RowGenerator.for_rows(key_from(self._config.seed, "evaluate"), ids)
+            is_bf16 = self._config.mixed_precision == "bf16"
+            with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_bf16):
+                row_nats, row_tokens = row_bounds(
+                    self._denoiser,
+                    tokens,
+                    is_valid,
+                    generator,
+                    mask_token_id=self.process.mask_token_id,
+                    num_mask_samples=self._config.num_mask_samples,
+                )
+            nats.append(row_nats.cpu().numpy())
+            counts.append(row_tokens.cpu().numpy())
+        is_token = np.arange(rows.tokens.shape[1]) < rows.lengths[:, None]
+        histogram = np.bincount(rows.tokens[is_token], minlength=self.process.vocab_size)
+        return {
+            "nats": np.concatenate(nats),
+            "num_tokens": np.concatenate(counts),
+            "num_bytes": rows.num_bytes.astype(np.int64),
+            "token_counts": histogram[None],
+        }
+
+
+def evaluation_rows(
+    data: TokenData, *, seed: int, max_rows: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(row group, row) of the rows that are evaluated: all in order, or a random subset that the
+    seed decides.
+    """
+    if max_rows is None or max_rows >= data.num_rows:
+        groups = np.repeat(np.arange(len(data.row_group_sizes)), data.row_group_sizes)
+        return groups, np.concatenate([np.arange(size) for size in data.row_group_sizes])
+    order = RowOrder(row_group_sizes=data.row_group_sizes, seed=seed)
+    _, groups, rows = order.rows(0, max_rows)
+    by_place = np.lexsort((rows, groups))
+    return groups[by_place], rows[by_place]

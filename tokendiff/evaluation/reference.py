@@ -1,0 +1,151 @@
+"""Generative perplexity: how likely a reference causal LM finds the samples."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokendiff.errors import InputError
+
+_PROBE_LENGTH = 4
+
+
+@torch.inference_mode()
+def generative_perplexity(
+    texts: Sequence[str],
+    model_name_or_path: str,
+    *,
+    batch_size: int,
+    max_length: int,
+    device: str | torch.device,
+) -> dict[str, float]:
+    """Score texts with a transformers causal LM and its own tokenizer, in float32.
+
+    A tokenizer's BOS, where it has one, is put before every text, so that the text's first token
+    is scored as well; without a BOS the first token is only context. A text that leaves nothing to
+    score is skipped. The mean is over all scored tokens of all texts: long texts weigh more.
+
+    Args:
+        batch_size: texts in one forward pass; the result does not depend on it. The logits take
+            batch_size * max_length * vocabulary * 4 bytes.
+        max_length: tokens of a text at most, BOS included; the rest is cut off. The model's own
+            limit holds where it is lower.
+
+    Returns:
+        generative_perplexity: exp of the next; both are absent if no token was scored.
+        reference_nats_per_token
+        num_scored_tokens, num_texts_cut, num_texts_skipped
+
+    Raises:
+        InputError: no such model, no weights, no tokenizer, or not a causal LM; batch_size < 1 or
+            max_length < 2.
+    """
+    if batch_size < 1:
+        raise InputError(f"generative perplexity: batch_size must be at least 1, got {batch_size}")
+    if max_length < 2:
+        raise InputError(f"generative perplexity: max_length must be at least 2, got {max_length}")
+    model, tokenizer = _load(model_name_or_path)
+    model.to(device)
+    _check_causal(model, model_name_or_path, device)
+
+    limit = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
+    prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    rows = [prefix + ids for ids in encoded]
+    # Rows of similar length share a batch: less padding, and the sum is the same.
+    scored = sorted((row[:limit] for row in rows if len(row) >= 2), key=len, reverse=True)
+    nats = 0.0
+    for at in range(0, len(scored), batch_size):
+        nats += _summed_nats(model, scored[at : at + batch_size], device)
+
+    num_tokens = sum(len(row) - 1 for row in scored)
+    counts: dict[str, float] = {
+        "num_scored_tokens": num_tokens,
+        "num_texts_cut": sum(len(row) > limit for row in rows),
+        "num_texts_skipped": len(rows) - len(scored),
+    }
+    if num_tokens == 0:
+        return counts
+    mean = torch.tensor(nats / num_tokens, dtype=torch.float64)
+    return {
+        "generative_perplexity": float(mean.exp()),
+        "reference_nats_per_token": float(mean),
+        **counts,
+    }
+
+
+def _load(name: str) -> tuple[nn.Module, Any]:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loader: Any = AutoModelForCausalLM  # its annotations leave output_loading_info out
+    try:
+        # float32, since bfloat16 rounds differently at different batch sizes.
+        model, loaded = loader.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        # RuntimeError: the weights have other shapes than the config says.
+        raise InputError(
+            f"reference_model_name_or_path {name!r} cannot be opened as a causal language model "
+            f"({_first_line(error)}); give a hub name or a folder "
+            "with config.json, weights and tokenizer"
+        ) from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise InputError(
+            f"reference_model_name_or_path {name!r} has no weights for {', '.join(missing[:3])}; "
+            "it is not a causal language model"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"reference_model_name_or_path {name!r}: its tokenizer cannot be opened "
+            f"({_first_line(error)}); save it beside the model"
+        ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # transformers makes an empty tokenizer up where the folder has no files of one.
+        raise InputError(
+            f"reference_model_name_or_path {name!r} holds no tokenizer; save it beside the model"
+        )
+    return model.eval(), tokenizer
+
+
+def _check_causal(model: nn.Module, name: str, device: str | torch.device) -> None:
+    """Encoders load as causal LMs too (BERT without is_decoder); behaviour tells them apart."""
+    tokens = torch.zeros(2, _PROBE_LENGTH, dtype=torch.int64, device=device)
+    tokens[1, -1] = 1
+    first, second = model(input_ids=tokens).logits[:, :-1]
+    if not torch.allclose(first, second, rtol=1e-4, atol=1e-4 * float(first.abs().max())):
+        raise InputError(
+            f"reference_model_name_or_path {name!r} is not a causal language model: "
+            "its predictions see the tokens that they predict; give a GPT-2, Qwen, Llama, ..."
+        )
+
+
+def _summed_nats(model: nn.Module, rows: list[list[int]], device: str | torch.device) -> float:
+    """Sum of -ln p(token | tokens before it) over the rows, without each row's first token."""
+    tokens, attention_mask = _pad(rows)
+    tokens, attention_mask = tokens.to(device), attention_mask.to(device)
+    logits = model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).logits
+    targets = tokens[:, 1:].masked_fill(attention_mask[:, 1:] == 0, -100)
+    losses = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none"
+    )
+    return float(losses.double().sum())
+
+
+def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens and attention mask [B, L], padded on the right, with an id that is not looked at."""
+    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    attention_mask = torch.zeros_like(tokens)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+        attention_mask[i, : len(row)] = 1
+    return tokens, attention_mask
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,101 @@
+"""What a reader of the report sees first: the figures in words, in the order in which they matter."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokendiff.evaluation.bound import Bound
+from tokendiff.evaluation.report import Denoising, Report
+
+
+def make_report(
+    *,
+    title: str,
+    checkpoint: Path,
+    bound: Bound,
+    metrics: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    training_log: Sequence[Mapping[str, Any]],
+    trace: Mapping[str, Any],
+    config_yaml: str,
+) -> Report:
+    """Lay the figures of one evaluation out as a report."""
+    unigram = float(metrics["unigram_entropy_nats"])
+    return Report(
+        title=title,
+        subtitle=f"masked diffusion language model, {checkpoint.parent.name}/{checkpoint.name}",
+        summary=headline(bound, unigram, metrics, training_log),
+        loss_curve=[(event["step"], event["loss"]) for event in training_log],
+        loss_reference=("unigram entropy of the held-out text", unigram),
+        curves={
+            name: [(event["step"], event[key]) for event in training_log if key in event]
+            for name, key in (
+                ("learning rate", "lr"),
+                ("gradient norm", "grad_norm"),
+                ("tokens per second", "tokens_per_second"),
+            )
+        },
+        metrics={name: value for name, value in metrics.items() if value is not None},
+        samples=list(samples),
+        denoising=Denoising(
+            vocabulary=trace["vocabulary"],
+            frames=trace["frames"],
+            mask_token_id=trace["mask_token_id"],
+            times=trace["times"],
+            num_prompt_tokens=0,
+        ),
+        config_yaml=config_yaml,
+    )
+
+
+def headline(
+    bound: Bound,
+    unigram_nats: float,
+    metrics: Mapping[str, Any],
+    training_log: Sequence[Mapping[str, Any]],
+) -> list[tuple[str, str, str]]:
+    """(label, value, what it means) of the figures that a run is judged by."""
+    rows = [
+        (
+            "Bound",
+            f"{bound.nats_per_token:.3f} ± {bound.standard_error:.3f} nats per token",
+            f"upper bound on the negative log-likelihood of {bound.num_tokens:,} held-out tokens",
+        ),
+        (
+            "Unigram entropy",
+            f"{unigram_nats:.3f} nats per token",
+            f"of the same tokens: what the best model without context gets; the bound is "
+            f"{unigram_nats - bound.nats_per_token:.3f} nats "
+            f"({100 * (1 - bound.nats_per_token / unigram_nats):.0f} %) below",
+        ),
+        ("Perplexity", f"at most {bound.perplexity:,.1f}", "exp of the bound, per token"),
+    ]
+    if bound.bits_per_byte is not None:
+        unigram_bits = unigram_nats * bound.num_tokens / bound.num_bytes / math.log(2.0)
+        rows.append(
+            (
+                "Bits per byte",
+                f"{bound.bits_per_byte:.3f}",
+                f"of UTF-8 source text, comparable across tokenizers; {unigram_bits:.3f} "
+                "at the unigram entropy",
+            )
+        )
+    speeds = sorted(event["tokens_per_second"] for event in training_log)
+    if speeds:
+        rows.append(
+            (
+                "Training speed",
+                f"{speeds[len(speeds) // 2]:,.0f} tokens/s",
+                "median over the log lines, all workers together",
+            )
+        )
+    if "generative_perplexity" in metrics:
+        rows.append(
+            (
+                "Generative perplexity",
+                f"{metrics['generative_perplexity']:,.1f}",
+                "of the samples under the reference model; read it beside their entropy",
+            )
+        )
+    return rows

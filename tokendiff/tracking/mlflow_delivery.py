@@ -1,0 +1,140 @@
+"""Bringing outboxes to MLflow: a thread for each live run, and what dead ones left behind."""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokendiff.tracking.mlflow_outbox import STATE_NAME, Outbox, load_state, lock_folder
+from tokendiff.tracking.mlflow_store import describe, make_client, without_credentials
+from tokendiff.tracking.run_log import LOG_NAME
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_LAST_TRY_SECONDS = 15.0
+_MAX_BACKOFF_SECONDS = 60.0
+_REPLAY_SECONDS = 60.0
+_SEARCH_DEPTH = 4
+logger = logging.getLogger(__name__)
+
+
+class Delivery:
+    """The thread that brings one run's outbox to MLflow."""
+
+    def __init__(self, outbox: Outbox, client: "MlflowClient", lock: int) -> None:
+        self.outbox = outbox
+        self._client = client
+        self._lock = lock
+        self._news = threading.Event()
+        self._closing = threading.Event()
+        self._failures = 0
+        name = f"mlflow {outbox.state.name}"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._news.set()
+        self._thread.start()
+
+    def wake(self) -> None:
+        self._news.set()
+
+    def add(self, items: list[list[Any]]) -> None:
+        self.outbox.add(items)
+        self._news.set()
+
+    def close(self, status: str, end_seconds: float, seconds: float = _LAST_TRY_SECONDS) -> bool:
+        """End the run with one more try, given up after `seconds`: whether all was delivered."""
+        self.outbox.finish(status, end_seconds)
+        self._closing.set()
+        self._news.set()
+        self._thread.join(seconds)
+        state = self.outbox.state
+        if self._thread.is_alive() or not self.outbox.is_delivered:
+            logger.warning(
+                "MLflow at %s does not have all of run %r yet; the next start delivers the rest",
+                state.uri,
+                state.name,
+            )
+            return False
+        return True
+
+    def _run(self) -> None:
+        is_last = False
+        while not is_last:
+            if self._failures:
+                self._closing.wait(min(2.0 ** (self._failures - 1), _MAX_BACKOFF_SECONDS))
+            else:
+                self._news.wait()
+            self._news.clear()
+            is_last = self._closing.is_set()
+            self._try_once()
+        os.close(self._lock)
+
+    def _try_once(self) -> None:
+        state = self.outbox.state
+        try:
+            self.outbox.deliver(self._client)
+        except Exception as error:  # whatever a store, a network or a disk may raise
+            self._failures += 1
+            if self._failures == 1:
+                logger.warning(
+                    "MLflow at %s fails on run %r (%s); the run goes on, and is sent again later",
+                    state.uri,
+                    state.name,
+                    describe(error),
+                )
+        else:
+            if self._failures:
+                logger.info("MLflow at %s has run %r up to date again", state.uri, state.name)
+            self._failures = 0
+
+
+def replay_pending(root: Path, uri: str) -> int:
+    """Deliver what runs under `root` could not; `MlflowMirror.open` begins with it.
+
+    A run whose process is gone without having ended it becomes KILLED. Runs that are alive, and
+    runs of another store, are left alone. After a minute the rest is left for the next start.
+
+    Returns:
+        How many runs were brought up to date.
+    """
+    deadline = time.monotonic() + _REPLAY_SECONDS
+    delivered = 0
+    for folder in _folders_with_state(root):
+        state = load_state(folder)
+        if state is None or state.uri != without_credentials(uri):
+            continue
+        outbox = Outbox(folder, state)
+        if outbox.is_delivered and state.status != "RUNNING":
+            continue
+        if time.monotonic() > deadline:
+            break
+        if (lock := lock_folder(folder)) is None:
+            continue
+        status, end = state.status, (state.end_time or 0) / 1000
+        if status == "RUNNING":
+            status, end = "KILLED", _last_sign_of_life(folder)
+        delivered += Delivery(outbox, make_client(uri), lock).close(status, end)
+    return delivered
+
+
+def _last_sign_of_life(folder: Path) -> float:
+    log = folder / LOG_NAME
+    return (log if log.exists() else folder / STATE_NAME).stat().st_mtime
+
+
+def _folders_with_state(root: Path) -> Iterator[Path]:
+    """Folders that hold a run's state; not looked for inside checkpoints, nor far down."""
+    for place, folders, files in os.walk(root):
+        depth = len(Path(place).relative_to(root).parts)
+        folders[:] = sorted(
+            name
+            for name in folders
+            if depth < _SEARCH_DEPTH
+            and not name.startswith("checkpoint-")
+            and name != "mlartifacts"
+        )
+        if STATE_NAME in files:
+            yield Path(place)

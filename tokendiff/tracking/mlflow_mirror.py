@@ -1,0 +1,223 @@
+"""MLflow mirrors the log: a parent run for a pipeline, a child for each stage, or a job's own run.
+
+    with MlflowMirror.open(config.tracking, root, run_name=config.name) as parent:
+        with (
+            parent.stage("train", folder=folder, params=config.train.model_dump()) as run,
+            LogTailer(folder / LOG_NAME, [run.consume]),
+        ):
+            ...
+            run.log_artifacts(folder / "report", "report")
+
+Only the driver imports this. Only `open` waits for MLflow: later a thread for each run delivers,
+from the log itself and from a queue on disk, and tries again as long as the run lives; what is left
+then is delivered when the next run starts. A run that failed or was interrupted is continued in
+MLflow, under the new parent, when its folder is opened again.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from tokendiff.errors import InputError
+from tokendiff.tracking.mlflow_delivery import Delivery, replay_pending
+from tokendiff.tracking.mlflow_entities import clean_tags, flatten_params, metrics_and_tags
+from tokendiff.tracking.mlflow_outbox import Outbox, RunState, load_state, lock_folder
+from tokendiff.tracking.mlflow_store import (
+    check_store,
+    get_experiment_id,
+    make_client,
+    open_command,
+    resolve_uri,
+    unusable,
+    without_credentials,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from tokendiff.config import TrackingConfig
+
+__all__ = [
+    "MirroredRun",
+    "MlflowMirror",
+    "check_store",
+    "open_command",
+    "replay_pending",
+    "resolve_uri",
+]
+logger = logging.getLogger(__name__)
+
+
+class MirroredRun:
+    """One run in MLflow. Nothing here waits for MLflow or fails because of it.
+
+    As a context it ends the run as FINISHED, as FAILED on an exception, as KILLED on an interrupt.
+    Without a delivery (tracking is off) it does nothing at all.
+    """
+
+    def __init__(self, delivery: Delivery | None) -> None:
+        self._delivery = delivery
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id; None while the run is not created there."""
+        return self._delivery.outbox.state.run_id if self._delivery else None
+
+    def consume(self, events: list[dict[str, Any]]) -> None:
+        """Learn that the log has grown; what is new is read from there, where it is safe."""
+        if self._delivery:
+            self._delivery.wake()
+
+    def set_tag(self, name: str, value: Any) -> None:
+        self._add(_tags({name: value}))
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Store numbers that are not in the log, such as an evaluation's results."""
+        event = {**metrics, "event": "metrics", "time": time.time(), "step": step}
+        entities, tags = metrics_and_tags([event], Path())
+        self._add([["metric", name, repr(value), *rest] for name, value, *rest in entities])
+        self._add(_tags(tags))
+
+    def log_artifacts(self, path: Path, artifact_path: str | None = None) -> None:
+        """Store a file, or all that is in a folder, under the run's `artifact_path`."""
+        self._add([["artifacts", str(path.absolute()), artifact_path]])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._delivery is None:
+            return
+        if kind is None:
+            status = "FINISHED"
+        else:
+            status = "FAILED" if issubclass(kind, Exception) else "KILLED"
+        self._delivery.close(status, time.time())
+
+    def _add(self, items: list[list[Any]]) -> None:
+        if self._delivery:
+            self._delivery.add(items)
+
+
+class MlflowMirror(MirroredRun):
+    """The pipeline's own run, if it has one, and where the stages' runs come from."""
+
+    def __init__(self, delivery: Delivery | None, store: "_Store | None") -> None:
+        super().__init__(delivery)
+        self._store = store
+
+    @classmethod
+    def open(
+        cls,
+        config: "TrackingConfig",
+        root: Path,
+        *,
+        run_name: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
+    ) -> "MlflowMirror":
+        """Check the store, deliver what earlier runs under `root` left, and start the parent run.
+
+        Args:
+            run_name: of the parent run; without it there is none, and stages stand alone.
+            folder: where the parent keeps its state, by default `root/.mlflow/run_name`. An
+                unfinished parent that is recorded there is continued.
+
+        Raises:
+            InputError: the store cannot be used.
+        """
+        if not config.enabled:
+            return cls(None, None)
+        uri = resolve_uri(config, root)
+        check_store(uri)
+        replay_pending(root, uri)
+        try:
+            client = make_client(uri)
+            experiment_id = get_experiment_id(client, config.experiment, root)
+            store = _Store(client, without_credentials(uri), experiment_id)
+            if run_name is None:
+                return cls(None, store)
+            folder = folder or root / ".mlflow" / run_name
+            # In the foreground: the stages need its id.
+            return cls(store.start(run_name, folder, params, tags, in_foreground=True), store)
+        except InputError:
+            raise
+        except Exception as error:  # sqlalchemy, requests and MLflow raise their own
+            raise unusable(uri, error) from None  # their messages hold the URI with its password
+
+    def stage(
+        self,
+        name: str,
+        *,
+        folder: Path,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+    ) -> MirroredRun:
+        """The run of one stage; its log is `folder/log.jsonl`, what is there already included.
+
+        A stage that was interrupted goes on in its old run. One that had finished and is run again
+        gets a new run with the new part of the log.
+
+        Args:
+            params: settings, nested or flat; those named like secrets are left out.
+        """
+        if self._store is None:
+            return MirroredRun(None)
+        parent = {} if self.run_id is None else {"mlflow.parentRunId": self.run_id}
+        return MirroredRun(self._store.start(name, folder, params, {**(tags or {}), **parent}))
+
+
+@dataclass(frozen=True)
+class _Store:
+    client: "MlflowClient"
+    uri: str
+    experiment_id: str
+
+    def start(
+        self,
+        name: str,
+        folder: Path,
+        params: Mapping[str, Any] | None,
+        tags: Mapping[str, Any] | None,
+        *,
+        in_foreground: bool = False,
+    ) -> Delivery | None:
+        """Begin a run, or continue the one that the folder's state tells of.
+
+        Returns:
+            None if a live run has the folder.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        if (lock := lock_folder(folder)) is None:
+            logger.warning("%s is not recorded in MLflow: a live run has %s already", name, folder)
+            return None
+        outbox = Outbox(folder, self._first_state(name, folder), recreate=True)
+        outbox.add([["param", *param] for param in flatten_params(params or {}).items()])
+        outbox.add(_tags(tags or {}))
+        try:
+            if in_foreground:
+                outbox.deliver(self.client)
+        except BaseException:
+            os.close(lock)
+            raise
+        return Delivery(outbox, self.client, lock)
+
+    def _first_state(self, name: str, folder: Path) -> RunState:
+        now = int(time.time() * 1000)
+        state = RunState(uri=self.uri, experiment_id=self.experiment_id, name=name, start_time=now)
+        before = load_state(folder)
+        if before and before.uri == self.uri:
+            state.offset = before.offset
+            if before.status != "FINISHED" or not Outbox(folder, before).is_delivered:
+                state.run_id, state.queue = before.run_id, before.queue
+                state.delivered_status = before.delivered_status
+        return state
+
+
+def _tags(tags: Mapping[str, Any]) -> list[list[Any]]:
+    return [["tag", *tag] for tag in clean_tags(tags).items()]

@@ -1,0 +1,149 @@
+"""A run's own log: `log.jsonl`, one JSON object per line, only ever appended to.
+
+Each line is `{"time": unix seconds, "event": name, ...fields}`. Events, and the fields readers use:
+
+    start       max_train_steps, step (the first one is step + 1), and facts of the run: rows,
+                tokens_per_step, num_params, num_workers
+    metrics     step, loss, lr, grad_norm, tokens_per_second, data_wait_fraction, ...
+    progress    done, total
+    checkpoint  step, path
+    resume      step: the run goes on from there, and metrics of later steps that were written
+                before no longer count (0 where it begins again)
+    warning     message
+    error       message
+    end
+
+JSON has no NaN and no infinities: they are written as the strings "NaN", "Infinity" and
+"-Infinity", and the readers here turn exactly these strings back into floats. This module imports
+the standard library alone.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Self
+
+LOG_NAME = "log.jsonl"
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class RunLog:
+    """Appends events to a log; any number of processes may write to one file at the same time.
+
+    The folder is made if it is missing. A line is one `write` to a file opened for appending, so
+    that lines of several writers never mix, and nothing waits in a buffer when the process is
+    killed.
+    """
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._clock = clock
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def write(self, event: str, /, **fields: Any) -> None:
+        """Append one event.
+
+        Raises:
+            TypeError: a field is not plain JSON (paths are written as strings; tensors are not).
+        """
+        record = _to_json({"time": self._clock(), "event": event, **fields})
+        line = json.dumps(record, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        if self._ends_in_torn_line():
+            line = b"\n" + line
+        while line:  # a full disk can cut a write short
+            line = line[os.write(self._file, line) :]
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def __reduce__(self) -> tuple[type["RunLog"], tuple[Path]]:
+        # A descriptor means nothing in another process: a copy opens the file by its path.
+        return RunLog, (self.path,)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _ends_in_torn_line(self) -> bool:
+        # Looked up at every write: the writer that was killed in mid-line may be another process.
+        size = os.fstat(self._file).st_size
+        return size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
+
+
+def follow(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The events in the complete lines after a byte offset, and the offset to go on from.
+
+    A last line without its newline is left for the next call: its writer may not have finished.
+    Lines that are not events (torn by a killed writer) are passed over. A missing file has no
+    events yet; one shorter than `offset` was made anew, and is read from its start.
+    """
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < offset:
+                offset = 0
+            file.seek(offset)
+            data = file.read()
+    except FileNotFoundError:
+        return [], offset
+    data = data[: data.rfind(b"\n") + 1]
+    events = [event for line in data.split(b"\n") if (event := _parse(line)) is not None]
+    return events, offset + len(data)
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Every event of a log in the order written, by the rules of `follow`."""
+    return follow(path)[0]
+
+
+def metrics_by_step(path: Path) -> list[dict[str, Any]]:
+    """The "metrics" events that count, one per step, sorted by step.
+
+    What a later resume made void is left out; of several events of one step the last wins.
+    """
+    events = drop_superseded(read_events(path))
+    by_step = {event["step"]: event for event in events if event["event"] == "metrics"}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def drop_superseded(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out the "metrics" events of steps that a later "resume" went back behind."""
+    kept: list[dict[str, Any]] = []
+    for event in events:
+        if event["event"] == "resume":
+            kept = [e for e in kept if e["event"] != "metrics" or e["step"] <= event["step"]]
+        kept.append(event)
+    return kept
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # not JSON, or not UTF-8
+        return None
+    if not isinstance(record, dict) or not {"time", "event"} <= record.keys():
+        return None
+    return {key: _from_json(value) for key, value in record.items()}
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: _to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _from_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from_json(item) for item in value]
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
