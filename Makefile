@@ -44,7 +44,9 @@ lint: setup  ## ruff and mypy
 bench: setup  ## what Ray costs per training step, against the plain loop
 	$(BIN)/python -m tests.bench_overhead
 
-lock: setup  ## write what is installed now to requirements.lock, its comments kept
+lock:  ## resolve pyproject.toml anew in a new .venv, and write requirements.lock (torch stays)
+	"$(PYTHON)" -m venv --clear $(VENV)
+	$(BIN)/python -m pip install setuptools "$$(grep '^torch==' requirements.lock)" -e '.[dev]'
 	sed -n '/^#/p' requirements.lock > requirements.lock.new
 	$(BIN)/python -m pip freeze --all --exclude pip --exclude-editable \
 		| sed -E '/^(cuda|nvidia|triton)/d; s/\+.*$$//' >> requirements.lock.new

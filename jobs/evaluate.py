@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     config = args.config.evaluate
     if config is None or config.checkpoint_path is None:
-        raise InputError("--checkpoint_path is missing: a checkpoint-N or final folder of jobs.train")
+        raise InputError(
+            "--checkpoint_path is missing: a checkpoint-N or final folder of jobs.train"
+        )
     from pipelines.runner import run_job
     from pipelines.stage import evaluate_stage
 

@@ -1,8 +1,8 @@
 """Run a pipeline: preprocess, train, generate, evaluate, each stage once.
 
-    python -m jobs.pipeline run pipelines/quickstart.yaml
-    python -m jobs.pipeline plan pipelines/quickstart.yaml -o train.max_train_steps=200
-    python -m jobs.pipeline status pipelines/quickstart.yaml
+python -m jobs.pipeline run pipelines/quickstart.yaml
+python -m jobs.pipeline plan pipelines/quickstart.yaml -o train.max_train_steps=200
+python -m jobs.pipeline status pipelines/quickstart.yaml
 """
 
 import sys

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-# Ray sets it in the driver of a submitted job, whose working directory is a temporary upload folder.
+# Ray sets it in a submitted job, whose working directory is a temporary upload folder.
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 ROOT_VARIABLE = "TOKENDIFF_ROOT"
 

@@ -47,7 +47,7 @@ def run_stage(stage: Stage, mirror: MlflowMirror) -> dict[str, Any]:
 
 
 def run_job(stages: Sequence[Stage], config: Config) -> dict[str, Any]:
-    """Run the stages of a single job, without a pipeline around them; returns the last one's result.
+    """Run the stages of a single job, without a pipeline; returns the last one's result.
 
     Its tracking store, where none is configured, is under the last stage's folder.
     """

@@ -3,7 +3,6 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 from pipelines.runner import Results
 from tokendiff.config import Config

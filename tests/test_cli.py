@@ -40,7 +40,7 @@ def help_of(capsys: pytest.CaptureFixture[str], *args: str, **kwargs: Any) -> st
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_flags_overrides_and_file_make_one_config(tmp_path):
+def test_flags_overrides_and_file_make_one_config(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("train: {seed: 1, max_train_steps: 5}\nroot: out\n")
     line = (
@@ -69,7 +69,7 @@ def test_flags_overrides_and_file_make_one_config(tmp_path):
     assert "seed" not in parse(["--compile"], sections=TRAIN).config.train.model_fields_set
 
 
-def test_common_flags():
+def test_common_flags() -> None:
     plain, loud = parse([], sections=TRAIN), parse(["--json", "--verbose"], sections=TRAIN)
     assert plain == cli.Arguments(
         config=Config(), config_path=None, json=False, verbose=False, command=None
@@ -79,7 +79,7 @@ def test_common_flags():
     )
 
 
-def test_a_shared_name_is_the_first_section_s(capsys):
+def test_a_shared_name_is_the_first_section_s(capsys: pytest.CaptureFixture[str]) -> None:
     generate_first = parse(["--batch_size", "3"], sections=("generate", "evaluate")).config
     assert generate_first.generate == GenerateConfig(batch_size=3)
     evaluate_first = parse(["--batch_size", "3"], sections=("evaluate", "generate")).config
@@ -93,7 +93,9 @@ def test_a_shared_name_is_the_first_section_s(capsys):
 @pytest.mark.parametrize(
     "sections", [("preprocess",), TRAIN, ("generate", "cluster"), ("evaluate", "generate")]
 )
-def test_help_has_every_field_once(capsys, sections):
+def test_help_has_every_field_once(
+    capsys: pytest.CaptureFixture[str], sections: tuple[str, ...]
+) -> None:
     text = help_of(capsys, sections=sections)
     names = set()
     for section in sections:
@@ -109,7 +111,9 @@ def test_help_has_every_field_once(capsys, sections):
     assert sorted(flags) == sorted(f"--{name}" for name in names)
 
 
-def test_help_says_what_is_allowed_and_what_is_the_default(capsys):
+def test_help_says_what_is_allowed_and_what_is_the_default(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     text = help_of(capsys, sections=TRAIN)
     assert "Do it." in text
     assert "--max_train_steps INT optimiser steps (>= 1; default: 1000)" in text
@@ -146,13 +150,13 @@ def test_help_says_what_is_allowed_and_what_is_the_default(capsys):
         ("-o train.seed", "-o train.seed: write it as -o section.field=value"),
     ],
 )
-def test_a_bad_command_line_is_told_why(line, message):
+def test_a_bad_command_line_is_told_why(line: str, message: str) -> None:
     found = problem(line.split(), sections=TRAIN)
     assert found.splitlines()[0].startswith(message)
     assert "hunter" not in found
 
 
-def test_all_bad_flags_are_listed():
+def test_all_bad_flags_are_listed() -> None:
     unknown = problem(["--fooo", "1", "--max_train_stepz", "3"], sections=TRAIN)
     assert unknown.splitlines() == [
         "unknown flag --fooo",
@@ -167,7 +171,7 @@ def test_all_bad_flags_are_listed():
     ]
 
 
-def test_a_section_that_the_job_needs_may_not_be_null(tmp_path):
+def test_a_section_that_the_job_needs_may_not_be_null(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("generate: null\n")
     found = problem(["--config", str(path)], sections=("generate",))
@@ -178,7 +182,7 @@ def test_a_section_that_the_job_needs_may_not_be_null(tmp_path):
     assert flagged.config.generate == GenerateConfig(sampler=AncestralConfig(top_k=3))
 
 
-def test_subcommands_take_a_file(tmp_path, capsys):
+def test_subcommands_take_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("train: {seed: 1}\n")
     commands = {"run": "Run it.", "plan": "Print what would run."}
@@ -219,6 +223,7 @@ def _by_name(value: Any) -> Any:
 
 class Paint(Section):
     colour: Annotated[Red | Blue, Field(discriminator="name"), BeforeValidator(_by_name)] = Red()
+    verbose: bool = False  # a flag of every job already
     seed: int = 0  # declared after the colours, and still the one that --seed sets
 
 
@@ -226,16 +231,20 @@ class Toy(Section):
     paint: Paint = Paint()
 
 
-def test_flags_of_all_members_of_a_union(monkeypatch, capsys):
+def test_flags_of_all_members_of_a_union(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(cli, "Config", Toy)
     monkeypatch.setattr(cli, "load_config", functools.partial(load_model, Toy))
 
-    def colour(line: str) -> Any:
-        return parse(line.split(), sections=("paint",)).config.paint.colour
+    def paint(line: str) -> Any:
+        config: Any = parse(line.split(), sections=("paint",)).config
+        return config.paint
 
-    assert colour("--marks 1 2 --colour blue --size 3") == Blue(marks=[1, 2], size="3")
-    assert colour("--depth 2 --size 3") == Red(depth=2, size=3)
-    assert parse(["--seed", "3"], sections=("paint",)).config.paint == Paint(seed=3)
+    blue = paint("--marks 1 2 --colour blue --size 3").colour
+    assert blue == Blue(marks=[1, 2], size="3")
+    assert paint("--depth 2 --size 3").colour == Red(depth=2, size=3)
+    assert paint("--seed 3 --verbose") == Paint(seed=3)
     assert problem(["--marks", "1"], sections=("paint",)) == (
         "--marks: not a field of red, only of blue"
     )
@@ -243,7 +252,7 @@ def test_flags_of_all_members_of_a_union(monkeypatch, capsys):
     assert "--colour TEXT (one of red, blue; default: red)" in text
     assert "--depth INT how deep (colour red; >= 0; default: 1)" in text
     assert "--marks INT [INT ...] 100% of them (colour blue)" in text
-    assert "By -o only: paint.colour.seed." in text
+    assert "By -o only: paint.colour.seed, paint.verbose." in text
 
 
 @pytest.mark.parametrize(
@@ -260,7 +269,9 @@ def test_flags_of_all_members_of_a_union(monkeypatch, capsys):
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
-def test_exit_codes(capsys, raised, code, stderr):
+def test_exit_codes(
+    capsys: pytest.CaptureFixture[str], raised: BaseException | None, code: int, stderr: str
+) -> None:
     @cli.entry_point
     def main(argv: Any) -> None:
         if raised is not None:
@@ -270,13 +281,15 @@ def test_exit_codes(capsys, raised, code, stderr):
     assert capsys.readouterr().err == stderr
 
 
-def test_an_unforeseen_error_keeps_its_traceback_and_a_code_its_value(capsys):
+def test_an_unforeseen_error_keeps_its_traceback_and_a_code_its_value(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert cli.entry_point(lambda argv: [][0])([]) == 1
     assert "Traceback" in capsys.readouterr().err
     assert cli.entry_point(lambda argv: len(argv or ()))(["a", "b", "c"]) == 3
 
 
-def test_results(capsys):
+def test_results(capsys: pytest.CaptureFixture[str]) -> None:
     result = {"loss": float("nan"), "path": Path("out"), "list": [1.5, float("inf")]}
     print("progress")
     cli.print_result(result, as_json=True)
@@ -294,7 +307,7 @@ def test_results(capsys):
     assert capsys.readouterr().out == "loss       1.5\nnum_steps  3\n"
 
 
-def test_help_pays_for_no_heavy_import():
+def test_help_pays_for_no_heavy_import() -> None:
     code = """
 import sys
 from jobs import cli

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,8 @@ from tokendiff import strict_yaml
 from tokendiff.config import Config, MDLMConfig, PreprocessConfig, Section, TrainConfig
 from tokendiff.config_loader import load_config, load_model, to_yaml
 from tokendiff.errors import InputError
+
+Write = Callable[[str | bytes], Path]
 
 
 class Red(Section):
@@ -51,7 +54,7 @@ class Toy(Section):
 
 
 @pytest.fixture
-def write(tmp_path, monkeypatch):
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     """Write a config into the working directory, so that messages begin with its bare name."""
     monkeypatch.chdir(tmp_path)
 
@@ -88,7 +91,7 @@ def problems(*args: Any, model: type = Config) -> list[str]:
         *[(t, t) for t in ("0b1", "1e", ".", "e5", "inf", "nan", "0xg", "-0x1", "\u0661", "1.2.3")],
     ],
 )
-def test_plain_scalars_follow_yaml_1_2(text, value):
+def test_plain_scalars_follow_yaml_1_2(text: str, value: Any) -> None:
     found = strict_yaml.parse(f"key: {text}", source="f").value["key"]
     assert (found, type(found)) == (value, type(value))
     assert strict_yaml.parse_value(text, source="-o") == value
@@ -113,14 +116,14 @@ def random_value(rng: random.Random, depth: int = 0) -> Any:
     return scalars[kind]
 
 
-def test_dump_and_parse_are_inverse():
+def test_dump_and_parse_are_inverse() -> None:
     rng = random.Random(0)
     for _ in range(300):
         value = {"key": random_value(rng)}
         assert strict_yaml.parse(strict_yaml.dump(value), source="f").value == value
 
 
-def test_json_reads_as_json():
+def test_json_reads_as_json() -> None:
     rng = random.Random(1)
     for _ in range(300):
         text = json.dumps({"key": random_value(rng)}, ensure_ascii=False)
@@ -130,7 +133,7 @@ def test_json_reads_as_json():
         assert strict_yaml.parse(text, source="f").value == json.loads(text)
 
 
-def test_every_key_has_its_line():
+def test_every_key_has_its_line() -> None:
     text = """\
 a:
   b: 1
@@ -188,7 +191,7 @@ a:
         (b"a: 1\nb: \xe9", "2: not UTF-8 (byte 0xe9)"),
     ],
 )
-def test_doubtful_yaml_is_refused_at_its_line(write, text, message):
+def test_doubtful_yaml_is_refused_at_its_line(write: Write, text: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
         strict_yaml.read(write(text))
     assert str(caught.value).startswith(f"run.yaml:{message}")
@@ -203,16 +206,21 @@ def test_doubtful_yaml_is_refused_at_its_line(write, text, message):
     ],
     ids=["flow", "mappings", "block", "lines", "billion laughs"],
 )
-def test_bombs_are_refused_fast(text):
+def test_bombs_are_refused_fast(text: str) -> None:
     start = time.monotonic()
     with pytest.raises(InputError, match=r"^f:\d+: (nested deeper|aliases repeat more)"):
         strict_yaml.parse(text, source="f")
     assert time.monotonic() - start < 5  # seconds; expanded, the last one has 400 million values
 
 
-def test_a_depth_of_32_and_a_few_aliases_are_fine():
+def test_what_is_not_too_deep_is_fine() -> None:
     deep = "a: " + "[" * 31 + "]" * 31
-    assert strict_yaml.parse(deep, source="f").value == yaml.safe_load(deep)
+    wide = "a:\n" + "- {b: [1]}\n" * 100
+    for text in (deep, wide):
+        assert strict_yaml.parse(text, source="f").value == yaml.safe_load(text)
+
+
+def test_aliases_are_copies() -> None:
     shared = "a: &x {b: [1, 2]}\nc: *x\nd: [*x, *x]"
     document = strict_yaml.parse(shared, source="f")
     assert document.value == yaml.safe_load(shared)
@@ -230,12 +238,12 @@ def test_a_depth_of_32_and_a_few_aliases_are_fine():
         ("http://host:5000", "http://host:5000"),
     ],
 )
-def test_values_of_the_command_line(text, value):
+def test_values_of_the_command_line(text: str, value: Any) -> None:
     assert strict_yaml.parse_value(text, source="-o x") == value
 
 
 @pytest.mark.parametrize("text", ["[a", "'a': b", "[a]: b", "!!str a", "[1]\n---\n[2]", "[" * 99])
-def test_bad_values_of_the_command_line(text):
+def test_bad_values_of_the_command_line(text: str) -> None:
     with pytest.raises(InputError, match=r"^-o x: "):
         strict_yaml.parse_value(text, source="-o x")
 
@@ -243,7 +251,7 @@ def test_bad_values_of_the_command_line(text):
 # Configs.
 
 
-def test_every_problem_is_listed_with_place_value_and_remedy(write):
+def test_every_problem_is_listed_with_place_value_and_remedy(write: Write) -> None:
     path = write("""\
 name: a b
 train:
@@ -298,7 +306,7 @@ evaluate:
     ]
 
 
-def test_a_problem_between_fields_stands_at_the_last_of_them(write):
+def test_a_problem_between_fields_stands_at_the_last_of_them(write: Write) -> None:
     path = write(
         "train:\n  lr_warmup_steps: 20\n  seed: 1\n  max_train_steps: 10\n  compile: true\n"
     )
@@ -310,14 +318,22 @@ def test_a_problem_between_fields_stands_at_the_last_of_them(write):
     ]
 
 
-def test_an_unreadable_file_is_named(tmp_path):
+def test_a_problem_in_a_replaced_value_stands_where_it_was_replaced(write: Write) -> None:
+    path = write("preprocess:\n  dataset_name: text\n  data_files:\n  - a\n  - b\n")
+    assert problems(path, ["preprocess.data_files=[c, 1]"]) == [
+        "-o preprocess.data_files: preprocess.data_files[1]: must be a string, got 1; "
+        "put it in quotes"
+    ]
+
+
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     assert problems(tmp_path / "no.yaml") == [
         f"{tmp_path}/no.yaml: cannot be read: No such file or directory"
     ]
     assert problems(tmp_path) == [f"{tmp_path}: cannot be read: Is a directory"]
 
 
-def test_later_sources_win(write):
+def test_later_sources_win(write: Write) -> None:
     path = write("root: a\ntrain: {seed: 1, max_train_steps: 5}\ngenerate:\n")
     assert load_config(path) == Config(
         root="a", train=TrainConfig(seed=1, max_train_steps=5), generate=None
@@ -334,7 +350,7 @@ def test_later_sources_win(write):
     assert load_config(None) == Config()
 
 
-def test_the_text_of_a_flag_is_read_as_its_field_wants():
+def test_the_text_of_a_flag_is_read_as_its_field_wants() -> None:
     flags = {
         "preprocess.dataset_name": "parquet",
         "preprocess.text_column": "123",
@@ -367,7 +383,7 @@ def test_the_text_of_a_flag_is_read_as_its_field_wants():
 
 
 @pytest.mark.parametrize("short", ["objective: mdlm", "objective: {name: mdlm}", "seed: 0"])
-def test_an_override_reaches_into_an_objective_given_by_name(write, short):
+def test_an_override_reaches_into_an_objective_given_by_name(write: Write, short: str) -> None:
     path = write(f"train:\n  {short}\n")
     for overrides in (
         ["train.objective.lambda_conf=0.1"],
@@ -391,15 +407,20 @@ def test_an_override_reaches_into_an_objective_given_by_name(write, short):
         ("train.seed=!!int 1", "-o train.seed: tag !!int is not allowed"),
         ("preprocess.data_files=*.txt", "-o preprocess.data_files: must be a list, got '*.txt'"),
         ("train={seedy: 1}", "-o train: train.seedy: unknown field; did you mean 'seed'?"),
+        (
+            "train.checkpoint_path=a",
+            "-o train.checkpoint_path: unknown field; "
+            "did you mean 'generate.checkpoint_path' or 'evaluate.checkpoint_path'?",
+        ),
         ("train.zzz=1", "-o train.zzz: unknown field; the fields here are model_name_or_path, "),
     ],
 )
-def test_a_bad_override_is_named(write, override, problem):
+def test_a_bad_override_is_named(write: Write, override: str, problem: str) -> None:
     (found,) = problems(write("root: out\n"), [override])
     assert found.startswith(problem)
 
 
-def test_secrets_are_not_repeated(write):
+def test_secrets_are_not_repeated(write: Write) -> None:
     path = write(
         "paint:\n  api_key: hunter2\n  uri: https://me:hunter2@host/x\n  password: hunter2\n"
     )
@@ -416,7 +437,7 @@ def test_secrets_are_not_repeated(write):
 # Tagged unions.
 
 
-def test_a_tagged_union_is_given_by_name_mapping_or_flags(write):
+def test_a_tagged_union_is_given_by_name_mapping_or_flags(write: Write) -> None:
     path = write("paint:\n  colour: blue\n  second: {name: red, depth: 2}\n")
     assert load_model(Toy, path).paint == Paint(colour=Blue(), second=Red(depth=2))
     flags = {"paint.colour.width": "2", "paint.colour.marks": ["1", "2"], "paint.colour": "blue"}
@@ -430,7 +451,7 @@ def test_a_tagged_union_is_given_by_name_mapping_or_flags(write):
     assert load_model(Toy, path, ["paint.second=red"]).paint.second == Red(depth=2)
 
 
-def test_problems_in_a_tagged_union_are_those_of_the_chosen_member(write):
+def test_problems_in_a_tagged_union_are_those_of_the_chosen_member(write: Write) -> None:
     path = write("""\
 paint:
   colour:
@@ -457,7 +478,7 @@ paint:
     ]
 
 
-def test_a_missing_field_is_placed_at_its_section(write):
+def test_a_missing_field_is_placed_at_its_section(write: Write) -> None:
     class Inner(Section):
         needed: int
 
@@ -484,10 +505,10 @@ def test_a_missing_field_is_placed_at_its_section(write):
         Config(preprocess=PreprocessConfig(dataset_name="text", data_files=["*.txt", "yes", "é"])),
     ],
 )
-def test_a_written_config_loads_to_an_equal_one(write, config):
+def test_a_written_config_loads_to_an_equal_one(write: Write, config: Config) -> None:
     assert load_config(write(to_yaml(config))) == config
 
 
-def test_a_written_config_names_its_members(write):
+def test_a_written_config_names_its_members(write: Write) -> None:
     toy = Toy(paint=Paint(colour=Blue(), second=Blue(marks=[1])))
     assert load_model(Toy, write(to_yaml(toy))) == toy

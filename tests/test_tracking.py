@@ -389,15 +389,16 @@ check_store(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_processes_that_create_a_store_together_all_succeed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", CREATOR, f"sqlite:///{tmp_path}/new/mlflow.db"]
     creators = [
         subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENVIRONMENT)
-        for _ in range(3)
+        for _ in range(2)
     ]
     errors = [creator.communicate(timeout=120)[1] for creator in creators]
-    assert [creator.returncode for creator in creators] == [0, 0, 0], errors
-    assert errors == ["", "", ""]  # no word of migrations
+    assert [creator.returncode for creator in creators] == [0, 0], errors
+    assert errors == ["", ""]  # no word of migrations
     assert {path.name for path in tmp_path.iterdir()} == {"new"}  # nothing in the working folder
 
 

@@ -13,7 +13,7 @@ import ray
 import ray.data
 
 from tokendiff.checkpoint import NoiseProcess, open_checkpoint
-from tokendiff.cluster.session import check_resources, threads_on_this_node, wants_gpu
+from tokendiff.cluster.session import check_resources, data_context, threads_on_this_node, wants_gpu
 from tokendiff.config import AncestralConfig, GenerateConfig
 from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.rows import TokenData
@@ -83,26 +83,24 @@ def evaluate_bound(
     use_gpu = wants_gpu(cluster)
     if (lack := check_resources(cluster, count=num_actors, what="evaluation actors")) is not None:
         on_event("warning", message=lack)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    dataset: ray.data.Dataset = ray.data.from_items(
-        [{"rows": json.dumps(item)} for item in items], override_num_blocks=len(items)
-    )
-    dataset = dataset.map_batches(
-        _BoundActor,
-        fn_constructor_args=(checkpoint, data, config, cluster, use_gpu, num_actors),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=num_actors),
-        num_cpus=cluster.cpus_per_worker,
-        num_gpus=1 if use_gpu else None,
-    )
     parts: list[dict[str, Any]] = []
     done = 0
-    for row in dataset.iter_rows():
-        parts.append(json.loads(row["figures"]))
-        done += len(parts[-1]["nats"])
-        on_event("progress", done=done, total=len(places))
+    with data_context(preserve_order=True):
+        dataset: ray.data.Dataset = ray.data.from_items(
+            [{"rows": json.dumps(item)} for item in items], override_num_blocks=len(items)
+        )
+        dataset = dataset.map_batches(
+            _BoundActor,
+            fn_constructor_args=(checkpoint, data, config, cluster, use_gpu, num_actors),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=num_actors),
+            num_cpus=cluster.cpus_per_worker,
+            num_gpus=1 if use_gpu else None,
+        )
+        for row in dataset.iter_rows():
+            parts.append(json.loads(row["figures"]))
+            done += len(parts[-1]["nats"])
+            on_event("progress", done=done, total=len(places))
     nats, num_tokens, num_bytes = (
         np.concatenate([np.asarray(part[name]) for part in parts])
         for name in ("nats", "num_tokens", "num_bytes")
@@ -259,4 +257,6 @@ def evaluate(
         config_yaml=config_yaml,
     )
     write_report(output_dir / "report", report)
-    return commit(output_dir, kind=KIND, metadata={"metrics": metrics, "checkpoint": str(checkpoint)})
+    return commit(
+        output_dir, kind=KIND, metadata={"metrics": metrics, "checkpoint": str(checkpoint)}
+    )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ray.data
 
 from tokendiff.checkpoint import NoiseProcess, open_checkpoint
-from tokendiff.cluster.session import check_resources, threads_on_this_node, wants_gpu
+from tokendiff.cluster.session import check_resources, data_context, threads_on_this_node, wants_gpu
 from tokendiff.data.prompts import GenerationRow, generation_rows
 from tokendiff.data.samples import KIND, write_part
 from tokendiff.errors import InputError
@@ -200,16 +200,15 @@ def _sample_parts(
     use_gpu = wants_gpu(cluster)
     if (lack := check_resources(cluster, count=num_actors, what="sampling actors")) is not None:
         on_event("warning", message=lack)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    dataset = ray.data.from_items(
-        [{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts)
-    ).map_batches(
-        _PartSampler,
-        fn_constructor_args=(checkpoint, config, cluster, use_gpu, num_actors),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=num_actors),
-        num_cpus=cluster.cpus_per_worker,
-        num_gpus=1 if use_gpu else None,
-    )
-    yield from dataset.iter_rows()
+    with data_context():
+        dataset = ray.data.from_items(
+            [{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts)
+        ).map_batches(
+            _PartSampler,
+            fn_constructor_args=(checkpoint, config, cluster, use_gpu, num_actors),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=num_actors),
+            num_cpus=cluster.cpus_per_worker,
+            num_gpus=1 if use_gpu else None,
+        )
+        yield from dataset.iter_rows()

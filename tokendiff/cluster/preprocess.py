@@ -1,6 +1,5 @@
 """Text to a committed folder of token shards, one Ray Data task per partition."""
 
-import logging
 import os
 import pickle
 import shutil
@@ -8,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokendiff.cluster.session import data_context
 from tokendiff.data.partition import Partition
 from tokendiff.data.preprocess import (
     SPLITS,
@@ -142,16 +142,9 @@ def _run(
     """Preprocess the partitions in tasks of one CPU; yields them in the order of completion."""
     import ray.data
 
-    context = ray.data.DataContext.get_current().copy()
-    context.execution_no_progress_timeout_s = -1  # a compressed file is one task, however long
-    context.enable_progress_bars = logging.getLogger().isEnabledFor(logging.INFO)
-    if not context.enable_progress_bars:
-        for handler in logging.getLogger("ray.data").handlers:
-            if isinstance(handler, logging.StreamHandler):  # its log file keeps everything
-                handler.setLevel(logging.ERROR)
     # Pickled here: Ray Data would warn that these are not Arrow values, and pickle them itself.
     items = [{"partition": pickle.dumps(partition)} for partition in partitions]
-    with ray.data.DataContext.current(context):
+    with data_context():
         source = ray.data.from_items(items, override_num_blocks=min(len(items), _MAX_BLOCKS))
         for row in source.map(_task(config, output_dir)).iter_rows():
             if row["error"]:

@@ -16,6 +16,23 @@ DATA_CPUS = 1
 
 
 @contextmanager
+def data_context(*, preserve_order: bool = False) -> Iterator[None]:
+    """Settings for the Ray Data pipelines that are started in this block: quiet, and in order."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = preserve_order
+    # One part or partition is one task, and may well take longer than Ray's idea of being stuck.
+    context.execution_no_progress_timeout_s = -1
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):  # its log file keeps everything
+            handler.setLevel(logging.ERROR)
+    with ray.data.DataContext.current(context):
+        yield
+
+
+@contextmanager
 def ray_session(config: "ClusterConfig") -> Iterator[None]:
     """Ray is connected inside this block. A session that is already there is used, and left as it
     is.
@@ -29,6 +46,8 @@ def ray_session(config: "ClusterConfig") -> Iterator[None]:
     # end.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.worker_start_timeout_s)
+    # Said at every start of a cluster on this machine, which nobody else is to reach anyway.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address is not None:
         try:

@@ -17,7 +17,7 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from tokendiff.checkpoint import newest_sound_checkpoint, step_of
-from tokendiff.cluster.session import check_resources, threads_on_this_node, wants_gpu
+from tokendiff.cluster.session import check_resources, data_context, threads_on_this_node, wants_gpu
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.training.run import TrainingRun, check_same_run, finished_run, step_plan
@@ -45,10 +45,10 @@ class _RankRows(DataConfig):
     def configure(
         self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any
     ) -> list[dict[str, Any]]:
-        context = ray.data.DataContext.get_current()
-        context.execution_options.preserve_order = True
-        context.enable_progress_bars = False
-        return [{"train": self._rows_of(rank, world_size).iterator()} for rank in range(world_size)]
+        with data_context(preserve_order=True):
+            return [
+                {"train": self._rows_of(rank, world_size).iterator()} for rank in range(world_size)
+            ]
 
     def _rows_of(self, rank: int, world_size: int) -> ray.data.Dataset:
         plan = step_plan(self._config, self._data, rank=rank, world_size=world_size)

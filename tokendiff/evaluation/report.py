@@ -100,7 +100,10 @@ def write_report(folder: Path, report: Report) -> Path:
 
 
 def explain_bound(bound: float, unigram_entropy: float, *, standard_error: float) -> str:
-    """Sentences for people who do not know what a bound says; all three in nats per token."""
+    """Sentences for people who do not know what a bound says; all three in nats per token.
+
+    They call the bound lower only where it is so by more than two standard errors.
+    """
     compared = (
         f"The model needs at most {bound:.3f} nats per token (the bound); one that knows only how "
         f"frequent each token is needs {unigram_entropy:.3f} (the unigram entropy). "
@@ -295,5 +298,5 @@ def _loss_png(report: Report) -> bytes:
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(alpha=0.3)
         png = BytesIO()
-        figure.savefig(png, format="png", metadata={"Software": None})
+        figure.savefig(png, format="png")
     return png.getvalue()

@@ -49,8 +49,11 @@ class SamplingModel:
     def sample(
         self, rows: list[GenerationRow], *, on_step: StepCallback | None = None
     ) -> list[dict[str, Any]]:
-        """One record per row: id, prompt, num_prompt_tokens, tokens, text, num_model_calls, and the seconds that its
-        batch took.
+        """One record per row, as a part file holds it.
+
+        Returns:
+            id, prompt, num_prompt_tokens, tokens, text (prompt included), num_model_calls, and
+            seconds: what the row's batch took.
         """
         start = time.perf_counter()
         prompts = [encode_prompt(self.tokenizer, row.prompt) for row in rows]

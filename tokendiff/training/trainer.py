@@ -75,6 +75,7 @@ class Trainer:
             WeightAverage(denoiser.model, config.ema_decay) if config.ema_decay > 0.0 else None
         )
         self.step = 0
+        self._learning_rate = 0.0  # of the last step
         self._on_event = on_event
         self._since_log: dict[
             str, list[float]
@@ -149,6 +150,7 @@ class Trainer:
         # DistributedDataParallel averages over workers; what is wanted is the sum over workers per
         # token.
         self.optimizer.scale_grad(self.world.size / num_tokens)
+        self._learning_rate = self.optimizer.learning_rate
         grad_norm = self.optimizer.clip_grad(self.config.max_grad_norm)
         if not math.isfinite(grad_norm):
             raise FloatingPointError(self._divergence("gradient norm", grad_norm, last_good()))
@@ -203,7 +205,7 @@ class Trainer:
                 "metrics",
                 step=self.step,
                 **means,
-                lr=self.optimizer.learning_rate,
+                lr=self._learning_rate,
                 grad_norm=grad_norm,
                 **clock.figures(),
             )
