@@ -8,6 +8,7 @@ import argparse
 import difflib
 import functools
 import json
+import logging
 import sys
 import textwrap
 import traceback
@@ -108,7 +109,7 @@ def parse(
     sections: Sequence[str] = (),
     commands: Mapping[str, str] | None = None,
 ) -> Arguments:
-    """Read a job's command line and its config.
+    """Read a job's command line and its config; `--verbose` takes effect here.
 
     Args:
         argv: None reads `sys.argv`.
@@ -139,6 +140,8 @@ def parse(
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(_explain_unknown(unknown, paths))
+    if options.verbose:
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     flags = {name: value for name, value in vars(options).items() if "." in name}
     config = load_config(options.config, options.override, flags)
     for section in sections:
@@ -181,7 +184,7 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
         help="set any field, the value as in YAML; may be given several times",
     )
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
-    parser.add_argument("--verbose", action="store_true", help="log more")
+    parser.add_argument("--verbose", action="store_true", help="log at level INFO")
 
 
 def _section_fields(section: str) -> dict[FieldPath, Variants]:

@@ -307,6 +307,20 @@ def test_results(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "loss       1.5\nnum_steps  3\n"
 
 
+@pytest.mark.parametrize(("flags", "shown"), [([], ""), (["--verbose"], "INFO tokendiff.x: hi\n")])
+def test_verbose_shows_what_is_logged(flags: list[str], shown: str) -> None:
+    code = f"""
+import logging
+from jobs import cli
+cli.parse({flags}, prog="x", description=None)
+logging.getLogger("tokendiff.x").info("hi")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stderr == shown
+
+
 def test_help_pays_for_no_heavy_import() -> None:
     code = """
 import sys

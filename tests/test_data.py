@@ -158,7 +158,7 @@ def test_jsonl_yields_cells_as_they_are(tmp_path: Path) -> None:
     ("line", "said"),
     [
         (b'{"text": "a"', "not a JSON value"),
-        (b"[" * 100_000, "not a JSON value"),
+        (b"[" * 10_000, "not a JSON value"),
         (b'["text"]', "expected an object"),
         (b'{"body": 1, "title": 2}', "no column 'text'.*'body', 'title'"),
         (b'{"text": "caf\xe9"}', "not UTF-8"),
@@ -417,7 +417,7 @@ def _is_whole(data: bytes) -> bool:
 def test_a_long_document_is_tokenized_in_parts(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = ours("bpe")
     (whole,) = tokenize_documents(tokenizer, [text])
-    monkeypatch.setattr(packing, "_MAX_PIECE_CHARS", 100)
+    monkeypatch.setattr(packing, "_MAX_PART_CHARS", 100)
     before, document, after = tokenize_documents(tokenizer, ["a", text, "b"], batch_chars=250)
     assert tokenizer.decode(document.tokens[:-1]) == text
     assert document.num_bytes.sum() == len(text.encode())

@@ -51,7 +51,7 @@ def preprocess(
         InputError: the input, the tokenizer or the folder cannot be used; nothing is committed.
         CorruptFileError: the folder was committed, but a file is missing or cut short.
     """
-    output_dir = Path(output_dir).expanduser().resolve()
+    output_dir = Path(output_dir).expanduser().absolute()
     partitions = plan_partitions(config)
     if not partitions:
         raise InputError(f"dataset_name {config.dataset_name!r}: the corpus is empty (0 bytes)")
@@ -106,7 +106,7 @@ def _key(config: "PreprocessConfig", tokenizer: str, partitions: Sequence[Partit
 
 def _committed(output_dir: Path, key: str) -> Manifest:
     manifest = verify(output_dir, kind=KIND, hashes=False)
-    if manifest.metadata["key"] != key:
+    if manifest.metadata.get("key") != key:
         raise InputError(
             f"output_dir {output_dir} holds token shards of another config or of other input; "
             "choose another output_dir, or delete this one"

@@ -164,8 +164,8 @@ def _opened_parquet(path: str) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     try:
-        # Pre-buffering would read the column of all the row groups asked for at once.
-        with pq.ParquetFile(path, pre_buffer=False) as file:
+        # By default the whole column of the row groups asked for is read at once.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
             yield file
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable parquet file ({error})") from error

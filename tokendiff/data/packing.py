@@ -13,10 +13,9 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_CHARS = (
-    1 << 20
-)  # text handed to the tokenizer at once, which takes about 100 bytes of memory a character
-_MAX_PIECE_CHARS = 1 << 20
+# Handed to the tokenizer at once; it takes some 250 bytes of memory for each token that it returns.
+BATCH_CHARS = 1 << 18
+_MAX_PART_CHARS = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +64,8 @@ def tokenize_documents(
     """Tokenize a stream, in order, `batch_chars` at a time; the batches do not show in the result.
 
     Nothing is added but EOS: no BOS, CLS or SEP. A special token spelled out in a document is text.
-    A document of more than a million characters is tokenized in parts, cut before a space where
-    there is one: tokens may differ there from those of the whole.
+    A document of more than 262,144 characters is tokenized in parts, cut before a space where there
+    is one: tokens may differ there from those of the whole.
     """
     eos = np.array([tokenizer.eos_token_id], dtype=np.int32)
     for batch in _batched(documents, batch_chars):
@@ -204,11 +203,11 @@ def _num_bytes(text: str) -> int:
 
 
 def _parts(document: str) -> list[str]:
-    """The document in parts of at most _MAX_PIECE_CHARS, cut before a space where one is near."""
+    """The document in parts of at most _MAX_PART_CHARS, cut before a space where one is near."""
     parts, start = [], 0
-    while len(document) - start > _MAX_PIECE_CHARS:
-        limit = start + _MAX_PIECE_CHARS
-        space = document.rfind(" ", start + _MAX_PIECE_CHARS // 2, limit)
+    while len(document) - start > _MAX_PART_CHARS:
+        limit = start + _MAX_PART_CHARS
+        space = document.rfind(" ", start + _MAX_PART_CHARS // 2, limit)
         stop = space if space > 0 else limit
         parts.append(document[start:stop])
         start = stop

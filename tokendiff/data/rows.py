@@ -125,8 +125,9 @@ class TokenData:
         return TokenRows(
             tokens=tokens,
             lengths=lengths,
-            row_ids=table.column("row_id").to_numpy(),
-            num_bytes=table.column("num_bytes").to_numpy(),
+            # Arrow's memory is read-only, which torch takes amiss.
+            row_ids=np.array(table.column("row_id")),
+            num_bytes=np.array(table.column("num_bytes")),
         )
 
     def read(self, groups: np.ndarray, rows: np.ndarray) -> TokenRows:
