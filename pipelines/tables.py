@@ -53,7 +53,8 @@ def _training_lines(results: Results) -> list[tuple[str, str]]:
             (
                 "data",
                 f"{data['train_tokens']:,} training tokens in {data['train_rows']:,} rows, "
-                f"{data['heldout_tokens']:,} held out, {100 * data['padded_fraction']:.2f} % padding",
+                f"{data['heldout_tokens']:,} held out, "
+                f"{100 * data['padded_fraction']:.2f} % padding",
             )
         )
     if train := results.get("train"):
@@ -88,7 +89,8 @@ def _bound_lines(results: Results) -> list[tuple[str, str]]:
         lines.append(
             (
                 "bits/byte",
-                f"{figures['bits_per_byte']:.3f}, against {unigram_bits:.3f} at the unigram entropy",
+                f"{figures['bits_per_byte']:.3f}, against {unigram_bits:.3f} "
+                "at the unigram entropy",
             )
         )
     return lines

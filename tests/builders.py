@@ -1,4 +1,4 @@
-"""Small things that tests are made of: a tokenizer, packed shards, a model; all made here, none downloaded."""
+"""Small things that tests are made of: a tokenizer, packed shards, a model; all made here."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,7 +87,8 @@ class TableDenoiser:
     Hidden states are ln p(x_0^i = v | what is unmasked), so `head` is the identity.
 
     Args:
-        probabilities: [V] * L table of a language of L tokens over V ids, the mask id among them at probability 0.
+        probabilities: [V] * L table of a language of L tokens over V ids, the mask id among them
+            at probability 0.
     """
 
     def __init__(self, probabilities: Tensor, mask_token_id: int) -> None:

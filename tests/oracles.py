@@ -11,9 +11,7 @@ def toy_language(vocab_size: int, length: int, mask_token_id: int, seed: int) ->
     rng = np.random.default_rng(seed)
     table = rng.gamma(0.4, size=(vocab_size,) * length)
     for axis in range(length):
-        index: list[object] = [slice(None)] * length
-        index[axis] = mask_token_id
-        table[tuple(index)] = 0.0
+        np.moveaxis(table, axis, 0)[mask_token_id] = 0.0
     return table / table.sum()
 
 
@@ -34,7 +32,7 @@ def conditional(table: np.ndarray, known: dict[int, int], position: int, value: 
 
 
 def order_mean_nll(table: np.ndarray, row: tuple[int, ...]) -> float:
-    """The mean over all L! orders of the negative log-likelihood of a row, one token after another."""
+    """The mean over all L! orders of a row's negative log-likelihood, token after token."""
     orders = list(itertools.permutations(range(len(row))))
     total = 0.0
     for order in orders:

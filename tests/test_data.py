@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tokendiff.config import PreprocessConfig
 from tokendiff.data import packing
-from tokendiff.data.packing import PackedRows, Packer, tokenize_documents
+from tokendiff.data.packing import PackedRows, Packer, TokenizedDocuments, tokenize_stream
 from tokendiff.data.partition import Piece, group_pieces
 from tokendiff.data.sources import plan_partitions, read_documents
 from tokendiff.data.tokenizers import build_tokenizer
@@ -304,6 +304,22 @@ def test_a_dataset_that_cannot_be_had_is_named(tmp_path: Path) -> None:
         plan_partitions(config(dataset_name=str(tmp_path)))
 
 
+def tokenized(
+    tokenizer: Any, texts: list[str], **options: Any
+) -> list[tuple[list[int], list[int]]]:
+    """(tokens, bytes of each token) of each text."""
+    found = []
+    for batch, documents in tokenize_stream(tokenizer, texts, **options):
+        assert len(batch) == len(documents.lengths)
+        cuts = np.cumsum(documents.lengths)[:-1]
+        for ids, sizes in zip(
+            np.split(documents.tokens, cuts), np.split(documents.num_bytes, cuts), strict=True
+        ):
+            found.append((ids.tolist(), sizes.tolist()))
+    assert len(found) == len(texts)
+    return found
+
+
 # Tokenizers
 
 
@@ -321,11 +337,10 @@ def test_our_tokenizers_are_lossless_and_survive_saving(tmp_path: Path, name: st
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.all_special_ids == tokenizer.all_special_ids
     for text in NASTY:
-        (document,) = tokenize_documents(tokenizer, [text])
-        (again,) = tokenize_documents(loaded, [text])
-        assert document.tokens.tolist() == again.tokens.tolist()
-        assert loaded.decode(document.tokens[:-1]) == text
-        assert not set(document.tokens[:-1].tolist()) & set(tokenizer.all_special_ids)
+        ((tokens, _),) = tokenized(tokenizer, [text])
+        assert tokenized(loaded, [text])[0][0] == tokens
+        assert loaded.decode(tokens[:-1]) == text
+        assert not set(tokens[:-1]) & set(tokenizer.all_special_ids)
 
 
 def test_bpe_is_the_same_each_time_and_needs_no_full_vocabulary() -> None:
@@ -341,19 +356,20 @@ def wordpiece(**special: str) -> PreTrainedTokenizerFast:
     model = models.WordPiece(vocab={t: i for i, t in enumerate(vocabulary)}, unk_token="[UNK]")
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", **special)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def test_what_a_foreign_tokenizer_lacks_is_added_and_told(tmp_path: Path) -> None:
-    wordpiece(sep_token="[SEP]", cls_token="[CLS]", pad_token="[PAD]").save_pretrained(tmp_path)
+    wordpiece(
+        unk_token="[UNK]", sep_token="[SEP]", cls_token="[CLS]", pad_token="[PAD]"
+    ).save_pretrained(tmp_path)
     tokenizer, notes = build_tokenizer(str(tmp_path), documents=(), vocab_size=400)
     assert (tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (16, 2, 3)
     assert len(notes) == 2
     assert "[MASK] as id 16" in notes[0]
-    (document,) = tokenize_documents(tokenizer, ["[ the"])
-    assert document.tokens.tolist() == [6, 4, 2]
+    assert tokenized(tokenizer, ["[ the"])[0][0] == [6, 4, 2]
 
-    wordpiece().save_pretrained(tmp_path)
+    wordpiece(unk_token="[UNK]").save_pretrained(tmp_path)
     tokenizer, notes = build_tokenizer(str(tmp_path), documents=(), vocab_size=400)
     assert (tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (16, 17, 17)
     assert len(tokenizer) == 18
@@ -373,32 +389,34 @@ def test_a_documents_tokens_are_the_tokenizers_own_and_eos() -> None:
     tokenizer = ours("bpe")
     documents = [*read_all(config())[:20], "a", "日本"]
     for batch_chars in (1, 3000, 1 << 20):
-        done = list(tokenize_documents(tokenizer, documents, batch_chars=batch_chars))
-        assert [document.text for document in done] == documents
-        for text, document in zip(documents, done, strict=True):
-            expected = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-            assert document.tokens.tolist() == expected
+        done = tokenized(tokenizer, documents, batch_chars=batch_chars)
+        for text, (tokens, _) in zip(documents, done, strict=True):
+            assert tokens == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe", "wordpiece", "slow"])
 def test_every_byte_of_a_document_belongs_to_a_token(name: str) -> None:
-    made = {"wordpiece": lambda: wordpiece(eos_token="[SEP]"), "slow": ByT5Tokenizer}
+    made = {
+        "wordpiece": lambda: wordpiece(unk_token="[UNK]", eos_token="[SEP]"),
+        "slow": ByT5Tokenizer,
+    }
     tokenizer = made[name]() if name in made else ours(name)
     assert tokenizer.is_fast == (name != "slow")
-    for text, document in zip(NASTY, tokenize_documents(tokenizer, NASTY), strict=True):
-        assert document.num_bytes.sum() == len(text.encode())
-        assert document.num_bytes.min() >= 0
-        assert document.num_bytes[-1] == 0
+    for text, (_, num_bytes) in zip(NASTY, tokenized(tokenizer, NASTY), strict=True):
+        assert sum(num_bytes) == len(text.encode())
+        assert min(num_bytes) >= 0
+        assert num_bytes[-1] == 0
+        assert name != "slow" or max(num_bytes[:-1]) - min(num_bytes[:-1]) <= 1
 
 
 def test_bytes_of_a_token_are_those_of_its_text() -> None:
     tokenizer = ours("bpe")
     text = "def loss(x):\n    return x * 2  # naïve 日本\n"
-    (document,) = tokenize_documents(tokenizer, [text])
-    decoded = [tokenizer.convert_ids_to_tokens(int(token)) for token in document.tokens[:-1]]
+    ((tokens, num_bytes),) = tokenized(tokenizer, [text])
+    decoded = tokenizer.convert_ids_to_tokens(tokens[:-1])
     # A byte-level token is written with one character for each byte it stands for.
     sizes = np.array([len(token) for token in decoded])
-    ends, told = np.cumsum(sizes), np.cumsum(document.num_bytes[:-1])
+    ends, told = np.cumsum(sizes), np.cumsum(num_bytes[:-1])
     # The bytes of one character may be given to the last of the tokens that share it, no later.
     whole = [i for i, end in enumerate(ends) if _is_whole(text.encode()[:end])]
     assert len(whole) > 20
@@ -416,17 +434,32 @@ def _is_whole(data: bytes) -> bool:
 @pytest.mark.parametrize("text", ["word " * 500, "日本語" * 400, "x" * 3000])
 def test_a_long_document_is_tokenized_in_parts(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = ours("bpe")
-    (whole,) = tokenize_documents(tokenizer, [text])
+    ((whole, _),) = tokenized(tokenizer, [text])
     monkeypatch.setattr(packing, "_MAX_PART_CHARS", 100)
-    before, document, after = tokenize_documents(tokenizer, ["a", text, "b"], batch_chars=250)
-    assert tokenizer.decode(document.tokens[:-1]) == text
-    assert document.num_bytes.sum() == len(text.encode())
-    assert (document.tokens == tokenizer.eos_token_id).nonzero()[0].tolist() == [
-        len(document.tokens) - 1
-    ]
-    assert (before.text, after.text) == ("a", "b")
+    before, (tokens, num_bytes), after = tokenized(tokenizer, ["a", text, "b"], batch_chars=250)
+    assert tokenizer.decode(tokens[:-1]) == text
+    assert sum(num_bytes) == len(text.encode())
+    assert tokens.index(tokenizer.eos_token_id) == len(tokens) - 1
+    assert [before, after] == tokenized(tokenizer, ["a", "b"])
     if " " in text:  # cut at spaces, the parts give the tokens of the whole
-        assert document.tokens.tolist() == whole.tokens.tolist()
+        assert tokens == whole
+
+
+@pytest.mark.parametrize("batch_chars", [1, 1000])
+def test_a_document_without_tokens_takes_no_part(batch_chars: int) -> None:
+    tokenizer = wordpiece(eos_token="[SEP]", unk_token="[UNK]")
+    tokenizer.backend_tokenizer.normalizer = (
+        normalizers.BertNormalizer()
+    )  # drops control characters
+    empty, eos = "\u200b\x01", tokenizer.eos_token_id
+    done = tokenized(tokenizer, [empty, "the", empty, "a é", empty], batch_chars=batch_chars)
+    assert done == [
+        ([], []),
+        ([4, eos], [3, 0]),
+        ([], []),
+        ([8, 12, eos], [2, 2, 0]),
+        ([], []),
+    ]
 
 
 def packed_by_hand(
@@ -470,8 +503,16 @@ def test_rows_are_those_of_packing_by_hand(max_length: int, rows_at_once: int) -
     for length in lengths:
         ids = generator.integers(0, 50, length).astype(np.int32)
         documents.append((ids, generator.integers(0, 9, length).astype(np.int32)))
+    batches = [
+        TokenizedDocuments(
+            tokens=np.concatenate([ids for ids, _ in some]),
+            num_bytes=np.concatenate([sizes for _, sizes in some]),
+            lengths=np.array([len(ids) for ids, _ in some]),
+        )
+        for some in (documents[i : i + 3] for i in range(0, len(documents), 3))
+    ]
     packer = Packer(max_length, rows_at_once)
-    given = [rows for document in documents if (rows := packer.add(*document)) is not None]
+    given = [rows for batch in batches if (rows := packer.add(batch)) is not None]
     assert all(len(rows) % rows_at_once == 0 for rows in given)
     if (rest := packer.flush()) is not None:
         given.append(rest)

@@ -1,4 +1,4 @@
-"""Schedules, the absorbing kernel, the MDLM objective, its bound and its sampler, against brute force."""
+"""Schedules, absorbing kernel, MDLM objective, bound and sampler, against brute force."""
 
 import itertools
 import math
@@ -60,7 +60,7 @@ def test_bad_parameters_are_refused() -> None:
             kernel=AbsorbingKernel(schedule=LogLinear(), mask_token_id=0), num_inference_steps=0
         ),
     ):
-        with pytest.raises(ValueError, match="must|need"):
+        with pytest.raises(ValueError, match=r"must|need"):
             make()
 
 
@@ -103,13 +103,13 @@ def test_reveal_probability_is_bayes_rule(schedule: NoiseSchedule) -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
 def test_mdlm_loss_of_the_exact_denoiser_integrates_to_the_entropy(schedule: NoiseSchedule) -> None:
-    """The sum over rows, noise and a fine time grid, nothing drawn; a wrong weight or SUBS fails."""
+    """Summed over rows, noise and a fine time grid, nothing drawn."""
     table = toy_language(V, L, MASK, seed=1)
     rows = rows_of(table)
     probability = torch.tensor([table[tuple(row)] for row in rows.tolist()])
     model = TableDenoiser(torch.tensor(table), MASK)
     objective = MDLM(kernel=AbsorbingKernel(schedule=schedule, mask_token_id=MASK), min_time=1e-4)
-    # Midpoints in u, t = min + (1 - min) u^4, crowd the grid towards t = 0, where the weight is large.
+    # Midpoints in u, t = min + (1 - min) u^4, crowd towards t = 0, where the weight is large.
     u = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
     times, jacobian = 1e-4 + (1 - 1e-4) * u**4, 4 * u**3
     total = 0.0
@@ -320,8 +320,8 @@ def test_sampler_draws_the_language(schedule: NoiseSchedule, steps: int) -> None
         model, nothing, nothing.bool(), RowGenerator.for_rows(key_from(1), torch.arange(count))
     )
     drawn = Counter(map(tuple, samples.tokens.tolist()))
-    # 27 outcomes: the expected distance of 6000 exact draws is about 0.02; two tokens revealed in one
-    # step of 64 are drawn independently, which adds less than 0.01.
+    # 27 outcomes: 6000 exact draws are expected about 0.02 away; two tokens revealed in one step of
+    # 64 are drawn independently, which adds less than 0.01.
     assert total_variation(drawn, table) < 0.045
     assert not bool((samples.tokens == MASK).any())
     assert model.num_encoded_rows == int(samples.num_model_calls.sum()) <= count * L

@@ -622,6 +622,8 @@ def test_a_killed_driver_is_closed_and_its_stage_goes_on_in_the_same_run(root: P
         assert driver.stdout is not None
         assert driver.stdout.readline() == "ready\n"
         wait_until(lambda: "train" in runs_of(uri) and runs_of(uri)["train"].data.metrics != {})
+        state, size = folder / "mlflow.json", (folder / LOG_NAME).stat().st_size
+        wait_until(lambda: json.loads(state.read_text())["offset"] == size)
         assert replay_pending(root, uri) == 0  # it is alive
         assert runs_of(uri)["train"].info.status == "RUNNING"
     finally:

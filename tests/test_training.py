@@ -1,4 +1,4 @@
-"""The training loop without Ray: the order of rows, worker counts, resuming, checkpoints, divergence."""
+"""The training loop without Ray: order of rows, workers, resuming, checkpoints, divergence."""
 
 import json
 import math
@@ -296,12 +296,25 @@ def test_options_that_save_memory_change_nothing(data: TokenData, tmp_path: Path
     assert {p.dtype for p in weights.parameters()} == {torch.float32}
 
 
-def test_it_learns(data: TokenData, tmp_path: Path) -> None:
-    cfg = config(
-        max_train_steps=150, learning_rate=1e-2, logging_steps=30, ema_decay=0.0, objective="mdlm"
+def test_it_learns(tmp_path: Path) -> None:
+    folder = token_folder(
+        tmp_path / "data",
+        files=[random_rows(500, LENGTH)],
+        max_length=LENGTH,
+        tokenizer=letter_tokenizer(),
     )
-    losses, _ = run(cfg, data, tmp_path)
-    assert losses[150] < 0.8 * losses[30]
+    cfg = config(
+        max_train_steps=120,
+        global_batch_size=64,
+        per_device_train_batch_size=64,
+        learning_rate=3e-3,
+        logging_steps=30,
+        ema_decay=0.0,
+        objective="mdlm",
+    )
+    losses, _ = run(cfg, TokenData.open(folder, split="train"), tmp_path / "out")
+    assert losses[30] > 2.2  # about ln 12: only how frequent each letter is
+    assert losses[120] < 1.5
 
 
 # Checkpoints
@@ -363,7 +376,7 @@ def test_opening_what_is_not_a_checkpoint(data: TokenData, tmp_path: Path) -> No
     run(config(max_train_steps=2), data, tmp_path)
     assert open_checkpoint(tmp_path).name == "final"
     (tmp_path / "final" / "config.json").unlink()
-    with pytest.raises(CorruptFileError, match="config.json is missing"):
+    with pytest.raises(CorruptFileError, match=r"config\.json is missing"):
         open_checkpoint(tmp_path / "final")
     with pytest.raises(InputError, match="must be a checkpoint-N or final folder"):
         NoiseProcess.load(tmp_path)
@@ -389,7 +402,7 @@ def test_models_that_cannot_be_had(
 def test_models_that_do_not_fit(data: TokenData, tmp_path: Path) -> None:
     from transformers import BertConfig, GPT2Config
 
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     GPT2Config(n_embd=16, n_layer=1, n_head=2).save_pretrained(tmp_path / "gpt2")
     BertConfig(**small, max_position_embeddings=8).save_pretrained(tmp_path / "short")
     BertConfig(**small, max_position_embeddings=64).save_pretrained(tmp_path / "bare")
@@ -400,7 +413,12 @@ def test_models_that_do_not_fit(data: TokenData, tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             run(config(model_name_or_path=str(tmp_path / name)), data, tmp_path / "out")
-    cfg = config(model_name_or_path=str(tmp_path / "bare"), from_scratch=True, max_train_steps=1)
+    cfg = config(
+        model_name_or_path=str(tmp_path / "bare"),
+        from_scratch=True,
+        max_train_steps=1,
+        lr_warmup_steps=0,
+    )
     losses, _ = run(cfg, data, tmp_path / "scratch")
     assert sorted(losses) == [1]
 

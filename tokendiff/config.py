@@ -16,7 +16,12 @@ class Section(BaseModel):
     """Strict: unknown fields and wrong types are errors; nothing is coerced or changes later."""
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, validate_default=True, protected_namespaces=()
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
     )
 
     def result_fields(self) -> dict[str, Any]:

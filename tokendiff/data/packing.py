@@ -5,7 +5,7 @@ Documents, each ended by EOS, are laid end to end and cut every max_length token
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,17 +19,28 @@ _MAX_PART_CHARS = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizedDocument:
-    """
+class TokenizedDocuments:
+    """D documents, their tokens laid end to end.
+
     Attributes:
-        text: the document.
-        tokens: [n] int32, EOS last; empty where the tokenizer makes nothing of the text.
-        num_bytes: [n] int32, UTF-8 bytes of `text` that each token stands for; they sum to all.
+        tokens: [sum of lengths] int32, EOS at the end of each document.
+        num_bytes: [sum of lengths] int32, UTF-8 bytes of text that each token stands for: those of
+            a document's tokens sum to all of its bytes; EOS has none.
+        lengths: [D] int64; 0 where the tokenizer makes nothing of a text.
     """
 
-    text: str
     tokens: np.ndarray
     num_bytes: np.ndarray
+    lengths: np.ndarray
+
+    def select(self, is_chosen: np.ndarray) -> "TokenizedDocuments":
+        """The documents for which `is_chosen` ([D] bool) holds."""
+        of_chosen = np.repeat(is_chosen, self.lengths)
+        return TokenizedDocuments(
+            tokens=self.tokens[of_chosen],
+            num_bytes=self.num_bytes[of_chosen],
+            lengths=self.lengths[is_chosen],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,39 +66,54 @@ class PackedRows:
         return len(self.row_lengths)
 
 
-def tokenize_documents(
+def tokenize_stream(
     tokenizer: "PreTrainedTokenizerBase",
     documents: Iterable[str],
     *,
     batch_chars: int = BATCH_CHARS,
-) -> Iterator[TokenizedDocument]:
-    """Tokenize a stream, in order, `batch_chars` at a time; the batches do not show in the result.
+) -> Iterator[tuple[list[str], TokenizedDocuments]]:
+    """Tokenize documents in order, about `batch_chars` at a time; the batches change no token.
 
     Nothing is added but EOS: no BOS, CLS or SEP. A special token spelled out in a document is text.
     A document of more than 262,144 characters is tokenized in parts, cut before a space where there
     is one: tokens may differ there from those of the whole.
     """
-    eos = np.array([tokenizer.eos_token_id], dtype=np.int32)
     for batch in _batched(documents, batch_chars):
-        parts = [_parts(document) for document in batch]
-        encoded = (
-            result
-            for texts in _batched((text for document in parts for text in document), batch_chars)
-            for result in _encode(tokenizer, texts)
-        )
-        for document, texts in zip(batch, parts, strict=True):
-            ids, starts, base = [], [], 0
-            for text, (part_ids, part_starts) in zip(
-                texts, islice(encoded, len(texts)), strict=True
-            ):
-                ids.append(part_ids)
-                starts.append(part_starts + base)
-                base += _num_bytes(text)
-            tokens = np.concatenate(ids)
-            if len(tokens) > 0:
-                tokens = np.concatenate([tokens, eos])
-            num_bytes = _bytes_between(np.concatenate(starts), base)
-            yield TokenizedDocument(text=document, tokens=tokens, num_bytes=num_bytes)
+        yield batch, _tokenize(tokenizer, batch, batch_chars)
+
+
+def _tokenize(
+    tokenizer: "PreTrainedTokenizerBase", documents: list[str], batch_chars: int
+) -> TokenizedDocuments:
+    parts = [_parts(document) for document in documents]
+    ids, starts, counts = [], [], []
+    base = 0
+    for texts in _batched((text for of_document in parts for text in of_document), batch_chars):
+        text_ids, text_starts, text_counts = _encode(tokenizer, texts)
+        ids.append(text_ids)
+        starts.append(text_starts + base)
+        counts.append(text_counts)
+        base += sum(map(_num_bytes, texts))
+    document_of_part = np.repeat(np.arange(len(documents)), [len(texts) for texts in parts])
+    num_tokens = np.bincount(document_of_part, weights=np.concatenate(counts)).astype(np.int64)
+
+    is_kept = num_tokens > 0
+    ends = np.cumsum(num_tokens)[is_kept]
+    byte_ends = np.cumsum([_num_bytes(document) for document in documents])
+    byte_starts = np.concatenate([[0], byte_ends[:-1]])
+    tokens = np.insert(np.concatenate(ids), ends, tokenizer.eos_token_id)
+    # A token's bytes reach to where the next one begins, EOS beginning where its document ends.
+    places = np.insert(np.concatenate(starts), ends, byte_ends[is_kept])
+    is_eos = np.zeros(len(tokens), dtype=bool)
+    is_eos[ends + np.arange(len(ends))] = True
+    is_first = np.roll(is_eos, 1)
+    places[is_first] = byte_starts[is_kept]
+    places = np.maximum.accumulate(places)  # a normaliser may have reordered combining marks
+    num_bytes = np.diff(places, append=base)
+    num_bytes[is_eos] = 0  # what follows a document's end is of one that has no tokens
+    return TokenizedDocuments(
+        tokens=tokens, num_bytes=num_bytes.astype(np.int32), lengths=num_tokens + is_kept
+    )
 
 
 class Packer:
@@ -96,17 +122,13 @@ class Packer:
     def __init__(self, max_length: int, rows_at_once: int) -> None:
         self._max_length = max_length
         self._rows_at_once = rows_at_once
-        self._tokens: list[np.ndarray] = []
-        self._num_bytes: list[np.ndarray] = []
-        self._lengths: list[int] = []  # of the waiting documents, or of what is left of the first
+        self._waiting: list[TokenizedDocuments] = []
         self._num_tokens = 0
 
-    def add(self, tokens: np.ndarray, num_bytes: np.ndarray) -> PackedRows | None:
-        """Append a document; returns the rows that are full now, if at least `rows_at_once`."""
-        self._tokens.append(tokens)
-        self._num_bytes.append(num_bytes)
-        self._lengths.append(len(tokens))
-        self._num_tokens += len(tokens)
+    def add(self, documents: TokenizedDocuments) -> PackedRows | None:
+        """Append documents; returns the rows that are full now, if at least `rows_at_once`."""
+        self._waiting.append(documents)
+        self._num_tokens += len(documents.tokens)
         unit = self._max_length * self._rows_at_once
         return self._take(self._num_tokens // unit * unit) if self._num_tokens >= unit else None
 
@@ -115,20 +137,20 @@ class Packer:
         return self._take(self._num_tokens) if self._num_tokens > 0 else None
 
     def _take(self, count: int) -> PackedRows:
-        tokens, num_bytes = np.concatenate(self._tokens), np.concatenate(self._num_bytes)
-        ends = np.cumsum(self._lengths)
-        num_whole = int(np.searchsorted(ends, count, side="right"))
-        taken = np.diff(ends[:num_whole], prepend=0)
-        cut_off = count - int(taken.sum())  # of the document that goes on in the next rows
-        left = self._lengths[num_whole:]
-        if cut_off > 0:
-            taken = np.append(taken, cut_off)
-            left[0] -= cut_off
+        tokens, num_bytes, lengths = (
+            np.concatenate([getattr(documents, name) for documents in self._waiting])
+            for name in ("tokens", "num_bytes", "lengths")
+        )
+        ends = np.cumsum(lengths)
+        taken = np.diff(np.minimum(ends, count), prepend=0)
+        left = lengths - taken  # of the document that is cut, what goes on in the next rows
         # Copies: a view would keep all that was taken in memory.
-        self._tokens, self._num_bytes = [tokens[count:].copy()], [num_bytes[count:].copy()]
-        self._lengths = left
+        rest = TokenizedDocuments(
+            tokens=tokens[count:].copy(), num_bytes=num_bytes[count:].copy(), lengths=left[left > 0]
+        )
+        self._waiting = [rest]
         self._num_tokens -= count
-        return cut_rows(tokens[:count], num_bytes[:count], taken, self._max_length)
+        return cut_rows(tokens[:count], num_bytes[:count], taken[taken > 0], self._max_length)
 
 
 def cut_rows(
@@ -155,8 +177,8 @@ def cut_rows(
 
 def _encode(
     tokenizer: "PreTrainedTokenizerBase", texts: list[str]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids, byte in the text at which each id begins) of each text."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, the byte at which each begins in the texts laid end to end, and ids of each text."""
     encoding = tokenizer(
         texts,
         add_special_tokens=False,
@@ -166,18 +188,18 @@ def _encode(
         return_offsets_mapping=tokenizer.is_fast,
         verbose=False,
     )
-    ids = [np.asarray(row, dtype=np.int32) for row in encoding["input_ids"]]
-    if not tokenizer.is_fast:
-        # No offsets to be had: a text's bytes are spread evenly over its tokens; the sum is right.
-        return [
-            (row, np.arange(len(row)) * _num_bytes(text) // max(len(row), 1))
-            for row, text in zip(ids, texts, strict=True)
-        ]
-    offsets = [np.asarray(row, dtype=np.int64).reshape(-1, 2) for row in encoding["offset_mapping"]]
-    return [
-        (row, _byte_places(text, spans[:, 0]))
-        for row, text, spans in zip(ids, texts, offsets, strict=True)
-    ]
+    counts = np.array([len(row) for row in encoding["input_ids"]])
+    ids = np.fromiter(chain.from_iterable(encoding["input_ids"]), np.int32, counts.sum())
+    if tokenizer.is_fast:
+        spans = np.array([*chain.from_iterable(encoding["offset_mapping"])]).reshape(-1, 2)
+        text_starts = np.cumsum([0, *map(len, texts[:-1])])
+        chars = spans[:, 0].astype(np.int64) + np.repeat(text_starts, counts)
+        return ids, _byte_places("".join(texts), chars), counts
+    # No offsets to be had: a text's bytes are spread evenly over its tokens; the sum is right.
+    sizes = np.array([_num_bytes(text) for text in texts])
+    place_in_text = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
+    evenly = place_in_text * np.repeat(sizes, counts) // np.repeat(counts, counts)
+    return ids, evenly + np.repeat(np.cumsum(sizes) - sizes, counts), counts
 
 
 def _byte_places(text: str, chars: np.ndarray) -> np.ndarray:
@@ -187,15 +209,6 @@ def _byte_places(text: str, chars: np.ndarray) -> np.ndarray:
     code_points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     sizes = 1 + (code_points > 0x7F) + (code_points > 0x7FF) + (code_points > 0xFFFF)
     return np.concatenate([[0], np.cumsum(sizes)])[chars]
-
-
-def _bytes_between(starts: np.ndarray, total: int) -> np.ndarray:
-    """Bytes of each token, to where the next begins; the first and last take the ends, EOS none."""
-    if len(starts) == 0:
-        return np.zeros(0, dtype=np.int32)
-    starts = np.maximum.accumulate(starts)  # a normaliser may have reordered combining marks
-    starts[0] = 0
-    return np.diff(starts, append=[total, total]).astype(np.int32)
 
 
 def _num_bytes(text: str) -> int:

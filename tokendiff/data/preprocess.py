@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tokendiff.data.packing import BATCH_CHARS, PackedRows, Packer, tokenize_documents
+from tokendiff.data.packing import (
+    BATCH_CHARS,
+    PackedRows,
+    Packer,
+    TokenizedDocuments,
+    tokenize_stream,
+)
 from tokendiff.data.partition import Partition
 from tokendiff.data.sources import dummy_rows, read_documents
 from tokendiff.errors import InputError
@@ -83,12 +89,13 @@ def preprocess_partition(
     }
     try:
         if partition.format == "dummy":
-            documents = _dummy_documents(partition, tokenizer, max_length)
+            batches = _dummy_documents(partition, tokenizer, max_length)
         else:
-            documents = _text_documents(partition, tokenizer, dropped, batch_chars)
-        for content, tokens, num_bytes in documents:
-            split = "heldout" if is_heldout(content, heldout_fraction) else "train"
-            writers[split].add(tokens, num_bytes)
+            batches = _text_documents(partition, tokenizer, dropped, batch_chars)
+        for contents, documents in batches:
+            is_held = np.array([is_heldout(content, heldout_fraction) for content in contents])
+            writers["train"].add(documents.select(~is_held))
+            writers["heldout"].add(documents.select(is_held))
         shards = {split: writer.finish() for split, writer in writers.items()}
     finally:
         for writer in writers.values():
@@ -143,22 +150,24 @@ def _text_documents(
     tokenizer: "PreTrainedTokenizerBase",
     dropped: Counter[str],
     batch_chars: int,
-) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
-    """(content, tokens, bytes per token) of each document."""
+) -> Iterator[tuple[Iterable[bytes], TokenizedDocuments]]:
+    """Batches of documents: what each says, and their tokens."""
     texts = _texts(read_documents(partition), dropped)
-    for document in tokenize_documents(tokenizer, texts, batch_chars=batch_chars):
-        if len(document.tokens) == 0:
-            dropped["empty"] += 1
-        else:
-            yield document.text.encode(), document.tokens, document.num_bytes
+    for batch, documents in tokenize_stream(tokenizer, texts, batch_chars=batch_chars):
+        dropped["empty"] += int((documents.lengths == 0).sum())
+        yield (text.encode() for text in batch), documents
 
 
 def _dummy_documents(
     partition: Partition, tokenizer: "PreTrainedTokenizerBase", max_length: int
-) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[Iterable[bytes], TokenizedDocuments]]:
     ordinary = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
-    for tokens in dummy_rows(partition, np.array(ordinary, dtype=np.int32), max_length):
-        yield tokens.tobytes(), tokens, np.zeros_like(tokens)
+    for row in dummy_rows(partition, np.array(ordinary, dtype=np.int32), max_length):
+        lengths = np.array([max_length])
+        yield (
+            [row.tobytes()],
+            TokenizedDocuments(tokens=row, num_bytes=np.zeros_like(row), lengths=lengths),
+        )
 
 
 def _texts(cells: Iterable[Any], dropped: Counter[str]) -> Iterator[str]:
@@ -195,9 +204,13 @@ class _ShardWriter:
         self._totals: Counter[str] = Counter(documents=0, tokens=0, num_bytes=0)
         self._writer: Any = None
 
-    def add(self, tokens: np.ndarray, num_bytes: np.ndarray) -> None:
-        self._totals.update(documents=1, tokens=len(tokens), num_bytes=int(num_bytes.sum()))
-        if (rows := self._packer.add(tokens, num_bytes)) is not None:
+    def add(self, documents: TokenizedDocuments) -> None:
+        self._totals.update(
+            documents=int((documents.lengths > 0).sum()),
+            tokens=len(documents.tokens),
+            num_bytes=int(documents.num_bytes.sum()),
+        )
+        if (rows := self._packer.add(documents)) is not None:
             self._write(rows)
 
     def finish(self) -> ShardStats | None:

@@ -130,6 +130,7 @@ def _pretrained_config(name: str) -> Any:
 
 
 def _pretrained(name: str, config: Any) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoModelForMaskedLM
 
     if (
@@ -142,7 +143,7 @@ def _pretrained(name: str, config: Any) -> Any:
         )
     try:
         return AutoModelForMaskedLM.from_pretrained(name, config=config, dtype=torch.float32)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"model_name_or_path {name!r}: weights cannot be read ({_first_line(error)})"
         ) from error
