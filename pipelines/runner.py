@@ -40,7 +40,7 @@ def run_stage(stage: Stage, mirror: MlflowMirror) -> dict[str, Any]:
             raise
         log.write("end")
         result = stage.result(stage)
-        run.log_metrics(_numbers(result))
+        run.log_metrics(_figures(stage.name, result))
         if (report := stage.folder / "report").is_dir():
             run.log_artifacts(report, "report")
     return result
@@ -86,7 +86,8 @@ def run_pipeline(config: Config, root: Path) -> Results:
                     started = time.monotonic()
                     results[stage.name] = run_stage(stage, mirror)
                     print(f"{stage.name}  done in {time.monotonic() - started:.0f} s", flush=True)
-        mirror.log_metrics(_numbers(results.get("evaluate", {})))
+        for name, result in results.items():
+            mirror.log_metrics(_figures(name, result))
     return {stage.name: results[stage.name] for stage in stages}
 
 
@@ -155,9 +156,10 @@ def _parent_run(config: Config, root: Path) -> Iterator[MlflowMirror]:
         yield mirror
 
 
-def _numbers(result: dict[str, Any]) -> dict[str, float]:
+def _figures(stage: str, result: dict[str, Any]) -> dict[str, float]:
+    """A stage's numbers under names of their own, so that no curve of the run gets a point more."""
     return {
-        name: value
+        f"{stage}/{name}": value
         for name, value in result.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tokendiff.config import PreprocessConfig
 from tokendiff.data.preprocess import is_heldout, preprocess_partition, training_text
@@ -107,7 +108,7 @@ def test_equal_documents_fall_on_the_same_side_and_the_share_is_kept(tmp_path: P
     sides: dict[str, set[str]] = {}
     for split in ("train", "heldout"):
         found = [
-            BYTES.decode(ids[:-1])
+            str(BYTES.decode(ids[:-1]))
             for part in stats
             for ids in documents_of(pq.read_table(tmp_path / part.shards[split].path).to_pydict())
         ]
@@ -127,6 +128,20 @@ def test_what_is_no_text_is_dropped_and_counted(tmp_path: Path) -> None:
     assert stats.shards["train"].documents == 2
     rows = pq.read_table(tmp_path / "train/part-00000.parquet").to_pydict()
     assert [BYTES.decode(ids[:-1]) for ids in documents_of(rows)] == ["a", "b"]
+
+
+def test_a_text_without_tokens_counts_as_empty(tmp_path: Path) -> None:
+    words = Tokenizer(models.WordLevel({"[EOS]": 0, "a": 1, "b": 2}))
+    words.normalizer = normalizers.BertNormalizer()  # drops control characters
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[EOS]")
+    files = jsonl(tmp_path / "a.jsonl", ["a", "\x01\x02", "b", "\x03"])
+    config = PreprocessConfig(dataset_name="jsonl", data_files=files, heldout_fraction=0.0)
+    (stats,) = shards_of(config, tmp_path, tokenizer=tokenizer)
+    assert (stats.dropped_empty, stats.dropped_not_text) == (2, 0)
+    assert (stats.shards["train"].documents, stats.shards["train"].num_bytes) == (2, 2)
+    rows = pq.read_table(tmp_path / "train/part-00000.parquet").to_pydict()
+    assert rows["tokens"] == [[1, 0, 2, 0]]
+    assert rows["document_lengths"] == [[2, 2]]
 
 
 def test_dummy_rows_are_full_of_ordinary_tokens_and_decided_by_their_number(tmp_path: Path) -> None:
@@ -150,8 +165,10 @@ def test_a_partition_that_fails_leaves_nothing(tmp_path: Path) -> None:
     good = "\n".join(json.dumps({"text": "fine " * 100}) for _ in range(2000))
     (tmp_path / "a.jsonl").write_text(good + "\nbad")
     files = [str(tmp_path / "a.jsonl")]
+    config = PreprocessConfig(dataset_name="jsonl", data_files=files)
     with pytest.raises(InputError, match=r"a\.jsonl:2001"):
-        shards_of(PreprocessConfig(dataset_name="jsonl", data_files=files), tmp_path / "out")
+        shards_of(config, tmp_path / "out", batch_chars=1000)
+    assert (tmp_path / "out" / "train").is_dir()  # it had begun to write
     assert contents(tmp_path / "out") == {}
 
 
@@ -225,9 +242,6 @@ def run(config: PreprocessConfig, output_dir: Path, **options: Any) -> Any:
 @pytest.mark.ray
 def test_the_job_makes_the_shards_of_one_process(tmp_path: Path, ray_session: None) -> None:
     config = PreprocessConfig(partition_bytes=60_000, vocab_size=400, heldout_fraction=0.1)
-    stale = tmp_path / "ray" / "train" / "part-00099.parquet"
-    stale.parent.mkdir(parents=True)
-    stale.write_bytes(b"of an attempt that was never committed")
     progress: list[tuple[int, int]] = []
     manifest = run(
         config,
@@ -281,13 +295,26 @@ def test_bad_input_in_a_task_is_told_plainly(
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()
     assert "Traceback" not in capfd.readouterr().err
 
+    # The same folder, once the file is mended; of the attempt that failed, nothing stays.
+    (tmp_path / "out" / "train").mkdir(exist_ok=True)
+    (tmp_path / "out" / "train" / "part-00099.parquet").write_bytes(b"stale")
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 10)
-    manifest = run(config, tmp_path / "out")  # the same folder, once the file is mended
+    manifest = run(config, tmp_path / "out")
+    assert not [name for name in manifest.files if "00099" in name]
     assert manifest.metadata["splits"]["train"]["documents"] == 10
     assert "no document fell into the heldout split" in manifest.metadata["notes"][0]
     (tmp_path / "a.jsonl").write_text('{"text": "more"}\n' * 11)
     with pytest.raises(InputError, match="other input"):
         run(config, tmp_path / "out")
+
+
+@pytest.mark.ray
+def test_a_folder_with_files_of_others_is_left_alone(tmp_path: Path, ray_session: None) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "part-00000.parquet").write_text("precious")
+    with pytest.raises(InputError, match=r"holds other files \(train\)"):
+        run(PreprocessConfig(), tmp_path)
+    assert (tmp_path / "train" / "part-00000.parquet").read_text() == "precious"
 
 
 @pytest.mark.ray

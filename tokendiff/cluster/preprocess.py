@@ -19,7 +19,14 @@ from tokendiff.data.rows import KIND
 from tokendiff.data.sources import plan_partitions
 from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.errors import InputError
-from tokendiff.manifest import Manifest, commit, fingerprint, is_committed, verify
+from tokendiff.manifest import (
+    RECORD_FOLDER,
+    Manifest,
+    commit,
+    fingerprint,
+    is_committed,
+    verify,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +65,7 @@ def preprocess(
     key = _key(config, tokenizer_name_or_path, partitions)
     if is_committed(output_dir):
         return _committed(output_dir, key)
-    _clear(output_dir)
+    mark = _claim(output_dir)
     tokenizer, notes = _make_tokenizer(config, tokenizer_name_or_path, partitions)
     tokenizer.save_pretrained(output_dir / "tokenizer")
     stats = []
@@ -67,31 +74,14 @@ def preprocess(
         if on_progress is not None:
             on_progress(len(stats), len(partitions))
     stats.sort(key=lambda partition: partition.index)
-    splits = {split: _split_totals(stats, split) for split in SPLITS}
-    dropped = {
-        "empty": sum(partition.dropped_empty for partition in stats),
-        "not_text": sum(partition.dropped_not_text for partition in stats),
-    }
-    notes += _check_corpus(config, splits, dropped)
+    metadata = _metadata(config, tokenizer_name_or_path, tokenizer, stats)
+    notes += _check_corpus(config, metadata["splits"], metadata["dropped"])
     known_sha256 = {shard.path: shard.sha256 for part in stats for shard in part.shards.values()}
     _check_files(output_dir, known_sha256)
-    num_rows = sum(split["rows"] for split in splits.values())
-    num_tokens = sum(split["tokens"] for split in splits.values())
-    metadata = {
-        "key": key,
-        "config": config.result_fields(),
-        "tokenizer": tokenizer_name_or_path,
-        "vocab_size": len(tokenizer),
-        "max_length": config.max_length,
-        "mask_token_id": tokenizer.mask_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "padded_fraction": 1.0 - num_tokens / (num_rows * config.max_length),
-        "dropped": dropped,
-        "notes": notes,
-        "splits": splits,
-    }
-    return commit(output_dir, kind=KIND, metadata=metadata, known_sha256=known_sha256)
+    metadata |= {"key": key, "notes": notes}
+    manifest = commit(output_dir, kind=KIND, metadata=metadata, known_sha256=known_sha256)
+    mark.unlink()
+    return manifest
 
 
 def _key(config: "PreprocessConfig", tokenizer: str, partitions: Sequence[Partition]) -> str:
@@ -114,11 +104,25 @@ def _committed(output_dir: Path, key: str) -> Manifest:
     return manifest
 
 
-def _clear(output_dir: Path) -> None:
-    """Remove what an attempt that was never committed left behind."""
+def _claim(output_dir: Path) -> Path:
+    """Make the folder ready, emptied of what an attempt that was never committed left behind.
+
+    Returns:
+        The mark of an unfinished attempt: only a folder that has it is emptied. To be removed once
+        the folder is committed.
+    """
+    mark = output_dir / RECORD_FOLDER / "preprocess.unfinished"
+    there = [path.name for path in output_dir.glob("*") if path.name != RECORD_FOLDER]
+    if there and not mark.exists():
+        raise InputError(
+            f"output_dir {output_dir} holds other files ({', '.join(sorted(there)[:3])}); "
+            "choose a folder that is empty or does not exist"
+        )
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
     for name in (*SPLITS, "tokenizer"):
         shutil.rmtree(output_dir / name, ignore_errors=True)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    return mark
 
 
 def _make_tokenizer(
@@ -178,6 +182,32 @@ def _task(
         return {"stats": pickle.dumps(stats), "error": ""}
 
     return work
+
+
+def _metadata(
+    config: "PreprocessConfig",
+    tokenizer_name_or_path: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    stats: Sequence[PartitionStats],
+) -> dict[str, Any]:
+    splits = {split: _split_totals(stats, split) for split in SPLITS}
+    num_tokens = sum(split["tokens"] for split in splits.values())
+    capacity = config.max_length * sum(split["rows"] for split in splits.values())
+    return {
+        "config": config.result_fields(),
+        "tokenizer": tokenizer_name_or_path,
+        "vocab_size": len(tokenizer),
+        "max_length": config.max_length,
+        "mask_token_id": tokenizer.mask_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "padded_fraction": 1.0 - num_tokens / capacity if capacity else 0.0,
+        "dropped": {
+            "empty": sum(partition.dropped_empty for partition in stats),
+            "not_text": sum(partition.dropped_not_text for partition in stats),
+        },
+        "splits": splits,
+    }
 
 
 def _split_totals(stats: Sequence[PartitionStats], split: str) -> dict[str, Any]:

@@ -108,7 +108,6 @@ def _tokenize(
     is_eos[ends + np.arange(len(ends))] = True
     is_first = np.roll(is_eos, 1)
     places[is_first] = byte_starts[is_kept]
-    places = np.maximum.accumulate(places)  # a normaliser may have reordered combining marks
     num_bytes = np.diff(places, append=base)
     num_bytes[is_eos] = 0  # what follows a document's end is of one that has no tokens
     return TokenizedDocuments(
@@ -127,7 +126,8 @@ class Packer:
 
     def add(self, documents: TokenizedDocuments) -> PackedRows | None:
         """Append documents; returns the rows that are full now, if at least `rows_at_once`."""
-        self._waiting.append(documents)
+        if len(documents.tokens) > 0:
+            self._waiting.append(documents)
         self._num_tokens += len(documents.tokens)
         unit = self._max_length * self._rows_at_once
         return self._take(self._num_tokens // unit * unit) if self._num_tokens >= unit else None

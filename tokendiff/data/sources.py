@@ -71,8 +71,8 @@ def _pieces(config: "PreprocessConfig") -> tuple[str, Iterator[Piece]]:
             for p in files.parquet_pieces(path, column)
         )
     if name in ("text", "jsonl"):
-        is_cut = not (name == "text" and config.sample_by == "document")
-        max_bytes = config.partition_bytes if is_cut else None
+        is_whole = name == "text" and config.sample_by == "document"
+        max_bytes = None if is_whole else config.partition_bytes
         paths = files.find_files(config.data_files)
         return name, (p for path in paths for p in files.text_pieces(path, max_bytes=max_bytes))
     return "datasets", hub.dataset_pieces(

@@ -84,11 +84,7 @@ def _wrapped(tokenizer: "Tokenizer") -> "PreTrainedTokenizerBase":
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        mask_token=MASK,
-        eos_token=EOS,
-        clean_up_tokenization_spaces=False,  # it deletes spaces before punctuation
+        tokenizer_object=tokenizer, pad_token=PAD, mask_token=MASK, eos_token=EOS
     )
 
 

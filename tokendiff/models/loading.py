@@ -21,9 +21,9 @@ _BUILTIN_SIZES: dict[str, dict[str, Any]] = {
     },
     "bert-mini": {
         "num_hidden_layers": 4,
-        "hidden_size": 192,
-        "num_attention_heads": 3,
-        "intermediate_size": 384,
+        "hidden_size": 128,
+        "num_attention_heads": 2,
+        "intermediate_size": 256,
     },
     "bert-small": {
         "num_hidden_layers": 6,

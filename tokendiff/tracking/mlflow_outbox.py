@@ -4,7 +4,8 @@
 has arrived, and a queue of whatever else is to be stored. Nothing leaves it before MLflow has taken
 it, so what is sent just before a crash is sent again. That is harmless: the SQL stores drop a
 metric that equals one they hold (same name, step, time and value), and the rest replaces itself. A
-run whose creation was not acknowledged may stand there twice, once empty.
+run whose creation was not acknowledged may stand there twice, once empty. What MLflow cannot do is
+forget: points of steps that a later resume made void stay in its curves, with their earlier times.
 """
 
 import dataclasses
@@ -223,9 +224,8 @@ class Outbox:
         text = json.dumps(dataclasses.asdict(self.state), indent=1)
         try:
             write_atomically(self.folder / STATE_NAME, text.encode())
-        except (
-            OSError
-        ) as error:  # no reason to stop a run: what is lost is only what a crash leaves
+        except OSError as error:
+            # No reason to stop a run: the state is only needed after a crash.
             if not self._is_unsaved:
                 logger.warning("%s is not kept: %s", self.folder / STATE_NAME, error)
             self._is_unsaved = True

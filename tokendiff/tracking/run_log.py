@@ -2,16 +2,18 @@
 
 Each line is `{"time": unix seconds, "event": name, ...fields}`. Events, and the fields readers use:
 
-    start       max_train_steps, step (the first one is step + 1), and facts of the run: rows,
+    start       step (0, or the one resumed from), max_train_steps, and facts of the run: rows,
                 tokens_per_step, num_params, num_workers
     metrics     step, loss, lr, grad_norm, tokens_per_second, data_wait_fraction, ...
     progress    done, total
     checkpoint  step, path
-    resume      step: the run goes on from there, and metrics of later steps that were written
-                before no longer count (0 where it begins again)
+    resume      step
     warning     message
     error       message
     end
+
+An attempt begins with "start" or "resume" at its step; metrics of later steps that earlier attempts
+wrote no longer count.
 
 JSON has no NaN and no infinities: they are written as the strings "NaN", "Infinity" and
 "-Infinity", and the readers here turn exactly these strings back into floats. This module imports
@@ -102,20 +104,17 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 def metrics_by_step(path: Path) -> list[dict[str, Any]]:
-    """The "metrics" events that count, one per step, sorted by step.
-
-    What a later resume made void is left out; of several events of one step the last wins.
-    """
+    """The "metrics" events that count, sorted by step; of several of one step the last."""
     events = drop_superseded(read_events(path))
     by_step = {event["step"]: event for event in events if event["event"] == "metrics"}
     return [by_step[step] for step in sorted(by_step)]
 
 
 def drop_superseded(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leave out the "metrics" events of steps that a later "resume" went back behind."""
+    """Leave out the "metrics" events of steps that a later attempt went back behind."""
     kept: list[dict[str, Any]] = []
     for event in events:
-        if event["event"] == "resume":
+        if event["event"] in ("start", "resume") and "step" in event:
             kept = [e for e in kept if e["event"] != "metrics" or e["step"] <= event["step"]]
         kept.append(event)
     return kept
