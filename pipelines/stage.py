@@ -125,7 +125,11 @@ def preprocess_stage(config: Config, folder: str | Path, **kwargs: Any) -> Stage
         dropped = {f"dropped_{name}": count for name, count in metadata["dropped"].items()}
         return {**counts, **dropped, "padded_fraction": metadata["padded_fraction"]}
 
-    settings = {**config.preprocess.result_fields(), "tokenizer_name_or_path": tokenizer}
+    settings = {
+        **config.preprocess.result_fields(),
+        "tokenizer_name_or_path": tokenizer,
+        "input_files": _input_files(config),
+    }
     return _stage("preprocess", settings, folder, action, result, **kwargs)
 
 
@@ -228,6 +232,16 @@ def _stage(
 ) -> Stage:
     base = output_path(str(folder))
     return Stage(name=name, settings=settings, base=base, action=action, result=result, **kwargs)
+
+
+def _input_files(config: Config) -> list[tuple[str, int, int]]:
+    """Path, size and time of change of the files that are read: changed text is another input."""
+    if not config.preprocess.data_files:
+        return []
+    from tokendiff.data.files import find_files
+
+    paths = [Path(path) for path in find_files(config.preprocess.data_files)]
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
 def _median(values: list[float]) -> float | None:

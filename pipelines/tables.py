@@ -82,7 +82,7 @@ def _bound_lines(results: Results) -> list[tuple[str, str]]:
             "bound",
             f"{bound:.3f} ± {figures['standard_error']:.3f} nats per held-out token",
         ),
-        ("unigram", f"{unigram:.3f} nats: the bound is {100 * (1 - bound / unigram):.0f} % below"),
+        ("unigram", f"{unigram:.3f} nats, its entropy: the bound is {_apart(bound, unigram)}"),
     ]
     if figures["bits_per_byte"] is not None:
         unigram_bits = unigram * figures["num_tokens"] / figures["num_bytes"] / math.log(2.0)
@@ -101,6 +101,11 @@ def _sample_lines(results: Results) -> list[tuple[str, str]]:
         return []
     records = read_samples(Path(results["generate"]["output_dir"]))[:_SHOWN_SAMPLES]
     return [(f"sample {record['id']}", _shortened(record["text"])) for record in records]
+
+
+def _apart(bound: float, unigram: float) -> str:
+    share = 100 * (1 - bound / unigram)
+    return f"{abs(share):.0f} % " + ("below" if share >= 0 else "above, so nothing is learnt yet")
 
 
 def _shortened(text: str) -> str:

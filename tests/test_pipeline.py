@@ -77,6 +77,16 @@ def test_a_key_changes_with_what_decides_the_result(
     assert {name for name in before if before[name] != after[name]} == changed
 
 
+def test_a_key_changes_with_the_text(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one\n")
+    overrides = ("preprocess.dataset_name=text", f"preprocess.data_files=[{text}]")
+    before = keys(tmp_path, *overrides)
+    assert keys(tmp_path, *overrides) == before
+    text.write_text("two\nthree\n")
+    assert keys(tmp_path, *overrides)["evaluate"] != before["evaluate"]
+
+
 def test_paths_that_the_pipeline_decides_are_refused(tmp_path: Path) -> None:
     config, root = small(tmp_path, "train.output_dir=elsewhere")
     with pytest.raises(InputError, match=r"train\.output_dir is decided by the pipeline"):
