@@ -9,6 +9,7 @@ import difflib
 import functools
 import json
 import logging
+import re
 import sys
 import textwrap
 import traceback
@@ -40,6 +41,8 @@ EXIT_INTERRUPTED = 130
 FieldPath = tuple[str, ...]
 Variants = list[tuple[type[BaseModel], FieldInfo]]  # a field, with the model that has it
 
+_FORESEEN = (InputError, CorruptFileError, FloatingPointError)
+_JOB_SECTIONS = ("preprocess", "train", "generate", "evaluate")  # each the main one of jobs.NAME
 _COMMON = ("config", "override", "json", "verbose", "help")
 _METAVARS = {int: "INT", float: "FLOAT", bool: "true|false"}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -50,9 +53,7 @@ class Arguments:
     """A command line that was read; `config` has its overrides and flags in it."""
 
     config: Config
-    config_path: Path | None
     json: bool
-    verbose: bool
     command: str | None
 
 
@@ -69,17 +70,27 @@ def entry_point(main: Callable[[Sequence[str] | None], int | None]) -> Callable[
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
-        except InputError as error:
-            _print_error(error)
-            return EXIT_BAD_INPUT
-        except (FloatingPointError, CorruptFileError) as error:
-            _print_error(error)
-            return EXIT_FAILED
-        except Exception:
-            traceback.print_exc()
-            return EXIT_FAILED
+        except Exception as error:
+            return _report(error)
 
     return run
+
+
+def _report(error: Exception) -> int:
+    cause = getattr(error, "cause", None)
+    if _is_ray_s(error) and isinstance(cause, _FORESEEN):
+        error = cause  # as it was raised on a worker, without the traceback that Ray puts around it
+    is_given_up = type(error) is RuntimeError and _is_ray_s(error.__cause__)
+    if isinstance(error, _FORESEEN) or is_given_up:
+        _print_error(error)
+    else:
+        traceback.print_exception(error)
+    return EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED
+
+
+def _is_ray_s(error: BaseException | None) -> bool:
+    """Found by name: importing ray takes seconds."""
+    return type(error).__module__.split(".")[0] == "ray"
 
 
 def _print_error(error: Exception) -> None:
@@ -107,6 +118,7 @@ def parse(
     prog: str,
     description: str | None,
     sections: Sequence[str] = (),
+    hidden: Sequence[str] = (),
     commands: Mapping[str, str] | None = None,
 ) -> Arguments:
     """Read a job's command line and its config; `--verbose` takes effect here.
@@ -116,6 +128,8 @@ def parse(
         prog: the module, as in `python -m prog`.
         sections: those whose fields become flags, the job's main one first: where fields share a
             name, the flag is the earlier section's, and the others are reached by `-o`.
+        hidden: dotted fields of those that the job does not read: no flags, but `-o` takes them,
+            since one file serves all jobs.
         commands: subcommands and their help; each takes its config as a positional FILE.yaml.
 
     Raises:
@@ -133,13 +147,13 @@ def parse(
     else:
         parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="config to start from")
         _add_common_flags(parser)
-    paths = _flag_paths(sections)
+    paths = _flag_paths(sections, hidden)
     for section in sections:
-        _add_section_flags(parser, section, paths)
+        _add_section_flags(parser, section, paths, hidden)
 
     options, unknown = parser.parse_known_args(argv)
     if unknown:
-        parser.error(_explain_unknown(unknown, paths))
+        parser.error(_explain_unknown(unknown, paths, prog=prog, has_commands=bool(commands)))
     if options.verbose:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     flags = {name: value for name, value in vars(options).items() if "." in name}
@@ -152,9 +166,7 @@ def parse(
             )
     return Arguments(
         config=config,
-        config_path=options.config,
         json=options.json,
-        verbose=options.verbose,
         command=getattr(options, "command", None),
     )
 
@@ -165,6 +177,8 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=formatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
+        if match := re.match(r"argument (?:-o/)?(--\w+): expected (one|at least one) arg", message):
+            message += f"; write a value that begins with - as {match[1]}=VALUE"
         raise InputError(f"{message}\nsee python -m {self.prog} --help")
 
 
@@ -197,25 +211,28 @@ def _section_fields(section: str) -> dict[FieldPath, Variants]:
     return fields
 
 
-def _flag_paths(sections: Sequence[str]) -> dict[str, FieldPath]:
+def _flag_paths(sections: Sequence[str], hidden: Sequence[str]) -> dict[str, FieldPath]:
     """Flag -> path of its field. In a section, its own fields go before those inside them."""
     paths: dict[str, FieldPath] = {}
     for section in sections:
         for path in sorted(_section_fields(section), key=len):
-            if path[-1] not in _COMMON:
+            if path[-1] not in _COMMON and ".".join(path) not in hidden:
                 paths.setdefault(path[-1], path)
     return paths
 
 
 def _add_section_flags(
-    parser: argparse.ArgumentParser, section: str, paths: Mapping[str, FieldPath]
+    parser: argparse.ArgumentParser,
+    section: str,
+    paths: Mapping[str, FieldPath],
+    hidden: Sequence[str],
 ) -> None:
     fields = _section_fields(section)
-    without_flag = [".".join(path) for path in fields if paths.get(path[-1]) != path]
-    note = f"By -o only: {', '.join(without_flag)}." if without_flag else None
-    group = parser.add_argument_group(section, note)
+    names = {path: ".".join(path) for path in fields if paths.get(path[-1]) != path}
+    by_override = ", ".join(name for name in names.values() if name not in hidden)
+    group = parser.add_argument_group(section, by_override and f"By -o only: {by_override}.")
     for path, variants in fields.items():
-        if ".".join(path) in without_flag:
+        if path in names:
             continue
         field = variants[0][1]
         details = _details(field)
@@ -261,18 +278,30 @@ def _details(field: FieldInfo) -> list[str]:
     return details if default in (None, []) else [*details, f"default: {default}"]
 
 
-def _explain_unknown(words: Sequence[str], paths: Mapping[str, FieldPath]) -> str:
+def _explain_unknown(
+    words: Sequence[str], paths: Mapping[str, FieldPath], *, prog: str, has_commands: bool
+) -> str:
     unknown = [word.partition("=")[0] for word in words if word.startswith("--")]
     if not unknown:
         return f"unexpected argument {words[0]!r}"
-    everywhere = {path[-1]: ".".join(path) for path, _, _ in walk_fields(Config) if len(path) > 1}
+    common = [name for name in _COMMON if not (has_commands and name == "config")]
     lines = []
     for flag in unknown:
         name = flag.removeprefix("--").replace("-", "_")
-        close = difflib.get_close_matches(name, [*paths, *_COMMON], n=1)
-        if name in everywhere and name not in paths:
-            hint = f"; did you mean -o {everywhere[name]}=...?"
+        fields = [path for path, _, _ in walk_fields(Config) if path[1:] and path[-1] == name]
+        jobs = list(dict.fromkeys(f"jobs.{p[0]}" for p in fields if p[0] in _JOB_SECTIONS))
+        if has_commands and name == "config":
+            lines.append(f"unknown flag {flag}; the file is given as FILE.yaml after the command")
+        elif name in paths or not fields:
+            close = difflib.get_close_matches(name, [*paths, *common], n=1)
+            lines.append(
+                f"unknown flag {flag}" + (f"; did you mean --{close[0]}?" if close else "")
+            )
+        elif has_commands:
+            places = " or ".join(f"-o {'.'.join(path)}=..." for path in fields)
+            lines.append(f"unknown flag {flag}; did you mean {places}?")
+        elif jobs:
+            lines.append(f"{flag} is a flag of {', '.join(jobs)}, not of {prog}")
         else:
-            hint = f"; did you mean --{close[0]}?" if close else ""
-        lines.append(f"unknown flag {flag}{hint}")
+            lines.append(f"unknown flag {flag}; {prog} does not read {'.'.join(fields[0])}")
     return "\n".join(lines)

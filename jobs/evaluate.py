@@ -1,7 +1,7 @@
 """Judge a checkpoint: the bound on held-out rows, metrics of its samples, and an HTML report.
 
-    python -m jobs.evaluate --checkpoint_path mdlm-output/final --samples_path samples \\
-        --output_dir evaluation
+    python -m jobs.evaluate --checkpoint_path mdlm-output/final \\
+        --samples_path mdlm-output/samples --output_dir mdlm-output/evaluation
 """
 
 import sys
@@ -24,15 +24,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(
             "--checkpoint_path is missing: a checkpoint-N or final folder of jobs.train"
         )
+    from pipelines.paths import input_path
     from pipelines.runner import run_job
     from pipelines.stage import evaluate_stage
 
     stage = evaluate_stage(
         args.config,
-        folder=config.output_dir or "evaluation",
-        checkpoint_path=config.checkpoint_path,
-        data_path=config.data_path,
-        samples_path=config.samples_path,
+        folder=config.output_dir or "evaluate-output",
+        checkpoint_path=input_path(config.checkpoint_path, what="checkpoint_path"),
+        data_path=config.data_path and input_path(config.data_path, what="data_path"),
+        samples_path=config.samples_path and input_path(config.samples_path, what="samples_path"),
     )
     cli.print_result(run_job([stage], args.config), as_json=args.json)
     return cli.EXIT_OK

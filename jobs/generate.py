@@ -4,7 +4,7 @@ Writes part files (jsonl or Parquet) with id, prompt, tokens, text, model calls 
 running the same command again goes on where it stopped.
 
     python -m jobs.generate --checkpoint_path mdlm-output/final --num_samples 4 --seq_len 64 \\
-        --num_inference_steps 128 --output_dir samples
+        --num_inference_steps 128 --output_dir mdlm-output/samples
 """
 
 import sys
@@ -27,19 +27,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(
             "--checkpoint_path is missing: a checkpoint-N or final folder of jobs.train"
         )
+    from pipelines.paths import input_path
     from pipelines.runner import run_job
     from pipelines.stage import generate_stage
+    from pipelines.tables import printable
     from tokendiff.data.samples import read_samples
 
     stage = generate_stage(
         args.config,
-        folder=config.output_dir or "samples",
-        checkpoint_path=config.checkpoint_path,
+        folder=config.output_dir or "generate-output",
+        checkpoint_path=input_path(config.checkpoint_path, what="checkpoint_path"),
     )
     result = run_job([stage], args.config)
     if not args.json:
         for record in read_samples(stage.folder)[:4]:
-            print(f"--- {record['id']}\n{record['text']}")
+            print(f"--- {record['id']}\n{printable(record['text'])}")
     cli.print_result(result, as_json=args.json)
     return cli.EXIT_OK
 

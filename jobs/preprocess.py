@@ -3,7 +3,8 @@
 Reads files, a Hugging Face dataset or the built-in corpus, tokenizes, packs documents into rows of
 max_length, keeps a part for evaluation, and writes Parquet shards with a manifest.
 
-    python -m jobs.preprocess --dataset_name text --data_files 'corpus/*.txt' --output_dir data
+    python -m jobs.preprocess --dataset_name text --data_files 'corpus/*.txt' \\
+        --output_dir corpus-output
 """
 
 import sys
@@ -23,7 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pipelines.runner import run_job
     from pipelines.stage import preprocess_stage
 
-    stage = preprocess_stage(args.config, folder=args.config.preprocess.output_dir or "data")
+    stage = preprocess_stage(
+        args.config, folder=args.config.preprocess.output_dir or "preprocess-output"
+    )
     cli.print_result(run_job([stage], args.config), as_json=args.json)
     return cli.EXIT_OK
 

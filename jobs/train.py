@@ -22,13 +22,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         sections=("train", "preprocess", "cluster", "tracking"),
     )
+    from pipelines.paths import input_path
     from pipelines.runner import run_job
     from pipelines.stage import preprocess_stage, train_stage
 
     config = args.config
     output_dir = config.train.output_dir or "train-output"
     if config.train.data_path is not None:
-        stages = [train_stage(config, folder=output_dir, data_path=config.train.data_path)]
+        data_path = input_path(config.train.data_path, what="data_path")
+        stages = [train_stage(config, folder=output_dir, data_path=data_path)]
     else:
         data = preprocess_stage(config, folder=config.preprocess.output_dir or f"{output_dir}/data")
         stages = [data, train_stage(config, folder=output_dir, data_path=data.folder)]

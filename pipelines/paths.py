@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from tokendiff.errors import InputError
+
 # Ray sets it in a submitted job, whose working directory is a temporary upload folder.
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 ROOT_VARIABLE = "TOKENDIFF_ROOT"
@@ -22,3 +24,19 @@ def output_path(path: str) -> Path:
     if os.environ.get(_SUBMITTED):
         return Path.home() / "tokendiff" / expanded
     return Path.cwd() / expanded
+
+
+def input_path(path: str, *, what: str) -> str:
+    """An absolute path of something that is there.
+
+    A relative one is looked for in the working directory, and then where output of that name goes.
+
+    Raises:
+        InputError: it is in neither place.
+    """
+    places = [Path.cwd() / Path(path).expanduser(), output_path(path)]
+    for place in places:
+        if place.exists():
+            return str(place)
+    looked = " and ".join(dict.fromkeys(map(str, places)))
+    raise InputError(f"{what} {path}: no such folder (looked for {looked})")

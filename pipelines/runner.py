@@ -1,5 +1,7 @@
 """Running stages: each with its log, its progress on the console, and its run in MLflow."""
 
+import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,12 +10,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from pipelines.paths import output_path
 from pipelines.stage import Stage, pipeline_stages
 from tokendiff.cluster.session import ray_session
 from tokendiff.config import Config
-from tokendiff.errors import InputError
+from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.manifest import verify
 from tokendiff.tracking.mlflow_mirror import MlflowMirror
+from tokendiff.tracking.mlflow_store import open_command, resolve_uri
 from tokendiff.tracking.progress import LogTailer, ProgressPrinter
 from tokendiff.tracking.run_log import RunLog
 
@@ -49,17 +53,19 @@ def run_stage(stage: Stage, mirror: MlflowMirror) -> dict[str, Any]:
 def run_job(stages: Sequence[Stage], config: Config) -> dict[str, Any]:
     """Run the stages of a single job, without a pipeline; returns the last one's result.
 
-    Its tracking store, where none is configured, is under the last stage's folder.
+    Its tracking store, where none is configured, is that of the pipelines: under `config.root`.
     """
     folder = stages[-1].folder
+    root = output_path(config.root)
     with (
-        _alone(folder),
-        MlflowMirror.open(config.tracking, folder) as mirror,
+        _alone(stages[-1].record),
+        MlflowMirror.open(config.tracking, root) as mirror,
         ray_session(config.cluster),
     ):
         for stage in stages:
             result = run_stage(stage, mirror)
-    return {"output_dir": str(folder), **result}
+    tracked = {"MLflow": store_command(config, root)} if config.tracking.enabled else {}
+    return {"output_dir": str(folder), **result, **tracked}
 
 
 def run_pipeline(config: Config, root: Path) -> Results:
@@ -71,9 +77,8 @@ def run_pipeline(config: Config, root: Path) -> Results:
     Raises:
         InputError: a stage's input cannot be used, or another run of this pipeline is under way.
     """
-    folder = root / config.name
     stages = checked_stages(config, root)
-    with _alone(folder), _parent_run(config, root) as mirror:
+    with _alone(root / config.name), _parent_run(config, root) as mirror:
         results: Results = {}
         pending = [stage for stage in stages if not _is_sound(stage)]
         for stage in stages:
@@ -89,6 +94,15 @@ def run_pipeline(config: Config, root: Path) -> Results:
         for name, result in results.items():
             mirror.log_metrics(_figures(name, result))
     return {stage.name: results[stage.name] for stage in stages}
+
+
+def store_command(config: Config, root: Path) -> str:
+    """The command that opens the tracking store, as it can be typed in this environment."""
+    command = open_command(resolve_uri(config.tracking, root))
+    beside = Path(sys.executable).with_name("mlflow")
+    if command.startswith("mlflow ") and shutil.which("mlflow") is None and beside.exists():
+        return f"{beside}{command.removeprefix('mlflow')}"
+    return command
 
 
 def plan(config: Config, root: Path) -> list[dict[str, str]]:
@@ -126,7 +140,10 @@ def _is_sound(stage: Stage) -> bool:
     """Whether the stage is done; its files must then still be there, by presence and size."""
     if not stage.is_done:
         return False
-    verify(stage.result_folder, hashes=False)
+    try:
+        verify(stage.result_folder, hashes=False)
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{error}; delete {stage.folder} to make it again") from error
     return True
 
 

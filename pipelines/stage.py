@@ -15,7 +15,13 @@ import tokendiff
 from pipelines.paths import output_path
 from tokendiff.checkpoint import FINAL
 from tokendiff.config import Config
-from tokendiff.manifest import RECORD_FOLDER, fingerprint, is_committed, load_manifest
+from tokendiff.manifest import (
+    RECORD_FOLDER,
+    file_identity,
+    fingerprint,
+    is_committed,
+    load_manifest,
+)
 from tokendiff.tracking.run_log import LOG_NAME, RunLog, metrics_by_step
 
 _KEY_LENGTH = 12
@@ -30,6 +36,7 @@ class Stage:
         base: the stage's folder; in a pipeline the folder that `NAME-KEY` is made in.
         action: does the work; leaves `result_folder` committed, goes on where it was cut off.
         result: what the finished stage reports: figures for tables, the tracking and `--json`.
+        result_subfolder: where in `folder` the manifest stands that commits the stage.
         version: raised when the same settings come to give another result.
     """
 
@@ -40,6 +47,7 @@ class Stage:
     result: Callable[["Stage"], dict[str, Any]]
     inputs: tuple["Stage", ...] = ()
     is_keyed: bool = False
+    result_subfolder: str = ""
     version: int = 1
 
     @cached_property
@@ -67,7 +75,7 @@ class Stage:
     @property
     def result_folder(self) -> Path:
         """The folder whose manifest commits the stage."""
-        return self.folder / FINAL if self.name == "train" else self.folder
+        return self.folder / self.result_subfolder
 
     @property
     def is_done(self) -> bool:
@@ -128,7 +136,7 @@ def preprocess_stage(config: Config, folder: str | Path, **kwargs: Any) -> Stage
     settings = {
         **config.preprocess.result_fields(),
         "tokenizer_name_or_path": tokenizer,
-        "input_files": _input_files(config),
+        "inputs": _identity_of(*_data_files(config), tokenizer, config.preprocess.dataset_name),
     }
     return _stage("preprocess", settings, folder, action, result, **kwargs)
 
@@ -156,7 +164,11 @@ def train_stage(
             "checkpoint": str(stage.result_folder),
         }
 
-    return _stage("train", config.train.result_fields(), folder, action, result, **kwargs)
+    settings = {
+        **config.train.result_fields(),
+        "inputs": _identity_of(config.train.model_name_or_path),
+    }
+    return _stage("train", settings, folder, action, result, result_subfolder=FINAL, **kwargs)
 
 
 def generate_stage(
@@ -181,7 +193,8 @@ def generate_stage(
         figures = {name: metadata[name] for name in ("rows", "seq_len", "tokens_per_second")}
         return {**figures, "output_dir": str(stage.folder)}
 
-    return _stage("generate", section.result_fields(), folder, action, result, **kwargs)
+    settings = {**section.result_fields(), "inputs": _identity_of(*section.prompts)}
+    return _stage("generate", settings, folder, action, result, **kwargs)
 
 
 def evaluate_stage(
@@ -200,6 +213,7 @@ def evaluate_stage(
         from tokendiff.checkpoint import open_checkpoint
         from tokendiff.cluster.evaluate import evaluate
         from tokendiff.config_loader import to_yaml
+        from tokendiff.tracking.mlflow_store import without_credentials
 
         training = open_checkpoint(checkpoint_path).parent / RECORD_FOLDER / LOG_NAME
         evaluate(
@@ -210,7 +224,7 @@ def evaluate_stage(
             data_path=data_path,
             samples_path=samples_path,
             training_log=metrics_by_step(training),
-            config_yaml=to_yaml(config),
+            config_yaml=without_credentials(to_yaml(config)),
             output_dir=stage.folder,
             on_event=log.write,
         )
@@ -219,7 +233,11 @@ def evaluate_stage(
         metrics = load_manifest(stage.folder).metadata["metrics"]
         return {**metrics, "report": str(stage.folder / "report" / "index.html")}
 
-    return _stage("evaluate", section.result_fields(), folder, action, result, **kwargs)
+    settings = {
+        **section.result_fields(),
+        "inputs": _identity_of(section.reference_model_name_or_path),
+    }
+    return _stage("evaluate", settings, folder, action, result, **kwargs)
 
 
 def _stage(
@@ -234,14 +252,23 @@ def _stage(
     return Stage(name=name, settings=settings, base=base, action=action, result=result, **kwargs)
 
 
-def _input_files(config: Config) -> list[tuple[str, int, int]]:
-    """Path, size and time of change of the files that are read: changed text is another input."""
+def _data_files(config: Config) -> list[str]:
     if not config.preprocess.data_files:
         return []
     from tokendiff.data.files import find_files
 
-    paths = [Path(path) for path in find_files(config.preprocess.data_files)]
-    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return find_files(config.preprocess.data_files)
+
+
+def _identity_of(*names: str | None) -> list[Any]:
+    """The content of whatever among `names` is on this machine: changed text is another input."""
+    found = []
+    for name in names:
+        path = Path(name).expanduser() if name else None
+        if path is not None and path.exists():
+            files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+            found.append([file_identity(file) for file in files])
+    return found
 
 
 def _median(values: list[float]) -> float | None:

@@ -4,10 +4,10 @@ import json
 import math
 from pathlib import Path
 
-from pipelines.runner import Results
+from jobs import cli
+from pipelines.runner import Results, store_command
 from tokendiff.config import Config
 from tokendiff.data.samples import read_samples
-from tokendiff.tracking.mlflow_store import open_command, resolve_uri
 
 _SHOWN_SAMPLES = 2
 _SHOWN_CHARACTERS = 400
@@ -29,7 +29,7 @@ def print_results(results: Results, config: Config, root: Path, *, as_json: bool
         root: as for `run_pipeline`.
     """
     if as_json:
-        print(json.dumps(results))
+        cli.print_result(results, as_json=True)
         return
     lines = [*_training_lines(results), *_bound_lines(results), *_sample_lines(results)]
     if "evaluate" in results:
@@ -37,7 +37,7 @@ def print_results(results: Results, config: Config, root: Path, *, as_json: bool
     if "train" in results:
         lines.append(("checkpoint", results["train"]["checkpoint"]))
     if config.tracking.enabled:
-        lines.append(("MLflow", open_command(resolve_uri(config.tracking, root))))
+        lines.append(("MLflow", store_command(config, root)))
     if not results:
         lines.append((config.name, "no stage is done yet"))
     print()
@@ -104,10 +104,15 @@ def _sample_lines(results: Results) -> list[tuple[str, str]]:
 
 
 def _apart(bound: float, unigram: float) -> str:
-    share = 100 * (1 - bound / unigram)
+    share = 100 * (1 - bound / unigram) if unigram else 0.0
     return f"{abs(share):.0f} % " + ("below" if share >= 0 else "above, so nothing is learnt yet")
 
 
 def _shortened(text: str) -> str:
-    text = text.strip()
+    text = printable(text).strip()
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " ..."
+
+
+def printable(text: str) -> str:
+    """The text without control characters: a sample must not be able to drive the terminal."""
+    return "".join(c if c == "\n" or c.isprintable() else "\ufffd" for c in text)

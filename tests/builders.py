@@ -61,7 +61,9 @@ def token_folder(
                     "num_bytes": pa.array([len(row) for row in rows], pa.int32()),
                 }
             )
-            pq.write_table(table, folder / name, row_group_size=row_group_rows)
+            pq.write_table(
+                table, folder / name, row_group_size=row_group_rows, write_page_checksum=True
+            )
             groups = [
                 min(row_group_rows, len(rows) - at) for at in range(0, len(rows), row_group_rows)
             ]

@@ -65,18 +65,13 @@ def test_flags_overrides_and_file_make_one_config(tmp_path: Path) -> None:
             dataset_name="text", data_files=["a", "2", "c"], text_column="123"
         ),
     )
-    assert arguments.config_path == path
     assert "seed" not in parse(["--compile"], sections=TRAIN).config.train.model_fields_set
 
 
 def test_common_flags() -> None:
     plain, loud = parse([], sections=TRAIN), parse(["--json", "--verbose"], sections=TRAIN)
-    assert plain == cli.Arguments(
-        config=Config(), config_path=None, json=False, verbose=False, command=None
-    )
-    assert loud == cli.Arguments(
-        config=Config(), config_path=None, json=True, verbose=True, command=None
-    )
+    assert plain == cli.Arguments(config=Config(), json=False, command=None)
+    assert loud == cli.Arguments(config=Config(), json=True, command=None)
 
 
 def test_a_shared_name_is_the_first_section_s(capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,11 +128,17 @@ def test_help_says_what_is_allowed_and_what_is_the_default(
         ("--verbos", "unknown flag --verbos; did you mean --verbose?"),
         (
             "--num_samples 3",
-            "unknown flag --num_samples; did you mean -o generate.num_samples=...?",
+            "--num_samples is a flag of jobs.generate, not of jobs.toy",
         ),
         ("--api_key=hunter2 hunter2", "unknown flag --api_key"),
         ("stray", "unexpected argument 'stray'"),
-        ("--learning_rate", "argument --learning_rate: expected one argument"),
+        (
+            "--output_dir --x",
+            "argument --output_dir: expected one argument; write a value that begins with - as "
+            "--output_dir=VALUE",
+        ),
+        ("--data_files", "argument --data_files: expected at least one argument; write a value"),
+        ("-o", "argument -o/--override: expected one argument; write a value"),
         ("--learning_rate fast", "--learning_rate: must be a number, got 'fast'"),
         ("--compile maybe", "--compile: must be true or false, got 'maybe'"),
         ("--seed 1 --seed 1e3", "--seed: must be an integer, got 1000.0"),
@@ -189,17 +190,47 @@ def test_subcommands_take_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
     arguments = parse(["plan", str(path), "-o", "train.seed=2", "--json"], commands=commands)
     assert arguments == cli.Arguments(
         config=Config(train=TrainConfig(seed=2)),
-        config_path=path,
         json=True,
-        verbose=False,
         command="plan",
     )
     assert "plan Print what would run." in help_of(capsys, commands=commands)
     assert "usage: jobs.toy plan [-h]" in help_of(capsys, "plan", commands=commands)
     found = problem(["run", str(path), "--num_workers", "3"], commands=commands)
     assert found.startswith("unknown flag --num_workers; did you mean -o cluster.num_workers=...?")
+    found = problem(["run", "--config", str(path), "--seed", "3"], commands=commands)
+    assert found.splitlines()[:2] == [
+        "unknown flag --config; the file is given as FILE.yaml after the command",
+        "unknown flag --seed; did you mean -o train.seed=... or -o generate.seed=... "
+        "or -o evaluate.seed=...?",
+    ]
     assert "FILE.yaml" in problem(["run"], commands=commands)
     assert "choose from" in problem(["rnu", str(path)], commands=commands)
+
+
+def test_a_hidden_field_has_no_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    hidden = ("cluster.num_workers", "train.seed")
+    text = help_of(capsys, sections=TRAIN, hidden=hidden)
+    assert "num_workers" not in text
+    assert "seed" not in text
+    assert "--num_actors" in text
+    config = parse(["-o", "cluster.num_workers=2"], sections=TRAIN, hidden=hidden).config
+    assert config.cluster.num_workers == 2
+    assert problem(["--num_workers", "2"], sections=TRAIN, hidden=hidden).startswith(
+        "unknown flag --num_workers; jobs.toy does not read cluster.num_workers\n"
+    )
+    # The flag goes to the next section that has the field.
+    sections = ("train", "evaluate")
+    config = parse(["--seed", "3"], sections=sections, hidden=hidden).config
+    assert (config.train.seed, config.evaluate and config.evaluate.seed) == (0, 3)
+
+
+def test_help_names_the_system_that_a_flag_is_about(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(capsys, sections=TRAIN)
+    for flag, system in (
+        *(("--enabled [true|false]", "MLflow"), ("--uri TEXT", "MLflow")),
+        *(("--experiment TEXT", "MLflow"), ("--address TEXT", "Ray")),
+    ):
+        assert f"{flag} {system}: " in text
 
 
 class Red(Section):
@@ -287,6 +318,58 @@ def test_an_unforeseen_error_keeps_its_traceback_and_a_code_its_value(
     assert cli.entry_point(lambda argv: [][0])([]) == 1
     assert "Traceback" in capsys.readouterr().err
     assert cli.entry_point(lambda argv: len(argv or ()))(["a", "b", "c"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("cause", "code"),
+    [
+        (InputError("a: b"), 2),
+        (CorruptFileError("a: b"), 1),
+        (FloatingPointError("a: b"), 1),
+        (ZeroDivisionError("a: b"), 1),
+    ],
+)
+@pytest.mark.parametrize("is_also_cause", [True, False])
+def test_an_error_of_a_ray_task_is_told_as_what_it_is(
+    capsys: pytest.CaptureFixture[str], cause: Exception, code: int, is_also_cause: bool
+) -> None:
+    from ray.exceptions import RayTaskError
+
+    error = RayTaskError("read", "Traceback of the worker", cause)
+
+    @cli.entry_point
+    def main(argv: Any) -> None:
+        raise error.as_instanceof_cause() if is_also_cause else error
+
+    assert main([]) == code
+    shown = capsys.readouterr().err
+    if isinstance(cause, ZeroDivisionError):
+        assert shown.startswith("Traceback")
+    else:
+        assert shown == "error: a: b\n"
+
+
+def test_giving_up_on_workers_shows_no_traceback_of_ray_s(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from ray.exceptions import RayError
+
+    def exit_with(error: Exception, cause: Exception) -> tuple[int, str]:
+        @cli.entry_point
+        def main(argv: Any) -> None:
+            raise error from cause
+
+        return main([]), capsys.readouterr().err
+
+    lost = RayError("a worker died")
+    assert exit_with(RuntimeError("failed 4 times"), lost) == (1, "error: failed 4 times\n")
+    for error, cause in (
+        (RuntimeError("bug"), KeyError("x")),
+        (NotImplementedError("bug"), lost),
+    ):
+        code, shown = exit_with(error, cause)
+        assert code == 1
+        assert "Traceback" in shown
 
 
 def test_results(capsys: pytest.CaptureFixture[str]) -> None:

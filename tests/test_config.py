@@ -13,9 +13,17 @@ import yaml
 from pydantic import BeforeValidator, Field
 
 from tokendiff import strict_yaml
-from tokendiff.config import Config, MDLMConfig, PreprocessConfig, Section, TrainConfig
+from tokendiff.config import (
+    BUILTIN_MODELS,
+    Config,
+    MDLMConfig,
+    PreprocessConfig,
+    Section,
+    TrainConfig,
+)
 from tokendiff.config_loader import load_config, load_model, to_yaml
 from tokendiff.errors import InputError
+from tokendiff.secrets import is_secret_name, without_credentials
 
 Write = Callable[[str | bytes], Path]
 
@@ -426,12 +434,162 @@ def test_secrets_are_not_repeated(write: Write) -> None:
     )
     found = problems(path, ["paint.api_key=hunter3"], model=Toy)
     assert found[-1] == "-o paint.api_key: must be an integer, got a value not shown here"
-    assert "run.yaml:3: paint.uri: must be an integer, got 'https://***@host/x'" in found
+    assert "run.yaml:3: paint.uri: must be an integer, got 'https://host/x'" in found
     assert "hunter" not in "".join(found + problems(path, model=Toy))
     # A tokenizer is no token.
     assert problems(None, ["preprocess.tokenizer_name_or_path=5"])[0].endswith(
         "got 5; put it in quotes"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "is_secret"),
+    [
+        *[(name, True) for name in ("api_key", "HF_TOKEN", "db.password", "client-secret")],
+        *[(name, True) for name in ("aws_access_key_id", "credentials.user", "passwd", "Token")],
+        *[(name, False) for name in ("tokenizer_name_or_path", "mask_token_id", "key", "keys")],
+        *[(name, False) for name in ("max_new_tokens", "num_tokens", "train.seed", "uri")],
+    ],
+)
+def test_secrets_are_known_by_their_names(name: str, is_secret: bool) -> None:
+    assert is_secret_name(name) is is_secret
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("uri: https://me:p@ss@host:1/x\nname: a@b\n", "uri: https://host:1/x\nname: a@b\n"),
+        ("postgresql://token@h/db, s3://b/x@y", "postgresql://h/db, s3://b/x@y"),
+        ("sqlite:////a@b/m.db", "sqlite:////a@b/m.db"),
+    ],
+)
+def test_url_logins_are_dropped(text: str, shown: str) -> None:
+    assert without_credentials(text) == shown
+
+
+# Fields without effect, and sections that do not go together.
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (
+            "train: lr_scheduler=constant lr_warmup_steps=5",
+            "lr_warmup_steps 5 has no effect with lr_scheduler 'constant'",
+        ),
+        (
+            "preprocess: tokenizer_name_or_path=bytes vocab_size=400",
+            "vocab_size 400 has no effect with tokenizer_name_or_path 'bytes'",
+        ),
+        (
+            "preprocess: sample_by=document",
+            "sample_by 'document' has no effect with dataset_name 'builtin'",
+        ),
+        (
+            "preprocess: dataset_name=jsonl data_files=[a] sample_by=document",
+            "sample_by 'document' has no effect with dataset_name 'jsonl'",
+        ),
+        (
+            "preprocess: dataset_config_name=en",
+            "dataset_config_name 'en' has no effect with dataset_name 'builtin'",
+        ),
+        *(
+            (
+                f"preprocess: dataset_name={name} data_files=[a] dataset_split=test",
+                f"dataset_split 'test' has no effect with dataset_name '{name}'",
+            )
+            for name in ("text", "jsonl", "parquet")
+        ),
+        (
+            "preprocess: use_dummy_data=true dataset_name=wikitext",
+            "dataset_name 'wikitext' has no effect with use_dummy_data",
+        ),
+    ],
+)
+def test_a_field_without_effect_is_refused(line: str, problem: str) -> None:
+    section, *fields = line.split()
+    overrides = [f"{section.removesuffix(':')}.{field}" for field in fields]
+    (found,) = problems(None, overrides)
+    assert found.startswith(f"-o {section.removesuffix(':')}.")
+    assert problem in found
+    # Set back to its default, as is done to a file's value, the same field is fine.
+    name = problem.split()[0]
+    default = {"lr_warmup_steps": "0", "vocab_size": "2048", "sample_by": "line"} | {
+        "dataset_config_name": "null",
+        "dataset_split": "train",
+        "dataset_name": "builtin",
+    }
+    load_config(None, [*overrides, f"{section.removesuffix(':')}.{name}={default[name]}"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.lr_scheduler=constant_with_warmup", "train.lr_warmup_steps=5"],
+        ["preprocess.tokenizer_name_or_path=bpe", "preprocess.vocab_size=400"],
+        ["preprocess.vocab_size=400"],
+        ["preprocess={dataset_name: text, data_files: [a], sample_by: document}"],
+        ["preprocess={dataset_name: a/b, dataset_config_name: en, dataset_split: test}"],
+    ],
+)
+def test_a_field_with_effect_is_not_refused(overrides: list[str]) -> None:
+    load_config(None, overrides)
+
+
+def test_the_published_pipeline_can_be_turned_into_the_builtin_one() -> None:
+    path = Path(__file__).parents[1] / "pipelines" / "mdlm.yaml"
+    overrides = ["preprocess.dataset_name=builtin", "preprocess.dataset_config_name=null"]
+    config = load_config(path, [*overrides, "train.model_name_or_path=builtin:bert-tiny"])
+    config.check_pipeline()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["generate.seq_len=129"], "generate.seq_len 129 exceeds preprocess.max_length 128"),
+        (["preprocess.heldout_fraction=0"], "evaluate.split 'heldout': preprocess.heldout_fractio"),
+        (["preprocess.heldout_fraction=1.0"], "preprocess.heldout_fraction 1.0 leaves nothing"),
+        (["cluster.num_workers=9"], "cluster.num_workers 9 exceeds the 8 rows of a training step"),
+        (
+            ["train.model_name_or_path=builtin:bert-huge"],
+            "train.model_name_or_path 'builtin:bert-huge': no such built-in model; there are "
+            "builtin:bert-tiny, builtin:bert-mini, ",
+        ),
+    ],
+)
+def test_sections_that_no_pipeline_can_use_together(overrides: list[str], problem: str) -> None:
+    config = load_config(None, overrides)
+    with pytest.raises(InputError) as caught:
+        config.check_pipeline()
+    (found,) = str(caught.value).splitlines()
+    assert found.startswith(problem)
+
+
+def test_all_that_a_pipeline_cannot_do_is_listed() -> None:
+    config = load_config(None, ["generate.seq_len=129", "cluster.num_workers=9"])
+    with pytest.raises(InputError) as caught:
+        config.check_pipeline()
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["generate.seq_len=128", "cluster.num_workers=8"],
+        ["preprocess.heldout_fraction=0", "evaluate.split=train"],
+        ["preprocess.heldout_fraction=0", "evaluate=null", "generate=null"],
+        *([f"train.model_name_or_path=builtin:{name}"] for name in BUILTIN_MODELS),
+    ],
+)
+def test_sections_that_go_together(overrides: list[str]) -> None:
+    load_config(None, overrides).check_pipeline()
+
+
+def test_builtin_models_are_those_that_can_be_built() -> None:
+    from tokendiff.models.loading import _BUILTIN_SIZES
+
+    assert tuple(_BUILTIN_SIZES) == BUILTIN_MODELS
 
 
 # Tagged unions.
@@ -503,6 +661,9 @@ def test_a_missing_field_is_placed_at_its_section(write: Write) -> None:
         Config(preprocess=PreprocessConfig(use_dummy_data=True, num_dummy_samples=8)),
         Config(train=TrainConfig(objective=MDLMConfig(alpha_schedule="geometric", sigma_min=1e-5))),
         Config(preprocess=PreprocessConfig(dataset_name="text", data_files=["*.txt", "yes", "é"])),
+        Config(preprocess=PreprocessConfig(dataset_name="x", dataset_config_name="y")),
+        Config(preprocess=PreprocessConfig(dataset_config_name=None, sample_by="line")),
+        Config(train=TrainConfig(lr_scheduler="constant", lr_warmup_steps=0)),
     ],
 )
 def test_a_written_config_loads_to_an_equal_one(write: Write, config: Config) -> None:

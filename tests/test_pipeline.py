@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from jobs import evaluate as evaluate_job
+from jobs import generate as generate_job
 from jobs import pipeline as pipeline_job
+from jobs import preprocess as preprocess_job
 from jobs import train as train_job
 from pipelines.paths import output_path
 from pipelines.runner import plan, run_pipeline
@@ -17,6 +20,7 @@ from tokendiff.config import Config
 from tokendiff.config_loader import load_config
 from tokendiff.data.samples import read_samples
 from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.manifest import verify
 from tokendiff.tracking.run_log import metrics_by_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -214,6 +218,49 @@ def test_train_from_flags_preprocesses_first_and_resumes(
     assert train_job.main(command(5)) == 0
     log = metrics_by_step(out / "run" / "log.jsonl")
     assert [event["step"] for event in log] == [1, 2, 3, 4, 5]
+    capsys.readouterr()
+
+    # The other jobs, by hand, on what that made.
+    common = ["--cpus_per_worker", "0.5", "--threads_per_worker", "1", "--enabled", "false"]
+    checkpoint = ["--checkpoint_path", str(out / "final")]
+    samples, evaluation = str(out / "samples"), str(out / "evaluation")
+    flags = ["--num_samples", "3", "--num_inference_steps", "4", "--prompt", "line "]
+    assert generate_job.main([*checkpoint, *flags, *common, "--output_dir", samples]) == 0
+    assert "--- 0\nline " in capsys.readouterr().out
+    verify(out / "samples", kind="samples")
+    flags = ["--samples_path", samples, "--max_eval_rows", "4", "--num_mask_samples", "1"]
+    assert evaluate_job.main([*checkpoint, *flags, *common, "--output_dir", evaluation]) == 0
+    assert "nats_per_token" in capsys.readouterr().out
+    verify(out / "evaluation", kind="evaluation")
+    data = ["--dataset_name", "text", "--data_files", str(tmp_path / "*.txt")]
+    shards = ["--output_dir", str(tmp_path / "shards"), "--tokenizer_name_or_path", "bytes"]
+    for _ in range(2):  # and again, when there is nothing left to do
+        assert preprocess_job.main([*data, *shards, *common, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["train_documents"] > 250
+    verify(tmp_path / "shards", kind="tokens")
+
+    # Somebody else's folder is left as it is.
+    command = [*checkpoint, *common, "--output_dir", str(out / "final")]
+    assert evaluate_job.main(command) == 2
+    assert "holds checkpoint; choose another output_dir" in capsys.readouterr().err
+    verify(out / "final", kind="checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("job", "flag"),
+    [
+        (generate_job, "--checkpoint_path"),
+        (evaluate_job, "--checkpoint_path"),
+        (train_job, "--data_path"),
+    ],
+)
+def test_a_mistyped_path_is_said_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, job: Any, flag: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert job.main([flag, "nowhere"]) == 2
+    assert f"{flag[2:]} nowhere: no such folder (looked for" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_input_is_one_clean_message_and_exit_code_2(

@@ -1,6 +1,7 @@
 """The run's log, what is printed of it, and its mirror in MLflow (real stores, a real server)."""
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -25,14 +26,11 @@ import tokendiff
 from tokendiff.config import TrackingConfig
 from tokendiff.errors import InputError
 from tokendiff.tracking import mlflow_store
+from tokendiff.tracking.mlflow_delivery import replay_pending
 from tokendiff.tracking.mlflow_entities import flatten_params, metrics_and_tags
-from tokendiff.tracking.mlflow_mirror import (
-    MlflowMirror,
-    check_store,
-    open_command,
-    replay_pending,
-    resolve_uri,
-)
+from tokendiff.tracking.mlflow_mirror import MlflowMirror
+from tokendiff.tracking.mlflow_outbox import Outbox, RunState, lock_folder
+from tokendiff.tracking.mlflow_store import check_store, open_command, resolve_uri
 from tokendiff.tracking.progress import LogTailer, ProgressPrinter
 from tokendiff.tracking.run_log import (
     LOG_NAME,
@@ -390,7 +388,7 @@ def check_imports_are_paid_for() -> None:
 
 CREATOR = """
 import sys
-from tokendiff.tracking.mlflow_mirror import check_store
+from tokendiff.tracking.mlflow_store import check_store
 check_store(sys.argv[1])
 """
 
@@ -524,12 +522,12 @@ def test_a_pipeline_is_a_parent_with_a_child_per_stage(root: Path) -> None:
             for step in range(1, 401):
                 log.write("metrics", step=step, loss=math.nan if step == 7 else 1 / step, lr=0.5)
             log.write("checkpoint", step=400, path=folder / "final")
-        with parent.stage("evaluate", folder=root / "evaluate") as run:
+        evaluate_folder = root / "evaluate"
+        with parent.stage("evaluate", folder=evaluate_folder, tags={"best": {"a": 1}}) as run:
             run.log_metrics({"nelbo": 3.25, "gap": math.inf}, step=400)
             run.log_artifacts(report, "report")
             run.log_artifacts(report / "index.html")
             run.log_artifacts(report / "missing.png")  # never stops a run
-            run.set_tag("best", {"a": 1})
 
     uri = sqlite_uri(root)
     runs = runs_of(uri)
@@ -579,7 +577,6 @@ def test_off_is_off(tmp_path: Path) -> None:
         parent.stage("train", folder=tmp_path / "train", params={"a": 1}) as run,
     ):
         run.consume([])
-        run.set_tag("a", 1)
         run.log_metrics({"a": 1.0})
         run.log_artifacts(tmp_path)
         assert run.run_id is None
@@ -602,7 +599,9 @@ DRIVER = """
 import sys, time
 from pathlib import Path
 from tokendiff.config import TrackingConfig
+from tokendiff.tracking.mlflow_entities import flatten_params, metrics_and_tags
 from tokendiff.tracking.mlflow_mirror import MlflowMirror
+from tokendiff.tracking.mlflow_outbox import Outbox, RunState, lock_folder
 from tokendiff.tracking.run_log import LOG_NAME, RunLog
 root = Path(sys.argv[1])
 parent = MlflowMirror.open(TrackingConfig(), root, run_name="quick")
@@ -709,11 +708,31 @@ def test_a_folder_is_recorded_by_one_run_at_a_time(
     assert set(runs_of(sqlite_uri(root))) == {"first"}
 
 
+@pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK])
+def test_without_file_locks_only_the_owner_takes_a_folder(
+    root: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    uri, folder = sqlite_uri(root), root / "train"
+    folder.mkdir()
+    state = RunState(uri=uri, experiment_id="0", name="train", start_time=1)
+    Outbox(folder, state).add([["tag", "a", "1"]])
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.flock", refuse)
+        assert replay_pending(root, uri) == 0
+        descriptor = lock_folder(folder, is_free_without_locks=True)
+        assert descriptor is not None
+        os.close(descriptor)
+    assert replay_pending(root, uri) == 1
+
+
 def test_a_stage_that_empties_its_folder_is_not_stopped(root: Path) -> None:
     folder = root / "data"
     with MlflowMirror.open(ON, root).stage("preprocess", folder=folder) as run:
         shutil.rmtree(folder)
-        run.set_tag("a", 1)
+        run.log_metrics({"rows": 1.0})
         with RunLog(folder / LOG_NAME) as log:
             log.write("metrics", step=1, loss=0.5)
     run_id = runs_of(sqlite_uri(root))["preprocess"].info.run_id
@@ -782,7 +801,7 @@ def test_a_server_that_dies_in_mid_run_stops_nothing_and_gets_the_rest_later(
             run.consume([])
             slowest = max(slowest, time.perf_counter() - start)
             time.sleep(0.005)
-        run.set_tag("late", "yes")
+        run.log_metrics({"late": 1.0})
         run.log_artifacts(root / "plot.png", "plots")
         late = parent.stage("evaluate", folder=root / "evaluate")  # never heard of by the server
         late.log_metrics({"nelbo": 2.5}, step=300)
@@ -810,7 +829,7 @@ def test_a_server_that_dies_in_mid_run_stops_nothing_and_gets_the_rest_later(
         assert train.info.run_id == run.run_id
         assert history(uri, train.info.run_id, "loss") == logged(folder, "loss")
         assert len(logged(folder, "loss")) == 300
-        assert train.data.tags["late"] == "yes"
+        assert train.data.metrics["late"] == 1.0
         assert runs["evaluate"].data.metrics == {"nelbo": 2.5}
         assert runs["evaluate"].data.tags["mlflow.parentRunId"] == runs["quick"].info.run_id
         from mlflow import MlflowClient

@@ -23,7 +23,7 @@ from typing import Any
 
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.kernels import AbsorbingKernel
-from tokendiff.manifest import commit, is_committed, verify
+from tokendiff.manifest import MANIFEST_NAME, commit, is_committed, verify
 from tokendiff.schedules import make_schedule
 
 KIND = "checkpoint"
@@ -152,16 +152,22 @@ def newest_sound_checkpoint(output_dir: Path, *, warn: Callable[[str], None]) ->
     return None
 
 
-def remove_old_checkpoints(output_dir: Path, *, keep: int) -> None:
-    """Delete all but the `keep` newest committed checkpoints, and temporary folders that a killed
-    run left.
+def remove_old_checkpoints(output_dir: Path, *, newest: int, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints up to step `newest`, which was just saved.
+
+    Later ones are damaged (or the run would have gone on from them), and are deleted too, as are
+    temporary folders that a killed run left.
     """
-    for folder in committed_checkpoints(output_dir)[:-keep]:
-        # Without its manifest the folder no longer counts, however far the deletion gets.
-        (folder / "MANIFEST.json").unlink()
-        shutil.rmtree(folder)
-    for leftover in output_dir.glob(f".{_PREFIX}*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    folders = committed_checkpoints(output_dir)
+    sound = [folder for folder in folders if step_of(folder) <= newest][-keep:]
+    for folder in folders:
+        if folder not in sound:
+            # Without its manifest the folder no longer counts, however far the deletion gets.
+            (folder / MANIFEST_NAME).unlink()
+            shutil.rmtree(folder)
+    for leftover in output_dir.glob(".*.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def open_checkpoint(checkpoint_path: str | Path) -> Path:

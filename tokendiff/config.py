@@ -2,14 +2,18 @@
 
 Field names are those of the published examples' flags. A section is what a YAML file holds under
 the section's name, what `-o section.field=value` overrides, and what a job's `--field value` flags
-set. This module imports pydantic alone, so that `--help` answers at once.
+set. Of libraries, this module imports pydantic alone, so that `--help` answers at once.
 """
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from tokendiff.errors import InputError
+
 BUILTIN_MODEL_PREFIX = "builtin:"
+BUILTIN_MODELS = ("bert-tiny", "bert-mini", "bert-small", "bert-base")
+FILE_FORMATS = ("text", "jsonl", "parquet")
 
 
 class Section(BaseModel):
@@ -34,6 +38,17 @@ class Section(BaseModel):
             value = getattr(self, name)
             chosen[name] = value.result_fields() if isinstance(value, Section) else value
         return chosen
+
+    def _refuse_ignored(self, names: tuple[str, ...], beside: str) -> None:
+        """Nothing may be set in vain. A default may be given: it is how a file's value is undone.
+
+        Raises:
+            ValueError: one of these fields differs from its default.
+        """
+        for name in names:
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default:
+                raise ValueError(f"{name} {value!r} has no effect with {beside}; remove either")
 
 
 def operational(default: Any, **kwargs: Any) -> Any:
@@ -94,7 +109,9 @@ class PreprocessConfig(Section):
 
     @model_validator(mode="after")
     def _files_where_they_belong(self) -> "PreprocessConfig":
-        if self.dataset_name in FILE_FORMATS and not self.data_files and not self.use_dummy_data:
+        if self.use_dummy_data:
+            self._refuse_ignored(("dataset_name",), "use_dummy_data")
+        if self.dataset_name in FILE_FORMATS and not self.data_files:
             raise ValueError(
                 f"dataset_name {self.dataset_name!r} needs data_files: a list of files or globs"
             )
@@ -107,8 +124,18 @@ class PreprocessConfig(Section):
             raise ValueError("num_dummy_samples goes with use_dummy_data")
         return self
 
-
-FILE_FORMATS = ("text", "jsonl", "parquet")
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> "PreprocessConfig":
+        beside = f"dataset_name {self.dataset_name!r}"
+        if self.dataset_name != "text":
+            self._refuse_ignored(("sample_by",), beside)
+        if self.dataset_name in ("builtin", *FILE_FORMATS):
+            self._refuse_ignored(("dataset_config_name", "dataset_split"), beside)
+        if self.tokenizer_name_or_path not in (None, "bpe"):
+            self._refuse_ignored(
+                ("vocab_size",), f"tokenizer_name_or_path {self.tokenizer_name_or_path!r}"
+            )
+        return self
 
 
 class MDLMConfig(Section):
@@ -216,7 +243,7 @@ class TrainConfig(Section):
     logging_steps: int = operational(10, ge=1, description="steps between log lines")
 
     @model_validator(mode="after")
-    def _batch_is_said_once(self) -> "TrainConfig":
+    def _fields_agree(self) -> "TrainConfig":
         if (
             self.global_batch_size is not None
             and "gradient_accumulation_steps" in self.model_fields_set
@@ -229,6 +256,10 @@ class TrainConfig(Section):
             raise ValueError(
                 f"lr_warmup_steps {self.lr_warmup_steps} exceeds max_train_steps "
                 f"{self.max_train_steps}"
+            )
+        if self.lr_scheduler == "constant":
+            self._refuse_ignored(
+                ("lr_warmup_steps",), "lr_scheduler 'constant' (but with 'constant_with_warmup')"
             )
         return self
 
@@ -318,7 +349,7 @@ class ClusterConfig(Section):
 
     address: str | None = Field(
         None,
-        description="a running Ray cluster; by default RAY_ADDRESS, else one on this machine",
+        description="Ray: a running cluster; by default RAY_ADDRESS, else one on this machine",
     )
     num_workers: int = Field(1, ge=1, description="training workers")
     cpus_per_worker: float = Field(1.0, gt=0.0, description="CPUs reserved by one worker or actor")
@@ -340,12 +371,12 @@ class ClusterConfig(Section):
 class TrackingConfig(Section):
     """Where runs are recorded, beside the run's own log."""
 
-    enabled: bool = Field(True, description="mirror the log to MLflow")
+    enabled: bool = Field(True, description="MLflow: mirror the log to it")
     uri: str | None = Field(
         None,
-        description="MLflow store; MLFLOW_TRACKING_URI goes first; by default sqlite under root",
+        description="MLflow: its store; MLFLOW_TRACKING_URI goes first; by default sqlite in root",
     )
-    experiment: str = Field("tokendiff", min_length=1, description="MLflow experiment")
+    experiment: str = Field("tokendiff", min_length=1, description="MLflow: the experiment")
 
 
 class Config(Section):
@@ -371,3 +402,39 @@ class Config(Section):
             return self.preprocess.tokenizer_name_or_path
         model = self.train.model_name_or_path
         return "bpe" if model.startswith(BUILTIN_MODEL_PREFIX) else model
+
+    def check_pipeline(self) -> None:
+        """What the sections must agree on where one pipeline uses them all; a job alone need not.
+
+        Raises:
+            InputError: listing all that cannot work, or not as it is set.
+        """
+        problems = []
+        heldout, rows = self.preprocess.heldout_fraction, self.train.rows_per_step
+        max_length = self.preprocess.max_length
+        if self.generate and (self.generate.seq_len or 0) > max_length:
+            problems.append(
+                f"generate.seq_len {self.generate.seq_len} exceeds preprocess.max_length "
+                f"{max_length}, which the model is trained for; lower it, or raise max_length"
+            )
+        if self.evaluate and self.evaluate.split == "heldout" and heldout == 0.0:
+            problems.append(
+                "evaluate.split 'heldout': preprocess.heldout_fraction 0 keeps no rows for it; "
+                "raise that, or evaluate on split train"
+            )
+        if heldout == 1.0:
+            problems.append("preprocess.heldout_fraction 1.0 leaves nothing to train on; lower it")
+        if rows < self.cluster.num_workers:
+            problems.append(
+                f"cluster.num_workers {self.cluster.num_workers} exceeds the {rows} rows of a "
+                "training step; lower it, or raise train.global_batch_size"
+            )
+        model = self.train.model_name_or_path
+        names = [BUILTIN_MODEL_PREFIX + name for name in BUILTIN_MODELS]
+        if model.startswith(BUILTIN_MODEL_PREFIX) and model not in names:
+            problems.append(
+                f"train.model_name_or_path {model!r}: no such built-in model; "
+                f"there are {', '.join(names)}"
+            )
+        if problems:
+            raise InputError("\n".join(problems))

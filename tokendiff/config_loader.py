@@ -19,13 +19,12 @@ from pydantic_core import ErrorDetails
 from tokendiff import strict_yaml
 from tokendiff.config import Config
 from tokendiff.errors import InputError
+from tokendiff.secrets import is_secret_name, without_credentials
 from tokendiff.strict_yaml import KeyPath
 
 Model = TypeVar("Model", bound=BaseModel)
 
 TAG = "name"
-_SECRET = re.compile(r"secret|passw|key|token(?!iz|s(_|$))", re.IGNORECASE)
-_URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 _WANTED = {
     "int_type": "an integer",
     "float_type": "a number",
@@ -186,7 +185,7 @@ class _Draft:
         keys = tuple(name.strip().split("."))
         place = _Place(1, number, f"-o {'.'.join(keys)}", keys)
         if not equals or not all(keys):
-            text = "-o ..." if _SECRET.search(override) else f"-o {override}"
+            text = "-o ..." if is_secret_name(override) else f"-o {override}"
             self.problems.append((place, f"{text}: write it as -o section.field=value"))
             return
         try:
@@ -304,7 +303,7 @@ def _message(
         wanted = error["msg"]
     if kind == "string_type" and isinstance(value, bool | int | float):
         remedy = "; put it in quotes"
-    is_secret = any(_SECRET.search(str(key)) for key in keys)
+    is_secret = any(is_secret_name(str(key)) for key in keys)
     return f"{wanted}, got {'a value not shown here' if is_secret else _shown(value)}{remedy}"
 
 
@@ -331,7 +330,7 @@ def _dotted(keys: KeyPath) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, str):
-        value = _URL_LOGIN.sub("***@", value)
+        value = without_credentials(value)
         return repr(value if len(value) <= 80 else value[:77] + "...")
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "a mapping"

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokendiff.errors import CorruptFileError
+from tokendiff.errors import CorruptFileError, InputError
 
 MANIFEST_NAME = "MANIFEST.json"
 # A run's own log and tracking state, which go on being written after the result is committed.
 RECORD_FOLDER = "run"
 _READ_BYTES = 1 << 20
+_HASHED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,18 @@ def fingerprint(value: Any) -> str:
     """Hex sha256 of a JSON value, the same for equal values whatever the order of their keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_identity(path: Path) -> list[Any]:
+    """What changes when a file's content does: name, size, and sha256, or time of change if large.
+
+    The sha256 stays the same when a file is copied, as it is with every job that is submitted; a
+    corpus that is too large for that is too large to be hashed at every start as well.
+    """
+    stat = path.stat()
+    if stat.st_size <= _HASHED_BYTES:
+        return [path.name, stat.st_size, sha256_of(path)]
+    return [path.name, stat.st_size, stat.st_mtime_ns]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -84,11 +97,37 @@ def commit(
         digest = known.get(name) or sha256_of(path)
         files[name] = {"size": path.stat().st_size, "sha256": digest}
     manifest = Manifest(kind=kind, files=files, metadata=metadata or {})
-    text = json.dumps(
-        {"format": 1, "kind": kind, "metadata": manifest.metadata, "files": files}, indent=1
-    )
+    body = {"format": 1, "kind": kind, "metadata": manifest.metadata, "files": files}
+    text = json.dumps({**body, "digest": fingerprint(body)}, indent=1)
     write_atomically(folder / MANIFEST_NAME, text.encode())
     return manifest
+
+
+def claim_folder(folder: Path, *, kind: str) -> Path:
+    """Make a folder ready to receive a result, unless something else is in it.
+
+    Returns:
+        The mark of an unfinished attempt, by which the next attempt knows that what it finds is its
+        own; to be removed once the folder is committed.
+
+    Raises:
+        InputError: the folder holds another kind of result, or files that no attempt of ours left.
+    """
+    mark = folder / RECORD_FOLDER / f"{kind}.unfinished"
+    if is_committed(folder):
+        if (there := load_manifest(folder).kind) != kind:
+            raise InputError(f"output_dir {folder} holds {there}; choose another output_dir")
+    else:
+        others = sorted(path.name for path in folder.glob("*") if path.name != RECORD_FOLDER)
+        if others and not mark.exists():
+            raise InputError(
+                f"output_dir {folder} holds other files ({', '.join(others[:3])}); "
+                "choose a folder that is empty or does not exist"
+            )
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    if not mark.exists():
+        mark.touch()
+    return mark
 
 
 def is_committed(folder: Path) -> bool:
@@ -105,8 +144,11 @@ def load_manifest(folder: Path, *, kind: str | None = None) -> Manifest:
     path = folder / MANIFEST_NAME
     try:
         raw = json.loads(path.read_text())
+        digest = raw.pop("digest")
         manifest = Manifest(kind=raw["kind"], files=raw["files"], metadata=raw["metadata"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        if digest != fingerprint(raw):
+            raise ValueError("its digest does not fit its content")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptFileError(
             f"{path}: not a manifest ({error}); delete the folder to make it again"
         ) from error

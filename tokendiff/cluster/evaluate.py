@@ -13,7 +13,12 @@ import ray
 import ray.data
 
 from tokendiff.checkpoint import NoiseProcess, open_checkpoint
-from tokendiff.cluster.session import check_resources, data_context, threads_on_this_node, wants_gpu
+from tokendiff.cluster.session import (
+    data_context,
+    threads_on_this_node,
+    wait_for_resources,
+    wants_gpu,
+)
 from tokendiff.config import AncestralConfig, GenerateConfig
 from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.rows import TokenData
@@ -24,7 +29,15 @@ from tokendiff.evaluation.evaluator import Evaluator, evaluation_rows
 from tokendiff.evaluation.generation_metrics import generation_metrics, unigram_entropy_nats
 from tokendiff.evaluation.report import write_report
 from tokendiff.evaluation.summary import make_report
-from tokendiff.manifest import MANIFEST_NAME, Manifest, commit, load_manifest, write_atomically
+from tokendiff.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    claim_folder,
+    commit,
+    fingerprint,
+    load_manifest,
+    write_atomically,
+)
 from tokendiff.training.trainer import OnEvent
 
 if TYPE_CHECKING:
@@ -74,6 +87,11 @@ def evaluate_bound(
     A row's noise is keyed by its id, so the figure does not depend on the number of actors.
     """
     check_same_tokenizer(checkpoint, data)
+    if data.num_rows < 2:
+        raise InputError(
+            f"data_path {data.folder}: split {data.split!r} has {data.num_rows} row; a standard "
+            "error takes two: raise heldout_fraction, or give more text"
+        )
     groups, rows = evaluation_rows(data, seed=config.seed, max_rows=config.max_eval_rows)
     places = np.stack([groups, rows], axis=1)
     items = [
@@ -81,8 +99,7 @@ def evaluate_bound(
     ]
     num_actors = min(cluster.num_actors, len(items))
     use_gpu = wants_gpu(cluster)
-    if (lack := check_resources(cluster, count=num_actors, what="evaluation actors")) is not None:
-        on_event("warning", message=lack)
+    wait_for_resources(cluster, count=num_actors, what="evaluation actors", on_event=on_event)
     parts: list[dict[str, Any]] = []
     done = 0
     with data_context(preserve_order=True):
@@ -181,6 +198,17 @@ def check_same_tokenizer(checkpoint: Path, data: TokenData) -> None:
             )
 
 
+def _samples_of(checkpoint: Path, folder: Path) -> list[dict[str, Any]]:
+    records = read_samples(folder)
+    metadata = load_manifest(folder).metadata
+    if metadata["checkpoint_files"] != fingerprint(load_manifest(checkpoint).files):
+        raise InputError(
+            f"samples_path {folder} holds samples of {metadata['checkpoint']}, not of "
+            f"{checkpoint}; sample from the checkpoint that is evaluated"
+        )
+    return records
+
+
 def _trained_on(checkpoint: Path) -> str:
     return str(load_manifest(checkpoint).metadata["data_path"])
 
@@ -225,8 +253,8 @@ def evaluate(
     """
     checkpoint = open_checkpoint(checkpoint_path)
     data = TokenData.open(data_path or _trained_on(checkpoint), split=config.split)
-    samples = [] if samples_path is None else read_samples(Path(samples_path))
-    output_dir.mkdir(parents=True, exist_ok=True)
+    samples = [] if samples_path is None else _samples_of(checkpoint, Path(samples_path))
+    mark = claim_folder(output_dir, kind=KIND)
     (output_dir / MANIFEST_NAME).unlink(missing_ok=True)
 
     bound, token_counts = evaluate_bound(
@@ -257,6 +285,8 @@ def evaluate(
         config_yaml=config_yaml,
     )
     write_report(output_dir / "report", report)
-    return commit(
+    manifest = commit(
         output_dir, kind=KIND, metadata={"metrics": metrics, "checkpoint": str(checkpoint)}
     )
+    mark.unlink()
+    return manifest

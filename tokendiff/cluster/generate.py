@@ -17,12 +17,18 @@ from typing import TYPE_CHECKING, Any
 import ray.data
 
 from tokendiff.checkpoint import NoiseProcess, open_checkpoint
-from tokendiff.cluster.session import check_resources, data_context, threads_on_this_node, wants_gpu
+from tokendiff.cluster.session import (
+    data_context,
+    threads_on_this_node,
+    wait_for_resources,
+    wants_gpu,
+)
 from tokendiff.data.prompts import GenerationRow, generation_rows
 from tokendiff.data.samples import KIND, write_part
 from tokendiff.errors import InputError
 from tokendiff.manifest import (
     Manifest,
+    claim_folder,
     commit,
     fingerprint,
     is_committed,
@@ -37,7 +43,6 @@ if TYPE_CHECKING:
 
 _MAX_PARTS = 256
 _MAX_BATCHES_PER_PART = 64
-_PLAN = "plan.json"
 
 
 class _PartSampler:
@@ -104,8 +109,7 @@ def generate(
         manifest = load_manifest(output_dir, kind=KIND)
         _check_identity(manifest.metadata["identity"], identity, output_dir)
         return manifest
-    output_dir.mkdir(parents=True, exist_ok=True)
-    _claim(output_dir, identity)
+    mark = _claim(output_dir, identity)
     parts = _parts(rows, config, output_dir)
     missing = [part for part in parts if not Path(part["path"]).is_file()]
     seconds, done = (
@@ -113,23 +117,23 @@ def generate(
         sum(len(part["rows"]) for part in parts) - sum(len(part["rows"]) for part in missing),
     )
     on_event("progress", done=done, total=len(rows))
-    started = time.perf_counter()
     for counts in _sample_parts(missing, checkpoint, config, cluster, on_event):
         seconds += counts["seconds"]
         done += counts["rows"]
         on_event("progress", done=done, total=len(rows))
-    (output_dir / _PLAN).unlink()
     tokens = sum(len(part["rows"]) for part in missing) * seq_len
     metadata = {
         "identity": identity,
         "config": config.result_fields(),
         "checkpoint": str(checkpoint),
+        "checkpoint_files": fingerprint(load_manifest(checkpoint).files),
         "rows": len(rows),
         "seq_len": seq_len,
         "tokens_per_second": tokens / seconds if seconds else None,
-        "wall_seconds": time.perf_counter() - started,
     }
-    return commit(output_dir, kind=KIND, metadata=metadata)
+    manifest = commit(output_dir, kind=KIND, metadata=metadata)
+    mark.unlink()
+    return manifest
 
 
 def _check_prompts(checkpoint: Path, config: "GenerateConfig", rows: list[GenerationRow]) -> int:
@@ -153,15 +157,14 @@ def _check_prompts(checkpoint: Path, config: "GenerateConfig", rows: list[Genera
     return seq_len
 
 
-def _claim(output_dir: Path, identity: str) -> None:
-    """Leave a note of what is being sampled, so that parts of another job are never taken for this
-    one's.
-    """
-    plan = output_dir / _PLAN
-    if plan.is_file():
-        _check_identity(json.loads(plan.read_text())["identity"], identity, output_dir)
+def _claim(output_dir: Path, identity: str) -> Path:
+    """Note what is being sampled, so that parts of another job are never taken for this one's."""
+    mark = claim_folder(output_dir, kind=KIND)
+    if there := mark.read_text():
+        _check_identity(there, identity, output_dir)
     else:
-        write_atomically(plan, json.dumps({"identity": identity}).encode())
+        write_atomically(mark, identity.encode())
+    return mark
 
 
 def _check_identity(there: str, here: str, output_dir: Path) -> None:
@@ -198,8 +201,7 @@ def _sample_parts(
         return
     num_actors = min(cluster.num_actors, len(parts))
     use_gpu = wants_gpu(cluster)
-    if (lack := check_resources(cluster, count=num_actors, what="sampling actors")) is not None:
-        on_event("warning", message=lack)
+    wait_for_resources(cluster, count=num_actors, what="sampling actors", on_event=on_event)
     with data_context():
         dataset = ray.data.from_items(
             [{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts)

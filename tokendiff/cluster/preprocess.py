@@ -20,9 +20,10 @@ from tokendiff.data.sources import plan_partitions
 from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.errors import InputError
 from tokendiff.manifest import (
-    RECORD_FOLDER,
     Manifest,
+    claim_folder,
     commit,
+    file_identity,
     fingerprint,
     is_committed,
     verify,
@@ -85,13 +86,17 @@ def preprocess(
 
 
 def _key(config: "PreprocessConfig", tokenizer: str, partitions: Sequence[Partition]) -> str:
-    """Changes with the config and with the size of any input; the input may be moved as a whole."""
+    """Changes with the config and with the input; the input may be moved as a whole."""
     pieces = [
         [Path(p.path).name, p.start, p.stop, p.num_bytes]
         for part in partitions
         for p in part.pieces
     ]
-    return fingerprint({"config": config.result_fields(), "tokenizer": tokenizer, "pieces": pieces})
+    paths = sorted({Path(piece.path) for part in partitions for piece in part.pieces})
+    files = [file_identity(path) for path in paths if path.is_file()]
+    return fingerprint(
+        {"config": config.result_fields(), "tokenizer": tokenizer, "pieces": pieces, "files": files}
+    )
 
 
 def _committed(output_dir: Path, key: str) -> Manifest:
@@ -111,15 +116,7 @@ def _claim(output_dir: Path) -> Path:
         The mark of an unfinished attempt: only a folder that has it is emptied. To be removed once
         the folder is committed.
     """
-    mark = output_dir / RECORD_FOLDER / "preprocess.unfinished"
-    there = [path.name for path in output_dir.glob("*") if path.name != RECORD_FOLDER]
-    if there and not mark.exists():
-        raise InputError(
-            f"output_dir {output_dir} holds other files ({', '.join(sorted(there)[:3])}); "
-            "choose a folder that is empty or does not exist"
-        )
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.touch()
+    mark = claim_folder(output_dir, kind=KIND)
     for name in (*SPLITS, "tokenizer"):
         shutil.rmtree(output_dir / name, ignore_errors=True)
     return mark

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 # CPUs that Ray Data's tasks need beside the workers; without them training waits for rows for ever.
 DATA_CPUS = 1
+_POLL_SECONDS = 1.0
 
 
 @contextmanager
@@ -46,8 +48,8 @@ def ray_session(config: "ClusterConfig") -> Iterator[None]:
     # end.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.worker_start_timeout_s)
-    # Spinning OpenMP threads take the cores from whatever runs beside them: on two busy cores a step
-    # took 4.6 times as long as with threads that sleep while they wait. Read when torch is loaded.
+    # Spinning OpenMP threads take the cores from whatever runs beside them: on two busy cores a
+    # step took 4.6 times as long as with threads that sleep. Read when torch is loaded.
     thread_policy = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
     # Said at every start of a cluster on this machine, which nobody else is to reach anyway.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
@@ -73,6 +75,7 @@ def ray_session(config: "ClusterConfig") -> Iterator[None]:
         reserved = max(config.num_workers, config.num_actors) * config.cpus_per_worker
         os.environ.update(thread_policy)
         ray.init(
+            address="local",  # not one that happens to run here, whose CPUs are not ours to set
             num_cpus=max(os.cpu_count() or 1, int(reserved) + 1 + DATA_CPUS),
             include_dashboard=False,
             log_to_driver=False,
@@ -96,30 +99,46 @@ def wants_gpu(config: "ClusterConfig") -> bool:
     return ray.cluster_resources().get("GPU", 0) > 0
 
 
-def check_resources(config: "ClusterConfig", *, count: int, what: str) -> str | None:
-    """What the cluster lacks for `count` workers or actors, as a message, or None.
+def wait_for_resources(
+    config: "ClusterConfig", *, count: int, what: str, on_event: Callable[..., None]
+) -> None:
+    """Return once the cluster is large enough for `count` workers or actors and Ray Data's tasks.
 
-    An autoscaling cluster may still grow, so a lack is not an error here; the wait for it is
-    bounded by `worker_start_timeout_s`.
+    An autoscaling cluster is asked to grow. Without this wait Ray would wait for ever, and in
+    silence.
+
+    Raises:
+        InputError: it still is not after `worker_start_timeout_s`.
     """
     import ray
+    from ray.autoscaler.sdk import request_resources
 
-    have = ray.cluster_resources()
-    needed = {"CPU": count * config.cpus_per_worker + DATA_CPUS}
-    if wants_gpu(config):
-        needed["GPU"] = float(count)
-    lacking = [
-        f"{name} {have.get(name, 0):g} of {n:g}"
-        for name, n in needed.items()
-        if have.get(name, 0) < n
-    ]
-    if not lacking:
-        return None
-    return (
-        f"{count} {what} and Ray Data need more than the cluster has now ({', '.join(lacking)}); "
-        "waiting up to "
-        f"{config.worker_start_timeout_s:g} s for it to grow. Lower num_workers or cpus_per_worker "
-        "to start at once"
+    each = {"CPU": config.cpus_per_worker, **({"GPU": 1.0} if wants_gpu(config) else {})}
+    needed = {name: count * amount for name, amount in each.items()}
+    needed["CPU"] += DATA_CPUS
+    deadline = time.monotonic() + config.worker_start_timeout_s
+    is_asked = False
+    while lacking := _lacking(ray.cluster_resources(), needed):
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"{count} {what} and Ray Data need more than the cluster has ({lacking}), and it "
+                f"did not grow within worker_start_timeout_s = {config.worker_start_timeout_s:g}; "
+                "ask for fewer or smaller ones (num_workers, num_actors, cpus_per_worker, use_gpu)"
+            )
+        if not is_asked:
+            is_asked = True
+            request_resources(bundles=[each] * count)
+            on_event("warning", message=f"waiting for the cluster to grow: it has {lacking}")
+        time.sleep(_POLL_SECONDS)
+    if is_asked:
+        request_resources(bundles=[])
+
+
+def _lacking(have: Mapping[str, float], needed: Mapping[str, float]) -> str:
+    return ", ".join(
+        f"{name} {have.get(name, 0):g} of {amount:g}"
+        for name, amount in needed.items()
+        if have.get(name, 0) < amount
     )
 
 
@@ -127,4 +146,7 @@ def threads_on_this_node(config: "ClusterConfig", num_processes: int) -> int:
     """torch threads for one of `num_processes` CPU processes that share this machine."""
     if config.threads_per_worker is not None:
         return config.threads_per_worker
-    return max(1, len(os.sched_getaffinity(0)) // num_processes)
+    # Only Linux says which cores this process may use.
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, cores // num_processes)

@@ -17,7 +17,12 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from tokendiff.checkpoint import newest_sound_checkpoint, step_of
-from tokendiff.cluster.session import check_resources, data_context, threads_on_this_node, wants_gpu
+from tokendiff.cluster.session import (
+    data_context,
+    threads_on_this_node,
+    wait_for_resources,
+    wants_gpu,
+)
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.training.run import TrainingRun, check_same_run, finished_run, step_plan
@@ -87,17 +92,18 @@ def train(
     """
     data = TokenData.open(data_path, split="train")
     step_plan(config, data, rank=0, world_size=cluster.num_workers)
-    if (final := finished_run(output_dir, config, data)) is not None:
+
+    def warn(message: str) -> None:
+        on_event("warning", message=message)
+
+    if (final := finished_run(output_dir, config, data, warn=warn)) is not None:
         return final
     output_dir.mkdir(parents=True, exist_ok=True)
-    if (
-        lack := check_resources(cluster, count=cluster.num_workers, what="training workers")
-    ) is not None:
-        on_event("warning", message=lack)
+    wait_for_resources(
+        cluster, count=cluster.num_workers, what="training workers", on_event=on_event
+    )
     for attempt in range(cluster.max_failures + 1):
-        checkpoint = newest_sound_checkpoint(
-            output_dir, warn=lambda message: on_event("warning", message=message)
-        )
+        checkpoint = newest_sound_checkpoint(output_dir, warn=warn)
         if checkpoint is not None:
             check_same_run(checkpoint, config, data)
         try:
@@ -108,8 +114,8 @@ def train(
             if attempt == cluster.max_failures:
                 raise RuntimeError(
                     f"training failed {attempt + 1} times, the last time because {reason}; raise "
-                    "max_failures to go on, "
-                    f"or run the same command again: it resumes from {checkpoint or 'step 0'}"
+                    "max_failures to go on, or run the same command again: it resumes from the "
+                    "newest checkpoint"
                 ) from error
             on_event("warning", message=f"{reason}; restarting from the newest checkpoint")
     final = finished_run(output_dir, config, data)
@@ -132,6 +138,11 @@ def _fit_once(
     shutil.rmtree(ray_folder, ignore_errors=True)
 
     def work() -> None:
+        if not output_dir.is_dir():
+            raise InputError(
+                f"output_dir {output_dir} is not there on node {ray.util.get_node_ip_address()}; "
+                "it must be on storage that every node sees under the same path"
+            )
         device = str(ray.train.torch.get_device()) if use_gpu else "cpu"
         context = ray.train.get_context()
         if not use_gpu:
@@ -170,16 +181,29 @@ def _no_retries() -> FailureConfig:
 
 def _reason_to_retry(error: ray.train.TrainingFailedError) -> str:
     """What was lost, in words; or raises the error that no other attempt would get around."""
-    failures = getattr(error, "worker_failures", None)
-    if failures is None:
-        return f"the workers could not be started or were preempted ({_first_line(error)})"
+    if isinstance(error, ray.train.ControllerError):
+        cause = _cause(error.controller_failure)
+        if isinstance(cause, _NEVER_RETRIED):
+            raise cause
+        return f"the workers could not be started ({_first_line(cause)})"
+    failures = {
+        rank: _cause(failure) for rank, failure in getattr(error, "worker_failures", {}).items()
+    }
+    # A lost peer breaks the others' collectives, and so does a peer that failed: the failure that
+    # is no loss is the one that came first.
     for failure in failures.values():
-        if isinstance(failure, _NEVER_RETRIED):
+        if not _is_loss(failure):
             raise failure from None
-    lost = [rank for rank, failure in sorted(failures.items()) if _is_loss(failure)]
-    if not lost:
-        raise next(iter(failures.values())) from error
-    return f"worker {', '.join(map(str, lost))} was lost ({_first_line(failures[lost[0]])})"
+    if not failures:
+        return f"the workers were preempted ({_first_line(error)})"
+    rank, failure = min(failures.items())
+    return f"worker {rank} was lost ({_first_line(failure)})"
+
+
+def _cause(failure: Exception) -> Exception:
+    """The exception itself, where Ray has wrapped it with a remote traceback."""
+    cause = getattr(failure, "cause", None)
+    return cause if isinstance(cause, Exception) else failure
 
 
 def _is_loss(failure: Exception) -> bool:

@@ -251,7 +251,9 @@ class _ShardWriter:
         )
         if self._writer is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = pq.ParquetWriter(self._temporary, table.schema, compression="zstd")
+            self._writer = pq.ParquetWriter(
+                self._temporary, table.schema, compression="zstd", write_page_checksum=True
+            )
         self._writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
         full, rest = divmod(len(rows), ROW_GROUP_ROWS)
         self._row_groups += [ROW_GROUP_ROWS] * full + [rest] * (rest > 0)

@@ -42,12 +42,13 @@ def generation_rows(config: "GenerateConfig") -> list[GenerationRow]:
 
 
 def _prompts_of(pattern: str) -> Iterator[str]:
-    paths = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+    named = Path(pattern).expanduser()
+    paths = [str(named)] if named.is_file() else sorted(glob.glob(str(named), recursive=True))
     if not paths:
         raise InputError(f"prompts {pattern}: no such file")
     for path in paths:
         try:
-            lines = Path(path).read_text(encoding="utf-8").split("\n")
+            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"prompts {path}: cannot be read ({error})") from error
         for number, line in enumerate(lines, start=1):
@@ -67,4 +68,8 @@ def _prompt_in(line: str, place: str) -> str:
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str):
         raise InputError(f'{place}: needs a string field "prompt", as in {{"prompt": "Once upon"}}')
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{place}: the prompt is not valid Unicode ({error.reason})") from error
     return prompt

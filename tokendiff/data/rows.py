@@ -54,8 +54,8 @@ class TokenData:
 
     @classmethod
     def open(cls, folder: str | Path, *, split: str) -> "TokenData":
-        """Open and check presence and size of every shard (their hashes are compared by
-        `jobs.preprocess`).
+        """Open and check presence and size of every shard; content is checked as it is read, by
+        the checksums of the Parquet pages.
 
         Raises:
             InputError: no such folder, not committed, or the split has no rows.
@@ -112,7 +112,9 @@ class TokenData:
 
         name, index, rows = self._groups[group]
         try:
-            table = pq.ParquetFile(self.folder / name).read_row_group(index)
+            table = pq.ParquetFile(
+                self.folder / name, page_checksum_verification=True
+            ).read_row_group(index)
         except (OSError, ValueError) as error:
             raise CorruptFileError(
                 f"{self.folder}: {name} cannot be read ({error}); run jobs.preprocess again"

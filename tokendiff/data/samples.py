@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokendiff.manifest import load_manifest, write_atomically
+from tokendiff.errors import InputError
+from tokendiff.manifest import verify, write_atomically
 
 KIND = "samples"
 
@@ -37,8 +38,18 @@ def write_part(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """All records of a committed samples folder, in the order of their ids."""
-    manifest = load_manifest(folder, kind=KIND)
+    """All records of a committed samples folder, in the order of their ids.
+
+    Raises:
+        InputError: nothing was committed there.
+        CorruptFileError: a part does not match the manifest.
+    """
+    try:
+        manifest = verify(folder, kind=KIND)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder}: no committed samples there (no MANIFEST.json); run jobs.generate"
+        ) from error
     records: list[dict[str, Any]] = []
     for name in sorted(manifest.files):
         if name.endswith(".jsonl") and name.startswith("part-"):

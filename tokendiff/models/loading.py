@@ -116,6 +116,37 @@ def load_denoiser(
     return MaskedLMDenoiser(model, vocab_size=vocab_size)
 
 
+def check_vocabulary(model_name_or_path: str, tokenizer: Any) -> None:
+    """Refuse data whose ids mean other tokens than the pretrained model learnt.
+
+    Raises:
+        InputError: `tokenizer` gives a token of the model's own tokenizer another id. It may add
+            tokens. A model that comes without a tokenizer is taken on trust.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(model_name_or_path)
+    has_none = folder.is_dir() and not any(
+        any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "spiece*")
+    )
+    # transformers makes an empty tokenizer up for some folders that have none.
+    if model_name_or_path.startswith(BUILTIN_PREFIX) or has_none:
+        return
+    try:
+        own = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=False).get_vocab()
+    except (OSError, ValueError, ImportError):
+        return
+    here = tokenizer.get_vocab()
+    differing = [token for token, index in own.items() if here.get(token) != index]
+    if differing:
+        raise InputError(
+            f"the data was not made with the tokenizer of model_name_or_path "
+            f"{model_name_or_path!r} ({len(differing):,} of its {len(own):,} tokens have another "
+            f"id, {differing[0]!r} for one); preprocess with tokenizer_name_or_path set to the "
+            "model, or train from_scratch"
+        )
+
+
 def _pretrained_config(name: str) -> Any:
     from transformers import AutoConfig
 
@@ -174,7 +205,8 @@ def _check_fits(config: Any, name: str, max_length: int) -> None:
 
 def _set_dropout(config: Any, dropout: float) -> None:
     for field in (name for name in vars(config) if "dropout" in name and "classifier" not in name):
-        if isinstance(getattr(config, field), int | float):
+        value = getattr(config, field)
+        if isinstance(value, int | float) and not isinstance(value, bool):
             setattr(config, field, dropout)
 
 

@@ -17,6 +17,7 @@ from tokendiff.kernels import AbsorbingKernel
 from tokendiff.random import RowGenerator
 from tokendiff.samplers.categorical import choose_tokens
 
+_CHUNK_TOKENS = 1024
 _REVEAL, _TOKEN = 0, 1  # what a row's random numbers of one step are for
 
 
@@ -87,16 +88,22 @@ class AncestralSampler:
         self, model: Denoiser, x_t: Tensor, is_revealed: Tensor, uniform: Tensor
     ) -> Tensor:
         """[N] tokens for the N revealed positions, in row-major order."""
-        hidden = model.encode(x_t, torch.ones_like(is_revealed))
-        logits = model.head(hidden[is_revealed]).float()
-        mask = torch.tensor([self.kernel.mask_token_id], device=logits.device)
-        logits = logits.index_fill(
-            -1, mask, -torch.inf
-        )  # SUBS; the head's own tensor is left alone
-        return choose_tokens(
-            logits,
-            uniform[is_revealed],
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-        )
+        hidden = model.encode(x_t, torch.ones_like(is_revealed))[is_revealed]
+        mask = torch.tensor([self.kernel.mask_token_id], device=hidden.device)
+        chosen = []
+        # Few steps reveal many positions at once; [N, V] in float64 must not grow with them.
+        for chunk, draws in zip(
+            hidden.split(_CHUNK_TOKENS), uniform[is_revealed].split(_CHUNK_TOKENS), strict=True
+        ):
+            # SUBS; index_fill copies, and the head's own tensor is left alone.
+            logits = model.head(chunk).float().index_fill(-1, mask, -torch.inf)
+            chosen.append(
+                choose_tokens(
+                    logits,
+                    draws,
+                    temperature=self.temperature,
+                    top_k=self.top_k,
+                    top_p=self.top_p,
+                )
+            )
+        return torch.cat(chosen)

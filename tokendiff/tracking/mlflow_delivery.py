@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokendiff.secrets import without_credentials
 from tokendiff.tracking.mlflow_outbox import STATE_NAME, Outbox, load_state, lock_folder
-from tokendiff.tracking.mlflow_store import describe, make_client, without_credentials
+from tokendiff.tracking.mlflow_store import describe, make_client
 from tokendiff.tracking.run_log import LOG_NAME
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def replay_pending(root: Path, uri: str) -> int:
             continue
         if time.monotonic() > deadline:
             break
-        if (lock := lock_folder(folder)) is None:
+        if (lock := lock_folder(folder, is_free_without_locks=False)) is None:
             continue
         status, end = state.status, (state.end_time or 0) / 1000
         if status == "RUNNING":

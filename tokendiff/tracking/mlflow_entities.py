@@ -7,17 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokendiff.tracking.mlflow_store import without_credentials
+from tokendiff.secrets import is_secret_name, without_credentials
 
 # The limits of MLflow's stores (mlflow.utils.validation); a tag's was 5,000 in older servers.
 MAX_NAME_LENGTH = 250
 MAX_PARAM_LENGTH = 6000
 MAX_TAG_LENGTH = 5000
-
-# "token" as a word of its own: `hf_token` is a secret, `tokenizer` and `mask_token_id` are not.
-_SECRET = re.compile(
-    r"(^|[^a-z])(token(?!_id)|secrets?|passwords?|passwd|credentials?)([^a-z]|$)", re.IGNORECASE
-)
 
 Metric = tuple[str, float, int, int]
 """Name, value, milliseconds since the epoch, step."""
@@ -42,7 +37,7 @@ def flatten_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, str
     flat: dict[str, str] = {}
     for key, value in params.items():
         name = f"{prefix}{key}"
-        if _SECRET.search(name):
+        if is_secret_name(name):
             continue
         if isinstance(value, Mapping):
             flat |= flatten_params(value, f"{name}.")

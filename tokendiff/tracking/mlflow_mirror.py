@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from tokendiff.errors import InputError
+from tokendiff.secrets import without_credentials
 from tokendiff.tracking.mlflow_delivery import Delivery, replay_pending
 from tokendiff.tracking.mlflow_entities import clean_tags, flatten_params, metrics_and_tags
 from tokendiff.tracking.mlflow_outbox import Outbox, RunState, load_state, lock_folder
@@ -30,10 +31,8 @@ from tokendiff.tracking.mlflow_store import (
     check_store,
     get_experiment_id,
     make_client,
-    open_command,
     resolve_uri,
     unusable,
-    without_credentials,
 )
 
 if TYPE_CHECKING:
@@ -41,14 +40,6 @@ if TYPE_CHECKING:
 
     from tokendiff.config import TrackingConfig
 
-__all__ = [
-    "MirroredRun",
-    "MlflowMirror",
-    "check_store",
-    "open_command",
-    "replay_pending",
-    "resolve_uri",
-]
 logger = logging.getLogger(__name__)
 
 
@@ -71,9 +62,6 @@ class MirroredRun:
         """Learn that the log has grown; what is new is read from there, where it is safe."""
         if self._delivery:
             self._delivery.wake()
-
-    def set_tag(self, name: str, value: Any) -> None:
-        self._add(_tags({name: value}))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Store numbers that are not in the log, such as an evaluation's results."""
@@ -193,7 +181,7 @@ class _Store:
             None if a live run has the folder.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        if (lock := lock_folder(folder)) is None:
+        if (lock := lock_folder(folder, is_free_without_locks=True)) is None:
             logger.warning("%s is not recorded in MLflow: a live run has %s already", name, folder)
             return None
         outbox = Outbox(folder, self._first_state(name, folder), recreate=True)

@@ -70,8 +70,12 @@ def load_state(folder: Path) -> RunState | None:
         return None
 
 
-def lock_folder(folder: Path) -> int | None:
+def lock_folder(folder: Path, *, is_free_without_locks: bool) -> int | None:
     """Claim a run's folder for this process, until it ends or closes the descriptor that it gets.
+
+    Args:
+        is_free_without_locks: what a folder counts as on a file system that has no locks. Who owns
+            the run goes on without one; who does not must take the run for alive.
 
     Returns:
         None if another process (or another run of this one) has it.
@@ -82,8 +86,10 @@ def lock_folder(folder: Path) -> int | None:
     except BlockingIOError:
         os.close(descriptor)
         return None
-    except OSError:  # a file system without locks: nobody is known to have it
-        pass
+    except OSError:  # ENOTSUP, ENOSYS or ENOLCK: nobody can say who has it
+        if not is_free_without_locks:
+            os.close(descriptor)
+            return None
     return descriptor
 
 

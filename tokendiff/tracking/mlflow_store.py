@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from tokendiff.errors import InputError
+from tokendiff.secrets import without_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -52,11 +53,6 @@ def open_command(uri: str) -> str:
     if _is_server(uri):
         return uri
     return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
-
-
-def without_credentials(text: str) -> str:
-    """Drop `user:password@` from every URI in a text; nothing else about a URI is secret to us."""
-    return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
 def check_store(uri: str) -> None:

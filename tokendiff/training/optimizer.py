@@ -1,6 +1,6 @@
 """AdamW and a transformers learning-rate schedule; their state is plain tensors and numbers."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -64,15 +64,11 @@ class Optimizer:
             for moment in _MOMENTS
         }
 
-    def schedule_state(self) -> dict[str, Any]:
-        """Where the learning-rate schedule stands, as plain JSON."""
-        return {
-            name: self._schedule.state_dict()[name]
-            for name in ("last_epoch", "_step_count", "_last_lr")
-        }
-
-    def load(self, tensors: dict[str, Tensor], schedule_state: dict[str, Any]) -> None:
+    def load(self, tensors: dict[str, Tensor], *, step: int) -> None:
+        """Stand where `step` steps lead; the learning rate is that of the schedule as it is now."""
         for name, parameter in self._parameters.items():
+            if f"{name}.step" not in tensors:
+                continue  # no gradient ever reached it
             # AdamW keeps its step count on the CPU and its moments beside the parameter.
             self._adamw.state[parameter] = {
                 moment: tensors[f"{name}.{moment}"].to(
@@ -80,11 +76,20 @@ class Optimizer:
                 )
                 for moment in _MOMENTS
             }
-        self._schedule.load_state_dict({**self._schedule.state_dict(), **schedule_state})
-        for group, learning_rate in zip(
-            self._adamw.param_groups, self._schedule.get_last_lr(), strict=True
-        ):
-            group["lr"] = learning_rate
+        rates = [
+            base * factor(step)
+            for base, factor in zip(self._schedule.base_lrs, self._schedule.lr_lambdas, strict=True)
+        ]
+        self._schedule.load_state_dict(
+            {
+                **self._schedule.state_dict(),
+                "last_epoch": step,
+                "_step_count": step + 1,
+                "_last_lr": rates,
+            }
+        )
+        for group, rate in zip(self._adamw.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._parameters.values() if p.grad is not None]

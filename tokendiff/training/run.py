@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tokendiff.checkpoint import (
     EMA_WEIGHTS,
     FINAL,
+    KIND,
     NoiseProcess,
     checkpoint_name,
     newest_sound_checkpoint,
@@ -19,10 +20,10 @@ from tokendiff.checkpoint import (
 )
 from tokendiff.data.order import RowOrder
 from tokendiff.data.rows import StepPlan, TokenData, step_batches
-from tokendiff.errors import InputError
+from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.interfaces import Objective
-from tokendiff.manifest import is_committed, load_manifest
-from tokendiff.models.loading import load_denoiser
+from tokendiff.manifest import is_committed, load_manifest, verify
+from tokendiff.models.loading import check_vocabulary, load_denoiser
 from tokendiff.objectives.mdlm import MDLM
 from tokendiff.training.trainer import Batches, OnEvent, Trainer
 from tokendiff.training.world import World
@@ -47,8 +48,10 @@ OBJECTIVES: dict[str, Callable[[Any, NoiseProcess], Objective]] = {"mdlm": _buil
 
 
 def run_identity(config: "TrainConfig", data: TokenData) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be continued: everything that decides the losses but
-    the end.
+    """What must be equal for a checkpoint to be continued: all that decides the losses but the end.
+
+    A run may be made longer. Its learning-rate schedule then follows the new end from there on, so
+    it is not the run that would have had that length from the start.
     """
     fields = config.result_fields()
     del fields["max_train_steps"]
@@ -59,7 +62,8 @@ def check_same_run(folder: Path, config: "TrainConfig", data: TokenData) -> None
     """Raise InputError if `folder` is a checkpoint of another run than this config and data
     describe.
     """
-    there = load_manifest(folder).metadata["run"]
+    metadata = load_manifest(folder).metadata
+    there = metadata["run"]
     here = run_identity(config, data)
     differing = [
         name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)
@@ -72,15 +76,31 @@ def check_same_run(folder: Path, config: "TrainConfig", data: TokenData) -> None
             f"output_dir {folder.parent} holds a run of another configuration ({changes}); "
             "choose another output_dir, or delete that one"
         )
+    if metadata["step"] > config.max_train_steps:
+        raise InputError(
+            f"output_dir {folder.parent} holds a run of {metadata['step']} steps already; "
+            f"max_train_steps {config.max_train_steps} is fewer; choose another output_dir"
+        )
 
 
-def finished_run(output_dir: Path, config: "TrainConfig", data: TokenData) -> Path | None:
-    """`final/`, if this very run is finished."""
+def finished_run(
+    output_dir: Path,
+    config: "TrainConfig",
+    data: TokenData,
+    *,
+    warn: Callable[[str], None] = lambda message: None,
+) -> Path | None:
+    """`final/`, if this very run is finished and every file of it is sound."""
     final = output_dir / FINAL
     if not is_committed(final):
         return None
+    try:
+        verify(final, kind=KIND)
+    except CorruptFileError as error:
+        warn(f"{error}; making it again from the newest checkpoint")
+        return None
     check_same_run(final, config, data)
-    return final if load_manifest(final).metadata["step"] >= config.max_train_steps else None
+    return final if load_manifest(final).metadata["step"] == config.max_train_steps else None
 
 
 def step_plan(config: "TrainConfig", data: TokenData, *, rank: int, world_size: int) -> StepPlan:
@@ -123,6 +143,8 @@ class TrainingRun:
             dropout=config.dropout,
             seed=config.seed,
         )
+        if not config.from_scratch:
+            check_vocabulary(config.model_name_or_path, tokenizer)
         process = NoiseProcess(
             objective=config.objective.name,
             vocab_size=denoiser.vocab_size,
@@ -200,7 +222,11 @@ class TrainingRun:
                 metadata=self._metadata(),
             )
             self.on_event("checkpoint", step=self.trainer.step, path=str(folder))
-            remove_old_checkpoints(self.output_dir, keep=self.config.checkpoints_total_limit)
+            remove_old_checkpoints(
+                self.output_dir,
+                newest=self.trainer.step,
+                keep=self.config.checkpoints_total_limit,
+            )
         self.trainer.world.barrier()
 
     def _write(self, folder: Path) -> None:
@@ -245,7 +271,10 @@ def train_in_process(
     Returns `final/`.
     """
     world = World.current(device)
-    if (final := finished_run(output_dir, config, data)) is not None:
+    final = finished_run(
+        output_dir, config, data, warn=lambda message: on_event("warning", message=message)
+    )
+    if final is not None:
         return final
     run = TrainingRun.build(config, data, output_dir, world=world, on_event=on_event)
     checkpoint = newest_sound_checkpoint(

@@ -216,11 +216,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """The rest of the state, plain JSON; floats survive JSON exactly."""
-        return {
-            "step": self.step,
-            "schedule": self.optimizer.schedule_state(),
-            "since_log": self._since_log,
-        }
+        return {"step": self.step, "since_log": self._since_log}
 
     def load_state(
         self,
@@ -230,7 +226,7 @@ class Trainer:
     ) -> None:
         self.step = state["step"]
         self._since_log = state["since_log"]
-        self.optimizer.load(optimizer_tensors, state["schedule"])
+        self.optimizer.load(optimizer_tensors, step=self.step)
         if self.average is not None and average is not None:
             self.average.load(average)
 
