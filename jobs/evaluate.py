@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="jobs.evaluate",
         description=__doc__,
         sections=("evaluate", "cluster", "tracking"),
+        hidden=("cluster.num_workers", "cluster.max_failures"),
     )
     config = args.config.evaluate
     if config is None or config.checkpoint_path is None:

@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="jobs.generate",
         description=__doc__,
         sections=("generate", "cluster", "tracking"),
+        hidden=("cluster.num_workers", "cluster.max_failures"),
     )
     config = args.config.generate
     if config is None or config.checkpoint_path is None:

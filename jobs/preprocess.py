@@ -20,6 +20,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="jobs.preprocess",
         description=__doc__,
         sections=("preprocess", "cluster", "tracking"),
+        hidden=(
+            "cluster.num_workers",
+            "cluster.num_actors",
+            "cluster.use_gpu",
+            "cluster.cpus_per_worker",
+            "cluster.threads_per_worker",
+            "cluster.max_failures",
+            "cluster.worker_start_timeout_s",
+        ),
     )
     from pipelines.runner import run_job
     from pipelines.stage import preprocess_stage

@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="jobs.train",
         description=__doc__,
         sections=("train", "preprocess", "cluster", "tracking"),
+        hidden=("cluster.num_actors",),
     )
     from pipelines.paths import input_path
     from pipelines.runner import run_job

@@ -124,7 +124,8 @@ def status(config: Config, root: Path) -> Results:
 
 
 def checked_stages(config: Config, root: Path) -> list[Stage]:
-    """The stages, after refusing paths that the pipeline itself decides."""
+    """The stages, after refusing what cannot work and paths that the pipeline itself decides."""
+    config.check_pipeline()
     for section in ("preprocess", "train", "generate", "evaluate"):
         part = getattr(config, section)
         for name in ("output_dir", "data_path", "checkpoint_path", "samples_path"):

@@ -213,7 +213,7 @@ def evaluate_stage(
         from tokendiff.checkpoint import open_checkpoint
         from tokendiff.cluster.evaluate import evaluate
         from tokendiff.config_loader import to_yaml
-        from tokendiff.tracking.mlflow_store import without_credentials
+        from tokendiff.secrets import without_credentials
 
         training = open_checkpoint(checkpoint_path).parent / RECORD_FOLDER / LOG_NAME
         evaluate(

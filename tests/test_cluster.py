@@ -14,6 +14,7 @@ from tests.builders import letter_tokenizer, random_rows, token_folder
 from tokendiff.config import ClusterConfig, EvaluateConfig, GenerateConfig, TrainConfig
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import InputError
+from tokendiff.manifest import load_manifest
 from tokendiff.tracking.run_log import RunLog, metrics_by_step, read_events
 from tokendiff.training.run import train_in_process
 
@@ -189,22 +190,22 @@ def test_samples_survive_a_killed_actor_and_do_not_depend_on_their_number(
     assert killed == samples_without_seconds(tmp_path / "b")
     assert all(1 not in record["tokens"] for record in killed)  # 1 is the mask
     assert all(record["num_model_calls"] <= LENGTH for record in killed)
-    # Cut off after some parts: the others are made, these are not made again.
-    (tmp_path / "b" / "MANIFEST.json").rename(tmp_path / "kept")
-    kept = (tmp_path / "b" / "part-00003.jsonl").stat().st_mtime_ns
-    (tmp_path / "b" / "part-00005.jsonl").unlink()
-    (tmp_path / "kept").unlink()
-    generate(config, one, checkpoint_path=checkpoint, output_dir=tmp_path / "b", on_event=log.write)
-    assert samples_without_seconds(tmp_path / "b") == killed
-    assert (tmp_path / "b" / "part-00003.jsonl").stat().st_mtime_ns == kept
+    # Cut off after some parts: the others are made, these are not made again, and no other job
+    # takes them for its own.
+    folder = tmp_path / "b"
+    identity = load_manifest(folder).metadata["identity"]
+    (folder / "MANIFEST.json").unlink()
+    (folder / "run" / "samples.unfinished").write_text(identity)
+    (folder / "part-00005.jsonl").unlink()
+    kept = (folder / "part-00003.jsonl").stat().st_mtime_ns
+    other = generate_config(seed=1)
     with pytest.raises(InputError, match="holds samples of another checkpoint, config or prompts"):
-        generate(
-            generate_config(seed=1),
-            one,
-            checkpoint_path=checkpoint,
-            output_dir=tmp_path / "b",
-            on_event=log.write,
-        )
+        generate(other, one, checkpoint_path=checkpoint, output_dir=folder, on_event=log.write)
+    generate(config, one, checkpoint_path=checkpoint, output_dir=folder, on_event=log.write)
+    assert samples_without_seconds(folder) == killed
+    assert (folder / "part-00003.jsonl").stat().st_mtime_ns == kept
+    with pytest.raises(InputError, match="holds samples of another checkpoint, config or prompts"):
+        generate(other, one, checkpoint_path=checkpoint, output_dir=folder, on_event=log.write)
 
 
 def test_prompts_are_kept_and_parquet_holds_the_same(

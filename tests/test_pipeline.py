@@ -235,13 +235,13 @@ def test_train_from_flags_preprocesses_first_and_resumes(
     data = ["--dataset_name", "text", "--data_files", str(tmp_path / "*.txt")]
     shards = ["--output_dir", str(tmp_path / "shards"), "--tokenizer_name_or_path", "bytes"]
     for _ in range(2):  # and again, when there is nothing left to do
-        assert preprocess_job.main([*data, *shards, *common, "--json"]) == 0
+        assert preprocess_job.main([*data, *shards, "--enabled", "false", "--json"]) == 0
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["train_documents"] > 250
     verify(tmp_path / "shards", kind="tokens")
 
     # Somebody else's folder is left as it is.
-    command = [*checkpoint, *common, "--output_dir", str(out / "final")]
-    assert evaluate_job.main(command) == 2
+    into_it = [*checkpoint, *common, "--output_dir", str(out / "final")]
+    assert evaluate_job.main(into_it) == 2
     assert "holds checkpoint; choose another output_dir" in capsys.readouterr().err
     verify(out / "final", kind="checkpoint")
 
