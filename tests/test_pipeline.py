@@ -99,11 +99,11 @@ def test_paths_that_the_pipeline_decides_are_refused(tmp_path: Path) -> None:
 
 def test_relative_output_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HOME", "/people/someone")
     monkeypatch.delenv("TOKENDIFF_ROOT", raising=False)
     assert output_path("out") == tmp_path / "out"
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # a submitted job
-    assert output_path("out") == Path("/home/someone/tokendiff/out")
+    assert output_path("out") == Path("/people/someone/tokendiff/out")
     monkeypatch.setenv("TOKENDIFF_ROOT", "/shared")
     assert output_path("out") == Path("/shared/out")
     assert output_path("/absolute") == Path("/absolute")

@@ -302,6 +302,12 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 @pytest.fixture(autouse=True)
+def every_warning_is_captured(caplog: pytest.LogCaptureFixture) -> None:
+    # pytest has one capturing handler for all tests, whose level any library may have raised.
+    caplog.handler.setLevel(0)
+
+
+@pytest.fixture(autouse=True)
 def no_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
@@ -309,13 +315,13 @@ def no_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (None, "sqlite:////root/mlflow.db"),
-        ("sqlite:///runs/a.db", "sqlite:////root/runs/a.db"),
+        (None, "sqlite:////base/mlflow.db"),
+        ("sqlite:///runs/a.db", "sqlite:////base/runs/a.db"),
         ("sqlite:///../a.db?timeout=9", "sqlite:////a.db?timeout=9"),
         ("sqlite:////abs/a.db", "sqlite:////abs/a.db"),
-        ("file:./mlruns", "file:///root/mlruns"),
+        ("file:./mlruns", "file:///base/mlruns"),
         ("file:///abs/mlruns", "file:///abs/mlruns"),
-        ("mlruns", "file:///root/mlruns"),
+        ("mlruns", "file:///base/mlruns"),
         ("http://host:5000", "http://host:5000"),
         ("postgresql://u:p@host/db", "postgresql://u:p@host/db"),
         ("databricks", "databricks"),
@@ -324,7 +330,7 @@ def no_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_uris_are_absolute_and_the_environment_comes_first(
     given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = Path("/root")
+    root = Path("/base")
     assert resolve_uri(TrackingConfig(uri=given), root) == expected
     if given is not None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", given)

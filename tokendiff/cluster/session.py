@@ -28,7 +28,9 @@ def data_context(*, preserve_order: bool = False) -> Iterator[None]:
     # One part or partition is one task, and may well take longer than Ray's idea of being stuck.
     context.execution_no_progress_timeout_s = -1
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):  # its log file keeps everything
+        # Ray's own console handler; its log file keeps everything, and others' handlers theirs.
+        is_console = isinstance(handler, logging.StreamHandler)
+        if is_console and type(handler).__module__.startswith("ray."):
             handler.setLevel(logging.ERROR)
     with ray.data.DataContext.current(context):
         yield
