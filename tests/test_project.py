@@ -277,7 +277,7 @@ def test_repository_names_no_registry_and_no_machine() -> None:
     [
         (URL, "see http://10.1.2.3:5000/x"),
         (MACHINE_PATH, "cd /home/someone/tokendiff"),
-        (MACHINE_PATH, '"/work/data"'),
+        (MACHINE_PATH, '"' + "/srv" + '/data"'),
         (REGISTRY, "pip install --index-url=..."),
         (REGISTRY, "see p" + "ypi.org"),
     ],

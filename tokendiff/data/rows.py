@@ -170,7 +170,7 @@ class StepPlan:
 
     @property
     def chunk_steps(self) -> int:
-        """Steps read at once: about one shuffle window, so that each is read about once."""
+        """Steps read at once: as many as a shuffle window holds, so most read two windows."""
         return max(1, min(self.order.window_rows, self.order.num_rows) // self.rows_per_step)
 
     def chunks(self, first_step: int, stop_step: int) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
     L = E_{t ~ U(0,1)} [ -alpha'_t / (1 - alpha_t) * sum over masked positions of -ln x_theta(x_0) ]
 
 Source: MDLM (arXiv 2406.07524), eq. 10, with SUBS: the mask is never predicted, an unmasked token
-    is itself.
+is itself.
 """
 
 from dataclasses import dataclass

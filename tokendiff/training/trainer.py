@@ -1,10 +1,9 @@
-"""The training loop. It knows torch, a denoiser and an objective; not Ray, and not where rows come
-from.
+"""The training loop: torch, a denoiser and an objective; not Ray, nor where rows come from.
 
 One step: every worker takes the gradient of the *sum* of its rows' losses; the sums of loss, tokens
-    and metrics are
-added over all workers; the gradient is divided by the token count of the whole global batch. The
-mean is thus taken once, and is the same however the rows are spread over workers and micro-batches.
+and metrics are added over all workers; the gradient is divided by the token count of the whole
+global batch. The mean is thus taken once, and is the same however the rows are spread over workers
+and micro-batches.
 """
 
 import math
