@@ -23,6 +23,10 @@ class NoiseSchedule(Protocol):
         """d alpha / dt, negative, of the shape of `t`."""
         ...
 
+    def time(self, alpha: Tensor) -> Tensor:
+        """The time at which alpha(t) is `alpha`; beyond what the schedule reaches, its end."""
+        ...
+
 
 def _check_eps(eps: float) -> None:
     if not 0.0 < eps < 0.5:
@@ -44,6 +48,9 @@ class LogLinear:
     def alpha_prime(self, t: Tensor) -> Tensor:
         return torch.full_like(t, -(1.0 - self.eps))
 
+    def time(self, alpha: Tensor) -> Tensor:
+        return ((1.0 - alpha) / (1.0 - self.eps)).clamp(0.0, 1.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
@@ -60,6 +67,9 @@ class Linear:
     def alpha_prime(self, t: Tensor) -> Tensor:
         return torch.full_like(t, -(1.0 - 2.0 * self.eps))
 
+    def time(self, alpha: Tensor) -> Tensor:
+        return (1.0 - (alpha - self.eps) / (1.0 - 2.0 * self.eps)).clamp(0.0, 1.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine:
@@ -75,6 +85,10 @@ class Cosine:
 
     def alpha_prime(self, t: Tensor) -> Tensor:
         return -(1.0 - 2.0 * self.eps) * 0.5 * math.pi * torch.sin(0.5 * math.pi * (1.0 - t))
+
+    def time(self, alpha: Tensor) -> Tensor:
+        base = ((alpha - self.eps) / (1.0 - 2.0 * self.eps)).clamp(0.0, 1.0)
+        return 1.0 - 2.0 / math.pi * torch.arccos(1.0 - base)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +112,11 @@ class Geometric:
 
     def alpha_prime(self, t: Tensor) -> Tensor:
         return -self.alpha(t) * self._sigma(t) * math.log(self.sigma_max / self.sigma_min)
+
+    def time(self, alpha: Tensor) -> Tensor:
+        sigma = (-alpha.clamp(min=torch.finfo(alpha.dtype).tiny).log()).clamp(min=self.sigma_min)
+        ratio = (sigma / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
+        return ratio.clamp(0.0, 1.0)
 
 
 SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
