@@ -14,9 +14,14 @@ from tokendiff.random import RowGenerator
 class Denoiser(Protocol):
     """A model in two parts, so that logits are computed only where they are needed."""
 
-    def encode(self, tokens: Tensor, is_valid: Tensor) -> Tensor:
-        """Hidden states [B, L, D] of noisy tokens [B, L]; positions outside `is_valid` ([B, L]) are
-        not seen.
+    @property
+    def is_time_conditioned(self) -> bool:
+        """Whether `encode` reads the time; what it returns is otherwise good at any time."""
+        ...
+
+    def encode(self, tokens: Tensor, is_valid: Tensor, time: Tensor) -> Tensor:
+        """Hidden states [B, L, D] of noisy tokens [B, L] at times [B] in [0, 1]; positions outside
+        `is_valid` ([B, L]) are not seen.
         """
         ...
 
@@ -65,7 +70,8 @@ class Samples:
 
     Attributes:
         tokens: [B, L] int64, no mask among them.
-        num_model_calls: [B] int64, forward passes that the row took part in.
+        num_model_calls: [B] int64, forward passes that the row took part in, those for guidance
+            included.
     """
 
     tokens: Tensor

@@ -6,8 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Where each architecture keeps what stands between its last hidden state and its logits. An
-# architecture that is not listed works as well, but computes logits at every position.
+from tokendiff.errors import InputError
+
+# Causal architectures that can be made bidirectional: attention is all that mixes their positions,
+# they honour the config's `is_causal`, and their logits are a linear map of the last hidden state
+# (no soft-capping, no scale).
+CAUSAL_TYPES = ("gpt2", "gpt_neox", "llama", "mistral", "olmo2", "qwen2", "qwen3")
+
+# Where each architecture keeps what stands between its last hidden state and its logits. A masked
+# LM that is not listed works as well, but computes logits at every position.
 _HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "albert": lambda model, hidden: model.predictions(hidden),
     "bert": lambda model, hidden: model.cls(hidden),
@@ -15,43 +22,107 @@ _HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "electra": lambda model, hidden: model.generator_lm_head(model.generator_predictions(hidden)),
     "modernbert": lambda model, hidden: model.decoder(model.head(hidden)),
     "roberta": lambda model, hidden: model.lm_head(hidden),
+    "tokendiff_dit": lambda model, hidden: model.lm_head(hidden),
     "xlm-roberta": lambda model, hidden: model.lm_head(hidden),
+    **dict.fromkeys(CAUSAL_TYPES, lambda model, hidden: model.get_output_embeddings()(hidden)),
 }
 
 
-class MaskedLMDenoiser(nn.Module):
-    """A `transformers` masked language model as a denoiser (`tokendiff.interfaces.Denoiser`).
+def attend_both_ways(config: Any) -> None:
+    """Make every layer of a causal model built from `config` attend to the whole row.
+
+    `config` (of one of CAUSAL_TYPES) is changed, and saved with the model: transformers opens the
+    result as bidirectional too.
+    """
+    config.is_causal = False
+    config.use_cache = False
+    if getattr(config, "sliding_window", None) is not None:
+        config.sliding_window = None
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
+
+
+class TransformersDenoiser(nn.Module):
+    """A `transformers` language model as a denoiser (`tokendiff.interfaces.Denoiser`).
+
+    The logits at position i are for the token at position i, also of what was a causal model:
+    nothing is shifted. Rows are padded at the right.
 
     Args:
-        model: from AutoModelForMaskedLM.
+        model: from AutoModelForMaskedLM; or from AutoModelForCausalLM with a config that
+            `attend_both_ways` has changed.
         vocab_size: ids that the tokenizer has. A model's embedding is often padded to a round size;
             the logits of the ids beyond are dropped, since they cannot occur in text.
+
+    Raises:
+        ValueError: the model is still causal.
     """
 
     def __init__(self, model: Any, *, vocab_size: int) -> None:
         super().__init__()
+        model_type = model.config.model_type
+        if model_type in CAUSAL_TYPES and getattr(model.config, "is_causal", True):
+            raise ValueError(f"the {model_type} model is causal; build it with attend_both_ways")
         self.model = model
         self.vocab_size = vocab_size
-        self._head = _HEADS.get(model.config.model_type)
+        self._head = _HEADS.get(model_type)
+
+    @property
+    def is_time_conditioned(self) -> bool:
+        return getattr(self.model.config, "is_time_conditioned", False)
 
     @property
     def is_split(self) -> bool:
         """Whether logits can be computed at chosen positions alone."""
         return self._head is not None
 
-    def encode(self, tokens: Tensor, is_valid: Tensor) -> Tensor:
+    def encode(self, tokens: Tensor, is_valid: Tensor, time: Tensor) -> Tensor:
         # Packed rows are rarely padded, and attention without a mask is the faster kernel.
         attention_mask = None if bool(is_valid.all()) else is_valid.to(torch.int64)
-        if self._head is None:
-            return self.model(input_ids=tokens, attention_mask=attention_mask).logits
-        return self.model.base_model(input_ids=tokens, attention_mask=attention_mask)[0]
+        condition = {"time": time} if self.is_time_conditioned else {}
+        encoder = self.model if self._head is None else self.model.base_model
+        output = encoder(input_ids=tokens, attention_mask=attention_mask, **condition)
+        return output.logits if self._head is None else output.last_hidden_state
 
     def head(self, hidden: Tensor) -> Tensor:
         logits = hidden if self._head is None else self._head(self.model, hidden)
         return logits[..., : self.vocab_size]
 
+    def freeze_unused(self) -> list[str]:
+        """Exclude from training what no logit depends on, such as a pooler; returns the names.
+
+        DistributedDataParallel fails on a parameter that gets no gradient.
+        """
+        tokens = torch.arange(8)[None] % self.vocab_size
+        logits = self.head(self.encode(tokens, torch.ones_like(tokens).bool(), torch.zeros(1)))
+        nodes, used, seen = [logits.grad_fn], set(), set()
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            used.add(id(getattr(node, "variable", None)))  # of the nodes that accumulate gradients
+            nodes += [following for following, _ in node.next_functions]
+        unused = {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and id(parameter) not in used
+        }
+        for parameter in unused.values():
+            parameter.requires_grad_(False)
+        return list(unused)
+
     def recompute_activations(self) -> None:
-        """Keep no activations between layers; the backward pass computes them again."""
+        """Keep no activations between layers; the backward pass computes them again.
+
+        Raises:
+            InputError: the architecture (ALBERT, for one) cannot.
+        """
+        if not self.model.supports_gradient_checkpointing:
+            raise InputError(
+                f"gradient_checkpointing: transformers has none for models of type "
+                f"{self.model.config.model_type!r}; turn it off"
+            )
         # transformers 5.23 renamed the method and warns at the old name.
         name = "activation_checkpointing_enable"
         enable = getattr(self.model, name, self.model.gradient_checkpointing_enable)

@@ -1,57 +1,55 @@
 """Models by name: a transformers name or path, or a small built-in one with new weights."""
 
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tokendiff.errors import InputError
-from tokendiff.models.denoiser import MaskedLMDenoiser
+from tokendiff.models.denoiser import CAUSAL_TYPES, TransformersDenoiser, attend_both_ways
 
 BUILTIN_PREFIX = "builtin:"
 
-# Small ModernBERT-type encoders (rotary positions, pre-norm, GeGLU; arXiv 2412.13663) for first
-# runs and tests.
-_BUILTIN_SIZES: dict[str, dict[str, Any]] = {
-    "bert-tiny": {
-        "num_hidden_layers": 2,
-        "hidden_size": 64,
-        "num_attention_heads": 2,
-        "intermediate_size": 128,
-    },
-    "bert-mini": {
-        "num_hidden_layers": 4,
-        "hidden_size": 128,
-        "num_attention_heads": 2,
-        "intermediate_size": 256,
-    },
-    "bert-small": {
-        "num_hidden_layers": 6,
-        "hidden_size": 384,
-        "num_attention_heads": 6,
-        "intermediate_size": 768,
-    },
-    "bert-base": {
-        "num_hidden_layers": 12,
-        "hidden_size": 768,
-        "num_attention_heads": 12,
-        "intermediate_size": 1536,
-    },
+_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2},
+    "mini": {"num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 2},
+    "small": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 6},
+    "base": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12},
+}
+_BUILTIN_SIZES = {
+    f"{family}-{name}": size for family in ("bert", "dit") for name, size in _SIZES.items()
 }
 
 
 def builtin_config(name: str, *, vocab_size: int, max_length: int, tokenizer: Any) -> Any:
-    """The transformers config of `builtin:NAME`."""
+    """The transformers config of `builtin:NAME`, for first runs and tests.
+
+    bert-* are ModernBERT-type encoders (rotary positions, pre-norm, GeGLU; arXiv 2412.13663), which
+    take no time; dit-* are diffusion transformers, which do.
+    """
     from transformers import ModernBertConfig
+
+    from tokendiff.models.diffusion_transformer import DiffusionTransformerConfig
 
     size = _BUILTIN_SIZES.get(name)
     if size is None:
-        known = ", ".join(BUILTIN_PREFIX + known for known in _BUILTIN_SIZES)
         raise InputError(
-            f"model_name_or_path {BUILTIN_PREFIX}{name}: no such built-in model; there are {known}"
+            f"model_name_or_path {BUILTIN_PREFIX}{name}: no such built-in model; there are "
+            f"{_builtin_names()}"
+        )
+    if name.startswith("dit-"):
+        return DiffusionTransformerConfig(
+            **size,
+            intermediate_size=4 * size["hidden_size"],
+            vocab_size=vocab_size,
+            max_position_embeddings=max_length,
+            pad_token_id=tokenizer.pad_token_id,
         )
     return ModernBertConfig(
         **size,
+        intermediate_size=2 * size["hidden_size"],
         vocab_size=vocab_size,
         max_position_embeddings=max_length,
         layer_types=["full_attention"] * size["num_hidden_layers"],
@@ -71,7 +69,8 @@ def load_denoiser(
     from_scratch: bool = False,
     dropout: float | None = None,
     seed: int = 0,
-) -> MaskedLMDenoiser:
+    warn: Callable[[str], None] = warnings.warn,
+) -> TransformersDenoiser:
     """A denoiser in float32 on the CPU.
 
     Args:
@@ -81,39 +80,44 @@ def load_denoiser(
         from_scratch: take the config of `model_name_or_path` and new weights.
         dropout: sets every dropout of the architecture; None leaves the config's.
         seed: decides new weights.
+        warn: hears that the embedding grew, and what is not trained.
 
     Raises:
-        InputError: no such model, not a masked LM, too short for max_length, no mask token.
+        InputError: no such model, neither a masked LM nor a causal one that can be made
+            bidirectional, too short for max_length, no usable mask token.
     """
-    from transformers import AutoModelForMaskedLM
-
-    if tokenizer.mask_token_id is None:
-        raise InputError(
-            "the tokenizer has no mask token; jobs.preprocess adds one to the tokenizer it saves"
-        )
+    _check_mask_token(tokenizer)
     vocab_size = len(tokenizer)
     is_builtin = model_name_or_path.startswith(BUILTIN_PREFIX)
+    if is_builtin:
+        name = model_name_or_path.removeprefix(BUILTIN_PREFIX)
+        config = builtin_config(
+            name, vocab_size=vocab_size, max_length=max_length, tokenizer=tokenizer
+        )
+    else:
+        config = _pretrained_config(model_name_or_path)
+    auto_class = _auto_class(config, model_name_or_path)
+    if config.model_type in CAUSAL_TYPES:
+        attend_both_ways(config)
+    if from_scratch and not is_builtin:
+        config.vocab_size = vocab_size
+        if tokenizer.pad_token_id is not None:  # another tokenizer's may lie outside the vocabulary
+            config.pad_token_id = tokenizer.pad_token_id
+    _check_length(config, model_name_or_path, max_length)
+    if dropout is not None:
+        _set_dropout(config, dropout)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
-        if is_builtin:
-            name = model_name_or_path.removeprefix(BUILTIN_PREFIX)
-            config = builtin_config(
-                name, vocab_size=vocab_size, max_length=max_length, tokenizer=tokenizer
-            )
-        else:
-            config = _pretrained_config(model_name_or_path)
-            if from_scratch:
-                config.vocab_size = vocab_size
-        _check_fits(config, model_name_or_path, max_length)
-        if dropout is not None:
-            _set_dropout(config, dropout)
         if is_builtin or from_scratch:
-            model = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
+            model = auto_class.from_config(config, dtype=torch.float32)
         else:
-            model = _pretrained(model_name_or_path, config)
-        if model.get_input_embeddings().num_embeddings < vocab_size:
-            model.resize_token_embeddings(vocab_size)
-    return MaskedLMDenoiser(model, vocab_size=vocab_size)
+            model = _pretrained(auto_class, model_name_or_path, config)
+        _grow_embedding(model, vocab_size, warn)
+        denoiser = TransformersDenoiser(model, vocab_size=vocab_size)
+        # The architectures that are split are known to use all they have.
+        if not denoiser.is_split and (unused := denoiser.freeze_unused()):
+            warn(f"{len(unused)} parameters do not lead to logits and stay as they are: {unused}")
+    return denoiser
 
 
 def check_vocabulary(model_name_or_path: str, tokenizer: Any) -> None:
@@ -147,22 +151,66 @@ def check_vocabulary(model_name_or_path: str, tokenizer: Any) -> None:
         )
 
 
+def _builtin_names() -> str:
+    return ", ".join(BUILTIN_PREFIX + name for name in _BUILTIN_SIZES)
+
+
+def _check_mask_token(tokenizer: Any) -> None:
+    mask = tokenizer.mask_token_id
+    if mask is None:
+        raise InputError(
+            "the tokenizer has no mask token; jobs.preprocess adds one to the tokenizer it saves"
+        )
+    if not 0 <= mask < len(tokenizer):
+        raise InputError(
+            f"the tokenizer's mask token {tokenizer.mask_token!r} has id {mask}, outside its "
+            f"vocabulary of {len(tokenizer)}; number the tokens from 0 without gaps"
+        )
+
+
 def _pretrained_config(name: str) -> Any:
     from transformers import AutoConfig
+
+    # Registers our own architecture, which a checkpoint may be of.
+    import tokendiff.models.diffusion_transformer  # noqa: F401
 
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        known = ", ".join(BUILTIN_PREFIX + known for known in _BUILTIN_SIZES)
         raise InputError(
             f"model_name_or_path {name!r} cannot be opened ({_first_line(error)}); "
-            f"give a folder with a config.json, a hub name, or one of {known}"
+            f"give a folder with a config.json, a hub name, or one of {_builtin_names()}"
         ) from error
 
 
-def _pretrained(name: str, config: Any) -> Any:
+def _auto_class(config: Any, name: str) -> Any:
+    """The Auto class that opens a model of this config with its head."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+    )
+
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        return AutoModelForMaskedLM
+    if config.model_type in CAUSAL_TYPES:
+        return AutoModelForCausalLM
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    reason = (
+        "a causal language model that is not known to work with attention in both directions"
+        if is_causal
+        else "which is no language model"
+    )
+    raise InputError(
+        f"model_name_or_path {name!r} is of type {config.model_type!r}, {reason}; give a masked "
+        "language model (BERT, RoBERTa, ModernBERT, ...) or a causal one of type "
+        f"{', '.join(CAUSAL_TYPES)}"
+    )
+
+
+def _pretrained(auto_class: Any, name: str, config: Any) -> Any:
     from safetensors import SafetensorError
-    from transformers import AutoModelForMaskedLM
 
     if (
         Path(name).is_dir()
@@ -173,22 +221,27 @@ def _pretrained(name: str, config: Any) -> Any:
             f"model_name_or_path {name}: a config but no weights; from_scratch starts from new ones"
         )
     try:
-        return AutoModelForMaskedLM.from_pretrained(name, config=config, dtype=torch.float32)
+        return auto_class.from_pretrained(name, config=config, dtype=torch.float32)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"model_name_or_path {name!r}: weights cannot be read ({_first_line(error)})"
         ) from error
 
 
-def _check_fits(config: Any, name: str, max_length: int) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+def _grow_embedding(model: Any, vocab_size: int, warn: Callable[[str], None]) -> None:
+    size = model.get_input_embeddings().num_embeddings
+    if size >= vocab_size:
+        return
+    # transformers draws the new rows from a normal distribution around the mean of the old ones
+    # that is so narrow (1e-9 of their covariance) that they are that mean.
+    model.resize_token_embeddings(vocab_size, mean_resizing=True)
+    warn(
+        f"embedding resized from {size} to {vocab_size}: the tokenizer has {vocab_size - size} "
+        "tokens that the model does not know; theirs start at the mean of the others"
+    )
 
-    if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        raise InputError(
-            f"model_name_or_path {name!r} is of type {config.model_type!r}, which has no masked "
-            "language model; "
-            "objective mdlm needs one (BERT, RoBERTa, ModernBERT, ...)"
-        )
+
+def _check_length(config: Any, name: str, max_length: int) -> None:
     # RoBERTa's positions start behind the padding id.
     offset = (
         config.pad_token_id + 1
@@ -204,7 +257,8 @@ def _check_fits(config: Any, name: str, max_length: int) -> None:
 
 
 def _set_dropout(config: Any, dropout: float) -> None:
-    for field in (name for name in vars(config) if "dropout" in name and "classifier" not in name):
+    names = [name for name in vars(config) if "dropout" in name or name.endswith("_pdrop")]  # GPT-2
+    for field in (name for name in names if "classifier" not in name):
         value = getattr(config, field)
         if isinstance(value, int | float) and not isinstance(value, bool):
             setattr(config, field, dropout)
