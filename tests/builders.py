@@ -1,6 +1,6 @@
 """Small things that tests are made of: a tokenizer, packed shards, a model; all made here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokendiff.kernels import ForwardKernel
 from tokendiff.manifest import commit, is_committed
 
 
@@ -84,7 +85,8 @@ def random_rows(count: int, length: int, *, vocab_size: int = 16, seed: int = 0)
 
 
 class TableDenoiser:
-    """The exact x_theta of an enumerated language, in the two parts that samplers and losses call.
+    """The exact x_theta of an enumerated language under masking, in the two parts that samplers and
+    losses call.
 
     Hidden states are ln p(x_0^i = v | what is unmasked), so `head` is the identity.
 
@@ -93,19 +95,27 @@ class TableDenoiser:
             at probability 0.
     """
 
+    is_time_conditioned = False
+
     def __init__(self, probabilities: Tensor, mask_token_id: int) -> None:
         self.probabilities = probabilities.double()
         self.mask_token_id = mask_token_id
         self.num_encoded_rows = 0
+        self._known_rows: dict[tuple[int, ...], Tensor] = {}
 
-    def encode(self, tokens: Tensor, is_valid: Tensor) -> Tensor:
+    def encode(self, tokens: Tensor, is_valid: Tensor, time: Tensor) -> Tensor:
         self.num_encoded_rows += len(tokens)
-        return torch.stack([self._row(row) for row in tokens.tolist()])
+        return torch.stack([self._row(tuple(row)) for row in tokens.tolist()])
 
     def head(self, hidden: Tensor) -> Tensor:
         return hidden
 
-    def _row(self, row: list[int]) -> Tensor:
+    def _row(self, row: tuple[int, ...]) -> Tensor:
+        if row not in self._known_rows:
+            self._known_rows[row] = self._marginals(row)
+        return self._known_rows[row]
+
+    def _marginals(self, row: tuple[int, ...]) -> Tensor:
         table = self.probabilities
         for axis, token in enumerate(row):
             if token != self.mask_token_id:
@@ -119,3 +129,95 @@ class TableDenoiser:
             for axis in range(table.ndim)
         ]
         return torch.stack([(marginal / marginal.sum()).log() for marginal in marginals])
+
+
+class ExactDenoiser:
+    """The exact x_theta of an enumerated language under any noise, at any time.
+
+    Hidden states are ln p(x_0^i = v | x_t without position i), or, as a posterior,
+    ln p(x_0^i = v | x_t); `head` is the identity.
+
+    Args:
+        probabilities: [V] * L table of a language of L tokens over V ids.
+        noising: from a time to the [V, V] table q_t(z | x), x the row and z the column.
+        prediction: loo | posterior.
+    """
+
+    is_time_conditioned = True
+
+    def __init__(
+        self,
+        probabilities: np.ndarray,
+        noising: Callable[[float], np.ndarray],
+        *,
+        prediction: str = "loo",
+    ) -> None:
+        self.probabilities = probabilities
+        self.noising = noising
+        self.is_posterior = prediction == "posterior"
+        self._tables: dict[float, Tensor] = {}
+
+    def encode(self, tokens: Tensor, is_valid: Tensor, time: Tensor) -> Tensor:
+        hidden = torch.empty(*tokens.shape, self.probabilities.shape[0], dtype=torch.float64)
+        for t in time.unique().tolist():
+            if t not in self._tables:
+                self._tables[t] = self._table(t)
+            rows = time == t
+            hidden[rows] = self._tables[t][tuple(tokens[rows].unbind(1))]
+        return hidden
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def _table(self, t: float) -> Tensor:
+        """[V] * L + [L, V]: the hidden states of every row that there is."""
+        q, table = self.noising(t), self.probabilities
+        length, size = table.ndim, table.shape[0]
+        result = np.empty((*table.shape, length, size))
+        for row in np.ndindex(*table.shape):
+            for position in range(length):
+                joint = table
+                for other in range(length):
+                    if other != position or self.is_posterior:
+                        shape = [1] * length
+                        shape[other] = -1
+                        joint = joint * q[:, row[other]].reshape(shape)
+                others = tuple(other for other in range(length) if other != position)
+                result[(*row, position)] = joint.sum(axis=others)
+        # Rows that cannot occur have no distribution; any will do.
+        total = result.sum(-1, keepdims=True)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return torch.from_numpy(np.log(np.where(total > 0, result / total, 1 / size)))
+
+
+class PairDenoiser:
+    """`ExactDenoiser` of a language of two tokens, for many rows at many times at once.
+
+    Args:
+        probabilities: [V, V].
+        kernel: whose q_t(z | x) the noise follows.
+        prediction: loo | posterior.
+    """
+
+    is_time_conditioned = True
+
+    def __init__(
+        self, probabilities: np.ndarray, kernel: ForwardKernel, *, prediction: str = "loo"
+    ) -> None:
+        self.table = torch.tensor(probabilities, dtype=torch.float64)
+        self.kernel = kernel
+        self.is_posterior = prediction == "posterior"
+
+    def encode(self, tokens: Tensor, is_valid: Tensor, time: Tensor) -> Tensor:
+        one_hot = torch.eye(len(self.table), dtype=torch.float64).expand(len(tokens), -1, -1)
+        q = self.kernel.marginal(one_hot, time)
+        first, second = (
+            q.gather(2, z[:, None, None].expand(-1, q.shape[1], 1))[..., 0] for z in tokens.T
+        )
+        beliefs = [second @ self.table.T, first @ self.table]
+        if self.is_posterior:
+            beliefs = [beliefs[0] * first, beliefs[1] * second]
+        return torch.stack(beliefs, dim=1).log()
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return hidden

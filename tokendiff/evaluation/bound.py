@@ -1,13 +1,18 @@
-"""The bound on -ln p(x) that a masked diffusion model gives, estimated with little variance.
+"""The bound on -ln p(x) that a diffusion model gives, estimated with little variance and whole:
+never clipped or reweighted, and with what it has at both ends of time.
 
-The continuous-time bound with alpha going from 1 to 0 depends on no schedule: it is the mean over
-all orders of the order-wise negative log-likelihood, which in turn is
+Absorbing noise. With alpha going from 1 to 0 the bound is the mean over all orders of the
+order-wise negative log-likelihood, whatever the schedule, which in turn is
 
     L = E_{l ~ U{1..n}} E_{l of n masked} [ n / l * sum over masked positions of -ln x_theta(x_0) ].
 
 Drawing the number of masked positions and masking exactly that many is the low-variance estimator
-of LLaDA (arXiv 2502.09992, eq. 6 and App. A). It covers both ends of time, so nothing is left out
-of what is reported.
+of LLaDA (arXiv 2502.09992, eq. 6 and App. A). A model that is given the time sees the one at which
+1 - alpha is distributed as given l masked of n: Beta(l, n - l + 1), the l-th smallest of n uniform
+numbers, of which masking takes the l smallest.
+
+Uniform and hybrid noise. The integrand of `tokendiff.kernels.ForwardKernel.nelbo` at times that are
+stratified within the row and crowd where it is large, with the prior and the reconstruction.
 """
 
 import math
@@ -18,8 +23,16 @@ import torch
 from torch import Tensor
 
 from tokendiff.interfaces import Denoiser
-from tokendiff.objectives.chunked import token_losses
+from tokendiff.kernels import AbsorbingKernel, ForwardKernel
+from tokendiff.objectives.chunked import (
+    negative_log_likelihood,
+    predict_through_head,
+    without_mask,
+)
+from tokendiff.objectives.token_noise import nelbo_bracket
 from tokendiff.random import RowGenerator
+
+_STRATUM, _END = -1, -2  # what a row's random numbers are for, beside the samples 0, 1, ...
 
 
 @torch.no_grad()
@@ -29,36 +42,134 @@ def row_bounds(
     is_valid: Tensor,
     generator: RowGenerator,
     *,
-    mask_token_id: int,
+    kernel: ForwardKernel,
+    prediction: str = "loo",
     num_mask_samples: int,
 ) -> tuple[Tensor, Tensor]:
     """One estimate of the bound per row.
 
     Args:
         x_0: [B, L] clean tokens.
-        is_valid: [B, L]; padding is neither seen nor counted.
-        num_mask_samples: noise levels per row, stratified over 1..n within the row.
+        is_valid: [B, L]; padding is neither seen nor counted, a literal mask is not counted.
+        prediction: what the model gives, "loo" or "posterior"; see `tokendiff.checkpoint`.
+        num_mask_samples: noise levels per row, stratified within the row.
 
     Returns:
         nats [B] float64 of the whole row, and the number of tokens [B] int64 that they are the
         bound of.
     """
-    is_target = is_valid & (x_0 != mask_token_id)
-    num_tokens = is_target.sum(1)
-    u = generator.fold_in(-1).uniform(1)[:, 0]
+    is_target = is_valid & (x_0 != kernel.mask_token_id)
+    stratum = generator.fold_in(_STRATUM).uniform(1)[:, 0]
     total = torch.zeros(x_0.shape[0], dtype=torch.float64, device=x_0.device)
     for sample in range(num_mask_samples):
-        level = torch.remainder((u + sample) / num_mask_samples, 1.0)
-        num_masked = 1 + (level * num_tokens).long()  # uniform on 1..n
-        score = generator.fold_in(sample).uniform(x_0.shape[1]).masked_fill(~is_target, torch.inf)
-        rank = score.argsort(dim=1).argsort(dim=1)
-        is_masked = is_target & (rank < num_masked[:, None])
-        hidden = model.encode(x_0.masked_fill(is_masked, mask_token_id), is_valid)[is_masked]
-        losses = token_losses(model.head, hidden, x_0[is_masked], mask_token_id=mask_token_id)
-        weight = num_tokens.double() / num_masked.double()
-        row = is_masked.nonzero()[:, 0]
-        total.index_add_(0, row, losses.nll.double() * weight[row])
-    return total / num_mask_samples, num_tokens
+        level = torch.remainder((stratum + sample) / num_mask_samples, 1.0)
+        noise = generator.fold_in(sample).uniform(x_0.shape[1])
+        if isinstance(kernel, AbsorbingKernel):
+            total += _masked_nats(model, x_0, is_valid, is_target, level, noise, kernel)
+        else:
+            total += _noisy_nats(model, x_0, is_valid, is_target, level, noise, kernel, prediction)
+    total /= num_mask_samples
+    num_tokens = is_target.sum(1)
+    if not isinstance(kernel, AbsorbingKernel):
+        total += kernel.prior_nats() * num_tokens
+        if float(kernel.alpha(torch.zeros(1, dtype=torch.float64))) < 1.0:
+            noise = generator.fold_in(_END).uniform(x_0.shape[1])
+            total += _end_nats(model, x_0, is_valid, is_target, noise, kernel, prediction)
+    return total, num_tokens
+
+
+def _masked_nats(
+    model: Denoiser,
+    x_0: Tensor,
+    is_valid: Tensor,
+    is_target: Tensor,
+    level: Tensor,
+    noise: Tensor,
+    kernel: AbsorbingKernel,
+) -> Tensor:
+    """[B] nats with a number of masked positions drawn by `level` [B] in [0, 1)."""
+    mask = kernel.mask_token_id
+    num_tokens = is_target.sum(1)
+    num_masked = 1 + (level * num_tokens).long()  # uniform on 1..n
+    score = noise.masked_fill(~is_target, torch.inf)
+    ordered, order = score.sort(dim=1)
+    rank = order.argsort(dim=1)
+    is_masked = is_target & (rank < num_masked[:, None])
+    masked_share = ordered.gather(1, (num_masked - 1).clamp(max=x_0.shape[1] - 1)[:, None])[:, 0]
+    time = kernel.schedule.time(1.0 - masked_share.clamp(max=1.0))
+    hidden = model.encode(x_0.masked_fill(is_masked, mask), is_valid, time)[is_masked]
+    nll = predict_through_head(
+        model.head,
+        hidden,
+        (x_0[is_masked],),
+        lambda logits, targets: negative_log_likelihood(without_mask(logits, mask), targets),
+    )
+    weight = num_tokens.double() / num_masked.double()
+    return _sum_by_row(nll * weight[is_masked.nonzero()[:, 0]], is_masked)
+
+
+def _noisy_nats(
+    model: Denoiser,
+    x_0: Tensor,
+    is_valid: Tensor,
+    is_target: Tensor,
+    level: Tensor,
+    noise: Tensor,
+    kernel: ForwardKernel,
+    prediction: str,
+) -> Tensor:
+    """[B] nats at the time that belongs to `level` [B] in [0, 1)."""
+    t, slope = kernel.warped_time(level)
+    x_t = kernel.corrupt(x_0, t, uniform=noise, is_noisable=is_target)
+    row = is_target.nonzero()[:, 0]
+
+    def integrand(logits: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        logits = _loo_logits(logits, x_t, t, kernel, prediction)
+        weight = kernel.loss_weight(x_0, x_t, t)
+        nats = weight * nelbo_bracket(kernel, logits, x_0, x_t, t)
+        return torch.where(weight > 0.0, nats, torch.zeros_like(nats))
+
+    hidden = model.encode(x_t, is_valid, t)[is_target]
+    columns = (x_0[is_target], x_t[is_target], t[row])
+    nats = predict_through_head(model.head, hidden, columns, integrand)
+    return _sum_by_row(nats * slope[row], is_target)
+
+
+def _end_nats(
+    model: Denoiser,
+    x_0: Tensor,
+    is_valid: Tensor,
+    is_target: Tensor,
+    noise: Tensor,
+    kernel: ForwardKernel,
+    prediction: str,
+) -> Tensor:
+    """[B] nats of the reconstruction from t = 0."""
+    t = torch.zeros(x_0.shape[0], dtype=torch.float64, device=x_0.device)
+    x_t = kernel.corrupt(x_0, t, uniform=noise, is_noisable=is_target)
+
+    def reconstruction(logits: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        belief = _loo_logits(logits, x_t, t, kernel, prediction).softmax(-1)
+        of_x_0, of_x_t = (belief.gather(-1, x[:, None])[:, 0] for x in (x_0, x_t))
+        return kernel.reconstruction_nats(of_x_0, of_x_t, x_0, x_t)
+
+    hidden = model.encode(x_t, is_valid, t)[is_target]
+    columns = (x_0[is_target], x_t[is_target], t[is_target.nonzero()[:, 0]])
+    nats = predict_through_head(model.head, hidden, columns, reconstruction)
+    return _sum_by_row(nats, is_target)
+
+
+def _loo_logits(
+    logits: Tensor, x_t: Tensor, t: Tensor, kernel: ForwardKernel, prediction: str
+) -> Tensor:
+    """float64, the mask excluded, whatever the model predicts."""
+    logits = without_mask(logits.double(), kernel.mask_token_id)
+    return kernel.loo_logits(logits, x_t, t) if prediction == "posterior" else logits
+
+
+def _sum_by_row(values: Tensor, is_chosen: Tensor) -> Tensor:
+    zeros = torch.zeros(is_chosen.shape[0], dtype=torch.float64, device=is_chosen.device)
+    return zeros.index_add(0, is_chosen.nonzero()[:, 0], values.double())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ class Evaluator:
     def __init__(self, checkpoint: Path, config: "EvaluateConfig", *, device: str) -> None:
         denoiser, self.tokenizer, self.process = load_for_inference(checkpoint)
         self._denoiser = denoiser.to(device)
+        self._kernel = self.process.kernel()
         self._device, self._config = torch.device(device), config
 
     def bounds(self, rows: TokenRows) -> dict[str, np.ndarray]:
@@ -41,7 +42,8 @@ class Evaluator:
                     tokens,
                     is_valid,
                     generator,
-                    mask_token_id=self.process.mask_token_id,
+                    kernel=self._kernel,
+                    prediction=self.process.prediction,
                     num_mask_samples=self._config.num_mask_samples,
                 )
             nats.append(row_nats.cpu().numpy())

@@ -1,72 +1,179 @@
-"""Cross-entropy through the head in chunks of tokens, so that no [B, L, V] tensor ever exists."""
+"""Losses through the head in chunks of tokens, so that no [B, L, V] tensor ever exists.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+A loss that is a sum over tokens has its gradient taken chunk by chunk as it is computed: the logits
+of a chunk are dropped before those of the next are made, and never computed twice. What is kept is
+the gradient with respect to the hidden states and the head's weights.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-CHUNK_TOKENS = 1024  # 1024 x 30,522 fp32 logits are 125 MB
+# Logits per chunk: 32 MB in float32 stay near a CPU's caches, a GPU wants long matrix products.
+_CPU_ELEMENTS, _GPU_ELEMENTS = 2**23, 2**27
+
+# Maps logits [n, V] (not to be written to) and n rows of each column to (loss, metrics [M]), sums
+# over the n tokens.
+ChunkLoss = Callable[..., tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenLosses:
-    """Per token of N: negative log-likelihood, whether it is the argmax, entropy of the tempered
-    softmax.
+def reduce_through_head(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    columns: tuple[Tensor, ...],
+    loss_of: ChunkLoss,
+    *,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum of a loss over N tokens, and of its metrics.
+
+    Args:
+        head: logits [n, V] of hidden states [n, D].
+        hidden: [N, D]; N may be 0.
+        columns: what the loss needs to know of each token, each [N, ...].
+        chunk_tokens: by default as many as fit the device.
+
+    Returns:
+        (loss, a scalar whose gradient is known already and may be asked for once; metrics [M],
+        without gradient).
     """
+    leaves: list[Tensor] = []
+    grads: list[Tensor] = []
+    hidden_grads: list[Tensor] = []
+    loss_sum, metric_sum = None, None
+    for states, *chunk in _chunks(head, hidden, columns, chunk_tokens):
+        states = states.detach().requires_grad_(hidden.requires_grad)
+        loss, metrics = loss_of(head(states), *chunk)
+        if loss.requires_grad:
+            leaves = leaves or [leaf for leaf in _leaves(loss) if leaf is not states]
+            wanted = [states, *leaves] if states.requires_grad else leaves
+            new = list(torch.autograd.grad(loss, wanted))
+            if states.requires_grad:
+                hidden_grads.append(new.pop(0))
+            grads = [a.add_(b) for a, b in zip(grads, new, strict=True)] if grads else new
+        loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
+        metric_sum = metrics.detach() if metric_sum is None else metric_sum + metrics.detach()
+    assert loss_sum is not None and metric_sum is not None, "an empty tensor is one empty chunk"
+    if hidden_grads:
+        leaves, grads = [hidden, *leaves], [torch.cat(hidden_grads), *grads]
+    if leaves:
+        loss_sum = _KnownGradient.apply(loss_sum, grads, *leaves)
+    return loss_sum, metric_sum
 
-    nll: Tensor
-    is_correct: Tensor
-    entropy: Tensor | None
+
+@torch.no_grad()
+def predict_through_head(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    columns: tuple[Tensor, ...],
+    predict: Callable[..., Tensor],
+    *,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """What `predict(logits [n, V], *columns)` gives for each of N tokens, without gradient."""
+    return torch.cat(
+        [
+            predict(head(states), *chunk)
+            for states, *chunk in _chunks(head, hidden, columns, chunk_tokens)
+        ]
+    )
 
 
-def token_losses(
+def _chunks(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    columns: tuple[Tensor, ...],
+    chunk_tokens: int | None,
+) -> Iterator[tuple[Tensor, ...]]:
+    if chunk_tokens is None:
+        with torch.no_grad():
+            vocab_size = head(hidden[:0]).shape[-1]
+        elements = _CPU_ELEMENTS if hidden.device.type == "cpu" else _GPU_ELEMENTS
+        chunk_tokens = max(1, elements // vocab_size)
+    yield from zip(*(column.split(chunk_tokens) for column in (hidden, *columns)), strict=True)
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """The weights that a loss was computed from."""
+    found: dict[int, Tensor] = {}
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found[id(leaf)] = leaf
+        nodes += [following for following, _ in node.next_functions]
+    return list(found.values())
+
+
+class _KnownGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, grads: list[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.grads = grads
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError("the gradient of a loss through the head can be taken once only")
+        return (None, None, *(known.mul_(grad) for known in grads))
+
+
+# What objectives do with a chunk of logits.
+
+
+def without_mask(logits: Tensor, mask_token_id: int) -> Tensor:
+    """SUBS: a copy in which the mask has probability 0, in float32 or better."""
+    mask = torch.tensor([mask_token_id], device=logits.device)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide.index_fill(-1, mask, -torch.inf)
+
+
+def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(logits, targets, reduction="none")
+
+
+def tempered_entropy(logits: Tensor, temperature: float) -> Tensor:
+    """Entropy [n] in nats of softmax(logits / temperature)."""
+    log_p = functional.log_softmax(logits / temperature, dim=-1)
+    # 0 * -inf at the mask would be NaN in the value and in the gradient.
+    return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
+
+
+def confidence_weights(
     head: Callable[[Tensor], Tensor],
     hidden: Tensor,
     targets: Tensor,
+    row: Tensor,
+    row_tokens: Tensor,
     *,
     mask_token_id: int,
-    entropy_temperature: float | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
-) -> TokenLosses:
-    """SUBS cross-entropy: the mask has probability 0, and the loss is computed in float32.
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """What the entropy of each token counts in the confidence term: [N].
+
+    The term is, per row, the mean entropy over its correctly predicted tokens; a row weighs as many
+    tokens as it has. A mean over all correct tokens of the batch would depend on how its rows are
+    spread over workers and micro-batches. Which tokens are correct takes a pass of its own.
 
     Args:
-        hidden: [N, D] hidden states of the positions that count.
-        targets: [N] clean tokens, none of them the mask.
-        entropy_temperature: also the entropy (nats) of softmax(logits / entropy_temperature), with
-            gradient.
-        chunk_tokens: more tokens than this go through in chunks whose logits are computed again in
-            the backward pass: one head's worth of extra work for V / D times less memory.
-
-    Returns:
-        each field [N] float32 (`is_correct` bool).
+        hidden, targets, row: [N, D], [N] and [N]: states, clean tokens, and the row they are in.
+        row_tokens: [B] tokens of each row.
     """
 
-    def one_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        logits = head(hidden).float()
-        logits = logits.index_fill(
-            -1, torch.tensor([mask_token_id], device=logits.device), -torch.inf
-        )
-        nll = functional.cross_entropy(logits, targets, reduction="none")
-        is_correct = logits.detach().argmax(-1) == targets
-        if entropy_temperature is None:
-            return nll, is_correct
-        log_p = functional.log_softmax(logits / entropy_temperature, dim=-1)
-        # 0 * -inf at the mask would be NaN in the value and in the gradient.
-        plogp = log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)
-        return nll, is_correct, -plogp.sum(-1)
+    def is_correct(logits: Tensor, targets: Tensor) -> Tensor:
+        return without_mask(logits, mask_token_id).argmax(-1) == targets
 
-    if hidden.shape[0] <= chunk_tokens:
-        parts = [one_chunk(hidden, targets)]
-    else:
-        parts = [
-            checkpoint(one_chunk, h, x, use_reentrant=False)
-            for h, x in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
-        ]
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    return TokenLosses(
-        nll=columns[0], is_correct=columns[1], entropy=columns[2] if len(columns) > 2 else None
-    )
+    chosen = predict_through_head(
+        head, hidden, (targets,), is_correct, chunk_tokens=chunk_tokens
+    ).double()
+    counts = torch.zeros(len(row_tokens), dtype=chosen.dtype, device=chosen.device)
+    counts.index_add_(0, row, chosen)
+    return chosen * (row_tokens / counts.clamp(min=1.0))[row]

@@ -13,24 +13,33 @@ from torch import Tensor
 
 from tokendiff.interfaces import Denoiser, LossOutput, TokenBatch
 from tokendiff.kernels import AbsorbingKernel
-from tokendiff.objectives.chunked import token_losses
+from tokendiff.objectives.chunked import (
+    confidence_weights,
+    negative_log_likelihood,
+    reduce_through_head,
+    tempered_entropy,
+    without_mask,
+)
 from tokendiff.random import RowGenerator
 
 
 @dataclass(frozen=True, kw_only=True)
 class MDLM:
+    """
+    Attributes:
+        max_loss_weight: clips the weight -alpha'/(1 - alpha); the loss is then no longer the bound.
+        lambda_conf: weight of the confidence term: per row, the mean entropy of
+            softmax(logits / conf_temperature) over the correctly predicted masked tokens.
+    """
+
     kernel: AbsorbingKernel
     min_time: float = 1e-3  # the weight -alpha'/(1 - alpha) is infinite at t = 0
+    max_loss_weight: float | None = None
     lambda_conf: float = 0.0
     conf_temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.min_time < 1.0:
-            raise ValueError(f"min_time must lie strictly between 0 and 1, got {self.min_time}")
-        if self.lambda_conf < 0.0:
-            raise ValueError(f"lambda_conf must not be negative, got {self.lambda_conf}")
-        if self.conf_temperature <= 0.0:
-            raise ValueError(f"conf_temperature must be positive, got {self.conf_temperature}")
+        check_fields(self.min_time, self.max_loss_weight, self.lambda_conf, self.conf_temperature)
 
     def loss(self, model: Denoiser, batch: TokenBatch, generator: RowGenerator) -> LossOutput:
         """Draw a time and a noisy sequence per row, and take the loss there.
@@ -53,41 +62,54 @@ class MDLM:
         is_target = batch.is_valid & (x_0 != mask)
         is_masked = is_target & (x_t == mask)
         row = is_masked.nonzero()[:, 0]
-        hidden = model.encode(x_t, batch.is_valid)[is_masked]
-        losses = token_losses(
-            model.head,
-            hidden,
-            x_0[is_masked],
-            mask_token_id=mask,
-            entropy_temperature=self.conf_temperature if self.lambda_conf > 0.0 else None,
-        )
-        weight = ((1.0 - self.min_time) * self.kernel.loss_weight(t)).to(losses.nll.dtype)
-        num_tokens = is_target.sum()
-        loss_sum = (weight[row] * losses.nll).sum()
-        metrics = {
-            "masked_nll": (losses.nll.detach().sum(), is_masked.sum()),
-            "masked_accuracy": (losses.is_correct.sum(), is_masked.sum()),
-        }
-        if losses.entropy is not None:
-            confidence_sum = _sum_of_row_means(
-                losses.entropy, losses.is_correct, row, is_target.sum(1)
+        hidden = model.encode(x_t, batch.is_valid, t)[is_masked]
+        weight = self.kernel.masked_loss_weight(t).clamp(max=self.max_loss_weight or torch.inf)
+        columns = [x_0[is_masked], ((1.0 - self.min_time) * weight)[row]]
+        has_confidence = self.lambda_conf > 0.0
+        if has_confidence:
+            columns.append(
+                confidence_weights(
+                    model.head, hidden, columns[0], row, is_target.sum(1), mask_token_id=mask
+                )
             )
-            loss_sum = loss_sum + self.lambda_conf * confidence_sum
-            metrics["confidence_entropy"] = (confidence_sum.detach(), num_tokens)
+
+        def loss_of(
+            logits: Tensor, targets: Tensor, weight: Tensor, conf_weight: Tensor | None = None
+        ) -> tuple[Tensor, Tensor]:
+            logits = without_mask(logits, mask)
+            nll = negative_log_likelihood(logits, targets)
+            loss = (weight.to(nll.dtype) * nll).sum()
+            sums = [nll.detach().sum(), (logits.detach().argmax(-1) == targets).sum()]
+            if conf_weight is not None:
+                entropy = tempered_entropy(logits, self.conf_temperature)
+                confidence = (conf_weight.to(entropy.dtype) * entropy).sum()
+                loss = loss + self.lambda_conf * confidence
+                sums.append(confidence.detach())
+            return loss, torch.stack([value.double() for value in sums])
+
+        loss_sum, sums = reduce_through_head(model.head, hidden, tuple(columns), loss_of)
+        num_tokens, num_masked = is_target.sum(), is_masked.sum()
+        metrics = {
+            "masked_nll": (sums[0], num_masked),
+            "masked_accuracy": (sums[1], num_masked),
+        }
+        if has_confidence:
+            metrics["confidence_entropy"] = (sums[2], num_tokens)
         return LossOutput(loss_sum=loss_sum, num_tokens=num_tokens, metrics=metrics)
 
 
-def _sum_of_row_means(
-    entropy: Tensor, is_correct: Tensor, row: Tensor, row_tokens: Tensor
-) -> Tensor:
-    """Sum over rows of (tokens in the row) * (mean entropy over the row's correct masked tokens).
-
-    Divided by the number of tokens it is the mean entropy over correct tokens, taken by row. A mean
-    over all correct tokens of the batch would depend on how its rows are spread over workers and
-    micro-batches.
-    """
-    chosen = is_correct.to(entropy.dtype)
-    zeros = torch.zeros(row_tokens.shape[0], dtype=entropy.dtype, device=entropy.device)
-    sums = zeros.index_add(0, row, entropy * chosen)
-    counts = zeros.index_add(0, row, chosen)
-    return (row_tokens * sums / counts.clamp(min=1.0)).sum()
+def check_fields(
+    min_time: float,
+    max_loss_weight: float | None,
+    lambda_conf: float,
+    conf_temperature: float,
+) -> None:
+    """Checks that objectives share; raises ValueError."""
+    if not 0.0 < min_time < 1.0:
+        raise ValueError(f"min_time must lie strictly between 0 and 1, got {min_time}")
+    if max_loss_weight is not None and max_loss_weight <= 0.0:
+        raise ValueError(f"max_loss_weight must be positive, got {max_loss_weight}")
+    if lambda_conf < 0.0:
+        raise ValueError(f"lambda_conf must not be negative, got {lambda_conf}")
+    if conf_temperature <= 0.0:
+        raise ValueError(f"conf_temperature must be positive, got {conf_temperature}")
