@@ -16,6 +16,7 @@ import torch
 from tests.builders import letter_tokenizer, random_rows, token_folder
 from tokendiff.checkpoint import (
     NoiseProcess,
+    checkpoint_identity,
     committed_checkpoints,
     load_for_inference,
     newest_sound_checkpoint,
@@ -25,8 +26,10 @@ from tokendiff.config import TrainConfig
 from tokendiff.data.order import RowOrder
 from tokendiff.data.rows import StepPlan, TokenData, step_batches
 from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.kernels import HybridKernel, UniformKernel
 from tokendiff.manifest import verify
 from tokendiff.models.loading import check_vocabulary
+from tokendiff.schedules import Cosine
 from tokendiff.training.run import TrainingRun, train_in_process
 
 LENGTH, ROWS_PER_STEP = 12, 8
@@ -494,14 +497,14 @@ def test_models_that_cannot_be_had(
 
 
 def test_models_that_do_not_fit(data: TokenData, tmp_path: Path) -> None:
-    from transformers import BertConfig, GPT2Config
+    from transformers import BertConfig, MambaConfig
 
     small: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    GPT2Config(n_embd=16, n_layer=1, n_head=2).save_pretrained(tmp_path / "gpt2")
+    MambaConfig(hidden_size=16, num_hidden_layers=1).save_pretrained(tmp_path / "mamba")
     BertConfig(**small, max_position_embeddings=8).save_pretrained(tmp_path / "short")
     BertConfig(**small, max_position_embeddings=64).save_pretrained(tmp_path / "bare")
     for name, message in (
-        ("gpt2", "has no masked language model"),
+        ("mamba", "not known to work with attention in both directions"),
         ("short", "takes at most 8 tokens; max_length is 12"),
         ("bare", "a config but no weights; from_scratch"),
     ):
@@ -517,32 +520,154 @@ def test_models_that_do_not_fit(data: TokenData, tmp_path: Path) -> None:
     assert sorted(losses) == [1]
 
 
-@pytest.mark.parametrize(
-    "model_type", ["albert", "bert", "distilbert", "electra", "modernbert", "roberta"]
-)
-def test_split_models_give_the_logits_of_the_whole(model_type: str) -> None:
-    from transformers import AutoConfig, AutoModelForMaskedLM
+# Every objective
 
-    from tokendiff.models.denoiser import MaskedLMDenoiser
 
-    sizes = {"distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}}.get(
-        model_type,
-        {
-            "hidden_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 16,
-            "embedding_size": 16,
-        },
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "udlm": {"name": "udlm", "alpha_schedule": "cosine", "exclude_mask_from_uniform": False},
+    "hybrid": {"name": "hybrid", "p_uniform": 0.2, "lambda_conf": 0.5, "max_loss_weight": 10.0},
+    "hybrid-posterior": {"name": "hybrid", "loss_type": "cross_entropy"},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_trains_resumes_and_is_recorded(
+    name: str, data: TokenData, tmp_path: Path
+) -> None:
+    cfg = config(
+        objective=OBJECTIVES[name],
+        model_name_or_path="builtin:dit-tiny",
+        lr_scheduler="constant",
+        lr_warmup_steps=0,
+        max_train_steps=4,
     )
-    model = AutoModelForMaskedLM.from_config(
-        AutoConfig.for_model(model_type, vocab_size=32, pad_token_id=0, **sizes)
-    ).eval()
-    denoiser = MaskedLMDenoiser(model, vocab_size=30)
-    assert denoiser.is_split == (model_type != "distilbert")
-    tokens = torch.randint(1, 30, (2, 9))
-    is_valid = torch.arange(9) < torch.tensor([9, 6])[:, None]
-    for valid in (is_valid, torch.ones_like(is_valid)):
-        expected = model(input_ids=tokens, attention_mask=valid.long()).logits[valid][:, :30]
-        ours = denoiser.head(denoiser.encode(tokens, valid)[valid])
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    whole, _ = run(cfg, data, tmp_path / "whole")
+    first, _ = run(cfg.model_copy(update={"max_train_steps": 2}), data, tmp_path / "parts")
+    rest, _ = run(cfg, data, tmp_path / "parts")
+    assert {**first, **rest} == whole
+    in_two = run_distributed(
+        cfg.model_copy(update={"per_device_train_batch_size": 3}), data, tmp_path / "two", 2
+    )
+    assert in_two == pytest.approx(whole, rel=1e-5)
+    _, _, process = load_for_inference(tmp_path / "whole")
+    assert process.objective == OBJECTIVES[name]["name"]
+    assert process.prediction == ("posterior" if name == "hybrid-posterior" else "loo")
+    kernel = process.kernel()
+    if isinstance(kernel, UniformKernel):
+        assert isinstance(kernel.schedule, Cosine)
+        assert not kernel.exclude_mask
+    else:
+        assert isinstance(kernel, HybridKernel)
+        assert kernel.p_uniform == OBJECTIVES[name].get("p_uniform", 0.1)
+
+
+# The noise process as other tools see it
+
+
+def test_scheduler_config_is_what_the_published_classes_read(tmp_path: Path) -> None:
+    """The names of their constructors' arguments, each with our value; the rest is ours."""
+    schedule = {"alpha_schedule", "eps", "sigma_min", "sigma_max"}
+    common = {"vocab_size", "mask_token_id", "num_train_timesteps"}
+    theirs = {
+        "absorbing": common | schedule | {"forward_process"},
+        "uniform": common | schedule | {"forward_process", "exclude_mask_from_uniform"},
+        "hybrid": common | {"p_uniform", "gamma"},
+    }
+    ours = {"_class_name", "objective", "prediction", "max_length"}
+    for forward_process, names in theirs.items():
+        process = NoiseProcess(
+            forward_process=forward_process,
+            vocab_size=30,
+            mask_token_id=4,
+            max_length=12,
+            objective="x",
+            alpha_schedule="log_linear" if forward_process == "hybrid" else "cosine",
+            exclude_mask_from_uniform=forward_process != "uniform",
+            p_uniform=0.3 if forward_process == "hybrid" else 0.0,
+            prediction="posterior" if forward_process == "hybrid" else "loo",
+        )
+        process.save(tmp_path)
+        fields = json.loads((tmp_path / "scheduler_config.json").read_text())
+        assert set(fields) == names | ours
+        is_hybrid = forward_process == "hybrid"
+        expected = "HybridTokenDiffusionScheduler" if is_hybrid else "TokenDiffusionScheduler"
+        assert fields["_class_name"] == expected
+        assert NoiseProcess.load(tmp_path) == process
+
+
+def _published(folder: Path, **fields: Any) -> Path:
+    """A folder as the published scripts leave it: model, tokenizer and scheduler, no manifest."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    model = BertForMaskedLM(
+        BertConfig(
+            vocab_size=16,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=24,
+        )
+    )
+    model.save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
+    common = {"_diffusers_version": "0.37.0.dev0", "vocab_size": 16, "mask_token_id": 1}
+    text = json.dumps({**common, "num_train_timesteps": 1000, **fields})
+    (folder / "scheduler_config.json").write_text(text)
+    return folder
+
+
+def test_checkpoints_of_the_published_scripts_open(tmp_path: Path) -> None:
+    uniform = _published(
+        tmp_path / "udlm",
+        _class_name="TokenDiffusionScheduler",
+        forward_process="uniform",
+        alpha_schedule="cosine",
+        eps=1e-3,
+        sigma_min=1e-4,
+        sigma_max=20.0,
+        exclude_mask_from_uniform=True,
+    )
+    hybrid = _published(
+        tmp_path / "hybrid",
+        _class_name="HybridTokenDiffusionScheduler",
+        t_eps=1e-4,
+        p_uniform=0.1,
+        clip_noise=20.0,
+        gamma=1.0,
+    )
+    for folder, kind, prediction in (
+        (uniform, UniformKernel, "loo"),
+        (hybrid, HybridKernel, "posterior"),
+    ):
+        _, _, process = load_for_inference(folder)
+        assert isinstance(process.kernel(), kind)
+        assert (process.prediction, process.max_length) == (prediction, 24)
+        identity = checkpoint_identity(folder)
+        assert identity == checkpoint_identity(open_checkpoint(folder))
+        (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+        assert checkpoint_identity(folder) != identity
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"_class_name": "DDPMScheduler"}, "_class_name 'DDPMScheduler' is not supported"),
+        ({"forward_process": "gaussian"}, "forward_process 'gaussian' is not supported"),
+        ({"mask_token_id": 16}, "mask_token_id 16 is not an id of the vocabulary of 16"),
+        ({"prediction": "noise"}, "prediction must be 'loo' or 'posterior'"),
+        ({"alpha_schedule": "sigmoid"}, "alpha_schedule must be one of"),
+        (
+            {"_class_name": "HybridTokenDiffusionScheduler", "p_uniform": 0.1, "gamma": 3.0},
+            r"gamma must lie in \(0, 2\]",
+        ),
+        ({"vocab_size": "many"}, "scheduler_config.json"),
+    ],
+)
+def test_bad_noise_processes_are_refused(
+    tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    good = {"_class_name": "TokenDiffusionScheduler", "forward_process": "absorbing"}
+    folder = _published(tmp_path / "bad", **{**good, **fields})
+    with pytest.raises(InputError, match=message):
+        NoiseProcess.load(folder)

@@ -17,13 +17,21 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokendiff.errors import CorruptFileError, InputError
-from tokendiff.kernels import AbsorbingKernel
-from tokendiff.manifest import MANIFEST_NAME, commit, is_committed, verify
+from tokendiff.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
+from tokendiff.manifest import (
+    MANIFEST_NAME,
+    commit,
+    file_identity,
+    fingerprint,
+    is_committed,
+    load_manifest,
+    verify,
+)
 from tokendiff.schedules import make_schedule
 
 KIND = "checkpoint"
@@ -33,44 +41,122 @@ MODEL_WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
 _PREFIX = "checkpoint-"
 
 
+_SCHEDULER_CLASSES = {
+    "absorbing": "TokenDiffusionScheduler",
+    "uniform": "TokenDiffusionScheduler",
+    "hybrid": "HybridTokenDiffusionScheduler",
+}
+_SCHEDULE_FIELDS = ("alpha_schedule", "eps", "sigma_min", "sigma_max")
+# The fields that the published class of each process reads beside vocab_size and mask_token_id.
+_PROCESS_FIELDS = {
+    "absorbing": ("forward_process", *_SCHEDULE_FIELDS),
+    "uniform": ("forward_process", "exclude_mask_from_uniform", *_SCHEDULE_FIELDS),
+    "hybrid": ("p_uniform", "gamma"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class NoiseProcess:
     """The forward process that a model was trained under, and what its output means.
 
     Attributes:
-        prediction: "loo", the leave-one-out posterior that the reverse step is built on, or
-            "posterior".
-        max_length: length of the training rows.
+        objective: what trained it; None in a checkpoint that is not ours.
+        prediction: "loo", the leave-one-out posterior that bound and reverse step are built on, or
+            "posterior", p(x_0 | x_t), which they convert.
+        max_length: length of the training rows, or the most that the model takes.
+
+    Raises:
+        InputError: a value that no kernel can have.
     """
 
-    objective: str
+    forward_process: str
     vocab_size: int
     mask_token_id: int
-    alpha_schedule: str
-    eps: float
-    sigma_min: float
-    sigma_max: float
     max_length: int
-    forward_process: str = "absorbing"
+    objective: str | None = None
     prediction: str = "loo"
+    alpha_schedule: str = "log_linear"
+    eps: float = 1e-3
+    sigma_min: float = 1e-4
+    sigma_max: float = 20.0
+    exclude_mask_from_uniform: bool = True
+    p_uniform: float = 0.0
+    gamma: float = 1.0
 
-    def kernel(self) -> AbsorbingKernel:
+    def __post_init__(self) -> None:
+        if self.forward_process not in _SCHEDULER_CLASSES:
+            raise InputError(
+                f"forward_process {self.forward_process!r} is not supported; there are "
+                f"{', '.join(_SCHEDULER_CLASSES)}"
+            )
+        if self.prediction not in ("loo", "posterior"):
+            raise InputError(f"prediction must be 'loo' or 'posterior', got {self.prediction!r}")
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise InputError(
+                f"mask_token_id {self.mask_token_id} is not an id of the vocabulary of "
+                f"{self.vocab_size} tokens"
+            )
+        try:
+            self.kernel()
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+    def kernel(self) -> ForwardKernel:
+        if self.forward_process == "hybrid":
+            return HybridKernel(
+                vocab_size=self.vocab_size,
+                mask_token_id=self.mask_token_id,
+                p_uniform=self.p_uniform,
+                gamma=self.gamma,
+            )
         schedule = make_schedule(
             self.alpha_schedule, eps=self.eps, sigma_min=self.sigma_min, sigma_max=self.sigma_max
         )
+        if self.forward_process == "uniform":
+            return UniformKernel(
+                schedule=schedule,
+                vocab_size=self.vocab_size,
+                mask_token_id=self.mask_token_id,
+                exclude_mask=self.exclude_mask_from_uniform,
+            )
         return AbsorbingKernel(schedule=schedule, mask_token_id=self.mask_token_id)
 
+    def describe(self) -> str:
+        """The process in a few words."""
+        shape = ("sigma_min", "sigma_max") if self.alpha_schedule == "geometric" else ("eps",)
+        names = {
+            "absorbing": ("alpha_schedule", *shape),
+            "uniform": ("alpha_schedule", *shape, "exclude_mask_from_uniform"),
+            "hybrid": ("p_uniform", "gamma"),
+        }[self.forward_process]
+        values = ", ".join(f"{name} {getattr(self, name)}" for name in names)
+        return f"{self.forward_process} ({values})"
+
     def save(self, folder: Path) -> None:
+        """Write `scheduler_config.json` in the diffusers form.
+
+        The published class of the process reads the fields that its own constructor has, and warns
+        of the others.
+        """
+        names = _PROCESS_FIELDS[self.forward_process]
         fields = {
-            "_class_name": "TokenDiffusionScheduler",
+            "_class_name": _SCHEDULER_CLASSES[self.forward_process],
+            "vocab_size": self.vocab_size,
+            "mask_token_id": self.mask_token_id,
             "num_train_timesteps": 1000,
-            **asdict(self),
+            **{name: getattr(self, name) for name in names},
+            "objective": self.objective,
+            "prediction": self.prediction,
+            "max_length": self.max_length,
         }
         (folder / SCHEDULER_CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "NoiseProcess":
-        """Read `scheduler_config.json`.
+        """Read `scheduler_config.json`, ours or one that the published classes saved.
+
+        What those do not record is what their training scripts did: the hybrid one trained with
+        cross-entropy (prediction "posterior"), the others with a bound ("loo").
 
         Raises:
             InputError: it is missing, or describes a process that this version does not have.
@@ -81,17 +167,32 @@ class NoiseProcess:
                 f"{folder}: no {SCHEDULER_CONFIG}; checkpoint_path must be a checkpoint-N or final "
                 "folder"
             )
-        fields = json.loads(path.read_text())
-        if fields.get("forward_process") != "absorbing" or fields.get("prediction") != "loo":
-            raise InputError(
-                f"{path}: forward_process {fields.get('forward_process')!r} with prediction "
-                f"{fields.get('prediction')!r} is not supported; this version knows 'absorbing' "
-                "with 'loo'"
-            )
         try:
-            return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
-        except KeyError as error:
-            raise InputError(f"{path}: field {error} is missing") from error
+            fields = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path}: not JSON ({error})") from error
+        if fields.get("_class_name") not in _SCHEDULER_CLASSES.values():
+            raise InputError(
+                f"{path}: _class_name {fields.get('_class_name')!r} is not supported; there are "
+                f"{', '.join(sorted(set(_SCHEDULER_CLASSES.values())))}"
+            )
+        if fields["_class_name"] == _SCHEDULER_CLASSES["hybrid"]:
+            fields = {"prediction": "posterior", **fields, "forward_process": "hybrid"}
+        known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
+        try:
+            if "max_length" not in known:
+                known["max_length"] = _longest_row(folder)
+            return cls(**known)
+        except (InputError, TypeError, KeyError) as error:
+            raise InputError(f"{path}: {error}") from error
+
+
+def _longest_row(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text())
+    # RoBERTa's positions start behind the padding id.
+    is_roberta = config.get("model_type") in ("roberta", "xlm-roberta", "camembert")
+    offset = config.get("pad_token_id", 1) + 1 if is_roberta else 0
+    return int(config["max_position_embeddings"]) - offset
 
 
 def save_checkpoint(
@@ -181,6 +282,8 @@ def open_checkpoint(checkpoint_path: str | Path) -> Path:
     folder = Path(checkpoint_path).expanduser().resolve()
     if not folder.is_dir():
         raise InputError(f"checkpoint_path {checkpoint_path}: no such folder")
+    if is_foreign(folder):
+        return folder
     if not is_committed(folder):
         inner = [
             path for path in [*committed_checkpoints(folder), folder / FINAL] if is_committed(path)
@@ -195,6 +298,24 @@ def open_checkpoint(checkpoint_path: str | Path) -> Path:
     return folder
 
 
+def is_foreign(folder: Path) -> bool:
+    """Whether the published scripts made this checkpoint: a model beside a scheduler_config.json
+    that names no objective, and no manifest. There is nothing to verify it by.
+    """
+    path = folder / SCHEDULER_CONFIG
+    if is_committed(folder) or not path.is_file() or not (folder / "config.json").is_file():
+        return False
+    return '"objective"' not in path.read_text()
+
+
+def checkpoint_identity(folder: Path) -> str:
+    """A digest of the content of an opened checkpoint."""
+    if is_foreign(folder):
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        return fingerprint([[path.name, file_identity(path)] for path in files])
+    return fingerprint(load_manifest(folder).files)
+
+
 def load_for_inference(checkpoint_path: str | Path) -> tuple[Any, Any, NoiseProcess]:
     """Open a checkpoint for sampling or evaluation, with its averaged weights where it has them.
 
@@ -204,6 +325,7 @@ def load_for_inference(checkpoint_path: str | Path) -> tuple[Any, Any, NoiseProc
     from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
+    import tokendiff.models.diffusion_transformer  # noqa: F401  # registers the type
     from tokendiff.models.loading import load_denoiser
 
     folder = open_checkpoint(checkpoint_path)

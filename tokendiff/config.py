@@ -12,7 +12,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from tokendiff.errors import InputError
 
 BUILTIN_MODEL_PREFIX = "builtin:"
-BUILTIN_MODELS = ("bert-tiny", "bert-mini", "bert-small", "bert-base")
+BUILTIN_MODELS = (
+    *("bert-tiny", "bert-mini", "bert-small", "bert-base"),
+    *("dit-tiny", "dit-mini", "dit-small", "dit-base"),
+)
 FILE_FORMATS = ("text", "jsonl", "parquet")
 
 
@@ -138,24 +141,44 @@ class PreprocessConfig(Section):
         return self
 
 
-class MDLMConfig(Section):
-    """Masked (absorbing) diffusion, continuous time. Source: MDLM (arXiv 2406.07524)."""
+class _ObjectiveConfig(Section):
+    """Fields that all objectives have."""
 
-    name: Literal["mdlm"] = "mdlm"
-    alpha_schedule: Literal["log_linear", "linear", "cosine", "geometric"] = Field(
-        "log_linear", description="noise schedule alpha(t)"
-    )
-    eps: float = Field(1e-3, gt=0.0, lt=0.5, description="distance of alpha from its ends")
-    sigma_min: float = Field(1e-4, gt=0.0, description="least noise of the geometric schedule")
-    sigma_max: float = Field(20.0, gt=0.0, description="most noise of the geometric schedule")
     min_time: float = Field(1e-3, gt=0.0, lt=1.0, description="smallest time that is trained on")
+    max_loss_weight: float | None = Field(
+        None,
+        gt=0.0,
+        description="clip the loss weights, which grow without bound at the ends of time; "
+        "the reported bound is never clipped",
+    )
     lambda_conf: float = Field(0.0, ge=0.0, description="weight of the confidence term")
     conf_temperature: float = Field(
         1.0, gt=0.0, description="temperature inside the confidence term"
     )
 
     @model_validator(mode="after")
-    def _nothing_is_ignored(self) -> "MDLMConfig":
+    def _confidence_is_used(self) -> "_ObjectiveConfig":
+        if self.lambda_conf == 0.0 and self.conf_temperature != 1.0:
+            raise ValueError("conf_temperature has no effect while lambda_conf is 0")
+        return self
+
+    def process_fields(self) -> dict[str, Any]:
+        """What a checkpoint records of the noise process (`tokendiff.checkpoint.NoiseProcess`)."""
+        raise NotImplementedError
+
+
+class _ScheduledConfig(_ObjectiveConfig):
+    """Objectives whose kernel takes any noise schedule."""
+
+    alpha_schedule: Literal["log_linear", "linear", "cosine", "geometric"] = Field(
+        "log_linear", description="noise schedule alpha(t)"
+    )
+    eps: float = Field(1e-3, gt=0.0, lt=0.5, description="distance of alpha from its ends")
+    sigma_min: float = Field(1e-4, gt=0.0, description="least noise of the geometric schedule")
+    sigma_max: float = Field(20.0, gt=0.0, description="most noise of the geometric schedule")
+
+    @model_validator(mode="after")
+    def _schedule_is_used(self) -> "_ScheduledConfig":
         geometric = self.alpha_schedule == "geometric"
         idle = {"eps"} if geometric else {"sigma_min", "sigma_max"}
         if given := sorted(idle & self.model_fields_set):
@@ -164,16 +187,87 @@ class MDLMConfig(Section):
             )
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
-        if (
-            "conf_temperature" in self.model_fields_set
-            and self.lambda_conf == 0.0
-            and self.conf_temperature != 1.0
-        ):
-            raise ValueError("conf_temperature has no effect while lambda_conf is 0")
         return self
 
+    def _schedule_fields(self) -> dict[str, Any]:
+        names = ("alpha_schedule", "eps", "sigma_min", "sigma_max")
+        return {name: getattr(self, name) for name in names}
 
-ObjectiveConfig = Annotated[MDLMConfig, _named("mdlm")]
+
+class MDLMConfig(_ScheduledConfig):
+    """Masked (absorbing) diffusion, continuous time. Source: MDLM (arXiv 2406.07524)."""
+
+    name: Literal["mdlm"] = "mdlm"
+
+    def process_fields(self) -> dict[str, Any]:
+        return {"forward_process": "absorbing", "prediction": "loo", **self._schedule_fields()}
+
+
+LOSS_TYPE_HELP = (
+    "elbo trains what bound and sampler are built on; cross_entropy trains p(x_0 | x_t), "
+    "which they then convert"
+)
+
+
+class _TokenNoiseConfig(_ObjectiveConfig):
+    """Objectives whose noise is other tokens."""
+
+    min_time: float = Field(1e-4, gt=0.0, lt=1.0, description="smallest time that is trained on")
+    loss_type: Literal["elbo", "cross_entropy"] = Field("elbo", description=LOSS_TYPE_HELP)
+
+    @model_validator(mode="after")
+    def _weight_is_used(self) -> "_TokenNoiseConfig":
+        if self.loss_type == "cross_entropy":
+            self._refuse_ignored(("max_loss_weight",), "loss_type 'cross_entropy'")
+        return self
+
+    def _prediction(self) -> str:
+        return "loo" if self.loss_type == "elbo" else "posterior"
+
+
+class UDLMConfig(_TokenNoiseConfig, _ScheduledConfig):
+    """Uniform diffusion, continuous time. Source: UDLM (arXiv 2412.10193)."""
+
+    name: Literal["udlm"] = "udlm"
+    exclude_mask_from_uniform: bool = Field(
+        True, description="noise is any id but the mask; false: any id, the mask too"
+    )
+
+    def process_fields(self) -> dict[str, Any]:
+        return {
+            "forward_process": "uniform",
+            "prediction": self._prediction(),
+            "exclude_mask_from_uniform": self.exclude_mask_from_uniform,
+            **self._schedule_fields(),
+        }
+
+
+class HybridConfig(_TokenNoiseConfig):
+    """Masks and uniform noise in one process. Source: GIDD (arXiv 2503.04482)."""
+
+    name: Literal["hybrid"] = "hybrid"
+    p_uniform: float = Field(
+        0.1, ge=0.0, lt=1.0, description="share of tokens that are uniform noise at t = 1/2"
+    )
+    gamma: float = Field(
+        1.0,
+        gt=0.0,
+        le=2.0,
+        description="how uniform noise gathers around t = 1/2; above 2 rates would be negative",
+    )
+
+    def process_fields(self) -> dict[str, Any]:
+        return {
+            "forward_process": "hybrid",
+            "prediction": self._prediction(),
+            "p_uniform": self.p_uniform,
+            "gamma": self.gamma,
+        }
+
+
+ObjectiveConfig = Annotated[
+    MDLMConfig | UDLMConfig | HybridConfig, Field(discriminator="name"), _named("mdlm")
+]
 
 
 class TrainConfig(Section):
@@ -274,11 +368,9 @@ class TrainConfig(Section):
         return {**super().result_fields(), "rows_per_step": self.rows_per_step}
 
 
-class AncestralConfig(Section):
-    """Ancestral sampling on a uniform time grid."""
+class _SamplerConfig(Section):
+    """Fields that all samplers have."""
 
-    name: Literal["ancestral"] = "ancestral"
-    num_inference_steps: int = Field(128, ge=1, description="steps of the time grid")
     temperature: float = Field(
         1.0, ge=0.0, description="of the predicted distribution; 0 is argmax"
     )
@@ -286,15 +378,59 @@ class AncestralConfig(Section):
     top_p: float | None = Field(
         None, gt=0.0, le=1.0, description="keep the likeliest tokens of this total"
     )
+    guidance_scale: float = Field(
+        1.0,
+        ge=0.0,
+        description="classifier-free guidance towards the prompt; 1 is off, "
+        "others take two forward passes",
+    )
 
     @model_validator(mode="after")
-    def _nothing_is_ignored(self) -> "AncestralConfig":
+    def _nothing_is_ignored(self) -> "_SamplerConfig":
         if self.temperature == 0.0 and (self.top_k is not None or self.top_p is not None):
             raise ValueError("top_k and top_p have no effect at temperature 0 (argmax)")
         return self
 
 
-SamplerConfig = Annotated[AncestralConfig, _named("ancestral")]
+class AncestralConfig(_SamplerConfig):
+    """Ancestral sampling on a uniform time grid, for every noise process."""
+
+    name: Literal["ancestral"] = "ancestral"
+    num_inference_steps: int = Field(128, ge=1, description="steps of the time grid")
+
+
+class BlockwiseConfig(_SamplerConfig):
+    """Ancestral sampling of one block after the other, from left to right."""
+
+    name: Literal["blockwise"] = "blockwise"
+    num_inference_steps: int = Field(64, ge=1, description="steps of the time grid")
+    block_size: int = Field(32, ge=1, description="tokens of a block")
+
+
+class RemaskingConfig(_SamplerConfig):
+    """Revealed tokens may be masked again. Source: ReMDM (arXiv 2503.00307)."""
+
+    name: Literal["remdm"] = "remdm"
+    num_inference_steps: int = Field(128, ge=1, description="steps of the time grid")
+    eta: float = Field(
+        0.02, ge=0.0, le=1.0, description="how much is masked again; 0 is the ancestral sampler"
+    )
+    remasking_schedule: Literal["cap", "rescale"] = Field(
+        "cap", description="sigma is at most eta, or eta times the most that is possible"
+    )
+
+
+class FirstHittingConfig(_SamplerConfig):
+    """One token per forward pass, exactly. Source: arXiv 2409.02908."""
+
+    name: Literal["first_hitting"] = "first_hitting"
+
+
+SamplerConfig = Annotated[
+    AncestralConfig | BlockwiseConfig | RemaskingConfig | FirstHittingConfig,
+    Field(discriminator="name"),
+    _named("ancestral"),
+]
 
 
 class GenerateConfig(Section):
@@ -336,6 +472,11 @@ class EvaluateConfig(Section):
     )
     max_eval_rows: int | None = Field(None, ge=2, description="rows at most; by default all")
     num_mask_samples: int = Field(4, ge=1, description="noise levels drawn per row")
+    verify: bool = Field(
+        False,
+        description="prove the installed code and the checkpoint against brute force first; "
+        "the certificate stands in the report",
+    )
     batch_size: int = Field(16, ge=1, description="rows in one forward pass")
     reference_model_name_or_path: str | None = Field(
         None, description="causal LM that scores the samples (generative perplexity)"

@@ -22,29 +22,43 @@ from tokendiff.data.order import RowOrder
 from tokendiff.data.rows import StepPlan, TokenData, step_batches
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.interfaces import Objective
+from tokendiff.kernels import AbsorbingKernel
 from tokendiff.manifest import is_committed, load_manifest, verify
 from tokendiff.models.loading import check_vocabulary, load_denoiser
 from tokendiff.objectives.mdlm import MDLM
+from tokendiff.objectives.token_noise import TokenNoiseDiffusion
 from tokendiff.training.trainer import Batches, OnEvent, Trainer
 from tokendiff.training.world import World
 
 if TYPE_CHECKING:
-    from tokendiff.config import MDLMConfig, TrainConfig
+    from tokendiff.config import HybridConfig, MDLMConfig, TrainConfig, UDLMConfig
 
 OPTIMIZER_STATE, TRAINER_STATE = "optimizer.safetensors", "trainer_state.json"
 
 
 def _build_mdlm(config: "MDLMConfig", process: NoiseProcess) -> Objective:
-    return MDLM(
-        kernel=process.kernel(),
-        min_time=config.min_time,
-        lambda_conf=config.lambda_conf,
-        conf_temperature=config.conf_temperature,
+    kernel = process.kernel()
+    assert isinstance(kernel, AbsorbingKernel)
+    return MDLM(kernel=kernel, **_common_fields(config))
+
+
+def _build_token_noise(config: "UDLMConfig | HybridConfig", process: NoiseProcess) -> Objective:
+    return TokenNoiseDiffusion(
+        kernel=process.kernel(), loss_type=config.loss_type, **_common_fields(config)
     )
 
 
+def _common_fields(config: "MDLMConfig | UDLMConfig | HybridConfig") -> dict[str, Any]:
+    names = ("min_time", "max_loss_weight", "lambda_conf", "conf_temperature")
+    return {name: getattr(config, name) for name in names}
+
+
 # The closed table behind `objective: NAME`.
-OBJECTIVES: dict[str, Callable[[Any, NoiseProcess], Objective]] = {"mdlm": _build_mdlm}
+OBJECTIVES: dict[str, Callable[[Any, NoiseProcess], Objective]] = {
+    "mdlm": _build_mdlm,
+    "udlm": _build_token_noise,
+    "hybrid": _build_token_noise,
+}
 
 
 def run_identity(config: "TrainConfig", data: TokenData) -> dict[str, Any]:
@@ -142,6 +156,7 @@ class TrainingRun:
             from_scratch=config.from_scratch,
             dropout=config.dropout,
             seed=config.seed,
+            warn=lambda message: on_event("warning", message=message) if world.is_main else None,
         )
         if not config.from_scratch:
             check_vocabulary(config.model_name_or_path, tokenizer)
@@ -149,11 +164,8 @@ class TrainingRun:
             objective=config.objective.name,
             vocab_size=denoiser.vocab_size,
             mask_token_id=tokenizer.mask_token_id,
-            alpha_schedule=config.objective.alpha_schedule,
-            eps=config.objective.eps,
-            sigma_min=config.objective.sigma_min,
-            sigma_max=config.objective.sigma_max,
             max_length=data.max_length,
+            **config.objective.process_fields(),
         )
         objective = OBJECTIVES[config.objective.name](config.objective, process)
         trainer = Trainer(denoiser, objective, config, world, on_event=on_event)

@@ -25,7 +25,7 @@ from tokendiff.training.world import World
 
 if TYPE_CHECKING:
     from tokendiff.config import TrainConfig
-    from tokendiff.models.denoiser import MaskedLMDenoiser
+    from tokendiff.models.denoiser import TransformersDenoiser
 
 OnEvent = Callable[..., None]  # (event name, **fields), called on the main worker only
 Batches = Iterator[dict[str, Any]]  # one per step: tokens [b, L], length [b], row_id [b], epoch [b]
@@ -55,7 +55,7 @@ class Trainer:
 
     def __init__(
         self,
-        denoiser: "MaskedLMDenoiser",
+        denoiser: "TransformersDenoiser",
         objective: Objective,
         config: "TrainConfig",
         world: World,
