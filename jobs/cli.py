@@ -235,7 +235,7 @@ def _add_section_flags(
         if path in names:
             continue
         field = variants[0][1]
-        details = _details(field)
+        details = _details(variants)
         parent = fields.get(path[:-1])
         if parent and len(models_in(parent[0][1].annotation)) > len(variants):
             details.insert(0, f"{path[-2]} {', '.join(tags(owner)[0] for owner, _ in variants)}")
@@ -261,8 +261,9 @@ def _shape(annotation: Any) -> dict[str, Any]:
     return {"metavar": metavar}
 
 
-def _details(field: FieldInfo) -> list[str]:
-    """Allowed values and default of a field."""
+def _details(variants: Variants) -> list[str]:
+    """Allowed values of a field, and its default, by model where the models differ."""
+    field = variants[0][1]
     types = alternatives(field.annotation)
     choices = [str(c) for t in types if get_origin(t) is Literal for c in get_args(t)]
     if is_tagged(field):
@@ -272,10 +273,19 @@ def _details(field: FieldInfo) -> list[str]:
         details += [
             f"{sign} {getattr(rule, at)}" for at, sign in _BOUNDS.items() if hasattr(rule, at)
         ]
+    defaults = {tags(owner)[:1]: _default(field) for owner, field in variants}
+    if len(set(defaults.values())) > 1:
+        by_name = ", ".join(f"{name} for {tag}" for (tag,), name in defaults.items())
+        return [*details, f"default: {by_name}"]
+    default = _default(field)
+    return [*details, f"default: {default}"] if default else details
+
+
+def _default(field: FieldInfo) -> str:
     default = getattr(field.default, TAG, field.default)
     if isinstance(default, bool):
-        default = str(default).lower()
-    return details if default in (None, []) else [*details, f"default: {default}"]
+        return str(default).lower()
+    return "" if default in (None, []) else str(default)
 
 
 def _explain_unknown(

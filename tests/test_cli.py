@@ -13,12 +13,17 @@ from pydantic import BeforeValidator, Field
 from jobs import cli
 from tokendiff.config import (
     AncestralConfig,
+    BlockwiseConfig,
     Config,
+    FirstHittingConfig,
     GenerateConfig,
+    HybridConfig,
     MDLMConfig,
     PreprocessConfig,
+    RemaskingConfig,
     Section,
     TrainConfig,
+    UDLMConfig,
 )
 from tokendiff.config_loader import load_model
 from tokendiff.errors import CorruptFileError, InputError
@@ -96,9 +101,11 @@ def test_help_has_every_field_once(
     for section in sections:
         names |= set(type(getattr(Config(), section)).model_fields)
     if "train" in sections:
-        names |= set(MDLMConfig.model_fields) - {"name"}
+        for objective in (MDLMConfig, UDLMConfig, HybridConfig):
+            names |= set(objective.model_fields) - {"name"}
     if "generate" in sections:
-        names |= set(AncestralConfig.model_fields) - {"name"}
+        for sampler in (AncestralConfig, BlockwiseConfig, RemaskingConfig, FirstHittingConfig):
+            names |= set(sampler.model_fields) - {"name"}
     flags = [word for word in text.split() if word.startswith("--") and word != "--help"]
     flags = [
         flag for flag in flags if flag not in ("--config", "--override", "--json", "--verbose")
@@ -114,7 +121,12 @@ def test_help_says_what_is_allowed_and_what_is_the_default(
     assert "--max_train_steps INT optimiser steps (>= 1; default: 1000)" in text
     assert "--learning_rate FLOAT peak learning rate of AdamW (> 0.0; default: 0.0001)" in text
     assert "bf16 autocast; weights stay fp32 (one of no, bf16; default: no)" in text
-    assert "--objective TEXT what is trained (one of mdlm; default: mdlm)" in text
+    assert (
+        "smallest time that is trained on (> 0.0; < 1.0; default: 0.001 for mdlm, 0.0001 for udlm, "
+        "0.0001 for hybrid)" in text
+    )
+    assert "(objective hybrid; >= 0.0; < 1.0; default: 0.1)" in text
+    assert "--objective TEXT what is trained (one of mdlm, udlm, hybrid; default: mdlm)" in text
     assert "--compile [true|false] torch.compile the encoder (default: false)" in text
     assert "--data_path TEXT folder that jobs.preprocess wrote --output_dir" in text
 
@@ -145,7 +157,8 @@ def test_help_says_what_is_allowed_and_what_is_the_default(
         ("--mixed_precision fp16", "--mixed_precision: must be one of 'no', 'bf16', got 'fp16'"),
         (
             "--objective udlm2",
-            "--objective: must be one of 'mdlm', got 'udlm2'; did you mean 'mdlm'?",
+            "--objective: must be one of 'mdlm', 'udlm', 'hybrid', got 'udlm2'; "
+            "did you mean 'udlm'?",
         ),
         ("-o train.sed=1", "-o train.sed: unknown field; did you mean 'seed'?"),
         ("-o train.seed", "-o train.seed: write it as -o section.field=value"),

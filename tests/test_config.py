@@ -297,7 +297,8 @@ evaluate:
         "did you mean 'cosine'?",
         "run.yaml:7: train.lambda_conf: unknown field; did you mean 'train.objective.lambda_conf'?",
         "run.yaml:8: train.compile: must be true or false, got 'yes'",
-        "run.yaml:9: train.objective: must be one of 'mdlm', got 'mdml'; did you mean 'mdlm'?",
+        "run.yaml:9: train.objective: must be one of 'mdlm', 'udlm', 'hybrid', got 'mdml'; "
+        "did you mean 'mdlm'?",
         "run.yaml:10: train.model_name_or_path: must be a string, got 12; put it in quotes",
         "run.yaml:11: train.seed: must be an integer, got true",
         "run.yaml:15: preprocess.data_files[1]: must be a string, got 1; put it in quotes",
@@ -536,11 +537,59 @@ def test_a_field_with_effect_is_not_refused(overrides: list[str]) -> None:
     load_config(None, overrides)
 
 
-def test_the_published_pipeline_can_be_turned_into_the_builtin_one() -> None:
-    path = Path(__file__).parents[1] / "pipelines" / "mdlm.yaml"
-    overrides = ["preprocess.dataset_name=builtin", "preprocess.dataset_config_name=null"]
-    config = load_config(path, [*overrides, "train.model_name_or_path=builtin:bert-tiny"])
+@pytest.mark.parametrize("name", ["mdlm", "udlm", "hybrid"])
+def test_a_published_pipeline_can_be_turned_into_the_builtin_one(name: str) -> None:
+    """By the overrides that its own first lines give."""
+    path = Path(__file__).parents[1] / "pipelines" / f"{name}.yaml"
+    comment = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
+    overrides = re.findall(r"-o (\S+)", comment)
+    assert len(overrides) >= 5
+    config = load_config(path, overrides)
     config.check_pipeline()
+    assert config.name == f"{name}-offline"
+    assert config.train.objective.name == name
+    assert load_config(path).name == name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (
+            ["train.objective=udlm", "train.objective.p_uniform=0.1"],
+            "-o train.objective.p_uniform: not a field of udlm, only of hybrid",
+        ),
+        (
+            ["train.objective={name: hybrid, gamma: 2.5}"],
+            "-o train.objective: train.objective.gamma: must be <= 2.0, got 2.5",
+        ),
+        (
+            ["train.objective={name: hybrid, eps: 0.1}"],
+            "-o train.objective: train.objective.eps: not a field of hybrid, only of mdlm, udlm",
+        ),
+        (
+            ["train.objective={name: udlm, loss_type: cross_entropy, max_loss_weight: 5.0}"],
+            "-o train.objective: max_loss_weight 5.0 has no effect with loss_type",
+        ),
+        (
+            ["train.objective={name: udlm, alpha_schedule: cosine, sigma_max: 5.0}"],
+            "-o train.objective: sigma_max: not used by alpha_schedule 'cosine'",
+        ),
+        (
+            ["generate.sampler={name: first_hitting, num_inference_steps: 5}"],
+            "-o generate.sampler: generate.sampler.num_inference_steps: not a field of first_hit",
+        ),
+        (
+            ["generate.sampler=remdm", "generate.sampler.eta=1.5"],
+            "-o generate.sampler.eta: must be",
+        ),
+    ],
+)
+def test_fields_of_another_objective_or_sampler_are_refused(
+    overrides: list[str], problem: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(None, overrides)
+    assert str(caught.value).startswith(problem)
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,8 @@ def test_noise_reaches_every_id_of_a_large_vocabulary_and_no_other() -> None:
         counts = torch.bincount(kernel.draw_noise(scalar(0.4), u), minlength=1000)
         assert int(counts[mask]) == 0
         others = counts[torch.arange(1000) != mask]
-        assert int(others.min()) >= 999 and int(others.max()) <= 1001
+        assert int(others.min()) >= 999
+        assert int(others.max()) <= 1001
         ends = kernel.draw_noise(scalar(1.0), torch.tensor([1e-300, 1.0 - 2.0**-53]))
         assert ends.tolist() == [int(mask == 0), 998 if mask == 999 else 999]
 
@@ -232,7 +233,7 @@ def test_posterior_is_converted_to_leave_one_out(kernel: ForwardKernel) -> None:
         for i in range(L):
             other = tuple(axis for axis in range(L) if axis != i)
             posterior = joint.sum(other)
-            if posterior.sum() <= 0 or float(q[0, z[i]]) == 0.0 and z[i] != 0:
+            if posterior.sum() <= 0 or (float(q[0, z[i]]) == 0.0 and z[i] != 0):
                 continue
             expected = leave_one_out(table, q, z)[i]
             with np.errstate(divide="ignore"):
