@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from tests.builders import PairDenoiser, TableDenoiser
 from tests.oracles import entropy, toy_language
-from tokendiff.interfaces import LossOutput, TokenBatch
+from tokendiff.interfaces import TokenBatch
 from tokendiff.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
 from tokendiff.objectives.chunked import (
     negative_log_likelihood,

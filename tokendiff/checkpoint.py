@@ -316,6 +316,16 @@ def checkpoint_identity(folder: Path) -> str:
     return fingerprint(load_manifest(folder).files)
 
 
+def load_tokenizer(checkpoint: Path) -> Any:
+    """The tokenizer of an opened checkpoint."""
+    from transformers import AutoTokenizer
+
+    # transformers looks at the model's type too, and warns of one that it does not know.
+    import tokendiff.models.diffusion_transformer  # noqa: F401
+
+    return AutoTokenizer.from_pretrained(checkpoint)
+
+
 def load_for_inference(checkpoint_path: str | Path) -> tuple[Any, Any, NoiseProcess]:
     """Open a checkpoint for sampling or evaluation, with its averaged weights where it has them.
 
@@ -323,14 +333,12 @@ def load_for_inference(checkpoint_path: str | Path) -> tuple[Any, Any, NoiseProc
         (denoiser on the CPU in float32 and eval mode, tokenizer, noise process).
     """
     from safetensors.torch import load_file
-    from transformers import AutoTokenizer
 
-    import tokendiff.models.diffusion_transformer  # noqa: F401  # registers the type
     from tokendiff.models.loading import load_denoiser
 
     folder = open_checkpoint(checkpoint_path)
     process = NoiseProcess.load(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     denoiser = load_denoiser(
         str(folder), tokenizer=tokenizer, max_length=process.max_length, dropout=0.0
     )

@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import ray.data
 
-from tokendiff.checkpoint import NoiseProcess, open_checkpoint
+from tokendiff.checkpoint import (
+    NoiseProcess,
+    checkpoint_identity,
+    load_tokenizer,
+    open_checkpoint,
+)
 from tokendiff.cluster.session import (
     data_context,
     threads_on_this_node,
@@ -35,7 +40,7 @@ from tokendiff.manifest import (
     load_manifest,
     write_atomically,
 )
-from tokendiff.models.sampling import SamplingModel, encode_prompt
+from tokendiff.models.sampling import SamplingModel, check_sampler, encode_prompt
 from tokendiff.training.trainer import OnEvent
 
 if TYPE_CHECKING:
@@ -102,7 +107,7 @@ def generate(
         {
             "config": config.result_fields(),
             "rows": [dataclasses.asdict(row) for row in rows],
-            "checkpoint": load_manifest(checkpoint).files,
+            "checkpoint": checkpoint_identity(checkpoint),
         }
     )
     if is_committed(output_dir):
@@ -126,7 +131,7 @@ def generate(
         "identity": identity,
         "config": config.result_fields(),
         "checkpoint": str(checkpoint),
-        "checkpoint_files": fingerprint(load_manifest(checkpoint).files),
+        "checkpoint_files": checkpoint_identity(checkpoint),
         "rows": len(rows),
         "seq_len": seq_len,
         "tokens_per_second": tokens / seconds if seconds else None,
@@ -138,8 +143,6 @@ def generate(
 
 def _check_prompts(checkpoint: Path, config: "GenerateConfig", rows: list[GenerationRow]) -> int:
     """The length of a sample, after checking that the process, the length and every prompt fit."""
-    from transformers import AutoTokenizer
-
     process = NoiseProcess.load(checkpoint)
     seq_len = config.seq_len or process.max_length
     if seq_len > process.max_length:
@@ -147,7 +150,8 @@ def _check_prompts(checkpoint: Path, config: "GenerateConfig", rows: list[Genera
             f"seq_len {seq_len}: the checkpoint was trained on rows of {process.max_length} tokens "
             "and knows no longer ones"
         )
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    check_sampler(config.sampler, process, seq_len=seq_len)
+    tokenizer = load_tokenizer(checkpoint)
     for prompt in {row.prompt for row in rows if row.prompt is not None}:
         length = len(encode_prompt(tokenizer, prompt))
         if length > seq_len:

@@ -3,7 +3,6 @@ notebook, holds.
 """
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,29 +10,63 @@ import torch
 
 from tokendiff.checkpoint import NoiseProcess, load_for_inference
 from tokendiff.data.prompts import GenerationRow
+from tokendiff.errors import InputError
 from tokendiff.interfaces import StepCallback
 from tokendiff.random import RowGenerator, key_from
 from tokendiff.samplers.ancestral import AncestralSampler
+from tokendiff.samplers.base import Sampler
 from tokendiff.samplers.batch import prefix_batch
+from tokendiff.samplers.blockwise import BlockwiseSampler
+from tokendiff.samplers.first_hitting import FirstHittingSampler
+from tokendiff.samplers.remasking import RemaskingSampler
 
 if TYPE_CHECKING:
-    from tokendiff.config import AncestralConfig, GenerateConfig
+    from tokendiff.config import GenerateConfig, SamplerConfig
 
 
-def _build_ancestral(config: "AncestralConfig", process: NoiseProcess) -> AncestralSampler:
-    return AncestralSampler(
-        kernel=process.kernel(),
-        num_inference_steps=config.num_inference_steps,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-    )
-
-
-# The closed table behind `sampler: NAME`.
-SAMPLERS: dict[str, Callable[[Any, NoiseProcess], AncestralSampler]] = {
-    "ancestral": _build_ancestral
+# The closed table behind `sampler: NAME`; a sampler's fields are those of its config.
+SAMPLERS: dict[str, type[Sampler]] = {
+    "ancestral": AncestralSampler,
+    "blockwise": BlockwiseSampler,
+    "remdm": RemaskingSampler,
+    "first_hitting": FirstHittingSampler,
 }
+
+
+def build_sampler(
+    config: "SamplerConfig", process: NoiseProcess, *, seq_len: int | None = None
+) -> Sampler:
+    """The sampler that a config asks for, of a checkpoint's process.
+
+    Args:
+        seq_len: tokens of a sample; by default the trained max_length.
+
+    Raises:
+        InputError: the process does not go with the sampler, or a block is longer than a sample.
+    """
+    seq_len = seq_len or process.max_length
+    fields = config.model_dump(exclude={"name"})
+    if fields.get("block_size", 1) > seq_len:
+        raise InputError(
+            f"sampler block_size {fields['block_size']} must not exceed seq_len {seq_len}; lower it"
+        )
+    try:
+        return SAMPLERS[config.name](
+            kernel=process.kernel(), prediction=process.prediction, **fields
+        )
+    except ValueError as error:
+        raise InputError(
+            f"sampler {config.name!r} does not go with this checkpoint, whose forward_process is "
+            f"{process.forward_process!r}: {error}; use sampler 'ancestral' without guidance, or a "
+            "checkpoint of forward_process 'absorbing'"
+        ) from error
+
+
+def check_sampler(
+    config: "SamplerConfig", process: NoiseProcess, *, seq_len: int | None = None
+) -> None:
+    """Raise what `build_sampler` would: for a job, before any model is loaded."""
+    build_sampler(config, process, seq_len=seq_len)
 
 
 class SamplingModel:
@@ -43,8 +76,8 @@ class SamplingModel:
         denoiser, self.tokenizer, self.process = load_for_inference(checkpoint)
         self._denoiser = denoiser.to(device)
         self._device, self._config = torch.device(device), config
-        self._sampler = SAMPLERS[config.sampler.name](config.sampler, self.process)
         self.seq_len = config.seq_len or self.process.max_length
+        self._sampler = build_sampler(config.sampler, self.process, seq_len=self.seq_len)
 
     def sample(
         self, rows: list[GenerationRow], *, on_step: StepCallback | None = None

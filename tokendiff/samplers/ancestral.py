@@ -1,10 +1,11 @@
-"""Ancestral sampling of an absorbing process: reveal masked positions along a time grid.
+"""Ancestral sampling along a time grid, for every kernel.
 
-A step from t to s reveals each masked position with probability (alpha_s - alpha_t)/(1 - alpha_t),
-to a sample of x_theta. Which positions are revealed does not depend on the model, so it is drawn
-first: rows in which nothing is revealed need no forward pass, and logits are computed at the
-revealed positions alone. The samples are those of the loop that computes everything at every step.
-Source: MDLM (arXiv 2406.07524), 3.2.2.
+In a step from t to s each token becomes a draw from x_theta, or noise of time s, or stays
+(`ForwardKernel.move_probability`). The first two are never likelier than if x_theta(x_t) were 0, so
+the uniform number that decides between them is drawn before any model is called: where it lies
+beyond these bounds the token stays. Rows in which every token is decided so need no forward pass,
+and logits are computed at the undecided positions alone. The samples are those of the loop that
+computes everything at every step. Sources: MDLM (arXiv 2406.07524), 3.2.2; D3PM (arXiv 2107.03006).
 """
 
 from dataclasses import dataclass
@@ -12,98 +13,86 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendiff.interfaces import Denoiser, Samples, StepCallback
-from tokendiff.kernels import AbsorbingKernel
+from tokendiff.interfaces import StepCallback
 from tokendiff.random import RowGenerator
-from tokendiff.samplers.categorical import choose_tokens
+from tokendiff.samplers.base import Predictor, Sampler
 
-_CHUNK_TOKENS = 1024
-_REVEAL, _TOKEN = 0, 1  # what a row's random numbers of one step are for
+_MOVE, _TOKEN, _NOISE = 0, 1, 2  # what a row's random numbers of one step are for
 
 
 @dataclass(frozen=True, kw_only=True)
-class AncestralSampler:
-    kernel: AbsorbingKernel
+class AncestralSampler(Sampler):
     num_inference_steps: int = 128
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_inference_steps < 1:
             raise ValueError(
                 f"num_inference_steps must be at least 1, got {self.num_inference_steps}"
             )
-        if self.temperature < 0.0:
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
 
-    @torch.no_grad()
-    def sample(
+    def _denoise(
         self,
-        model: Denoiser,
-        tokens: Tensor,
-        is_given: Tensor,
+        x_t: Tensor,
+        is_open: Tensor,
+        predictor: Predictor,
+        generator: RowGenerator,
+        on_step: StepCallback,
+    ) -> Tensor:
+        times = torch.linspace(1.0, 0.0, self.num_inference_steps + 1, dtype=torch.float64)
+        for step, (t, s) in enumerate(times.to(x_t.device).unfold(0, 2, 1)):
+            x_t = self._step(x_t, is_open, predictor, generator.fold_in(step), s=s, t=t)
+            on_step(float(times[step + 1]), x_t)
+        return x_t
+
+    def _step(
+        self,
+        x_t: Tensor,
+        is_open: Tensor,
+        predictor: Predictor,
         generator: RowGenerator,
         *,
-        on_step: StepCallback | None = None,
-    ) -> Samples:
-        """Fill every position that is not given.
-
-        Args:
-            tokens: [B, L] int64; read where `is_given`, not written to.
-            is_given: [B, L] bool: the prompt, or any other subset; never changed.
-            generator: one key per row; a row's sample depends on no other row.
-            on_step: called with (1.0, x_1) and then after every step.
-        """
-        x_t = torch.where(is_given, tokens, self.kernel.mask_token_id)
-        is_masked = ~is_given
-        num_model_calls = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
-        times = torch.linspace(
-            1.0, 0.0, self.num_inference_steps + 1, dtype=torch.float64, device=tokens.device
-        )
-        reveal_share = self.kernel.reveal_probability(times[1:], times[:-1])
-        if on_step is not None:
-            on_step(1.0, x_t)
-        for step, share in enumerate(reveal_share):
-            noise = generator.fold_in(step)
-            is_revealed = is_masked & (noise.fold_in(_REVEAL).uniform(tokens.shape[1]) < share)
-            rows = is_revealed.any(1).nonzero()[:, 0]
-            if rows.numel():
-                uniform = noise.fold_in(_TOKEN).uniform(tokens.shape[1])
-                x_t = x_t.masked_scatter(
-                    is_revealed, self._predict(model, x_t[rows], is_revealed[rows], uniform[rows])
-                )
-                is_masked = is_masked & ~is_revealed
-                num_model_calls[rows] += 1
-            if on_step is not None:
-                on_step(float(times[step + 1]), x_t)
-        assert not bool(is_masked.any()), "the last step reveals with probability 1"
-        return Samples(tokens=x_t, num_model_calls=num_model_calls)
-
-    def _predict(
-        self, model: Denoiser, x_t: Tensor, is_revealed: Tensor, uniform: Tensor
+        s: Tensor,
+        t: Tensor,
     ) -> Tensor:
-        """[N] tokens for the N revealed positions, in row-major order."""
-        hidden = model.encode(x_t, torch.ones_like(is_revealed))[is_revealed]
-        mask = torch.tensor([self.kernel.mask_token_id], device=hidden.device)
-        chosen = []
-        # Few steps reveal many positions at once; [N, V] in float64 must not grow with them.
-        for chunk, draws in zip(
-            hidden.split(_CHUNK_TOKENS), uniform[is_revealed].split(_CHUNK_TOKENS), strict=True
-        ):
-            # SUBS; index_fill copies, and the head's own tensor is left alone.
-            logits = model.head(chunk).float().index_fill(-1, mask, -torch.inf)
-            chosen.append(
-                choose_tokens(
-                    logits,
-                    draws,
-                    temperature=self.temperature,
-                    top_k=self.top_k,
-                    top_p=self.top_p,
-                )
-            )
-        return torch.cat(chosen)
+        move, token, noise = (
+            generator.fold_in(purpose).uniform(x_t.shape[1]) for purpose in (_MOVE, _TOKEN, _NOISE)
+        )
+        mask_token_id = self.kernel.mask_token_id
+        to_clean, to_noise = self._move_probability(x_t, torch.zeros_like(move), s=s, t=t)
+        is_clean = is_open & (move < to_clean)
+        is_noise = is_open & ~is_clean & (move < to_clean + to_noise)
+        new_noise = self.kernel.draw_noise(s, noise)
+        # The belief about a mask is 0, and where noise puts in masks alone it decides nothing.
+        has_belief = (x_t != mask_token_id) & (self.kernel.noise(t).token > 0.0)
+        x_s = torch.where(is_noise & ~has_belief, new_noise, x_t)
+        is_undecided = is_clean | (is_noise & has_belief)
+        time = self._model_time(t, x_t, is_open, predictor.is_given)
+        for row, position, logits in predictor.logits(x_t, is_undecided, time):
+            at = (row, position)
+            belief = _belief_in(x_t[at], logits, where=has_belief[at])
+            to_clean, to_noise = self._move_probability(x_t[at], belief, s=s, t=t)
+            tokens = torch.where(move[at] < to_clean + to_noise, new_noise[at], x_t[at])
+            drawn = (move[at] < to_clean).nonzero()[:, 0]
+            tokens[drawn] = self._draw(logits[drawn], token[at][drawn])
+            x_s[at] = tokens
+        return x_s
+
+    def _move_probability(
+        self, x_t: Tensor, belief: Tensor, *, s: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self.kernel.move_probability(x_t, belief, s=s, t=t)
+
+    def _model_time(self, t: Tensor, x_t: Tensor, is_open: Tensor, is_given: Tensor) -> Tensor:
+        """[B] the time that the model is told."""
+        return t.expand(len(x_t))
+
+
+def _belief_in(tokens: Tensor, logits: Tensor, *, where: Tensor) -> Tensor:
+    """[N] float64: the probability of each token under logits [N, V], and 0 elsewhere."""
+    index = where.nonzero()[:, 0]
+    chosen = logits[index]
+    log_belief = chosen.gather(-1, tokens[index, None])[:, 0] - chosen.logsumexp(-1)
+    return torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device).index_copy(
+        0, index, log_belief.double().exp()
+    )

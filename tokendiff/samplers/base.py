@@ -1,0 +1,222 @@
+"""What all samplers share: their start and end, and a model's belief where it is asked for."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokendiff.interfaces import Denoiser, Samples, StepCallback
+from tokendiff.kernels import AbsorbingKernel, ForwardKernel, UniformKernel
+from tokendiff.random import RowGenerator
+from tokendiff.samplers.categorical import draw, filter_logits
+
+_CHUNK_TOKENS = 256  # positions whose [N, V] logits exist at once
+_PRIOR = -1  # steps are numbered from 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler(ABC):
+    """The belief x_theta of a model, and the frame of a sampler.
+
+    Temperature and filters change x_theta itself: it is what tokens are drawn from, and what says
+    how likely a token is to be noise.
+
+    Attributes:
+        prediction: what the model's output is: "loo", the leave-one-out posterior that the reverse
+            step is built on, or "posterior", given all of x_t, which is converted.
+        temperature: 0 is argmax.
+        top_k, top_p: see `categorical.filter_logits`.
+        guidance_scale: classifier-free guidance towards what is given,
+            ln x_theta = ln x_free + scale (ln x_given - ln x_free) + const, where x_free sees masks
+            in place of what is given; 1 is off, and costs no second pass. Source: arXiv 2410.18514.
+    """
+
+    kernel: ForwardKernel
+    prediction: str = "loo"
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.prediction not in ("loo", "posterior"):
+            raise ValueError(f"prediction must be loo or posterior, got {self.prediction!r}")
+        if not self.temperature >= 0.0:
+            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if not self.guidance_scale >= 0.0:
+            raise ValueError(f"guidance_scale must not be negative, got {self.guidance_scale}")
+        if self.guidance_scale != 1.0 and isinstance(self.kernel, UniformKernel):
+            raise ValueError(
+                f"guidance_scale must be 1 with uniform noise, got {self.guidance_scale}: guidance "
+                "shows the model masks in place of what is given, and it was not trained on them"
+            )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: Denoiser,
+        tokens: Tensor,
+        is_given: Tensor,
+        generator: RowGenerator,
+        *,
+        on_step: StepCallback | None = None,
+    ) -> Samples:
+        """Fill every position that is not given.
+
+        Args:
+            tokens: [B, L] int64; read where `is_given`, not written to.
+            is_given: [B, L] bool: the prompt, or any other subset; never changed.
+            generator: one key per row; a row's sample depends on no other row.
+            on_step: called with (1.0, x_1) and then after every step.
+        """
+        one = torch.ones((), dtype=torch.float64, device=tokens.device)
+        prior = self.kernel.draw_noise(one, generator.fold_in(_PRIOR).uniform(tokens.shape[1]))
+        x_t = torch.where(is_given, tokens, prior)
+        report = on_step if on_step is not None else _ignore
+        report(1.0, x_t)
+        predictor = Predictor(self, model, is_given)
+        x_0 = self._denoise(x_t, ~is_given, predictor, generator, report)
+        is_mask = ~is_given & (x_0 == self.kernel.mask_token_id)
+        assert not bool(is_mask.any()), "the last step removes all noise"
+        return Samples(tokens=x_0, num_model_calls=predictor.num_model_calls)
+
+    @abstractmethod
+    def _denoise(
+        self,
+        x_t: Tensor,
+        is_open: Tensor,
+        predictor: "Predictor",
+        generator: RowGenerator,
+        on_step: StepCallback,
+    ) -> Tensor:
+        """Clean tokens [B, L] from x_1; only positions that are open change."""
+
+    def _draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """[N] tokens from logits [N, V] that `Predictor.logits` gave."""
+        if self.temperature == 0.0:
+            return logits.argmax(-1)
+        return draw(logits.double().softmax(-1), uniform)
+
+
+def check_absorbing(kernel: ForwardKernel, reason: str) -> None:
+    """Raise ValueError, with the reason, unless the kernel is the absorbing one."""
+    if not isinstance(kernel, AbsorbingKernel):
+        raise ValueError(f"needs the absorbing kernel, got {type(kernel).__name__}: {reason}")
+
+
+class Predictor:
+    """A model's belief about one batch of rows while it is sampled.
+
+    Attributes:
+        is_given: [B, L].
+        num_model_calls: [B] int64, so far; unconditional passes count too.
+    """
+
+    def __init__(self, sampler: Sampler, model: Denoiser, is_given: Tensor) -> None:
+        self.is_given = is_given
+        self.num_model_calls = is_given.new_zeros(len(is_given), dtype=torch.int64)
+        self._sampler, self._model = sampler, model
+        self._mask = torch.tensor([sampler.kernel.mask_token_id], device=is_given.device)
+        # What a row without anything given is guided towards is what it is guided away from.
+        self._is_guided = is_given.any(1) & (sampler.guidance_scale != 1.0)
+        self._conditional, self._unconditional = _HiddenStates(model), _HiddenStates(model)
+
+    def logits(
+        self, x_t: Tensor, is_needed: Tensor, time: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """ln x_theta but for a constant per position, in chunks.
+
+        Rows that need nothing take part in no forward pass, and the head sees no other position.
+
+        Args:
+            x_t: [B, L] noisy tokens.
+            is_needed: [B, L] where the belief is asked for.
+            time: [B].
+
+        Yields:
+            (row [n], position [n], logits [n, V] float32, the mask at -inf), in row-major order.
+        """
+        rows, positions = is_needed.nonzero(as_tuple=True)
+        if not rows.numel():
+            return
+        is_needed_row = is_needed.any(1)
+        self.num_model_calls += self._conditional.update(x_t, is_needed_row, time)
+        if self._sampler.guidance_scale != 1.0:
+            free = x_t.masked_fill(self.is_given, self._sampler.kernel.mask_token_id)
+            self.num_model_calls += self._unconditional.update(
+                free, is_needed_row & self._is_guided, time
+            )
+        for row, position in zip(
+            rows.split(_CHUNK_TOKENS), positions.split(_CHUNK_TOKENS), strict=True
+        ):
+            yield row, position, self._belief(row, position, x_t[row, position], time[row])
+
+    def _belief(self, row: Tensor, position: Tensor, x_t: Tensor, time: Tensor) -> Tensor:
+        sampler = self._sampler
+        logits = self._model.head(self._conditional.at(row, position)).float()
+        guided = self._is_guided[row].nonzero()[:, 0]
+        if guided.numel():
+            hidden = self._unconditional.at(row[guided], position[guided])
+            free = self._model.head(hidden).float()
+            logits = logits.index_copy(
+                0, guided, guide(logits[guided], free, sampler.guidance_scale)
+            )
+        # index_fill copies, and the head's own tensor is left alone.
+        logits = logits.index_fill(-1, self._mask, -torch.inf)
+        if sampler.prediction == "posterior":
+            logits = sampler.kernel.loo_logits(logits, x_t, time)
+        return filter_logits(
+            logits, temperature=sampler.temperature, top_k=sampler.top_k, top_p=sampler.top_p
+        )
+
+
+def guide(given: Tensor, free: Tensor, scale: float) -> Tensor:
+    """Logits [N, V] moved away from those of the unconditional pass; what `given` excludes stays
+    excluded.
+    """
+    return (free + scale * (given - free)).masked_fill(given == -torch.inf, -torch.inf)
+
+
+class _HiddenStates:
+    """Hidden states of a batch; a row is encoded again where its tokens have changed, or, for a
+    model that is conditioned on it, the time.
+    """
+
+    def __init__(self, model: Denoiser) -> None:
+        self._model = model
+        self._tokens: Tensor | None = None
+        self._hidden: Tensor | None = None
+
+    def update(self, tokens: Tensor, is_needed: Tensor, time: Tensor) -> Tensor:
+        """Make the rows that are needed ([B] bool) those of tokens [B, L] at times [B].
+
+        Returns:
+            [B] bool: the rows that it took a forward pass for.
+        """
+        is_stale = is_needed
+        if self._tokens is not None and not self._model.is_time_conditioned:
+            is_stale = is_needed & (tokens != self._tokens).any(1)
+        rows = is_stale.nonzero()[:, 0]
+        if rows.numel():
+            is_valid = torch.ones_like(tokens[rows], dtype=torch.bool)
+            hidden = self._model.encode(tokens[rows], is_valid, time[rows])
+            if self._hidden is None or self._tokens is None:
+                self._hidden = hidden.new_empty(len(tokens), *hidden.shape[1:])
+                self._tokens = torch.full_like(tokens, -1)
+            self._hidden[rows], self._tokens[rows] = hidden, tokens[rows]
+        return is_stale
+
+    def at(self, row: Tensor, position: Tensor) -> Tensor:
+        """[N, D]."""
+        assert self._hidden is not None, "update comes first"
+        return self._hidden[row, position]
+
+
+def _ignore(time: float, x_t: Tensor) -> None:
+    pass
