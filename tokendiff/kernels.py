@@ -184,8 +184,9 @@ class ForwardKernel(ABC):
 
     # The bound.
 
-    # Where noise of probability t^p has the weight 1/t, times of density t^(p/2 - 1) make the least
-    # variance: p is 1 for uniform noise, gamma/2 for hybrid noise.
+    # Noise of probability t^p has the weight 1/t near 0: p is 1 for uniform noise, gamma/2 for
+    # hybrid noise. For a single token times of density t^(p/2 - 1) make the least variance, for the
+    # mean over many those of density t^(p - 1): powers 2/p and 1/p.
     warp_power: float = 2.0
 
     def warped_time(self, u: Tensor, *, min_time: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -222,8 +223,9 @@ class ForwardKernel(ABC):
             rho = q_t(z | x_0) / q_t(z | x_theta),   z = x_t.
 
         Its mean over t ~ U(0, 1) and x_t ~ q_t(. | x_0), with the terms of the two ends
-        (`prior_nats`, `reconstruction_nats`), bounds -ln p(x_0). This is the general formula over the whole vocabulary;
-        training and evaluation use the closed forms of `tokendiff.objectives`.
+        (`prior_nats`, `reconstruction_nats`), bounds -ln p(x_0). This is the general formula over
+        the whole vocabulary; training and evaluation use the closed forms of
+        `tokendiff.objectives`.
 
         Args:
             x_theta: [B, L, V] belief about the clean token; rows sum to 1, the mask has 0.
@@ -408,7 +410,7 @@ class HybridKernel(ForwardKernel):
 
     @property
     def warp_power(self) -> float:  # type: ignore[override]
-        return 4.0 / self.gamma
+        return max(2.0, 3.0 / self.gamma)
 
     def _uniform_part(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """c_t and its derivative. At the ends of time the derivative is infinite for gamma < 2."""

@@ -56,7 +56,8 @@ def reduce_through_head(
             grads = [a.add_(b) for a, b in zip(grads, new, strict=True)] if grads else new
         loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
         metric_sum = metrics.detach() if metric_sum is None else metric_sum + metrics.detach()
-    assert loss_sum is not None and metric_sum is not None, "an empty tensor is one empty chunk"
+    assert loss_sum is not None, "an empty tensor is one empty chunk"
+    assert metric_sum is not None
     if hidden_grads:
         leaves, grads = [hidden, *leaves], [torch.cat(hidden_grads), *grads]
     if leaves:
@@ -119,7 +120,7 @@ class _KnownGradient(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError("the gradient of a loss through the head can be taken once only")

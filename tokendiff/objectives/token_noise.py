@@ -5,7 +5,7 @@ With b the noise at one id and r = alpha / b, the mask having probability 0 unde
 
     KL(q_t(. | x_0) || q_t(. | x_theta)) = alpha [ln(1 + r) - ln(1 + r x_theta(x_0))]
                                            + b [ln(1 + r) - sum_j ln(1 + r x_theta(j))],
-    ln rho = ln(q_t(z | x_0) / b) - ln(1 + r x_theta(z))     for z = x_t other than the mask, else 0,
+    ln rho = ln(q_t(z | x_0) / b) - ln(1 + r x_theta(z))   for z = x_t other than the mask, else 0,
 
 which is one reduction of the model's output and two gathers. Nothing cancels: with b in place of
 1 + r the terms would be differences of large logarithms. Sources: UDLM (arXiv 2412.10193), GIDD
@@ -190,6 +190,6 @@ class _Bracket(torch.autograd.Function):
         return divergence + (rho - rho.log() - 1.0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (by_logits,) = ctx.saved_tensors
         return (by_logits * grad, None, None, None, None, None, None)
