@@ -50,7 +50,7 @@ def test_bad_parameters_are_refused() -> None:
         lambda: MDLM(kernel=absorbing, max_loss_weight=0.0),
         lambda: MDLM(kernel=absorbing, lambda_conf=-1.0),
         lambda: MDLM(kernel=absorbing, conf_temperature=0.0),
-        lambda: TokenNoiseDiffusion(kernel=NOISY_KERNELS["hybrid"], loss_type="mse")  # type: ignore[arg-type],
+        lambda: TokenNoiseDiffusion(kernel=NOISY_KERNELS["hybrid"], loss_type="mse"),  # type: ignore[arg-type]
         lambda: TokenNoiseDiffusion(
             kernel=NOISY_KERNELS["hybrid"], loss_type="cross_entropy", max_loss_weight=1.0
         ),
