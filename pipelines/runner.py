@@ -15,6 +15,7 @@ from pipelines.stage import Stage, pipeline_stages
 from tokendiff.cluster.session import ray_session
 from tokendiff.config import Config
 from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.evaluation.certificate import CERTIFICATE, figures, read_certificate
 from tokendiff.manifest import verify
 from tokendiff.tracking.mlflow_mirror import MlflowMirror
 from tokendiff.tracking.mlflow_store import open_command, resolve_uri
@@ -47,6 +48,9 @@ def run_stage(stage: Stage, mirror: MlflowMirror) -> dict[str, Any]:
         run.log_metrics(_figures(stage.name, result))
         if (report := stage.folder / "report").is_dir():
             run.log_artifacts(report, "report")
+        if checks := read_certificate(stage.folder):
+            run.log_metrics(figures(checks))
+            run.log_artifacts(stage.folder / CERTIFICATE)
     return result
 
 

@@ -15,6 +15,7 @@ import tokendiff
 from pipelines.paths import output_path
 from tokendiff.checkpoint import FINAL
 from tokendiff.config import Config
+from tokendiff.evaluation.certificate import CERTIFICATE
 from tokendiff.manifest import (
     RECORD_FOLDER,
     file_identity,
@@ -231,7 +232,10 @@ def evaluate_stage(
 
     def result(stage: Stage) -> dict[str, Any]:
         metrics = load_manifest(stage.folder).metadata["metrics"]
-        return {**metrics, "report": str(stage.folder / "report" / "index.html")}
+        files = {"report": stage.folder / "report" / "index.html"}
+        if (certificate := stage.folder / CERTIFICATE).is_file():
+            files["certificate"] = certificate
+        return {**metrics, **{name: str(path) for name, path in files.items()}}
 
     settings = {
         **section.result_fields(),

@@ -2,12 +2,14 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from jobs import cli
 from pipelines.runner import Results, store_command
 from tokendiff.config import Config
 from tokendiff.data.samples import read_samples
+from tokendiff.evaluation.certificate import Check, failure, read_certificate
 
 _SHOWN_SAMPLES = 2
 _SHOWN_CHARACTERS = 400
@@ -33,6 +35,7 @@ def print_results(results: Results, config: Config, root: Path, *, as_json: bool
         return
     lines = [*_training_lines(results), *_bound_lines(results), *_sample_lines(results)]
     if "evaluate" in results:
+        lines += [("verified", line) for line in verified_lines(_checks(results))]
         lines.append(("report", results["evaluate"]["report"]))
     if "train" in results:
         lines.append(("checkpoint", results["train"]["checkpoint"]))
@@ -101,6 +104,27 @@ def _sample_lines(results: Results) -> list[tuple[str, str]]:
         return []
     records = read_samples(Path(results["generate"]["output_dir"]))[:_SHOWN_SAMPLES]
     return [(f"sample {record['id']}", _shortened(record["text"])) for record in records]
+
+
+def failure_of(results: Results) -> str | None:
+    """What makes stages bad that are done; None where nothing does."""
+    return failure(_checks(results))
+
+
+def _checks(results: Results) -> list[Check]:
+    certificate = results.get("evaluate", {}).get("certificate")
+    return read_certificate(Path(certificate).parent) if certificate else []
+
+
+def verified_lines(checks: Sequence[Check]) -> list[str]:
+    """A line per subject: how many of its checks passed."""
+    subjects = list(dict.fromkeys(check.subject for check in checks))
+    width = max(map(len, subjects), default=0)
+    lines = []
+    for subject in subjects:
+        passed = [check.passed for check in checks if check.subject == subject]
+        lines.append(f"{subject:<{width}}  {sum(passed)} of {len(passed)} checks passed")
+    return lines
 
 
 def _apart(bound: float, unigram: float) -> str:

@@ -22,13 +22,15 @@ from tokendiff.checkpoint import (
     newest_sound_checkpoint,
     open_checkpoint,
 )
-from tokendiff.config import TrainConfig
+from tokendiff.config import GenerateConfig, TrainConfig
 from tokendiff.data.order import RowOrder
+from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.rows import StepPlan, TokenData, step_batches
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.kernels import HybridKernel, UniformKernel
 from tokendiff.manifest import verify
 from tokendiff.models.loading import check_vocabulary
+from tokendiff.models.sampling import SamplingModel
 from tokendiff.schedules import Cosine
 from tokendiff.training.run import TrainingRun, train_in_process
 
@@ -559,6 +561,26 @@ def test_every_objective_trains_resumes_and_is_recorded(
     else:
         assert isinstance(kernel, HybridKernel)
         assert kernel.p_uniform == OBJECTIVES[name].get("p_uniform", 0.1)
+    _sample_with_gaps(tmp_path / "whole" / "final", tmp_path / "two" / "final")
+
+
+def _sample_with_gaps(*checkpoints: Path) -> None:
+    """What is given stays, gaps and the rest are filled, and nobody says what the noise is."""
+    prompt = "ab[MASK]d[MASK][MASK]"
+    sampling = GenerateConfig.model_validate({"sampler": {"num_inference_steps": 5}})
+    for checkpoint in checkpoints:
+        model = SamplingModel(checkpoint, sampling, device="cpu")
+        rows = [GenerationRow(id=0, prompt=prompt), GenerationRow(id=1, prompt=None)]
+        first, second = model.sample(rows)
+        given = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        mask = model.process.mask_token_id
+        assert len(first["tokens"]) == len(second["tokens"]) == LENGTH
+        assert mask not in first["tokens"] + second["tokens"]
+        kept = [
+            token for token, there in zip(first["tokens"], given, strict=False) if there != mask
+        ]
+        assert kept == [token for token in given if token != mask]
+        assert 0 < first["num_model_calls"] <= 5
 
 
 # The noise process as other tools see it
