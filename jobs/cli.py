@@ -93,10 +93,16 @@ def _is_ray_s(error: BaseException | None) -> bool:
     return type(error).__module__.split(".")[0] == "ray"
 
 
-def _print_error(error: Exception) -> None:
+def _print_error(error: Exception | str) -> None:
     prefix = "error: "
     text = textwrap.indent(str(error), " " * len(prefix)).strip()
     print(prefix + text, file=sys.stderr)
+
+
+def fail(message: str) -> int:
+    """The exit code of a job that has done and written its work, which then proved bad."""
+    _print_error(message)
+    return EXIT_FAILED
 
 
 def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:

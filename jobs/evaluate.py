@@ -1,4 +1,5 @@
-"""Judge a checkpoint: the bound on held-out rows, metrics of its samples, and an HTML report.
+"""Judge a checkpoint: the bound on held-out rows, metrics of its samples, and an HTML report; with
+--verify also a certificate, on which the job fails (exit code 1) where a check does.
 
     python -m jobs.evaluate --checkpoint_path mdlm-output/final \\
         --samples_path mdlm-output/samples --output_dir mdlm-output/evaluation
@@ -28,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pipelines.paths import input_path
     from pipelines.runner import run_job
     from pipelines.stage import evaluate_stage
+    from pipelines.tables import verified_lines
+    from tokendiff.evaluation.certificate import failure, read_certificate
 
     stage = evaluate_stage(
         args.config,
@@ -36,8 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         data_path=config.data_path and input_path(config.data_path, what="data_path"),
         samples_path=config.samples_path and input_path(config.samples_path, what="samples_path"),
     )
-    cli.print_result(run_job([stage], args.config), as_json=args.json)
-    return cli.EXIT_OK
+    result = run_job([stage], args.config)
+    checks = read_certificate(stage.folder)
+    if checks and not args.json:
+        print("\n".join(verified_lines(checks)))
+    cli.print_result(result, as_json=args.json)
+    message = failure(checks)
+    return cli.EXIT_OK if message is None else cli.fail(message)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         tables.print_plan(runner.plan(args.config, root), as_json=args.json)
         return cli.EXIT_OK
     work = runner.run_pipeline if args.command == "run" else runner.status
-    tables.print_results(work(args.config, root), args.config, root, as_json=args.json)
-    return cli.EXIT_OK
+    results = work(args.config, root)
+    tables.print_results(results, args.config, root, as_json=args.json)
+    message = tables.failure_of(results)
+    return cli.EXIT_OK if message is None else cli.fail(message)
 
 
 if __name__ == "__main__":

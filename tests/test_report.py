@@ -144,6 +144,14 @@ def test_frames_survive_the_page(tmp_path: Path) -> None:
     assert "prefers-reduced-motion" in page.scripts[None]
 
 
+def test_noise_of_other_tokens_is_not_called_masked(tmp_path: Path) -> None:
+    frames = [[5, 6, 7], [5, 6, 6], [5, 5, 6]]
+    without = write(tmp_path, Report(title="t", denoising=replace(denoising(), frames=frames)))
+    assert "masked" not in without.text.lower()
+    assert "The noise is other tokens" in without.text
+    assert "still masked" in write(tmp_path, Report(title="t", denoising=denoising())).text
+
+
 def test_text_is_kept_and_the_prompt_told_apart(tmp_path: Path) -> None:
     def sample(prompt: str | None, text: str) -> dict[str, Any]:
         return {"id": 0, "prompt": prompt, "text": text, "num_model_calls": 3, "seconds": 0.5}

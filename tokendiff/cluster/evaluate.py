@@ -3,7 +3,7 @@ tasks.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,11 @@ import numpy as np
 import ray
 import ray.data
 
-from tokendiff.checkpoint import NoiseProcess, open_checkpoint
+import tokendiff
+from tokendiff.checkpoint import NoiseProcess, checkpoint_identity, is_foreign, open_checkpoint
 from tokendiff.cluster.session import (
     data_context,
-    threads_on_this_node,
+    set_up_torch,
     wait_for_resources,
     wants_gpu,
 )
@@ -25,6 +26,7 @@ from tokendiff.data.rows import TokenData
 from tokendiff.data.samples import read_samples
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.evaluation.bound import Bound, summarize
+from tokendiff.evaluation.certificate import CERTIFICATE, Check, counts, write_certificate
 from tokendiff.evaluation.evaluator import Evaluator, evaluation_rows
 from tokendiff.evaluation.generation_metrics import generation_metrics, unigram_entropy_nats
 from tokendiff.evaluation.report import write_report
@@ -34,7 +36,6 @@ from tokendiff.manifest import (
     Manifest,
     claim_folder,
     commit,
-    fingerprint,
     load_manifest,
     write_atomically,
 )
@@ -58,12 +59,9 @@ class _BoundActor:
         use_gpu: bool,
         num_actors: int,
     ) -> None:
-        import torch
-
-        if not use_gpu:
-            torch.set_num_threads(threads_on_this_node(cluster, num_actors))
+        device = set_up_torch(cluster, use_gpu=use_gpu, num_processes=num_actors)
         self._data = data
-        self._evaluator = Evaluator(checkpoint, config, device="cuda" if use_gpu else "cpu")
+        self._evaluator = Evaluator(checkpoint, config, device=device)
 
     def __call__(self, items: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for text in items["rows"]:
@@ -133,13 +131,13 @@ def trace_sample(
     that occurs.
     """
 
-    def work() -> dict[str, Any]:
+    def work(device: str) -> dict[str, Any]:
         from tokendiff.models.sampling import SamplingModel
 
         sampling = GenerateConfig(
             sampler=AncestralConfig(num_inference_steps=_TRACE_STEPS), seed=config.seed
         )
-        model = SamplingModel(checkpoint, sampling, device="cuda" if use_gpu else "cpu")
+        model = SamplingModel(checkpoint, sampling, device=device)
         frames: list[list[int]] = []
         times: list[float] = []
 
@@ -156,8 +154,7 @@ def trace_sample(
             "mask_token_id": model.process.mask_token_id,
         }
 
-    use_gpu = wants_gpu(cluster)
-    return _run_task(work, cluster, use_gpu)
+    return _run_task(work, cluster, use_gpu=wants_gpu(cluster))
 
 
 def score_with_reference(
@@ -167,7 +164,7 @@ def score_with_reference(
     reference = config.reference_model_name_or_path
     assert reference is not None
 
-    def work() -> dict[str, Any]:
+    def work(device: str) -> dict[str, Any]:
         from tokendiff.evaluation.reference import generative_perplexity
 
         return generative_perplexity(
@@ -175,11 +172,24 @@ def score_with_reference(
             reference,
             batch_size=config.batch_size,
             max_length=max_length,
-            device="cuda" if use_gpu else "cpu",
+            device=device,
         )
 
-    use_gpu = wants_gpu(cluster)
-    return _run_task(work, cluster, use_gpu)
+    return _run_task(work, cluster, use_gpu=wants_gpu(cluster))
+
+
+def verify(cluster: "ClusterConfig", *, checkpoint: Path, data: TokenData) -> list[Check]:
+    """The installed code and the checkpoint, held against the oracles."""
+
+    def work(device: str) -> list[Check]:
+        from tokendiff.evaluation.checkpoint_verification import NUM_ROWS, verify_checkpoint
+        from tokendiff.evaluation.verification import verify_code
+
+        places = evaluation_rows(data, seed=0, max_rows=NUM_ROWS)
+        rows = data.read(*places)
+        return [*verify_code(), *verify_checkpoint(checkpoint, rows.tokens, rows.lengths)]
+
+    return _run_task(work, cluster, use_gpu=False)  # float64 is what it is about, not speed
 
 
 def check_same_tokenizer(checkpoint: Path, data: TokenData) -> None:
@@ -201,7 +211,7 @@ def check_same_tokenizer(checkpoint: Path, data: TokenData) -> None:
 def _samples_of(checkpoint: Path, folder: Path) -> list[dict[str, Any]]:
     records = read_samples(folder)
     metadata = load_manifest(folder).metadata
-    if metadata["checkpoint_files"] != fingerprint(load_manifest(checkpoint).files):
+    if metadata["checkpoint_files"] != checkpoint_identity(checkpoint):
         raise InputError(
             f"samples_path {folder} holds samples of {metadata['checkpoint']}, not of "
             f"{checkpoint}; sample from the checkpoint that is evaluated"
@@ -210,6 +220,11 @@ def _samples_of(checkpoint: Path, folder: Path) -> list[dict[str, Any]]:
 
 
 def _trained_on(checkpoint: Path) -> str:
+    if is_foreign(checkpoint):
+        raise InputError(
+            f"checkpoint_path {checkpoint} does not say what it was trained on; give data_path, "
+            "a folder that jobs.preprocess wrote with its tokenizer"
+        )
     return str(load_manifest(checkpoint).metadata["data_path"])
 
 
@@ -218,8 +233,13 @@ def _generated(record: Mapping[str, Any]) -> list[int]:
     return list(record["tokens"][record["num_prompt_tokens"] :])
 
 
-def _run_task(work: Any, cluster: "ClusterConfig", use_gpu: bool) -> Any:
-    task = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=1 if use_gpu else 0)(work)
+def _run_task(work: Callable[[str], Any], cluster: "ClusterConfig", *, use_gpu: bool) -> Any:
+    """What `work(device)` returns on some worker."""
+
+    def on_worker() -> Any:
+        return work(set_up_torch(cluster, use_gpu=use_gpu))
+
+    task = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=1 if use_gpu else 0)(on_worker)
     try:
         return ray.get(task.remote())
     except ray.exceptions.RayTaskError as error:
@@ -241,7 +261,10 @@ def evaluate(
     output_dir: Path,
     on_event: OnEvent,
 ) -> Manifest:
-    """Write `metrics.json` and `report/index.html` under `output_dir`, and commit it.
+    """Write `metrics.json`, `report/index.html` and, with `config.verify`, `certificate.json` under
+    `output_dir`, and commit it.
+
+    A check that fails does not raise: the certificate says so, and `verify_failed` in the metrics.
 
     Args:
         data_path: token shards; None takes those that the checkpoint was trained on.
@@ -255,7 +278,8 @@ def evaluate(
     data = TokenData.open(data_path or _trained_on(checkpoint), split=config.split)
     samples = [] if samples_path is None else _samples_of(checkpoint, Path(samples_path))
     mark = claim_folder(output_dir, kind=KIND)
-    (output_dir / MANIFEST_NAME).unlink(missing_ok=True)
+    for left_over in (MANIFEST_NAME, CERTIFICATE):  # of an earlier evaluation
+        (output_dir / left_over).unlink(missing_ok=True)
 
     bound, token_counts = evaluate_bound(
         config, cluster, checkpoint=checkpoint, data=data, on_event=on_event
@@ -273,11 +297,17 @@ def evaluate(
                 config, cluster, texts=texts, max_length=process.max_length
             )
     trace = trace_sample(config, cluster, checkpoint=checkpoint)
+    checks = verify(cluster, checkpoint=checkpoint, data=data) if config.verify else []
+    if checks:
+        metrics |= counts(checks)
+        about = {"tokendiff": tokendiff.__version__, "checkpoint": str(checkpoint)}
+        write_certificate(output_dir, checks, about={**about, "process": process.describe()})
     write_atomically(output_dir / "metrics.json", json.dumps(metrics, indent=1).encode())
     report = make_report(
         title=title,
-        checkpoint=checkpoint,
+        subtitle=f"{process.describe()}, {checkpoint.parent.name}/{checkpoint.name}",
         bound=bound,
+        checks=checks,
         metrics=metrics,
         samples=samples,
         training_log=training_log,

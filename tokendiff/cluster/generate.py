@@ -24,7 +24,7 @@ from tokendiff.checkpoint import (
 )
 from tokendiff.cluster.session import (
     data_context,
-    threads_on_this_node,
+    set_up_torch,
     wait_for_resources,
     wants_gpu,
 )
@@ -61,12 +61,9 @@ class _PartSampler:
         use_gpu: bool,
         num_actors: int,
     ) -> None:
-        import torch
-
-        if not use_gpu:
-            torch.set_num_threads(threads_on_this_node(cluster, num_actors))
+        device = set_up_torch(cluster, use_gpu=use_gpu, num_processes=num_actors)
         self._config = config
-        self._model = SamplingModel(checkpoint, config, device="cuda" if use_gpu else "cpu")
+        self._model = SamplingModel(checkpoint, config, device=device)
 
     def __call__(self, items: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for text in items["part"]:

@@ -144,6 +144,18 @@ def _lacking(have: Mapping[str, float], needed: Mapping[str, float]) -> str:
     )
 
 
+def set_up_torch(config: "ClusterConfig", *, use_gpu: bool, num_processes: int = 1) -> str:
+    """The device of this worker, one of `num_processes`; on a CPU, torch is told its share of the
+    cores.
+    """
+    if use_gpu:
+        return "cuda"
+    import torch
+
+    torch.set_num_threads(threads_on_this_node(config, num_processes))
+    return "cpu"
+
+
 def threads_on_this_node(config: "ClusterConfig", num_processes: int) -> int:
     """torch threads for one of `num_processes` CPU processes that share this machine."""
     if config.threads_per_worker is not None:

@@ -129,13 +129,17 @@ def transition_matrix(
 
 
 def bayes_reverse(
-    process: Mapping[str, Any], belief: np.ndarray, s: float, t: float
+    process: Mapping[str, Any],
+    belief: np.ndarray,
+    s: float,
+    t: float,
+    ids: Sequence[int] | None = None,
 ) -> np.ndarray:
     """[V, V]: row z is p(x_s | x_t = z), x_0 being drawn from the belief [V]; zeros for a z that
-    cannot occur.
+    cannot occur. Of the states of `ids` alone, where given.
     """
-    at_s = belief if s == 0.0 else belief @ forward_matrix(process, s)
-    joint = at_s[:, None] * transition_matrix(process, s, t)
+    at_s = belief if s == 0.0 else belief @ forward_matrix(process, s, ids)
+    joint = at_s[:, None] * transition_matrix(process, s, t, ids)
     total = joint.sum(0)
     return np.divide(joint, total, out=np.zeros_like(joint), where=total > 0).T
 

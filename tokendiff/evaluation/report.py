@@ -44,6 +44,11 @@ class Denoising:
     mask_token_id: int
     num_prompt_tokens: int = 0
 
+    @property
+    def has_masks(self) -> bool:
+        """False where all noise is other tokens."""
+        return any(self.mask_token_id in frame for frame in self.frames)
+
     def __post_init__(self) -> None:
         if not self.frames or len({len(frame) for frame in self.frames}) != 1:
             raise ValueError("frames must be one or more, all of the same length")

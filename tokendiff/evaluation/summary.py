@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tokendiff.evaluation.bound import Bound
+from tokendiff.evaluation.certificate import Check, tables
 from tokendiff.evaluation.report import Denoising, Report, explain_bound
 
 _SHOWN_SAMPLES = 16
@@ -14,19 +14,20 @@ _SHOWN_SAMPLES = 16
 def make_report(
     *,
     title: str,
-    checkpoint: Path,
+    subtitle: str,
     bound: Bound,
     metrics: Mapping[str, Any],
     samples: Sequence[Mapping[str, Any]],
     training_log: Sequence[Mapping[str, Any]],
     trace: Mapping[str, Any],
     config_yaml: str,
+    checks: Sequence[Check] = (),
 ) -> Report:
     """Lay the figures of one evaluation out as a report."""
     unigram = float(metrics["unigram_entropy_nats"])
     return Report(
         title=title,
-        subtitle=f"masked diffusion language model, {checkpoint.parent.name}/{checkpoint.name}",
+        subtitle=subtitle,
         summary=headline(bound, unigram, metrics, training_log),
         explanation=explain_bound(
             bound.nats_per_token, unigram, standard_error=bound.standard_error
@@ -50,6 +51,7 @@ def make_report(
             times=trace["times"],
             num_prompt_tokens=0,
         ),
+        tables=tables(checks),
         config_yaml=config_yaml,
     )
 
