@@ -14,6 +14,7 @@ from tests.oracles import entropy, toy_language
 from tokendiff.interfaces import TokenBatch
 from tokendiff.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
 from tokendiff.objectives.chunked import (
+    is_likeliest,
     negative_log_likelihood,
     predict_through_head,
     reduce_through_head,
@@ -400,6 +401,14 @@ def test_chunks_change_nothing() -> None:
         head, hidden, (targets,), lambda logits, targets: logits.argmax(-1), chunk_tokens=7
     )
     assert torch.equal(predicted, head(hidden).argmax(-1))
+
+
+def test_likeliest_is_argmax_also_where_logits_tie() -> None:
+    torch.manual_seed(0)
+    logits = torch.randint(0, 3, (500, 7)).float()
+    targets = torch.randint(0, 7, (500,))
+    assert torch.equal(is_likeliest(logits, targets), logits.argmax(-1) == targets)
+    assert 50 < int(is_likeliest(logits, targets).sum()) < 120
 
 
 def test_no_masked_token_still_reaches_every_weight_of_the_head() -> None:

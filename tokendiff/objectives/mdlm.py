@@ -15,6 +15,7 @@ from tokendiff.interfaces import Denoiser, LossOutput, TokenBatch
 from tokendiff.kernels import AbsorbingKernel
 from tokendiff.objectives.chunked import (
     confidence_weights,
+    is_likeliest,
     negative_log_likelihood,
     reduce_through_head,
     tempered_entropy,
@@ -79,7 +80,7 @@ class MDLM:
             logits = without_mask(logits, mask)
             nll = negative_log_likelihood(logits, targets)
             loss = (weight.to(nll.dtype) * nll).sum()
-            sums = [nll.detach().sum(), (logits.detach().argmax(-1) == targets).sum()]
+            sums = [nll.detach().sum(), is_likeliest(logits, targets).sum()]
             if conf_weight is not None:
                 entropy = tempered_entropy(logits, self.conf_temperature)
                 confidence = (conf_weight.to(entropy.dtype) * entropy).sum()

@@ -22,6 +22,7 @@ from tokendiff.interfaces import Denoiser, LossOutput, TokenBatch
 from tokendiff.kernels import ForwardKernel
 from tokendiff.objectives.chunked import (
     confidence_weights,
+    is_likeliest,
     negative_log_likelihood,
     reduce_through_head,
     tempered_entropy,
@@ -112,7 +113,7 @@ class TokenNoiseDiffusion:
     ) -> tuple[Tensor, Tensor]:
         """Loss and metric sums of one chunk: correct among the noised, unclipped bound, entropy."""
         logits = without_mask(logits, self.kernel.mask_token_id)
-        is_correct = (logits.detach().argmax(-1) == x_0) & (x_t != x_0)
+        is_correct = is_likeliest(logits, x_0) & (x_t != x_0)
         elbo = torch.zeros((), device=logits.device)
         if self.loss_type == "cross_entropy":
             loss = negative_log_likelihood(logits, x_0).sum()
@@ -174,13 +175,12 @@ class _Bracket(torch.autograd.Function):
         scaled = belief * r
         at_x_0, at_z = scaled.gather(-1, x_0), scaled.gather(-1, x_t)
         top = r.log1p()
-        divergence = alpha * (top - at_x_0.log1p()) + b * (
-            top - scaled.log1p().sum(-1, keepdim=True)
-        )
+        logs = scaled.log1p_()
+        divergence = alpha * (top - at_x_0.log1p()) + b * (top - logs.sum(-1, keepdim=True))
         is_token = q_over_b > 0.0
         rho = torch.where(is_token, q_over_b / (1.0 + at_z), 1.0)
         if ctx.needs_input_grad[0]:
-            slope = scaled.add_(1.0).reciprocal_()  # h
+            slope = logs.neg_().exp_()  # h
             at_x_0 = alpha * r * slope.gather(-1, x_0)
             at_z = torch.where(is_token, (1.0 - rho) * r * slope.gather(-1, x_t), 0.0)
             slope.mul_(-alpha)
