@@ -13,7 +13,7 @@ CHECK_VENV := import importlib.util, sys; importlib.util.find_spec("ensurepip") 
 	"%s cannot make virtual environments (no ensurepip); install its venv package, on Debian and " \
 	"Ubuntu: apt install python3-venv" % sys.executable)
 
-.PHONY: help setup quickstart test lint bench lock clean
+.PHONY: help setup quickstart test lint bench toy lock clean
 
 help:  ## list the targets (the default)
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' Makefile | expand -t 12
@@ -41,8 +41,12 @@ lint: setup  ## ruff and mypy
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-bench: setup  ## what Ray costs per training step, against the plain loop
+bench: setup  ## speed and memory against the published formulation; what Ray costs per step
+	$(BIN)/python -m tests.bench_speed
 	$(BIN)/python -m tests.bench_overhead
+
+toy: setup  ## train every objective on a Markov chain, and hold it against the exact entropy
+	$(BIN)/python -m tests.toy_chain
 
 lock:  ## resolve pyproject.toml anew in a new .venv, and write requirements.lock (torch stays)
 	"$(PYTHON)" -m venv --clear $(VENV)

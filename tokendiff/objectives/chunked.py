@@ -143,16 +143,8 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def is_likeliest(logits: Tensor, targets: Tensor) -> Tensor:
-    """[n] whether the argmax, the first where several tie, is the target. bfloat16 ties often.
-
-    `amax` and comparisons are several times as fast as `argmax` on a CPU.
-    """
-    logits = logits.detach()
-    top = logits.amax(-1, keepdim=True)
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    targets = targets[:, None]
-    is_beaten = ((logits == top) & (ids < targets)).any(-1)
-    return (logits.gather(-1, targets) == top)[:, 0] & ~is_beaten
+    """[n] whether the argmax is the target."""
+    return logits.detach().argmax(-1) == targets
 
 
 def tempered_entropy(logits: Tensor, temperature: float) -> Tensor:
