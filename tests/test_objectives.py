@@ -343,13 +343,22 @@ def test_clipped_weights_change_the_loss_and_not_what_is_logged_as_the_bound() -
     for kernel in (NOISY_KERNELS["uniform"], NOISY_KERNELS["hybrid"]):
         model = LinearDenoiser(V)
         batch, x_t, t = noisy_batch(kernel)
-        slope = torch.ones(6, dtype=torch.float64)
+        slope = torch.full((6,), 3.0, dtype=torch.float64)
         plain, clipped = (
             TokenNoiseDiffusion(kernel=kernel, max_loss_weight=limit).loss_at(
                 model, batch, x_t, t, slope
             )
             for limit in (None, 0.5)
         )
+        is_target = batch.is_valid & (batch.tokens != MASK)
+        x_0, z, times = batch.tokens[is_target], x_t[is_target], t[is_target.nonzero()[:, 0]]
+        with torch.no_grad():
+            logits = without_mask(model.head(model.encode(x_t, batch.is_valid, t)), MASK)[is_target]
+        dense = kernel.nelbo(logits.softmax(-1)[:, None], x_0[:, None], z[:, None], times)[:, 0]
+        weight = kernel.loss_weight(x_0, z, times)
+        # The weight is clipped, not what it is multiplied with, nor the slope.
+        expected = 3.0 * (dense * (weight.clamp(max=0.5) / weight)).sum()
+        assert float(clipped.loss_sum) == pytest.approx(float(expected), rel=1e-5)
         assert float(clipped.loss_sum) < float(plain.loss_sum)
         assert float(clipped.metrics["elbo"][0]) == pytest.approx(float(plain.loss_sum), rel=1e-5)
         assert "elbo" not in plain.metrics

@@ -667,7 +667,7 @@ def test_a_config_becomes_the_sampler_of_the_checkpoints_process() -> None:
         (BlockwiseConfig(block_size=4), "uniform", None, "'blockwise'.*'uniform'.*use sampler"),
         (RemaskingConfig(), "hybrid", None, "'remdm'.*'hybrid'.*use sampler"),
         (FirstHittingConfig(), "uniform", None, "'first_hitting'.*'uniform'.*use sampler"),
-        (AncestralConfig(guidance_scale=2.0), "uniform", None, "guidance_scale.*without guidance"),
+        (AncestralConfig(guidance_scale=2.0), "uniform", None, "set guidance_scale to 1"),
         (BlockwiseConfig(block_size=17), "absorbing", None, "block_size 17.*seq_len 16"),
         (BlockwiseConfig(block_size=16), "absorbing", 8, "block_size 16.*seq_len 8"),
     ],

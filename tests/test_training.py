@@ -31,8 +31,10 @@ from tokendiff.kernels import HybridKernel, UniformKernel
 from tokendiff.manifest import verify
 from tokendiff.models.loading import check_vocabulary
 from tokendiff.models.sampling import SamplingModel
+from tokendiff.objectives.token_noise import TokenNoiseDiffusion
 from tokendiff.schedules import Cosine
 from tokendiff.training.run import TrainingRun, train_in_process
+from tokendiff.training.world import World
 
 LENGTH, ROWS_PER_STEP = 12, 8
 Losses = dict[int, float]
@@ -551,6 +553,11 @@ def test_every_objective_trains_resumes_and_is_recorded(
         cfg.model_copy(update={"per_device_train_batch_size": 3}), data, tmp_path / "two", 2
     )
     assert in_two == pytest.approx(whole, rel=1e-5)
+    built = TrainingRun.build(cfg, data, tmp_path / "built", world=World.current("cpu"))
+    objective = built.trainer._module.objective
+    assert isinstance(objective, TokenNoiseDiffusion)
+    for field in ("loss_type", "max_loss_weight", "lambda_conf", "min_time"):
+        assert getattr(objective, field) == getattr(cfg.objective, field)
     _, _, process = load_for_inference(tmp_path / "whole")
     assert process.objective == OBJECTIVES[name]["name"]
     assert process.prediction == ("posterior" if name == "hybrid-posterior" else "loo")
@@ -617,6 +624,26 @@ def test_scheduler_config_is_what_the_published_classes_read(tmp_path: Path) -> 
         assert NoiseProcess.load(tmp_path) == process
 
 
+@pytest.mark.parametrize("fields", [{"vocab_size": 15}, {"mask_token_id": 5}])
+def test_a_process_of_another_tokenizer_is_refused(tmp_path: Path, fields: dict[str, int]) -> None:
+    good = {"_class_name": "TokenDiffusionScheduler", "forward_process": "uniform"}
+    folder = _published(tmp_path / "other", **{**good, **fields})
+    with pytest.raises(InputError, match=r"are not those of the tokenizer beside it, 16 and 1"):
+        load_for_inference(folder)
+
+
+def test_files_that_are_no_scheduler_config_are_refused(tmp_path: Path) -> None:
+    folder = _published(tmp_path / "bad", _class_name="TokenDiffusionScheduler")
+    assert NoiseProcess.load(folder).forward_process == "absorbing"
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="max_length is missing"):
+        NoiseProcess.load(folder)
+    for text in ("[]", "{", '{"_class_name": 3}'):
+        (folder / "scheduler_config.json").write_text(text)
+        with pytest.raises(InputError, match=r"scheduler_config\.json: "):
+            NoiseProcess.load(folder)
+
+
 def _published(folder: Path, **fields: Any) -> Path:
     """A folder as the published scripts leave it: model, tokenizer and scheduler, no manifest."""
     from transformers import BertConfig, BertForMaskedLM
@@ -681,9 +708,12 @@ def test_checkpoints_of_the_published_scripts_open(tmp_path: Path) -> None:
         ({"alpha_schedule": "sigmoid"}, "alpha_schedule must be one of"),
         (
             {"_class_name": "HybridTokenDiffusionScheduler", "p_uniform": 0.1, "gamma": 3.0},
-            r"gamma must lie in \(0, 2\]",
+            r"gamma must lie in \[0.05, 2\]",
         ),
-        ({"vocab_size": "many"}, "scheduler_config.json"),
+        ({"vocab_size": "many"}, "vocab_size must be of type int, got 'many'"),
+        ({"eps": None}, "eps must be of type float, got None"),
+        ({"max_length": 0}, "max_length must be at least 1"),
+        ({"max_length": "12"}, "max_length must be of type int"),
     ],
 )
 def test_bad_noise_processes_are_refused(

@@ -141,7 +141,7 @@ def wrong_transition(monkeypatch: pytest.MonkeyPatch) -> None:
     """b_t - b_s, alpha_{t|s} forgotten."""
 
     def transition(self: ForwardKernel, s: Tensor, t: Tensor) -> tuple[Tensor, kernels.Noise]:
-        alpha_s, noise_s = self._cleaner_end(s)
+        alpha_s, noise_s = self.cleaner_end(s)
         noise = self.noise(t)
         return self.alpha(t) / alpha_s, kernels.Noise(
             noise.mask - noise_s.mask, noise.token - noise_s.token

@@ -17,7 +17,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,8 @@ class NoiseProcess:
             )
         if self.prediction not in ("loo", "posterior"):
             raise InputError(f"prediction must be 'loo' or 'posterior', got {self.prediction!r}")
+        if self.max_length < 1:
+            raise InputError(f"max_length must be at least 1, got {self.max_length}")
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise InputError(
                 f"mask_token_id {self.mask_token_id} is not an id of the vocabulary of "
@@ -171,28 +173,50 @@ class NoiseProcess:
             fields = json.loads(path.read_text())
         except ValueError as error:
             raise InputError(f"{path}: not JSON ({error})") from error
-        if fields.get("_class_name") not in _SCHEDULER_CLASSES.values():
+        class_name = fields.get("_class_name") if isinstance(fields, dict) else None
+        if class_name not in _SCHEDULER_CLASSES.values():
             raise InputError(
-                f"{path}: _class_name {fields.get('_class_name')!r} is not supported; there are "
+                f"{path}: _class_name {class_name!r} is not supported; there are "
                 f"{', '.join(sorted(set(_SCHEDULER_CLASSES.values())))}"
             )
-        if fields["_class_name"] == _SCHEDULER_CLASSES["hybrid"]:
+        if class_name == _SCHEDULER_CLASSES["hybrid"]:
             fields = {"prediction": "posterior", **fields, "forward_process": "hybrid"}
-        known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
+        known: dict[str, Any] = {"forward_process": "absorbing"}  # the published default
+        known |= {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
         try:
             if "max_length" not in known:
                 known["max_length"] = _longest_row(folder)
+            _check_types(known)
             return cls(**known)
-        except (InputError, TypeError, KeyError) as error:
+        except InputError as error:
             raise InputError(f"{path}: {error}") from error
 
 
+def _check_types(fields: dict[str, Any]) -> None:
+    """Raise InputError where a field of a scheduler_config.json is missing or not of its type."""
+    for name, field in NoiseProcess.__dataclass_fields__.items():
+        if name not in fields:
+            if field.default is MISSING:
+                raise InputError(f"{name} is missing")
+            continue
+        value, wanted = fields[name], getattr(field.type, "__name__", "str")
+        known = type(value).__name__
+        is_optional = value is None and field.default is None
+        if not (known == wanted or is_optional or (known, wanted) == ("int", "float")):
+            raise InputError(f"{name} must be of type {wanted}, got {value!r}")
+
+
 def _longest_row(folder: Path) -> int:
+    """The most tokens that the model in a folder takes."""
     config = json.loads((folder / "config.json").read_text())
+    longest = config.get("max_position_embeddings", config.get("n_positions"))
+    if not isinstance(longest, int):
+        raise InputError(
+            "max_length is missing, and config.json has no max_position_embeddings; add max_length"
+        )
     # RoBERTa's positions start behind the padding id.
     is_roberta = config.get("model_type") in ("roberta", "xlm-roberta", "camembert")
-    offset = config.get("pad_token_id", 1) + 1 if is_roberta else 0
-    return int(config["max_position_embeddings"]) - offset
+    return longest - (config.get("pad_token_id") or 1) - 1 if is_roberta else longest
 
 
 def save_checkpoint(
@@ -339,6 +363,13 @@ def load_for_inference(checkpoint_path: str | Path) -> tuple[Any, Any, NoiseProc
     folder = open_checkpoint(checkpoint_path)
     process = NoiseProcess.load(folder)
     tokenizer = load_tokenizer(folder)
+    here = (len(tokenizer), tokenizer.mask_token_id)
+    if here != (process.vocab_size, process.mask_token_id):
+        raise InputError(
+            f"{folder / SCHEDULER_CONFIG}: vocab_size {process.vocab_size} and mask_token_id "
+            f"{process.mask_token_id} are not those of the tokenizer beside it, {here[0]} and "
+            f"{here[1]}; one of the two belongs to another model"
+        )
     denoiser = load_denoiser(
         str(folder), tokenizer=tokenizer, max_length=process.max_length, dropout=0.0
     )

@@ -174,8 +174,10 @@ class _ScheduledConfig(_ObjectiveConfig):
         "log_linear", description="noise schedule alpha(t)"
     )
     eps: float = Field(1e-3, gt=0.0, lt=0.5, description="distance of alpha from its ends")
-    sigma_min: float = Field(1e-4, gt=0.0, description="least noise of the geometric schedule")
-    sigma_max: float = Field(20.0, gt=0.0, description="most noise of the geometric schedule")
+    sigma_min: float = Field(1e-4, ge=1e-8, description="least noise of the geometric schedule")
+    sigma_max: float = Field(
+        20.0, gt=0.0, le=100.0, description="most noise of the geometric schedule"
+    )
 
     @model_validator(mode="after")
     def _schedule_is_used(self) -> "_ScheduledConfig":
@@ -251,7 +253,7 @@ class HybridConfig(_TokenNoiseConfig):
     )
     gamma: float = Field(
         1.0,
-        gt=0.0,
+        ge=0.05,
         le=2.0,
         description="how uniform noise gathers around t = 1/2; above 2 rates would be negative",
     )
@@ -403,7 +405,7 @@ class BlockwiseConfig(_SamplerConfig):
     """Ancestral sampling of one block after the other, from left to right."""
 
     name: Literal["blockwise"] = "blockwise"
-    num_inference_steps: int = Field(64, ge=1, description="steps of the time grid")
+    num_inference_steps: int = Field(64, ge=1, description="steps of the time grid, of each block")
     block_size: int = Field(32, ge=1, description="tokens of a block")
 
 

@@ -23,6 +23,9 @@ from torch import Tensor
 
 from tokendiff.schedules import NoiseSchedule
 
+# Next to 0 and 1 rates may be infinite, and nearer than this 1 - t has no digits left.
+LEAST_TIME = 1e-12
+
 
 class Noise(NamedTuple):
     """b_t, or its derivative: the value at the mask, and at each single other id; shape of t."""
@@ -109,7 +112,7 @@ class ForwardKernel(ABC):
 
     def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Noise]:
         """alpha_{t|s} and b_{t|s} of q_{t|s}(z | y) = alpha_{t|s} 1[z = y] + b_{t|s}(z), s < t."""
-        alpha_s, noise_s = self._cleaner_end(s)
+        alpha_s, noise_s = self.cleaner_end(s)
         alpha_ts = self.alpha(t) / alpha_s
         noise_t = self.noise(t)
         return alpha_ts, Noise(
@@ -138,7 +141,7 @@ class ForwardKernel(ABC):
         """
         check_times(s, t)
         alpha_ts, noise_ts = self.transition(s, t)
-        alpha_s, noise_s = self._cleaner_end(s)
+        alpha_s, noise_s = self.cleaner_end(s)
         q_s = alpha_s[:, None, None] * x_theta + self._dense(noise_s, x_theta)
         one_hot = torch.nn.functional.one_hot(x_t, x_theta.shape[-1]).to(x_theta.dtype)
         from_noise = Noise(*(value[:, None] for value in noise_ts)).at(x_t == self.mask_token_id)
@@ -161,7 +164,7 @@ class ForwardKernel(ABC):
         Returns:
             (to a clean token, to noise), each float64 of the shape of x_t.
         """
-        alpha_s, _ = self._cleaner_end(s)
+        alpha_s, _ = self.cleaner_end(s)
         _, noise_ts = self.transition(s, t)
         is_mask = x_t == self.mask_token_id
         q_t = self.alpha(t) * belief.double() + self.noise(t).at(is_mask)
@@ -189,18 +192,17 @@ class ForwardKernel(ABC):
     # mean over many those of density t^(p - 1): powers 2/p and 1/p.
     warp_power: float = 2.0
 
-    def warped_time(self, u: Tensor, *, min_time: float = 0.0) -> tuple[Tensor, Tensor]:
-        """A time for each u in [0, 1], and dt/du: t = u^a / (u^a + (1 - u)^a) with a the
-        `warp_power`, moved to [min_time, 1] and kept 1e-12 from 0 and 1, where rates may be
-        infinite.
+    def warped_time(self, u: Tensor, *, min_time: float = LEAST_TIME) -> tuple[Tensor, Tensor]:
+        """A time for each u in [0, 1], and dt/du: t / (1 - t) = (u / (1 - u))^a with a the
+        `warp_power`, moved to [min_time, 1 - LEAST_TIME].
 
         With t drawn uniformly a loss weighted by 1/t has no finite variance.
         """
-        span, a = 1.0 - min_time, self.warp_power
-        low, high = u**a, (1.0 - u) ** a
-        slope = a * (u * (1.0 - u)) ** (a - 1.0) / (low + high) ** 2
-        t = min_time + span * low / (low + high)
-        return t.clamp(1e-12, 1.0 - 1e-12), span * slope
+        low = max(min_time, LEAST_TIME)
+        span, a = 1.0 - LEAST_TIME - low, self.warp_power
+        u = u.clamp(LEAST_TIME, 1.0 - LEAST_TIME)
+        share = torch.sigmoid(a * torch.logit(u))
+        return low + span * share, span * a * share * (1.0 - share) / (u * (1.0 - u))
 
     def loss_weight(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """r_t(x_t) / q_t(x_t | x_0), with the jump rate r_t = b_t' - (alpha_t' / alpha_t) b_t.
@@ -262,25 +264,23 @@ class ForwardKernel(ABC):
         return float(q * (q * share / noise).log() + (1.0 - q) * share.log())
 
     def reconstruction_nats(
-        self, belief_x_0: Tensor, belief_x_t: Tensor, x_0: Tensor, x_t: Tensor
+        self, belief_x_0: Tensor, belief_x_t: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor
     ) -> Tensor:
-        """-ln p(x_0 | x_t) of the last reverse step from x_t ~ q_0(. | x_0): what the bound has
-        beyond its integral at t = 0.
-
-        0 where alpha begins at 1.
+        """-ln p(x_0 | x_t) of the last reverse step, from a small t: what the bound has beyond its
+        integral over [t, 1].
 
         Args:
-            belief_x_0, belief_x_t: x_theta(x_0) and x_theta(x_t) at t = 0, any shape.
+            belief_x_0, belief_x_t: x_theta(x_0) and x_theta(x_t) at t, any shape.
             x_0, x_t: of that shape.
+            t: broadcast against them.
         """
-        zero = torch.zeros(1, dtype=torch.float64, device=x_0.device)
-        alpha, noise = self.alpha(zero), self.noise(zero).at(x_t == self.mask_token_id)
+        alpha, noise = self.alpha(t), self.noise(t).at(x_t == self.mask_token_id)
         q_z = noise + alpha * (x_t == x_0)
         return -(q_z * belief_x_0 / (alpha * belief_x_t + noise)).log()
 
     # Helpers.
 
-    def _cleaner_end(self, s: Tensor) -> tuple[Tensor, Noise]:
+    def cleaner_end(self, s: Tensor) -> tuple[Tensor, Noise]:
         """alpha_s and b_s, where s = 0 counts as wholly clean."""
         is_clean, zero = s == 0.0, torch.zeros_like(s)
         noise = self.noise(s)
@@ -399,9 +399,11 @@ class HybridKernel(ForwardKernel):
         _check_vocabulary(self.mask_token_id, self.vocab_size)
         if not 0.0 <= self.p_uniform < 1.0:
             raise ValueError(f"p_uniform must lie in [0, 1), got {self.p_uniform}")
-        if not 0.0 < self.gamma <= 2.0:
+        if not 0.05 <= self.gamma <= 2.0:
             raise ValueError(
-                f"gamma must lie in (0, 2], got {self.gamma}; above 2 some jump rates are negative"
+                f"gamma must lie in [0.05, 2], got {self.gamma}; above 2 some jump rates are "
+                "negative, and far below 1 half the noise comes before any time a float can tell "
+                "from 0"
             )
 
     @property
@@ -410,7 +412,7 @@ class HybridKernel(ForwardKernel):
 
     @property
     def warp_power(self) -> float:  # type: ignore[override]
-        return max(2.0, 3.0 / self.gamma)
+        return max(2.0, 3.0 / self.gamma) if self.p_uniform > 0.0 else 2.0
 
     def _uniform_part(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """c_t and its derivative. At the ends of time the derivative is infinite for gamma < 2."""

@@ -19,6 +19,7 @@ from torch import Tensor
 _GAMMA = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+_TIME = -7  # apart from what `uniform` gives for the noise of the row's positions
 _UNIFORM_BITS = 52  # (k + 1/2) / 2^52 is exact in float64 and never 0 or 1
 
 
@@ -79,7 +80,7 @@ class RowGenerator:
 
     def stratified(self) -> Tensor:
         """[B] float64 in [0, 1): one draw per row, stratified over the global batch."""
-        return self.uniform(1)[:, 0] if self.strata is None else self.strata
+        return self.fold_in(_TIME).uniform(1)[:, 0] if self.strata is None else self.strata
 
 
 def strata_of(key: int, positions: Tensor, batch_size: int) -> Tensor:

@@ -99,9 +99,11 @@ class Geometric:
     sigma_max: float = 20.0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.sigma_min < self.sigma_max:
+        # Beyond these 1 - alpha_0 and alpha_1 have no digits left.
+        if not 1e-8 <= self.sigma_min < self.sigma_max <= 100.0:
             raise ValueError(
-                f"need 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}"
+                "need 1e-8 <= sigma_min < sigma_max <= 100, got "
+                f"{self.sigma_min} and {self.sigma_max}"
             )
 
     def _sigma(self, t: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ def write_part(path: Path, records: list[dict[str, Any]]) -> None:
             "id": pa.int64(),
             "prompt": pa.string(),
             "num_prompt_tokens": pa.int64(),
+            "gaps": pa.list_(pa.int32()),
             "tokens": pa.list_(pa.int32()),
             "text": pa.string(),
             "num_model_calls": pa.int64(),

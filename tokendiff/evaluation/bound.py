@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tokendiff.interfaces import Denoiser
-from tokendiff.kernels import AbsorbingKernel, ForwardKernel
+from tokendiff.kernels import LEAST_TIME, AbsorbingKernel, ForwardKernel
 from tokendiff.objectives.chunked import (
     negative_log_likelihood,
     predict_through_head,
@@ -32,6 +32,7 @@ from tokendiff.objectives.chunked import (
 from tokendiff.objectives.token_noise import nelbo_bracket
 from tokendiff.random import RowGenerator
 
+_NEGLIGIBLE = 1e-9  # share of noise at the least time that a reconstruction need not care for
 _STRATUM, _END = -1, -2  # what a row's random numbers are for, beside the samples 0, 1, ...
 
 
@@ -72,7 +73,8 @@ def row_bounds(
     num_tokens = is_target.sum(1)
     if not isinstance(kernel, AbsorbingKernel):
         total += kernel.prior_nats() * num_tokens
-        if float(kernel.alpha(torch.zeros(1, dtype=torch.float64))) < 1.0:
+        least = torch.full((1,), LEAST_TIME, dtype=torch.float64)
+        if 1.0 - float(kernel.alpha(least)) > _NEGLIGIBLE:
             noise = generator.fold_in(_END).uniform(x_0.shape[1])
             total += _end_nats(model, x_0, is_valid, is_target, noise, kernel, prediction)
     return total, num_tokens
@@ -144,14 +146,14 @@ def _end_nats(
     kernel: ForwardKernel,
     prediction: str,
 ) -> Tensor:
-    """[B] nats of the reconstruction from t = 0."""
-    t = torch.zeros(x_0.shape[0], dtype=torch.float64, device=x_0.device)
+    """[B] nats of the reconstruction from the least time."""
+    t = torch.full((x_0.shape[0],), LEAST_TIME, dtype=torch.float64, device=x_0.device)
     x_t = kernel.corrupt(x_0, t, uniform=noise, is_noisable=is_target)
 
     def reconstruction(logits: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         belief = _loo_logits(logits, x_t, t, kernel, prediction).softmax(-1)
         of_x_0, of_x_t = (belief.gather(-1, x[:, None])[:, 0] for x in (x_0, x_t))
-        return kernel.reconstruction_nats(of_x_0, of_x_t, x_0, x_t)
+        return kernel.reconstruction_nats(of_x_0, of_x_t, x_0, x_t, t)
 
     hidden = model.encode(x_t, is_valid, t)[is_target]
     columns = (x_0[is_target], x_t[is_target], t[is_target.nonzero()[:, 0]])

@@ -25,7 +25,7 @@ from tokendiff.objectives.chunked import (
     without_mask,
 )
 from tokendiff.random import RowGenerator
-from tokendiff.samplers.ancestral import _MOVE, _NOISE, _TOKEN, AncestralSampler
+from tokendiff.samplers.ancestral import MOVE, NOISE, TOKEN, AncestralSampler
 from tokendiff.samplers.base import Predictor
 
 NUM_ROWS, MAX_TOKENS = 4, 32  # of the data
@@ -413,7 +413,7 @@ class _EverythingEveryStep(AncestralSampler):
         t: Tensor,
     ) -> Tensor:
         move, token, noise = (
-            generator.fold_in(purpose).uniform(x_t.shape[1]) for purpose in (_MOVE, _TOKEN, _NOISE)
+            generator.fold_in(purpose).uniform(x_t.shape[1]) for purpose in (MOVE, TOKEN, NOISE)
         )
         everywhere = torch.ones_like(is_open)
         fresh = Predictor(self, self.model, predictor.is_given)

@@ -14,6 +14,9 @@ import numpy as np
 # Languages.
 
 
+_LEAST_TIME = 1e-12  # where a bound's integral begins
+
+
 def toy_language(
     vocab_size: int, length: int, mask_token_id: int, seed: int, *, concentration: float = 0.4
 ) -> np.ndarray:
@@ -201,8 +204,8 @@ def _prior_cost(table: np.ndarray, process: Mapping[str, Any]) -> float:
 
 
 def _last_step_cost(table: np.ndarray, process: Mapping[str, Any]) -> float:
-    """E ln p(x_0 | x_t) / product of p(x_0^i | x_t), at t = 0."""
-    q = forward_matrix(process, 0.0)
+    """E ln p(x_0 | x_t) / product of p(x_0^i | x_t), at the least time."""
+    q = forward_matrix(process, _LEAST_TIME)
     noised = _noised(table, q, axes=range(table.ndim))
     cost = 0.0
     for z in itertools.product(*[range(size) for size in table.shape]):

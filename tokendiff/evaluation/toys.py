@@ -71,6 +71,7 @@ TOYS = {
         "uniform", alpha_schedule="geometric", exclude_mask_from_uniform=False
     ),
     "hybrid": _toy("hybrid", p_uniform=0.2, gamma=1.0),
+    "hybrid_early_noise": _toy("hybrid", p_uniform=0.05, gamma=0.5),
 }
 
 

@@ -19,7 +19,7 @@ from tokendiff.evaluation.bound import row_bounds
 from tokendiff.evaluation.certificate import Check, Rule, apply, rule
 from tokendiff.evaluation.toys import LENGTH, MASK, TOYS, VOCAB_SIZE, ExactDenoiser, ToyLanguage
 from tokendiff.interfaces import Denoiser, LossOutput, TokenBatch
-from tokendiff.kernels import AbsorbingKernel, ForwardKernel
+from tokendiff.kernels import LEAST_TIME, AbsorbingKernel, ForwardKernel
 from tokendiff.objectives.chunked import without_mask
 from tokendiff.objectives.mdlm import MDLM
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
@@ -29,7 +29,7 @@ from tokendiff.samplers.ancestral import AncestralSampler
 TIMES = (0.1, 0.5, 0.9)
 STEPS = ((0.2, 0.5), (0.6, 0.7), (0.05, 0.95), (0.0, 0.3))  # s, t
 BELIEF = np.array([0.5, 0.2, 0.0, 0.3])
-_QUADRATURE_NODES = 64
+_QUADRATURE_NODES = 160
 _UNIFORM_GRID = 50_000
 
 
@@ -185,9 +185,10 @@ def bound(toy: ToyLanguage) -> float:
         nats = toy.kernel.nelbo(belief(float(t)), x_0, x_t, t.expand(len(x_0)))
         total += expectation(float(t), nats) * float(slope) * weight
     if not isinstance(toy.kernel, AbsorbingKernel):
-        at_0 = belief(0.0)
-        of_x_0, of_x_t = (at_0.gather(-1, x[..., None])[..., 0] for x in (x_0, x_t))
-        total += expectation(0.0, toy.kernel.reconstruction_nats(of_x_0, of_x_t, x_0, x_t))
+        first = belief(LEAST_TIME)
+        of_x_0, of_x_t = (first.gather(-1, x[..., None])[..., 0] for x in (x_0, x_t))
+        nats = toy.kernel.reconstruction_nats(of_x_0, of_x_t, x_0, x_t, _scalar(LEAST_TIME))
+        total += expectation(LEAST_TIME, nats)
         total += LENGTH * toy.kernel.prior_nats()
     return abs(total - oracles.least_bound(toy.table, toy.fields))
 

@@ -50,6 +50,11 @@ def build_sampler(
         raise InputError(
             f"sampler block_size {fields['block_size']} must not exceed seq_len {seq_len}; lower it"
         )
+    if config.guidance_scale != 1.0 and process.forward_process == "uniform":
+        raise InputError(
+            f"guidance_scale {config.guidance_scale}: a checkpoint of forward_process 'uniform' "
+            "was not trained on masks in place of a prompt; set guidance_scale to 1"
+        )
     try:
         return SAMPLERS[config.name](
             kernel=process.kernel(), prediction=process.prediction, **fields
@@ -57,7 +62,7 @@ def build_sampler(
     except ValueError as error:
         raise InputError(
             f"sampler {config.name!r} does not go with this checkpoint, whose forward_process is "
-            f"{process.forward_process!r}: {error}; use sampler 'ancestral' without guidance, or a "
+            f"{process.forward_process!r}: {error}; use sampler 'ancestral', or a "
             "checkpoint of forward_process 'absorbing'"
         ) from error
 
@@ -85,8 +90,8 @@ class SamplingModel:
         """One record per row, as a part file holds it.
 
         Returns:
-            id, prompt, num_prompt_tokens, tokens, text (prompt included), num_model_calls, and
-            seconds: what the row's batch took.
+            id, prompt, num_prompt_tokens, gaps (places in the prompt that were filled), tokens,
+            text (prompt included), num_model_calls, and seconds: what the row's batch took.
         """
         start = time.perf_counter()
         prompts = [encode_prompt(self.tokenizer, row.prompt) for row in rows]
@@ -105,11 +110,13 @@ class SamplingModel:
                 on_step=on_step,
             )
         seconds = round(time.perf_counter() - start, 3)
+        mask = self.process.mask_token_id
         return [
             {
                 "id": row.id,
                 "prompt": row.prompt,
                 "num_prompt_tokens": len(prompt),
+                "gaps": [at for at, token in enumerate(prompt) if token == mask],
                 "tokens": sampled,
                 "text": self.tokenizer.decode(sampled, skip_special_tokens=True),
                 "num_model_calls": calls,

@@ -134,8 +134,9 @@ class _KnownGradient(torch.autograd.Function):
 def without_mask(logits: Tensor, mask_token_id: int) -> Tensor:
     """SUBS: a copy in which the mask has probability 0, in float32 or better."""
     mask = torch.tensor([mask_token_id], device=logits.device)
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return wide.index_fill(-1, mask, -torch.inf)
+    if logits.dtype in (torch.float32, torch.float64):
+        return logits.index_fill(-1, mask, -torch.inf)
+    return logits.float().index_fill_(-1, mask, -torch.inf)  # a copy already
 
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:

@@ -28,9 +28,11 @@ from tokendiff.random import RowGenerator
 class MDLM:
     """
     Attributes:
-        max_loss_weight: clips the weight -alpha'/(1 - alpha); the loss is then no longer the bound.
+        max_loss_weight: clips the weight -alpha'/(1 - alpha).
         lambda_conf: weight of the confidence term: per row, the mean entropy of
             softmax(logits / conf_temperature) over the correctly predicted masked tokens.
+
+    Where clipping or confidence change the loss, the bound itself is logged beside it as `elbo`.
     """
 
     kernel: AbsorbingKernel
@@ -62,10 +64,12 @@ class MDLM:
         x_0, mask = batch.tokens, self.kernel.mask_token_id
         is_target = batch.is_valid & (x_0 != mask)
         is_masked = is_target & (x_t == mask)
-        row = is_masked.nonzero()[:, 0]
-        hidden = model.encode(x_t, batch.is_valid, t)[is_masked]
-        weight = self.kernel.masked_loss_weight(t).clamp(max=self.max_loss_weight or torch.inf)
-        columns = [x_0[is_masked], ((1.0 - self.min_time) * weight)[row]]
+        at = is_masked.nonzero(as_tuple=True)
+        row = at[0]
+        hidden = model.encode(x_t, batch.is_valid, t)[at]
+        weight = self.kernel.masked_loss_weight(t)
+        clipped = weight.clamp(max=self.max_loss_weight or torch.inf)
+        columns = [x_0[at], *((1.0 - self.min_time) * of[row] for of in (clipped, weight))]
         has_confidence = self.lambda_conf > 0.0
         if has_confidence:
             columns.append(
@@ -75,12 +79,17 @@ class MDLM:
             )
 
         def loss_of(
-            logits: Tensor, targets: Tensor, weight: Tensor, conf_weight: Tensor | None = None
+            logits: Tensor,
+            targets: Tensor,
+            clipped: Tensor,
+            weight: Tensor,
+            conf_weight: Tensor | None = None,
         ) -> tuple[Tensor, Tensor]:
             logits = without_mask(logits, mask)
             nll = negative_log_likelihood(logits, targets)
-            loss = (weight.to(nll.dtype) * nll).sum()
-            sums = [nll.detach().sum(), is_likeliest(logits, targets).sum()]
+            loss = (clipped.to(nll.dtype) * nll).sum()
+            known = nll.detach()
+            sums = [known.sum(), is_likeliest(logits, targets).sum(), (weight * known).sum()]
             if conf_weight is not None:
                 entropy = tempered_entropy(logits, self.conf_temperature)
                 confidence = (conf_weight.to(entropy.dtype) * entropy).sum()
@@ -94,8 +103,10 @@ class MDLM:
             "masked_nll": (sums[0], num_masked),
             "masked_accuracy": (sums[1], num_masked),
         }
+        if has_confidence or self.max_loss_weight is not None:
+            metrics["elbo"] = (sums[2], num_tokens)
         if has_confidence:
-            metrics["confidence_entropy"] = (sums[2], num_tokens)
+            metrics["confidence_entropy"] = (sums[3], num_tokens)
         return LossOutput(loss_sum=loss_sum, num_tokens=num_tokens, metrics=metrics)
 
 

@@ -43,9 +43,11 @@ class TokenNoiseDiffusion:
         loss_type: "elbo" trains the leave-one-out posterior that bound and sampler are built on;
             "cross_entropy" trains p(x_0 | x_t), which they then convert.
         max_loss_weight: clips r_t / q_t, which is unbounded next to the ends of time; the loss is
-            then no longer the bound, which is logged beside it as `elbo`.
+            then no longer the bound.
         lambda_conf: weight of the confidence term: per row, the mean entropy of
             softmax(logits / conf_temperature) over the correctly predicted tokens.
+
+    Where clipping or confidence change the loss, the bound itself is logged beside it as `elbo`.
     """
 
     kernel: ForwardKernel
@@ -62,12 +64,21 @@ class TokenNoiseDiffusion:
         if self.loss_type == "cross_entropy" and self.max_loss_weight is not None:
             raise ValueError("max_loss_weight must be None with loss_type cross_entropy: no weight")
 
+    @property
+    def _is_changed(self) -> bool:
+        return self.max_loss_weight is not None or self.lambda_conf > 0.0
+
     def loss(self, model: Denoiser, batch: TokenBatch, generator: RowGenerator) -> LossOutput:
         """Draw a time and a noisy sequence per row, and take the loss there.
 
-        The sum estimates the bound's integral over [min_time, 1].
+        The sum estimates the bound's integral over [min_time, 1], at times that crowd where it is
+        large; the cross-entropy is the mean over times that are spread evenly.
         """
-        t, slope = self.kernel.warped_time(generator.stratified(), min_time=self.min_time)
+        u = generator.stratified()
+        if self.loss_type == "elbo":
+            t, slope = self.kernel.warped_time(u, min_time=self.min_time)
+        else:
+            t, slope = self.min_time + (1.0 - self.min_time) * u, torch.ones_like(u)
         is_target = batch.is_valid & (batch.tokens != self.kernel.mask_token_id)
         uniform = generator.uniform(batch.tokens.shape[1])
         x_t = self.kernel.corrupt(batch.tokens, t, uniform=uniform, is_noisable=is_target)
@@ -79,13 +90,15 @@ class TokenNoiseDiffusion:
         """The loss at given times t [B] and noisy tokens x_t [B, L]; nothing is drawn here.
 
         Args:
-            slope: [B] what a row's loss counts: dt/du of the draw of t.
+            slope: [B] what a row's bound counts: dt/du of the draw of t. The cross-entropy is not
+                an integral and leaves it out.
         """
         mask = self.kernel.mask_token_id
         is_target = batch.is_valid & (batch.tokens != mask)
-        row = is_target.nonzero()[:, 0]
-        hidden = model.encode(x_t, batch.is_valid, t)[is_target]
-        x_0, z = batch.tokens[is_target], x_t[is_target]
+        at = is_target.nonzero(as_tuple=True)
+        row = at[0]
+        hidden = model.encode(x_t, batch.is_valid, t)[at]
+        x_0, z = batch.tokens[at], x_t[at]
         columns = [x_0, z, t[row], slope[row]]
         if self.lambda_conf > 0.0:
             columns.append(
@@ -96,7 +109,7 @@ class TokenNoiseDiffusion:
         loss_sum, sums = reduce_through_head(model.head, hidden, tuple(columns), self._loss_of)
         num_tokens, num_noised = is_target.sum(), (z != x_0).sum()
         metrics = {"noised_accuracy": (sums[0], num_noised), "elbo": (sums[1], num_tokens)}
-        if self.loss_type == "cross_entropy" or self.max_loss_weight is None:
+        if self.loss_type == "cross_entropy" or not self._is_changed:
             del metrics["elbo"]
         if self.lambda_conf > 0.0:
             metrics["confidence_entropy"] = (sums[2], num_tokens)
@@ -185,7 +198,8 @@ class _Bracket(torch.autograd.Function):
             at_z = torch.where(is_token, (1.0 - rho) * r * slope.gather(-1, x_t), 0.0)
             slope.mul_(-alpha)
             slope.scatter_add_(-1, x_0, -at_x_0).scatter_add_(-1, x_t, at_z)
-            mean = torch.linalg.vecdot(slope, belief)[:, None]
+            with torch.autocast(logits.device.type, enabled=False):  # it would round to bfloat16
+                mean = torch.linalg.vecdot(slope, belief)[:, None]
             ctx.save_for_backward(slope.sub_(mean).mul_(belief))
         return divergence + (rho - rho.log() - 1.0)
 

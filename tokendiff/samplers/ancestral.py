@@ -17,7 +17,7 @@ from tokendiff.interfaces import StepCallback
 from tokendiff.random import RowGenerator
 from tokendiff.samplers.base import Predictor, Sampler
 
-_MOVE, _TOKEN, _NOISE = 0, 1, 2  # what a row's random numbers of one step are for
+MOVE, TOKEN, NOISE = 0, 1, 2  # what a row's random numbers of one step are for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class AncestralSampler(Sampler):
         t: Tensor,
     ) -> Tensor:
         move, token, noise = (
-            generator.fold_in(purpose).uniform(x_t.shape[1]) for purpose in (_MOVE, _TOKEN, _NOISE)
+            generator.fold_in(purpose).uniform(x_t.shape[1]) for purpose in (MOVE, TOKEN, NOISE)
         )
         mask_token_id = self.kernel.mask_token_id
         to_clean, to_noise = self._move_probability(x_t, torch.zeros_like(move), s=s, t=t)

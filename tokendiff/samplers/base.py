@@ -12,7 +12,7 @@ from tokendiff.kernels import AbsorbingKernel, ForwardKernel, UniformKernel
 from tokendiff.random import RowGenerator
 from tokendiff.samplers.categorical import draw, filter_logits
 
-_CHUNK_TOKENS = 256  # positions whose [N, V] logits exist at once
+_CPU_CHUNK, _GPU_CHUNK = 256, 4096  # positions whose [N, V] logits exist at once
 _PRIOR = -1  # steps are numbered from 0
 
 
@@ -101,7 +101,7 @@ class Sampler(ABC):
         """[N] tokens from logits [N, V] that `Predictor.logits` gave."""
         if self.temperature == 0.0:
             return logits.argmax(-1)
-        return draw(logits.double().softmax(-1), uniform)
+        return draw(logits.double().sub_(logits.amax(-1, keepdim=True)).exp_(), uniform)
 
 
 def check_absorbing(kernel: ForwardKernel, reason: str) -> None:
@@ -152,27 +152,31 @@ class Predictor:
             self.num_model_calls += self._unconditional.update(
                 free, is_needed_row & self._is_guided, time
             )
-        for row, position in zip(
-            rows.split(_CHUNK_TOKENS), positions.split(_CHUNK_TOKENS), strict=True
-        ):
+        size = _CPU_CHUNK if rows.device.type == "cpu" else _GPU_CHUNK
+        for row, position in zip(rows.split(size), positions.split(size), strict=True):
             yield row, position, self._belief(row, position, x_t[row, position], time[row])
 
     def _belief(self, row: Tensor, position: Tensor, x_t: Tensor, time: Tensor) -> Tensor:
         sampler = self._sampler
         logits = self._model.head(self._conditional.at(row, position)).float()
-        guided = self._is_guided[row].nonzero()[:, 0]
-        if guided.numel():
-            hidden = self._unconditional.at(row[guided], position[guided])
-            free = self._model.head(hidden).float()
-            logits = logits.index_copy(
-                0, guided, guide(logits[guided], free, sampler.guidance_scale)
-            )
+        if sampler.guidance_scale != 1.0:
+            logits = self._guided(logits, row, position)
         # index_fill copies, and the head's own tensor is left alone.
         logits = logits.index_fill(-1, self._mask, -torch.inf)
         if sampler.prediction == "posterior":
             logits = sampler.kernel.loo_logits(logits, x_t, time)
         return filter_logits(
             logits, temperature=sampler.temperature, top_k=sampler.top_k, top_p=sampler.top_p
+        )
+
+    def _guided(self, logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
+        guided = self._is_guided[row].nonzero()[:, 0]
+        if not guided.numel():
+            return logits
+        hidden = self._unconditional.at(row[guided], position[guided])
+        free = self._model.head(hidden).float()
+        return logits.index_copy(
+            0, guided, guide(logits[guided], free, self._sampler.guidance_scale)
         )
 
 

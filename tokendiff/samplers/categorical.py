@@ -60,8 +60,8 @@ def _smallest_in_nucleus(
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """[N] token ids from probabilities [N, V], by inverting the cumulative sum at `uniform` [N] in
-    (0, 1).
+    """[N] token ids from probabilities [N, V], of any total, by inverting the cumulative sum at
+    `uniform` [N] in (0, 1).
     """
     cumulative = probabilities.double().cumsum(-1)
     # Scaling by the last sum, not assuming it to be 1, keeps rounding from pointing past the last

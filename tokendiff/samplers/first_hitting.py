@@ -35,7 +35,7 @@ class FirstHittingSampler(Sampler):
         one = torch.ones(len(x_t), dtype=torch.float64, device=x_t.device)
         masked_share = 1.0 - self.kernel.alpha(one)
         is_masked = is_open
-        for step in range(int(is_open.sum(1).max())):
+        for step in range(max(is_open.sum(1).tolist(), default=0)):
             hit, place, token = generator.fold_in(step).uniform(3).unbind(1)
             num_masked = is_masked.sum(1)
             # Each mask's own share at its reveal is uniform below this one: theirs is the largest.

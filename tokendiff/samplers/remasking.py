@@ -61,7 +61,7 @@ class RemaskingSampler(AncestralSampler):
     ) -> tuple[Tensor, Tensor]:
         to_clean, to_noise = super()._move_probability(x_t, belief, s=s, t=t)
         alpha_t = self.kernel.alpha(t)
-        alpha_s = alpha_t / self.kernel.transition(s, t)[0]  # 1 at s = 0, whatever the schedule's
+        alpha_s, _ = self.kernel.cleaner_end(s)
         sigma_max = ((1.0 - alpha_s) / alpha_t).clamp(max=1.0)
         sigma = REMASKING_SCHEDULES[self.remasking_schedule](sigma_max, self.eta)
         is_mask = x_t == self.kernel.mask_token_id
