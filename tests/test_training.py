@@ -588,6 +588,7 @@ def _sample_with_gaps(*checkpoints: Path) -> None:
         ]
         assert kept == [token for token in given if token != mask]
         assert 0 < first["num_model_calls"] <= 5
+        assert (first["gaps"], second["gaps"]) == ([2, 4, 5], [])
 
 
 # The noise process as other tools see it
