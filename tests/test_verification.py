@@ -404,13 +404,13 @@ def test_the_job_certifies_and_fails_on_a_break(
     assert "certificate.json" in manifest.files
     assert manifest.metadata["metrics"]["verify_failed"] == 0
     page = (out / "report" / "index.html").read_text()
-    assert "Certificate of the installed code: all 50 checks passed" in page
+    assert "Certificate of the installed code: all 60 checks passed" in page
     assert "Certificate of the checkpoint: all 11 checks passed" in page
     assert "uniform (alpha_schedule cosine" in page
     client = MlflowClient(store)
     (experiment,) = [e for e in client.search_experiments() if e.name == "tokendiff"]
     (tracked,) = client.search_runs([experiment.experiment_id])
-    assert tracked.data.metrics["evaluate/verify_passed"] == 61
+    assert tracked.data.metrics["evaluate/verify_passed"] == 71
     assert 0 < tracked.data.metrics["verify/uniform/sampler"] < 0.04
     assert "certificate.json" in {item.path for item in client.list_artifacts(tracked.info.run_id)}
 

@@ -122,7 +122,7 @@ class Effort:
 
 # For a test: enough to see that each objective learns the chain, not how well it can.
 SHORT = Effort(
-    steps=250,
+    steps=500,
     rows_per_step=64,
     learning_rate=5e-3,
     eval_rows=512,
