@@ -412,12 +412,17 @@ def test_chunks_change_nothing() -> None:
     assert torch.equal(predicted, head(hidden).argmax(-1))
 
 
-def test_likeliest_is_argmax_also_where_logits_tie() -> None:
+def test_likeliest_is_the_only_argmax_and_logits_stay() -> None:
     torch.manual_seed(0)
     logits = torch.randint(0, 3, (500, 7)).float()
-    targets = torch.randint(0, 7, (500,))
-    assert torch.equal(is_likeliest(logits, targets), logits.argmax(-1) == targets)
-    assert 50 < int(is_likeliest(logits, targets).sum()) < 120
+    kept, targets = logits.clone(), torch.randint(0, 7, (500,))
+    expected = [
+        all(row[target] > value for at, value in enumerate(row) if at != target)
+        for row, target in zip(logits.tolist(), targets.tolist(), strict=True)
+    ]
+    assert is_likeliest(logits, targets).tolist() == expected
+    assert 5 < sum(expected) < 100
+    assert torch.equal(logits, kept)
 
 
 def test_no_masked_token_still_reaches_every_weight_of_the_head() -> None:

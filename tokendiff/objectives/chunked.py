@@ -144,8 +144,18 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def is_likeliest(logits: Tensor, targets: Tensor) -> Tensor:
-    """[n] whether the argmax is the target."""
-    return logits.detach().argmax(-1) == targets
+    """[n] whether the target has a larger logit than any other token; a tie is none.
+
+    Without the index that `argmax` looks for it is several times as fast on a CPU.
+
+    Args:
+        logits: [n, V] from `without_mask`: written to, and restored.
+    """
+    logits, targets = logits.detach(), targets[:, None]
+    of_targets = logits.gather(-1, targets)
+    best_other = logits.scatter_(-1, targets, -torch.inf).amax(-1)
+    logits.scatter_(-1, targets, of_targets)
+    return of_targets[:, 0] > best_other
 
 
 def tempered_entropy(logits: Tensor, temperature: float) -> Tensor:

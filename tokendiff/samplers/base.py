@@ -101,7 +101,7 @@ class Sampler(ABC):
         """[N] tokens from logits [N, V] that `Predictor.logits` gave."""
         if self.temperature == 0.0:
             return logits.argmax(-1)
-        return draw(logits.double().sub_(logits.amax(-1, keepdim=True)).exp_(), uniform)
+        return draw((logits - logits.amax(-1, keepdim=True)).exp_(), uniform)
 
 
 def check_absorbing(kernel: ForwardKernel, reason: str) -> None:

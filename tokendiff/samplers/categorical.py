@@ -63,7 +63,7 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """[N] token ids from probabilities [N, V], of any total, by inverting the cumulative sum at
     `uniform` [N] in (0, 1).
     """
-    cumulative = probabilities.double().cumsum(-1)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     # Scaling by the last sum, not assuming it to be 1, keeps rounding from pointing past the last
     # token; the first sum that reaches the target rises there, so a token of probability 0 is never
     # drawn.
