@@ -231,7 +231,8 @@ def _trained_on(checkpoint: Path) -> str:
 def _generated(record: Mapping[str, Any]) -> list[int]:
     """The tokens that the model chose: in the gaps of the prompt, and behind it."""
     tokens = record["tokens"]
-    return [tokens[at] for at in record.get("gaps") or []] + list(tokens[record["num_prompt_tokens"] :])
+    in_gaps = [tokens[at] for at in record.get("gaps") or []]
+    return [*in_gaps, *tokens[record["num_prompt_tokens"] :]]
 
 
 def _run_task(work: Callable[[str], Any], cluster: "ClusterConfig", *, use_gpu: bool) -> Any:
