@@ -40,8 +40,13 @@ def token_folder(
     tokenizer: Any,
     heldout: Sequence[Sequence[int]] = (),
     row_group_rows: int = 16,
+    runs_of: Callable[[Sequence[int]], list[int]] = lambda row: [len(row)],
 ) -> Path:
-    """A committed folder in the layout of jobs.preprocess, without running it."""
+    """A committed folder in the layout of jobs.preprocess, without running it.
+
+    Args:
+        runs_of: lengths of the documents in a row; by default a row is one.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -57,7 +62,7 @@ def token_folder(
                     "row_id": pa.array(range(first, first + len(rows)), pa.int64()),
                     "tokens": pa.array(rows, pa.list_(pa.int32())),
                     "document_lengths": pa.array(
-                        [[len(row)] for row in rows], pa.list_(pa.int32())
+                        [runs_of(row) for row in rows], pa.list_(pa.int32())
                     ),
                     "num_bytes": pa.array([len(row) for row in rows], pa.int32()),
                 }

@@ -11,16 +11,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
+from tests.builders import letter_tokenizer, token_folder
 from tokendiff.config import PreprocessConfig
 from tokendiff.data import packing
 from tokendiff.data.packing import PackedRows, Packer, TokenizedDocuments, tokenize_stream
 from tokendiff.data.partition import Piece, group_pieces
+from tokendiff.data.rows import TokenData
 from tokendiff.data.sources import plan_partitions, read_documents
 from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.errors import InputError
+from tokendiff.interfaces import TokenBatch
 
 NASTY = [
     "plain words, nothing else",
@@ -520,3 +524,24 @@ def test_rows_are_those_of_packing_by_hand(max_length: int, rows_at_once: int) -
     assert packer.flush() is None
     as_lists = [(ids.tolist(), sizes.tolist()) for ids, sizes in documents]
     assert [row for rows in given for row in rows_of(rows)] == packed_by_hand(as_lists, max_length)
+
+
+def test_rows_know_where_their_documents_begin(tmp_path: Path) -> None:
+    runs: list[list[int]] = [[4, 1, 3], [8], [2, 2], [1], [5, 3], [1, 1, 1, 1, 1, 1, 1, 1]]
+    rows = [[index] * sum(lengths) for index, lengths in enumerate(runs)]
+    folder = token_folder(
+        tmp_path,
+        files=[rows],
+        max_length=8,
+        tokenizer=letter_tokenizer(),
+        row_group_rows=4,
+        runs_of=lambda row: runs[row[0]],
+    )
+    data = TokenData.open(folder, split="train")
+    chosen = [5, 0, 3, 2, 4, 1]
+    read = data.read(*np.divmod(np.array(chosen), 4))
+    batch = TokenBatch.of_rows(*map(torch.from_numpy, (read.tokens, read.lengths, read.is_start)))
+    for document, row in zip(batch.document.tolist(), chosen, strict=True):
+        expected = [index for index, length in enumerate(runs[row]) for _ in range(length)]
+        assert document == expected + [-1] * (8 - len(expected))
+    assert torch.equal(batch.is_valid, batch.document >= 0)

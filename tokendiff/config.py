@@ -15,6 +15,7 @@ BUILTIN_MODEL_PREFIX = "builtin:"
 BUILTIN_MODELS = (
     *("bert-tiny", "bert-mini", "bert-small", "bert-base"),
     *("dit-tiny", "dit-mini", "dit-small", "dit-base"),
+    *("qwen3-tiny", "qwen3-mini", "qwen3-small", "qwen3-base"),
 )
 FILE_FORMATS = ("text", "jsonl", "parquet")
 

@@ -23,12 +23,14 @@ class TokenRows:
         tokens: [n, max_length] int32, padded at the right with 0; `lengths` says where padding
             begins.
         lengths: [n] int32.
+        is_start: [n, max_length] bool, where a document begins; what a row continues begins at 0.
         row_ids: [n] int64, stable across runs.
         num_bytes: [n] int32, UTF-8 bytes of source text that the row stands for.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
+    is_start: np.ndarray
     row_ids: np.ndarray
     num_bytes: np.ndarray
 
@@ -39,6 +41,7 @@ class TokenRows:
         return TokenRows(
             tokens=self.tokens[index],
             lengths=self.lengths[index],
+            is_start=self.is_start[index],
             row_ids=self.row_ids[index],
             num_bytes=self.num_bytes[index],
         )
@@ -119,14 +122,19 @@ class TokenData:
             raise CorruptFileError(
                 f"{self.folder}: {name} cannot be read ({error}); run jobs.preprocess again"
             ) from error
-        lists = table.column("tokens").combine_chunks()
-        offsets, values = lists.offsets.to_numpy(), lists.values.to_numpy()
-        lengths = np.diff(offsets).astype(np.int32)
+        lengths, values = _lists(table.column("tokens"))
         tokens = np.zeros((rows, self.max_length), dtype=np.int32)
-        tokens[np.arange(self.max_length) < lengths[:, None]] = values[offsets[0] : offsets[-1]]
+        tokens[np.arange(self.max_length) < lengths[:, None]] = values
+        runs_of_row, run_lengths = _lists(table.column("document_lengths"))
+        # Runs lie end to end as tokens do: where each begins, less where its row begins.
+        starts = np.cumsum(run_lengths) - run_lengths
+        row_of_run = np.repeat(np.arange(rows), runs_of_row)
+        is_start = np.zeros((rows, self.max_length), dtype=bool)
+        is_start[row_of_run, starts - (np.cumsum(lengths) - lengths)[row_of_run]] = True
         return TokenRows(
             tokens=tokens,
             lengths=lengths,
+            is_start=is_start,
             # Arrow's memory is read-only, which torch takes amiss.
             row_ids=np.array(table.column("row_id")),
             num_bytes=np.array(table.column("num_bytes")),
@@ -140,10 +148,17 @@ class TokenData:
         everything = TokenRows(
             **{
                 name: np.concatenate([getattr(part, name) for part in loaded])
-                for name in ("tokens", "lengths", "row_ids", "num_bytes")
+                for name in ("tokens", "lengths", "is_start", "row_ids", "num_bytes")
             }
         )
         return everything.take(starts[which] + rows)
+
+
+def _lists(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths [n] int32 of the lists in a column of a Parquet table, and their values end to end."""
+    lists = column.combine_chunks()
+    offsets, values = lists.offsets.to_numpy(), lists.values.to_numpy()
+    return np.diff(offsets).astype(np.int32), values[offsets[0] : offsets[-1]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +203,7 @@ class StepPlan:
         return {
             "tokens": read.tokens,
             "length": read.lengths,
+            "is_start": read.is_start,
             "row_id": read.row_ids,
             "epoch": epochs[chosen].astype(np.int64),
         }

@@ -11,6 +11,7 @@ from tokendiff.errors import InputError
 from tokendiff.models.denoiser import CAUSAL_TYPES, TransformersDenoiser, attend_both_ways
 
 BUILTIN_PREFIX = "builtin:"
+_LEAST_CAUSAL_LENGTH = 4096
 
 _SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2},
@@ -19,7 +20,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "base": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12},
 }
 _BUILTIN_SIZES = {
-    f"{family}-{name}": size for family in ("bert", "dit") for name, size in _SIZES.items()
+    f"{family}-{name}": size for family in ("bert", "dit", "qwen3") for name, size in _SIZES.items()
 }
 
 
@@ -27,9 +28,9 @@ def builtin_config(name: str, *, vocab_size: int, max_length: int, tokenizer: An
     """The transformers config of `builtin:NAME`, for first runs and tests.
 
     bert-* are ModernBERT-type encoders (rotary positions, pre-norm, GeGLU; arXiv 2412.13663), which
-    take no time; dit-* are diffusion transformers, which do.
+    take no time; dit-* are diffusion transformers, which do; qwen3-* are causal language models.
     """
-    from transformers import ModernBertConfig
+    from transformers import ModernBertConfig, Qwen3Config
 
     from tokendiff.models.diffusion_transformer import DiffusionTransformerConfig
 
@@ -46,6 +47,21 @@ def builtin_config(name: str, *, vocab_size: int, max_length: int, tokenizer: An
             vocab_size=vocab_size,
             max_position_embeddings=max_length,
             pad_token_id=tokenizer.pad_token_id,
+        )
+    if name.startswith("qwen3-"):
+        heads = size["num_attention_heads"]
+        return Qwen3Config(
+            **size,
+            intermediate_size=3 * size["hidden_size"],
+            num_key_value_heads=heads // 2,
+            head_dim=size["hidden_size"] // heads,
+            tie_word_embeddings=True,
+            vocab_size=vocab_size,
+            # Rotary positions have no end, and completions go on where training rows stop.
+            max_position_embeddings=max(max_length, _LEAST_CAUSAL_LENGTH),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
         )
     return ModernBertConfig(
         **size,

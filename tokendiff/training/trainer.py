@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from tokendiff.models.denoiser import TransformersDenoiser
 
 OnEvent = Callable[..., None]  # (event name, **fields), called on the main worker only
-Batches = Iterator[dict[str, Any]]  # one per step: tokens [b, L], length [b], row_id [b], epoch [b]
+# One per step: tokens [b, L], length [b], is_start [b, L], row_id [b], epoch [b].
+Batches = Iterator[dict[str, Any]]
 
 
 class _LossModule(nn.Module):
@@ -161,11 +162,10 @@ class Trainer:
 
     def _micro_batches(self, columns: dict[str, Any]) -> Iterator[tuple[TokenBatch, RowGenerator]]:
         device, seed = self.world.device, self.config.seed
-        tokens = torch.as_tensor(columns["tokens"], device=device).long()
-        length = torch.as_tensor(columns["length"], device=device)
-        row_id = torch.as_tensor(columns["row_id"], device=device)
-        epoch = torch.as_tensor(columns["epoch"], device=device)
-        is_valid = torch.arange(tokens.shape[1], device=device) < length[:, None]
+        names = ("tokens", "length", "is_start", "row_id", "epoch")
+        tokens, length, is_start, row_id, epoch = (
+            torch.as_tensor(columns[name], device=device) for name in names
+        )
         positions = torch.arange(
             self.world.rank, self.config.rows_per_step, self.world.size, device=device
         )
@@ -176,7 +176,8 @@ class Trainer:
         for rows in torch.arange(len(tokens), device=device).split(
             self.config.per_device_train_batch_size
         ):
-            yield TokenBatch(tokens=tokens[rows], is_valid=is_valid[rows]), generator.select(rows)
+            batch = TokenBatch.of_rows(tokens[rows], length[rows], is_start[rows])
+            yield batch, generator.select(rows)
 
     def _seed_dropout(self, micro_batch: int) -> None:
         if self.config.dropout > 0.0:

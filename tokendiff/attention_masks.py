@@ -1,0 +1,84 @@
+"""Which position may see which, as rules.
+
+A rule says for index tensors b, q, kv (row, query, key; broadcast against each other) whether the
+query sees the key. One rule serves every kernel: `dense` evaluates it everywhere, for scaled
+dot-product attention, and `mask_mod` hands it to flex_attention, which evaluates it per block.
+
+Rules close over tensors [B, L] of where positions are: `document`, equal within one document and
+-1 on padding, which sees itself alone, so that no query is left with nothing to see; and `block`,
+which rises along a document.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# (b, q, kv) int64 tensors that broadcast against each other -> bool tensor of the common shape.
+MaskRule = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def dense(
+    rule: MaskRule,
+    batch_size: int,
+    num_queries: int,
+    num_keys: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The rule everywhere: [B, 1, Q, KV] bool, True where the query sees the key."""
+    b = torch.arange(batch_size, device=device)[:, None, None]
+    q = torch.arange(num_queries, device=device)[:, None]
+    kv = torch.arange(num_keys, device=device)
+    return rule(b, q, kv).expand(batch_size, num_queries, num_keys)[:, None]
+
+
+def mask_mod(rule: MaskRule) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The rule in the form that torch.nn.attention.flex_attention takes, the same for all heads."""
+    return lambda b, h, q, kv: rule(b, q, kv)
+
+
+def positions_in_document(document: Tensor) -> Tensor:
+    """[B, L] places counted from 0 at the start of each run of equal `document` [B, L]."""
+    place = torch.arange(document.shape[1], device=document.device).expand_as(document)
+    is_start = torch.ones_like(document, dtype=torch.bool)
+    is_start[:, 1:] = document[:, 1:] != document[:, :-1]
+    return place - place.masked_fill(~is_start, 0).cummax(dim=1).values
+
+
+def causal(document: Tensor) -> MaskRule:
+    """A position sees its document up to itself."""
+    return lambda b, q, kv: (document[b, q] == document[b, kv]) & (kv <= q)
+
+
+def block_causal(document: Tensor, block: Tensor) -> MaskRule:
+    """A position sees its own block whole, and all earlier blocks of its document.
+
+    Source: SDAR (arXiv 2510.06303), LLaDA2.0.
+    """
+    return lambda b, q, kv: (document[b, q] == document[b, kv]) & (block[b, kv] <= block[b, q])
+
+
+def block_diffusion(document: Tensor, block: Tensor, *, is_causal: bool = False) -> MaskRule:
+    """Rows `[x_t ; x_0]` of twice the length: x_t, then x_0, each at the positions 0..L-1.
+
+    A noisy position sees its own block of x_t and the earlier blocks of x_0; a clean one sees its
+    own and the earlier blocks of x_0.
+
+    Args:
+        is_causal: inside a block, a position sees only up to itself.
+
+    Source: BD3-LM (arXiv 2503.09573), section 3 and appendix B.6.
+    """
+    length = document.shape[1]
+
+    def rule(b: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        place_q, place_kv = q % length, kv % length
+        is_clean_q, is_clean_kv = q >= length, kv >= length
+        block_q, block_kv = block[b, place_q], block[b, place_kv]
+        is_earlier = is_clean_kv & (block_kv < block_q)
+        is_own = (is_clean_q == is_clean_kv) & (block_kv == block_q)
+        if is_causal:
+            is_own = is_own & (place_kv <= place_q)
+        return (document[b, place_q] == document[b, place_kv]) & (is_earlier | is_own)
+
+    return rule
