@@ -155,7 +155,7 @@ class TokenData:
 
 
 def _lists(column: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths [n] int32 of the lists in a column of a Parquet table, and their values end to end."""
+    """Lengths [n] int32 of the lists in a Parquet column, and their values end to end."""
     lists = column.combine_chunks()
     offsets, values = lists.offsets.to_numpy(), lists.values.to_numpy()
     return np.diff(offsets).astype(np.int32), values[offsets[0] : offsets[-1]]
