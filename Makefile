@@ -1,6 +1,7 @@
 # Two commands for a new checkout: make quickstart, make test. `make help` lists the others.
 
 PYTHON ?= python3
+TEST_WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -33,8 +34,9 @@ $(INSTALLED): requirements.lock pyproject.toml
 quickstart: setup  ## train, sample and evaluate a small model: minutes on two cores
 	$(BIN)/python -m jobs.pipeline run pipelines/quickstart.yaml
 
-test: setup  ## the test suite; PYTEST_ARGS="-m 'not slow'" for a part of it
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+# Here and not in pyproject.toml, so that a single test runs in one process, at once and with --pdb.
+test: setup  ## the test suite on TEST_WORKERS=2 processes; PYTEST_ARGS="-m 'not slow'" for a part of it
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
 
 lint: setup  ## ruff and mypy
 	$(BIN)/python -m ruff check .

@@ -1,11 +1,14 @@
 """What every test starts from: no network, one thread, nothing written to the home folder."""
 
+import ast
+import functools
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,6 +26,7 @@ os.environ.update(
         "RAY_AUTH_MODE": "disabled",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
         "TOKENIZERS_PARALLELISM": "false",
     }
 )
@@ -30,6 +34,31 @@ os.environ.update(
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(_SCRATCH, ignore_errors=True)
+
+
+@pytest.hookimpl(optionalhook=True)  # there is none without pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Every test by itself to the process that is free, but all tests that use Ray to one, so that
+    it starts once.
+
+    `--dist loadgroup` would do, but the groups of pytest-xdist 3.8 are lost under pytest 9.2. The
+    process that hands tests out knows no more of them than their ids.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class RayInOneProcess(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path, _, test = nodeid.partition("::")
+            return "ray" if test.split("[")[0] in _ray_tests(config.rootpath / path) else nodeid
+
+    return RayInOneProcess(config, log)
+
+
+@functools.cache
+def _ray_tests(path: Path) -> set[str]:
+    """Names of the functions in a file of tests that take `ray_session`."""
+    functions = [f for f in ast.walk(ast.parse(path.read_text())) if isinstance(f, ast.FunctionDef)]
+    return {f.name for f in functions if "ray_session" in [a.arg for a in f.args.args]}
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Training, sampling and evaluating on Ray: equal to the run without it, and what a kill costs."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -92,9 +93,10 @@ class Killer(threading.Thread):
 def pid_of(actor_name: str) -> int | None:
     import psutil
 
-    for process in psutil.process_iter(["cmdline"]):
-        if process.info["cmdline"] and actor_name in process.info["cmdline"][0]:
-            return int(process.pid)
+    for process in psutil.Process().children(recursive=True):  # of this Ray, and no other
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile
+            if actor_name in " ".join(process.cmdline()[:1]):
+                return int(process.pid)
     return None
 
 

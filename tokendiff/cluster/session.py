@@ -76,6 +76,9 @@ def ray_session(config: "ClusterConfig") -> Iterator[None]:
         # workers and data tasks side by side where real counts would deadlock.
         reserved = max(config.num_workers, config.num_actors) * config.cpus_per_worker
         os.environ.update(thread_policy)
+        # Ray's workers are nice to all else by 15, which is a thirtieth of the machine's time where
+        # other programs keep it busy, and nothing for the user who waits for this very job.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
             address="local",  # not one that happens to run here, whose CPUs are not ours to set
             num_cpus=max(os.cpu_count() or 1, int(reserved) + 1 + DATA_CPUS),
