@@ -226,3 +226,35 @@ class PairDenoiser:
 
     def head(self, hidden: Tensor) -> Tensor:
         return hidden
+
+
+def tiny_causal(
+    model_type: str = "qwen3", *, vocab_size: int = 48, seed: int = 0, **changes: Any
+) -> Any:
+    """A transformers causal LM with new weights, large enough that its greedy text is not one token
+    over and over; float64, in eval mode.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.4,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if model_type in ("qwen3", "gemma2"):
+        fields["head_dim"] = 8
+    if model_type == "gpt2":  # other names for the same, and no others
+        names = ("vocab_size", "initializer_range", "bos_token_id", "eos_token_id")
+        fields = {name: fields[name] for name in names}
+        fields |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    config = AutoConfig.for_model(model_type, **{**fields, **changes})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()

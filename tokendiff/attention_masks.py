@@ -82,3 +82,15 @@ def block_diffusion(document: Tensor, block: Tensor, *, is_causal: bool = False)
         return (document[b, place_q] == document[b, place_kv]) & (is_earlier | is_own)
 
     return rule
+
+
+def causal_by_position(b: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    """`causal` where q and kv are positions in one document, as they are while it is decoded."""
+    return kv <= q
+
+
+def block_causal_by_position(block_length: int) -> MaskRule:
+    """`block_causal` where q and kv are positions in one document, whose blocks are counted from
+    its first token.
+    """
+    return lambda b, q, kv: kv // block_length <= q // block_length

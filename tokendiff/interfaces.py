@@ -4,7 +4,7 @@ called by.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -117,6 +117,102 @@ class Samples:
 
     tokens: Tensor
     num_model_calls: Tensor
+
+
+class DecodingCache(Protocol):
+    """Keys and values of rows that have their own lengths.
+
+    What a call encodes is written behind a row's end and is seen by that call alone, until `extend`
+    makes (some of) it stay.
+    """
+
+    @property
+    def lengths(self) -> Tensor:
+        """[R] int64, tokens that are kept per row; not to be written to."""
+        ...
+
+    def extend(self, rows: Tensor, counts: Tensor) -> None:
+        """Keep the first `counts` [n] of the tokens that the last call encoded for `rows` [n]."""
+        ...
+
+    def crop(self, rows: Tensor, lengths: Tensor) -> None:
+        """Cut rows [n] back to at most `lengths` [n] tokens; 0 frees a row for another text."""
+        ...
+
+    def move(self, source: int, target: int) -> None:
+        """Put the row `source` in place of the row `target`."""
+        ...
+
+
+class Decoder(Protocol):
+    """A causal language model that keeps what it has read.
+
+    Hidden states at position i are those of the token at i; whether they are read as logits for i
+    or for i + 1 is the sampler's business.
+    """
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def new_cache(self, num_rows: int) -> DecodingCache: ...
+
+    def encode(
+        self,
+        tokens: Tensor,
+        num_tokens: Tensor,
+        cache: DecodingCache,
+        rows: Tensor,
+        rule: MaskRule,
+    ) -> Tensor:
+        """Hidden states [n, N, D] of new tokens, which stand behind the kept ones of their rows.
+
+        Args:
+            tokens: [n, N] int64.
+            num_tokens: [n] int64, how many of a row's N are there; the others are padding, which
+                nothing sees.
+            rows: [n] int64, the cache's rows that they belong to, each at most once.
+            rule: what a token sees (`tokendiff.attention_masks`), q and kv being positions in the
+                row, and b counting the n rows of this call.
+        """
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [n, V] of hidden states [n, D], over every id of the vocabulary."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt to continue.
+
+    Attributes:
+        id: with the seed it decides the row's randomness.
+        prompt: token ids, at least one.
+    """
+
+    id: int
+    prompt: tuple[int, ...]
+
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A finished continuation.
+
+    Attributes:
+        tokens: new tokens, the stop token included where there is one.
+        finish_reason: "stop" at a stop token, "length" at the most tokens that were asked for.
+        num_model_calls: forward passes that the row took part in, those of its prompt included.
+        counts: what else a sampler counts, per row.
+    """
+
+    id: int
+    tokens: list[int]
+    finish_reason: FinishReason
+    num_model_calls: int
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 # Called after each step of a sampler with (time reached, x_t [B, L]); x_t must not be written to.

@@ -1,0 +1,144 @@
+"""A `transformers` cache whose rows have their own lengths.
+
+Rows that share a batch have prompts of different lengths, accept different numbers of tokens and
+end at different times. Here each row's keys and values begin at 0 and end at its own length, so
+that prompts need no padding at the left, positions are true positions, a row can be cut back alone,
+and its place can be given to another text.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+_GROWTH = 128  # tokens; capacity is a multiple
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Where the keys and values of the forward pass in progress go.
+
+    Attributes:
+        rows: [n] rows of the cache.
+        positions: [n, N] where each new token stands in its row.
+        width: tokens of the longest of these rows, the new ones included.
+        is_leading: whether `rows` are 0..n-1, which are read without a copy.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    width: int
+    is_leading: bool
+
+
+class _RaggedLayer(CacheLayerMixin):
+    """One layer: keys and values [R, heads, capacity, D]."""
+
+    def __init__(self, num_rows: int) -> None:
+        super().__init__()
+        self.num_rows = num_rows
+        self.call: _Call | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        # Zeros, not just any memory: what a mask hides is still multiplied, by 0.
+        self.keys, self.values = (
+            states.new_zeros(self.num_rows, states.shape[1], 0, states.shape[3])
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values behind each row's end; return all of the call's rows."""
+        assert self.call is not None, "RaggedCache.begin comes first"
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys = _written(self.keys, key_states, self.call)
+        self.values = _written(self.values, value_states, self.call)
+        return _read(self.keys, self.call), _read(self.values, self.call)
+
+    def move(self, source: int, target: int) -> None:
+        for states in (self.keys, self.values):
+            if states is not None:
+                states[target] = states[source]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        assert self.call is not None
+        return self.call.width, 0
+
+    def get_seq_length(self) -> int:
+        return 0 if self.call is None else self.call.width - self.call.positions.shape[1]
+
+    def get_max_length(self) -> int:
+        return -1  # none
+
+
+class RaggedCache(Cache):
+    """`tokendiff.interfaces.DecodingCache` for any transformers model that keeps plain keys and
+    values in every layer.
+
+    Args:
+        num_rows: R.
+        device: of the model.
+    """
+
+    def __init__(self, num_rows: int, *, num_layers: int, device: torch.device | str) -> None:
+        self._layers = [_RaggedLayer(num_rows) for _ in range(num_layers)]
+        super().__init__(layers=list(self._layers))
+        self._lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
+
+    @property
+    def lengths(self) -> Tensor:
+        return self._lengths
+
+    def begin(self, rows: Tensor, num_new: int) -> tuple[Tensor, int]:
+        """Say where the next forward pass writes: `num_new` tokens behind the end of each row.
+
+        Returns:
+            positions [n, num_new] of the new tokens, and the number of keys that the pass will see.
+        """
+        lengths = self._lengths[rows]
+        positions = lengths[:, None] + torch.arange(num_new, device=rows.device)
+        leading = torch.arange(len(rows), device=rows.device)
+        call = _Call(
+            rows=rows,
+            positions=positions,
+            width=int(lengths.max()) + num_new,
+            is_leading=bool((rows == leading).all()),
+        )
+        for layer in self._layers:
+            layer.call = call
+        return positions, call.width
+
+    def extend(self, rows: Tensor, counts: Tensor) -> None:
+        self._lengths[rows] += counts
+
+    def crop(self, rows: Tensor, lengths: Tensor) -> None:  # type: ignore[override]
+        self._lengths[rows] = torch.minimum(self._lengths[rows], lengths)
+
+    def move(self, source: int, target: int) -> None:
+        for layer in self._layers:
+            layer.move(source, target)
+        self._lengths[target] = self._lengths[source]
+
+
+def _written(buffer: Tensor, new: Tensor, call: _Call) -> Tensor:
+    """The buffer [R, heads, capacity, D] with `new` [n, heads, N, D] in it, longer if need be."""
+    missing = call.width - buffer.shape[2]
+    if missing > 0:
+        grown = -(-missing // _GROWTH) * _GROWTH
+        buffer = torch.cat([buffer, buffer.new_zeros(*buffer.shape[:2], grown, buffer.shape[3])], 2)
+    buffer[call.rows[:, None], :, call.positions] = new.transpose(1, 2).to(buffer.dtype)
+    return buffer
+
+
+def _read(buffer: Tensor, call: _Call) -> Tensor:
+    """[n, heads, width, D]."""
+    if call.is_leading:
+        return buffer[: len(call.rows), :, : call.width]
+    return buffer[call.rows, :, : call.width]

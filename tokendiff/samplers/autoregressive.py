@@ -1,0 +1,49 @@
+"""Token after token, from left to right: what diffusion decoders are measured against, and what
+regenerates the text that drafts learn from.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tokendiff.attention_masks import causal_by_position
+from tokendiff.interfaces import Decoder
+from tokendiff.samplers.open_ended import PREFILL_CHUNK, OpenEndedSampler, encode_known
+from tokendiff.samplers.slots import Slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoregressiveSampler(OpenEndedSampler):
+    """At temperature 0 its tokens are those of transformers' `generate(do_sample=False)`."""
+
+    def _slots(self, model: Decoder, *, num_slots: int, key: int) -> Slots:
+        return Slots(model, num_slots=num_slots, max_new_tokens=self.max_new_tokens, seed_key=key)
+
+    def _step(self, model: Decoder, slots: Slots) -> None:
+        pending = slots["length"] - slots.cache.lengths[: slots.num_rows]
+        # Prompts in a pass of their own: beside them every row would be as wide.
+        for is_chosen in (pending > 1, pending == 1):
+            rows = is_chosen.nonzero()[:, 0]
+            if rows.numel():
+                self._advance(model, slots, rows, pending[rows].clamp(max=PREFILL_CHUNK))
+
+    def _advance(self, model: Decoder, slots: Slots, rows: Tensor, counts: Tensor) -> None:
+        """Read the next `counts` tokens of `rows`, and write one where that was all of them."""
+        hidden = encode_known(model, slots, rows, counts, causal_by_position)
+        slots.cache.extend(rows, counts)
+        chosen = (slots.cache.lengths[rows] == slots["length"][rows]).nonzero()[:, 0]
+        if not chosen.numel():
+            return
+        logits = model.head(hidden[chosen, counts[chosen] - 1]).float()
+        rows = rows[chosen]
+        at = slots["length"][rows]
+        uniform = slots.generator.select(rows).fold_in(at).uniform(1)[:, 0]
+        slots.tokens[rows, at] = self._draw(logits, uniform)
+        slots["length"][rows] += 1
+
+    def _finished(self, slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
+        end = slots["length"].clone()
+        newest = slots.tokens[slots.rows, end - 1]
+        is_new = end > slots["prompt_length"]
+        is_stopped = self._first_stop(newest[:, None], is_new[:, None]) == 0
+        return is_stopped | (end == slots["limit"]), end, is_stopped

@@ -1,0 +1,109 @@
+"""What samplers share that continue prompts until a stop token or a number of tokens."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokendiff.attention_masks import MaskRule
+from tokendiff.interfaces import Completion, Decoder, Request
+from tokendiff.samplers.categorical import draw, filter_logits
+from tokendiff.samplers.slots import Slots
+
+# Tokens of a prompt that are read in one forward pass, between steps of the rows already under way.
+PREFILL_CHUNK = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenEndedSampler(ABC):
+    """Continuous batching around a sampler's own step.
+
+    Attributes:
+        max_new_tokens: a completion has exactly so many tokens, or ends at a stop token.
+        temperature: 0 is argmax.
+        top_k, top_p: see `categorical.filter_logits`.
+        stop_token_ids: the first of these ends a completion and is its last token.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not self.temperature >= 0.0:
+            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+
+    @torch.no_grad()
+    def complete(
+        self, model: Decoder, requests: Iterable[Request], *, key: int, num_slots: int
+    ) -> Iterator[Completion]:
+        """Completions in the order in which they are finished.
+
+        Args:
+            requests: taken one by one, as slots become free.
+            key: with a request's id, decides the row's randomness. Its tokens depend on nothing
+                else: not on the rows beside it, its slot or the order.
+            num_slots: rows in flight at most.
+        """
+        waiting = iter(requests)
+        slots = self._slots(model, num_slots=num_slots, key=key)
+        while slots.fill(waiting):
+            self._step(model, slots)
+            yield from slots.retire(*self._finished(slots), waiting)
+
+    @abstractmethod
+    def _slots(self, model: Decoder, *, num_slots: int, key: int) -> Slots: ...
+
+    @abstractmethod
+    def _step(self, model: Decoder, slots: Slots) -> None:
+        """One step of every row in flight."""
+
+    @abstractmethod
+    def _finished(self, slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
+        """(is_done, end, is_stopped), as `Slots.retire` takes them."""
+
+    def _first_stop(self, tokens: Tensor, is_open: Tensor) -> Tensor:
+        """[n] index of the first stop token among those of tokens [n, N] that are open; N where
+        there is none.
+        """
+        stops = torch.tensor(self.stop_token_ids, dtype=torch.int64, device=tokens.device)
+        is_stop = is_open & torch.isin(tokens, stops)
+        index = torch.arange(tokens.shape[1], device=tokens.device)
+        return torch.where(is_stop, index, tokens.shape[1]).amin(1)
+
+    def _draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """[n] tokens from logits [n, V], by numbers [n] in (0, 1)."""
+        if self.temperature == 0.0:
+            return logits.argmax(-1)
+        logits = filter_logits(
+            logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
+        )
+        return draw((logits - logits.amax(-1, keepdim=True)).exp(), uniform)
+
+
+def encode_known(
+    model: Decoder,
+    slots: Slots,
+    rows: Tensor,
+    counts: Tensor,
+    rule: MaskRule,
+) -> Tensor:
+    """Hidden states [n, N, D] of the next `counts` [n] tokens of `rows` [n] that are not in the
+    cache; they stay out of it.
+    """
+    width = int(counts.max())
+    begin = slots.cache.lengths[rows]
+    at = begin[:, None] + torch.arange(width, device=rows.device)
+    tokens = slots.tokens[rows[:, None], at.clamp(max=slots.tokens.shape[1] - 1)]
+    slots["num_calls"][rows] += 1
+    return model.encode(tokens, counts, slots.cache, rows, rule)
