@@ -10,8 +10,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from pipelines.graph import pipeline_stages
 from pipelines.paths import output_path
-from pipelines.stage import Stage, pipeline_stages
+from pipelines.stage import Stage
 from tokendiff.cluster.session import ray_session
 from tokendiff.config import Config
 from tokendiff.errors import CorruptFileError, InputError
@@ -30,12 +31,12 @@ def run_stage(stage: Stage, mirror: MlflowMirror) -> dict[str, Any]:
 
     What it does is written to its log, and shown and mirrored from there.
     """
-    params = {stage.name: stage.settings}
+    params = {stage.kind: stage.settings}
     tags = {"stage": stage.name, "key": stage.key}
     with (
         RunLog(stage.log_path) as log,
-        ProgressPrinter(stage.name) as printer,
-        mirror.stage(stage.name, folder=stage.record, params=params, tags=tags) as run,
+        ProgressPrinter(stage.title) as printer,
+        mirror.stage(stage.title, folder=stage.record, params=params, tags=tags) as run,
         LogTailer(stage.log_path, [printer.consume, run.consume]),
     ):
         try:
@@ -45,7 +46,7 @@ def run_stage(stage: Stage, mirror: MlflowMirror) -> dict[str, Any]:
             raise
         log.write("end")
         result = stage.result(stage)
-        run.log_metrics(_figures(stage.name, result))
+        run.log_metrics(_figures(stage.title, result))
         if (report := stage.folder / "report").is_dir():
             run.log_artifacts(report, "report")
         if checks := read_certificate(stage.folder):
@@ -87,17 +88,17 @@ def run_pipeline(config: Config, root: Path) -> Results:
         pending = [stage for stage in stages if not _is_sound(stage)]
         for stage in stages:
             if stage not in pending:
-                print(f"{stage.name}  done before, in {stage.folder.name}", flush=True)
-                results[stage.name] = stage.result(stage)
+                print(f"{stage.title}  done before, in {stage.folder.name}", flush=True)
+                results[stage.title] = stage.result(stage)
         if pending:
             with ray_session(config.cluster):
                 for stage in pending:
                     started = time.monotonic()
-                    results[stage.name] = run_stage(stage, mirror)
-                    print(f"{stage.name}  done in {time.monotonic() - started:.0f} s", flush=True)
+                    results[stage.title] = run_stage(stage, mirror)
+                    print(f"{stage.title}  done in {time.monotonic() - started:.0f} s", flush=True)
         for name, result in results.items():
             mirror.log_metrics(_figures(name, result))
-    return {stage.name: results[stage.name] for stage in stages}
+    return {stage.title: results[stage.title] for stage in stages}
 
 
 def store_command(config: Config, root: Path) -> str:
@@ -115,7 +116,7 @@ def plan(config: Config, root: Path) -> list[dict[str, str]]:
     for stage in checked_stages(config, root):
         state = "done" if stage.is_done else "resume" if stage.folder.is_dir() else "run"
         rows.append(
-            {"stage": stage.name, "state": state, "key": stage.key, "folder": str(stage.folder)}
+            {"stage": stage.title, "state": state, "key": stage.key, "folder": str(stage.folder)}
         )
     return rows
 
@@ -123,21 +124,12 @@ def plan(config: Config, root: Path) -> list[dict[str, str]]:
 def status(config: Config, root: Path) -> Results:
     """The result of every stage that is done."""
     return {
-        stage.name: stage.result(stage) for stage in checked_stages(config, root) if stage.is_done
+        stage.title: stage.result(stage) for stage in checked_stages(config, root) if stage.is_done
     }
 
 
 def checked_stages(config: Config, root: Path) -> list[Stage]:
     """The stages, after refusing what cannot work and paths that the pipeline itself decides."""
-    config.check_pipeline()
-    for section in ("preprocess", "train", "generate", "evaluate"):
-        part = getattr(config, section)
-        for name in ("output_dir", "data_path", "checkpoint_path", "samples_path"):
-            if getattr(part, name, None) is not None:
-                raise InputError(
-                    f"{section}.{name} is decided by the pipeline (everything goes under root); "
-                    f"remove it, or run python -m jobs.{section} by itself"
-                )
     return pipeline_stages(config, root / config.name)
 
 

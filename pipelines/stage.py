@@ -2,11 +2,11 @@
 
 The key is a hash of the settings that decide the result, the keys of the inputs and the version of
 the code. In a pipeline it names the stage's folder, and a folder that is committed is not made
-again.
+again. `pipelines.graph` puts a pipeline's stages together.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,20 +33,26 @@ class Stage:
     """One step of the way from text to a report.
 
     Attributes:
+        name: as the pipeline's file has it.
+        label: what sets it apart from others of its name that a matrix made.
+        kind: of the closed set of `tokendiff.config.StageConfig`.
         settings: fields that decide the result, plain JSON.
         base: the stage's folder; in a pipeline the folder that `NAME-KEY` is made in.
         action: does the work; leaves `result_folder` committed, goes on where it was cut off.
         result: what the finished stage reports: figures for tables, the tracking and `--json`.
+        inputs: by their role.
         result_subfolder: where in `folder` the manifest stands that commits the stage.
         version: raised when the same settings come to give another result.
     """
 
     name: str
+    kind: str
     settings: dict[str, Any]
     base: Path
     action: Callable[["Stage", RunLog], None]
     result: Callable[["Stage"], dict[str, Any]]
-    inputs: tuple["Stage", ...] = ()
+    inputs: Mapping[str, "Stage"] = field(default_factory=dict)
+    label: str = ""
     is_keyed: bool = False
     result_subfolder: str = ""
     version: int = 1
@@ -54,11 +60,17 @@ class Stage:
     @cached_property
     def key(self) -> str:
         parts = {
+            "kind": self.kind,
             "settings": self.settings,
-            "inputs": [stage.key for stage in self.inputs],
+            "inputs": {role: stage.key for role, stage in self.inputs.items()},
             "code": [tokendiff.__version__, self.version],
         }
         return fingerprint(parts)[:_KEY_LENGTH]
+
+    @property
+    def title(self) -> str:
+        """The stage's name, with its label: no other stage of the pipeline has the same."""
+        return f"{self.name}[{self.label}]" if self.label else self.name
 
     @cached_property
     def folder(self) -> Path:
@@ -83,35 +95,14 @@ class Stage:
         return is_committed(self.result_folder)
 
 
-def pipeline_stages(config: Config, folder: Path) -> list[Stage]:
-    """The stages of a pipeline in the order in which they run, each in `folder/NAME-KEY`."""
-    data = preprocess_stage(config, folder, is_keyed=True)
-    train = train_stage(config, folder, data_path=data.folder, inputs=(data,), is_keyed=True)
-    checkpoint = str(train.result_folder)
-    stages = [data, train]
-    if config.generate is not None:
-        stages.append(
-            generate_stage(
-                config, folder, checkpoint_path=checkpoint, inputs=(train,), is_keyed=True
-            )
-        )
-    if config.evaluate is not None:
-        samples = stages[-1].folder if config.generate is not None else None
-        stages.append(
-            evaluate_stage(
-                config,
-                folder,
-                checkpoint_path=checkpoint,
-                data_path=data.folder,
-                samples_path=samples,
-                inputs=tuple(stages),
-                is_keyed=True,
-            )
-        )
-    return stages
+# Builders. `keyed`, where it is given, is the config without the paths of inputs, whose keys are in
+# the stage's key already.
 
 
-def preprocess_stage(config: Config, folder: str | Path, **kwargs: Any) -> Stage:
+def preprocess_stage(
+    config: Config, folder: str | Path, *, keyed: Config | None = None, **kwargs: Any
+) -> Stage:
+    keyed = keyed or config
     tokenizer = config.tokenizer_name_or_path
 
     def action(stage: Stage, log: RunLog) -> None:
@@ -135,16 +126,25 @@ def preprocess_stage(config: Config, folder: str | Path, **kwargs: Any) -> Stage
         return {**counts, **dropped, "padded_fraction": metadata["padded_fraction"]}
 
     settings = {
-        **config.preprocess.result_fields(),
-        "tokenizer_name_or_path": tokenizer,
-        "inputs": _identity_of(*_data_files(config), tokenizer, config.preprocess.dataset_name),
+        **keyed.preprocess.result_fields(),
+        "tokenizer_name_or_path": keyed.tokenizer_name_or_path,
+        "inputs": identity_of(
+            *_data_files(keyed), keyed.tokenizer_name_or_path, keyed.preprocess.dataset_name
+        ),
     }
     return _stage("preprocess", settings, folder, action, result, **kwargs)
 
 
 def train_stage(
-    config: Config, folder: str | Path, *, data_path: str | Path, **kwargs: Any
+    config: Config,
+    folder: str | Path,
+    *,
+    data_path: str | Path,
+    keyed: Config | None = None,
+    **kwargs: Any,
 ) -> Stage:
+    keyed = keyed or config
+
     def action(stage: Stage, log: RunLog) -> None:
         from tokendiff.cluster.train import train
 
@@ -166,17 +166,24 @@ def train_stage(
         }
 
     settings = {
-        **config.train.result_fields(),
-        "inputs": _identity_of(config.train.model_name_or_path),
+        **keyed.train.result_fields(),
+        "inputs": identity_of(keyed.train.model_name_or_path),
     }
     return _stage("train", settings, folder, action, result, result_subfolder=FINAL, **kwargs)
 
 
 def generate_stage(
-    config: Config, folder: str | Path, *, checkpoint_path: str, **kwargs: Any
+    config: Config,
+    folder: str | Path,
+    *,
+    checkpoint_path: str,
+    keyed: Config | None = None,
+    kind: str = "generate",
+    **kwargs: Any,
 ) -> Stage:
-    section = config.generate
+    section, keyed_section = config.generate, (keyed or config).generate
     assert section is not None
+    assert keyed_section is not None
 
     def action(stage: Stage, log: RunLog) -> None:
         from tokendiff.cluster.generate import generate
@@ -194,8 +201,8 @@ def generate_stage(
         figures = {name: metadata[name] for name in ("rows", "seq_len", "tokens_per_second")}
         return {**figures, "output_dir": str(stage.folder)}
 
-    settings = {**section.result_fields(), "inputs": _identity_of(*section.prompts)}
-    return _stage("generate", settings, folder, action, result, **kwargs)
+    settings = {**keyed_section.result_fields(), "inputs": identity_of(*keyed_section.prompts)}
+    return _stage(kind, settings, folder, action, result, **kwargs)
 
 
 def evaluate_stage(
@@ -205,10 +212,12 @@ def evaluate_stage(
     checkpoint_path: str,
     data_path: str | Path | None,
     samples_path: str | Path | None,
+    keyed: Config | None = None,
     **kwargs: Any,
 ) -> Stage:
-    section = config.evaluate
+    section, keyed_section = config.evaluate, (keyed or config).evaluate
     assert section is not None
+    assert keyed_section is not None
 
     def action(stage: Stage, log: RunLog) -> None:
         from tokendiff.checkpoint import open_checkpoint
@@ -238,14 +247,14 @@ def evaluate_stage(
         return {**metrics, **{name: str(path) for name, path in files.items()}}
 
     settings = {
-        **section.result_fields(),
-        "inputs": _identity_of(section.reference_model_name_or_path),
+        **keyed_section.result_fields(),
+        "inputs": identity_of(keyed_section.reference_model_name_or_path),
     }
     return _stage("evaluate", settings, folder, action, result, **kwargs)
 
 
 def _stage(
-    name: str,
+    kind: str,
     settings: dict[str, Any],
     folder: str | Path,
     action: Callable[[Stage, RunLog], None],
@@ -253,7 +262,8 @@ def _stage(
     **kwargs: Any,
 ) -> Stage:
     base = output_path(str(folder))
-    return Stage(name=name, settings=settings, base=base, action=action, result=result, **kwargs)
+    kwargs = {"name": kind, **kwargs}
+    return Stage(kind=kind, settings=settings, base=base, action=action, result=result, **kwargs)
 
 
 def _data_files(config: Config) -> list[str]:
@@ -264,12 +274,14 @@ def _data_files(config: Config) -> list[str]:
     return find_files(config.preprocess.data_files)
 
 
-def _identity_of(*names: str | None) -> list[Any]:
+def identity_of(*names: str | None) -> list[Any]:
     """The content of whatever among `names` is on this machine: changed text is another input."""
-    found = []
+    found: list[Any] = []
     for name in names:
         path = Path(name).expanduser() if name else None
-        if path is not None and path.exists():
+        if path is not None and is_committed(path):
+            found.append(fingerprint(load_manifest(path).files))
+        elif path is not None and path.exists():
             files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
             found.append([file_identity(file) for file in files])
     return found

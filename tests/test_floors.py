@@ -25,7 +25,7 @@ FLOORS = {
     2: {"objectives", "samplers"},
     3: {
         "models", "data", "checkpoint", "training", "evaluation",
-        "config", "config_loader", "strict_yaml", "manifest",
+        "config", "config_loader", "stage_graph", "strict_yaml", "manifest",
     },
     4: {"cluster", "tracking"},
     5: {"jobs", "pipelines"},

@@ -13,9 +13,9 @@ from jobs import generate as generate_job
 from jobs import pipeline as pipeline_job
 from jobs import preprocess as preprocess_job
 from jobs import train as train_job
+from pipelines.graph import pipeline_stages
 from pipelines.paths import output_path
 from pipelines.runner import plan, run_pipeline
-from pipelines.stage import pipeline_stages
 from tokendiff.config import Config
 from tokendiff.config_loader import load_config
 from tokendiff.data.samples import read_samples

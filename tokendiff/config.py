@@ -488,6 +488,65 @@ class EvaluateConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="with a row's id, decides its noise")
 
 
+class GateConfig(Section):
+    """One thing that a candidate must show before it becomes the champion."""
+
+    metric: str = Field(min_length=1, description="a figure of the evaluation, nats_per_token")
+    direction: Literal["lower", "higher"] = Field(description="which is better")
+    margin: float = Field(
+        0.0,
+        description="how much better than the champion at least; below 0: how much worse at most",
+    )
+    limit: float | None = Field(
+        None, description="what it must reach in any case, with a champion or without"
+    )
+
+
+class PromoteConfig(Section):
+    """A checkpoint that passes its gate becomes the champion of a registered model."""
+
+    registered_model: str = Field(
+        "tokendiff", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="MLflow: the model's name"
+    )
+    alias: str = Field(
+        "champion", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="MLflow: what is moved"
+    )
+    gate: list[GateConfig] = Field(
+        [GateConfig(metric="nats_per_token", direction="lower")],
+        min_length=1,
+        description="all must hold, against the champion on the same held-out rows",
+    )
+
+
+class StageConfig(Section):
+    """One entry of `stages`; `tokendiff.stage_graph` knows which inputs each kind takes."""
+
+    kind: Literal["preprocess", "train", "regenerate", "generate", "evaluate", "promote"] = Field(
+        description="what the stage does"
+    )
+    inputs: dict[str, str] = Field({}, description="role of an input -> the stage that it is")
+    config: dict[str, Any] = Field(
+        {}, description="fields of the kind's section that differ in this stage"
+    )
+    max_retries: int | None = operational(None, ge=0, description="by default the runner's")
+    timeout_s: float | None = operational(None, gt=0.0, description="by default the runner's")
+
+
+class RunnerConfig(Section):
+    """How a pipeline runs its stages. Nothing here changes a result, or is part of a key."""
+
+    max_retries: int = Field(
+        2, ge=0, description="of a stage, after failures that may pass: a lost node, a network"
+    )
+    retry_wait_s: float = Field(10.0, ge=0.0, description="before a retry; doubles each time")
+    timeout_s: float | None = Field(None, gt=0.0, description="seconds that a stage may take")
+    max_parallel: int | None = Field(
+        None,
+        ge=1,
+        description="stages side by side; by default as many as the cluster has room for",
+    )
+
+
 class ClusterConfig(Section):
     """How the work is spread. Nothing here changes a result, or is part of a stage's key."""
 
@@ -536,6 +595,16 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     generate: GenerateConfig | None = GenerateConfig()
     evaluate: EvaluateConfig | None = EvaluateConfig()
+    promote: PromoteConfig = PromoteConfig()
+    stages: dict[str, StageConfig] = Field(
+        {},
+        description="by name, where preprocess, train, generate, evaluate in a row will not do; "
+        "the sections are then what stages of their kind have in common",
+    )
+    matrix: dict[str, list[Any]] = Field(
+        {}, description="section.field -> values: the pipeline runs for every combination"
+    )
+    runner: RunnerConfig = RunnerConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
 
@@ -553,20 +622,39 @@ class Config(Section):
         Raises:
             InputError: listing all that cannot work, or not as it is set.
         """
-        problems = []
-        heldout, rows = self.preprocess.heldout_fraction, self.train.rows_per_step
+        problems = [
+            *self.generate_problems(),
+            *self.evaluate_problems(),
+            *self.train_problems(),
+        ]
+        if problems:
+            raise InputError("\n".join(problems))
+
+    def generate_problems(self) -> list[str]:
+        """Why samples cannot be drawn from what these sections train."""
         max_length = self.preprocess.max_length
         if self.generate and (self.generate.seq_len or 0) > max_length:
-            problems.append(
+            return [
                 f"generate.seq_len {self.generate.seq_len} exceeds preprocess.max_length "
                 f"{max_length}, which the model is trained for; lower it, or raise max_length"
-            )
-        if self.evaluate and self.evaluate.split == "heldout" and heldout == 0.0:
-            problems.append(
+            ]
+        return []
+
+    def evaluate_problems(self) -> list[str]:
+        """Why nothing can be evaluated on what these sections preprocess."""
+        is_on_heldout = self.evaluate is not None and self.evaluate.split == "heldout"
+        if is_on_heldout and self.preprocess.heldout_fraction == 0.0:
+            return [
                 "evaluate.split 'heldout': preprocess.heldout_fraction 0 keeps no rows for it; "
                 "raise that, or evaluate on split train"
-            )
-        if heldout == 1.0:
+            ]
+        return []
+
+    def train_problems(self) -> list[str]:
+        """Why nothing can be trained on what these sections preprocess."""
+        problems = []
+        rows = self.train.rows_per_step
+        if self.preprocess.heldout_fraction == 1.0:
             problems.append("preprocess.heldout_fraction 1.0 leaves nothing to train on; lower it")
         if rows < self.cluster.num_workers:
             problems.append(
@@ -580,5 +668,4 @@ class Config(Section):
                 f"train.model_name_or_path {model!r}: no such built-in model; "
                 f"there are {', '.join(names)}"
             )
-        if problems:
-            raise InputError("\n".join(problems))
+        return problems

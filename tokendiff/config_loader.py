@@ -5,7 +5,10 @@ field is one of several models, chosen by `name` (`train.objective`, `generate.s
 alone may stand for the model.
 """
 
+import copy
 import difflib
+import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,14 +20,17 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from tokendiff import strict_yaml
-from tokendiff.config import Config
+from tokendiff.config import Config, StageConfig
 from tokendiff.errors import InputError
 from tokendiff.secrets import is_secret_name, without_credentials
+from tokendiff.stage_graph import SECTION_OF, config_of, set_fields, stage_problems
 from tokendiff.strict_yaml import KeyPath
 
 Model = TypeVar("Model", bound=BaseModel)
 
 TAG = "name"
+MAX_VARIANTS = 64
+_MATRIX_SECTIONS = ("preprocess", "train", "generate", "evaluate", "stages")
 _WANTED = {
     "int_type": "an integer",
     "float_type": "a number",
@@ -59,7 +65,74 @@ def load_config(
     Raises:
         InputError: listing every problem, one per line, in the order of their places.
     """
-    return load_model(Config, path, overrides, flags)
+    draft, config = _load(Config, path, overrides, flags)
+    problems = _stage_problems(draft, config)
+    for variant in _matrix_drafts(draft, config) if config.matrix and not problems else []:
+        try:
+            problems += _stage_problems(variant, Config.model_validate(variant.data))
+        except ValidationError as error:
+            problems += [variant.explain(e) for e in error.errors(include_url=False)]
+    if problems:
+        raise _all_of(problems)
+    return config
+
+
+def matrix_variants(config: Config) -> list[tuple[dict[str, Any], Config]]:
+    """Each combination of the matrix, and the config with it in place; without a matrix, one."""
+    if not config.matrix:
+        return [({}, config)]
+    drafts = _matrix_drafts(_Draft(Config, strict_yaml.Document(set_fields(config), {})), config)
+    return [
+        (values, Config.model_validate(draft.data))
+        for values, draft in zip(_combinations(config.matrix), drafts, strict=True)
+    ]
+
+
+def _stage_problems(draft: "_Draft", config: Config) -> "list[_Problem]":
+    """What is wrong with the stages of a config that is valid as such."""
+    problems = [draft.problem(keys, text) for keys, text in stage_problems(config)]
+    for name, stage in config.stages.items():
+        try:
+            config_of(config, stage)
+        except ValidationError as error:
+            own: KeyPath = ("stages", name, "config")
+            section = SECTION_OF[stage.kind]
+            problems += [
+                draft.explain({**found, "loc": (section, *found["loc"])}, instead=own)
+                for found in error.errors(include_url=False)
+            ]
+    return problems
+
+
+def _combinations(matrix: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    return [
+        dict(zip(matrix, values, strict=True)) for values in itertools.product(*matrix.values())
+    ]
+
+
+def _matrix_drafts(draft: "_Draft", config: Config) -> "list[_Draft]":
+    """A draft for each combination of the matrix, its values at the lines of the matrix.
+
+    Raises:
+        InputError: an axis is empty, repeats a value, or changes no result.
+    """
+    problems = []
+    for name, values in config.matrix.items():
+        keys = name.split(".")
+        if len(keys) < 2 or keys[0] not in _MATRIX_SECTIONS:
+            text = f"is no axis: write section.field, of {', '.join(_MATRIX_SECTIONS)}"
+        elif keys[0] == "stages" and (len(keys) < 4 or keys[2] != "config"):
+            text = "is no axis: of a stage's own fields write stages.NAME.config.FIELD"
+        elif not values or any(value in values[:at] for at, value in enumerate(values)):
+            text = "must list one value or more, each once"
+        else:
+            continue
+        problems.append(draft.problem(("matrix", name), text))
+    if math.prod(map(len, config.matrix.values())) > MAX_VARIANTS:
+        problems.append(draft.problem(("matrix",), f"more than {MAX_VARIANTS} combinations"))
+    if problems:
+        raise _all_of(problems)
+    return [draft.with_matrix(values) for values in _combinations(config.matrix)]
 
 
 def load_model(
@@ -69,7 +142,17 @@ def load_model(
     flags: Mapping[str, Any] | None = None,
 ) -> Model:
     """`load_config` for a config of another class."""
-    draft = _Draft(model, path)
+    return _load(model, path, overrides, flags)[1]
+
+
+def _load(
+    model: type[Model],
+    path: Path | None,
+    overrides: Sequence[str],
+    flags: Mapping[str, Any] | None,
+) -> "tuple[_Draft, Model]":
+    document = strict_yaml.read(path) if path else strict_yaml.Document({}, {})
+    draft = _Draft(model, document, path)
     for number, override in enumerate(overrides):
         draft.override(number, override)
     # Short paths first: the choice of an objective decides how its own fields are read.
@@ -80,8 +163,12 @@ def load_model(
     except ValidationError as error:
         draft.problems += [draft.explain(e) for e in error.errors(include_url=False)]
     if draft.problems:
-        raise InputError("\n".join(text for _, text in sorted(draft.problems)))
-    return validated
+        raise _all_of(draft.problems)
+    return draft, validated
+
+
+def _all_of(problems: "list[_Problem]") -> InputError:
+    return InputError("\n".join(dict.fromkeys(text for _, text in sorted(problems))))
 
 
 def to_yaml(config: BaseModel) -> str:
@@ -90,16 +177,7 @@ def to_yaml(config: BaseModel) -> str:
     Only fields that were set are written: a default that is written out counts as given, and
     validators refuse some fields that are given without effect.
     """
-    return strict_yaml.dump(_set_fields(config))
-
-
-def _set_fields(model: BaseModel) -> dict[str, Any]:
-    chosen = {}
-    for name in type(model).model_fields:
-        if name in model.model_fields_set or (name == TAG and tags(type(model))):
-            value = getattr(model, name)
-            chosen[name] = _set_fields(value) if isinstance(value, BaseModel) else value
-    return chosen
+    return strict_yaml.dump(set_fields(config))
 
 
 # What the models say about their fields.
@@ -117,6 +195,12 @@ def alternatives(annotation: Any) -> list[Any]:
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
     return [t for t in alternatives(annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
+
+
+def _item_models(annotation: Any) -> list[type[BaseModel]]:
+    """The models that the items of a list, or the values of a mapping, may be."""
+    containers = [t for t in alternatives(annotation) if get_origin(t) in (list, dict)]
+    return [model for t in containers for model in models_in(get_args(t)[-1])]
 
 
 def tags(model: type[BaseModel]) -> tuple[str, ...]:
@@ -167,14 +251,18 @@ class _Place(NamedTuple):
     names: KeyPath = ()  # the field that `text` itself names
 
 
+_Problem = tuple[_Place, str]
+
+
 class _Draft:
     """What the user gave, before validation, with the place of each value."""
 
-    def __init__(self, model: type[BaseModel], path: Path | None) -> None:
-        document = strict_yaml.read(path) if path else strict_yaml.Document({}, {})
+    def __init__(
+        self, model: type[BaseModel], document: strict_yaml.Document, path: Path | None = None
+    ) -> None:
         self.model = model
         self.data = document.value
-        self.problems: list[tuple[_Place, str]] = []
+        self.problems: list[_Problem] = []
         self._everything = _Place(0, 0, str(path) if path else "config")
         self._places = {
             keys: _Place(0, line, f"{path}:{line}") for keys, line in document.lines.items()
@@ -188,6 +276,14 @@ class _Draft:
             text = "-o ..." if is_secret_name(override) else f"-o {override}"
             self.problems.append((place, f"{text}: write it as -o section.field=value"))
             return
+        if self.model is Config and keys[0] == "stages" and len(keys) > 2:
+            stages = self.data.get("stages")
+            names = list(stages) if isinstance(stages, dict) else []
+            if keys[1] not in names:
+                close = difflib.get_close_matches(keys[1], names, n=1)
+                remedy = f"; did you mean {close[0]!r}?" if close else ""
+                self.problems.append((place, f"{place.text}: no stage {keys[1]!r}{remedy}"))
+                return
         try:
             self._assign(keys, strict_yaml.parse_value(raw, source=place.text), place)
         except InputError as error:
@@ -203,15 +299,43 @@ class _Draft:
         except ValueError as error:
             self.problems.append((place, f"{place.text}: {error}"))
 
+    def with_matrix(self, values: Mapping[str, Any]) -> "_Draft":
+        """A copy with one combination of the matrix in it, and no matrix."""
+        copied = copy.deepcopy(self)
+        copied.data.pop("matrix")
+        for name, value in values.items():
+            place = self._place(("matrix", name), "")._replace(names=())
+            copied._assign(tuple(name.split(".")), copy.deepcopy(value), place)
+        return copied
+
+    def problem(self, keys: KeyPath, text: str) -> _Problem:
+        place = self._place(keys, "")
+        name = "" if keys == place.names else f"{_dotted(keys)}: "
+        return place, f"{place.text}: {name}{text}"
+
     def _field(self, keys: KeyPath) -> FieldInfo | None:
         model: type[BaseModel] | None = self.model
         value: Any = self.data
+        if self.model is Config and keys[0] == "stages":
+            # Below `stages.NAME.config` come the fields of the section of the stage's kind.
+            section = SECTION_OF.get(self._kind_of(keys[1:2]) or "")
+            if section is None or len(keys) < 4:
+                return None
+            inside = self.data["stages"][keys[1]].get("config")
+            value = {section: inside if isinstance(inside, dict) else {}}
+            keys = (section, *keys[3:])
         field = None
         for key in keys:
             field = model.model_fields.get(str(key)) if model else None
             value = value.get(key) if isinstance(value, dict) else None
             model = _chosen_model(field, value)
         return field
+
+    def _kind_of(self, names: KeyPath) -> str | None:
+        value = self.data.get("stages")
+        for name in (*names, "kind"):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value if isinstance(value, str) else None
 
     def _assign(self, keys: tuple[str, ...], value: Any, place: _Place) -> None:
         mapping = self.data
@@ -234,18 +358,31 @@ class _Draft:
         self._places = {k: v for k, v in self._places.items() if k[: len(keys)] != keys}
         self._places[keys] = place
 
-    def explain(self, error: ErrorDetails) -> tuple[_Place, str]:
-        """A finding of pydantic, in the words and at the place of what the user wrote."""
+    def explain(self, error: ErrorDetails, *, instead: KeyPath = ()) -> _Problem:
+        """A finding of pydantic, in the words and at the place of what the user wrote.
+
+        Args:
+            instead: keys of what was laid over the section that `error` is in: its place, where the
+                value came from there.
+        """
         keys, owner = self._locate(error["loc"])
-        source = keys
+        is_of_all = error["type"] == "value_error"
+        shown, own = keys, (*instead, *keys[1:])
+        if instead and (is_of_all or self._reaches(own, len(instead))):
+            shown = own
+        source = shown
         if error["type"] == "union_tag_invalid":
-            source = (*keys, TAG)
+            source = (*shown, TAG)
         elif error["type"] == "literal_error" and keys[-1] == TAG and owner and tags(owner):
-            keys = keys[:-1]
+            keys, shown = keys[:-1], shown[:-1]
         message = _message(error, keys, owner, self.model)
-        place = self._place(source, message if error["type"] == "value_error" else "")
-        name = "" if keys in ((), place.names) else f"{_dotted(keys)}: "
+        place = self._place(source, message if is_of_all else "")
+        name = "" if shown in ((), place.names) else f"{_dotted(shown)}: "
         return place, f"{place.text}: {name}{message}"
+
+    def _reaches(self, keys: KeyPath, start: int) -> bool:
+        """Whether a value was given at these keys, or at what they stand in from `start` on."""
+        return any(keys[:length] in self._places for length in range(len(keys), start, -1))
 
     def _locate(self, loc: KeyPath) -> tuple[KeyPath, type[BaseModel] | None]:
         """The keys as the user wrote them, and the model that should have the last one.
@@ -260,6 +397,9 @@ class _Draft:
             keys, owner = (*keys, part), model
             field = owner.model_fields.get(str(part)) if owner else None
             models = models_in(field.annotation) if field else []
+            if field and (items := _item_models(field.annotation)):
+                key = next(parts, None)
+                keys, models = (keys if key is None else (*keys, key)), items
             if len(models) > 1:
                 tag = next(parts, None)
                 models = [m for m in models if tag in tags(m)]
@@ -310,7 +450,11 @@ def _message(
 def _unknown_field(keys: KeyPath, owner: type[BaseModel] | None, root: type[BaseModel]) -> str:
     name = str(keys[-1])
     fields = list(owner.model_fields) if owner else []
-    same_name = [(path, model) for path, model, _ in walk_fields(root) if path[-1] == name != TAG]
+    if owner is StageConfig and not difflib.get_close_matches(name, fields, cutoff=0.75):
+        own = [path for path, _ in _anywhere(name, root) if path[0] in SECTION_OF.values()]
+        if own:
+            return f"unknown field; a stage's own fields go into config: {{{name}: ...}}"
+    same_name = _anywhere(name, root)
     if others := [tag for path, model in same_name if path == keys for tag in tags(model)]:
         mine = ", ".join(tags(owner)) if owner else ""
         return f"not a field of {mine}, only of {', '.join(others)}"
@@ -322,6 +466,10 @@ def _unknown_field(keys: KeyPath, owner: type[BaseModel] | None, root: type[Base
     if guesses:
         return f"unknown field; did you mean {' or '.join(map(repr, guesses))}?"
     return f"unknown field; the fields here are {', '.join(fields)}"
+
+
+def _anywhere(name: str, root: type[BaseModel]) -> list[tuple[tuple[str, ...], type[BaseModel]]]:
+    return [(path, model) for path, model, _ in walk_fields(root) if path[-1] == name != TAG]
 
 
 def _dotted(keys: KeyPath) -> str:

@@ -1,0 +1,198 @@
+"""The stages of a pipeline, put together: each one's config, with its inputs' folders in place."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.stage import (
+    Stage,
+    evaluate_stage,
+    generate_stage,
+    identity_of,
+    preprocess_stage,
+    train_stage,
+)
+from tokendiff.config import Config, PreprocessConfig, StageConfig
+from tokendiff.config_loader import matrix_variants
+from tokendiff.errors import InputError
+from tokendiff.stage_graph import (
+    ROLES,
+    SECTION_OF,
+    SOURCE_FIELDS,
+    agreement_problems,
+    config_of,
+    stages_of,
+)
+
+
+def pipeline_stages(config: Config, folder: Path) -> list[Stage]:
+    """The stages of a pipeline in the order in which they run, each in `folder/NAME-KEY`.
+
+    With a matrix there are those of every variant; stages with the same key are one.
+
+    Raises:
+        InputError: they do not go together, or a path is set that the pipeline decides.
+    """
+    stages = [stage for variant in pipeline_variants(config, folder) for stage in variant.stages]
+    return list({stage.folder: stage for stage in stages}.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One combination of a matrix, by short names of its axes, and its stages in their order."""
+
+    values: dict[str, Any]
+    stages: list[Stage]
+
+
+def pipeline_variants(config: Config, folder: Path) -> list[Variant]:
+    """The variants of a pipeline; one, where its file has no matrix. They share equal stages."""
+    variants = []
+    for values, variant in matrix_variants(config):
+        if not variant.stages:
+            _refuse_decided_paths(variant)
+        if problems := agreement_problems(variant):
+            raise InputError("\n".join(problems))
+        built: dict[str, Stage] = {}
+        for name, spec in stages_of(variant).items():
+            inputs = {role: built[source] for role, source in sorted(spec.inputs.items())}
+            built[name] = _build(variant, name, spec, inputs, folder)
+        short = dict(zip(_short_names(list(values)), values.values(), strict=True))
+        variants.append(Variant(values=short, stages=list(built.values())))
+    return _labelled(variants)
+
+
+def _short_names(paths: list[str]) -> list[str]:
+    """The last words of dotted paths, as many as tell them apart."""
+    num_words = 1
+    while True:
+        names = [".".join(path.split(".")[-num_words:]) for path in paths]
+        if len(set(names)) == len(paths):
+            return names
+        num_words += 1
+
+
+def _labelled(variants: list[Variant]) -> list[Variant]:
+    """Give each stage the axes that decide it: those on which all variants that share it agree."""
+    sharing: dict[Path, list[dict[str, Any]]] = {}
+    for variant in variants:
+        for stage in variant.stages:
+            sharing.setdefault(stage.folder, []).append(variant.values)
+    labelled: dict[Path, Stage] = {}
+    for variant in variants:
+        for stage in variant.stages:
+            there = sharing[stage.folder]
+            axes = [
+                name for name in variant.values if all(v[name] == there[0][name] for v in there)
+            ]
+            is_shared_by_all = len(there) == len(variants)
+            label = ",".join(f"{name}={_shown(there[0][name])}" for name in axes)
+            inputs = {role: labelled[source.folder] for role, source in stage.inputs.items()}
+            label = "" if is_shared_by_all else label
+            labelled.setdefault(stage.folder, replace(stage, label=label, inputs=inputs))
+    return [
+        replace(variant, stages=[labelled[stage.folder] for stage in variant.stages])
+        for variant in variants
+    ]
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _build(
+    config: Config, name: str, spec: StageConfig, inputs: dict[str, Stage], folder: Path
+) -> Stage:
+    own = config_of(config, spec)
+    linked, keyed = _link(own, spec, inputs)
+    fields: dict[str, Any] = {"name": name, "inputs": inputs, "is_keyed": True, "keyed": keyed}
+    section = getattr(linked, SECTION_OF[spec.kind])
+    stage = _BUILDERS[spec.kind](linked, section, folder, fields)
+    return replace(stage, settings={**stage.settings, **_outside(own, spec)})
+
+
+def _link(own: Config, spec: StageConfig, inputs: dict[str, Stage]) -> tuple[Config, Config]:
+    """The stage's config with the folders of its inputs, and with the defaults in their place."""
+    section = SECTION_OF[spec.kind]
+    model = getattr(own, section)
+    paths: dict[str, Any] = {}
+    for role, source in inputs.items():
+        if field := ROLES[spec.kind][role].field:
+            is_tokenizer = role == "tokenizer" and source.kind == "preprocess"
+            paths[field] = str(source.result_folder / ("tokenizer" if is_tokenizer else ""))
+    if "text" in inputs:
+        paths |= _text_of(inputs["text"])
+    defaults = {name: type(model).model_fields[name].default for name in paths}
+    return (
+        own.model_copy(update={section: model.model_copy(update=paths)}),
+        own.model_copy(update={section: model.model_copy(update=defaults)}),
+    )
+
+
+def _text_of(samples: Stage) -> dict[str, Any]:
+    """Fields of a preprocess section that read the text of samples."""
+    fields = {name: PreprocessConfig.model_fields[name].default for name in SOURCE_FIELDS}
+    form = samples.settings["output_format"]
+    return {**fields, "dataset_name": form, "data_files": [str(samples.folder / f"part-*.{form}")]}
+
+
+def _outside(own: Config, spec: StageConfig) -> dict[str, Any]:
+    """What the stage reads that no stage makes: the identity of folders that are given by path."""
+    section = getattr(own, SECTION_OF[spec.kind])
+    in_key = section.result_fields()
+    given = {
+        role.field: getattr(section, role.field)
+        for name, role in ROLES[spec.kind].items()
+        if role.field and role.field not in in_key and name not in spec.inputs
+    }
+    return {field: identity_of(path) for field, path in given.items() if path is not None}
+
+
+def _preprocess(config: Config, section: Any, folder: Path, fields: dict[str, Any]) -> Stage:
+    return preprocess_stage(config, folder, **fields)
+
+
+def _train(config: Config, section: Any, folder: Path, fields: dict[str, Any]) -> Stage:
+    return train_stage(config, folder, data_path=section.data_path, **fields)
+
+
+def _generate(config: Config, section: Any, folder: Path, fields: dict[str, Any]) -> Stage:
+    return generate_stage(config, folder, checkpoint_path=section.checkpoint_path, **fields)
+
+
+def _regenerate(config: Config, section: Any, folder: Path, fields: dict[str, Any]) -> Stage:
+    return _generate(config, section, folder, {**fields, "kind": "regenerate"})
+
+
+def _evaluate(config: Config, section: Any, folder: Path, fields: dict[str, Any]) -> Stage:
+    return evaluate_stage(
+        config,
+        folder,
+        checkpoint_path=section.checkpoint_path,
+        data_path=section.data_path,
+        samples_path=section.samples_path,
+        **fields,
+    )
+
+
+# The closed table behind `kind: NAME`.
+_BUILDERS: dict[str, Callable[[Config, Any, Path, dict[str, Any]], Stage]] = {
+    "preprocess": _preprocess,
+    "train": _train,
+    "regenerate": _regenerate,
+    "generate": _generate,
+    "evaluate": _evaluate,
+}
+
+
+def _refuse_decided_paths(config: Config) -> None:
+    for section in ("preprocess", "train", "generate", "evaluate"):
+        part = getattr(config, section)
+        for name in ("output_dir", "data_path", "checkpoint_path", "samples_path"):
+            if getattr(part, name, None) is not None:
+                raise InputError(
+                    f"{section}.{name} is decided by the pipeline (everything goes under root); "
+                    f"remove it, or run python -m jobs.{section} by itself"
+                )
