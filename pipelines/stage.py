@@ -14,9 +14,10 @@ from typing import Any
 import tokendiff
 from pipelines.paths import output_path
 from tokendiff.checkpoint import FINAL
-from tokendiff.config import Config
+from tokendiff.config import SAMPLES, Config
 from tokendiff.evaluation.certificate import CERTIFICATE
 from tokendiff.manifest import (
+    MANIFEST_NAME,
     RECORD_FOLDER,
     file_identity,
     fingerprint,
@@ -267,11 +268,17 @@ def _stage(
 
 
 def _data_files(config: Config) -> list[str]:
-    if not config.preprocess.data_files:
+    section = config.preprocess
+    if not section.data_files:
         return []
+    if section.dataset_name == SAMPLES:
+        from tokendiff.data.samples import find_sample_folders
+
+        # Its manifest holds the hash of every part, and the folder a log that goes on.
+        return [str(folder / MANIFEST_NAME) for folder in find_sample_folders(section.data_files)]
     from tokendiff.data.files import find_files
 
-    return find_files(config.preprocess.data_files)
+    return find_files(section.data_files)
 
 
 def identity_of(*names: str | None) -> list[Any]:

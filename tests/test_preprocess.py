@@ -12,13 +12,15 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tests.builders import letter_tokenizer
 from tokendiff.config import PreprocessConfig
 from tokendiff.data.preprocess import is_heldout, preprocess_partition, training_text
 from tokendiff.data.rows import TokenData
+from tokendiff.data.samples import read_samples, write_part
 from tokendiff.data.sources import plan_partitions, read_documents
 from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.errors import InputError
-from tokendiff.manifest import MANIFEST_NAME, sha256_of, verify
+from tokendiff.manifest import MANIFEST_NAME, commit, sha256_of, verify
 
 BYTES = build_tokenizer("bytes", documents=(), vocab_size=300)[0]
 EOS = BYTES.eos_token_id
@@ -196,6 +198,7 @@ def test_the_text_for_a_tokenizer_is_bounded(
 _PEAKS = """
 import resource, sys
 from pathlib import Path
+from tests.builders import letter_tokenizer
 from tokendiff.config import PreprocessConfig
 from tokendiff.data.preprocess import preprocess_partition
 from tokendiff.data.sources import plan_partitions
@@ -346,3 +349,69 @@ def test_dummy_data_needs_no_corpus(tmp_path: Path, ray_session: None) -> None:
     assert splits["train"]["rows"] + splits["heldout"]["rows"] == 100
     assert manifest.metadata["padded_fraction"] == 0.0
     assert "builtin corpus" in manifest.metadata["notes"][0]
+
+
+def samples_folder(folder: Path, prompts: list[str | None], *, suffix: str = "jsonl") -> Path:
+    """What jobs.generate leaves: answers whose tokens are others than those of their text."""
+    records = [
+        {
+            "id": index,
+            "prompt": prompt,
+            "num_prompt_tokens": len(prompt or ""),
+            "gaps": [],
+            "tokens": [*BYTES(f"{prompt or ''} answer {index}")["input_ids"], *[EOS] * (index % 2)],
+            "text": f"{prompt or ''} answer {index}",
+            "num_model_calls": 1,
+            "seconds": 0.0,
+        }
+        for index, prompt in enumerate(prompts)
+    ]
+    folder.mkdir()
+    for part in (0, 1):
+        write_part(folder / f"part-0000{part}.{suffix}", records[part::2])
+    commit(folder, kind="samples", metadata={})
+    return folder
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_samples_are_a_source_of_tokens_split_by_their_prompt(tmp_path: Path, suffix: str) -> None:
+    prompts = [f"prompt {index // 4}" for index in range(160)]
+    folder = samples_folder(tmp_path / "samples", [*prompts, None], suffix=suffix)
+    config = PreprocessConfig(
+        dataset_name="samples", data_files=[str(folder)], heldout_fraction=0.3, max_length=32
+    )
+    [stats] = shards_of(config, tmp_path)
+    records = {record["id"]: record for record in read_samples(folder)}
+    sides = {}
+    for split, shard in stats.shards.items():
+        rows = pq.read_table(tmp_path / shard.path).to_pydict()
+        sides[split] = documents_of(rows)
+        assert sum(rows["num_bytes"]) == sum(len(BYTES.decode(ids[:-1])) for ids in sides[split])
+    got = sorted([*sides["train"], *sides["heldout"]])
+    assert got == sorted(
+        [*record["tokens"], *[EOS] * (record["tokens"][-1] != EOS)] for record in records.values()
+    )
+    begins = {
+        split: {str(BYTES.decode(ids)).split(" answer")[0] for ids in documents}
+        for split, documents in sides.items()
+    }
+    assert begins["train"]
+    assert begins["heldout"]
+    assert not begins["train"] & begins["heldout"]
+
+
+def test_samples_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    config = PreprocessConfig(
+        dataset_name="samples", data_files=[str(samples_folder(tmp_path / "samples", ["a"]))]
+    )
+    with pytest.raises(InputError, match=r"sample 0 reads 'a answer 0', but .* this tokenizer"):
+        shards_of(config, tmp_path, tokenizer=letter_tokenizer())
+
+
+def test_samples_that_are_not_committed_are_no_source(tmp_path: Path) -> None:
+    folder = samples_folder(tmp_path / "samples", ["a"])
+    (folder / MANIFEST_NAME).unlink()
+    with pytest.raises(InputError, match="no committed samples there"):
+        plan_partitions(PreprocessConfig(dataset_name="samples", data_files=[str(folder)]))
+    with pytest.raises(InputError, match="matches no folder"):
+        plan_partitions(PreprocessConfig(dataset_name="samples", data_files=[f"{folder}/none"]))

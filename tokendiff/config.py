@@ -18,6 +18,7 @@ BUILTIN_MODELS = (
     *("qwen3-tiny", "qwen3-mini", "qwen3-small", "qwen3-base"),
 )
 FILE_FORMATS = ("text", "jsonl", "parquet")
+SAMPLES = "samples"  # the folders that jobs.generate writes
 
 
 class Section(BaseModel):
@@ -79,14 +80,17 @@ class PreprocessConfig(Section):
     dataset_name: str = Field(
         "builtin",
         min_length=1,
-        description="builtin (CPython's own documentation), text | jsonl | parquet "
-        "(with data_files), or a Hugging Face dataset: a hub name or a local folder",
+        description="builtin (CPython's own documentation), text | jsonl | parquet | samples "
+        "(what jobs.generate wrote; all with data_files), or a Hugging Face dataset: a hub name "
+        "or a local folder",
     )
     dataset_config_name: str | None = Field(
         None, description="configuration of a Hugging Face dataset"
     )
     dataset_split: str = Field("train", description="split of a Hugging Face dataset")
-    data_files: list[str] = Field([], description="files or globs for text, jsonl and parquet")
+    data_files: list[str] = Field(
+        [], description="files or globs for text, jsonl and parquet; folders for samples"
+    )
     text_column: str = Field("text", min_length=1, description="column that holds the text")
     sample_by: Literal["line", "document"] = Field(
         "line", description="what one document is in text files: a line or the whole file"
@@ -115,13 +119,14 @@ class PreprocessConfig(Section):
     def _files_where_they_belong(self) -> "PreprocessConfig":
         if self.use_dummy_data:
             self._refuse_ignored(("dataset_name",), "use_dummy_data")
-        if self.dataset_name in FILE_FORMATS and not self.data_files:
+        takes_files = self.dataset_name in (*FILE_FORMATS, SAMPLES)
+        if takes_files and not self.data_files:
             raise ValueError(
                 f"dataset_name {self.dataset_name!r} needs data_files: a list of files or globs"
             )
-        if self.data_files and self.dataset_name not in FILE_FORMATS:
+        if self.data_files and not takes_files:
             raise ValueError(
-                "data_files goes with dataset_name text, jsonl or parquet, not "
+                "data_files goes with dataset_name text, jsonl, parquet or samples, not "
                 f"{self.dataset_name!r}"
             )
         if "num_dummy_samples" in self.model_fields_set and not self.use_dummy_data:
@@ -133,8 +138,10 @@ class PreprocessConfig(Section):
         beside = f"dataset_name {self.dataset_name!r}"
         if self.dataset_name != "text":
             self._refuse_ignored(("sample_by",), beside)
-        if self.dataset_name in ("builtin", *FILE_FORMATS):
+        if self.dataset_name in ("builtin", SAMPLES, *FILE_FORMATS):
             self._refuse_ignored(("dataset_config_name", "dataset_split"), beside)
+        if self.dataset_name == SAMPLES:
+            self._refuse_ignored(("text_column",), beside)
         if self.tokenizer_name_or_path not in (None, "bpe"):
             self._refuse_ignored(
                 ("vocab_size",), f"tokenizer_name_or_path {self.tokenizer_name_or_path!r}"

@@ -130,6 +130,11 @@ def _make_tokenizer(
     if config.use_dummy_data and name_or_path == "bpe":
         source = plan_partitions(type(config)())
         notes.append("bpe is trained on the builtin corpus, since dummy data has no text")
+    if config.dataset_name == "samples" and name_or_path in ("bpe", "bytes"):
+        raise InputError(
+            f"tokenizer_name_or_path {name_or_path!r}: samples are token ids; give the tokenizer "
+            "of the model that wrote them, a transformers name or path"
+        )
     documents = training_text(source, config.heldout_fraction)
     tokenizer, more = build_tokenizer(
         name_or_path, documents=documents, vocab_size=config.vocab_size

@@ -26,7 +26,8 @@ class Partition:
 
     Attributes:
         index: place in the corpus; shards are named and rows numbered by it.
-        format: what reads the pieces: text, jsonl, parquet, datasets, builtin or dummy.
+        format: what reads the pieces: text, jsonl, parquet, samples, datasets, builtin or
+            dummy.
     """
 
     index: int

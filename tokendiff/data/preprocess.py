@@ -19,7 +19,7 @@ from tokendiff.data.packing import (
     tokenize_stream,
 )
 from tokendiff.data.partition import Partition
-from tokendiff.data.sources import dummy_rows, read_documents
+from tokendiff.data.sources import dummy_rows, read_documents, sample_records
 from tokendiff.errors import InputError
 from tokendiff.manifest import sha256_of
 
@@ -90,6 +90,8 @@ def preprocess_partition(
     try:
         if partition.format == "dummy":
             batches = _dummy_documents(partition, tokenizer, max_length)
+        elif partition.format == "samples":
+            batches = _sample_documents(partition, tokenizer, dropped)
         else:
             batches = _text_documents(partition, tokenizer, dropped, batch_chars)
         for contents, documents in batches:
@@ -167,6 +169,41 @@ def _dummy_documents(
         yield (
             [row.tobytes()],
             TokenizedDocuments(tokens=row, num_bytes=np.zeros_like(row), lengths=lengths),
+        )
+
+
+def _sample_documents(
+    partition: Partition, tokenizer: "PreTrainedTokenizerBase", dropped: Counter[str]
+) -> Iterator[tuple[Iterable[bytes], TokenizedDocuments]]:
+    """Samples as the tokens that the model chose: its own text, encoded again, may be other ones.
+
+    All samples of a prompt fall on the same side of the split, or held-out rows would begin with
+    trained ones.
+    """
+    for record in sample_records(partition):
+        tokens = record["tokens"]
+        if not tokens:
+            dropped["empty"] += 1
+            continue
+        text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        if text != record["text"]:
+            raise InputError(
+                f"{partition.pieces[0].path}: sample {record['id']} reads {record['text'][:40]!r}, "
+                f"but {text[:40]!r} with this tokenizer; give the tokenizer of the model that "
+                "wrote the samples (tokenizer_name_or_path)"
+            )
+        if tokens[-1] != tokenizer.eos_token_id:
+            tokens = [*tokens, tokenizer.eos_token_id]
+        # Bytes are spread evenly over the tokens but EOS; the sum is right.
+        spread = np.arange(len(tokens)) * len(text.encode()) // (len(tokens) - 1 or 1)
+        num_bytes = np.diff(spread, append=spread[-1]).astype(np.int32)
+        yield (
+            [(record["prompt"] or text).encode("utf-8", "replace")],
+            TokenizedDocuments(
+                tokens=np.array(tokens, dtype=np.int32),
+                num_bytes=num_bytes,
+                lengths=np.array([len(tokens)]),
+            ),
         )
 
 

@@ -1,11 +1,16 @@
-"""Files of samples: written whole or not at all, read back in the order of their ids."""
+"""Files of samples: written whole or not at all, read back in the order of their ids; and samples
+as a source of text to train on.
+"""
 
+import glob
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokendiff.data.partition import Piece
 from tokendiff.errors import InputError
-from tokendiff.manifest import verify, write_atomically
+from tokendiff.manifest import Manifest, verify, write_atomically
 
 KIND = "samples"
 
@@ -45,21 +50,69 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
         InputError: nothing was committed there.
         CorruptFileError: a part does not match the manifest.
     """
+    manifest = _verified(folder)
+    return [record for name in part_names(manifest) for record in read_part(folder / name)]
+
+
+def part_names(manifest: Manifest) -> list[str]:
+    """The part files of a samples folder, in the order of their ids."""
+    return sorted(
+        name
+        for name in manifest.files
+        if name.startswith("part-") and name.endswith((".jsonl", ".parquet"))
+    )
+
+
+def read_part(path: Path) -> list[dict[str, Any]]:
+    """The records of one part file."""
+    if path.suffix == ".jsonl":
+        # Not splitlines(): a text may hold other line separators than the newline between records.
+        with open(path, encoding="utf-8", newline="\n") as file:
+            return [json.loads(line) for line in file]
+    import pyarrow.parquet as pq
+
+    return list(pq.read_table(path).to_pylist())
+
+
+def find_sample_folders(patterns: Sequence[str]) -> list[Path]:
+    """The samples folders that paths and globs name, each once, sorted.
+
+    Raises:
+        InputError: a pattern matches no folder.
+    """
+    found: set[Path] = set()
+    for pattern in patterns:
+        path = Path(pattern).expanduser().absolute()
+        folders = [
+            Path(match)
+            for match in ([str(path)] if path.is_dir() else glob.glob(str(path), recursive=True))
+            if Path(match).is_dir()
+        ]
+        if not folders:
+            raise InputError(
+                f"data_files {pattern!r} matches no folder (looked for {path}); dataset_name "
+                "'samples' reads folders that jobs.generate wrote"
+            )
+        found.update(folders)
+    return sorted(found)
+
+
+def sample_pieces(folder: Path) -> Iterator[Piece]:
+    """One piece per part file of a committed samples folder.
+
+    Raises:
+        InputError: nothing was committed there.
+        CorruptFileError: a part does not match the manifest.
+    """
+    for name in part_names(_verified(folder)):
+        path = folder / name
+        yield Piece(path=str(path), start=0, stop=1, num_bytes=path.stat().st_size)
+
+
+def _verified(folder: Path) -> Manifest:
     try:
-        manifest = verify(folder, kind=KIND)
+        return verify(folder, kind=KIND)
     except FileNotFoundError as error:
         raise InputError(
             f"{folder}: no committed samples there (no MANIFEST.json); run jobs.generate"
         ) from error
-    records: list[dict[str, Any]] = []
-    for name in sorted(manifest.files):
-        if name.endswith(".jsonl") and name.startswith("part-"):
-            # Not splitlines(): a text may hold other line separators than the newline between
-            # records.
-            with open(folder / name, encoding="utf-8", newline="\n") as file:
-                records += [json.loads(line) for line in file]
-        elif name.endswith(".parquet"):
-            import pyarrow.parquet as pq
-
-            records += pq.read_table(folder / name).to_pylist()
-    return records

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tokendiff.data import files, hub
 from tokendiff.data.partition import Partition, Piece, group_pieces
+from tokendiff.data.samples import find_sample_folders, read_part, sample_pieces
 
 if TYPE_CHECKING:
     from tokendiff.config import PreprocessConfig
@@ -47,6 +49,12 @@ def read_documents(partition: Partition) -> Iterator[Any]:
         yield from _read_piece(partition, piece)
 
 
+def sample_records(partition: Partition) -> Iterator[dict[str, Any]]:
+    """The records of a partition of samples, in the order of their ids."""
+    for piece in partition.pieces:
+        yield from read_part(Path(piece.path))
+
+
 def dummy_rows(
     partition: Partition, token_ids: np.ndarray, max_length: int
 ) -> Iterator[np.ndarray]:
@@ -64,6 +72,9 @@ def _pieces(config: "PreprocessConfig") -> tuple[str, Iterator[Piece]]:
         return "dummy", _one_by_one([row_bytes] * config.num_dummy_samples)
     if name == "builtin":
         return "builtin", _one_by_one([len(document.encode()) for document in _builtin_documents()])
+    if name == "samples":
+        folders = find_sample_folders(config.data_files)
+        return name, (piece for folder in folders for piece in sample_pieces(folder))
     if name == "parquet":
         return name, (
             p
