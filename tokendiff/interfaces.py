@@ -4,7 +4,7 @@ called by.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -181,6 +181,22 @@ class Decoder(Protocol):
         ...
 
 
+@runtime_checkable
+class DraftedDecoder(Decoder, Protocol):
+    """A decoder with a draft model beside it. The draft reads what `extend` keeps of a row."""
+
+    @property
+    def block_size(self) -> int:
+        """K, tokens of a block, at least 2: the anchor, and those that are drafted."""
+        ...
+
+    def draft(self, anchors: Tensor, cache: DecodingCache, rows: Tensor) -> Tensor:
+        """Hidden states [n, K - 1, D], for `head`, of the tokens behind an anchor ([n] int64) that
+        stands behind what is kept of each of `rows` [n].
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """A prompt to continue.
@@ -205,14 +221,14 @@ class Completion:
         tokens: new tokens, the stop token included where there is one.
         finish_reason: "stop" at a stop token, "length" at the most tokens that were asked for.
         num_model_calls: forward passes that the row took part in, those of its prompt included.
-        counts: what else a sampler counts, per row.
+        counts: what else a sampler counts, per row; a list is a histogram.
     """
 
     id: int
     tokens: list[int]
     finish_reason: FinishReason
     num_model_calls: int
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int | list[int]] = field(default_factory=dict)
 
 
 # Called after each step of a sampler with (time reached, x_t [B, L]); x_t must not be written to.

@@ -23,6 +23,7 @@ from tokendiff.models.ragged_cache import RaggedCache
 # as that one, without the code that comes with the weights. SDAR (arXiv 2510.06303) is Qwen3.
 _SAME_AS = {"sdar": "qwen3"}
 _MASK_TOKENS = ("<|MASK|>", "<|mask|>", "[MASK]", "<mask>")
+_INPUT = -1  # in place of a layer: what the first one is given
 _CHECK_LENGTH = 6
 
 
@@ -76,10 +77,11 @@ class CausalModel(nn.Module):
         layers: Sequence[int],
     ) -> tuple[Tensor, list[Tensor]]:
         """As `encode`, and besides the last hidden states [n, N, D] those after each of `layers`,
-        counted from 0.
+        counted from 0; -1 is what the first layer is given.
         """
         assert isinstance(cache, RaggedCache)
         positions, width = cache.begin(rows, tokens.shape[1])
+        is_padding = torch.arange(tokens.shape[1], device=tokens.device) >= num_tokens[:, None]
         kv = torch.arange(width, device=tokens.device)
         end = positions[:, :1] + num_tokens[:, None]
         b = torch.arange(len(rows), device=tokens.device)[:, None, None]
@@ -92,7 +94,8 @@ class CausalModel(nn.Module):
             output = encoder(
                 input_ids=tokens,
                 attention_mask=self._masks(is_seen, positions, kv),
-                position_ids=positions,
+                # Padding may stand where a model with learned positions has none.
+                position_ids=positions.masked_fill(is_padding, 0),
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -102,6 +105,10 @@ class CausalModel(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         logits = self.model.get_output_embeddings()(hidden) if self._is_split else hidden
         return logits[..., : self.vocab_size]
+
+    def before_head(self, hidden: Tensor) -> Tensor:
+        """What `head` takes, of hidden states that the model's output embedding is for."""
+        return hidden if self._is_split else self.model.get_output_embeddings()(hidden)
 
     def _masks(self, is_seen: Tensor, positions: Tensor, kv: Tensor) -> Any:
         """What the model takes as attention_mask: one mask, or one for each type of layer."""
@@ -144,13 +151,18 @@ class _Hooks:
 
     def __enter__(self) -> None:
         self._handles = [
-            self._modules[layer].register_forward_hook(self._keeper(layer))
+            self._modules[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
+            if layer == _INPUT
+            else self._modules[layer].register_forward_hook(self._keeper(layer))
             for layer in self._layers
         ]
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def _keep_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._kept[_INPUT] = args[0] if args else kwargs["hidden_states"]
 
     def _keeper(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:

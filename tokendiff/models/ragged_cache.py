@@ -102,8 +102,16 @@ class RaggedCache(Cache):
         Returns:
             positions [n, num_new] of the new tokens, and the number of keys that the pass will see.
         """
+        offsets = torch.arange(num_new, device=rows.device)
+        return self.begin_at(rows, offsets.expand(len(rows), num_new))
+
+    def begin_at(self, rows: Tensor, offsets: Tensor) -> tuple[Tensor, int]:
+        """As `begin`, for tokens at `offsets` [n, N] behind the end of their rows, a permutation of
+        0..N-1 in each row.
+        """
+        num_new = offsets.shape[1]
         lengths = self._lengths[rows]
-        positions = lengths[:, None] + torch.arange(num_new, device=rows.device)
+        positions = lengths[:, None] + offsets
         leading = torch.arange(len(rows), device=rows.device)
         call = _Call(
             rows=rows,

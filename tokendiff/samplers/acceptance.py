@@ -68,7 +68,7 @@ def accept_drawn(
             filters; need not be normalised.
         target_logits: [B, D + 1, V] likewise, given the drafted tokens before each place.
         judge: [B, D] uniform in (0, 1).
-        redraw: [B] uniform in (0, 1), independent of `judge`.
+        redraw: [B, D + 1] uniform in (0, 1), independent of `judge`.
     """
     num_drafted = drafted.shape[1]
     log_p = _log_probability(target_logits[:, :num_drafted], drafted)
@@ -81,7 +81,8 @@ def accept_drawn(
     # A refusal means q > p somewhere, so p > q elsewhere; but for rounding, where the two agree.
     has_rest = residual.sum(-1, keepdim=True) > 0.0
     return Verdict(
-        num_accepted=num_accepted, next_token=draw(torch.where(has_rest, residual, p), redraw)
+        num_accepted=num_accepted,
+        next_token=draw(torch.where(has_rest, residual, p), _at(redraw, num_accepted)),
     )
 
 

@@ -25,10 +25,13 @@ class AutoregressiveSampler(OpenEndedSampler):
         for is_chosen in (pending > 1, pending == 1):
             rows = is_chosen.nonzero()[:, 0]
             if rows.numel():
-                self._advance(model, slots, rows, pending[rows].clamp(max=PREFILL_CHUNK))
+                self._advance(model, slots, rows, pending[rows])
 
-    def _advance(self, model: Decoder, slots: Slots, rows: Tensor, counts: Tensor) -> None:
-        """Read the next `counts` tokens of `rows`, and write one where that was all of them."""
+    def _advance(self, model: Decoder, slots: Slots, rows: Tensor, pending: Tensor) -> None:
+        """Read on in `rows` [n], of whose tokens `pending` [n] are not in the cache yet, and write
+        a token where that was all of them.
+        """
+        counts = pending.clamp(max=PREFILL_CHUNK)
         hidden = encode_known(model, slots, rows, counts, causal_by_position)
         slots.cache.extend(rows, counts)
         chosen = (slots.cache.lengths[rows] == slots["length"][rows]).nonzero()[:, 0]

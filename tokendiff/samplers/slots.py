@@ -5,7 +5,7 @@ step is computed for rows that need it. Rows in use are always the first ones: t
 without a copy, and where no prompt is left the last row moves into the gap.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class Slots:
         pad: int = 0,
         seed_key: int = 0,
         counts: Sequence[str] = (),
+        histograms: Mapping[str, int] | None = None,
     ) -> None:
         self.cache = model.new_cache(num_slots)
         self.num_rows = 0
@@ -57,10 +58,12 @@ class Slots:
         self._columns = {
             name: torch.zeros(num_slots, dtype=torch.int64, device=model.device) for name in names
         }
-        self._counts = tuple(counts)
+        for name, size in (histograms or {}).items():
+            self._columns[name] = self.tokens.new_zeros(num_slots, size)
+        self._counts = (*counts, *(histograms or {}))
 
     def __getitem__(self, name: str) -> Tensor:
-        """[n] of the rows in use; may be written to."""
+        """[n] of the rows in use, or [n, size] of a histogram; may be written to."""
         return self._columns[name][: self.num_rows]
 
     @property
@@ -114,7 +117,7 @@ class Slots:
             tokens=self.tokens[row, begin:end].tolist(),
             finish_reason=reason,
             num_model_calls=int(self._columns["num_calls"][row]),
-            counts={name: int(self._columns[name][row]) for name in self._counts},
+            counts={name: self._columns[name][row].tolist() for name in self._counts},
         )
 
     def _place(self, row: int, request: Request) -> None:

@@ -1,0 +1,174 @@
+"""Speculative decoding with a draft that fills a block in one pass.
+
+The token that is known last anchors a block; the draft fills it; the target reads the whole block
+in one pass and says which tokens it would have written itself (`acceptance`). What it accepts stays
+in the caches, and one token of its own stands behind it, the next anchor. Rows accept different
+numbers of tokens, and end at different times. Source: DFlash (arXiv 2602.06036).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokendiff.attention_masks import causal_by_position
+from tokendiff.interfaces import Decoder, DraftedDecoder
+from tokendiff.random import RowGenerator
+from tokendiff.samplers.acceptance import Verdict, accept_drawn, accept_own
+from tokendiff.samplers.autoregressive import AutoregressiveSampler
+from tokendiff.samplers.categorical import draw, filter_logits
+from tokendiff.samplers.slots import Slots
+
+OWN, PROPOSAL, JUDGE = 0, 1, 2  # what a position's random numbers are for; OWN as in `ar`
+_CPU_CHUNK, _GPU_CHUNK = 256, 4096  # positions whose [N, V] logits exist at once
+GAINS = "gains"  # blocks of a row that gained 1, 2, ... tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class DFlashSampler(AutoregressiveSampler):
+    """The target's own text, in fewer of its forward passes.
+
+    Attributes:
+        draft_temperature: of the draft's proposals, if they are drawn. At 0 the draft proposes its
+            likeliest token, and the text is the one that sampler `ar` writes with the same seed,
+            token for token, whatever the draft. Above 0 proposals are drawn and judged by p/q: the
+            text has the target's distribution, and more of it is accepted where that is flat and
+            the draft knows it well.
+    """
+
+    draft_temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.draft_temperature >= 0.0:
+            raise ValueError(
+                f"draft_temperature must not be negative, got {self.draft_temperature}"
+            )
+        if self.temperature == 0.0 and self.draft_temperature != 0.0:
+            raise ValueError(
+                f"draft_temperature must be 0 at temperature 0, got {self.draft_temperature}: "
+                "the argmax of the target is never a draw"
+            )
+
+    def _slots(self, model: Decoder, *, num_slots: int, key: int) -> Slots:
+        return Slots(
+            model,
+            num_slots=num_slots,
+            max_new_tokens=self.max_new_tokens,
+            seed_key=key,
+            histograms={GAINS: _drafted(model).block_size},
+        )
+
+    def _step(self, model: Decoder, slots: Slots) -> None:
+        pending = slots["length"] - slots.cache.lengths[: slots.num_rows]
+        prompts, anchored = ((pending > 1).nonzero()[:, 0], (pending == 1).nonzero()[:, 0])
+        if prompts.numel():
+            self._advance(model, slots, prompts, pending[prompts])
+        if anchored.numel():
+            self._speculate(_drafted(model), slots, anchored)
+
+    def _speculate(self, model: DraftedDecoder, slots: Slots, rows: Tensor) -> None:
+        """Draft a block behind each of `rows` [n], and keep what the target accepts of it."""
+        length, room = slots["length"][rows], (slots["limit"] - slots["length"])[rows]
+        place = torch.arange(model.block_size, device=rows.device)
+        at = length[:, None] + place
+        uniforms = _position_uniforms(slots.generator.select(rows), at)
+        anchors = slots.tokens[rows, length - 1]
+        drafted, draft_logits = self._propose(model, slots, rows, anchors, uniforms)
+        block = torch.cat([anchors[:, None], drafted], dim=1)
+        num_tokens = room.clamp(max=model.block_size)  # what lies behind the limit is not read
+        hidden = model.encode(block, num_tokens, slots.cache, rows, causal_by_position)
+        slots["num_calls"][rows] += 1
+        verdict = self._judge(model, hidden, drafted, draft_logits, uniforms)
+        is_own = place == verdict.num_accepted[:, None]
+        kept = torch.cat([drafted, drafted[:, :1]], dim=1)
+        tokens = torch.where(is_own, verdict.next_token[:, None], kept)
+        gained = torch.minimum(verdict.num_accepted + 1, num_tokens)
+        stop = self._first_stop(tokens, place < gained[:, None])
+        gained = torch.minimum(gained, stop + 1)
+        is_gained = place < gained[:, None]
+        row, _ = is_gained.nonzero(as_tuple=True)
+        slots.tokens[rows[row], at[is_gained]] = tokens[is_gained]
+        slots.cache.extend(rows, gained)
+        slots["length"][rows] += gained
+        slots[GAINS][rows, gained - 1] += 1
+
+    def _propose(
+        self, model: DraftedDecoder, slots: Slots, rows: Tensor, anchors: Tensor, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Drafted tokens [n, K - 1] and, where they are drawn, what they are drawn from
+        [n, K - 1, V].
+        """
+        hidden = model.draft(anchors, slots.cache, rows)
+        tokens, kept = [], []
+        for chunk, uniform in _chunks(hidden, uniforms[:, :-1, PROPOSAL]):
+            logits = model.head(chunk.flatten(0, 1)).float()
+            if self.draft_temperature == 0.0:
+                tokens.append(logits.argmax(-1).view(chunk.shape[:2]))
+                continue
+            logits = self._filtered(logits, self.draft_temperature)
+            tokens.append(draw(_weights(logits), uniform.flatten()).view(chunk.shape[:2]))
+            kept.append(logits.view(*chunk.shape[:2], -1))
+        return torch.cat(tokens), torch.cat(kept) if kept else None
+
+    def _judge(
+        self,
+        model: DraftedDecoder,
+        hidden: Tensor,
+        drafted: Tensor,
+        draft_logits: Tensor | None,
+        uniforms: Tensor,
+    ) -> Verdict:
+        """What the target, whose hidden states [n, K, D] of the block these are, accepts of it."""
+        parts = []
+        for chunk, tokens, uniform in _chunks(hidden, drafted, uniforms):
+            logits = model.head(chunk.flatten(0, 1)).float()
+            if draft_logits is None:
+                own = self._draw(logits, uniform[..., OWN].flatten())
+                parts.append(accept_own(tokens, own.view(chunk.shape[:2])))
+                continue
+            done = sum(len(part.next_token) for part in parts)
+            logits = self._filtered(logits, self.temperature).view(*chunk.shape[:2], -1)
+            parts.append(
+                accept_drawn(
+                    tokens,
+                    draft_logits=draft_logits[done : done + len(tokens)],
+                    target_logits=logits,
+                    judge=uniform[:, :-1, JUDGE],
+                    redraw=uniform[..., OWN],
+                )
+            )
+        return Verdict(
+            num_accepted=torch.cat([part.num_accepted for part in parts]),
+            next_token=torch.cat([part.next_token for part in parts]),
+        )
+
+    def _filtered(self, logits: Tensor, temperature: float) -> Tensor:
+        return filter_logits(logits, temperature=temperature, top_k=self.top_k, top_p=self.top_p)
+
+
+def _drafted(model: Decoder) -> DraftedDecoder:
+    if not isinstance(model, DraftedDecoder):
+        raise TypeError(f"sampler dflash needs a model with a draft, got {type(model).__name__}")
+    return model
+
+
+def _position_uniforms(generator: RowGenerator, at: Tensor) -> Tensor:
+    """[n, K, 3] the numbers of each position `at` [n, K] of n rows.
+
+    A position that is drafted again gets the same numbers again: those behind a refused token have
+    decided nothing yet.
+    """
+    keys = generator.keys[:, None].expand_as(at).reshape(-1)
+    return RowGenerator(keys=keys).fold_in(at.reshape(-1)).uniform(3).view(*at.shape, 3)
+
+
+def _chunks(hidden: Tensor, *others: Tensor) -> "zip[tuple[Tensor, ...]]":
+    """Rows in groups whose [n, K, D] hidden states make at most so many logits at once."""
+    positions = _CPU_CHUNK if hidden.device.type == "cpu" else _GPU_CHUNK
+    size = max(1, positions // hidden.shape[1])
+    return zip(*(values.split(size) for values in (hidden, *others)), strict=True)
+
+
+def _weights(logits: Tensor) -> Tensor:
+    return (logits - logits.amax(-1, keepdim=True)).exp()
