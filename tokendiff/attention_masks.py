@@ -94,3 +94,28 @@ def block_causal_by_position(block_length: int) -> MaskRule:
     its first token.
     """
     return lambda b, q, kv: kv // block_length <= q // block_length
+
+
+def dflash_blocks(document: Tensor, anchors: Tensor, block_size: int) -> MaskRule:
+    """Queries are blocks of `block_size`, one per anchor; keys are the row's L tokens, then the
+    same blocks.
+
+    A block sees the tokens of its anchor's document strictly before the anchor, and itself whole.
+
+    Args:
+        anchors: [B, A] int64 places in the row; a block that is not used has 0, and sees itself.
+
+    Source: DFlash (arXiv 2602.06036).
+    """
+    length = document.shape[1]
+
+    def rule(b: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        block = q // block_size
+        anchor = anchors[b, block]
+        is_before = kv < anchor
+        place = torch.where(is_before, kv, 0)  # of a key that is no token of the row, any will do
+        is_context = is_before & (document[b, place] == document[b, anchor])
+        is_own = (kv >= length) & ((kv - length) // block_size == block)
+        return is_context | is_own
+
+    return rule

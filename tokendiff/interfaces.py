@@ -53,6 +53,33 @@ class CausalDenoiser(Protocol):
         ...
 
 
+class DraftBesideTarget(Protocol):
+    """A draft that is trained, with the frozen causal language model whose tokens it drafts."""
+
+    def read(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """What the draft is told of each token: [B, L, C], without gradient.
+
+        Args:
+            positions: [B, L], counted from 0 in each document; documents do not see each other.
+        """
+        ...
+
+    def draft(self, tokens: Tensor, context: Tensor, positions: Tensor, rule: MaskRule) -> Tensor:
+        """Hidden states [B, Q, D] of blocks.
+
+        Args:
+            tokens: [B, Q] of the blocks, side by side.
+            context: [B, L, C] from `read`.
+            positions: [B, L + Q] of the context, then of the blocks.
+            rule: what the Q queries see of those L + Q keys.
+        """
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [N, V] of hidden states [N, D], by the target's head, which stays as it is."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
     """Rows of packed tokens.
