@@ -213,11 +213,16 @@ def test_hidden_states_of_chosen_layers() -> None:
     model = causal_model(num_hidden_layers=3)
     tokens, rows = torch.randint(8, V, (2, 6)), torch.arange(2)
     expected = model.model(tokens, output_hidden_states=True).hidden_states
-    last, (first, second) = model.encode_layers(
-        tokens, torch.tensor([6, 6]), model.new_cache(2), rows, causal_by_position, layers=(0, 1)
+    last, states = model.encode_layers(
+        tokens,
+        torch.tensor([6, 6]),
+        model.new_cache(2),
+        rows,
+        causal_by_position,
+        layers=(0, 1, -1, 2, -1),
     )
-    torch.testing.assert_close(first, expected[1])
-    torch.testing.assert_close(second, expected[2])
+    for given, index in zip(states, (1, 2, 0, 3, 0), strict=True):
+        torch.testing.assert_close(given, expected[index])
     torch.testing.assert_close(last, expected[-1])
 
 

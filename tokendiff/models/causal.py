@@ -4,7 +4,7 @@ Any transformers model that keeps plain keys and values in every layer and takes
 mask will do; `check_decoding` finds out by trying, since no config says so.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from tokendiff.models.ragged_cache import RaggedCache
 # as that one, without the code that comes with the weights. SDAR (arXiv 2510.06303) is Qwen3.
 _SAME_AS = {"sdar": "qwen3"}
 _MASK_TOKENS = ("<|MASK|>", "<|mask|>", "[MASK]", "<mask>")
-_INPUT = -1  # in place of a layer: what the first one is given
 _CHECK_LENGTH = 6
 
 
@@ -77,7 +76,8 @@ class CausalModel(nn.Module):
         layers: Sequence[int],
     ) -> tuple[Tensor, list[Tensor]]:
         """As `encode`, and besides the last hidden states [n, N, D] those after each of `layers`,
-        counted from 0; -1 is what the first layer is given.
+        counted from 0; -1 is the embedding's output. As transformers has it, what the last layer
+        gives has been through the final norm.
         """
         assert isinstance(cache, RaggedCache)
         positions, width = cache.begin(rows, tokens.shape[1])
@@ -88,19 +88,20 @@ class CausalModel(nn.Module):
         is_seen = rule(b, positions[:, :, None], kv) & (kv < end)[:, None]
         # Padding sees itself: a query with nothing to see has no softmax.
         is_seen = is_seen | (kv == positions[:, :, None])
-        kept: dict[int, Tensor] = {}
-        with _Hooks(self._layers() if layers else [], layers, kept):
-            encoder = self.model.base_model if self._is_split else self.model
-            output = encoder(
-                input_ids=tokens,
-                attention_mask=self._masks(is_seen, positions, kv),
-                # Padding may stand where a model with learned positions has none.
-                position_ids=positions.masked_fill(is_padding, 0),
-                past_key_values=cache,
-                use_cache=True,
-            )
+        encoder = self.model.base_model if self._is_split else self.model
+        # transformers counts the embedding's output as the first, and keeps those alone.
+        chosen = [layer + 1 for layer in layers]
+        output = encoder(
+            input_ids=tokens,
+            attention_mask=self._masks(is_seen, positions, kv),
+            # Padding may stand where a model with learned positions has none.
+            position_ids=positions.masked_fill(is_padding, 0),
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=chosen or False,
+        )
         hidden = output.last_hidden_state if self._is_split else output.logits
-        return hidden, [kept[layer] for layer in layers]
+        return hidden, [output.hidden_states[index] for index in chosen]
 
     def head(self, hidden: Tensor) -> Tensor:
         logits = self.model.get_output_embeddings()(hidden) if self._is_split else hidden
@@ -131,44 +132,6 @@ class CausalModel(nn.Module):
             }
         chosen = {name: masks[name][:, None] for name in types}
         return chosen if len(chosen) > 1 else next(iter(chosen.values()))
-
-    def _layers(self) -> list[nn.Module]:
-        num_layers = self.model.config.get_text_config().num_hidden_layers
-        return next(
-            list(module)
-            for module in self.model.base_model.modules()
-            if isinstance(module, nn.ModuleList) and len(module) == num_layers
-        )
-
-
-class _Hooks:
-    """Keeps what chosen layers give back, while it is open."""
-
-    def __init__(
-        self, modules: Sequence[nn.Module], layers: Sequence[int], kept: dict[int, Tensor]
-    ) -> None:
-        self._modules, self._layers, self._kept = modules, layers, kept
-
-    def __enter__(self) -> None:
-        self._handles = [
-            self._modules[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
-            if layer == _INPUT
-            else self._modules[layer].register_forward_hook(self._keeper(layer))
-            for layer in self._layers
-        ]
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _keep_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._kept[_INPUT] = args[0] if args else kwargs["hidden_states"]
-
-    def _keeper(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._kept[layer] = output[0] if isinstance(output, tuple) else output
-
-        return keep
 
 
 def open_causal(
