@@ -36,13 +36,67 @@ def attend_both_ways(config: Any) -> None:
     """
     config.is_causal = False
     config.use_cache = False
+    attend_without_window(config)
+
+
+def attend_without_window(config: Any) -> None:
+    """Make every layer of a model built from `config` see as far back as its mask lets it.
+
+    `config` is changed, and saved with the model.
+    """
     if getattr(config, "sliding_window", None) is not None:
         config.sliding_window = None
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = ["full_attention"] * config.num_hidden_layers
 
 
-class TransformersDenoiser(nn.Module):
+class ModelInTwoParts(nn.Module):
+    """A `transformers` language model, its logits apart from the rest.
+
+    Args:
+        vocab_size: ids that the tokenizer has. A model's embedding is often padded to a round size;
+            the logits of the ids beyond are dropped, since they cannot occur in text.
+    """
+
+    def __init__(self, model: Any, *, vocab_size: int) -> None:
+        super().__init__()
+        self.model = model
+        self.vocab_size = vocab_size
+        self._head = _HEADS.get(model.config.model_type)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether logits can be computed at chosen positions alone."""
+        return self._head is not None
+
+    def head(self, hidden: Tensor) -> Tensor:
+        logits = hidden if self._head is None else self._head(self.model, hidden)
+        return logits[..., : self.vocab_size]
+
+    def recompute_activations(self) -> None:
+        """Keep no activations between layers; the backward pass computes them again.
+
+        Raises:
+            InputError: the architecture (ALBERT, for one) cannot.
+        """
+        if not self.model.supports_gradient_checkpointing:
+            raise InputError(
+                f"gradient_checkpointing: transformers has none for models of type "
+                f"{self.model.config.model_type!r}; turn it off"
+            )
+        # transformers 5.23 renamed the method and warns at the old name.
+        name = "activation_checkpointing_enable"
+        enable = getattr(self.model, name, self.model.gradient_checkpointing_enable)
+        enable()
+
+    def compile_encoder(self) -> None:
+        """torch.compile the encoder in place; the head sees a new number of rows at every step and
+        stays eager.
+        """
+        (self.model if self._head is None else self.model.base_model).compile()
+
+
+class TransformersDenoiser(ModelInTwoParts):
     """A `transformers` language model as a denoiser (`tokendiff.interfaces.Denoiser`).
 
     The logits at position i are for the token at position i, also of what was a causal model:
@@ -51,30 +105,20 @@ class TransformersDenoiser(nn.Module):
     Args:
         model: from AutoModelForMaskedLM; or from AutoModelForCausalLM with a config that
             `attend_both_ways` has changed.
-        vocab_size: ids that the tokenizer has. A model's embedding is often padded to a round size;
-            the logits of the ids beyond are dropped, since they cannot occur in text.
 
     Raises:
         ValueError: the model is still causal.
     """
 
     def __init__(self, model: Any, *, vocab_size: int) -> None:
-        super().__init__()
+        super().__init__(model, vocab_size=vocab_size)
         model_type = model.config.model_type
         if model_type in CAUSAL_TYPES and getattr(model.config, "is_causal", True):
             raise ValueError(f"the {model_type} model is causal; build it with attend_both_ways")
-        self.model = model
-        self.vocab_size = vocab_size
-        self._head = _HEADS.get(model_type)
 
     @property
     def is_time_conditioned(self) -> bool:
         return getattr(self.model.config, "is_time_conditioned", False)
-
-    @property
-    def is_split(self) -> bool:
-        """Whether logits can be computed at chosen positions alone."""
-        return self._head is not None
 
     def encode(self, tokens: Tensor, is_valid: Tensor, time: Tensor) -> Tensor:
         # Packed rows are rarely padded, and attention without a mask is the faster kernel.
@@ -83,10 +127,6 @@ class TransformersDenoiser(nn.Module):
         encoder = self.model if self._head is None else self.model.base_model
         output = encoder(input_ids=tokens, attention_mask=attention_mask, **condition)
         return output.logits if self._head is None else output.last_hidden_state
-
-    def head(self, hidden: Tensor) -> Tensor:
-        logits = hidden if self._head is None else self._head(self.model, hidden)
-        return logits[..., : self.vocab_size]
 
     def freeze_unused(self) -> list[str]:
         """Exclude from training what no logit depends on, such as a pooler; returns the names.
@@ -111,25 +151,3 @@ class TransformersDenoiser(nn.Module):
         for parameter in unused.values():
             parameter.requires_grad_(False)
         return list(unused)
-
-    def recompute_activations(self) -> None:
-        """Keep no activations between layers; the backward pass computes them again.
-
-        Raises:
-            InputError: the architecture (ALBERT, for one) cannot.
-        """
-        if not self.model.supports_gradient_checkpointing:
-            raise InputError(
-                f"gradient_checkpointing: transformers has none for models of type "
-                f"{self.model.config.model_type!r}; turn it off"
-            )
-        # transformers 5.23 renamed the method and warns at the old name.
-        name = "activation_checkpointing_enable"
-        enable = getattr(self.model, name, self.model.gradient_checkpointing_enable)
-        enable()
-
-    def compile_encoder(self) -> None:
-        """torch.compile the encoder in place; the head sees a new number of rows at every step and
-        stays eager.
-        """
-        (self.model if self._head is None else self.model.base_model).compile()

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 
 from tokendiff.errors import InputError
-from tokendiff.models.denoiser import CAUSAL_TYPES, TransformersDenoiser, attend_both_ways
+from tokendiff.models.causal_denoiser import TransformersCausalDenoiser
+from tokendiff.models.denoiser import (
+    CAUSAL_TYPES,
+    ModelInTwoParts,
+    TransformersDenoiser,
+    attend_both_ways,
+    attend_without_window,
+)
 
 BUILTIN_PREFIX = "builtin:"
 _LEAST_CAUSAL_LENGTH = 4096
@@ -102,6 +109,89 @@ def load_denoiser(
         InputError: no such model, neither a masked LM nor a causal one that can be made
             bidirectional, too short for max_length, no usable mask token.
     """
+
+    def prepare(config: Any) -> Any:
+        auto_class = _auto_class(config, model_name_or_path)
+        if config.model_type in CAUSAL_TYPES:
+            attend_both_ways(config)
+        return auto_class
+
+    model, vocab_size = _open_model(
+        model_name_or_path,
+        prepare,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        from_scratch=from_scratch,
+        dropout=dropout,
+        seed=seed,
+        warn=warn,
+    )
+    denoiser = TransformersDenoiser(model, vocab_size=vocab_size)
+    # The architectures that are split are known to use all they have.
+    if not denoiser.is_split and (unused := denoiser.freeze_unused()):
+        warn(f"{len(unused)} parameters do not lead to logits and stay as they are: {unused}")
+    return denoiser
+
+
+def load_causal_denoiser(
+    model_name_or_path: str,
+    *,
+    tokenizer: Any,
+    max_length: int,
+    from_scratch: bool = False,
+    dropout: float | None = None,
+    seed: int = 0,
+    warn: Callable[[str], None] = warnings.warn,
+) -> TransformersCausalDenoiser:
+    """A causal language model that stays one, to be told what each position sees.
+
+    Args, and what is raised: as `load_denoiser`; a model that attends in both directions is
+        refused.
+    """
+
+    def prepare(config: Any) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        if config.model_type not in CAUSAL_TYPES or not getattr(config, "is_causal", True):
+            what = "attends in both directions" if config.model_type in CAUSAL_TYPES else "does not"
+            raise InputError(
+                f"model_name_or_path {model_name_or_path!r} is of type {config.model_type!r} and "
+                f"{what}; this objective takes a causal language model of type "
+                f"{', '.join(CAUSAL_TYPES)}, or {BUILTIN_PREFIX}qwen3-tiny | mini | small | base"
+            )
+        # What a position sees is said by masks alone, in training as in decoding.
+        attend_without_window(config)
+        return AutoModelForCausalLM
+
+    model, vocab_size = _open_model(
+        model_name_or_path,
+        prepare,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        from_scratch=from_scratch,
+        dropout=dropout,
+        seed=seed,
+        warn=warn,
+    )
+    return TransformersCausalDenoiser(model, vocab_size=vocab_size)
+
+
+def _open_model(
+    model_name_or_path: str,
+    prepare: Callable[[Any], Any],
+    *,
+    tokenizer: Any,
+    max_length: int,
+    from_scratch: bool,
+    dropout: float | None,
+    seed: int,
+    warn: Callable[[str], None],
+) -> tuple[Any, int]:
+    """A transformers model, and the ids that its tokenizer has.
+
+    Args:
+        prepare: changes the model's config to what is wanted of it and returns the Auto class.
+    """
     _check_mask_token(tokenizer)
     vocab_size = len(tokenizer)
     is_builtin = model_name_or_path.startswith(BUILTIN_PREFIX)
@@ -112,9 +202,7 @@ def load_denoiser(
         )
     else:
         config = _pretrained_config(model_name_or_path)
-    auto_class = _auto_class(config, model_name_or_path)
-    if config.model_type in CAUSAL_TYPES:
-        attend_both_ways(config)
+    auto_class = prepare(config)
     if from_scratch and not is_builtin:
         config.vocab_size = vocab_size
         if tokenizer.pad_token_id is not None:  # another tokenizer's may lie outside the vocabulary
@@ -125,15 +213,11 @@ def load_denoiser(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
         if is_builtin or from_scratch:
-            model = auto_class.from_config(config, dtype=torch.float32)
-        else:
-            model = _pretrained(auto_class, model_name_or_path, config)
+            return auto_class.from_config(config, dtype=torch.float32), vocab_size
+        model = _pretrained(auto_class, model_name_or_path, config)
         _grow_embedding(model, vocab_size, warn)
-        denoiser = TransformersDenoiser(model, vocab_size=vocab_size)
-        # The architectures that are split are known to use all they have.
-        if not denoiser.is_split and (unused := denoiser.freeze_unused()):
-            warn(f"{len(unused)} parameters do not lead to logits and stay as they are: {unused}")
-    return denoiser
+        _start_unknown_tokens(model, model_name_or_path, tokenizer, warn)
+    return model, vocab_size
 
 
 def check_vocabulary(model_name_or_path: str, tokenizer: Any) -> None:
@@ -143,19 +227,9 @@ def check_vocabulary(model_name_or_path: str, tokenizer: Any) -> None:
         InputError: `tokenizer` gives a token of the model's own tokenizer another id. It may add
             tokens. A model that comes without a tokenizer is taken on trust.
     """
-    from transformers import AutoTokenizer
-
-    folder = Path(model_name_or_path)
-    has_none = folder.is_dir() and not any(
-        any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "spiece*")
+    own = (
+        {} if model_name_or_path.startswith(BUILTIN_PREFIX) else _vocabulary_of(model_name_or_path)
     )
-    # transformers makes an empty tokenizer up for some folders that have none.
-    if model_name_or_path.startswith(BUILTIN_PREFIX) or has_none:
-        return
-    try:
-        own = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=False).get_vocab()
-    except (OSError, ValueError, ImportError):
-        return
     here = tokenizer.get_vocab()
     differing = [token for token, index in own.items() if here.get(token) != index]
     if differing:
@@ -165,6 +239,23 @@ def check_vocabulary(model_name_or_path: str, tokenizer: Any) -> None:
             f"id, {differing[0]!r} for one); preprocess with tokenizer_name_or_path set to the "
             "model, or train from_scratch"
         )
+
+
+def _vocabulary_of(model_name_or_path: str) -> dict[str, int]:
+    """Tokens and ids of the tokenizer that comes with a model; empty where there is none."""
+    from transformers import AutoTokenizer
+
+    folder = Path(model_name_or_path)
+    # transformers makes an empty tokenizer up for some folders that have none.
+    if folder.is_dir() and not any(
+        any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "spiece*")
+    ):
+        return {}
+    try:
+        own = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=False)
+    except (OSError, ValueError, ImportError):
+        return {}
+    return dict(own.get_vocab())
 
 
 def _builtin_names() -> str:
@@ -254,6 +345,36 @@ def _grow_embedding(model: Any, vocab_size: int, warn: Callable[[str], None]) ->
     warn(
         f"embedding resized from {size} to {vocab_size}: the tokenizer has {vocab_size - size} "
         "tokens that the model does not know; theirs start at the mean of the others"
+    )
+
+
+@torch.no_grad()
+def _start_unknown_tokens(
+    model: Any, name: str, tokenizer: Any, warn: Callable[[str], None]
+) -> None:
+    """Give tokens that the model's own tokenizer does not have the mean embedding.
+
+    Models are padded to a round number of ids, so a mask token that was added to the tokenizer
+    often needs no new row: it gets one that was never trained, of a scale unlike all others (zero,
+    in some). The mean of what was trained says "some token" and no one in particular, which is what
+    a mask is; noise would be a token that the layers above take for content. One new token need not
+    be told apart from others, so the mean is not disturbed. With a tied head the mask's logit
+    becomes the mean of all logits; it is excluded wherever a mask could be predicted.
+    """
+    own = _vocabulary_of(name)
+    unknown = sorted(set(tokenizer.get_vocab().values()) - set(own.values()))
+    if not own or not unknown:
+        return
+    known = torch.tensor(sorted(own.values()))
+    heads = [model.get_input_embeddings().weight]
+    output = model.get_output_embeddings()
+    if output is not None and output.weight is not heads[0]:
+        heads.append(output.weight)
+    for weight in heads:
+        weight[unknown] = weight[known[known < len(weight)]].mean(0)
+    warn(
+        f"{len(unknown)} tokens of the tokenizer are not in the model's own, the first of them "
+        f"{tokenizer.convert_ids_to_tokens(unknown[0])!r}; their embeddings start at the mean"
     )
 
 
