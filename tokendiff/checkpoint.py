@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
@@ -46,6 +46,15 @@ _SCHEDULER_CLASSES = {
     "uniform": "TokenDiffusionScheduler",
     "hybrid": "HybridTokenDiffusionScheduler",
 }
+# What the published block samplers read; of its fields only block_length is the model's.
+_BLOCK_SCHEDULER_CLASS = "BlockRefinementScheduler"
+_BLOCK_FIELDS = (
+    "block_length",
+    "attention_mask_mode",
+    "clean_context",
+    "prompt_length",
+    "eos_token_id",
+)
 _SCHEDULE_FIELDS = ("alpha_schedule", "eps", "sigma_min", "sigma_max")
 # The fields that the published class of each process reads beside vocab_size and mask_token_id.
 _PROCESS_FIELDS = {
@@ -64,6 +73,13 @@ class NoiseProcess:
         prediction: "loo", the leave-one-out posterior that bound and reverse step are built on, or
             "posterior", p(x_0 | x_t), which they convert.
         max_length: length of the training rows, or the most that the model takes.
+        block_length: of an objective that decodes block by block; None for others, which then have
+            none of the fields that follow.
+        attention_mask_mode: "2d", a position sees up to itself, or "4d", also the rest of its
+            block.
+        clean_context: whether the blocks before a noisy one were clean in training.
+        prompt_length: tokens at the start of a row that were never masked.
+        eos_token_id: what a document ends with, and its last block is filled up with.
 
     Raises:
         InputError: a value that no kernel can have.
@@ -82,6 +98,11 @@ class NoiseProcess:
     exclude_mask_from_uniform: bool = True
     p_uniform: float = 0.0
     gamma: float = 1.0
+    block_length: int | None = None
+    attention_mask_mode: str | None = None
+    clean_context: bool | None = None
+    prompt_length: int = 0
+    eos_token_id: int | None = None
 
     def __post_init__(self) -> None:
         if self.forward_process not in _SCHEDULER_CLASSES:
@@ -98,6 +119,13 @@ class NoiseProcess:
                 f"mask_token_id {self.mask_token_id} is not an id of the vocabulary of "
                 f"{self.vocab_size} tokens"
             )
+        if self.block_length is not None:
+            if self.block_length < 1:
+                raise InputError(f"block_length must be at least 1, got {self.block_length}")
+            if self.attention_mask_mode not in ("2d", "4d"):
+                raise InputError(
+                    f"attention_mask_mode must be '2d' or '4d', got {self.attention_mask_mode!r}"
+                )
         try:
             self.kernel()
         except ValueError as error:
@@ -131,8 +159,16 @@ class NoiseProcess:
             "uniform": ("alpha_schedule", *shape, "exclude_mask_from_uniform"),
             "hybrid": ("p_uniform", "gamma"),
         }[self.forward_process]
+        if self.block_length is not None:
+            names = ("block_length", "attention_mask_mode", "clean_context")
         values = ", ".join(f"{name} {getattr(self, name)}" for name in names)
         return f"{self.forward_process} ({values})"
+
+    @property
+    def _class_name(self) -> str:
+        if self.block_length is not None:
+            return _BLOCK_SCHEDULER_CLASS
+        return _SCHEDULER_CLASSES[self.forward_process]
 
     def save(self, folder: Path) -> None:
         """Write `scheduler_config.json` in the diffusers form.
@@ -140,9 +176,11 @@ class NoiseProcess:
         The published class of the process reads the fields that its own constructor has, and warns
         of the others.
         """
-        names = _PROCESS_FIELDS[self.forward_process]
+        names, class_name = _PROCESS_FIELDS[self.forward_process], self._class_name
+        if self.block_length is not None:
+            names = (*names, *_BLOCK_FIELDS)
         fields = {
-            "_class_name": _SCHEDULER_CLASSES[self.forward_process],
+            "_class_name": class_name,
             "vocab_size": self.vocab_size,
             "mask_token_id": self.mask_token_id,
             "num_train_timesteps": 1000,
@@ -174,10 +212,11 @@ class NoiseProcess:
         except ValueError as error:
             raise InputError(f"{path}: not JSON ({error})") from error
         class_name = fields.get("_class_name") if isinstance(fields, dict) else None
-        if class_name not in _SCHEDULER_CLASSES.values():
+        there = {*_SCHEDULER_CLASSES.values(), _BLOCK_SCHEDULER_CLASS}
+        if class_name not in there:
             raise InputError(
                 f"{path}: _class_name {class_name!r} is not supported; there are "
-                f"{', '.join(sorted(set(_SCHEDULER_CLASSES.values())))}"
+                f"{', '.join(sorted(there))}"
             )
         if class_name == _SCHEDULER_CLASSES["hybrid"]:
             fields = {"prediction": "posterior", **fields, "forward_process": "hybrid"}
@@ -199,11 +238,10 @@ def _check_types(fields: dict[str, Any]) -> None:
             if field.default is MISSING:
                 raise InputError(f"{name} is missing")
             continue
-        value, wanted = fields[name], getattr(field.type, "__name__", "str")
-        known = type(value).__name__
+        value, (wanted, *_) = fields[name], get_args(field.type) or (field.type,)
         is_optional = value is None and field.default is None
-        if not (known == wanted or is_optional or (known, wanted) == ("int", "float")):
-            raise InputError(f"{name} must be of type {wanted}, got {value!r}")
+        if not (type(value) is wanted or is_optional or (type(value), wanted) == (int, float)):
+            raise InputError(f"{name} must be of type {wanted.__name__}, got {value!r}")
 
 
 def _longest_row(folder: Path) -> int:
@@ -354,11 +392,12 @@ def load_for_inference(checkpoint_path: str | Path) -> tuple[Any, Any, NoiseProc
     """Open a checkpoint for sampling or evaluation, with its averaged weights where it has them.
 
     Returns:
-        (denoiser on the CPU in float32 and eval mode, tokenizer, noise process).
+        (denoiser on the CPU in float32 and eval mode, tokenizer, noise process); a causal denoiser
+        where the process has a block_length.
     """
     from safetensors.torch import load_file
 
-    from tokendiff.models.loading import load_denoiser
+    from tokendiff.models.loading import load_causal_denoiser, load_denoiser
 
     folder = open_checkpoint(checkpoint_path)
     process = NoiseProcess.load(folder)
@@ -370,9 +409,8 @@ def load_for_inference(checkpoint_path: str | Path) -> tuple[Any, Any, NoiseProc
             f"{process.mask_token_id} are not those of the tokenizer beside it, {here[0]} and "
             f"{here[1]}; one of the two belongs to another model"
         )
-    denoiser = load_denoiser(
-        str(folder), tokenizer=tokenizer, max_length=process.max_length, dropout=0.0
-    )
+    load = load_denoiser if process.block_length is None else load_causal_denoiser
+    denoiser = load(str(folder), tokenizer=tokenizer, max_length=process.max_length, dropout=0.0)
     if (folder / EMA_WEIGHTS).is_file():
         averaged = load_file(folder / EMA_WEIGHTS)
         parameters = dict(denoiser.model.named_parameters())

@@ -5,7 +5,7 @@ the section's name, what `-o section.field=value` overrides, and what a job's `-
 set. Of libraries, this module imports pydantic alone, so that `--help` answers at once.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -149,8 +149,30 @@ class PreprocessConfig(Section):
         return self
 
 
-class _ObjectiveConfig(Section):
+class _AnyObjectiveConfig(Section):
     """Fields that all objectives have."""
+
+    # Whether it trains a causal language model as one, or a denoiser that sees both ways.
+    is_causal: ClassVar[bool] = False
+
+    lambda_conf: float = Field(0.0, ge=0.0, description="weight of the confidence term")
+    conf_temperature: float = Field(
+        1.0, gt=0.0, description="temperature inside the confidence term"
+    )
+
+    @model_validator(mode="after")
+    def _confidence_is_used(self) -> "_AnyObjectiveConfig":
+        if self.lambda_conf == 0.0 and self.conf_temperature != 1.0:
+            raise ValueError("conf_temperature has no effect while lambda_conf is 0")
+        return self
+
+    def process_fields(self) -> dict[str, Any]:
+        """What a checkpoint records of the noise process (`tokendiff.checkpoint.NoiseProcess`)."""
+        raise NotImplementedError
+
+
+class _ObjectiveConfig(_AnyObjectiveConfig):
+    """Objectives whose noise has a time."""
 
     min_time: float = Field(1e-3, gt=0.0, lt=1.0, description="smallest time that is trained on")
     max_loss_weight: float | None = Field(
@@ -159,20 +181,6 @@ class _ObjectiveConfig(Section):
         description="clip the loss weights, which grow without bound at the ends of time; "
         "the reported bound is never clipped",
     )
-    lambda_conf: float = Field(0.0, ge=0.0, description="weight of the confidence term")
-    conf_temperature: float = Field(
-        1.0, gt=0.0, description="temperature inside the confidence term"
-    )
-
-    @model_validator(mode="after")
-    def _confidence_is_used(self) -> "_ObjectiveConfig":
-        if self.lambda_conf == 0.0 and self.conf_temperature != 1.0:
-            raise ValueError("conf_temperature has no effect while lambda_conf is 0")
-        return self
-
-    def process_fields(self) -> dict[str, Any]:
-        """What a checkpoint records of the noise process (`tokendiff.checkpoint.NoiseProcess`)."""
-        raise NotImplementedError
 
 
 class _ScheduledConfig(_ObjectiveConfig):
@@ -275,8 +283,62 @@ class HybridConfig(_TokenNoiseConfig):
         }
 
 
+class BlockDiffusionConfig(_ScheduledConfig):
+    """Masked diffusion block by block, on a causal model. Source: BD3-LM (arXiv 2503.09573)."""
+
+    is_causal: ClassVar[bool] = True
+
+    name: Literal["block_diffusion"] = "block_diffusion"
+    block_length: int = Field(4, ge=1, description="tokens of a block; 1 is autoregressive")
+
+    def process_fields(self) -> dict[str, Any]:
+        return {
+            "forward_process": "absorbing",
+            "prediction": "loo",
+            "block_length": self.block_length,
+            "attention_mask_mode": "4d",
+            "clean_context": True,
+            **self._schedule_fields(),
+        }
+
+
+class BlockRefinementConfig(_AnyObjectiveConfig):
+    """Blocks of masks filled in by confidence, on a causal model. Source: LLaDA2.0."""
+
+    is_causal: ClassVar[bool] = True
+
+    name: Literal["block_refinement"] = "block_refinement"
+    block_length: int = Field(32, ge=1, description="tokens of a block")
+    prompt_length: int = Field(
+        0, ge=0, description="tokens at the start of each row that are never masked"
+    )
+    attention_mask_mode: Literal["2d", "4d", "auto"] = Field(
+        "2d",
+        description="2d: a position sees up to itself, as in the causal model; 4d: the rest of its "
+        "block too; auto: 4d, which every model that can be trained takes",
+    )
+    clean_context: bool = Field(
+        False,
+        description="earlier blocks are clean, as they are in decoding, for rows of twice the "
+        "length; false: as noisy as they were drawn, as published",
+    )
+
+    def process_fields(self) -> dict[str, Any]:
+        return {
+            "forward_process": "absorbing",
+            "prediction": "loo",
+            "alpha_schedule": "log_linear",
+            "block_length": self.block_length,
+            "prompt_length": self.prompt_length,
+            "attention_mask_mode": "2d" if self.attention_mask_mode == "2d" else "4d",
+            "clean_context": self.clean_context,
+        }
+
+
 ObjectiveConfig = Annotated[
-    MDLMConfig | UDLMConfig | HybridConfig, Field(discriminator="name"), _named("mdlm")
+    MDLMConfig | UDLMConfig | HybridConfig | BlockRefinementConfig | BlockDiffusionConfig,
+    Field(discriminator="name"),
+    _named("mdlm"),
 ]
 
 
@@ -660,7 +722,13 @@ class Config(Section):
     def train_problems(self) -> list[str]:
         """Why nothing can be trained on what these sections preprocess."""
         problems = []
-        rows = self.train.rows_per_step
+        rows, max_length = self.train.rows_per_step, self.preprocess.max_length
+        prompt_length = getattr(self.train.objective, "prompt_length", 0)
+        if prompt_length >= max_length:
+            problems.append(
+                f"train.objective.prompt_length {prompt_length} leaves nothing of rows of "
+                f"{max_length} tokens to train on; lower it, or raise preprocess.max_length"
+            )
         if self.preprocess.heldout_fraction == 1.0:
             problems.append("preprocess.heldout_fraction 1.0 leaves nothing to train on; lower it")
         if rows < self.cluster.num_workers:

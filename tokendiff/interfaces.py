@@ -4,7 +4,7 @@ called by.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -129,7 +129,11 @@ class LossOutput:
 
 
 class Objective(Protocol):
-    def loss(self, model: Denoiser, batch: TokenBatch, generator: RowGenerator) -> LossOutput: ...
+    def loss(self, model: Any, batch: TokenBatch, generator: RowGenerator) -> LossOutput:
+        """Draw noise for the rows and take the loss; `model` is of the kind that the objective
+        trains, a `Denoiser` or a `CausalDenoiser`.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

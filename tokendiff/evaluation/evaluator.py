@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tokendiff.checkpoint import load_for_inference
 from tokendiff.data.order import RowOrder
 from tokendiff.data.rows import TokenData, TokenRows
+from tokendiff.evaluation.block_bound import block_row_bounds
 from tokendiff.evaluation.bound import row_bounds
+from tokendiff.interfaces import TokenBatch
 from tokendiff.random import RowGenerator, key_from
 
 if TYPE_CHECKING:
@@ -20,7 +23,6 @@ class Evaluator:
     def __init__(self, checkpoint: Path, config: "EvaluateConfig", *, device: str) -> None:
         denoiser, self.tokenizer, self.process = load_for_inference(checkpoint)
         self._denoiser = denoiser.to(device)
-        self._kernel = self.process.kernel()
         self._device, self._config = torch.device(device), config
 
     def bounds(self, rows: TokenRows) -> dict[str, np.ndarray]:
@@ -30,22 +32,15 @@ class Evaluator:
         nats, counts = [], []
         for at in range(0, len(rows), self._config.batch_size):
             batch = rows.take(slice(at, at + self._config.batch_size))
-            tokens = torch.as_tensor(batch.tokens, device=self._device).long()
-            length = torch.as_tensor(batch.lengths, device=self._device)
-            is_valid = torch.arange(tokens.shape[1], device=self._device) < length[:, None]
+            columns = (batch.tokens, batch.lengths, batch.is_start)
+            token_batch = TokenBatch.of_rows(
+                *(torch.as_tensor(column, device=self._device) for column in columns)
+            )
             ids = torch.as_tensor(batch.row_ids, device=self._device)
             generator = RowGenerator.for_rows(key_from(self._config.seed, "evaluate"), ids)
             is_bf16 = self._config.mixed_precision == "bf16"
             with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_bf16):
-                row_nats, row_tokens = row_bounds(
-                    self._denoiser,
-                    tokens,
-                    is_valid,
-                    generator,
-                    kernel=self._kernel,
-                    prediction=self.process.prediction,
-                    num_mask_samples=self._config.num_mask_samples,
-                )
+                row_nats, row_tokens = self._row_bounds(token_batch, generator)
             nats.append(row_nats.cpu().numpy())
             counts.append(row_tokens.cpu().numpy())
         is_token = np.arange(rows.tokens.shape[1]) < rows.lengths[:, None]
@@ -53,9 +48,30 @@ class Evaluator:
         return {
             "nats": np.concatenate(nats),
             "num_tokens": np.concatenate(counts),
-            "num_bytes": rows.num_bytes.astype(np.int64),
+            # What a prompt is given stands for bytes that the bound is not of.
+            "num_bytes": rows.num_bytes.astype(np.int64) * (self.process.prompt_length == 0),
             "token_counts": histogram[None],
         }
+
+    def _row_bounds(self, batch: TokenBatch, generator: RowGenerator) -> tuple[Tensor, Tensor]:
+        num_mask_samples = self._config.num_mask_samples
+        if self.process.block_length is not None:
+            return block_row_bounds(
+                self._denoiser,
+                batch,
+                generator,
+                process=self.process,
+                num_mask_samples=num_mask_samples,
+            )
+        return row_bounds(
+            self._denoiser,
+            batch.tokens,
+            batch.is_valid,
+            generator,
+            kernel=self.process.kernel(),
+            prediction=self.process.prediction,
+            num_mask_samples=num_mask_samples,
+        )
 
 
 def evaluation_rows(

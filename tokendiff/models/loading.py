@@ -11,7 +11,6 @@ from tokendiff.errors import InputError
 from tokendiff.models.causal_denoiser import TransformersCausalDenoiser
 from tokendiff.models.denoiser import (
     CAUSAL_TYPES,
-    ModelInTwoParts,
     TransformersDenoiser,
     attend_both_ways,
     attend_without_window,

@@ -8,19 +8,11 @@ is itself.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tokendiff.interfaces import Denoiser, LossOutput, TokenBatch
 from tokendiff.kernels import AbsorbingKernel
-from tokendiff.objectives.chunked import (
-    confidence_weights,
-    is_likeliest,
-    negative_log_likelihood,
-    reduce_through_head,
-    tempered_entropy,
-    without_mask,
-)
+from tokendiff.objectives.masked import MaskedTokens, check_fields, masked_loss
 from tokendiff.random import RowGenerator
 
 
@@ -65,63 +57,19 @@ class MDLM:
         is_target = batch.is_valid & (x_0 != mask)
         is_masked = is_target & (x_t == mask)
         at = is_masked.nonzero(as_tuple=True)
-        row = at[0]
-        hidden = model.encode(x_t, batch.is_valid, t)[at]
-        weight = self.kernel.masked_loss_weight(t)
-        clipped = weight.clamp(max=self.max_loss_weight or torch.inf)
-        columns = [x_0[at], *((1.0 - self.min_time) * of[row] for of in (clipped, weight))]
-        has_confidence = self.lambda_conf > 0.0
-        if has_confidence:
-            columns.append(
-                confidence_weights(
-                    model.head, hidden, columns[0], row, is_target.sum(1), mask_token_id=mask
-                )
-            )
-
-        def loss_of(
-            logits: Tensor,
-            targets: Tensor,
-            clipped: Tensor,
-            weight: Tensor,
-            conf_weight: Tensor | None = None,
-        ) -> tuple[Tensor, Tensor]:
-            logits = without_mask(logits, mask)
-            nll = negative_log_likelihood(logits, targets)
-            loss = (clipped.to(nll.dtype) * nll).sum()
-            known = nll.detach()
-            sums = [known.sum(), is_likeliest(logits, targets).sum(), (weight * known).sum()]
-            if conf_weight is not None:
-                entropy = tempered_entropy(logits, self.conf_temperature)
-                confidence = (conf_weight.to(entropy.dtype) * entropy).sum()
-                loss = loss + self.lambda_conf * confidence
-                sums.append(confidence.detach())
-            return loss, torch.stack([value.double() for value in sums])
-
-        loss_sum, sums = reduce_through_head(model.head, hidden, tuple(columns), loss_of)
-        num_tokens, num_masked = is_target.sum(), is_masked.sum()
-        metrics = {
-            "masked_nll": (sums[0], num_masked),
-            "masked_accuracy": (sums[1], num_masked),
-        }
-        if has_confidence or self.max_loss_weight is not None:
-            metrics["elbo"] = (sums[2], num_tokens)
-        if has_confidence:
-            metrics["confidence_entropy"] = (sums[3], num_tokens)
-        return LossOutput(loss_sum=loss_sum, num_tokens=num_tokens, metrics=metrics)
-
-
-def check_fields(
-    min_time: float,
-    max_loss_weight: float | None,
-    lambda_conf: float,
-    conf_temperature: float,
-) -> None:
-    """Checks that objectives share; raises ValueError."""
-    if not 0.0 < min_time < 1.0:
-        raise ValueError(f"min_time must lie strictly between 0 and 1, got {min_time}")
-    if max_loss_weight is not None and max_loss_weight <= 0.0:
-        raise ValueError(f"max_loss_weight must be positive, got {max_loss_weight}")
-    if lambda_conf < 0.0:
-        raise ValueError(f"lambda_conf must not be negative, got {lambda_conf}")
-    if conf_temperature <= 0.0:
-        raise ValueError(f"conf_temperature must be positive, got {conf_temperature}")
+        share = 1.0 - self.min_time
+        return masked_loss(
+            model.head,
+            MaskedTokens(
+                hidden=model.encode(x_t, batch.is_valid, t)[at],
+                targets=x_0[at],
+                row=at[0],
+                weight=share * self.kernel.masked_loss_weight(t)[at[0]],
+                row_tokens=is_target.sum(1),
+                num_tokens=is_target.sum(),
+            ),
+            mask_token_id=mask,
+            max_weight=None if self.max_loss_weight is None else share * self.max_loss_weight,
+            lambda_conf=self.lambda_conf,
+            conf_temperature=self.conf_temperature,
+        )

@@ -28,7 +28,7 @@ from tokendiff.objectives.chunked import (
     tempered_entropy,
     without_mask,
 )
-from tokendiff.objectives.mdlm import check_fields
+from tokendiff.objectives.masked import check_fields
 from tokendiff.random import RowGenerator
 
 # Where a kernel has no noise but the mask, b = 0 and r is infinite; any b this small is the same.

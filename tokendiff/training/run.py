@@ -24,14 +24,24 @@ from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.interfaces import Objective
 from tokendiff.kernels import AbsorbingKernel
 from tokendiff.manifest import is_committed, load_manifest, verify
-from tokendiff.models.loading import check_vocabulary, load_denoiser
+from tokendiff.models.denoiser import ModelInTwoParts
+from tokendiff.models.loading import check_vocabulary, load_causal_denoiser, load_denoiser
+from tokendiff.objectives.block_diffusion import BlockDiffusion
+from tokendiff.objectives.block_refinement import BlockRefinement
 from tokendiff.objectives.mdlm import MDLM
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
 from tokendiff.training.trainer import Batches, OnEvent, Trainer
 from tokendiff.training.world import World
 
 if TYPE_CHECKING:
-    from tokendiff.config import HybridConfig, MDLMConfig, TrainConfig, UDLMConfig
+    from tokendiff.config import (
+        BlockDiffusionConfig,
+        BlockRefinementConfig,
+        HybridConfig,
+        MDLMConfig,
+        TrainConfig,
+        UDLMConfig,
+    )
 
 OPTIMIZER_STATE, TRAINER_STATE = "optimizer.safetensors", "trainer_state.json"
 
@@ -48,7 +58,39 @@ def _build_token_noise(config: "UDLMConfig | HybridConfig", process: NoiseProces
     )
 
 
-def _common_fields(config: "MDLMConfig | UDLMConfig | HybridConfig") -> dict[str, Any]:
+def _build_block_diffusion(config: "BlockDiffusionConfig", process: NoiseProcess) -> Objective:
+    kernel = process.kernel()
+    assert isinstance(kernel, AbsorbingKernel)
+    return BlockDiffusion(
+        kernel=kernel,
+        block_length=config.block_length,
+        eos_token_id=process.eos_token_id,
+        **_common_fields(config),
+    )
+
+
+def _build_block_refinement(config: "BlockRefinementConfig", process: NoiseProcess) -> Objective:
+    if config.prompt_length >= process.max_length:
+        raise InputError(
+            f"prompt_length {config.prompt_length} leaves nothing of rows of {process.max_length} "
+            "tokens to train on; lower it, or preprocess with a larger max_length"
+        )
+    mode = process.attention_mask_mode
+    return BlockRefinement(
+        mask_token_id=process.mask_token_id,
+        block_length=config.block_length,
+        eos_token_id=process.eos_token_id,
+        attention_mask_mode="2d" if mode == "2d" else "4d",
+        clean_context=config.clean_context,
+        prompt_length=config.prompt_length,
+        lambda_conf=config.lambda_conf,
+        conf_temperature=config.conf_temperature,
+    )
+
+
+def _common_fields(
+    config: "MDLMConfig | UDLMConfig | HybridConfig | BlockDiffusionConfig",
+) -> dict[str, Any]:
     names = ("min_time", "max_loss_weight", "lambda_conf", "conf_temperature")
     return {name: getattr(config, name) for name in names}
 
@@ -58,6 +100,8 @@ OBJECTIVES: dict[str, Callable[[Any, NoiseProcess], Objective]] = {
     "mdlm": _build_mdlm,
     "udlm": _build_token_noise,
     "hybrid": _build_token_noise,
+    "block_refinement": _build_block_refinement,
+    "block_diffusion": _build_block_diffusion,
 }
 
 
@@ -149,7 +193,8 @@ class TrainingRun:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
-        denoiser = load_denoiser(
+        load = load_causal_denoiser if config.objective.is_causal else load_denoiser
+        denoiser: ModelInTwoParts = load(
             config.model_name_or_path,
             tokenizer=tokenizer,
             max_length=data.max_length,
@@ -160,12 +205,14 @@ class TrainingRun:
         )
         if not config.from_scratch:
             check_vocabulary(config.model_name_or_path, tokenizer)
+        ends = {"eos_token_id": tokenizer.eos_token_id} if config.objective.is_causal else {}
         process = NoiseProcess(
             objective=config.objective.name,
             vocab_size=denoiser.vocab_size,
             mask_token_id=tokenizer.mask_token_id,
             max_length=data.max_length,
             **config.objective.process_fields(),
+            **ends,
         )
         objective = OBJECTIVES[config.objective.name](config.objective, process)
         trainer = Trainer(denoiser, objective, config, world, on_event=on_event)

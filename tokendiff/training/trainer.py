@@ -25,7 +25,7 @@ from tokendiff.training.world import World
 
 if TYPE_CHECKING:
     from tokendiff.config import TrainConfig
-    from tokendiff.models.denoiser import TransformersDenoiser
+    from tokendiff.models.denoiser import ModelInTwoParts
 
 OnEvent = Callable[..., None]  # (event name, **fields), called on the main worker only
 # One per step: tokens [b, L], length [b], is_start [b, L], row_id [b], epoch [b].
@@ -43,7 +43,7 @@ class _LossModule(nn.Module):
         self.objective = objective
 
     def forward(self, batch: TokenBatch, generator: RowGenerator) -> LossOutput:
-        return self.objective.loss(self.denoiser, batch, generator)  # type: ignore[arg-type]
+        return self.objective.loss(self.denoiser, batch, generator)
 
 
 class Trainer:
@@ -56,7 +56,7 @@ class Trainer:
 
     def __init__(
         self,
-        denoiser: "TransformersDenoiser",
+        denoiser: "ModelInTwoParts",
         objective: Objective,
         config: "TrainConfig",
         world: World,

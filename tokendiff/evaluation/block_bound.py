@@ -1,0 +1,130 @@
+"""The bound on -ln p(x) of a model that decodes block by block.
+
+    -ln p(x) = sum over blocks b of -ln p(x_b | x of the blocks before it),
+
+and each term is bounded as masked diffusion's is, by the mean over all orders of the order-wise
+negative log-likelihood inside the block, given the clean blocks before it. The low-variance
+estimator of `tokendiff.evaluation.bound`, taken per block: the number of masked positions is drawn
+from U{1..n} for the n positions of the block, exactly that many are masked, and the sum counts
+n / l. For blocks of one token nothing is left to chance, and it is the autoregressive likelihood.
+
+Both block objectives are judged under the attention that decoding uses: earlier blocks clean,
+whatever they were in training, and the block itself seen up to each position (2d) or whole (4d).
+In mode 4d the block that a text ends in is filled up with EOS, as decoding meets it. Its likelihood
+is part of the nats, and it is no token: p(text) >= p(text and filling).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tokendiff.checkpoint import NoiseProcess
+from tokendiff.interfaces import CausalDenoiser, TokenBatch
+from tokendiff.objectives.block_diffusion import encode_beside_clean
+from tokendiff.objectives.blocks import BlockRows, block_rows
+from tokendiff.objectives.chunked import (
+    negative_log_likelihood,
+    predict_through_head,
+    without_mask,
+)
+from tokendiff.random import RowGenerator
+
+_STRATUM = -1  # what a row's random numbers are for, beside the samples 0, 1, ...
+_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+
+
+@torch.no_grad()
+def block_row_bounds(
+    model: CausalDenoiser,
+    batch: TokenBatch,
+    generator: RowGenerator,
+    *,
+    process: NoiseProcess,
+    num_mask_samples: int,
+) -> tuple[Tensor, Tensor]:
+    """One estimate of the bound per row, given its first `process.prompt_length` tokens.
+
+    Args:
+        process: of a block objective.
+        num_mask_samples: draws per block, their numbers of masks stratified.
+
+    Returns:
+        nats [B] float64 of the whole row, and the number of tokens [B] int64 that they are the
+        bound of.
+    """
+    rows, is_target = target_rows(batch, process)
+    stratum = generator.fold_in(_STRATUM).uniform(1) + rows.ordinal * _GOLDEN
+    total = torch.zeros(len(batch.tokens), dtype=torch.float64, device=batch.tokens.device)
+    # A block of one token has one level: it is masked.
+    num_samples = 1 if process.block_length == 1 else num_mask_samples
+    for sample in range(num_samples):
+        level = torch.remainder((torch.remainder(stratum, 1.0) + sample) / num_samples, 1.0)
+        noise = generator.fold_in(sample).uniform(rows.tokens.shape[1])
+        is_masked, weight = mask_exactly(rows, is_target, level, noise)
+        total += _nats(model, rows, is_masked, weight, process)
+    return total / num_samples, (is_target & rows.is_text).sum(1)
+
+
+def target_rows(batch: TokenBatch, process: NoiseProcess) -> tuple[BlockRows, Tensor]:
+    """Rows in blocks, and [B, W] what the bound is of: neither padding, prompt nor a literal mask.
+
+    Raises:
+        ValueError: the process has no blocks.
+    """
+    if process.block_length is None:
+        raise ValueError("a process without block_length has no blocks")
+    fill = process.eos_token_id if process.attention_mask_mode == "4d" else None
+    rows = block_rows(batch, block_length=process.block_length, fill_token_id=fill)
+    is_prompt = rows.is_text & (rows.source < process.prompt_length)
+    return rows, rows.is_valid & ~is_prompt & (rows.tokens != process.mask_token_id)
+
+
+def mask_exactly(
+    rows: BlockRows, is_target: Tensor, level: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mask l of the n targets of each block.
+
+    Args:
+        is_target: [B, W].
+        level: [B, W] in [0, 1), equal within a block: l is 1 + floor(level n).
+        noise: [B, W] in (0, 1): the l smallest of a block are masked.
+
+    Returns:
+        [B, W] which are masked, and [B, W] float64 n / l of each position's block.
+    """
+    count = rows.block_counts(is_target)  # by ordinal
+    in_block = count.gather(1, rows.ordinal)
+    num_masked = 1 + (level * in_block).long()
+    # Blocks lie one after the other; so do the ranks of their targets, in order of their noise.
+    score = (rows.ordinal + noise).masked_fill(~is_target, torch.inf)
+    rank = score.argsort(dim=1).argsort(dim=1)
+    first = (count.cumsum(1) - count).gather(1, rows.ordinal)
+    is_masked = is_target & (rank - first < num_masked)
+    return is_masked, in_block.double() / num_masked.double()
+
+
+def _nats(
+    model: CausalDenoiser,
+    rows: BlockRows,
+    is_masked: Tensor,
+    weight: Tensor,
+    process: NoiseProcess,
+) -> Tensor:
+    """[B] weighted nats of the masked positions."""
+    mask = process.mask_token_id
+    hidden = encode_beside_clean(
+        model,
+        rows,
+        is_masked,
+        mask_token_id=mask,
+        is_causal=process.attention_mask_mode == "2d",
+    )
+    nll = predict_through_head(
+        model.head,
+        hidden[is_masked],
+        (rows.tokens[is_masked],),
+        lambda logits, targets: negative_log_likelihood(without_mask(logits, mask), targets),
+    )
+    zeros = torch.zeros(len(rows.tokens), dtype=torch.float64, device=nll.device)
+    return zeros.index_add(0, is_masked.nonzero()[:, 0], nll.double() * weight[is_masked])

@@ -1,0 +1,116 @@
+"""Block diffusion: autoregressive over blocks, masked diffusion inside each.
+
+    -ln p(x) <= sum over blocks b of
+        E_{t ~ U(0,1)} [ -alpha'_t / (1 - alpha_t) * sum over masked positions of b of
+                         -ln x_theta(x_0 | x_t of block b, x_0 of the blocks before it) ]
+
+All blocks are trained in one pass over rows `[x_t ; x_0]` of twice the length, in which a noisy
+block sees itself and the clean blocks before it: what decoding with a cache of finished blocks
+sees. Sources: BD3-LM (arXiv 2503.09573), eq. 8; SDAR (arXiv 2510.06303). There a block's noise runs
+from 0 to 1 as here; BD3-LM's clipped schedules are `max_loss_weight` and `min_time` here.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokendiff.attention_masks import block_diffusion
+from tokendiff.interfaces import CausalDenoiser, LossOutput, TokenBatch
+from tokendiff.kernels import AbsorbingKernel
+from tokendiff.objectives.blocks import BlockRows, block_rows
+from tokendiff.objectives.masked import MaskedTokens, check_fields, masked_loss
+from tokendiff.random import RowGenerator
+
+# Places k * GOLDEN mod 1 are spread evenly for any number of k.
+_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockDiffusion:
+    """
+    Attributes:
+        block_length: tokens of a block; with 1 the bound is the autoregressive likelihood.
+        eos_token_id: fills up the block that a document ends in; see `tokendiff.objectives.blocks`.
+        max_loss_weight: clips the weight -alpha'/(1 - alpha).
+        lambda_conf: weight of the confidence term: per row, the mean entropy of
+            softmax(logits / conf_temperature) over the correctly predicted masked tokens.
+
+    The filling counts in the loss but not among the tokens, since the text is what the bound is of.
+    """
+
+    kernel: AbsorbingKernel
+    block_length: int
+    eos_token_id: int | None
+    min_time: float = 1e-3  # the weight -alpha'/(1 - alpha) is infinite at t = 0
+    max_loss_weight: float | None = None
+    lambda_conf: float = 0.0
+    conf_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self.min_time, self.max_loss_weight, self.lambda_conf, self.conf_temperature)
+        if self.block_length < 1:
+            raise ValueError(f"block_length must be at least 1, got {self.block_length}")
+
+    def loss(self, model: CausalDenoiser, batch: TokenBatch, generator: RowGenerator) -> LossOutput:
+        """Draw a time per block, stratified over the global batch for the blocks of each ordinal
+        and over the blocks of each row, and take the loss there.
+
+        A block's loss depends on no other block's noise, so times may hang together.
+        """
+        rows = block_rows(batch, block_length=self.block_length, fill_token_id=self.eos_token_id)
+        spread = torch.remainder(generator.stratified()[:, None] + rows.ordinal * _GOLDEN, 1.0)
+        t = self.min_time + (1.0 - self.min_time) * spread
+        uniform = generator.uniform(rows.tokens.shape[1])
+        is_masked = self._is_target(rows) & (uniform < 1.0 - self.kernel.alpha(t))
+        return self.loss_at(model, rows, is_masked, t)
+
+    def _is_target(self, rows: BlockRows) -> Tensor:
+        # A literal mask token in the text is context, never a target.
+        return rows.is_valid & (rows.tokens != self.kernel.mask_token_id)
+
+    def loss_at(
+        self, model: CausalDenoiser, rows: BlockRows, is_masked: Tensor, t: Tensor
+    ) -> LossOutput:
+        """The loss with given positions masked ([B, W] bool) at their blocks' times t ([B, W])."""
+        is_target = self._is_target(rows)
+        hidden = encode_beside_clean(
+            model, rows, is_masked, mask_token_id=self.kernel.mask_token_id
+        )
+        share = 1.0 - self.min_time
+        return masked_loss(
+            model.head,
+            MaskedTokens(
+                hidden=hidden[is_masked],
+                targets=rows.tokens[is_masked],
+                row=is_masked.nonzero()[:, 0],
+                weight=share * self.kernel.masked_loss_weight(t[is_masked]),
+                row_tokens=is_target.sum(1),
+                num_tokens=(is_target & rows.is_text).sum(),
+            ),
+            mask_token_id=self.kernel.mask_token_id,
+            max_weight=None if self.max_loss_weight is None else share * self.max_loss_weight,
+            lambda_conf=self.lambda_conf,
+            conf_temperature=self.conf_temperature,
+        )
+
+
+def encode_beside_clean(
+    model: CausalDenoiser,
+    rows: BlockRows,
+    is_masked: Tensor,
+    *,
+    mask_token_id: int,
+    is_causal: bool = False,
+) -> Tensor:
+    """Hidden states [B, W, D] of x_t, each block beside the clean blocks before it.
+
+    Args:
+        is_masked: [B, W].
+        is_causal: inside a block, a position sees only up to itself.
+    """
+    x_t = rows.tokens.masked_fill(is_masked, mask_token_id)
+    rule = block_diffusion(rows.document, rows.block, is_causal=is_causal)
+    both = torch.cat([x_t, rows.tokens], dim=1)
+    return model.encode(both, rows.position.repeat(1, 2), rule)[:, : rows.tokens.shape[1]]
