@@ -12,6 +12,18 @@ from tokendiff.kernels import ForwardKernel
 from tokendiff.manifest import commit, is_committed
 
 
+def objective_configs() -> list[Any]:
+    """The config class of every objective there is."""
+    from tokendiff.config import TrainConfig
+    from tokendiff.config_loader import models_in
+
+    return list(models_in(TrainConfig.model_fields["objective"].annotation))
+
+
+def objective_names() -> list[str]:
+    return [model.model_fields["name"].default for model in objective_configs()]
+
+
 def letter_tokenizer(size: int = 16) -> Any:
     """[PAD] [MASK] [EOS] [UNK] and one token per letter, split character by character."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers

@@ -86,7 +86,7 @@ def test_blocks_of_one_token_give_the_autoregressive_likelihood(mode: Literal["2
 
 @pytest.mark.parametrize("mode", ["2d", "4d"])
 def test_the_mean_estimate_is_the_mean_over_all_sets_of_masks(mode: Literal["2d", "4d"]) -> None:
-    """Of one document of three tokens and EOS, in a block of five: the filling is nats, no token."""
+    """Of three tokens and EOS in a block of five, whose filling counts in nats and is no token."""
     model = tiny_model().double()
     tokens = torch.tensor([[5, 7, 3, EOS]])
     shown = torch.tensor([5, 7, 3, EOS, EOS] if mode == "4d" else [5, 7, 3, EOS])

@@ -11,19 +11,18 @@ import pytest
 from pydantic import BeforeValidator, Field
 
 from jobs import cli
+from tests.builders import objective_configs, objective_names
 from tokendiff.config import (
     AncestralConfig,
     BlockwiseConfig,
     Config,
     FirstHittingConfig,
     GenerateConfig,
-    HybridConfig,
     MDLMConfig,
     PreprocessConfig,
     RemaskingConfig,
     Section,
     TrainConfig,
-    UDLMConfig,
 )
 from tokendiff.config_loader import load_model
 from tokendiff.errors import CorruptFileError, InputError
@@ -101,7 +100,7 @@ def test_help_has_every_field_once(
     for section in sections:
         names |= set(type(getattr(Config(), section)).model_fields)
     if "train" in sections:
-        for objective in (MDLMConfig, UDLMConfig, HybridConfig):
+        for objective in objective_configs():
             names |= set(objective.model_fields) - {"name"}
     if "generate" in sections:
         for sampler in (AncestralConfig, BlockwiseConfig, RemaskingConfig, FirstHittingConfig):
@@ -122,11 +121,13 @@ def test_help_says_what_is_allowed_and_what_is_the_default(
     assert "--learning_rate FLOAT peak learning rate of AdamW (> 0.0; default: 0.0001)" in text
     assert "bf16 autocast; weights stay fp32 (one of no, bf16; default: no)" in text
     assert (
-        "smallest time that is trained on (> 0.0; < 1.0; default: 0.001 for mdlm, 0.0001 for udlm, "
-        "0.0001 for hybrid)" in text
+        "smallest time that is trained on (objective mdlm, udlm, hybrid, block_diffusion; > 0.0; "
+        "< 1.0; default: 0.001 for mdlm, 0.0001 for udlm, "
+        "0.0001 for hybrid, 0.001 for block_diffusion)" in text
     )
     assert "(objective hybrid; >= 0.0; < 1.0; default: 0.1)" in text
-    assert "--objective TEXT what is trained (one of mdlm, udlm, hybrid; default: mdlm)" in text
+    names = ", ".join(objective_names())
+    assert f"--objective TEXT what is trained (one of {names}; default: mdlm)" in text
     assert "--compile [true|false] torch.compile the encoder (default: false)" in text
     assert "--data_path TEXT folder that jobs.preprocess wrote --output_dir" in text
 
@@ -157,7 +158,7 @@ def test_help_says_what_is_allowed_and_what_is_the_default(
         ("--mixed_precision fp16", "--mixed_precision: must be one of 'no', 'bf16', got 'fp16'"),
         (
             "--objective udlm2",
-            "--objective: must be one of 'mdlm', 'udlm', 'hybrid', got 'udlm2'; "
+            f"--objective: must be one of {str(objective_names())[1:-1]}, got 'udlm2'; "
             "did you mean 'udlm'?",
         ),
         ("-o train.sed=1", "-o train.sed: unknown field; did you mean 'seed'?"),

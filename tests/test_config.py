@@ -12,6 +12,7 @@ import pytest
 import yaml
 from pydantic import BeforeValidator, Field
 
+from tests.builders import objective_names
 from tokendiff import strict_yaml
 from tokendiff.config import (
     BUILTIN_MODELS,
@@ -297,7 +298,7 @@ evaluate:
         "did you mean 'cosine'?",
         "run.yaml:7: train.lambda_conf: unknown field; did you mean 'train.objective.lambda_conf'?",
         "run.yaml:8: train.compile: must be true or false, got 'yes'",
-        "run.yaml:9: train.objective: must be one of 'mdlm', 'udlm', 'hybrid', got 'mdml'; "
+        f"run.yaml:9: train.objective: must be one of {str(objective_names())[1:-1]}, got 'mdml'; "
         "did you mean 'mdlm'?",
         "run.yaml:10: train.model_name_or_path: must be a string, got 12; put it in quotes",
         "run.yaml:11: train.seed: must be an integer, got true",

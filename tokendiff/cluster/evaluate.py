@@ -298,7 +298,9 @@ def evaluate(
             metrics |= score_with_reference(
                 config, cluster, texts=texts, max_length=process.max_length
             )
-    trace = trace_sample(config, cluster, checkpoint=checkpoint)
+    # A trace shows all positions at all times, which block by block there is none of.
+    is_blockwise = process.block_length is not None
+    trace = None if is_blockwise else trace_sample(config, cluster, checkpoint=checkpoint)
     checks = verify(cluster, checkpoint=checkpoint, data=data) if config.verify else []
     if checks:
         metrics |= counts(checks)

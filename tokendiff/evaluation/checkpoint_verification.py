@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokendiff.checkpoint import NoiseProcess, load_for_inference
 from tokendiff.evaluation import oracles
+from tokendiff.evaluation.block_verification import BLOCK_RULES, LoadedBlockCheckpoint
 from tokendiff.evaluation.certificate import CHECKPOINT, Check, Rule, apply, rule
 from tokendiff.evaluation.verification import closed_form_loss, loss_distance
 from tokendiff.interfaces import TokenBatch
@@ -119,6 +120,10 @@ def verify_checkpoint(checkpoint: Path, tokens: np.ndarray, lengths: np.ndarray)
         tokens=torch.as_tensor(tokens)[:NUM_ROWS, :length].long(),
         lengths=torch.as_tensor(lengths)[:NUM_ROWS].clamp(max=length),
     )
+    if process.block_length is not None:
+        blocks = LoadedBlockCheckpoint(process=process, model=model, batch=loaded.batch)
+        yield from apply(BLOCK_RULES, CHECKPOINT, blocks)
+        return
     yield from apply(RULES, CHECKPOINT, loaded)
 
 

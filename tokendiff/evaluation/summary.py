@@ -19,11 +19,15 @@ def make_report(
     metrics: Mapping[str, Any],
     samples: Sequence[Mapping[str, Any]],
     training_log: Sequence[Mapping[str, Any]],
-    trace: Mapping[str, Any],
+    trace: Mapping[str, Any] | None,
     config_yaml: str,
     checks: Sequence[Check] = (),
 ) -> Report:
-    """Lay the figures of one evaluation out as a report."""
+    """Lay the figures of one evaluation out as a report.
+
+    Args:
+        trace: a sample on its way, or None where there is none to show.
+    """
     unigram = float(metrics["unigram_entropy_nats"])
     return Report(
         title=title,
@@ -44,13 +48,7 @@ def make_report(
         },
         metrics={name: float(value) for name, value in metrics.items() if value is not None},
         samples=[dict(record) for record in samples[:_SHOWN_SAMPLES]],
-        denoising=Denoising(
-            vocabulary=trace["vocabulary"],
-            frames=trace["frames"],
-            mask_token_id=trace["mask_token_id"],
-            times=trace["times"],
-            num_prompt_tokens=0,
-        ),
+        denoising=None if trace is None else Denoising(**trace, num_prompt_tokens=0),
         tables=tables(checks),
         config_yaml=config_yaml,
     )

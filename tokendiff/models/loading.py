@@ -152,9 +152,10 @@ def load_causal_denoiser(
         from transformers import AutoModelForCausalLM
 
         if config.model_type not in CAUSAL_TYPES or not getattr(config, "is_causal", True):
-            what = "attends in both directions" if config.model_type in CAUSAL_TYPES else "does not"
+            is_known = config.model_type in CAUSAL_TYPES
+            what = "but attends in both directions" if is_known else "and no causal one"
             raise InputError(
-                f"model_name_or_path {model_name_or_path!r} is of type {config.model_type!r} and "
+                f"model_name_or_path {model_name_or_path!r} is of type {config.model_type!r}, "
                 f"{what}; this objective takes a causal language model of type "
                 f"{', '.join(CAUSAL_TYPES)}, or {BUILTIN_PREFIX}qwen3-tiny | mini | small | base"
             )

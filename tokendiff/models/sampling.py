@@ -50,6 +50,12 @@ def build_sampler(
         raise InputError(
             f"sampler block_size {fields['block_size']} must not exceed seq_len {seq_len}; lower it"
         )
+    if process.block_length is not None:
+        raise InputError(
+            f"sampler {config.name!r} does not go with this checkpoint of objective "
+            f"{process.objective!r}, which decodes block by block; use sampler 'block_refinement' "
+            "or 'sdar'"
+        )
     if config.guidance_scale != 1.0 and process.forward_process == "uniform":
         raise InputError(
             f"guidance_scale {config.guidance_scale}: a checkpoint of forward_process 'uniform' "
