@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.builders import PairDenoiser, TableDenoiser
-from tests.oracles import conditional, entropy, order_mean_nll, toy_language
+from tests.oracles import conditional, entropy, least_bound, order_mean_nll, toy_language
 from tokendiff.evaluation.bound import row_bounds, summarize
 from tokendiff.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
 from tokendiff.random import RowGenerator
@@ -67,8 +67,8 @@ def test_bound_of_padded_rows_counts_valid_tokens_alone() -> None:
 
 KERNELS: dict[str, ForwardKernel] = {
     "uniform": UniformKernel(schedule=LogLinear(), vocab_size=V, mask_token_id=MASK),
-    # Ends far from 0 and 1: leaving their terms out would show.
-    "uniform-linear": UniformKernel(schedule=Linear(eps=0.05), vocab_size=V, mask_token_id=MASK),
+    # Ends far from 0 and 1: leaving one of their terms out shows.
+    "uniform-linear": UniformKernel(schedule=Linear(eps=0.3), vocab_size=V, mask_token_id=MASK),
     "uniform-with-mask": UniformKernel(
         schedule=Cosine(), vocab_size=V, mask_token_id=MASK, exclude_mask=False
     ),
@@ -76,11 +76,24 @@ KERNELS: dict[str, ForwardKernel] = {
 }
 
 
+UNIFORM_LINEAR = {
+    "forward_process": "uniform",
+    "alpha_schedule": "linear",
+    "eps": 0.3,
+    "exclude_mask_from_uniform": True,
+    "vocab_size": V,
+    "mask_token_id": MASK,
+}
+
+
 @pytest.mark.parametrize("prediction", ["loo", "posterior"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_bound_of_the_exact_denoiser_is_the_entropy(name: str, prediction: str) -> None:
-    """Of any noise, whichever way the model states its belief; and the wrong way shows."""
+    """Of any noise, whichever way the model states its belief; and the wrong way shows. Beyond the
+    entropy there is what the two ends cost, which is nothing where alpha goes from 1 to 0.
+    """
     kernel, table = KERNELS[name], toy_language(V, 2, MASK, seed=1, concentration=2.0)
+    exact = least_bound(table, UNIFORM_LINEAR) if name == "uniform-linear" else entropy(table)
     rows = rows_of(table)
     p = torch.tensor([table[tuple(row)] for row in rows.tolist()])
 
@@ -104,11 +117,9 @@ def test_bound_of_the_exact_denoiser_is_the_entropy(name: str, prediction: str) 
 
     mean, error = estimate(prediction)
     assert error < 0.02 * entropy(table)
-    # The terms of the ends are bounds themselves: with eps = 0.05 they lie above what they bound.
-    slack = 0.05 if name == "uniform-linear" else 0.001
-    assert -4 * error < mean - entropy(table) < 4 * error + slack * entropy(table)
+    assert -4 * error < mean - exact < 4 * error + 0.001 * entropy(table)
     wrong, wrong_error = estimate("loo" if prediction == "posterior" else "posterior")
-    assert wrong > entropy(table) + 4 * wrong_error
+    assert wrong > exact + 4 * wrong_error
 
 
 def test_a_time_conditioned_model_sees_the_time_of_its_noise() -> None:

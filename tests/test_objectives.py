@@ -60,6 +60,34 @@ def test_bad_parameters_are_refused() -> None:
             make()
 
 
+@pytest.mark.parametrize("name", ["mdlm", *NOISY_KERNELS])
+def test_padding_and_literal_masks_are_neither_noised_nor_counted(name: str) -> None:
+    seen: list[torch.Tensor] = []
+
+    class Spy(LinearDenoiser):
+        def encode(
+            self, tokens: torch.Tensor, is_valid: torch.Tensor, time: torch.Tensor
+        ) -> torch.Tensor:
+            seen.append(tokens)
+            return super().encode(tokens, is_valid, time)
+
+    tokens = torch.zeros(64, 8, dtype=torch.int64)
+    tokens[:, 2] = MASK
+    is_valid = torch.arange(8).expand(64, -1) < 6
+    objective = (
+        MDLM(kernel=AbsorbingKernel(schedule=LogLinear(), mask_token_id=MASK))
+        if name == "mdlm"
+        else TokenNoiseDiffusion(kernel=NOISY_KERNELS[name])
+    )
+    batch = TokenBatch(tokens=tokens, is_valid=is_valid)
+    output = objective.loss(Spy(V), batch, RowGenerator.for_rows(0, torch.arange(64)))
+    assert int(output.num_tokens) == 64 * 5
+    (x_t,) = seen
+    is_target = is_valid & (tokens != MASK)
+    assert torch.equal(x_t[~is_target], tokens[~is_target])
+    assert bool((x_t != tokens)[is_target].any())
+
+
 # MDLM
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Logits per chunk. On a CPU 16 MB in float32 are as fast as more and leave the head's gradient the
-# largest tensor; a GPU wants long matrix products.
-_CPU_ELEMENTS, _GPU_ELEMENTS = 2**22, 2**27
+# Logits per chunk. On a CPU 12 MB in float32 are as fast as more and leave the head's gradient the
+# largest tensor (of a chunk there are five such tensors at once); a GPU wants long matrix products.
+_CPU_ELEMENTS, _GPU_ELEMENTS = 3 * 2**20, 2**27
 
 # Maps logits [n, V] (not to be written to) and n rows of each column to (loss, metrics [M]), sums
 # over the n tokens.
