@@ -36,7 +36,7 @@ WAIT_SECONDS = 300.0
 def bench_config(rows_per_step: int) -> TrainConfig:
     return TrainConfig(
         model_name_or_path="builtin:bert-mini",
-        max_train_steps=10**5,  # more than are taken
+        max_train_steps=5000,  # more than are taken
         per_device_train_batch_size=rows_per_step,
         logging_steps=1,
         checkpointing_steps=10**6,
@@ -214,7 +214,11 @@ def steps_within(turn: Turn, times: Sequence[tuple[float, float]]) -> list[tuple
 
 
 def mean_step(turn: Turn, times: Sequence[tuple[float, float]]) -> float:
-    return statistics.fmean(seconds for seconds, _ in steps_within(turn, times))
+    steps = steps_within(turn, times)
+    assert steps, (
+        f"no step in a turn of {turn.end - turn.start:.1f} s; take longer ones (--seconds)"
+    )
+    return statistics.fmean(seconds for seconds, _ in steps)
 
 
 def report(

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import threading
 import time
@@ -130,6 +131,11 @@ def test_a_worker_killed_in_mid_run_costs_nothing_but_time(
     before = len(read_events(log.path))
     assert train(train_config(), CLUSTER, data_path=data_path, output_dir=out, on_event=log.write)
     assert len(read_events(log.path)) == before
+    # Cut off between the last checkpoint and final/: no step is left to take, and final/ is made.
+    weights = (final / "model.safetensors").read_bytes()
+    shutil.rmtree(final)
+    train(train_config(), CLUSTER, data_path=data_path, output_dir=out, on_event=log.write)
+    assert (final / "model.safetensors").read_bytes() == weights
 
 
 def test_divergence_is_not_retried(
