@@ -1,7 +1,8 @@
 """What the jobs share on the command line: a config, overrides, a flag for every field, exit codes.
 
 Exit codes: 0 done; 1 failed; 2 the input cannot be used as it stands (a flag, a config, a file), so
-that the same command would fail again; 130 interrupted.
+that the same command would fail again; 130 interrupted; 143 stopped by SIGTERM (`ray job stop`),
+with the last training step saved.
 """
 
 import argparse
@@ -37,6 +38,7 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_STOPPED = 143  # 128 + SIGTERM, which is what a shell makes of a process that it killed
 
 FieldPath = tuple[str, ...]
 Variants = list[tuple[type[BaseModel], FieldInfo]]  # a field, with the model that has it
@@ -67,9 +69,10 @@ def entry_point(main: Callable[[Sequence[str] | None], int | None]) -> Callable[
     def run(argv: Sequence[str] | None = None) -> int:
         try:
             return main(argv) or EXIT_OK
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return EXIT_INTERRUPTED
+        except KeyboardInterrupt as interrupt:
+            # `tokendiff.cluster.stopping` says what stopped it; Ctrl-C says nothing.
+            print(str(interrupt) or "interrupted", file=sys.stderr)
+            return EXIT_STOPPED if str(interrupt) else EXIT_INTERRUPTED
         except Exception as error:
             return _report(error)
 

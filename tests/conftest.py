@@ -5,7 +5,9 @@ import functools
 import logging
 import os
 import shutil
+import socket
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +18,18 @@ if TYPE_CHECKING:
     import psutil
 
 _SCRATCH = tempfile.mkdtemp(prefix="tokendiff-", dir="/tmp")  # unix sockets need a short path
+with socket.socket() as _socket:
+    _socket.bind(("127.0.0.1", 0))
+    S3_PORT = _socket.getsockname()[1]
 
 # Read when ray, torch, datasets and transformers are imported, and inherited by Ray's processes.
 os.environ.update(
     {
+        # s3:// is the server of the fixture `s3`, which Ray's processes must know from the start.
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{S3_PORT}",
+        "AWS_SECRET_ACCESS_KEY": "test",
         "HF_DATASETS_CACHE": f"{_SCRATCH}/datasets",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
@@ -27,6 +37,7 @@ os.environ.update(
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
+        "TOKENDIFF_CACHE": f"{_SCRATCH}/cache",
         "TOKENIZERS_PARALLELISM": "false",
     }
 )
@@ -39,7 +50,7 @@ def pytest_unconfigure() -> None:
 @pytest.hookimpl(optionalhook=True)  # there is none without pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Every test by itself to the process that is free, but all tests that use Ray to one, so that
-    it starts once.
+    it starts once; and all that submit jobs to one, for the same reason.
 
     `--dist loadgroup` would do, but the groups of pytest-xdist 3.8 are lost under pytest 9.2. The
     process that hands tests out knows no more of them than their ids.
@@ -49,16 +60,24 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class RayInOneProcess(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path, _, test = nodeid.partition("::")
-            return "ray" if test.split("[")[0] in _ray_tests(config.rootpath / path) else nodeid
+            shared = _shared_by(config.rootpath / path).get(test.split("[")[0])
+            return nodeid if shared is None else shared
 
     return RayInOneProcess(config, log)
 
 
 @functools.cache
-def _ray_tests(path: Path) -> set[str]:
-    """Names of the functions in a file of tests that take `ray_session`."""
+def _shared_by(path: Path) -> dict[str, str]:
+    """Of the functions in a file of tests, those that take `ray_session` or the `head` of a
+    cluster that jobs are submitted to, and which.
+    """
     functions = [f for f in ast.walk(ast.parse(path.read_text())) if isinstance(f, ast.FunctionDef)]
-    return {f.name for f in functions if "ray_session" in [a.arg for a in f.args.args]}
+    return {
+        f.name: argument.arg
+        for f in functions
+        for argument in f.args.args
+        if argument.arg in ("ray_session", "head")
+    }
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +96,20 @@ def ray_session() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """URI of a bucket on an S3 server in this process."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line per request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=S3_PORT, verbose=False)
+    server.start()
+    bucket = urllib.request.Request(f"http://127.0.0.1:{S3_PORT}/bucket", method="PUT")
+    with urllib.request.urlopen(bucket):
+        yield "s3://bucket"
+    server.stop()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,6 +26,7 @@ FLOORS = {
     3: {
         "models", "data", "checkpoint", "training", "evaluation",
         "config", "config_loader", "stage_graph", "strict_yaml", "manifest",
+        "storage",
     },
     4: {"cluster", "tracking"},
     5: {"jobs", "pipelines"},

@@ -14,7 +14,9 @@ keeps them.
 """
 
 import json
+import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
@@ -26,13 +28,16 @@ from tokendiff.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, Unif
 from tokendiff.manifest import (
     MANIFEST_NAME,
     commit,
+    fetch,
     file_identity,
     fingerprint,
     is_committed,
     load_manifest,
+    publish,
     verify,
 )
 from tokendiff.schedules import make_schedule
+from tokendiff.storage import Location, location, remove
 
 KIND = "checkpoint"
 FINAL = "final"
@@ -258,19 +263,24 @@ def _longest_row(folder: Path) -> int:
 
 
 def save_checkpoint(
-    output_dir: Path, name: str, write: Callable[[Path], None], *, metadata: dict[str, Any]
-) -> Path:
-    """Commit one checkpoint: `write` fills a temporary folder, which then takes its place.
+    output_dir: Location, name: str, write: Callable[[Path], None], *, metadata: dict[str, Any]
+) -> Location:
+    """Commit one checkpoint: `write` fills a temporary folder, which then takes its place, or is
+    copied there where that is remote.
 
     A folder of that name that is already there (left by a run that was cut off, or damaged) is
     replaced.
     """
     target = output_dir / name
-    temporary = output_dir / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+    beside = output_dir if isinstance(output_dir, Path) else Path(tempfile.gettempdir())
+    temporary = beside / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
     temporary.mkdir(parents=True)
     try:
         write(temporary)
         commit(temporary, kind=KIND, metadata=metadata)
+        if not isinstance(target, Path):
+            publish(temporary, target)
+            return target
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
@@ -283,28 +293,33 @@ def checkpoint_name(step: int) -> str:
     return f"{_PREFIX}{step}"
 
 
-def step_of(folder: Path) -> int:
+def step_of(folder: Location) -> int:
     return int(folder.name.removeprefix(_PREFIX))
 
 
-def committed_checkpoints(output_dir: Path) -> list[Path]:
+def committed_checkpoints(output_dir: Location) -> list[Location]:
     """The checkpoint-N folders with a manifest, oldest first."""
-    found = [
+    if not output_dir.is_dir():
+        return []
+    found: list[Location] = [
         path
-        for path in output_dir.glob(f"{_PREFIX}*")
-        if path.name.removeprefix(_PREFIX).isdigit() and is_committed(path)
+        for path in output_dir.iterdir()
+        if re.fullmatch(rf"{_PREFIX}\d+", path.name) and is_committed(path)
     ]
     return sorted(found, key=step_of)
 
 
-def newest_sound_checkpoint(output_dir: Path, *, warn: Callable[[str], None]) -> Path | None:
+def newest_sound_checkpoint(
+    output_dir: Location, *, warn: Callable[[str], None]
+) -> Location | None:
     """The newest checkpoint whose every file matches its manifest; `warn` hears of those passed
     over.
     """
     passed_over: CorruptFileError | None = None
     for folder in reversed(committed_checkpoints(output_dir)):
         try:
-            verify(folder, kind=KIND)
+            verify(folder, kind=KIND, hashes=isinstance(folder, Path))
+            fetch(folder)  # which checks what it copies
         except CorruptFileError as error:
             warn(f"checkpoint {error}; using the previous checkpoint")
             passed_over = error
@@ -315,7 +330,7 @@ def newest_sound_checkpoint(output_dir: Path, *, warn: Callable[[str], None]) ->
     return None
 
 
-def remove_old_checkpoints(output_dir: Path, *, newest: int, keep: int) -> None:
+def remove_old_checkpoints(output_dir: Location, *, newest: int, keep: int) -> None:
     """Delete all but the `keep` newest checkpoints up to step `newest`, which was just saved.
 
     Later ones are damaged (or the run would have gone on from them), and are deleted too, as are
@@ -326,28 +341,38 @@ def remove_old_checkpoints(output_dir: Path, *, newest: int, keep: int) -> None:
     for folder in folders:
         if folder not in sound:
             # Without its manifest the folder no longer counts, however far the deletion gets.
-            (folder / MANIFEST_NAME).unlink()
-            shutil.rmtree(folder)
-    for leftover in output_dir.glob(".*.tmp"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
+            remove(folder, first=MANIFEST_NAME)
+    if isinstance(output_dir, Path):
+        for leftover in output_dir.glob(".*.tmp"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
-def open_checkpoint(checkpoint_path: str | Path) -> Path:
+def open_checkpoint(checkpoint_path: str | Location) -> Path:
     """The verified folder behind `checkpoint_path`: a checkpoint, or an output_dir (its final/ or
-    newest one).
+    newest one). A remote one is copied to this machine.
 
     Raises:
         InputError: nothing is there.
         CorruptFileError: a file does not match the manifest.
     """
-    folder = Path(checkpoint_path).expanduser().resolve()
+    return fetch(find_checkpoint(checkpoint_path))
+
+
+def find_checkpoint(checkpoint_path: str | Location) -> Location:
+    """What `open_checkpoint` opens, where it is: for another machine to open.
+
+    A local one is verified, a remote one when it is copied.
+    """
+    folder = location(checkpoint_path)
+    if isinstance(folder, Path):
+        folder = folder.resolve()
     if not folder.is_dir():
         raise InputError(f"checkpoint_path {checkpoint_path}: no such folder")
-    if is_foreign(folder):
+    if isinstance(folder, Path) and is_foreign(folder):
         return folder
     if not is_committed(folder):
-        inner = [
+        inner: list[Location] = [
             path for path in [*committed_checkpoints(folder), folder / FINAL] if is_committed(path)
         ]
         if not inner:
@@ -356,7 +381,10 @@ def open_checkpoint(checkpoint_path: str | Path) -> Path:
                 "MANIFEST.json)"
             )
         folder = inner[-1]
-    verify(folder, kind=KIND)
+    if isinstance(folder, Path):
+        verify(folder, kind=KIND)
+    else:
+        load_manifest(folder, kind=KIND)
     return folder
 
 

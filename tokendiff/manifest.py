@@ -3,17 +3,30 @@ last.
 
 Every folder that one stage hands to another (token shards, checkpoints, samples, reports) is
 committed this way, so that a killed writer leaves nothing that a reader could take for finished.
+A folder may be remote (`tokendiff.storage`).
 """
 
 import hashlib
 import json
 import os
+import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.storage import (
+    Location,
+    changed_ns,
+    files_under,
+    local_folder,
+    open_binary,
+    size_of,
+    upload,
+)
 
 MANIFEST_NAME = "MANIFEST.json"
 # A run's own log and tracking state, which go on being written after the result is committed.
@@ -35,9 +48,9 @@ class Manifest:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Location) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         while block := file.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
@@ -49,20 +62,24 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def file_identity(path: Path) -> list[Any]:
-    """What changes when a file's content does: name, size, and sha256, or time of change if large.
+def file_identity(path: Location) -> list[Any]:
+    """What changes when a file's content does: name, size, and sha256, or time of change if it is
+    large or remote.
 
     The sha256 stays the same when a file is copied, as it is with every job that is submitted; a
     corpus that is too large for that is too large to be hashed at every start as well.
     """
-    stat = path.stat()
-    if stat.st_size <= _HASHED_BYTES:
-        return [path.name, stat.st_size, sha256_of(path)]
-    return [path.name, stat.st_size, stat.st_mtime_ns]
+    size = size_of(path)
+    if size <= _HASHED_BYTES and isinstance(path, Path):
+        return [path.name, size, sha256_of(path)]
+    return [path.name, size, changed_ns(path)]
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Location, data: bytes) -> None:
     """Write so that `path` holds its old content or all of `data`, even through a power cut."""
+    if not isinstance(path, Path):
+        path.write_bytes(data)
+        return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -75,7 +92,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def commit(
-    folder: Path,
+    folder: Location,
     *,
     kind: str,
     metadata: dict[str, Any] | None = None,
@@ -90,12 +107,11 @@ def commit(
     """
     known = known_sha256 or {}
     files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder).as_posix()
+    for name, size in files_under(folder).items():
         if name == MANIFEST_NAME or name.startswith(f"{RECORD_FOLDER}/"):
             continue
-        digest = known.get(name) or sha256_of(path)
-        files[name] = {"size": path.stat().st_size, "sha256": digest}
+        digest = known.get(name) or sha256_of(folder / name)
+        files[name] = {"size": size, "sha256": digest}
     manifest = Manifest(kind=kind, files=files, metadata=metadata or {})
     body = {"format": 1, "kind": kind, "metadata": manifest.metadata, "files": files}
     text = json.dumps({**body, "digest": fingerprint(body)}, indent=1)
@@ -103,7 +119,7 @@ def commit(
     return manifest
 
 
-def claim_folder(folder: Path, *, kind: str) -> Path:
+def claim_folder(folder: Location, *, kind: str) -> Location:
     """Make a folder ready to receive a result, unless something else is in it.
 
     Returns:
@@ -118,7 +134,8 @@ def claim_folder(folder: Path, *, kind: str) -> Path:
         if (there := load_manifest(folder).kind) != kind:
             raise InputError(f"output_dir {folder} holds {there}; choose another output_dir")
     else:
-        others = sorted(path.name for path in folder.glob("*") if path.name != RECORD_FOLDER)
+        there_already = folder.iterdir() if folder.is_dir() else ()
+        others = sorted(path.name for path in there_already if path.name != RECORD_FOLDER)
         if others and not mark.exists():
             raise InputError(
                 f"output_dir {folder} holds other files ({', '.join(others[:3])}); "
@@ -126,15 +143,15 @@ def claim_folder(folder: Path, *, kind: str) -> Path:
             )
     mark.parent.mkdir(parents=True, exist_ok=True)
     if not mark.exists():
-        mark.touch()
+        mark.write_bytes(b"")
     return mark
 
 
-def is_committed(folder: Path) -> bool:
+def is_committed(folder: Location) -> bool:
     return (folder / MANIFEST_NAME).is_file()
 
 
-def load_manifest(folder: Path, *, kind: str | None = None) -> Manifest:
+def load_manifest(folder: Location, *, kind: str | None = None) -> Manifest:
     """Read a manifest.
 
     Raises:
@@ -157,7 +174,7 @@ def load_manifest(folder: Path, *, kind: str | None = None) -> Manifest:
     return manifest
 
 
-def verify(folder: Path, *, kind: str | None = None, hashes: bool = True) -> Manifest:
+def verify(folder: Location, *, kind: str | None = None, hashes: bool = True) -> Manifest:
     """Check a committed folder against its manifest.
 
     Args:
@@ -168,11 +185,12 @@ def verify(folder: Path, *, kind: str | None = None, hashes: bool = True) -> Man
         FileNotFoundError: the folder was never committed.
     """
     manifest = load_manifest(folder, kind=kind)
+    sizes = files_under(folder)
     for name, expected in manifest.files.items():
         path = folder / name
-        if not path.is_file():
+        size = sizes.get(name)
+        if size is None:
             raise CorruptFileError(f"{folder}: {name} is missing, though its MANIFEST lists it")
-        size = path.stat().st_size
         if size != expected["size"]:
             raise CorruptFileError(
                 f"{folder}: {name} does not match its MANIFEST ({size} bytes, expected "
@@ -184,3 +202,51 @@ def verify(folder: Path, *, kind: str | None = None, hashes: bool = True) -> Man
                 f"(sha256 {digest[:12]}..., expected {expected['sha256'][:12]}...)"
             )
     return manifest
+
+
+def publish(source: Path, target: Location) -> None:
+    """Copy a committed folder in place of the result that `target` holds; `run/` there stays.
+
+    At no time does a manifest there vouch for a mixture of the two.
+    """
+    assert not isinstance(target, Path), "a local result is built beside its place and renamed"
+    (target / MANIFEST_NAME).unlink(missing_ok=True)
+    names = [name for name in files_under(source) if name != MANIFEST_NAME]
+    upload(source, target, names)
+    for name in files_under(target).keys() - set(names):
+        if not name.startswith(f"{RECORD_FOLDER}/"):
+            (target / name).unlink()
+    upload(source, target, [MANIFEST_NAME])
+
+
+@contextmanager
+def built_for(target: Location) -> Iterator[Path]:
+    """A folder to build and commit a result in: `target` itself, or one that is published there."""
+    if isinstance(target, Path):
+        yield target
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        publish(Path(folder), target)
+
+
+def fetch(folder: Location, *, under: str = "") -> Path:
+    """A committed folder on this machine, checked against its manifest: itself if it is local.
+
+    Args:
+        under: fetch only the files whose names begin with this.
+
+    Raises:
+        FileNotFoundError: the folder was never committed.
+        CorruptFileError: a file does not match the manifest.
+    """
+    if isinstance(folder, Path):
+        return folder
+    files = load_manifest(folder).files
+    wanted = {name: entry for name, entry in files.items() if name.startswith(under)}
+    copy = local_folder(
+        folder, wanted, digest=fingerprint([folder.uri, wanted, load_manifest(folder).metadata])
+    )
+    if not under and not is_committed(copy):
+        write_atomically(copy / MANIFEST_NAME, (folder / MANIFEST_NAME).read_bytes())
+    return copy

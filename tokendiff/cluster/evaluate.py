@@ -13,7 +13,7 @@ import ray
 import ray.data
 
 import tokendiff
-from tokendiff.checkpoint import NoiseProcess, checkpoint_identity, is_foreign, open_checkpoint
+from tokendiff.checkpoint import NoiseProcess, checkpoint_identity, find_checkpoint, is_foreign
 from tokendiff.cluster.session import (
     data_context,
     set_up_torch,
@@ -34,11 +34,14 @@ from tokendiff.evaluation.summary import make_report
 from tokendiff.manifest import (
     MANIFEST_NAME,
     Manifest,
+    built_for,
     claim_folder,
     commit,
+    fetch,
     load_manifest,
     write_atomically,
 )
+from tokendiff.storage import Location, location
 from tokendiff.training.trainer import OnEvent
 
 if TYPE_CHECKING:
@@ -52,7 +55,7 @@ _TRACE_STEPS = 64
 class _BoundActor:
     def __init__(
         self,
-        checkpoint: Path,
+        checkpoint: Location,
         data: TokenData,
         config: "EvaluateConfig",
         cluster: "ClusterConfig",
@@ -61,7 +64,7 @@ class _BoundActor:
     ) -> None:
         device = set_up_torch(cluster, use_gpu=use_gpu, num_processes=num_actors)
         self._data = data
-        self._evaluator = Evaluator(checkpoint, config, device=device)
+        self._evaluator = Evaluator(fetch(checkpoint), config, device=device)
 
     def __call__(self, items: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for text in items["rows"]:
@@ -76,7 +79,7 @@ def evaluate_bound(
     config: "EvaluateConfig",
     cluster: "ClusterConfig",
     *,
-    checkpoint: Path,
+    checkpoint: Location,
     data: TokenData,
     on_event: OnEvent,
 ) -> tuple[Bound, np.ndarray]:
@@ -84,7 +87,7 @@ def evaluate_bound(
 
     A row's noise is keyed by its id, so the figure does not depend on the number of actors.
     """
-    check_same_tokenizer(checkpoint, data)
+    check_same_tokenizer(fetch(checkpoint), data)
     if data.num_rows < 2:
         raise InputError(
             f"data_path {data.folder}: split {data.split!r} has {data.num_rows} row; a standard "
@@ -125,7 +128,7 @@ def evaluate_bound(
 
 
 def trace_sample(
-    config: "EvaluateConfig", cluster: "ClusterConfig", *, checkpoint: Path
+    config: "EvaluateConfig", cluster: "ClusterConfig", *, checkpoint: Location
 ) -> dict[str, Any]:
     """One sample being denoised: `frames` (x_t after each step), `times`, and the text of every id
     that occurs.
@@ -137,7 +140,7 @@ def trace_sample(
         sampling = GenerateConfig(
             sampler=AncestralConfig(num_inference_steps=_TRACE_STEPS), seed=config.seed
         )
-        model = SamplingModel(checkpoint, sampling, device=device)
+        model = SamplingModel(fetch(checkpoint), sampling, device=device)
         frames: list[list[int]] = []
         times: list[float] = []
 
@@ -178,7 +181,7 @@ def score_with_reference(
     return _run_task(work, cluster, use_gpu=wants_gpu(cluster))
 
 
-def verify(cluster: "ClusterConfig", *, checkpoint: Path, data: TokenData) -> list[Check]:
+def verify(cluster: "ClusterConfig", *, checkpoint: Location, data: TokenData) -> list[Check]:
     """The installed code and the checkpoint, held against the oracles."""
 
     def work(device: str) -> list[Check]:
@@ -187,7 +190,7 @@ def verify(cluster: "ClusterConfig", *, checkpoint: Path, data: TokenData) -> li
 
         places = evaluation_rows(data, seed=0, max_rows=NUM_ROWS)
         rows = data.read(*places)
-        return [*verify_code(), *verify_checkpoint(checkpoint, rows.tokens, rows.lengths)]
+        return [*verify_code(), *verify_checkpoint(fetch(checkpoint), rows.tokens, rows.lengths)]
 
     return _run_task(work, cluster, use_gpu=False)  # float64 is what it is about, not speed
 
@@ -208,7 +211,7 @@ def check_same_tokenizer(checkpoint: Path, data: TokenData) -> None:
             )
 
 
-def _samples_of(checkpoint: Path, folder: Path) -> list[dict[str, Any]]:
+def _samples_of(checkpoint: Path, folder: Location) -> list[dict[str, Any]]:
     records = read_samples(folder)
     metadata = load_manifest(folder).metadata
     if metadata["checkpoint_files"] != checkpoint_identity(checkpoint):
@@ -256,11 +259,11 @@ def evaluate(
     *,
     title: str,
     checkpoint_path: str,
-    data_path: str | Path | None,
-    samples_path: str | Path | None,
+    data_path: str | Location | None,
+    samples_path: str | Location | None,
     training_log: Sequence[Mapping[str, Any]],
     config_yaml: str,
-    output_dir: Path,
+    output_dir: Location,
     on_event: OnEvent,
 ) -> Manifest:
     """Write `metrics.json`, `report/index.html` and, with `config.verify`, `certificate.json` under
@@ -276,15 +279,16 @@ def evaluate(
     Raises:
         InputError: a path does not hold what it should, or the data has another tokenizer.
     """
-    checkpoint = open_checkpoint(checkpoint_path)
+    source = find_checkpoint(checkpoint_path)
+    checkpoint = fetch(source)
     data = TokenData.open(data_path or _trained_on(checkpoint), split=config.split)
-    samples = [] if samples_path is None else _samples_of(checkpoint, Path(samples_path))
+    samples = [] if samples_path is None else _samples_of(checkpoint, location(samples_path))
     mark = claim_folder(output_dir, kind=KIND)
     for left_over in (MANIFEST_NAME, CERTIFICATE):  # of an earlier evaluation
         (output_dir / left_over).unlink(missing_ok=True)
 
     bound, token_counts = evaluate_bound(
-        config, cluster, checkpoint=checkpoint, data=data, on_event=on_event
+        config, cluster, checkpoint=source, data=data, on_event=on_event
     )
     metrics: dict[str, Any] = {
         **asdict(bound),
@@ -300,16 +304,12 @@ def evaluate(
             )
     # A trace shows all positions at all times, which block by block there is none of.
     is_blockwise = process.block_length is not None
-    trace = None if is_blockwise else trace_sample(config, cluster, checkpoint=checkpoint)
-    checks = verify(cluster, checkpoint=checkpoint, data=data) if config.verify else []
-    if checks:
-        metrics |= counts(checks)
-        about = {"tokendiff": tokendiff.__version__, "checkpoint": str(checkpoint)}
-        write_certificate(output_dir, checks, about={**about, "process": process.describe()})
-    write_atomically(output_dir / "metrics.json", json.dumps(metrics, indent=1).encode())
+    trace = None if is_blockwise else trace_sample(config, cluster, checkpoint=source)
+    checks = verify(cluster, checkpoint=source, data=data) if config.verify else []
+    metrics |= counts(checks) if checks else {}
     report = make_report(
         title=title,
-        subtitle=f"{process.describe()}, {checkpoint.parent.name}/{checkpoint.name}",
+        subtitle=f"{process.describe()}, {source.parent.name}/{source.name}",
         bound=bound,
         checks=checks,
         metrics=metrics,
@@ -318,9 +318,14 @@ def evaluate(
         trace=trace,
         config_yaml=config_yaml,
     )
-    write_report(output_dir / "report", report)
-    manifest = commit(
-        output_dir, kind=KIND, metadata={"metrics": metrics, "checkpoint": str(checkpoint)}
-    )
+    with built_for(output_dir) as folder:
+        if checks:
+            about = {"tokendiff": tokendiff.__version__, "checkpoint": str(source)}
+            write_certificate(folder, checks, about={**about, "process": process.describe()})
+        write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+        write_report(folder / "report", report)
+        manifest = commit(
+            folder, kind=KIND, metadata={"metrics": metrics, "checkpoint": str(source)}
+        )
     mark.unlink()
     return manifest

@@ -41,6 +41,7 @@ from tokendiff.manifest import (
     write_atomically,
 )
 from tokendiff.models.sampling import SamplingModel, check_sampler, encode_prompt
+from tokendiff.storage import Location
 from tokendiff.training.trainer import OnEvent
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def _check_prompts(checkpoint: Path, config: "GenerateConfig", rows: list[Genera
     return seq_len
 
 
-def _claim(output_dir: Path, identity: str) -> Path:
+def _claim(output_dir: Location, identity: str) -> Location:
     """Note what is being sampled, so that parts of another job are never taken for this one's."""
     mark = claim_folder(output_dir, kind=KIND)
     if there := mark.read_text():
@@ -168,7 +169,7 @@ def _claim(output_dir: Path, identity: str) -> Path:
     return mark
 
 
-def _check_identity(there: str, here: str, output_dir: Path) -> None:
+def _check_identity(there: str, here: str, output_dir: Location) -> None:
     if there != here:
         raise InputError(
             f"output_dir {output_dir} holds samples of another checkpoint, config or prompts; "

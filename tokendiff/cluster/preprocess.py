@@ -2,8 +2,9 @@
 
 import os
 import pickle
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from tokendiff.manifest import (
     is_committed,
     verify,
 )
+from tokendiff.storage import Location, files_under, location, remove, upload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +44,7 @@ def preprocess(
     config: "PreprocessConfig",
     *,
     tokenizer_name_or_path: str,
-    output_dir: str | Path,
+    output_dir: str | Location,
     on_progress: OnProgress | None = None,
 ) -> Manifest:
     """Tokenize, pack and split the configured text on the connected Ray cluster.
@@ -52,14 +54,16 @@ def preprocess(
 
     Args:
         tokenizer_name_or_path: as `data.tokenizers.build_tokenizer` takes it.
-        output_dir: must be visible from every node under the same path.
+        output_dir: a URI, or a folder that every node sees under the same path.
         on_progress: called in this process with the number of partitions that are done, and of all.
 
     Raises:
         InputError: the input, the tokenizer or the folder cannot be used; nothing is committed.
         CorruptFileError: the folder was committed, but a file is missing or cut short.
     """
-    output_dir = Path(output_dir).expanduser().absolute()
+    output_dir = location(output_dir)
+    if isinstance(output_dir, Path):
+        output_dir = output_dir.absolute()
     partitions = plan_partitions(config)
     if not partitions:
         raise InputError(f"dataset_name {config.dataset_name!r}: the corpus is empty (0 bytes)")
@@ -68,9 +72,9 @@ def preprocess(
         return _committed(output_dir, key)
     mark = _claim(output_dir)
     tokenizer, notes = _make_tokenizer(config, tokenizer_name_or_path, partitions)
-    tokenizer.save_pretrained(output_dir / "tokenizer")
+    tokenizer_files = _save_tokenizer(tokenizer, output_dir)
     stats = []
-    for done in _run(config, partitions, output_dir):
+    for done in _run(config, partitions, output_dir, tokenizer_files):
         stats.append(done)
         if on_progress is not None:
             on_progress(len(stats), len(partitions))
@@ -92,14 +96,14 @@ def _key(config: "PreprocessConfig", tokenizer: str, partitions: Sequence[Partit
         for part in partitions
         for p in part.pieces
     ]
-    paths = sorted({Path(piece.path) for part in partitions for piece in part.pieces})
-    files = [file_identity(path) for path in paths if path.is_file()]
+    paths = sorted({piece.path for part in partitions for piece in part.pieces if piece.path})
+    files = [file_identity(path) for path in map(location, paths) if path.is_file()]
     return fingerprint(
         {"config": config.result_fields(), "tokenizer": tokenizer, "pieces": pieces, "files": files}
     )
 
 
-def _committed(output_dir: Path, key: str) -> Manifest:
+def _committed(output_dir: Location, key: str) -> Manifest:
     manifest = verify(output_dir, kind=KIND, hashes=False)
     if manifest.metadata.get("key") != key:
         raise InputError(
@@ -109,7 +113,7 @@ def _committed(output_dir: Path, key: str) -> Manifest:
     return manifest
 
 
-def _claim(output_dir: Path) -> Path:
+def _claim(output_dir: Location) -> Location:
     """Make the folder ready, emptied of what an attempt that was never committed left behind.
 
     Returns:
@@ -118,8 +122,21 @@ def _claim(output_dir: Path) -> Path:
     """
     mark = claim_folder(output_dir, kind=KIND)
     for name in (*SPLITS, "tokenizer"):
-        shutil.rmtree(output_dir / name, ignore_errors=True)
+        remove(output_dir / name)
     return mark
+
+
+def _save_tokenizer(tokenizer: Any, output_dir: Location) -> dict[str, bytes]:
+    """Write the tokenizer beside the shards; returns its files where tasks cannot open those."""
+    if isinstance(output_dir, Path):
+        tokenizer.save_pretrained(output_dir / "tokenizer")
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    for name, data in files.items():
+        (output_dir / "tokenizer" / name).write_bytes(data)
+    return files
 
 
 def _make_tokenizer(
@@ -143,7 +160,10 @@ def _make_tokenizer(
 
 
 def _run(
-    config: "PreprocessConfig", partitions: Sequence[Partition], output_dir: Path
+    config: "PreprocessConfig",
+    partitions: Sequence[Partition],
+    output_dir: Location,
+    tokenizer_files: dict[str, bytes],
 ) -> Iterator[PartitionStats]:
     """Preprocess the partitions in tasks of one CPU; yields them in the order of completion."""
     import ray.data
@@ -152,14 +172,14 @@ def _run(
     items = [{"partition": pickle.dumps(partition)} for partition in partitions]
     with data_context():
         source = ray.data.from_items(items, override_num_blocks=min(len(items), _MAX_BLOCKS))
-        for row in source.map(_task(config, output_dir)).iter_rows():
+        for row in source.map(_task(config, output_dir, tokenizer_files)).iter_rows():
             if row["error"]:
                 raise InputError(row["error"])
             yield pickle.loads(row["stats"])
 
 
 def _task(
-    config: "PreprocessConfig", output_dir: Path
+    config: "PreprocessConfig", output_dir: Location, tokenizer_files: dict[str, bytes]
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
     max_length, heldout_fraction = config.max_length, config.heldout_fraction
 
@@ -167,23 +187,38 @@ def _task(
         from transformers import AutoTokenizer
 
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task owns one CPU
-        folder = output_dir / "tokenizer"
         try:
-            if not folder.is_dir():
-                raise InputError(_not_shared(output_dir))
-            stats = preprocess_partition(
-                pickle.loads(row["partition"]),
-                tokenizer=AutoTokenizer.from_pretrained(folder),
-                max_length=max_length,
-                heldout_fraction=heldout_fraction,
-                output_dir=output_dir,
-            )
+            with _on_this_machine(output_dir, tokenizer_files) as folder:
+                stats = preprocess_partition(
+                    pickle.loads(row["partition"]),
+                    tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+                    max_length=max_length,
+                    heldout_fraction=heldout_fraction,
+                    output_dir=folder,
+                )
+                if not isinstance(output_dir, Path):
+                    upload(folder, output_dir, [shard.path for shard in stats.shards.values()])
         except InputError as error:
             # As a value: Ray would log and wrap an exception, and bad input is no crash.
             return {"stats": b"", "error": str(error)}
         return {"stats": pickle.dumps(stats), "error": ""}
 
     return work
+
+
+@contextmanager
+def _on_this_machine(output_dir: Location, tokenizer_files: dict[str, bytes]) -> Iterator[Path]:
+    """The folder itself, or one in its place that has the tokenizer, and is deleted afterwards."""
+    if isinstance(output_dir, Path):
+        if not (output_dir / "tokenizer").is_dir():
+            raise InputError(_not_shared(output_dir))
+        yield output_dir
+        return
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "tokenizer").mkdir()
+        for file, data in tokenizer_files.items():
+            (Path(name) / "tokenizer" / file).write_bytes(data)
+        yield Path(name)
 
 
 def _metadata(
@@ -246,17 +281,17 @@ def _check_corpus(
     return []
 
 
-def _check_files(output_dir: Path, known_sha256: dict[str, str]) -> None:
+def _check_files(output_dir: Location, known_sha256: dict[str, str]) -> None:
     """Leave the shards of these tasks alone in the folder; all of them must have arrived there."""
-    for path in output_dir.glob("*/*"):
-        name = path.relative_to(output_dir).as_posix()
-        if path.parent.name in SPLITS and name not in known_sha256:
-            path.unlink()  # the temporary file of a task whose worker was lost
-    if any(not (output_dir / name).is_file() for name in known_sha256):
+    names = files_under(output_dir)
+    for name in names:
+        if name.split("/")[0] in SPLITS and name not in known_sha256:
+            (output_dir / name).unlink()  # the temporary file of a task whose worker was lost
+    if known_sha256.keys() - names.keys():
         raise InputError(_not_shared(output_dir))
 
 
-def _not_shared(output_dir: Path) -> str:
+def _not_shared(output_dir: Location) -> str:
     return (
         f"output_dir {output_dir} is not the same on every node; choose a folder on shared storage"
     )

@@ -38,14 +38,17 @@ def data_context(*, preserve_order: bool = False) -> Iterator[None]:
 
 @contextmanager
 def ray_session(config: "ClusterConfig") -> Iterator[None]:
-    """Ray is connected inside this block. A session that is already there is used, and left as it
-    is.
+    """Ray is connected inside this block, and SIGTERM ends it in order (`cluster.stopping`).
+
+    A session that is already there is used, and left as it is.
     """
     import ray
 
     if ray.is_initialized():
         yield
         return
+    from tokendiff.cluster.stopping import sigterm_stops
+
     # The controller looks at its workers this often; the default of 2 s is felt at every start and
     # end.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -88,7 +91,8 @@ def ray_session(config: "ClusterConfig") -> Iterator[None]:
             _node_ip_address="127.0.0.1",
         )
     try:
-        yield
+        with sigterm_stops():
+            yield
     finally:
         ray.shutdown()
 

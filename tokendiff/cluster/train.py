@@ -6,7 +6,6 @@ start, so a lost worker costs the steps since then.
 """
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +22,10 @@ from tokendiff.cluster.session import (
     wait_for_resources,
     wants_gpu,
 )
+from tokendiff.cluster.stopping import STOPPED, DriverLink, is_stop_requested, saving_first
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.storage import Location, remove
 from tokendiff.training.run import TrainingRun, check_same_run, finished_run, step_plan
 from tokendiff.training.trainer import OnEvent
 from tokendiff.training.world import World
@@ -81,23 +82,26 @@ def train(
     config: "TrainConfig",
     cluster: "ClusterConfig",
     *,
-    data_path: str | Path,
-    output_dir: Path,
+    data_path: str | Location,
+    output_dir: Location,
     on_event: OnEvent,
-) -> Path:
+) -> Location:
     """Train on the connected Ray cluster; returns `output_dir/final`.
 
     Running it again resumes: from the newest sound checkpoint, or not at all where the run is
         finished.
 
     Args:
-        on_event: must be picklable: the main worker calls it too (say `RunLog(path).write`).
+        output_dir: a URI, or a folder that every node sees under the same path.
+        on_event: must be picklable: the main worker calls it too (say `RunLog(path).write`), or
+            with a URI a process on this node.
 
     Raises:
         InputError: the config cannot work with this data, model or cluster, or output_dir holds
             another run.
         FloatingPointError: the loss or the gradient stopped being finite.
         RuntimeError: more than `max_failures` workers were lost.
+        KeyboardInterrupt: SIGTERM came; the last step taken is in a checkpoint.
     """
     data = TokenData.open(data_path, split="train")
     step_plan(config, data, rank=0, world_size=cluster.num_workers)
@@ -128,6 +132,8 @@ def train(
                 ) from error
             on_event("warning", message=f"{reason}; restarting from the newest checkpoint")
     final = finished_run(output_dir, config, data)
+    if final is None and is_stop_requested():
+        raise KeyboardInterrupt(f"{STOPPED}; the same command goes on from the step it was at")
     assert final is not None, "training ended without an error and without final/"
     return final
 
@@ -136,18 +142,18 @@ def _fit_once(
     config: "TrainConfig",
     cluster: "ClusterConfig",
     data: TokenData,
-    output_dir: Path,
-    checkpoint: Path | None,
+    output_dir: Location,
+    checkpoint: Location | None,
     on_event: OnEvent,
 ) -> None:
     use_gpu = wants_gpu(cluster)
     first_step = step_of(checkpoint) if checkpoint is not None else 0
     # Ray Train wants a folder for a state of its own that nothing here reads.
     ray_folder = output_dir / ".ray-train"
-    shutil.rmtree(ray_folder, ignore_errors=True)
+    remove(ray_folder)
 
-    def work() -> None:
-        if not output_dir.is_dir():
+    def work(driver: DriverLink) -> None:
+        if isinstance(output_dir, Path) and not output_dir.is_dir():
             raise InputError(
                 f"output_dir {output_dir} is not there on node {ray.util.get_node_ip_address()}; "
                 "it must be on storage that every node sees under the same path"
@@ -159,28 +165,32 @@ def _fit_once(
 
             torch.set_num_threads(threads_on_this_node(cluster, context.get_local_world_size()))
         world = World.current(device)
-        run = TrainingRun.build(config, data, output_dir, world=world, on_event=on_event)
+        # A log beside a remote result is on the driver's node; else all nodes see it.
+        report = on_event if isinstance(output_dir, Path) else driver.emit
+        run = TrainingRun.build(config, data, output_dir, world=world, on_event=report)
         if checkpoint is not None:
             run.resume(checkpoint)
         rows = len(step_plan(config, data, rank=world.rank, world_size=world.size).positions)
         shard = ray.train.get_dataset_shard("train")
-        run.fit(iter(shard.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)))
+        batches = shard.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)
+        run.fit(iter(batches), should_stop=driver.listen() if world.is_main else lambda: False)
 
     resources = {"CPU": cluster.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
-    TorchTrainer(
-        work,
-        datasets={"train": ray.data.range(1)},
-        dataset_config=_RankRows(data, config, first_step),
-        scaling_config=ScalingConfig(
-            num_workers=cluster.num_workers, use_gpu=use_gpu, resources_per_worker=resources
-        ),
-        run_config=RunConfig(
-            name=f"attempt-{os.getpid()}-{first_step}",
-            storage_path=str(ray_folder),
-            failure_config=_no_retries(),
-        ),
-    ).fit()
-    shutil.rmtree(ray_folder, ignore_errors=True)
+    with saving_first(on_event) as driver:
+        TorchTrainer(
+            lambda: work(driver),
+            datasets={"train": ray.data.range(1)},
+            dataset_config=_RankRows(data, config, first_step),
+            scaling_config=ScalingConfig(
+                num_workers=cluster.num_workers, use_gpu=use_gpu, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name=f"attempt-{os.getpid()}-{first_step}",
+                storage_path=str(ray_folder),
+                failure_config=_no_retries(),
+            ),
+        ).fit()
+    remove(ray_folder)
 
 
 def _no_retries() -> FailureConfig:

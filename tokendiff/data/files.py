@@ -7,11 +7,12 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import IO, Any
 
 from tokendiff.data.partition import Piece
 from tokendiff.errors import InputError
+from tokendiff.storage import glob_files, is_uri, location, open_binary, size_of
 
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".zst")
 _BUFFER_BYTES = 1 << 20
@@ -19,13 +20,16 @@ _PARQUET_BATCH_ROWS = 256  # rows in memory at once; a row may be a whole book
 
 
 def find_files(patterns: Sequence[str]) -> list[str]:
-    """Absolute paths of the files and globs, each once, sorted.
+    """Absolute paths or URIs of the files and globs, each once, sorted.
 
     Raises:
         InputError: a pattern matches no file.
     """
     found: set[str] = set()
     for pattern in patterns:
+        if is_uri(pattern):
+            found.update(_remote_files(pattern))
+            continue
         path = os.path.abspath(os.path.expanduser(pattern))
         if os.path.isdir(path):
             raise InputError(
@@ -39,9 +43,19 @@ def find_files(patterns: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
+def _remote_files(pattern: str) -> list[str]:
+    try:
+        files = glob_files(pattern)
+    except OSError as error:
+        raise InputError(f"data_files {pattern!r}: cannot be listed ({error})") from error
+    if not files:
+        raise InputError(f"data_files {pattern!r} matches no file; a folder needs a /* behind it")
+    return files
+
+
 def text_pieces(path: str, *, max_bytes: int | None) -> Iterator[Piece]:
     """Byte ranges of a text or jsonl file; a single one without `max_bytes`, or if compressed."""
-    size = os.path.getsize(path)
+    size = size_of(location(path))
     step = size if max_bytes is None or _is_compressed(path) else max_bytes
     for start in range(0, size, max(step, 1)):
         stop = min(start + step, size)
@@ -147,12 +161,15 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
         if _is_compressed(path):
             import pyarrow as pa
 
-            with io.BufferedReader(
-                pa.input_stream(path, compression="detect"), _BUFFER_BYTES
-            ) as file:
+            kind = pa.Codec.detect(path).name
+            with (
+                open_binary(location(path)) as packed,
+                pa.CompressedInputStream(packed, kind) as stream,
+                io.BufferedReader(stream, _BUFFER_BYTES) as file,
+            ):
                 yield file
         else:
-            with open(path, "rb", buffering=_BUFFER_BYTES) as file:
+            with open_binary(location(path), buffer_bytes=_BUFFER_BYTES) as file:
                 yield file
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
@@ -165,7 +182,10 @@ def _opened_parquet(path: str) -> Iterator[Any]:
 
     try:
         # By default the whole column of the row groups asked for is read at once.
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
+        with (
+            open_binary(location(path)) if is_uri(path) else nullcontext(path) as source,
+            pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file,
+        ):
             yield file
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable parquet file ({error})") from error

@@ -10,7 +10,8 @@ import numpy as np
 
 from tokendiff.data.order import RowOrder
 from tokendiff.errors import CorruptFileError, InputError
-from tokendiff.manifest import Manifest, fingerprint, verify
+from tokendiff.manifest import Manifest, fetch, fingerprint, verify
+from tokendiff.storage import Location, local_copy, location
 
 KIND = "tokens"
 
@@ -49,14 +50,14 @@ class TokenRows:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenData:
-    """One split of a folder that jobs.preprocess wrote."""
+    """One split of a folder that jobs.preprocess wrote; remote shards are copied when read."""
 
-    folder: Path
+    folder: Location
     split: str
     manifest: Manifest
 
     @classmethod
-    def open(cls, folder: str | Path, *, split: str) -> "TokenData":
+    def open(cls, folder: str | Location, *, split: str) -> "TokenData":
         """Open and check presence and size of every shard; content is checked as it is read, by
         the checksums of the Parquet pages.
 
@@ -64,7 +65,8 @@ class TokenData:
             InputError: no such folder, not committed, or the split has no rows.
             CorruptFileError: a shard does not match the manifest.
         """
-        path = Path(folder).expanduser().resolve()
+        path = location(folder)
+        path = path.resolve() if isinstance(path, Path) else path
         try:
             manifest = verify(path, kind=KIND, hashes=False)
         except FileNotFoundError as error:
@@ -102,7 +104,7 @@ class TokenData:
 
     @property
     def tokenizer_path(self) -> Path:
-        return self.folder / "tokenizer"
+        return fetch(self.folder, under="tokenizer/") / "tokenizer"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -115,9 +117,8 @@ class TokenData:
 
         name, index, rows = self._groups[group]
         try:
-            table = pq.ParquetFile(
-                self.folder / name, page_checksum_verification=True
-            ).read_row_group(index)
+            path = local_copy(self.folder / name, sha256=self.manifest.files[name]["sha256"])
+            table = pq.ParquetFile(path, page_checksum_verification=True).read_row_group(index)
         except (OSError, ValueError) as error:
             raise CorruptFileError(
                 f"{self.folder}: {name} cannot be read ({error}); run jobs.preprocess again"

@@ -11,11 +11,12 @@ from typing import Any
 from tokendiff.data.partition import Piece
 from tokendiff.errors import InputError
 from tokendiff.manifest import Manifest, verify, write_atomically
+from tokendiff.storage import Location, is_uri, location, open_binary, size_of
 
 KIND = "samples"
 
 
-def write_part(path: Path, records: list[dict[str, Any]]) -> None:
+def write_part(path: Location, records: list[dict[str, Any]]) -> None:
     """Write records as JSON lines or Parquet, by the name's ending, so that the file is whole or
     not there.
     """
@@ -43,7 +44,7 @@ def write_part(path: Path, records: list[dict[str, Any]]) -> None:
     write_atomically(path, sink.getvalue().to_pybytes())
 
 
-def read_samples(folder: Path) -> list[dict[str, Any]]:
+def read_samples(folder: Location) -> list[dict[str, Any]]:
     """All records of a committed samples folder, in the order of their ids.
 
     Raises:
@@ -63,25 +64,29 @@ def part_names(manifest: Manifest) -> list[str]:
     )
 
 
-def read_part(path: Path) -> list[dict[str, Any]]:
+def read_part(path: Location) -> list[dict[str, Any]]:
     """The records of one part file."""
     if path.suffix == ".jsonl":
         # Not splitlines(): a text may hold other line separators than the newline between records.
-        with open(path, encoding="utf-8", newline="\n") as file:
+        with open_binary(path) as file:
             return [json.loads(line) for line in file]
     import pyarrow.parquet as pq
 
-    return list(pq.read_table(path).to_pylist())
+    with open_binary(path) as file:
+        return list(pq.read_table(file).to_pylist())
 
 
-def find_sample_folders(patterns: Sequence[str]) -> list[Path]:
-    """The samples folders that paths and globs name, each once, sorted.
+def find_sample_folders(patterns: Sequence[str]) -> list[Location]:
+    """The samples folders that paths, globs and URIs name, each once, sorted.
 
     Raises:
         InputError: a pattern matches no folder.
     """
-    found: set[Path] = set()
+    found: set[Location] = set()
     for pattern in patterns:
+        if is_uri(pattern):
+            found.add(location(pattern))
+            continue
         path = Path(pattern).expanduser().absolute()
         folders = [
             Path(match)
@@ -94,10 +99,10 @@ def find_sample_folders(patterns: Sequence[str]) -> list[Path]:
                 "'samples' reads folders that jobs.generate wrote"
             )
         found.update(folders)
-    return sorted(found)
+    return sorted(found, key=str)
 
 
-def sample_pieces(folder: Path) -> Iterator[Piece]:
+def sample_pieces(folder: Location) -> Iterator[Piece]:
     """One piece per part file of a committed samples folder.
 
     Raises:
@@ -106,10 +111,10 @@ def sample_pieces(folder: Path) -> Iterator[Piece]:
     """
     for name in part_names(_verified(folder)):
         path = folder / name
-        yield Piece(path=str(path), start=0, stop=1, num_bytes=path.stat().st_size)
+        yield Piece(path=str(path), start=0, stop=1, num_bytes=size_of(path))
 
 
-def _verified(folder: Path) -> Manifest:
+def _verified(folder: Location) -> Manifest:
     try:
         return verify(folder, kind=KIND)
     except FileNotFoundError as error:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from tokendiff.data import files, hub
 from tokendiff.data.partition import Partition, Piece, group_pieces
 from tokendiff.data.samples import find_sample_folders, read_part, sample_pieces
+from tokendiff.storage import location
 
 if TYPE_CHECKING:
     from tokendiff.config import PreprocessConfig
@@ -52,7 +52,7 @@ def read_documents(partition: Partition) -> Iterator[Any]:
 def sample_records(partition: Partition) -> Iterator[dict[str, Any]]:
     """The records of a partition of samples, in the order of their ids."""
     for piece in partition.pieces:
-        yield from read_part(Path(piece.path))
+        yield from read_part(location(piece.path))
 
 
 def dummy_rows(

@@ -192,6 +192,8 @@ def _describe(event: dict[str, Any]) -> str | None:
             return f"checkpoint at step {event['step']}: {event['path']}"
         case "resume":
             return f"resumed from step {event['step']}"
+        case "stopped":
+            return f"stopped after step {event['step']}, which is saved"
         case "warning" | "error" as kind:
             return f"{kind}: {event['message']}"
     return None

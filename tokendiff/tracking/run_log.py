@@ -8,6 +8,7 @@ Each line is `{"time": unix seconds, "event": name, ...fields}`. Events, and the
     progress    done, total
     checkpoint  step, path
     resume      step
+    stopped     step, the last one taken: a stop was asked for, and this step is saved
     warning     message
     error       message
     end

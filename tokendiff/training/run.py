@@ -23,13 +23,14 @@ from tokendiff.data.rows import StepPlan, TokenData, step_batches
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.interfaces import Objective
 from tokendiff.kernels import AbsorbingKernel
-from tokendiff.manifest import is_committed, load_manifest, verify
+from tokendiff.manifest import fetch, is_committed, load_manifest, verify
 from tokendiff.models.denoiser import ModelInTwoParts
 from tokendiff.models.loading import check_vocabulary, load_causal_denoiser, load_denoiser
 from tokendiff.objectives.block_diffusion import BlockDiffusion
 from tokendiff.objectives.block_refinement import BlockRefinement
 from tokendiff.objectives.mdlm import MDLM
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
+from tokendiff.storage import Location
 from tokendiff.training.trainer import Batches, OnEvent, Trainer
 from tokendiff.training.world import World
 
@@ -116,7 +117,7 @@ def run_identity(config: "TrainConfig", data: TokenData) -> dict[str, Any]:
     return {**fields, "data": data.fingerprint}
 
 
-def check_same_run(folder: Path, config: "TrainConfig", data: TokenData) -> None:
+def check_same_run(folder: Location, config: "TrainConfig", data: TokenData) -> None:
     """Raise InputError if `folder` is a checkpoint of another run than this config and data
     describe.
     """
@@ -142,12 +143,12 @@ def check_same_run(folder: Path, config: "TrainConfig", data: TokenData) -> None
 
 
 def finished_run(
-    output_dir: Path,
+    output_dir: Location,
     config: "TrainConfig",
     data: TokenData,
     *,
     warn: Callable[[str], None] = lambda message: None,
-) -> Path | None:
+) -> Location | None:
     """`final/`, if this very run is finished and every file of it is sound."""
     final = output_dir / FINAL
     if not is_committed(final):
@@ -175,7 +176,7 @@ class TrainingRun:
     trainer: Trainer
     config: "TrainConfig"
     data: TokenData
-    output_dir: Path
+    output_dir: Location
     process: NoiseProcess
     tokenizer: Any
     on_event: OnEvent
@@ -185,7 +186,7 @@ class TrainingRun:
         cls,
         config: "TrainConfig",
         data: TokenData,
-        output_dir: Path,
+        output_dir: Location,
         *,
         world: World,
         on_event: OnEvent = lambda event, **fields: None,
@@ -226,30 +227,42 @@ class TrainingRun:
             on_event=on_event,
         )
 
-    def resume(self, checkpoint: Path) -> None:
+    def resume(self, checkpoint: Location) -> None:
         """Continue from a checkpoint whose manifest was verified."""
         from safetensors.torch import load_file, load_model
 
         check_same_run(checkpoint, self.config, self.data)
-        load_model(self.trainer.denoiser.model, checkpoint / "model.safetensors")
-        average = checkpoint / EMA_WEIGHTS
+        folder = fetch(checkpoint)
+        load_model(self.trainer.denoiser.model, folder / "model.safetensors")
+        average = folder / EMA_WEIGHTS
         self.trainer.load_state(
-            json.loads((checkpoint / TRAINER_STATE).read_text()),
-            load_file(checkpoint / OPTIMIZER_STATE),
+            json.loads((folder / TRAINER_STATE).read_text()),
+            load_file(folder / OPTIMIZER_STATE),
             load_file(average) if average.is_file() else None,
         )
         if self.trainer.world.is_main:
             self.on_event("resume", step=self.trainer.step, checkpoint=str(checkpoint))
 
-    def fit(self, batches: Batches) -> Path:
-        """Train to the end from where the run stands; returns `final/`."""
+    def fit(self, batches: Batches, *, should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Train to the end from where the run stands, and leave `final/`.
+
+        Returns:
+            Whether the end was reached; not where `should_stop` came first: the newest checkpoint
+            is then of the last step taken.
+        """
         if self.trainer.world.is_main:
             self.on_event("start", **self._facts())
-        self.trainer.run(batches, last_good=self._last_good, save=self._save)
+        self.trainer.run(
+            batches, last_good=self._last_good, save=self._save, should_stop=should_stop
+        )
+        is_finished = self.trainer.step == self.config.max_train_steps
         if self.trainer.world.is_main:
-            self._save_final()
+            if is_finished:
+                self._save_final()
+            else:
+                self.on_event("stopped", step=self.trainer.step)
         self.trainer.world.barrier()
-        return self.output_dir / FINAL
+        return is_finished
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -269,7 +282,7 @@ class TrainingRun:
             "data_path": str(self.data.folder),
         }
 
-    def _last_good(self) -> Path | None:
+    def _last_good(self) -> Location | None:
         return newest_sound_checkpoint(self.output_dir, warn=lambda message: None)
 
     def _save(self) -> None:
@@ -334,7 +347,7 @@ def train_in_process(
         output_dir, config, data, warn=lambda message: on_event("warning", message=message)
     )
     if final is not None:
-        return final
+        return output_dir / FINAL
     run = TrainingRun.build(config, data, output_dir, world=world, on_event=on_event)
     checkpoint = newest_sound_checkpoint(
         output_dir, warn=lambda message: on_event("warning", message=message)
@@ -345,4 +358,5 @@ def train_in_process(
     batches: Iterator[dict[str, Any]] = step_batches(
         data, plan, run.trainer.step, config.max_train_steps
     )
-    return run.fit(batches)
+    run.fit(batches)
+    return output_dir / FINAL

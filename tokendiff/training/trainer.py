@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tokendiff.interfaces import LossOutput, Objective, TokenBatch
 from tokendiff.random import RowGenerator, key_from, strata_of
+from tokendiff.storage import Location
 from tokendiff.training.ema import WeightAverage
 from tokendiff.training.optimizer import Optimizer
 from tokendiff.training.world import World
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 OnEvent = Callable[..., None]  # (event name, **fields), called on the main worker only
 # One per step: tokens [b, L], length [b], is_start [b, L], row_id [b], epoch [b].
 Batches = Iterator[dict[str, Any]]
+
+
+_STOP = "stop"  # beside the metrics' names: how many workers want to
 
 
 class _LossModule(nn.Module):
@@ -88,10 +91,19 @@ class Trainer:
             )
 
     def run(
-        self, batches: Batches, *, last_good: Callable[[], Path | None], save: Callable[[], None]
+        self,
+        batches: Batches,
+        *,
+        last_good: Callable[[], Location | None],
+        save: Callable[[], None],
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Train until `max_train_steps`; `save` is called every `checkpointing_steps` and at the
         end.
+
+        Args:
+            should_stop: asked in every step on every worker; when one of them says so, all end
+                after that step, which is saved.
 
         Raises:
             FloatingPointError: on all workers alike, before the optimiser step, when loss or
@@ -101,7 +113,9 @@ class Trainer:
         while self.step < self.config.max_train_steps:
             with clock.waiting():
                 batch = next(batches)
-            totals, grad_norm = self._take_step(batch, last_good)
+            totals, grad_norm = self._take_step(batch, last_good, should_stop)
+            is_stopped = totals.pop(_STOP)[0] > 0.0
+            is_last = self.step == self.config.max_train_steps or is_stopped
             self._count(totals)
             clock.steps += 1
             clock.tokens += totals["loss"][1]
@@ -111,17 +125,19 @@ class Trainer:
             ):
                 self._log(clock, grad_norm)
                 clock = _Clock()
-            if (
-                self.step % self.config.checkpointing_steps == 0
-                or self.step == self.config.max_train_steps
-            ):
+            if self.step % self.config.checkpointing_steps == 0 or is_last:
                 save()
+            if is_last:
+                return
 
     def _take_step(
-        self, columns: dict[str, Any], last_good: Callable[[], Path | None]
+        self,
+        columns: dict[str, Any],
+        last_good: Callable[[], Location | None],
+        should_stop: Callable[[], bool],
     ) -> tuple[dict[str, list[float]], float]:
-        """One optimiser step; returns the global sums and counts of loss and metrics, and the
-        gradient norm.
+        """One optimiser step; returns the global sums and counts of loss and metrics (and of the
+        workers that want to stop), and the gradient norm.
         """
         self.optimizer.zero_grad()
         micro_batches = list(self._micro_batches(columns))
@@ -141,6 +157,8 @@ class Trainer:
             for name, (total, count) in _pairs(output).items():
                 pair = torch.stack([total.detach().double(), count.double()])
                 sums[name] = sums.get(name, 0.0) + pair
+        # Rides with the metrics, so that all workers stop after the same step at no cost.
+        sums[_STOP] = torch.tensor([float(should_stop()), 1.0]).to(sums["loss"])
         names = sorted(sums)
         reduced = self.world.sum(torch.stack([sums[name] for name in names])).tolist()
         totals = dict(zip(names, reduced, strict=True))
@@ -184,7 +202,7 @@ class Trainer:
             key = key_from(self.config.seed, "dropout", self.step, self.world.rank, micro_batch)
             torch.manual_seed(key % 2**63)
 
-    def _divergence(self, what: str, value: float, checkpoint: Path | None) -> str:
+    def _divergence(self, what: str, value: float, checkpoint: Location | None) -> str:
         kept = f"last good checkpoint: {checkpoint}" if checkpoint else "there is no checkpoint yet"
         return (
             f"step {self.step + 1}: {what} is {value}; stopped before the optimiser step, {kept}. "

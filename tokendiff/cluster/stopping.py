@@ -1,0 +1,119 @@
+"""Ending on SIGTERM, which `ray job stop`, Kubernetes and a spot market send before they kill.
+
+Most work is cut off at once, since what it has written counts and the same command goes on from
+there. Training first finishes its step and saves it. A second SIGTERM cuts that off as well.
+"""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+STOPPED = "stopped by SIGTERM"
+
+_requested = threading.Event()
+_is_held = False  # whether a first SIGTERM leaves it to the work to end
+
+
+def is_stop_requested() -> bool:
+    """Whether a SIGTERM has come to this process."""
+    return _requested.is_set()
+
+
+@contextmanager
+def sigterm_stops() -> Iterator[None]:
+    """In this block SIGTERM raises KeyboardInterrupt in the main thread, as SIGINT does.
+
+    To be entered after `ray.init`, which sets a handler of its own. Outside of the main thread
+    signals are not ours to handle, and nothing happens.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _requested.clear()
+    before = signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _on_sigterm(signum: int, frame: FrameType | None) -> None:
+    is_first = not _requested.is_set()
+    _requested.set()
+    if not (_is_held and is_first):
+        raise KeyboardInterrupt(STOPPED)
+
+
+class _Messenger:
+    """An actor on the driver's node: tells of its SIGTERM, and hands it the workers' events."""
+
+    def __init__(self, on_event: Callable[..., None]) -> None:
+        import asyncio
+
+        self._is_stopping = asyncio.Event()
+        self._on_event = on_event
+
+    async def stop(self) -> None:
+        self._is_stopping.set()
+
+    async def wait_for_stop(self) -> None:
+        await self._is_stopping.wait()
+
+    async def emit(self, event: str, fields: dict[str, Any]) -> None:
+        self._on_event(event, **fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriverLink:
+    """What a worker on any node is given to hear from its driver, and to report to it."""
+
+    actor: Any
+
+    def listen(self) -> Callable[[], bool]:
+        """A function that says whether to stop; asking costs nothing."""
+        future = self.actor.wait_for_stop.remote().future()
+        # Where the actor is lost the driver is too, and Ray ends the workers.
+        return lambda: future.done() and future.exception() is None
+
+    def emit(self, event: str, /, **fields: Any) -> None:
+        """Report an event where its log is on the driver's node alone; returns once it is there."""
+        ray.get(self.actor.emit.remote(event, fields))
+
+
+@contextmanager
+def saving_first(on_event: Callable[..., None]) -> Iterator[DriverLink]:
+    """In this block a first SIGTERM is passed on to workers, who save and return.
+
+    Args:
+        on_event: called in another process of this node, by pickle.
+    """
+    global _is_held
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(_Messenger)
+    actor = actor.options(num_cpus=0, scheduling_strategy=here).remote(on_event)
+    is_over = threading.Event()
+
+    def pass_on() -> None:
+        # Not in the handler: it may have interrupted a call into Ray.
+        while not is_over.wait(0.1):
+            if _requested.is_set():
+                actor.stop.remote()
+                return
+
+    watcher = threading.Thread(target=pass_on, name="sigterm-watcher", daemon=True)
+    watcher.start()
+    _is_held = True
+    try:
+        yield DriverLink(actor=actor)
+    finally:
+        _is_held = False
+        is_over.set()
+        watcher.join()
+        ray.kill(actor)

@@ -1,0 +1,343 @@
+"""Folders and files that are local or behind a URI: s3://, gs://, or what fsspec knows.
+
+A `Location` is a `Path` or a `RemotePath`, which has the few methods of a path that the project
+uses. An object store has no rename, so a result is committed there by the order of its files: the
+manifest comes last, and goes first when a folder is replaced. What must be read in place (weights,
+shards) is copied once per machine into `TOKENDIFF_CACHE`, under the hash of its content.
+
+Credentials and endpoints are the environment's (AWS_PROFILE, AWS_ENDPOINT_URL,
+GOOGLE_APPLICATION_CREDENTIALS, ...): none stands in a URI, a config or a manifest.
+"""
+
+import functools
+import io
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tokendiff.errors import CorruptFileError, InputError
+
+CACHE_VARIABLE = "TOKENDIFF_CACHE"
+_URI = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_ARROW_SCHEMES = ("s3", "gs", "gcs")
+_BUFFER_BYTES = 1 << 20
+_THREADS = 8
+
+
+@dataclass(frozen=True, order=True)
+class RemotePath:
+    """A file or folder behind a URI. Like a pure path it may name what is not there.
+
+    It is deliberately not `os.PathLike`: `open` and `shutil` refuse it in place of making a local
+    file of a strange name.
+    """
+
+    uri: str
+
+    def __post_init__(self) -> None:
+        scheme, _, rest = self.uri.partition("://")
+        if "?" in rest or "@" in rest.split("/")[0]:
+            raise InputError(
+                f"{scheme}://...: a URI holds no options and no credentials; they are taken from "
+                "the environment (AWS_ENDPOINT_URL, AWS_PROFILE, ...)"
+            )
+        object.__setattr__(self, "uri", f"{scheme.lower()}://{rest.rstrip('/')}")
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def __truediv__(self, name: str | Path) -> "RemotePath":
+        return RemotePath(f"{self.uri}/{Path(name).as_posix()}")
+
+    @property
+    def name(self) -> str:
+        return self.uri.rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.name).suffix
+
+    @property
+    def parent(self) -> "RemotePath":
+        return RemotePath(self.uri.rpartition("/")[0])
+
+    def _info(self) -> Any:
+        filesystem, path = _resolve(self.uri)
+        with _named(self.uri):
+            return filesystem.get_file_info(path)
+
+    def exists(self) -> bool:
+        return self.is_file() or self.is_dir()
+
+    def is_file(self) -> bool:
+        return bool(self._info().is_file)
+
+    def is_dir(self) -> bool:
+        """Whether any file is under it: an object store has no empty folders."""
+        return next(self._files(), None) is not None
+
+    def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None:
+        """Nothing to do: folders come with their files."""
+
+    def iterdir(self) -> Iterator["RemotePath"]:
+        names = sorted({name.split("/")[0] for name in files_under(self)})
+        return (self / name for name in names)
+
+    def read_bytes(self) -> bytes:
+        with open_binary(self) as file:
+            return file.read()
+
+    def read_text(self) -> str:
+        return self.read_bytes().decode()
+
+    def write_bytes(self, data: bytes) -> None:
+        """The file is replaced as a whole or not at all."""
+        filesystem, path = _resolve(self.uri)
+        with _named(self.uri):
+            if filesystem.type_name.startswith("py::"):  # fsspec ones may want the folder first
+                filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+            with filesystem.open_output_stream(path, compression=None) as file:
+                file.write(data)
+
+    def unlink(self, *, missing_ok: bool = False) -> None:
+        filesystem, path = _resolve(self.uri)
+        try:
+            with _named(self.uri):
+                filesystem.delete_file(path)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def _files(self) -> Iterator[Any]:
+        """What pyarrow says of every file under it, at any depth."""
+        from pyarrow.fs import FileSelector
+
+        filesystem, path = _resolve(self.uri)
+        with _named(self.uri):
+            found = filesystem.get_file_info(
+                FileSelector(path, recursive=True, allow_not_found=True)
+            )
+        return (info for info in found if info.is_file and info.path.startswith(f"{path}/"))
+
+
+Location = Path | RemotePath
+
+
+def is_uri(path: str) -> bool:
+    return _URI.match(path) is not None
+
+
+def location(path: "str | Location") -> Location:
+    """A path as a user gives it: a URI, or a local path with ~ for the home folder."""
+    if isinstance(path, RemotePath):
+        return path
+    if isinstance(path, str) and path.startswith("file://"):
+        return Path(path.removeprefix("file://"))
+    if isinstance(path, str) and is_uri(path):
+        return RemotePath(path)
+    return Path(path).expanduser()
+
+
+def files_under(folder: Location) -> dict[str, int]:
+    """Size of every file at any depth, by its path relative to `folder`, in sorted order."""
+    if isinstance(folder, Path):
+        found = {
+            path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+    else:
+        _, base = _resolve(folder.uri)
+        found = {info.path.removeprefix(f"{base}/"): info.size for info in folder._files()}
+    return dict(sorted(found.items()))
+
+
+def size_of(path: Location) -> int:
+    """Bytes of a file."""
+    return path.stat().st_size if isinstance(path, Path) else int(path._info().size)
+
+
+def changed_ns(path: Location) -> int:
+    """When a file was last changed, in nanoseconds since the epoch."""
+    return path.stat().st_mtime_ns if isinstance(path, Path) else int(path._info().mtime_ns or 0)
+
+
+@contextmanager
+def open_binary(path: Location, *, buffer_bytes: int = _BUFFER_BYTES) -> Iterator[IO[bytes]]:
+    """A file for reading, at any place in it; a remote one is read in ranges, never as a whole."""
+    if isinstance(path, Path):
+        with open(path, "rb", buffering=buffer_bytes) as file:
+            yield file
+        return
+    filesystem, inner = _resolve(path.uri)
+    with _named(path.uri):
+        raw = filesystem.open_input_file(inner)
+    with io.BufferedReader(raw, buffer_bytes) as file:
+        yield file
+
+
+def glob_files(pattern: str) -> list[str]:
+    """URIs of the files that a URI with the wildcards * ? [...] ** matches, sorted."""
+    from fsspec.utils import glob_translate
+
+    if RemotePath(pattern).is_file():
+        return [RemotePath(pattern).uri]
+    fixed = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
+    folder = RemotePath(fixed)
+    wanted = re.compile(glob_translate(RemotePath(pattern).uri.removeprefix(f"{folder.uri}/")))
+    return [f"{folder.uri}/{name}" for name in files_under(folder) if wanted.fullmatch(name)]
+
+
+def remove(folder: Location, *, first: str | None = None) -> None:
+    """Delete a folder, which need not be there, the file `first` before all others."""
+    if first is not None:
+        (folder / first).unlink(missing_ok=True)
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    _in_threads(lambda name: (folder / name).unlink(missing_ok=True), files_under(folder))
+
+
+def upload(source: Path, target: RemotePath, names: Iterable[str]) -> None:
+    """Copy files, named relative to the two folders, several at a time."""
+    _in_threads(lambda name: upload_file(source / name, target / name), names)
+
+
+def upload_file(source: Path, target: RemotePath) -> None:
+    filesystem, path = _resolve(target.uri)
+    with _named(target.uri), open(source, "rb") as file:
+        if filesystem.type_name.startswith("py::"):
+            filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        with filesystem.open_output_stream(path, compression=None) as stream:
+            shutil.copyfileobj(file, stream, _BUFFER_BYTES)
+
+
+def cache_folder() -> Path:
+    """Where this machine keeps copies of remote files; it may be deleted at any time."""
+    named = os.environ.get(CACHE_VARIABLE)
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "tokendiff"
+
+
+def local_copy(path: Location, *, sha256: str) -> Path:
+    """The file on this machine: itself, or a copy that is made once and checked.
+
+    Raises:
+        CorruptFileError: what is there has not the content that the hash names.
+    """
+    if isinstance(path, Path):
+        return path
+    from filelock import FileLock
+
+    target = cache_folder() / "files" / sha256[:2] / f"{sha256}{path.suffix}"
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if not target.is_file():
+            _download(path, target, sha256)
+    return target
+
+
+def local_folder(folder: Location, files: dict[str, dict[str, Any]], *, digest: str) -> Path:
+    """A folder on this machine: itself, or a copy of its `files` that is made once and checked.
+
+    Args:
+        files: `{"sha256": hex}` by relative path, as in a manifest.
+        digest: names the content of all of them.
+    """
+    if isinstance(folder, Path):
+        return folder
+    from filelock import FileLock
+
+    # The last part keeps its name, which may mean something (checkpoint-400).
+    target = cache_folder() / "folders" / digest / folder.name
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.parent / ".lock"):
+        if not target.is_dir():
+            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+            try:
+                _in_threads(
+                    lambda name: _download(folder / name, temporary / name, files[name]["sha256"]),
+                    files,
+                )
+                temporary.rename(target)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _download(source: RemotePath, target: Path, sha256: str) -> None:
+    import hashlib
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    digest = hashlib.sha256()
+    try:
+        with open_binary(source) as stream, open(temporary, "wb") as file:
+            while block := stream.read(_BUFFER_BYTES):
+                digest.update(block)
+                file.write(block)
+        if digest.hexdigest() != sha256:
+            raise CorruptFileError(
+                f"{source.parent}: {source.name} does not match its MANIFEST "
+                f"(sha256 {digest.hexdigest()[:12]}..., expected {sha256[:12]}...)"
+            )
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _in_threads(work: Any, names: Iterable[str]) -> None:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(work, names))
+
+
+def _resolve(uri: str) -> tuple[Any, str]:
+    """(pyarrow filesystem, path within it)."""
+    scheme, _, rest = uri.partition("://")
+    filesystem, prefix = _filesystem(scheme, rest.partition("/")[0], os.getpid())
+    return filesystem, f"{prefix}{rest}"
+
+
+@functools.lru_cache(maxsize=64)
+def _filesystem(scheme: str, bucket: str, pid: int) -> tuple[Any, str]:
+    """(pyarrow filesystem of a bucket, what its paths begin with before bucket and key).
+
+    Args:
+        pid: a forked process makes its own: connections and threads do not survive a fork.
+    """
+    from pyarrow import fs
+
+    try:
+        if scheme in _ARROW_SCHEMES:
+            filesystem, path = fs.FileSystem.from_uri(f"{scheme}://{bucket}")
+            return filesystem, path.removesuffix(bucket)
+        import fsspec
+
+        handler = fs.FSSpecHandler(fsspec.filesystem(scheme))
+        return fs.PyFileSystem(handler), "/" if scheme == "memory" else ""
+    except (ImportError, OSError, ValueError) as error:
+        raise InputError(
+            f"{scheme}://{bucket}: cannot be opened ({str(error).split(chr(10))[0]}); s3:// and "
+            "gs:// work out of the box, others need their fsspec package"
+        ) from error
+
+
+@contextmanager
+def _named(uri: str) -> Iterator[None]:
+    """Errors of the store, with the URI, which its own messages may lack."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{uri}: no such file") from None
+    except OSError as error:
+        raise OSError(f"{uri}: {str(error).split(chr(10))[0]}") from error
