@@ -242,11 +242,10 @@ def fetch(folder: Location, *, under: str = "") -> Path:
     """
     if isinstance(folder, Path):
         return folder
-    files = load_manifest(folder).files
-    wanted = {name: entry for name, entry in files.items() if name.startswith(under)}
-    copy = local_folder(
-        folder, wanted, digest=fingerprint([folder.uri, wanted, load_manifest(folder).metadata])
-    )
+    manifest = load_manifest(folder)
+    wanted = {name: e for name, e in manifest.files.items() if name.startswith(under)}
+    digest = fingerprint([folder.uri, manifest.metadata, wanted])
+    copy = local_folder(folder, wanted, digest=digest)
     if not under and not is_committed(copy):
         write_atomically(copy / MANIFEST_NAME, (folder / MANIFEST_NAME).read_bytes())
     return copy
