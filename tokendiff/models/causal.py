@@ -85,9 +85,9 @@ class CausalModel(nn.Module):
         kv = torch.arange(width, device=tokens.device)
         end = positions[:, :1] + num_tokens[:, None]
         b = torch.arange(len(rows), device=tokens.device)[:, None, None]
-        is_seen = rule(b, positions[:, :, None], kv) & (kv < end)[:, None]
-        # Padding sees itself: a query with nothing to see has no softmax.
-        is_seen = is_seen | (kv == positions[:, :, None])
+        q = positions[:, :, None]
+        # Padding sees itself alone: a query with nothing to see has no softmax.
+        is_seen = torch.where(q < end[..., None], rule(b, q, kv) & (kv < end)[:, None], kv == q)
         encoder = self.model.base_model if self._is_split else self.model
         # transformers counts the embedding's output as the first, and keeps those alone.
         chosen = [layer + 1 for layer in layers]

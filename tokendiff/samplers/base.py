@@ -104,6 +104,11 @@ class Sampler(ABC):
         return draw((logits - logits.amax(-1, keepdim=True)).exp_(), uniform)
 
 
+def positions_at_once(device: torch.device) -> int:
+    """How many positions' logits are computed together."""
+    return _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK
+
+
 def check_absorbing(kernel: ForwardKernel, reason: str) -> None:
     """Raise ValueError, with the reason, unless the kernel is the absorbing one."""
     if not isinstance(kernel, AbsorbingKernel):
@@ -152,7 +157,7 @@ class Predictor:
             self.num_model_calls += self._unconditional.update(
                 free, is_needed_row & self._is_guided, time
             )
-        size = _CPU_CHUNK if rows.device.type == "cpu" else _GPU_CHUNK
+        size = positions_at_once(rows.device)
         for row, position in zip(rows.split(size), positions.split(size), strict=True):
             yield row, position, self._belief(row, position, x_t[row, position], time[row])
 

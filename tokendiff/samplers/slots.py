@@ -6,6 +6,7 @@ without a copy, and where no prompt is left the last row moves into the gap.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class Slots:
             its last token is in.
         pad: what unknown tokens are, say the mask.
         seed_key: key of the whole job; a row's own key comes from it and the row's id.
+        columns, counts: names of further numbers per row, 0 at its start; `counts` are reported.
+        histograms: names and sizes of what is reported with several numbers per row.
 
     Attributes:
         cache: keys and values of the rows.
@@ -44,6 +47,7 @@ class Slots:
         block_length: int = 1,
         pad: int = 0,
         seed_key: int = 0,
+        columns: Sequence[str] = (),
         counts: Sequence[str] = (),
         histograms: Mapping[str, int] | None = None,
     ) -> None:
@@ -54,17 +58,18 @@ class Slots:
         self._block_length, self._pad, self._seed_key = block_length, pad, seed_key
         self._device = model.device
         self.tokens = torch.full((num_slots, 0), pad, dtype=torch.int64, device=model.device)
-        names = ("prompt_length", "limit", "length", "num_calls", "_keys", *counts)
-        self._columns = {
-            name: torch.zeros(num_slots, dtype=torch.int64, device=model.device) for name in names
-        }
+        names = ("prompt_length", "limit", "length", "num_calls", "_keys", *columns, *counts)
+        self._index: dict[str, int | slice] = {name: index for index, name in enumerate(names)}
+        self._width = len(names)
         for name, size in (histograms or {}).items():
-            self._columns[name] = self.tokens.new_zeros(num_slots, size)
+            self._index[name] = slice(self._width, self._width + size)
+            self._width += size
+        self._table = torch.zeros(num_slots, self._width, dtype=torch.int64, device=model.device)
         self._counts = (*counts, *(histograms or {}))
 
     def __getitem__(self, name: str) -> Tensor:
         """[n] of the rows in use, or [n, size] of a histogram; may be written to."""
-        return self._columns[name][: self.num_rows]
+        return self._table[: self.num_rows, self._index[name]]
 
     @property
     def rows(self) -> Tensor:
@@ -78,10 +83,12 @@ class Slots:
 
     def fill(self, waiting: Iterator[Request]) -> bool:
         """Give free slots to waiting requests; whether any row is in flight then."""
-        while self.num_rows < self._num_slots and (request := next(waiting, None)) is not None:
-            self._requests.append(request)
-            self.num_rows += 1
-            self._place(self.num_rows - 1, request)
+        new = list(islice(waiting, self._num_slots - self.num_rows))
+        if new:
+            rows = range(self.num_rows, self.num_rows + len(new))
+            self._requests += new
+            self.num_rows += len(new)
+            self._place(list(rows), new)
         return self.num_rows > 0
 
     def retire(
@@ -94,14 +101,17 @@ class Slots:
             end: [n] where the tokens end that a finished row keeps.
             is_stopped: [n] bool, whether that is at a stop token.
         """
-        done = is_done.nonzero()[:, 0].tolist()
-        completions = [self._completion(row, int(end[row]), bool(is_stopped[row])) for row in done]
-        for row in reversed(done):  # so that the last row is never one that is still to go
-            request = next(waiting, None)
-            if request is not None:
-                self._requests[row] = request
-                self._place(row, request)
-                continue
+        done = is_done.nonzero()[:, 0]
+        if not done.numel():
+            return []
+        completions = self._completions(done, end[done], is_stopped[done])
+        rows = done.tolist()
+        new = list(islice(waiting, len(rows)))
+        for row, request in zip(rows, new, strict=False):
+            self._requests[row] = request
+        if new:
+            self._place(rows[: len(new)], new)
+        for row in reversed(rows[len(new) :]):  # so that the last row is never one still to go
             last = self.num_rows - 1
             if row != last:
                 self._move(last, row)
@@ -109,36 +119,54 @@ class Slots:
             self.num_rows -= 1
         return completions
 
-    def _completion(self, row: int, end: int, is_stopped: bool) -> Completion:
-        reason: FinishReason = "stop" if is_stopped else "length"
-        begin = int(self._columns["prompt_length"][row])
-        return Completion(
-            id=self._requests[row].id,
-            tokens=self.tokens[row, begin:end].tolist(),
-            finish_reason=reason,
-            num_model_calls=int(self._columns["num_calls"][row]),
-            counts={name: self._columns[name][row].tolist() for name in self._counts},
+    def _completions(self, rows: Tensor, end: Tensor, is_stopped: Tensor) -> list[Completion]:
+        reasons: dict[bool, FinishReason] = {True: "stop", False: "length"}
+        found = zip(
+            rows.tolist(),
+            self._table[rows].tolist(),
+            self.tokens[rows].tolist(),
+            end.tolist(),
+            is_stopped.tolist(),
+            strict=True,
         )
+        return [
+            Completion(
+                id=self._requests[row].id,
+                tokens=tokens[numbers[self._index["prompt_length"]] : last],
+                finish_reason=reasons[stopped],
+                num_model_calls=numbers[self._index["num_calls"]],
+                counts={name: numbers[self._index[name]] for name in self._counts},
+            )
+            for row, numbers, tokens, last, stopped in found
+        ]
 
-    def _place(self, row: int, request: Request) -> None:
-        if not request.prompt:
-            raise ValueError(f"row {request.id}: an empty prompt; there is nothing to continue")
-        length = len(request.prompt)
-        limit = length + self._max_new_tokens
-        self._reserve(-(-limit // self._block_length) * self._block_length)
-        self.tokens[row] = self._pad
-        self.tokens[row, :length] = torch.tensor(request.prompt, device=self._device)
-        for column in self._columns.values():
-            column[row] = 0
-        self._columns["prompt_length"][row] = self._columns["length"][row] = length
-        self._columns["limit"][row] = limit
-        ids = torch.tensor([request.id], device=self._device)
-        self._columns["_keys"][row] = RowGenerator.for_rows(self._seed_key, ids).keys[0]
-        self.cache.crop(*torch.tensor([[row], [0]], device=self._device).unbind())
+    def _place(self, rows: list[int], requests: list[Request]) -> None:
+        for request in requests:
+            if not request.prompt:
+                raise ValueError(f"row {request.id}: an empty prompt; there is nothing to continue")
+        lengths = torch.tensor([len(request.prompt) for request in requests])
+        limits = lengths + self._max_new_tokens
+        self._reserve(int(-(-limits.max() // self._block_length) * self._block_length))
+        tokens = torch.full((len(rows), self.tokens.shape[1]), self._pad, dtype=torch.int64)
+        for row, request in enumerate(requests):
+            tokens[row, : len(request.prompt)] = torch.tensor(request.prompt)
+        ids = torch.tensor([request.id for request in requests])
+        numbers = torch.zeros(len(rows), self._width, dtype=torch.int64)
+        for name, values in (
+            ("prompt_length", lengths),
+            ("length", lengths),
+            ("limit", limits),
+            ("_keys", RowGenerator.for_rows(self._seed_key, ids).keys),
+        ):
+            numbers[:, self._index[name]] = values
+        at = torch.tensor(rows, device=self._device)
+        self.tokens[at] = tokens.to(self._device)
+        self._table[at] = numbers.to(self._device)
+        self.cache.crop(at, torch.zeros_like(at))
 
     def _move(self, source: int, target: int) -> None:
-        for column in (self.tokens, *self._columns.values()):
-            column[target] = column[source]
+        for states in (self.tokens, self._table):
+            states[target] = states[source]
         self._requests[target] = self._requests[source]
         self.cache.move(source, target)
 

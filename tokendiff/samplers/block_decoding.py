@@ -1,0 +1,230 @@
+"""Block after block with a cache of finished blocks: what `sdar` and `block_refinement` share.
+
+Blocks are counted from the first token of the prompt, so the block in which the prompt ends starts
+partly given. In each step the active block is encoded behind the cached ones, candidates are drawn
+at its masks, and a rule says which of them stay. Tokens of a block that was just finished are
+encoded once more as they are now, in the pass in which the next block begins, since their keys and
+values were those of a block with masks in it.
+
+Causal attention (`2d`) allows more: a position's keys and values depend on nothing right of it, so
+every token enters the cache as soon as all left of it are settled.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokendiff.attention_masks import MaskRule, block_causal_by_position
+from tokendiff.interfaces import Decoder
+from tokendiff.samplers.base import positions_at_once
+from tokendiff.samplers.open_ended import PREFILL_CHUNK, OpenEndedSampler, encode_known
+from tokendiff.samplers.slots import Slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockState:
+    """The active blocks of n rows.
+
+    Attributes:
+        tokens: [n, K].
+        is_masked: [n, K] bool.
+        is_given: [n, K] bool, positions of the prompt.
+        step: [n] steps that the block has had.
+    """
+
+    tokens: Tensor
+    is_masked: Tensor
+    is_given: Tensor
+    step: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """What the model would put at each position, [n, K] each; 0 where it was not asked.
+
+    Attributes:
+        confidence: the token's probability under the model, before temperature and filters, the
+            mask having none.
+        entropy: nats, of that whole distribution.
+    """
+
+    tokens: Tensor
+    confidence: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSampler(OpenEndedSampler):
+    """
+    Attributes:
+        mask_token_id: never a candidate, so it is in no completion.
+        block_length: K, as the model was trained.
+    """
+
+    mask_token_id: int
+    block_length: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_length < 1:
+            raise ValueError(f"block_length must be at least 1, got {self.block_length}")
+
+    @abstractmethod
+    def _commit(self, block: BlockState, candidates: Candidates) -> Tensor:
+        """[n, K] bool: which candidates are written. At least one mask goes in every row that has
+        any.
+        """
+
+    @property
+    def _is_causal(self) -> bool:
+        return False
+
+    @property
+    def _edits(self) -> bool:
+        """Whether tokens of the active block may be replaced that were committed before."""
+        return False
+
+    @property
+    def _num_post_steps(self) -> int:
+        """Steps of a block, at most, in which tokens are replaced after its last mask is gone."""
+        return 0
+
+    def _rule(self, limit: Tensor) -> MaskRule:
+        """What a position sees, in rows that end at `limit` [n]."""
+        return block_causal_by_position(self.block_length)
+
+    def _slots(self, model: Decoder, *, num_slots: int, key: int) -> Slots:
+        return Slots(
+            model,
+            num_slots=num_slots,
+            max_new_tokens=self.max_new_tokens,
+            block_length=self.block_length,
+            pad=self.mask_token_id,
+            seed_key=key,
+            columns=("step", "post_step", "num_draws", "is_done", "end", "is_stopped"),
+        )
+
+    def _step(self, model: Decoder, slots: Slots) -> None:
+        begin = self._begin(slots)
+        pending = begin - slots.cache.lengths[: slots.num_rows]
+        is_read = pending <= self.block_length
+        if (rows := (~is_read).nonzero()[:, 0]).numel():
+            chunk = max(PREFILL_CHUNK // self.block_length, 1) * self.block_length
+            counts = pending[rows].clamp(max=chunk)
+            encode_known(model, slots, rows, counts, self._rule(slots["limit"][rows]))
+            slots.cache.extend(rows, counts)
+        # A finished block before the active one makes a row twice as wide: on a GPU that is nearly
+        # free, on a CPU the others are better off without it.
+        is_wide = pending > 0
+        apart = (is_read & is_wide, is_read & ~is_wide)
+        for group in apart if model.device.type == "cpu" else (is_read,):
+            if (rows := group.nonzero()[:, 0]).numel():
+                self._denoise(model, slots, rows)
+
+    def _begin(self, slots: Slots) -> Tensor:
+        """[n] where each row's active block begins: all before it is settled."""
+        return slots["length"] // self.block_length * self.block_length
+
+    def _denoise(self, model: Decoder, slots: Slots, rows: Tensor) -> None:
+        cached = slots.cache.lengths[rows]
+        begin = self._begin(slots)[rows]
+        at = (rows[:, None], begin[:, None] + torch.arange(self.block_length, device=rows.device))
+        is_given = at[1] < slots["prompt_length"][rows, None]
+        tokens = slots.tokens[at]
+        block = BlockState(
+            tokens=tokens,
+            is_masked=(tokens == self.mask_token_id) & ~is_given,
+            is_given=is_given,
+            step=slots["step"][rows],
+        )
+        rule = self._rule(slots["limit"][rows])
+        hidden = encode_known(model, slots, rows, begin + self.block_length - cached, rule)
+        candidates = self._candidates(model, hidden, begin - cached, block, slots, rows)
+        is_written = self._commit(block, candidates)
+        tokens = torch.where(is_written, candidates.tokens, tokens)
+        slots.tokens[at] = tokens
+        slots.cache.extend(rows, begin + self._num_settled(block, is_written) - cached)
+        self._conclude(slots, rows, block, tokens, is_written, begin)
+
+    def _num_settled(self, block: BlockState, is_written: Tensor) -> Tensor:
+        """[n]: tokens from the block's first whose keys and values of this pass are final."""
+        is_final = ~(block.is_masked.any(1) | is_written.any(1))
+        settled = is_final.long() * self.block_length
+        if self._is_causal:
+            is_kept = block.is_given if self._edits else ~block.is_masked
+            settled = torch.maximum(settled, is_kept.long().cumprod(1).sum(1))
+        return settled
+
+    def _conclude(
+        self,
+        slots: Slots,
+        rows: Tensor,
+        block: BlockState,
+        tokens: Tensor,
+        is_written: Tensor,
+        begin: Tensor,
+    ) -> None:
+        """Note which blocks are finished, and which rows."""
+        index = torch.arange(self.block_length, device=rows.device)
+        position, limit = begin[:, None] + index, slots["limit"][rows]
+        is_masked = (tokens == self.mask_token_id) & ~block.is_given
+        first_mask = torch.where(is_masked, index, self.block_length).amin(1)
+        is_new = ~block.is_given & (index < first_mask[:, None]) & (position < limit[:, None])
+        stop_at = self._first_stop(tokens, is_new)
+        is_stopped = stop_at < self.block_length
+        # A pass over a block without masks could only replace tokens.
+        is_post = ~block.is_masked.any(1)
+        post_step = slots["post_step"][rows] + is_post
+        is_over = ~is_masked.any(1)
+        if self._num_post_steps:
+            is_over = is_post & (~is_written.any(1) | (post_step >= self._num_post_steps))
+        settled = begin + (is_over * self.block_length if self._edits else first_mask)
+        slots["is_done"][rows] = (is_stopped | (settled >= limit)).long()
+        slots["end"][rows] = torch.where(is_stopped, begin + stop_at + 1, limit)
+        slots["is_stopped"][rows] = is_stopped.long()
+        slots["step"][rows] = torch.where(is_over, 0, block.step + 1)
+        slots["post_step"][rows] = torch.where(is_over, 0, post_step)
+        slots["length"][rows] = torch.where(
+            is_over, begin + self.block_length, slots["length"][rows]
+        )
+
+    def _finished(self, slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
+        return slots["is_done"].bool(), slots["end"], slots["is_stopped"].bool()
+
+    def _needs(self, block: BlockState) -> Tensor:
+        """[n, K] bool: where candidates are drawn."""
+        return ~block.is_given if self._edits else block.is_masked
+
+    def _candidates(
+        self,
+        model: Decoder,
+        hidden: Tensor,
+        offset: Tensor,
+        block: BlockState,
+        slots: Slots,
+        rows: Tensor,
+    ) -> Candidates:
+        """Candidates from hidden states [n, N, D], in which the block begins at `offset` [n] (below
+        0 where its first tokens are cached).
+        """
+        generator = slots.generator.select(rows).fold_in(slots["num_draws"][rows])
+        uniform = generator.uniform(self.block_length)
+        slots["num_draws"][rows] += 1
+        tokens = torch.zeros_like(block.tokens)
+        confidence = torch.zeros_like(block.tokens, dtype=torch.float32)
+        entropy = torch.zeros_like(confidence)
+        which, position = self._needs(block).nonzero(as_tuple=True)
+        size = positions_at_once(rows.device)
+        mask = torch.tensor([self.mask_token_id], device=rows.device)
+        for row, place in zip(which.split(size), position.split(size), strict=True):
+            logits = model.head(hidden[row, offset[row] + place]).float()
+            # index_fill copies, and the head's own tensor is left alone.
+            logits = logits.index_fill(-1, mask, -torch.inf)
+            drawn = self._draw(logits, uniform[row, place])
+            log_p = logits.log_softmax(-1)
+            tokens[row, place] = drawn
+            confidence[row, place] = log_p.gather(-1, drawn[:, None])[:, 0].exp()
+            entropy[row, place] = -(log_p.exp() * log_p.clamp(min=torch.finfo().min)).sum(-1)
+        return Candidates(tokens=tokens, confidence=confidence, entropy=entropy)

@@ -1,0 +1,83 @@
+"""Which of a block's candidates are committed in a step: pure functions, a row's result depending
+on that row alone.
+
+Ties go to the position further left. A position that is not masked is never chosen.
+
+Sources: LLaDA (arXiv 2502.09992), SDAR (arXiv 2510.06303), EB-Sampler (arXiv 2505.24857),
+LLaDA2.1 for editing.
+"""
+
+import torch
+from torch import Tensor
+
+
+def quotas(block_length: int, num_steps: int) -> Tensor:
+    """[num_steps] int64: the block spread over the steps, the remainder over the first ones.
+
+    Steps beyond the block's length get 1 all the same: a step that commits nothing would be the
+    same again.
+    """
+    if block_length < 1 or num_steps < 1:
+        raise ValueError(
+            f"a block of {block_length} tokens cannot be spread over {num_steps} steps"
+        )
+    step = torch.arange(num_steps)
+    return (block_length // num_steps + (step < block_length % num_steps).long()).clamp(min=1)
+
+
+def commit_leftmost(is_masked: Tensor, quota: Tensor) -> Tensor:
+    """The leftmost masked positions.
+
+    Args:
+        is_masked: [n, K] bool.
+        quota: [n] int64, positions at most.
+
+    Returns:
+        [n, K] bool.
+    """
+    return is_masked & (is_masked.cumsum(1) <= quota[:, None])
+
+
+def commit_most_confident(confidence: Tensor, is_masked: Tensor, quota: Tensor) -> Tensor:
+    """The masked positions of most confidence [n, K], `quota` [n] of them or all there are."""
+    return is_masked & (_rank(-confidence, is_masked) < quota[:, None])
+
+
+def commit_confident(
+    confidence: Tensor, is_masked: Tensor, quota: Tensor, *, threshold: float
+) -> Tensor:
+    """Every masked position with confidence above `threshold`, and never fewer than `quota` [n]."""
+    is_confident = is_masked & (confidence > threshold)
+    return is_confident | commit_most_confident(confidence, is_masked, quota)
+
+
+def commit_entropy_bounded(entropy: Tensor, is_masked: Tensor, *, bound: float) -> Tensor:
+    """The masked positions of least entropy, as many as have a summed entropy of at most `bound`,
+    the largest of them not counted: always one at least.
+
+    What is left out bounds from above how much the tokens that are committed together depend on
+    each other (EB-Sampler, eq. 6).
+
+    Args:
+        entropy: [n, K] nats, of the whole predictive distribution of a position.
+    """
+    rank = _rank(entropy, is_masked)
+    # Where ranks of masked positions are 0..m-1, sorting by rank is what makes a running sum.
+    by_rank = torch.zeros_like(entropy).scatter(1, rank, entropy.masked_fill(~is_masked, 0.0))
+    before = (by_rank.cumsum(1) - by_rank).gather(1, rank)
+    return is_masked & ((rank == 0) | (before <= bound))
+
+
+def edit_confident(
+    confidence: Tensor, candidates: Tensor, tokens: Tensor, is_editable: Tensor, *, threshold: float
+) -> Tensor:
+    """[n, K] bool: committed tokens that a candidate of confidence above `threshold` replaces."""
+    return is_editable & (candidates != tokens) & (confidence > threshold)
+
+
+def _rank(cost: Tensor, is_masked: Tensor) -> Tensor:
+    """[n, K] int64: 0 for the masked position of least cost; those not masked come last."""
+    order = cost.masked_fill(~is_masked, torch.inf).argsort(dim=1, stable=True)
+    # A masked position of infinite cost must still come before those that are not masked.
+    order = order.gather(1, (~is_masked).gather(1, order).long().argsort(dim=1, stable=True))
+    return order.argsort(dim=1)
