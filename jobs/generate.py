@@ -1,10 +1,14 @@
-"""Sample from a checkpoint, in batches, on any number of actors.
+"""Sample from a checkpoint, in batches, on any number of actors, or continue prompts with it or
+with any causal language model.
 
 Writes part files (jsonl or Parquet) with id, prompt, tokens, text, model calls and seconds;
 running the same command again goes on where it stopped.
 
     python -m jobs.generate --checkpoint_path mdlm-output/final --num_samples 4 --seq_len 64 \\
         --num_inference_steps 128 --output_dir mdlm-output/samples
+    python -m jobs.generate --model_id JetLM/SDAR-1.7B-Chat --sampler sdar --block_length 4 \\
+        --denoising_steps 4 --max_new_tokens 256 --use_chat_template --add_generation_prompt \\
+        --prompt "Explain what reinforcement learning is in simple terms."
 """
 
 import sys
@@ -24,9 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         hidden=("cluster.num_workers", "cluster.max_failures"),
     )
     config = args.config.generate
-    if config is None or config.checkpoint_path is None:
+    if config is None or (config.checkpoint_path is None and config.model_id is None):
         raise InputError(
-            "--checkpoint_path is missing: a checkpoint-N or final folder of jobs.train"
+            "--checkpoint_path is missing: a checkpoint-N or final folder of jobs.train; or, for "
+            "samplers that continue prompts, --model_id: a causal language model"
         )
     from pipelines.paths import input_path
     from pipelines.runner import run_job
@@ -37,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     stage = generate_stage(
         args.config,
         folder=config.output_dir or "generate-output",
-        checkpoint_path=input_path(config.checkpoint_path, what="checkpoint_path"),
+        checkpoint_path=config.checkpoint_path
+        and input_path(config.checkpoint_path, what="checkpoint_path"),
     )
     result = run_job([stage], args.config)
     if not args.json:

@@ -177,7 +177,7 @@ def generate_stage(
     config: Config,
     folder: str | Path,
     *,
-    checkpoint_path: str,
+    checkpoint_path: str | None,
     keyed: Config | None = None,
     kind: str = "generate",
     **kwargs: Any,
@@ -199,10 +199,12 @@ def generate_stage(
 
     def result(stage: Stage) -> dict[str, Any]:
         metadata = load_manifest(stage.folder).metadata
-        figures = {name: metadata[name] for name in ("rows", "seq_len", "tokens_per_second")}
+        names = ("rows", "seq_len", "num_model_calls", "tokens_per_forward", "tokens_per_second")
+        figures = {name: metadata.get(name) for name in names}
         return {**figures, "output_dir": str(stage.folder)}
 
-    settings = {**keyed_section.result_fields(), "inputs": identity_of(*keyed_section.prompts)}
+    inputs = identity_of(*keyed_section.prompts, keyed_section.model_id)
+    settings = {**keyed_section.result_fields(), "inputs": inputs}
     return _stage(kind, settings, folder, action, result, **kwargs)
 
 

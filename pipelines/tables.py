@@ -69,8 +69,13 @@ def _training_lines(results: Results) -> list[tuple[str, str]]:
             )
         )
     if (samples := results.get("generate")) and samples["tokens_per_second"]:
+        forward = samples["tokens_per_forward"]
         lines.append(
-            ("sampling", f"{samples['rows']} samples, {samples['tokens_per_second']:,.0f} tokens/s")
+            (
+                "sampling",
+                f"{samples['rows']} samples, {samples['tokens_per_second']:,.0f} tokens/s"
+                + (f", {forward:.2f} tokens per forward pass" if forward else ""),
+            )
         )
     return lines
 

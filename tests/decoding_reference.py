@@ -57,7 +57,8 @@ def confident(masked: list[Place], count: int, threshold: float) -> set[int]:
 
 def entropy_bounded(masked: list[Place], bound: float) -> set[int]:
     rising = sorted(masked, key=lambda place: (place.entropy, place.index))
-    chosen, total = set(), 0.0
+    chosen: set[int] = set()
+    total = 0.0
     for place in rising:
         if chosen and total > bound:
             break

@@ -38,30 +38,32 @@ def rule_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 Loop = Callable[[list[reference.Place], int], set[int]]
-RULES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], Loop]] = {
-    "leftmost": (
-        lambda c, e, m, q: commit_rules.commit_leftmost(m, q),
-        reference.leftmost,
-    ),
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def confident_pair(threshold: float) -> tuple[Rule, Loop]:
+    def rule(confidence: Tensor, entropy: Tensor, is_masked: Tensor, quota: Tensor) -> Tensor:
+        return commit_rules.commit_confident(confidence, is_masked, quota, threshold=threshold)
+
+    return rule, lambda masked, count: reference.confident(masked, count, threshold)
+
+
+def entropy_pair(bound: float) -> tuple[Rule, Loop]:
+    def rule(confidence: Tensor, entropy: Tensor, is_masked: Tensor, quota: Tensor) -> Tensor:
+        return commit_rules.commit_entropy_bounded(entropy, is_masked, bound=bound)
+
+    return rule, lambda masked, count: reference.entropy_bounded(masked, bound)
+
+
+RULES: dict[str, tuple[Rule, Loop]] = {
+    "leftmost": (lambda c, e, m, q: commit_rules.commit_leftmost(m, q), reference.leftmost),
     "most_confident": (
         lambda c, e, m, q: commit_rules.commit_most_confident(c, m, q),
         reference.most_confident,
     ),
-    **{
-        f"confident {threshold}": (
-            lambda c, e, m, q, t=threshold: commit_rules.commit_confident(c, m, q, threshold=t),
-            lambda masked, count, t=threshold: reference.confident(masked, count, t),
-        )
-        for threshold in (0.0, 0.25, 0.5, 2.0)
-    },
-    **{
-        f"entropy_bounded {bound}": (
-            lambda c, e, m, q, b=bound: commit_rules.commit_entropy_bounded(e, m, bound=b),
-            lambda masked, count, b=bound: reference.entropy_bounded(masked, b),
-        )
-        for bound in (0.0, 0.125, 0.5, 1.0, 100.0)
-    },
-}  # type: ignore[dict-item]
+    **{f"confident {threshold}": confident_pair(threshold) for threshold in (0.0, 0.25, 0.5, 2.0)},
+    **{f"entropy_bounded {b}": entropy_pair(b) for b in (0.0, 0.125, 0.5, 1.0, 100.0)},
+}
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -114,7 +116,7 @@ def block_model(*, seed: int = 0, **changes: Any) -> CountingModel:
 
 
 def sdar(**changes: Any) -> SDARSampler:
-    fields = {
+    fields: dict[str, Any] = {
         "mask_token_id": MASK,
         "max_new_tokens": 14,
         "block_length": 4,
@@ -126,7 +128,7 @@ def sdar(**changes: Any) -> SDARSampler:
 
 
 def refinement(**changes: Any) -> BlockRefinementSampler:
-    fields = {
+    fields: dict[str, Any] = {
         "mask_token_id": MASK,
         "max_new_tokens": 14,
         "block_length": 4,
@@ -140,7 +142,7 @@ def refinement(**changes: Any) -> BlockRefinementSampler:
 
 def expected_of(sampler: BlockSampler, model: Any, prompt: Sequence[int]) -> tuple[list[int], int]:
     """The reference with the parameters of `sampler`."""
-    common = {
+    common: dict[str, Any] = {
         "num_new": sampler.max_new_tokens,
         "block_length": sampler.block_length,
         "mask": sampler.mask_token_id,
@@ -232,7 +234,7 @@ def test_rows_in_a_batch_with_a_cache_are_each_row_alone_without(
     for request in requests:
         # One pass for a prompt of more than a block, and then as many as without a cache: finished
         # blocks are encoded anew in the pass in which the next one begins.
-        reads = request.prompt and (len(request.prompt) // sampler.block_length > 1)
+        reads = len(request.prompt) // sampler.block_length > 1
         assert calls[request.id][0] == expected[request.id][1] + int(reads)
         assert calls[request.id][1] == calls[request.id][0]
 

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pytest
 from pydantic import BeforeValidator, Field
@@ -14,13 +14,12 @@ from jobs import cli
 from tests.builders import objective_configs, objective_names
 from tokendiff.config import (
     AncestralConfig,
-    BlockwiseConfig,
     Config,
-    FirstHittingConfig,
+    FixedLengthSamplerConfig,
     GenerateConfig,
     MDLMConfig,
+    OpenEndedSamplerConfig,
     PreprocessConfig,
-    RemaskingConfig,
     Section,
     TrainConfig,
 )
@@ -103,7 +102,7 @@ def test_help_has_every_field_once(
         for objective in objective_configs():
             names |= set(objective.model_fields) - {"name"}
     if "generate" in sections:
-        for sampler in (AncestralConfig, BlockwiseConfig, RemaskingConfig, FirstHittingConfig):
+        for sampler in get_args(FixedLengthSamplerConfig) + get_args(OpenEndedSamplerConfig):
             names |= set(sampler.model_fields) - {"name"}
     flags = [word for word in text.split() if word.startswith("--") and word != "--help"]
     flags = [

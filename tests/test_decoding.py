@@ -265,11 +265,15 @@ def test_sdar_opens_as_the_qwen3_that_it_is(tmp_path: Path) -> None:
 def test_stop_tokens_are_those_of_tokenizer_and_generation_config(tmp_path: Path) -> None:
     qwen3 = tiny_causal(vocab_size=V)
     qwen3.generation_config.eos_token_id = [9, 11]
-    model, tokenizer = open_causal(saved(tmp_path, qwen3))
-    assert find_stop_tokens(model.model, tokenizer) == (2, 9, 11)
-    tokenizer.eos_token = None
-    qwen3.generation_config.eos_token_id = None
-    assert find_stop_tokens(qwen3, tokenizer) == ()
+    name = saved(tmp_path, qwen3)
+    model, tokenizer = open_causal(name)
+    config = model.model.config
+    assert find_stop_tokens(name, config, tokenizer) == (2, 9, 11)
+    (tmp_path / "generation_config.json").unlink()
+    config.eos_token_id = 5
+    assert find_stop_tokens(name, config, tokenizer) == (2, 5)
+    tokenizer.eos_token = config.eos_token_id = None
+    assert find_stop_tokens(name, config, tokenizer) == ()
 
 
 class _Deaf(CausalModel):

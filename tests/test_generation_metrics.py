@@ -22,7 +22,11 @@ from transformers import (
 )
 
 from tokendiff.errors import InputError
-from tokendiff.evaluation.generation_metrics import generation_metrics, unigram_entropy_nats
+from tokendiff.evaluation.generation_metrics import (
+    cost_metrics,
+    generation_metrics,
+    unigram_entropy_nats,
+)
 from tokendiff.evaluation.reference import generative_perplexity
 
 VOCABULARY = [
@@ -226,3 +230,13 @@ def test_what_is_not_a_causal_lm_is_refused(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(InputError, match="cannot be opened"):
         score(str(tmp_path / "good"))
+
+
+def test_cost_of_samples() -> None:
+    metrics = cost_metrics([10, 3, 0], [4, 2, 0], ["length", "stop", "length"])
+    assert metrics == {
+        "num_model_calls": pytest.approx(2.0),
+        "tokens_per_forward": pytest.approx(13 / 6),
+        "stopped_fraction": pytest.approx(1 / 3),
+    }
+    assert "tokens_per_forward" not in cost_metrics([0], [0], ["length"])

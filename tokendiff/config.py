@@ -498,8 +498,121 @@ class FirstHittingConfig(_SamplerConfig):
     name: Literal["first_hitting"] = "first_hitting"
 
 
+class _OpenEndedConfig(Section):
+    """Fields that all samplers have that continue a prompt until a stop token."""
+
+    temperature: float = Field(
+        1.0, ge=0.0, description="of the predicted distribution; 0 is argmax"
+    )
+    top_k: int | None = Field(None, ge=1, description="keep the k likeliest tokens")
+    top_p: float | None = Field(
+        None, gt=0.0, le=1.0, description="keep the likeliest tokens of this total"
+    )
+    stop_token_ids: list[int] = Field(
+        [],
+        description="ids that end a completion, beside the tokenizer's EOS and those of the "
+        "model's generation config",
+    )
+
+    @model_validator(mode="after")
+    def _filters_are_used(self) -> "_OpenEndedConfig":
+        if self.temperature == 0.0 and (self.top_k is not None or self.top_p is not None):
+            raise ValueError("top_k and top_p have no effect at temperature 0 (argmax)")
+        return self
+
+
+class AutoregressiveSamplerConfig(_OpenEndedConfig):
+    """Token after token, of any causal language model."""
+
+    name: Literal["ar"] = "ar"
+    max_new_tokens: int = Field(256, ge=1, description="tokens of a completion at most")
+
+
+class SDARSamplerConfig(_OpenEndedConfig):
+    """Block diffusion with a cache of finished blocks. Source: SDAR (arXiv 2510.06303)."""
+
+    name: Literal["sdar"] = "sdar"
+    max_new_tokens: int = Field(256, ge=1, description="tokens of a completion at most")
+    block_length: int | None = Field(
+        None, ge=1, description="tokens of a block; by default as the model was trained, else 4"
+    )
+    denoising_steps: int = Field(4, ge=1, description="steps of a block at most")
+    remasking_strategy: Literal[
+        "sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded"
+    ] = Field("low_confidence_dynamic", description="which tokens of a block a step commits")
+    confidence_threshold: float = Field(
+        0.85, ge=0.0, description="low_confidence_dynamic commits all above this probability"
+    )
+    entropy_threshold: float = Field(
+        0.5, ge=0.0, description="nats; entropy_bounded commits tokens up to this total"
+    )
+
+    @model_validator(mode="after")
+    def _thresholds_are_used(self) -> "SDARSamplerConfig":
+        beside = f"remasking_strategy {self.remasking_strategy!r}"
+        if self.remasking_strategy != "low_confidence_dynamic":
+            self._refuse_ignored(("confidence_threshold",), beside)
+        if self.remasking_strategy != "entropy_bounded":
+            self._refuse_ignored(("entropy_threshold",), beside)
+        return self
+
+
+class BlockRefinementSamplerConfig(_OpenEndedConfig):
+    """Blocks filled in by confidence, and edited. Source: LLaDA2.0 and 2.1."""
+
+    name: Literal["block_refinement"] = "block_refinement"
+    temperature: float = Field(
+        0.0, ge=0.0, description="of the predicted distribution; 0 is argmax"
+    )
+    gen_length: int = Field(256, ge=1, description="tokens of a completion at most")
+    block_length: int | None = Field(
+        None, ge=1, description="tokens of a block; by default as the model was trained, else 32"
+    )
+    num_inference_steps: int = Field(32, ge=1, description="steps that a block is spread over")
+    threshold: float = Field(
+        0.7,
+        ge=0.0,
+        description="a step commits all candidates above this probability; above 1, none for that",
+    )
+    minimal_topk: int = Field(1, ge=1, description="tokens that a step commits at least")
+    editing_threshold: float | None = Field(
+        None,
+        gt=0.0,
+        description="committed tokens are replaced by others above this probability; "
+        "by default they stay",
+    )
+    max_post_steps: int = Field(
+        16, ge=0, description="steps of a block, at most, that only edit, after its last mask"
+    )
+    eos_early_stop: bool = Field(
+        True, description="false: stop tokens end nothing, gen_length tokens are written"
+    )
+    attention_mask_mode: Literal["2d", "4d", "auto"] = Field(
+        "auto",
+        description="2d: a causal model as it is; 4d: a block sees itself whole; auto: as the "
+        "model was trained",
+    )
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> "BlockRefinementSamplerConfig":
+        if self.editing_threshold is None:
+            self._refuse_ignored(("max_post_steps",), "editing_threshold null")
+        if not self.eos_early_stop:
+            self._refuse_ignored(("stop_token_ids",), "eos_early_stop false")
+        if self.minimal_topk > self.gen_length:
+            raise ValueError(
+                f"minimal_topk {self.minimal_topk} must not exceed gen_length {self.gen_length}"
+            )
+        return self
+
+
+# Rows of one length, filled in anywhere; and prompts that are continued until a stop token.
+FixedLengthSamplerConfig = AncestralConfig | BlockwiseConfig | RemaskingConfig | FirstHittingConfig
+OpenEndedSamplerConfig = (
+    AutoregressiveSamplerConfig | BlockRefinementSamplerConfig | SDARSamplerConfig
+)
 SamplerConfig = Annotated[
-    AncestralConfig | BlockwiseConfig | RemaskingConfig | FirstHittingConfig,
+    FixedLengthSamplerConfig | OpenEndedSamplerConfig,
     Field(discriminator="name"),
     _named("ancestral"),
 ]
@@ -509,10 +622,27 @@ class GenerateConfig(Section):
     """Checkpoint and prompts to samples."""
 
     checkpoint_path: str | None = operational(None, description="a checkpoint-N/ or final/ folder")
+    model_id: str | None = Field(
+        None,
+        min_length=1,
+        description="in place of checkpoint_path: a causal language model that is no checkpoint "
+        "of ours, by its transformers name or folder",
+    )
+    trust_remote_code: bool = Field(
+        False, description="run code that comes with model_id, where transformers has none for it"
+    )
     output_dir: str | None = operational(None, description="folder for the samples")
     prompt: list[str] = Field([], description="a prompt; may be given several times")
     prompts: list[str] = Field(
-        [], description="prompt files or globs: .txt (a prompt a line) or .jsonl (prompt)"
+        [],
+        description="prompt files or globs: .txt (a prompt a line), .jsonl or .parquet (prompt, or "
+        "messages of a chat)",
+    )
+    use_chat_template: bool = Field(
+        False, description="prompts are what a user says, written out by the chat template"
+    )
+    add_generation_prompt: bool = Field(
+        False, description="a chat ends with what an answer begins with"
     )
     num_samples: int = Field(4, ge=1, description="samples, or samples per prompt")
     seq_len: int | None = Field(
@@ -521,12 +651,39 @@ class GenerateConfig(Section):
         description="tokens of a sample, its prompt included; by default the trained max_length",
     )
     sampler: SamplerConfig = Field(AncestralConfig(), description="how samples are drawn")
-    batch_size: int = Field(16, ge=1, description="rows that are sampled together")
+    batch_size: int = Field(
+        16,
+        ge=1,
+        description="rows that are sampled together; where rows end at different times, rows in "
+        "flight",
+    )
     output_format: Literal["jsonl", "parquet"] = Field(
         "jsonl", description="format of the part files"
     )
     mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16 autocast")
     seed: int = Field(0, ge=0, lt=2**63, description="with a row's id, decides its randomness")
+
+    @property
+    def is_open_ended(self) -> bool:
+        return isinstance(self.sampler, OpenEndedSamplerConfig)
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> "GenerateConfig":
+        sampler = f"sampler {self.sampler.name!r}"
+        if self.model_id is None:
+            self._refuse_ignored(("trust_remote_code",), "no model_id")
+        elif self.checkpoint_path is not None:
+            raise ValueError("checkpoint_path and model_id both name the model; give one")
+        elif not self.is_open_ended:
+            raise ValueError(
+                f"{sampler} needs a checkpoint of ours, whose noise process is known: give "
+                "checkpoint_path, or a sampler that continues prompts (ar, sdar, block_refinement)"
+            )
+        if self.is_open_ended:
+            self._refuse_ignored(("seq_len",), sampler)
+        if not self.use_chat_template and not self.prompts:
+            self._refuse_ignored(("add_generation_prompt",), "prompts that are no chats")
+        return self
 
 
 class EvaluateConfig(Section):
@@ -702,6 +859,8 @@ class Config(Section):
     def generate_problems(self) -> list[str]:
         """Why samples cannot be drawn from what these sections train."""
         max_length = self.preprocess.max_length
+        if self.generate and self.generate.model_id is not None:
+            return ["generate.model_id: samples are drawn from what is trained here; remove it"]
         if self.generate and (self.generate.seq_len or 0) > max_length:
             return [
                 f"generate.seq_len {self.generate.seq_len} exceeds preprocess.max_length "

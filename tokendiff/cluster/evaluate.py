@@ -23,12 +23,16 @@ from tokendiff.cluster.session import (
 from tokendiff.config import AncestralConfig, GenerateConfig
 from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.rows import TokenData
-from tokendiff.data.samples import read_samples
+from tokendiff.data.samples import num_new_tokens, read_samples
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.evaluation.bound import Bound, summarize
 from tokendiff.evaluation.certificate import CERTIFICATE, Check, counts, write_certificate
 from tokendiff.evaluation.evaluator import Evaluator, evaluation_rows
-from tokendiff.evaluation.generation_metrics import generation_metrics, unigram_entropy_nats
+from tokendiff.evaluation.generation_metrics import (
+    cost_metrics,
+    generation_metrics,
+    unigram_entropy_nats,
+)
 from tokendiff.evaluation.report import write_report
 from tokendiff.evaluation.summary import make_report
 from tokendiff.manifest import (
@@ -297,6 +301,14 @@ def evaluate(
     process = NoiseProcess.load(checkpoint)
     if samples:
         metrics |= generation_metrics([_generated(record) for record in samples])
+        metrics |= cost_metrics(
+            [num_new_tokens(record) for record in samples],
+            [record["num_model_calls"] for record in samples],
+            [record.get("finish_reason", "length") for record in samples],
+        )
+        speed = load_manifest(Path(str(samples_path))).metadata["tokens_per_second"]
+        if speed is not None:  # None where all parts were there already
+            metrics["sampled_tokens_per_second"] = speed
         if config.reference_model_name_or_path is not None:
             texts = [record["text"] for record in samples]
             metrics |= score_with_reference(

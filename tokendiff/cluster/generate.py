@@ -16,12 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray.data
 
-from tokendiff.checkpoint import (
-    NoiseProcess,
-    checkpoint_identity,
-    load_tokenizer,
-    open_checkpoint,
-)
+from tokendiff.checkpoint import checkpoint_identity, open_checkpoint
 from tokendiff.cluster.session import (
     data_context,
     set_up_torch,
@@ -29,7 +24,7 @@ from tokendiff.cluster.session import (
     wants_gpu,
 )
 from tokendiff.data.prompts import GenerationRow, generation_rows
-from tokendiff.data.samples import KIND, write_part
+from tokendiff.data.samples import KIND, num_new_tokens, write_part
 from tokendiff.errors import InputError
 from tokendiff.manifest import (
     Manifest,
@@ -40,7 +35,9 @@ from tokendiff.manifest import (
     load_manifest,
     write_atomically,
 )
-from tokendiff.models.sampling import SamplingModel, check_sampler, encode_prompt
+from tokendiff.models.causal import causal_identity
+from tokendiff.models.completion import CompletionModel, CompletionSetup
+from tokendiff.models.sampling import SamplingModel, check_prompts
 from tokendiff.storage import Location
 from tokendiff.training.trainer import OnEvent
 
@@ -56,36 +53,41 @@ class _PartSampler:
 
     def __init__(
         self,
-        checkpoint: Path,
+        checkpoint: Path | None,
         config: "GenerateConfig",
         cluster: "ClusterConfig",
         use_gpu: bool,
         num_actors: int,
     ) -> None:
         device = set_up_torch(cluster, use_gpu=use_gpu, num_processes=num_actors)
-        self._config = config
-        self._model = SamplingModel(checkpoint, config, device=device)
+        self._model: SamplingModel | CompletionModel
+        if config.is_open_ended:
+            self._model = CompletionModel(config, checkpoint=checkpoint, device=device)
+        else:
+            assert checkpoint is not None
+            self._model = SamplingModel(checkpoint, config, device=device)
 
     def __call__(self, items: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for text in items["part"]:
             part = json.loads(text)
             start = time.perf_counter()
             rows = [GenerationRow(**row) for row in part["rows"]]
-            size = self._config.batch_size
-            records = [
-                record
-                for at in range(0, len(rows), size)
-                for record in self._model.sample(rows[at : at + size])
-            ]
+            records = sorted(self._model.samples(rows), key=lambda record: record["id"])
             write_part(Path(part["path"]), records)
-            yield {"rows": [len(rows)], "seconds": [time.perf_counter() - start]}
+            new = [num_new_tokens(record) for record in records]
+            yield {
+                "rows": [len(rows)],
+                "new_tokens": [sum(new)],
+                "model_calls": [sum(record["num_model_calls"] for record in records)],
+                "seconds": [time.perf_counter() - start],
+            }
 
 
 def generate(
     config: "GenerateConfig",
     cluster: "ClusterConfig",
     *,
-    checkpoint_path: str,
+    checkpoint_path: str | None,
     output_dir: Path,
     on_event: OnEvent,
 ) -> Manifest:
@@ -94,18 +96,27 @@ def generate(
 
     Running it again goes on where it stopped, or returns at once where it is finished.
 
+    Args:
+        checkpoint_path: None where the config gives a model_id.
+
     Raises:
-        InputError: no such checkpoint, a prompt that does not fit, or output_dir holds other
-            samples.
+        InputError: no such checkpoint or model, a prompt that does not fit, or output_dir holds
+            other samples.
     """
-    checkpoint = open_checkpoint(checkpoint_path)
+    if (checkpoint_path is None) == (config.model_id is None):
+        raise InputError("give either a checkpoint_path or a model_id to sample from")
+    checkpoint = None if checkpoint_path is None else open_checkpoint(checkpoint_path)
     rows = generation_rows(config)
     seq_len = _check_prompts(checkpoint, config, rows)
+    source = config.model_id if checkpoint is None else str(checkpoint)
+    source_files = (
+        causal_identity(str(source)) if checkpoint is None else checkpoint_identity(checkpoint)
+    )
     identity = fingerprint(
         {
             "config": config.result_fields(),
             "rows": [dataclasses.asdict(row) for row in rows],
-            "checkpoint": checkpoint_identity(checkpoint),
+            "checkpoint": source_files,
         }
     )
     if is_committed(output_dir):
@@ -115,48 +126,47 @@ def generate(
     mark = _claim(output_dir, identity)
     parts = _parts(rows, config, output_dir)
     missing = [part for part in parts if not Path(part["path"]).is_file()]
-    seconds, done = (
-        0.0,
-        sum(len(part["rows"]) for part in parts) - sum(len(part["rows"]) for part in missing),
-    )
+    done = sum(len(part["rows"]) for part in parts) - sum(len(part["rows"]) for part in missing)
+    total = dict.fromkeys(("new_tokens", "model_calls", "seconds"), 0)
     on_event("progress", done=done, total=len(rows))
     for counts in _sample_parts(missing, checkpoint, config, cluster, on_event):
-        seconds += counts["seconds"]
+        total = {name: value + counts[name] for name, value in total.items()}
         done += counts["rows"]
         on_event("progress", done=done, total=len(rows))
-    tokens = sum(len(part["rows"]) for part in missing) * seq_len
     metadata = {
         "identity": identity,
         "config": config.result_fields(),
-        "checkpoint": str(checkpoint),
-        "checkpoint_files": checkpoint_identity(checkpoint),
+        "checkpoint": source,
+        "checkpoint_files": source_files,
         "rows": len(rows),
         "seq_len": seq_len,
-        "tokens_per_second": tokens / seconds if seconds else None,
+        # Of the parts that this run made.
+        "num_model_calls": total["model_calls"] or None,
+        "tokens_per_forward": _ratio(total["new_tokens"], total["model_calls"]),
+        "tokens_per_second": _ratio(total["new_tokens"], total["seconds"]),
     }
     manifest = commit(output_dir, kind=KIND, metadata=metadata)
     mark.unlink()
     return manifest
 
 
-def _check_prompts(checkpoint: Path, config: "GenerateConfig", rows: list[GenerationRow]) -> int:
-    """The length of a sample, after checking that the process, the length and every prompt fit."""
-    process = NoiseProcess.load(checkpoint)
-    seq_len = config.seq_len or process.max_length
-    if seq_len > process.max_length:
-        raise InputError(
-            f"seq_len {seq_len}: the checkpoint was trained on rows of {process.max_length} tokens "
-            "and knows no longer ones"
-        )
-    check_sampler(config.sampler, process, seq_len=seq_len)
-    tokenizer = load_tokenizer(checkpoint)
-    for prompt in {row.prompt for row in rows if row.prompt is not None}:
-        length = len(encode_prompt(tokenizer, prompt))
-        if length > seq_len:
-            raise InputError(
-                f"prompt {prompt[:60]!r} has {length} tokens; it must fit seq_len {seq_len}"
-            )
-    return seq_len
+def _ratio(new_tokens: float, per: float) -> float | None:
+    return new_tokens / per if per else None
+
+
+def _check_prompts(
+    checkpoint: Path | None, config: "GenerateConfig", rows: list[GenerationRow]
+) -> int | None:
+    """The length of a sample (None where each row has its own), after checking that sampler, model
+    and every prompt go together.
+    """
+    if not config.is_open_ended:
+        assert checkpoint is not None, "GenerateConfig sees to it"
+        return check_prompts(checkpoint, config, rows)
+    setup = CompletionSetup.of(config, checkpoint)
+    for row in rows[:: config.num_samples]:  # the others repeat these prompts
+        setup.request(row)
+    return None
 
 
 def _claim(output_dir: Location, identity: str) -> Location:
@@ -194,7 +204,7 @@ def _parts(
 
 def _sample_parts(
     parts: list[dict[str, Any]],
-    checkpoint: Path,
+    checkpoint: Path | None,
     config: "GenerateConfig",
     cluster: "ClusterConfig",
     on_event: OnEvent,

@@ -1,16 +1,19 @@
-"""Prompts from the command line and from files, as rows with stable ids."""
+"""Prompts from the command line and from files, as rows with stable ids, and as token ids."""
 
 import glob
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokendiff.errors import InputError
 
 if TYPE_CHECKING:
     from tokendiff.config import GenerateConfig
+
+Message = dict[str, Any]  # role and content, as chat templates read them
+Prompt = str | list[Message]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,18 +22,18 @@ class GenerationRow:
 
     Attributes:
         id: its place in the whole job; with the seed it decides the row's randomness.
-        prompt: text that the sample begins with, or None.
+        prompt: text, or the messages of a chat, that the sample begins with; or None.
     """
 
     id: int
-    prompt: str | None
+    prompt: Prompt | None
 
 
 def generation_rows(config: "GenerateConfig") -> list[GenerationRow]:
     """`num_samples` rows per prompt, prompts in the order given; without prompts, `num_samples`
     rows in all.
     """
-    prompts: list[str | None] = [*config.prompt]
+    prompts: list[Prompt | None] = [*config.prompt]
     for pattern in config.prompts:
         prompts += list(_prompts_of(pattern))
     if not prompts:
@@ -41,35 +44,172 @@ def generation_rows(config: "GenerateConfig") -> list[GenerationRow]:
     return [GenerationRow(id=index, prompt=prompt) for index, prompt in enumerate(repeated)]
 
 
-def _prompts_of(pattern: str) -> Iterator[str]:
+def prompt_text(prompt: Prompt | None) -> str | None:
+    """The prompt as records hold it: as it was given, messages as JSON."""
+    return json.dumps(prompt, ensure_ascii=False) if isinstance(prompt, list) else prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptEncoder:
+    """Prompts to token ids.
+
+    Attributes:
+        use_chat_template: take a text for the message of a user. Messages are always written out
+            by the tokenizer's chat template.
+        add_generation_prompt: end a chat with what an answer begins with.
+        keeps_prefix: begin a text that is no chat with what the tokenizer puts in front of it, say
+            BOS. Special tokens behind it (EOS, SEP) are always left out.
+        subject: whose tokenizer it is, for messages.
+
+    Raises:
+        InputError: use_chat_template, but the tokenizer has none.
+    """
+
+    tokenizer: Any
+    use_chat_template: bool = False
+    add_generation_prompt: bool = False
+    keeps_prefix: bool = False
+    subject: str = "the checkpoint"
+
+    def __post_init__(self) -> None:
+        if self.use_chat_template:
+            self._check_template("use_chat_template")
+
+    def __call__(self, prompt: Prompt | None) -> list[int]:
+        """The ids, [] of None.
+
+        Raises:
+            InputError: messages that there is no template for, or that it refuses.
+        """
+        if prompt is None:
+            return []
+        if isinstance(prompt, str) and not self.use_chat_template:
+            return self._encode_text(prompt)
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        self._check_template("a prompt of messages")
+        import jinja2
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                prompt, tokenize=False, add_generation_prompt=self.add_generation_prompt
+            )
+        except (jinja2.TemplateError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"messages {json.dumps(prompt, ensure_ascii=False)[:80]}: the chat template of "
+                f"{self.subject} refuses them ({error})"
+            ) from error
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not self.keeps_prefix:
+            return ids
+        around: list[int] = self.tokenizer(text, add_special_tokens=True)["input_ids"]
+        for begin in range(len(around) - len(ids) + 1):
+            if around[begin : begin + len(ids)] == ids:
+                return around[: begin + len(ids)]
+        return ids
+
+    def _check_template(self, what: str) -> None:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InputError(
+                f"{what}: the tokenizer of {self.subject} has no chat template; give prompts as "
+                "plain text"
+            )
+
+
+def _prompts_of(pattern: str) -> Iterator[Prompt]:
     named = Path(pattern).expanduser()
     paths = [str(named)] if named.is_file() else sorted(glob.glob(str(named), recursive=True))
     if not paths:
         raise InputError(f"prompts {pattern}: no such file")
     for path in paths:
-        try:
-            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"prompts {path}: cannot be read ({error})") from error
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield (
-                    _prompt_in(line, f"{path}:{number}")
-                    if path.endswith((".jsonl", ".json"))
-                    else line.rstrip("\r")
-                )
+        yield from _parquet_prompts(path) if path.endswith(".parquet") else _line_prompts(path)
 
 
-def _prompt_in(line: str, place: str) -> str:
+def _line_prompts(path: str) -> Iterator[Prompt]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"prompts {path}: cannot be read ({error})") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield (
+                _prompt_in_line(line, f"{path}:{number}")
+                if path.endswith((".jsonl", ".json"))
+                else line.rstrip("\r")
+            )
+
+
+def _parquet_prompts(path: str) -> Iterator[Prompt]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"prompts {path}: cannot be read as Parquet ({error})") from error
+    columns = [name for name in ("prompt", "messages") if name in file.schema_arrow.names]
+    if not columns:
+        raise InputError(
+            f'prompts {path}: needs a column "prompt" or "messages"; it has '
+            f"{', '.join(file.schema_arrow.names)}"
+        )
+    number = 0
+    for batch in file.iter_batches(columns=columns):
+        for record in batch.to_pylist():
+            number += 1
+            yield prompt_of_record(record, f"{path}: row {number}")
+
+
+def _prompt_in_line(line: str, place: str) -> Prompt:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{place}: not a JSON line ({error})") from error
-    prompt = record.get("prompt") if isinstance(record, dict) else None
+    return prompt_of_record(record, place)
+
+
+def prompt_of_record(record: Any, place: str) -> Prompt:
+    """The prompt of a record with a field `prompt` (a text) or `messages` (of a chat).
+
+    Raises:
+        InputError: neither, both, or not what they must be.
+    """
+    fields = record if isinstance(record, dict) else {}
+    prompt, messages = fields.get("prompt"), fields.get("messages")
+    if (prompt is None) == (messages is None):
+        raise InputError(
+            f'{place}: needs a field "prompt", as in {{"prompt": "Once upon"}}, or "messages", as '
+            'in {"messages": [{"role": "user", "content": "Hello"}]}'
+        )
+    if messages is not None:
+        return _checked_messages(messages, place)
     if not isinstance(prompt, str):
-        raise InputError(f'{place}: needs a string field "prompt", as in {{"prompt": "Once upon"}}')
+        raise InputError(f'{place}: "prompt" must be a string, got {prompt!r}')
+    _check_unicode(prompt, place)
+    return prompt
+
+
+def _checked_messages(messages: Any, place: str) -> list[Message]:
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f'{place}: "messages" must be a list of at least one, got {messages!r}')
+    for number, message in enumerate(messages):
+        for name in ("role", "content"):
+            if not isinstance(message, dict) or not isinstance(message.get(name), str):
+                raise InputError(
+                    f'{place}: messages[{number}] needs the strings "role" and "content", got '
+                    f"{message!r}"
+                )
+            _check_unicode(message[name], place)
+    # Parquet fills up fields that a message does not have.
+    return [{k: v for k, v in message.items() if v is not None} for message in messages]
+
+
+def _check_unicode(text: str, place: str) -> None:
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{place}: the prompt is not valid Unicode ({error.reason})") from error
-    return prompt

@@ -35,13 +35,21 @@ def write_part(path: Location, records: list[dict[str, Any]]) -> None:
             "gaps": pa.list_(pa.int32()),
             "tokens": pa.list_(pa.int32()),
             "text": pa.string(),
+            "completion": pa.string(),
+            "finish_reason": pa.string(),
             "num_model_calls": pa.int64(),
+            "tokens_per_forward": pa.float64(),
             "seconds": pa.float64(),
         }
     )
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(records, schema=schema), sink)
     write_atomically(path, sink.getvalue().to_pybytes())
+
+
+def num_new_tokens(record: dict[str, Any]) -> int:
+    """Tokens of a record that were not given."""
+    return len(record["tokens"]) - record["num_prompt_tokens"] + len(record["gaps"])
 
 
 def read_samples(folder: Location) -> list[dict[str, Any]]:

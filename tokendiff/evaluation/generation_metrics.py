@@ -77,6 +77,26 @@ def generation_metrics(samples: Sequence[Sequence[int]]) -> dict[str, float]:
     return metrics
 
 
+def cost_metrics(
+    new_tokens: Sequence[int], model_calls: Sequence[int], finish_reasons: Sequence[str]
+) -> dict[str, float]:
+    """What samples cost: an entry per sample, of the tokens that were not given.
+
+    Returns:
+        num_model_calls: forward passes that a sample took part in, averaged over samples.
+        tokens_per_forward: tokens of all samples over their forward passes; left out where there
+            were none.
+        stopped_fraction: samples that ended at a stop token.
+    """
+    calls = sum(model_calls)
+    metrics = {
+        "num_model_calls": calls / len(model_calls),
+        "stopped_fraction": sum(reason == "stop" for reason in finish_reasons)
+        / len(finish_reasons),
+    }
+    return {**metrics, "tokens_per_forward": sum(new_tokens) / calls} if calls else metrics
+
+
 def _entropy_of_each(tokens: NDArray, sample: NDArray, lengths: NDArray) -> NDArray:
     """[number of samples]: ln N - (1/N) sum of c ln c over the counts c of a sample of N tokens."""
     owner, counts = _count_pairs(sample, tokens)

@@ -76,7 +76,8 @@ class Report:
         curves: label with unit -> (step, value).
         metrics: name -> value, the whole table.
         samples: records with id, prompt (None without one), text (the prompt included),
-            num_model_calls and seconds (of the sample's batch). All are shown: choose before.
+            num_model_calls, tokens_per_forward (may be null) and seconds (of the sample, or its
+            batch). All are shown: choose before.
         tables: (title, header, rows).
     """
 
@@ -153,7 +154,8 @@ def _split_prompt(sample: dict[str, Any]) -> dict[str, Any]:
     """Adds `given`, the front of the text that the prompt is, and `generated`, the rest.
 
     A tokenizer that normalises (lower-cases, say) gives another text back than the prompt: then
-    nothing is known to be given, and the page shows the prompt apart.
+    nothing is known to be given, and the page shows the prompt apart. So it does with a chat, whose
+    prompt is not what the template made of it.
     """
     prompt, text = sample["prompt"] or "", sample["text"]
     given = prompt if text.startswith(prompt) else ""

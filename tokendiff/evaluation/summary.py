@@ -93,6 +93,16 @@ def headline(
                 "median over the log lines, all workers together",
             )
         )
+    if "tokens_per_forward" in metrics:
+        speed = metrics.get("sampled_tokens_per_second")
+        rows.append(
+            (
+                "Tokens per forward pass",
+                f"{metrics['tokens_per_forward']:,.2f}",
+                f"of the samples, {metrics['num_model_calls']:,.0f} passes each"
+                + (f"; {speed:,.0f} tokens/s" if speed else ""),
+            )
+        )
     if "generative_perplexity" in metrics:
         rows.append(
             (

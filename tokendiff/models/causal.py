@@ -4,7 +4,9 @@ Any transformers model that keeps plain keys and values in every layer and takes
 mask will do; `check_decoding` finds out by trying, since no config says so.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from tokendiff.attention_masks import (
 )
 from tokendiff.errors import InputError
 from tokendiff.interfaces import DecodingCache
+from tokendiff.manifest import file_identity, fingerprint
 from tokendiff.models.ragged_cache import RaggedCache
 
 # Architectures that are another one under a name of their own, with other attention masks: opened
@@ -147,16 +150,14 @@ def open_causal(
     Raises:
         InputError: no such model, not a causal one, or one that does not decode with a cache.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    try:
-        config = causal_config(name, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    config = causal_config(name, trust_remote_code=trust_remote_code)
+    tokenizer = load_causal_tokenizer(name, trust_remote_code=trust_remote_code)
+    with _opening(name):
         model = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise InputError(f"model_id {name!r} cannot be opened: {_first_line(error)}") from error
     causal_model = CausalModel(model.eval(), vocab_size=min(len(tokenizer), _num_logits(model)))
     check_decoding(causal_model, name)
     return causal_model, tokenizer
@@ -166,14 +167,44 @@ def causal_config(name: str, *, trust_remote_code: bool = False) -> Any:
     """The transformers config of a causal language model, of the architecture that it is."""
     from transformers import AutoConfig, PreTrainedConfig
 
-    fields, _ = PreTrainedConfig.get_config_dict(name, trust_remote_code=trust_remote_code)
-    known = _SAME_AS.get(fields.get("model_type", ""))
-    if known is None:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    foreign = ("model_type", "architectures", "auto_map")
-    return AutoConfig.for_model(
-        known, **{key: value for key, value in fields.items() if key not in foreign}
-    )
+    with _opening(name):
+        fields, _ = PreTrainedConfig.get_config_dict(name)
+        known = _SAME_AS.get(fields.get("model_type", ""))
+        if known is None:
+            return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        foreign = ("model_type", "architectures", "auto_map")
+        kept = {key: value for key, value in fields.items() if key not in foreign}
+        return AutoConfig.for_model(known, published_model_type=fields["model_type"], **kept)
+
+
+def causal_identity(name: str) -> Any:
+    """What changes when the model does that a name or folder stands for: the content of a folder;
+    of a hub name, the name.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return name
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return fingerprint([file_identity(path) for path in files])
+
+
+def load_causal_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    from transformers import AutoTokenizer
+
+    with _opening(name):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _opening(name: str) -> Iterator[None]:
+    """Turns what transformers says of a name that it cannot open into an InputError."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        raise InputError(
+            f"model_id {name!r} cannot be opened ({_first_line(error)}); give the hub name or the "
+            "folder of a causal language model with its tokenizer"
+        ) from error
 
 
 def find_mask_token(config: Any, tokenizer: Any) -> int | None:
@@ -187,10 +218,15 @@ def find_mask_token(config: Any, tokenizer: Any) -> int | None:
     return next((vocabulary[token] for token in _MASK_TOKENS if token in vocabulary), None)
 
 
-def find_stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end a text: the tokenizer's end, and those of the model's generation config."""
-    generation = getattr(model, "generation_config", None)
-    found = [tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)]
+def find_stop_tokens(name: str, config: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end a text: the tokenizer's EOS, and those of the model's generation config, or of
+    its own config where there is none.
+    """
+    from transformers import GenerationConfig
+
+    with suppress(OSError):
+        config = GenerationConfig.from_pretrained(name)
+    found = [tokenizer.eos_token_id, getattr(config, "eos_token_id", None)]
     listed = [value if isinstance(value, list | tuple) else [value] for value in found]
     return tuple(sorted({index for values in listed for index in values if index is not None}))
 

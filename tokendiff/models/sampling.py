@@ -1,15 +1,17 @@
 """A checkpoint ready to sample, in the process that calls it: what a generation actor, or a
-notebook, holds.
+notebook, holds. Samples here have one length; `tokendiff.models.completion` continues prompts.
 """
 
 import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from tokendiff.checkpoint import NoiseProcess, load_for_inference
-from tokendiff.data.prompts import GenerationRow
+from tokendiff.checkpoint import NoiseProcess, load_for_inference, load_tokenizer
+from tokendiff.data.prompts import GenerationRow, PromptEncoder, prompt_text
 from tokendiff.errors import InputError
 from tokendiff.interfaces import StepCallback
 from tokendiff.random import RowGenerator, key_from
@@ -21,10 +23,11 @@ from tokendiff.samplers.first_hitting import FirstHittingSampler
 from tokendiff.samplers.remasking import RemaskingSampler
 
 if TYPE_CHECKING:
-    from tokendiff.config import GenerateConfig, SamplerConfig
+    from tokendiff.config import FixedLengthSamplerConfig, GenerateConfig
 
 
-# The closed table behind `sampler: NAME`; a sampler's fields are those of its config.
+# The closed table behind `sampler: NAME`, of those that fill in rows of one length; a sampler's
+# fields are those of its config.
 SAMPLERS: dict[str, type[Sampler]] = {
     "ancestral": AncestralSampler,
     "blockwise": BlockwiseSampler,
@@ -34,7 +37,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
 
 
 def build_sampler(
-    config: "SamplerConfig", process: NoiseProcess, *, seq_len: int | None = None
+    config: "FixedLengthSamplerConfig", process: NoiseProcess, *, seq_len: int | None = None
 ) -> Sampler:
     """The sampler that a config asks for, of a checkpoint's process.
 
@@ -74,33 +77,66 @@ def build_sampler(
 
 
 def check_sampler(
-    config: "SamplerConfig", process: NoiseProcess, *, seq_len: int | None = None
+    config: "FixedLengthSamplerConfig", process: NoiseProcess, *, seq_len: int | None = None
 ) -> None:
     """Raise what `build_sampler` would: for a job, before any model is loaded."""
     build_sampler(config, process, seq_len=seq_len)
 
 
+def check_prompts(checkpoint: Path, config: "GenerateConfig", rows: Iterable[GenerationRow]) -> int:
+    """The length of a sample, after checking that the process, the length and every prompt fit.
+
+    Raises:
+        InputError: something does not.
+    """
+    process = NoiseProcess.load(checkpoint)
+    seq_len = config.seq_len or process.max_length
+    if seq_len > process.max_length:
+        raise InputError(
+            f"seq_len {seq_len}: the checkpoint was trained on rows of {process.max_length} tokens "
+            "and knows no longer ones"
+        )
+    check_sampler(_fixed_length(config), process, seq_len=seq_len)
+    encoder = prompt_encoder(load_tokenizer(checkpoint), config)
+    for prompt, given in {prompt_text(row.prompt): row.prompt for row in rows}.items():
+        length = len(encoder(given))
+        if length > seq_len:
+            raise InputError(
+                f"prompt {(prompt or '')[:60]!r} has {length} tokens; it must fit seq_len {seq_len}"
+            )
+    return seq_len
+
+
 class SamplingModel:
-    """A checkpoint ready to sample: what one actor holds."""
+    """A checkpoint ready to sample rows of one length: what one actor holds."""
 
     def __init__(self, checkpoint: Path, config: "GenerateConfig", *, device: str) -> None:
         denoiser, self.tokenizer, self.process = load_for_inference(checkpoint)
         self._denoiser = denoiser.to(device)
         self._device, self._config = torch.device(device), config
         self.seq_len = config.seq_len or self.process.max_length
-        self._sampler = build_sampler(config.sampler, self.process, seq_len=self.seq_len)
+        self._sampler = build_sampler(_fixed_length(config), self.process, seq_len=self.seq_len)
+        self._encoder = prompt_encoder(self.tokenizer, config)
+
+    def samples(self, rows: Iterable[GenerationRow]) -> Iterator[dict[str, Any]]:
+        """One record per row, as `sample`, a batch after the other."""
+        waiting = iter(rows)
+        while batch := list(islice(waiting, self._config.batch_size)):
+            yield from self.sample(batch)
 
     def sample(
         self, rows: list[GenerationRow], *, on_step: StepCallback | None = None
     ) -> list[dict[str, Any]]:
-        """One record per row, as a part file holds it.
+        """One record per row, as a part file holds it; the rows are sampled together.
 
         Returns:
-            id, prompt, num_prompt_tokens, gaps (places in the prompt that were filled), tokens,
-            text (prompt included), num_model_calls, and seconds: what the row's batch took.
+            id; prompt; num_prompt_tokens; gaps (places in the prompt that were filled); tokens and
+            text (prompt included); completion (the text behind the prompt); finish_reason ("stop"
+            at a stop token, else "length"); num_model_calls; tokens_per_forward (tokens that were
+            not given over model calls; null without one); and seconds: what the row's batch took.
         """
         start = time.perf_counter()
-        prompts = [encode_prompt(self.tokenizer, row.prompt) for row in rows]
+        prompts = [self._encoder(row.prompt) for row in rows]
         tokens, is_given = prefix_batch(
             prompts, seq_len=self.seq_len, mask_token_id=self.process.mask_token_id
         )
@@ -116,28 +152,43 @@ class SamplingModel:
                 on_step=on_step,
             )
         seconds = round(time.perf_counter() - start, 3)
+        num_open = (~is_given).sum(1).tolist()
         mask = self.process.mask_token_id
         return [
             {
                 "id": row.id,
-                "prompt": row.prompt,
+                "prompt": prompt_text(row.prompt),
                 "num_prompt_tokens": len(prompt),
                 "gaps": [at for at, token in enumerate(prompt) if token == mask],
                 "tokens": sampled,
                 "text": self.tokenizer.decode(sampled, skip_special_tokens=True),
+                "completion": self.tokenizer.decode(
+                    sampled[len(prompt) :], skip_special_tokens=True
+                ),
+                "finish_reason": "length",
                 "num_model_calls": calls,
+                "tokens_per_forward": filled / calls if calls else None,
                 "seconds": seconds,
             }
-            for row, prompt, sampled, calls in zip(
+            for row, prompt, sampled, calls, filled in zip(
                 rows,
                 prompts,
                 samples.tokens.tolist(),
                 samples.num_model_calls.tolist(),
+                num_open,
                 strict=True,
             )
         ]
 
 
-def encode_prompt(tokenizer: Any, prompt: str | None) -> list[int]:
-    """Token ids of a prompt, without the special tokens that some tokenizers put around a text."""
-    return tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt is not None else []
+def prompt_encoder(tokenizer: Any, config: "GenerateConfig") -> PromptEncoder:
+    return PromptEncoder(
+        tokenizer=tokenizer,
+        use_chat_template=config.use_chat_template,
+        add_generation_prompt=config.add_generation_prompt,
+    )
+
+
+def _fixed_length(config: "GenerateConfig") -> "FixedLengthSamplerConfig":
+    assert not config.is_open_ended, "see CompletionModel"
+    return cast("FixedLengthSamplerConfig", config.sampler)

@@ -1,0 +1,288 @@
+"""A causal model ready to continue prompts, in the process that calls it: the open-ended half of
+what a generation actor, or a notebook, holds.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tokendiff.checkpoint import EMA_WEIGHTS, SCHEDULER_CONFIG, NoiseProcess
+from tokendiff.data.prompts import GenerationRow, PromptEncoder, prompt_text
+from tokendiff.errors import InputError
+from tokendiff.interfaces import Completion, Request
+from tokendiff.models.causal import (
+    CausalModel,
+    causal_config,
+    find_mask_token,
+    find_stop_tokens,
+    load_causal_tokenizer,
+    open_causal,
+)
+from tokendiff.random import key_from
+from tokendiff.samplers.autoregressive import AutoregressiveSampler
+from tokendiff.samplers.block_refinement import BlockRefinementSampler
+from tokendiff.samplers.open_ended import OpenEndedSampler
+from tokendiff.samplers.sdar import SDARSampler
+
+if TYPE_CHECKING:
+    from tokendiff.config import GenerateConfig
+
+# The closed table behind `sampler: NAME`, of those that continue a prompt; see also
+# tokendiff.models.sampling.
+OPEN_ENDED_SAMPLERS: dict[str, type[OpenEndedSampler]] = {
+    "ar": AutoregressiveSampler,
+    "block_refinement": BlockRefinementSampler,
+    "sdar": SDARSampler,
+}
+_SEES_BLOCKS_WHOLE = ("sdar", "llada2_moe")  # model types; others are causal unless ours
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionSetup:
+    """All that can be known, and go wrong, without a model's weights.
+
+    Attributes:
+        name: a folder or a hub name.
+        max_length: tokens that the model takes; None where its config does not say.
+        start_token_id: what a row begins with that has no prompt.
+    """
+
+    name: str
+    tokenizer: Any
+    encoder: PromptEncoder
+    sampler: OpenEndedSampler
+    max_length: int | None
+    start_token_id: int | None
+
+    @classmethod
+    def of(cls, config: "GenerateConfig", checkpoint: Path | None) -> "CompletionSetup":
+        """What a config asks for, of an opened checkpoint, or of its model_id where that is None.
+
+        Raises:
+            InputError: no such model, or one that the sampler does not go with.
+        """
+        name = str(checkpoint) if checkpoint is not None else config.model_id
+        assert name is not None, "GenerateConfig asks for one of the two"
+        model_config = causal_config(name, trust_remote_code=config.trust_remote_code)
+        tokenizer = load_causal_tokenizer(name, trust_remote_code=config.trust_remote_code)
+        process = None
+        if checkpoint is not None and (checkpoint / SCHEDULER_CONFIG).is_file():
+            process = NoiseProcess.load(checkpoint)
+        # What we train on is text and EOS alone; others' models are used to what their tokenizer
+        # puts in front.
+        starts = [None if checkpoint else tokenizer.bos_token_id, tokenizer.eos_token_id]
+        return cls(
+            name=name,
+            tokenizer=tokenizer,
+            encoder=PromptEncoder(
+                tokenizer=tokenizer,
+                use_chat_template=config.use_chat_template,
+                add_generation_prompt=config.add_generation_prompt,
+                keeps_prefix=checkpoint is None,
+                subject=name,
+            ),
+            sampler=_build_sampler(config, name, model_config, tokenizer, process),
+            max_length=_max_length(model_config),
+            start_token_id=next((start for start in starts if start is not None), None),
+        )
+
+    def request(self, row: GenerationRow) -> Request:
+        """The row as the sampler takes it.
+
+        Raises:
+            InputError: a prompt that cannot be used.
+        """
+        ids = self.encoder(row.prompt)
+        if not ids and self.start_token_id is not None:
+            ids = [self.start_token_id]
+        shown = f"prompt {(prompt_text(row.prompt) or '')[:60]!r}"
+        if not ids:
+            raise InputError(
+                f"{shown}: nothing to continue, and the tokenizer has no token that begins a text; "
+                "give a prompt"
+            )
+        mask = getattr(self.sampler, "mask_token_id", None)
+        if mask in ids:
+            raise InputError(
+                f"{shown} holds the mask token {self.tokenizer.convert_ids_to_tokens(mask)!r}; "
+                "samplers that continue a prompt fill no gaps in it"
+            )
+        block = getattr(self.sampler, "block_length", 1)
+        wanted = -(-(len(ids) + self.sampler.max_new_tokens) // block) * block
+        if self.max_length is not None and wanted > self.max_length:
+            blocks = f", in whole blocks of {block}," if block > 1 else ""
+            raise InputError(
+                f"{shown} has {len(ids):,} tokens; with {self.sampler.max_new_tokens:,} new ones"
+                f"{blocks} that exceeds the {self.max_length:,} that the model takes"
+            )
+        return Request(id=row.id, prompt=tuple(ids))
+
+
+class CompletionModel:
+    """A causal model and a sampler that continues prompts: what one actor holds."""
+
+    def __init__(
+        self, config: "GenerateConfig", *, checkpoint: Path | None = None, device: str = "cpu"
+    ) -> None:
+        self.setup = CompletionSetup.of(config, checkpoint)
+        self.tokenizer = self.setup.tokenizer
+        dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+        model, _ = open_causal(
+            self.setup.name, dtype=dtype, trust_remote_code=config.trust_remote_code
+        )
+        if checkpoint is not None:
+            _load_averaged(model, checkpoint)
+        self._model = model.to(device)
+        self._key, self._num_slots = key_from(config.seed, "sample"), config.batch_size
+
+    def samples(self, rows: Iterable[GenerationRow]) -> Iterator[dict[str, Any]]:
+        """One record per row, in the order in which they are finished; rows are taken as slots
+        become free.
+
+        Yields:
+            as `SamplingModel.sample`; seconds are those from taking the row to its end.
+        """
+        taken: dict[int, tuple[GenerationRow, Request, float]] = {}
+
+        def requests() -> Iterator[Request]:
+            for row in rows:
+                request = self.setup.request(row)
+                taken[row.id] = (row, request, time.perf_counter())
+                yield request
+
+        sampler, model = self.setup.sampler, self._model
+        for completion in sampler.complete(
+            model, requests(), key=self._key, num_slots=self._num_slots
+        ):
+            yield self._record(completion, *taken.pop(completion.id))
+
+    def sample(self, rows: list[GenerationRow]) -> list[dict[str, Any]]:
+        """One record per row, in the order of the rows."""
+        by_id = {record["id"]: record for record in self.samples(rows)}
+        return [by_id[row.id] for row in rows]
+
+    def _record(
+        self, completion: Completion, row: GenerationRow, request: Request, start: float
+    ) -> dict[str, Any]:
+        tokens = [*request.prompt, *completion.tokens]
+        return {
+            "id": row.id,
+            "prompt": prompt_text(row.prompt),
+            "num_prompt_tokens": len(request.prompt),
+            "gaps": [],
+            "tokens": tokens,
+            "text": self.tokenizer.decode(tokens, skip_special_tokens=True),
+            "completion": self.tokenizer.decode(completion.tokens, skip_special_tokens=True),
+            "finish_reason": completion.finish_reason,
+            "num_model_calls": completion.num_model_calls,
+            "tokens_per_forward": len(completion.tokens) / completion.num_model_calls,
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+
+
+def _build_sampler(
+    config: "GenerateConfig",
+    name: str,
+    model_config: Any,
+    tokenizer: Any,
+    process: NoiseProcess | None,
+) -> OpenEndedSampler:
+    section = config.sampler
+    fields = section.model_dump(exclude={"name"})
+    stops = {*find_stop_tokens(name, model_config, tokenizer), *fields.pop("stop_token_ids")}
+    if not fields.pop("eos_early_stop", True):
+        stops = set()
+    for index in sorted(stops):
+        if not 0 <= index < len(tokenizer):
+            raise InputError(
+                f"stop_token_ids {index}: the tokenizer of {name} has ids below {len(tokenizer)}"
+            )
+    fields["stop_token_ids"] = tuple(sorted(stops))
+    if "gen_length" in fields:
+        fields["max_new_tokens"] = fields.pop("gen_length")
+    _check_process(section.name, name, process)
+    if section.name != "ar":
+        fields |= _block_fields(fields, name, model_config, tokenizer, process)
+    given = {key: value for key, value in fields.items() if (key, value) != ("block_length", None)}
+    try:
+        return OPEN_ENDED_SAMPLERS[section.name](**given)
+    except ValueError as error:
+        raise InputError(f"sampler {section.name!r}: {error}") from error
+
+
+def _check_process(sampler: str, name: str, process: NoiseProcess | None) -> None:
+    if process is None:
+        return
+    if process.block_length is None:
+        raise InputError(
+            f"sampler {sampler!r}: {name} is a denoiser of whole rows (objective "
+            f"{process.objective!r}); use sampler 'ancestral'"
+        )
+    if sampler == "ar":
+        raise InputError(
+            f"sampler 'ar': {name} predicts the token at its own position (objective "
+            f"{process.objective!r}), not the next one; use sampler 'block_refinement' or 'sdar'"
+        )
+    mode = process.attention_mask_mode
+    if sampler == "sdar" and mode != "4d":
+        raise InputError(
+            f"sampler 'sdar': {name} was trained with attention_mask_mode {mode!r}, and blocks "
+            "must see themselves whole; use sampler 'block_refinement'"
+        )
+
+
+def _block_fields(
+    fields: dict[str, Any],
+    name: str,
+    model_config: Any,
+    tokenizer: Any,
+    process: NoiseProcess | None,
+) -> dict[str, Any]:
+    """What a block sampler takes from the model where the config leaves it open."""
+    mask = find_mask_token(model_config, tokenizer) if process is None else process.mask_token_id
+    if mask is None:
+        raise InputError(
+            f"{name}: neither its config nor its tokenizer names a mask token, which block "
+            "samplers fill in; give a model that was trained with one, or use sampler 'ar'"
+        )
+    if not 0 <= mask < len(tokenizer):
+        raise InputError(
+            f"{name}: its mask token has id {mask}, but the tokenizer ids below {len(tokenizer)}"
+        )
+    block_length = getattr(process or model_config, "block_length", None)
+    found = {"mask_token_id": mask, "block_length": fields["block_length"] or block_length}
+    if "attention_mask_mode" in fields:
+        wanted = fields["attention_mask_mode"]
+        trained = None if process is None else process.attention_mask_mode
+        if trained is not None and wanted not in ("auto", trained):
+            raise InputError(
+                f"attention_mask_mode {wanted!r}: {name} was trained with {trained!r}; leave it at "
+                "auto"
+            )
+        if wanted == "auto":
+            found["attention_mask_mode"] = trained or _mode_of(model_config)
+    return found
+
+
+def _mode_of(model_config: Any) -> str:
+    model_type = getattr(model_config, "published_model_type", model_config.model_type)
+    return "4d" if model_type in _SEES_BLOCKS_WHOLE else "2d"
+
+
+def _load_averaged(model: CausalModel, checkpoint: Path) -> None:
+    from safetensors.torch import load_file
+
+    path = checkpoint / EMA_WEIGHTS
+    if path.is_file():
+        parameters = dict(model.model.named_parameters())
+        for name, value in load_file(path).items():
+            parameters[name].data.copy_(value)
+
+
+def _max_length(model_config: Any) -> int | None:
+    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) else None
