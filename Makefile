@@ -43,8 +43,9 @@ lint: setup  ## ruff and mypy
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-bench: setup  ## speed and memory against the published formulation; what Ray costs per step
+bench: setup  ## speed and memory against the published formulation; decoding; what Ray costs
 	$(BIN)/python -m tests.bench_speed
+	$(BIN)/python -m tests.bench_decode
 	$(BIN)/python -m tests.bench_overhead
 
 toy: setup  ## train every objective on a Markov chain, and hold it against the exact entropy
