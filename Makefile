@@ -46,6 +46,7 @@ lint: setup  ## ruff and mypy
 bench: setup  ## speed and memory against the published formulation; decoding; what Ray costs
 	$(BIN)/python -m tests.bench_speed
 	$(BIN)/python -m tests.bench_decode
+	$(BIN)/python -m tests.bench_dflash
 	$(BIN)/python -m tests.bench_overhead
 
 toy: setup  ## train every objective on a Markov chain, and hold it against the exact entropy
