@@ -9,6 +9,9 @@ running the same command again goes on where it stopped.
     python -m jobs.generate --model_id JetLM/SDAR-1.7B-Chat --sampler sdar --block_length 4 \\
         --denoising_steps 4 --max_new_tokens 256 --use_chat_template --add_generation_prompt \\
         --prompt "Explain what reinforcement learning is in simple terms."
+    python -m jobs.generate --sampler dflash --draft_model_id z-lab/Qwen3-8B-DFlash-b16 \\
+        --target_model_id Qwen/Qwen3-8B --max_new_tokens 256 --use_chat_template \\
+        --add_generation_prompt --measure_speedup true --prompt "How many divisors has 196?"
 """
 
 import sys
@@ -28,10 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         hidden=("cluster.num_workers", "cluster.max_failures"),
     )
     config = args.config.generate
-    if config is None or (config.checkpoint_path is None and config.model_id is None):
+    models = ("checkpoint_path", "model_id", "target_model_id", "draft_model_id")
+    if config is None or not any(getattr(config, name) for name in models):
         raise InputError(
             "--checkpoint_path is missing: a checkpoint-N or final folder of jobs.train; or, for "
-            "samplers that continue prompts, --model_id: a causal language model"
+            "samplers that continue prompts, --model_id: a causal language model; or, for sampler "
+            "dflash, --target_model_id and --draft_model_id"
         )
     from pipelines.paths import input_path
     from pipelines.runner import run_job

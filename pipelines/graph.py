@@ -14,7 +14,7 @@ from pipelines.stage import (
     preprocess_stage,
     train_stage,
 )
-from tokendiff.config import Config, PreprocessConfig, StageConfig
+from tokendiff.config import SAMPLES, Config, PreprocessConfig, StageConfig
 from tokendiff.config_loader import matrix_variants
 from tokendiff.errors import InputError
 from tokendiff.stage_graph import (
@@ -132,10 +132,9 @@ def _link(own: Config, spec: StageConfig, inputs: dict[str, Stage]) -> tuple[Con
 
 
 def _text_of(samples: Stage) -> dict[str, Any]:
-    """Fields of a preprocess section that read the text of samples."""
+    """Fields of a preprocess section that read samples."""
     fields = {name: PreprocessConfig.model_fields[name].default for name in SOURCE_FIELDS}
-    form = samples.settings["output_format"]
-    return {**fields, "dataset_name": form, "data_files": [str(samples.folder / f"part-*.{form}")]}
+    return {**fields, "dataset_name": SAMPLES, "data_files": [str(samples.folder)]}
 
 
 def _outside(own: Config, spec: StageConfig) -> dict[str, Any]:

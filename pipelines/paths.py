@@ -26,6 +26,16 @@ def output_path(path: str) -> Path:
     return Path.cwd() / expanded
 
 
+def model_path(name: str) -> str:
+    """A model's name as workers, who have another working directory, find it: the absolute path of
+    a folder that is there; any other name is one of the hub.
+    """
+    for place in (Path.cwd() / Path(name).expanduser(), output_path(name)):
+        if place.is_dir():
+            return str(place)
+    return name
+
+
 def input_path(path: str, *, what: str) -> str:
     """An absolute path of something that is there.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tokendiff
-from pipelines.paths import output_path
+from pipelines.paths import model_path, output_path
 from tokendiff.checkpoint import FINAL
 from tokendiff.config import SAMPLES, Config
 from tokendiff.evaluation.certificate import CERTIFICATE
@@ -185,6 +185,9 @@ def generate_stage(
     section, keyed_section = config.generate, (keyed or config).generate
     assert section is not None
     assert keyed_section is not None
+    models = ("model_id", "target_model_id", "draft_model_id")
+    found = {name: model_path(value) for name in models if (value := getattr(section, name))}
+    section = section.model_copy(update=found)
 
     def action(stage: Stage, log: RunLog) -> None:
         from tokendiff.cluster.generate import generate
@@ -201,9 +204,10 @@ def generate_stage(
         metadata = load_manifest(stage.folder).metadata
         names = ("rows", "seq_len", "num_model_calls", "tokens_per_forward", "tokens_per_second")
         figures = {name: metadata.get(name) for name in names}
-        return {**figures, "output_dir": str(stage.folder)}
+        speculation = metadata.get("speculation", {})
+        return {**figures, **speculation, "output_dir": str(stage.folder)}
 
-    inputs = identity_of(*keyed_section.prompts, keyed_section.model_id)
+    inputs = identity_of(*keyed_section.prompts, *(getattr(keyed_section, name) for name in models))
     settings = {**keyed_section.result_fields(), "inputs": inputs}
     return _stage(kind, settings, folder, action, result, **kwargs)
 

@@ -320,3 +320,55 @@ def test_stages_that_do_not_go_together(tmp_path: Path, override: str, said: str
         return
     with pytest.raises(InputError, match=f"^{said}"):
         pipeline_stages(config, tmp_path)
+
+
+DRAFTED = """\
+stages:
+  corpus: {kind: preprocess}
+  target: {kind: train, inputs: {data: corpus}}
+  draft: {kind: train, inputs: {data: corpus}, config: {seed: 1}}
+  decode:
+    kind: generate
+    inputs: {target: target, draft: draft}
+    config: {sampler: {name: dflash}, num_samples: 2}
+"""
+
+
+def test_samples_come_from_a_draft_and_its_target(tmp_path: Path) -> None:
+    before = keys(tmp_path, DRAFTED)
+    after = keys(tmp_path, DRAFTED, "stages.draft.config.seed=2")
+    assert {name for name in before if before[name] != after[name]} == {"draft", "decode"}
+    published = DRAFTED.replace("target: target, draft", "draft").replace(
+        "num_samples: 2", "target_model_id: Qwen/Qwen3-4B"
+    )
+    assert list(stages_of(tmp_path, published)) == ["corpus", "target", "draft", "decode"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("target: target, draft: draft", "draft: draft", "needs the input 'target', or target_mod"),
+        ("target: target, draft: draft", "target: target", "needs the input 'draft', or draft_mod"),
+        ("{target: target,", "{checkpoint: target, target: target,", "input 'checkpoint' has no"),
+        (
+            "{target: target, draft: draft}\n    config: {sampler: {name: dflash}",
+            "{checkpoint: target, draft: draft}\n    config: {sampler: {name: ar}",
+            "input 'draft' has no effect with sampler 'ar'",
+        ),
+    ],
+)
+def test_models_that_a_sampler_does_not_take_are_refused(
+    tmp_path: Path, old: str, new: str, says: str
+) -> None:
+    assert old in DRAFTED
+    with pytest.raises(InputError, match=f"stages.decode: .*{says}"):
+        stages_of(tmp_path, DRAFTED.replace(old, new))
+
+
+def test_another_model_may_write_the_text_that_is_trained_on(tmp_path: Path) -> None:
+    text = """\
+stages:
+  written: {kind: regenerate, config: {model_id: Qwen/Qwen3-4B, sampler: {name: ar}}}
+  own: {kind: preprocess, inputs: {text: written}, config: {tokenizer_name_or_path: Qwen/Qwen3-4B}}
+"""
+    assert list(stages_of(tmp_path, text)) == ["written", "own"]

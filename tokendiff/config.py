@@ -528,6 +528,25 @@ class AutoregressiveSamplerConfig(_OpenEndedConfig):
     max_new_tokens: int = Field(256, ge=1, description="tokens of a completion at most")
 
 
+class DFlashSamplerConfig(AutoregressiveSamplerConfig):
+    """The target's own text, in fewer of its passes. Source: DFlash (arXiv 2602.06036)."""
+
+    name: Literal["dflash"] = "dflash"  # type: ignore[assignment]
+    draft_temperature: float = Field(
+        0.0,
+        ge=0.0,
+        description="of the draft's proposals. 0: its likeliest tokens, and the text is that of "
+        "sampler ar with the same seed, token for token; above 0: draws, judged by p/q, and the "
+        "text has the target's distribution",
+    )
+
+    @model_validator(mode="after")
+    def _proposals_can_be_judged(self) -> "DFlashSamplerConfig":
+        if self.temperature == 0.0:
+            self._refuse_ignored(("draft_temperature",), "temperature 0")
+        return self
+
+
 class SDARSamplerConfig(_OpenEndedConfig):
     """Block diffusion with a cache of finished blocks. Source: SDAR (arXiv 2510.06303)."""
 
@@ -609,7 +628,10 @@ class BlockRefinementSamplerConfig(_OpenEndedConfig):
 # Rows of one length, filled in anywhere; and prompts that are continued until a stop token.
 FixedLengthSamplerConfig = AncestralConfig | BlockwiseConfig | RemaskingConfig | FirstHittingConfig
 OpenEndedSamplerConfig = (
-    AutoregressiveSamplerConfig | BlockRefinementSamplerConfig | SDARSamplerConfig
+    AutoregressiveSamplerConfig
+    | BlockRefinementSamplerConfig
+    | SDARSamplerConfig
+    | DFlashSamplerConfig
 )
 SamplerConfig = Annotated[
     FixedLengthSamplerConfig | OpenEndedSamplerConfig,
@@ -630,6 +652,16 @@ class GenerateConfig(Section):
     )
     trust_remote_code: bool = Field(
         False, description="run code that comes with model_id, where transformers has none for it"
+    )
+    target_model_id: str | None = Field(
+        None,
+        min_length=1,
+        description="sampler dflash: the causal language model whose text is written",
+    )
+    draft_model_id: str | None = Field(
+        None,
+        min_length=1,
+        description="sampler dflash: its draft, published or a checkpoint of objective dflash",
     )
     output_dir: str | None = operational(None, description="folder for the samples")
     prompt: list[str] = Field([], description="a prompt; may be given several times")
@@ -660,6 +692,11 @@ class GenerateConfig(Section):
     output_format: Literal["jsonl", "parquet"] = Field(
         "jsonl", description="format of the part files"
     )
+    measure_speedup: bool = Field(
+        False,
+        description="sampler dflash: let the target alone write the same rows too, in turn with "
+        "the draft, and compare times and texts",
+    )
     mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16 autocast")
     seed: int = Field(0, ge=0, lt=2**63, description="with a row's id, decides its randomness")
 
@@ -670,6 +707,10 @@ class GenerateConfig(Section):
     @model_validator(mode="after")
     def _fields_agree(self) -> "GenerateConfig":
         sampler = f"sampler {self.sampler.name!r}"
+        if self.sampler.name == "dflash":
+            self._refuse_ignored(("checkpoint_path", "model_id"), sampler)
+        else:
+            self._refuse_ignored(("target_model_id", "draft_model_id", "measure_speedup"), sampler)
         if self.model_id is None:
             self._refuse_ignored(("trust_remote_code",), "no model_id")
         elif self.checkpoint_path is not None:

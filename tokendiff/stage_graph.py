@@ -48,13 +48,26 @@ class Role:
         field: of the stage's config, which then gets the input's folder; None where the stage
             reads it in another way.
         is_needed: it must be filled, or else the field be given.
+        instead: fields or roles that stand in for one that is needed.
     """
 
     kinds: tuple[str, ...]
     field: str | None = None
     is_needed: bool = False
+    instead: tuple[str, ...] = ()
 
 
+# Samples come from a checkpoint of ours, from another model, or from a draft and its target.
+_MODELS: dict[str, Role] = {
+    "checkpoint": Role(
+        kinds=("train",),
+        field="checkpoint_path",
+        is_needed=True,
+        instead=("model_id", "target", "target_model_id", "draft", "draft_model_id"),
+    ),
+    "target": Role(kinds=("train",), field="target_model_id"),
+    "draft": Role(kinds=("train",), field="draft_model_id"),
+}
 # The closed table of what goes into what.
 ROLES: dict[str, dict[str, Role]] = {
     "preprocess": {
@@ -65,12 +78,8 @@ ROLES: dict[str, dict[str, Role]] = {
         "data": Role(kinds=("preprocess",), field="data_path", is_needed=True),
         "init": Role(kinds=("train",), field="model_name_or_path"),
     },
-    "regenerate": {
-        "checkpoint": Role(kinds=("train",), field="checkpoint_path", is_needed=True),
-    },
-    "generate": {
-        "checkpoint": Role(kinds=("train",), field="checkpoint_path", is_needed=True),
-    },
+    "regenerate": _MODELS,
+    "generate": _MODELS,
     "evaluate": {
         "checkpoint": Role(kinds=("train",), field="checkpoint_path", is_needed=True),
         "data": Role(kinds=("preprocess",), field="data_path"),
@@ -195,7 +204,8 @@ def stage_problems(config: Config) -> Iterator[tuple[KeyPath, str]]:
                 "is decided by the pipeline (everything goes under root); remove it",
             )
         for role, wanted in roles.items():
-            if wanted.is_needed and role not in given and not fields.get(wanted.field or ""):
+            filled = {*given, *(field for field, value in fields.items() if value)}
+            if wanted.is_needed and filled.isdisjoint({role, wanted.field, *wanted.instead}):
                 kinds = " or ".join(wanted.kinds)
                 yield place, f"needs inputs: {{{role}: ...}}, a stage of kind {kinds}"
     if cycle := _cycle(stages):
@@ -269,10 +279,35 @@ def agreement_problems(config: Config) -> list[str]:
             found = chain.train_problems()
         elif stage.kind == "generate" and "preprocess" in kinds:
             found = chain.generate_problems()
+        if stage.kind in ("generate", "regenerate"):
+            found = [*found, *_model_problems(chain, stage)]
         elif stage.kind == "evaluate" and "preprocess" in kinds:
             found = chain.evaluate_problems()
         problems += [f"stages.{name}: {text}" if config.stages else text for text in found]
     return problems
+
+
+def _model_problems(config: Config, stage: StageConfig) -> list[str]:
+    """Where a stage that samples does not have the models that its sampler takes."""
+    section = config.generate
+    assert section is not None, "config_of fills it in"
+    sampler, drafted = f"sampler {section.sampler.name!r}", ("target", "draft")
+    if section.sampler.name != "dflash":
+        return [
+            f"input {role!r} has no effect with {sampler}; remove it"
+            for role in drafted
+            if role in stage.inputs
+        ]
+    missing = [
+        role
+        for role in drafted
+        if role not in stage.inputs and getattr(section, f"{role}_model_id") is None
+    ]
+    unused = ["checkpoint"] if "checkpoint" in stage.inputs else []
+    return [
+        *(f"{sampler} needs the input {role!r}, or {role}_model_id" for role in missing),
+        *(f"input {role!r} has no effect with {sampler}; remove it" for role in unused),
+    ]
 
 
 def _ancestors(name: str, stages: Mapping[str, StageConfig]) -> list[str]:

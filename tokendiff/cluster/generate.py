@@ -10,7 +10,8 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,9 @@ from tokendiff.cluster.session import (
     wants_gpu,
 )
 from tokendiff.data.prompts import GenerationRow, generation_rows
-from tokendiff.data.samples import KIND, num_new_tokens, write_part
+from tokendiff.data.samples import KIND, num_new_tokens, read_part, write_part
 from tokendiff.errors import InputError
+from tokendiff.evaluation.acceptance import acceptance_metrics, speedup_metrics
 from tokendiff.manifest import (
     Manifest,
     claim_folder,
@@ -60,6 +62,7 @@ class _PartSampler:
         num_actors: int,
     ) -> None:
         device = set_up_torch(cluster, use_gpu=use_gpu, num_processes=num_actors)
+        self._measures = config.measure_speedup
         self._model: SamplingModel | CompletionModel
         if config.is_open_ended:
             self._model = CompletionModel(config, checkpoint=checkpoint, device=device)
@@ -72,7 +75,8 @@ class _PartSampler:
             part = json.loads(text)
             start = time.perf_counter()
             rows = [GenerationRow(**row) for row in part["rows"]]
-            records = sorted(self._model.samples(rows), key=lambda record: record["id"])
+            records, measured = self._samples(rows, is_target_first=part["index"] % 2 == 0)
+            records.sort(key=lambda record: record["id"])
             write_part(Path(part["path"]), records)
             new = [num_new_tokens(record) for record in records]
             yield {
@@ -80,7 +84,16 @@ class _PartSampler:
                 "new_tokens": [sum(new)],
                 "model_calls": [sum(record["num_model_calls"] for record in records)],
                 "seconds": [time.perf_counter() - start],
+                "measured": [json.dumps(measured)],
             }
+
+    def _samples(
+        self, rows: list[GenerationRow], *, is_target_first: bool
+    ) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        if not self._measures:
+            return list(self._model.samples(rows)), {}
+        assert isinstance(self._model, CompletionModel)
+        return self._model.measured(rows, is_target_first=is_target_first)
 
 
 def generate(
@@ -103,20 +116,19 @@ def generate(
         InputError: no such checkpoint or model, a prompt that does not fit, or output_dir holds
             other samples.
     """
-    if (checkpoint_path is None) == (config.model_id is None):
+    model_id = config.target_model_id or config.model_id
+    if (checkpoint_path is None) == (model_id is None):
         raise InputError("give either a checkpoint_path or a model_id to sample from")
     checkpoint = None if checkpoint_path is None else open_checkpoint(checkpoint_path)
     rows = generation_rows(config)
     seq_len = _check_prompts(checkpoint, config, rows)
-    source = config.model_id if checkpoint is None else str(checkpoint)
-    source_files = (
-        causal_identity(str(source)) if checkpoint is None else checkpoint_identity(checkpoint)
-    )
+    source, source_files = _source(checkpoint, config)
     identity = fingerprint(
         {
             "config": config.result_fields(),
             "rows": [dataclasses.asdict(row) for row in rows],
             "checkpoint": source_files,
+            "target": config.target_model_id and causal_identity(config.target_model_id),
         }
     )
     if is_committed(output_dir):
@@ -127,10 +139,12 @@ def generate(
     parts = _parts(rows, config, output_dir)
     missing = [part for part in parts if not Path(part["path"]).is_file()]
     done = sum(len(part["rows"]) for part in parts) - sum(len(part["rows"]) for part in missing)
-    total = dict.fromkeys(("new_tokens", "model_calls", "seconds"), 0)
+    total: Counter[str] = Counter()
+    measured: Counter[str] = Counter()
     on_event("progress", done=done, total=len(rows))
     for counts in _sample_parts(missing, checkpoint, config, cluster, on_event):
-        total = {name: value + counts[name] for name, value in total.items()}
+        total.update({name: counts[name] for name in ("new_tokens", "model_calls", "seconds")})
+        measured.update(json.loads(counts["measured"]))
         done += counts["rows"]
         on_event("progress", done=done, total=len(rows))
     metadata = {
@@ -144,10 +158,32 @@ def generate(
         "num_model_calls": total["model_calls"] or None,
         "tokens_per_forward": _ratio(total["new_tokens"], total["model_calls"]),
         "tokens_per_second": _ratio(total["new_tokens"], total["seconds"]),
+        **_draft_figures(config, parts, measured),
     }
     manifest = commit(output_dir, kind=KIND, metadata=metadata)
     mark.unlink()
     return manifest
+
+
+def _source(checkpoint: Path | None, config: "GenerateConfig") -> tuple[str, Any]:
+    """The model that these samples are to be judged with, and the identity of its files."""
+    if checkpoint is not None:
+        return str(checkpoint), checkpoint_identity(checkpoint)
+    name = config.draft_model_id or config.model_id
+    assert name is not None, "CompletionSetup sees to it"
+    folder = Path(name).expanduser()
+    is_ours = is_committed(folder)  # a draft that we trained, which jobs.evaluate opens
+    return name, checkpoint_identity(folder) if is_ours else causal_identity(name)
+
+
+def _draft_figures(
+    config: "GenerateConfig", parts: list[dict[str, Any]], measured: Mapping[str, float]
+) -> dict[str, Any]:
+    """What sampler dflash gained; of the measured parts, those that this run made."""
+    if config.sampler.name != "dflash":
+        return {}
+    records = [record for part in parts for record in read_part(Path(part["path"]))]
+    return {"speculation": {**acceptance_metrics(records), **speedup_metrics(measured)}}
 
 
 def _ratio(new_tokens: float, per: float) -> float | None:
@@ -195,6 +231,7 @@ def _parts(
     size = batches_per_part * config.batch_size
     return [
         {
+            "index": at // size,
             "path": str(output_dir / f"part-{at // size:05d}.{config.output_format}"),
             "rows": [dataclasses.asdict(row) for row in rows[at : at + size]],
         }

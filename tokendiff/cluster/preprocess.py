@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokendiff.cluster.session import data_context
+from tokendiff.config import SAMPLES
 from tokendiff.data.partition import Partition
 from tokendiff.data.preprocess import (
     SPLITS,
@@ -147,7 +148,7 @@ def _make_tokenizer(
     if config.use_dummy_data and name_or_path == "bpe":
         source = plan_partitions(type(config)())
         notes.append("bpe is trained on the builtin corpus, since dummy data has no text")
-    if config.dataset_name == "samples" and name_or_path in ("bpe", "bytes"):
+    if config.dataset_name == SAMPLES and name_or_path == "bpe":
         raise InputError(
             f"tokenizer_name_or_path {name_or_path!r}: samples are token ids; give the tokenizer "
             "of the model that wrote them, a transformers name or path"

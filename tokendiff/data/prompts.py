@@ -23,25 +23,30 @@ class GenerationRow:
     Attributes:
         id: its place in the whole job; with the seed it decides the row's randomness.
         prompt: text, or the messages of a chat, that the sample begins with; or None.
+        source: name of the file that held the prompt; None of one from the command line.
     """
 
     id: int
     prompt: Prompt | None
+    source: str | None = None
 
 
 def generation_rows(config: "GenerateConfig") -> list[GenerationRow]:
     """`num_samples` rows per prompt, prompts in the order given; without prompts, `num_samples`
     rows in all.
     """
-    prompts: list[Prompt | None] = [*config.prompt]
+    prompts: list[tuple[Prompt | None, str | None]] = [(prompt, None) for prompt in config.prompt]
     for pattern in config.prompts:
         prompts += list(_prompts_of(pattern))
     if not prompts:
         if config.prompts:
             raise InputError(f"prompts {', '.join(config.prompts)}: the files hold no prompt")
-        prompts = [None]
+        prompts = [(None, None)]
     repeated = [prompt for prompt in prompts for _ in range(config.num_samples)]
-    return [GenerationRow(id=index, prompt=prompt) for index, prompt in enumerate(repeated)]
+    return [
+        GenerationRow(id=index, prompt=prompt, source=source)
+        for index, (prompt, source) in enumerate(repeated)
+    ]
 
 
 def prompt_text(prompt: Prompt | None) -> str | None:
@@ -120,13 +125,14 @@ class PromptEncoder:
             )
 
 
-def _prompts_of(pattern: str) -> Iterator[Prompt]:
+def _prompts_of(pattern: str) -> Iterator[tuple[Prompt, str]]:
     named = Path(pattern).expanduser()
     paths = [str(named)] if named.is_file() else sorted(glob.glob(str(named), recursive=True))
     if not paths:
         raise InputError(f"prompts {pattern}: no such file")
     for path in paths:
-        yield from _parquet_prompts(path) if path.endswith(".parquet") else _line_prompts(path)
+        read = _parquet_prompts if path.endswith(".parquet") else _line_prompts
+        yield from ((prompt, Path(path).name) for prompt in read(path))
 
 
 def _line_prompts(path: str) -> Iterator[Prompt]:

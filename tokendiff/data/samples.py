@@ -39,6 +39,8 @@ def write_part(path: Location, records: list[dict[str, Any]]) -> None:
             "finish_reason": pa.string(),
             "num_model_calls": pa.int64(),
             "tokens_per_forward": pa.float64(),
+            "blocks_by_gain": pa.list_(pa.int32()),
+            "source": pa.string(),
             "seconds": pa.float64(),
         }
     )

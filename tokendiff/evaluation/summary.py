@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tokendiff.evaluation.acceptance import speculation_tables
 from tokendiff.evaluation.bound import Bound
 from tokendiff.evaluation.certificate import Check, tables
 from tokendiff.evaluation.report import Denoising, Report, explain_bound
@@ -49,7 +50,7 @@ def make_report(
         metrics={name: float(value) for name, value in metrics.items() if value is not None},
         samples=[dict(record) for record in samples[:_SHOWN_SAMPLES]],
         denoising=None if trace is None else Denoising(**trace, num_prompt_tokens=0),
-        tables=tables(checks),
+        tables=[*speculation_tables(metrics), *tables(checks)],
         config_yaml=config_yaml,
     )
 

@@ -2,8 +2,9 @@
 what a generation actor, or a notebook, holds.
 """
 
+import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import torch
 from tokendiff.checkpoint import EMA_WEIGHTS, SCHEDULER_CONFIG, NoiseProcess
 from tokendiff.data.prompts import GenerationRow, PromptEncoder, prompt_text
 from tokendiff.errors import InputError
-from tokendiff.interfaces import Completion, Request
+from tokendiff.interfaces import Completion, Decoder, Request
 from tokendiff.models.causal import (
     CausalModel,
     causal_config,
@@ -22,9 +23,12 @@ from tokendiff.models.causal import (
     load_causal_tokenizer,
     open_causal,
 )
+from tokendiff.models.drafted import DraftedModel, check_drafted
+from tokendiff.models.drafting import load_draft
 from tokendiff.random import key_from
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
 from tokendiff.samplers.block_refinement import BlockRefinementSampler
+from tokendiff.samplers.dflash import GAINS, DFlashSampler
 from tokendiff.samplers.open_ended import OpenEndedSampler
 from tokendiff.samplers.sdar import SDARSampler
 
@@ -36,8 +40,10 @@ if TYPE_CHECKING:
 OPEN_ENDED_SAMPLERS: dict[str, type[OpenEndedSampler]] = {
     "ar": AutoregressiveSampler,
     "block_refinement": BlockRefinementSampler,
+    "dflash": DFlashSampler,
     "sdar": SDARSampler,
 }
+_WARM_UP_TOKENS = 8
 _SEES_BLOCKS_WHOLE = ("sdar", "llada2_moe")  # model types; others are causal unless ours
 
 
@@ -60,12 +66,15 @@ class CompletionSetup:
 
     @classmethod
     def of(cls, config: "GenerateConfig", checkpoint: Path | None) -> "CompletionSetup":
-        """What a config asks for, of an opened checkpoint, or of its model_id where that is None.
+        """What a config asks for, of an opened checkpoint, or of the model that it names where
+        that is None.
 
         Raises:
             InputError: no such model, or one that the sampler does not go with.
         """
         name = str(checkpoint) if checkpoint is not None else config.model_id
+        if config.sampler.name == "dflash":
+            name = check_drafted(config)
         assert name is not None, "GenerateConfig asks for one of the two"
         model_config = causal_config(name, trust_remote_code=config.trust_remote_code)
         tokenizer = load_causal_tokenizer(name, trust_remote_code=config.trust_remote_code)
@@ -136,7 +145,12 @@ class CompletionModel:
         )
         if checkpoint is not None:
             _load_averaged(model, checkpoint)
-        self._model = model.to(device)
+        self._model: Decoder = model.to(device)
+        self._target = self._model
+        if config.draft_model_id is not None:
+            draft = load_draft(config.draft_model_id, dtype=dtype).to(device)
+            self._model = DraftedModel(model, draft)
+        self._is_warm = False
         self._key, self._num_slots = key_from(config.seed, "sample"), config.batch_size
 
     def samples(self, rows: Iterable[GenerationRow]) -> Iterator[dict[str, Any]]:
@@ -144,7 +158,9 @@ class CompletionModel:
         become free.
 
         Yields:
-            as `SamplingModel.sample`; seconds are those from taking the row to its end.
+            as `SamplingModel.sample`; seconds are those from taking the row to its end. Beside a
+            draft also blocks_by_gain, [K] how many blocks came to 1..K tokens, and source, the file
+            of the prompt.
         """
         taken: dict[int, tuple[GenerationRow, Request, float]] = {}
 
@@ -165,10 +181,71 @@ class CompletionModel:
         by_id = {record["id"]: record for record in self.samples(rows)}
         return [by_id[row.id] for row in rows]
 
+    def measured(
+        self, rows: list[GenerationRow], *, is_target_first: bool
+    ) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """As `samples` with a draft, and besides what the target alone takes for the same rows.
+
+        Args:
+            is_target_first: callers take turns, so that neither side has the quieter machine.
+
+        Returns:
+            records; and rows, new tokens and wall-clock seconds of both sides, and the rows in
+            which they wrote the same.
+        """
+        sampler = self.setup.sampler
+        assert isinstance(sampler, DFlashSampler), "GenerateConfig sees to it"
+        names = [field.name for field in dataclasses.fields(AutoregressiveSampler)]
+        alone = AutoregressiveSampler(**{name: getattr(sampler, name) for name in names})
+        requests = [self.setup.request(row) for row in rows]
+        if not self._is_warm:  # what is done once, and then never again, is not timed
+            few = min(_WARM_UP_TOKENS, sampler.max_new_tokens)
+            for side, model in ((alone, self._target), (sampler, self._model)):
+                brief = dataclasses.replace(side, max_new_tokens=few)
+                list(brief.complete(model, requests, key=self._key, num_slots=self._num_slots))
+            self._is_warm = True
+        records: list[dict[str, Any]] = []
+
+        def draft() -> None:
+            records.extend(self.samples(rows))
+
+        texts: dict[int, list[int]] = {}
+
+        def do_without() -> None:
+            for completion in alone.complete(
+                self._target, requests, key=self._key, num_slots=self._num_slots
+            ):
+                texts[completion.id] = completion.tokens
+
+        sides = (do_without, draft) if is_target_first else (draft, do_without)
+        seconds = {side: self._timed(side) for side in sides}
+        written = {r["id"]: r["tokens"][r["num_prompt_tokens"] :] for r in records}
+        return records, {
+            "rows": len(rows),
+            "seconds": seconds[draft],
+            "new_tokens": sum(map(len, written.values())),
+            "seconds_alone": seconds[do_without],
+            "new_tokens_alone": sum(map(len, texts.values())),
+            "same_rows": sum(written[index] == tokens for index, tokens in texts.items()),
+        }
+
+    def _timed(self, work: Callable[[], None]) -> float:
+        """Seconds, what the device was still doing before and after included."""
+        device = self._model.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
     def _record(
         self, completion: Completion, row: GenerationRow, request: Request, start: float
     ) -> dict[str, Any]:
         tokens = [*request.prompt, *completion.tokens]
+        gains = completion.counts.get(GAINS)
+        of_draft = {} if gains is None else {"blocks_by_gain": gains, "source": row.source}
         return {
             "id": row.id,
             "prompt": prompt_text(row.prompt),
@@ -180,6 +257,7 @@ class CompletionModel:
             "finish_reason": completion.finish_reason,
             "num_model_calls": completion.num_model_calls,
             "tokens_per_forward": len(completion.tokens) / completion.num_model_calls,
+            **of_draft,
             "seconds": round(time.perf_counter() - start, 3),
         }
 
@@ -205,7 +283,7 @@ def _build_sampler(
     if "gen_length" in fields:
         fields["max_new_tokens"] = fields.pop("gen_length")
     _check_process(section.name, name, process)
-    if section.name != "ar":
+    if section.name not in ("ar", "dflash"):
         fields |= _block_fields(fields, name, model_config, tokenizer, process)
     given = {key: value for key, value in fields.items() if (key, value) != ("block_length", None)}
     try:

@@ -5,16 +5,42 @@ once per token, and kept per row like the target's own; those of a drafted block
 pass alone.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tokendiff.attention_masks import MaskRule
+from tokendiff.errors import InputError
 from tokendiff.interfaces import DecodingCache
 from tokendiff.models.causal import CausalModel
 from tokendiff.models.dflash import DFlashDraftModel
+from tokendiff.models.drafting import check_fit, open_draft_config, open_target_config
 from tokendiff.models.ragged_cache import RaggedCache
+
+if TYPE_CHECKING:
+    from tokendiff.config import GenerateConfig
+
+
+def check_drafted(config: "GenerateConfig") -> str:
+    """The name of the target, after seeing from the two configs that the draft is one of it.
+
+    Raises:
+        InputError: one of them is missing, or they do not go together; no weight is read.
+    """
+    target, draft = config.target_model_id, config.draft_model_id
+    if target is None or draft is None:
+        raise InputError(
+            "sampler 'dflash' needs target_model_id, the causal language model whose text is "
+            "written, and draft_model_id, its draft"
+        )
+    check_fit(
+        open_draft_config(draft),
+        open_target_config(target),
+        draft_model_id=draft,
+        target_model_id=target,
+    )
+    return target
 
 
 class DraftedModel:

@@ -1,0 +1,126 @@
+"""What speculative decoding gained: how many tokens a block came to, and what a pass of the target
+gave.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tokendiff.data.samples import num_new_tokens
+
+COMMAND_LINE = "prompt"  # the source of prompts that no file held
+
+
+def acceptance_metrics(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Figures of samples that sampler dflash wrote.
+
+    A block's acceptance length is what it added to its row: the drafted tokens that were accepted,
+    and one of the target's own. A block that a stop token or the length ended counts with what was
+    kept of it, so short texts push the mean down.
+
+    Args:
+        records: as part files hold them; of sampler dflash, with `blocks_by_gain` and `source`.
+
+    Returns:
+        acceptance_length_mean, acceptance_length_standard_error: over blocks, the error over rows
+            (blocks of a row are not independent; ratio of sums, by linearisation).
+        acceptance_share_K: share of the blocks that added exactly K tokens.
+        tokens_per_target_forward: new tokens over the target's forward passes that a row took part
+            in, those of its prompt included.
+        acceptance_length_mean/SOURCE: by prompt source, where there are several.
+    """
+    gains = np.array([record["blocks_by_gain"] for record in records], dtype=np.float64)
+    length = np.arange(1, gains.shape[1] + 1)
+    mean, error = _ratio(gains @ length, gains.sum(1))
+    passes = sum(record["num_model_calls"] for record in records)
+    metrics = {
+        "acceptance_length_mean": mean,
+        "acceptance_length_standard_error": error,
+        "tokens_per_target_forward": sum(map(num_new_tokens, records)) / passes,
+    }
+    shares = gains.sum(0) / max(gains.sum(), 1.0)
+    metrics |= {
+        f"acceptance_share_{k}": float(share) for k, share in zip(length, shares, strict=True)
+    }
+    # Names of metrics in MLflow have no other characters than these.
+    sources = np.array([re.sub(r"[^\w.-]", "_", r["source"] or COMMAND_LINE) for r in records])
+    names = sorted(set(sources.tolist()))
+    if len(names) > 1:
+        for name in names:
+            own = gains[sources == name]
+            metrics[f"acceptance_length_mean/{name}"] = _ratio(own @ length, own.sum(1))[0]
+    return metrics
+
+
+def speedup_metrics(measured: Mapping[str, float]) -> dict[str, float]:
+    """What a draft made of the same rows that the target also wrote alone.
+
+    Args:
+        measured: sums over actors of what `CompletionModel.measured` returns; nothing, nothing.
+
+    Returns:
+        speedup: tokens per second over those of the target alone. Both are wall-clock of whole
+            batches, prompts included, in one process, turn and turn about.
+        tokens_per_second_with_draft, tokens_per_second_alone
+        same_text_fraction: of the rows. With proposals that are not drawn all but those in which
+            two tokens are equally likely to within rounding, which is another in a wider pass.
+    """
+    if not measured:
+        return {}
+    drafted = measured["new_tokens"] / measured["seconds"]
+    alone = measured["new_tokens_alone"] / measured["seconds_alone"]
+    return {
+        "speedup": drafted / alone,
+        "tokens_per_second_with_draft": drafted,
+        "tokens_per_second_alone": alone,
+        "same_text_fraction": measured["same_rows"] / measured["rows"],
+    }
+
+
+def speculation_tables(
+    metrics: Mapping[str, Any],
+) -> list[tuple[str, list[str], list[list[Any]]]]:
+    """The report's tables of these figures; none where no draft was decoded with."""
+    if "acceptance_length_mean" not in metrics:
+        return []
+    named = [
+        ("acceptance length", "acceptance_length_mean", "tokens that a block came to, on average"),
+        ("its standard error", "acceptance_length_standard_error", "over rows"),
+        ("tokens per target pass", "tokens_per_target_forward", "prompts included"),
+        ("speed-up", "speedup", "tokens per second, over those of the target alone on these rows"),
+        ("tokens/s with the draft", "tokens_per_second_with_draft", "wall-clock"),
+        ("tokens/s alone", "tokens_per_second_alone", "wall-clock, in turn with the draft"),
+        ("same text", "same_text_fraction", "share of rows in which both wrote the same tokens"),
+    ]
+    figures = [[label, metrics[key], note] for label, key, note in named if key in metrics]
+    sources = _named_by(metrics, "acceptance_length_mean/")
+    tables: list[tuple[str, list[str], list[list[Any]]]] = [
+        ("Speculative decoding", ["figure", "value", "meaning"], figures),
+        (
+            "Tokens that a block came to",
+            ["tokens", "share of blocks"],
+            [[int(k), share] for k, share in _named_by(metrics, "acceptance_share_")],
+        ),
+    ]
+    if sources:
+        columns = ["prompts", "acceptance length"]
+        tables.append(("Acceptance length by prompt file", columns, list(map(list, sources))))
+    return tables
+
+
+def _named_by(metrics: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    return [(k.removeprefix(prefix), value) for k, value in metrics.items() if k.startswith(prefix)]
+
+
+def _ratio(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float, float]:
+    """sum / sum over rows, and its standard error; 0 where there is nothing to divide by."""
+    total, count = denominators.sum(), len(denominators)
+    if total == 0:
+        return 0.0, 0.0
+    ratio = numerators.sum() / total
+    if count < 2:
+        return float(ratio), 0.0
+    residual = numerators - ratio * denominators
+    return float(ratio), float(np.sqrt(count / (count - 1) * (residual**2).sum()) / total)
