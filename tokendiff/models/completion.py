@@ -148,7 +148,8 @@ class CompletionModel:
         self._model: Decoder = model.to(device)
         self._target = self._model
         if config.draft_model_id is not None:
-            draft = load_draft(config.draft_model_id, dtype=dtype).to(device)
+            draft: Any = load_draft(config.draft_model_id, dtype=dtype)
+            draft.to(device)
             self._model = DraftedModel(model, draft)
         self._is_warm = False
         self._key, self._num_slots = key_from(config.seed, "sample"), config.batch_size
