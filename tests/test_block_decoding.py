@@ -20,7 +20,7 @@ from tokendiff.samplers.block_refinement import BlockRefinementSampler
 from tokendiff.samplers.sdar import SDARSampler
 
 V, MASK = 48, 3
-STOPS = (1, 2, 7)
+STOPS = (1, 2, 7, 12, 20)
 LENGTHS = (1, 9, 4, 17, 8, 2, 30)
 
 
