@@ -19,7 +19,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="jobs.evaluate",
         description=__doc__,
         sections=("evaluate", "cluster", "tracking"),
-        hidden=("cluster.num_workers", "cluster.max_failures"),
+        hidden=(
+            "cluster.num_workers",
+            "cluster.max_failures",
+            "cluster.min_actors",
+            "cluster.gpus_per_actor",
+        ),
     )
     config = args.config.evaluate
     if config is None or config.checkpoint_path is None:
@@ -31,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pipelines.stage import evaluate_stage
     from pipelines.tables import verified_lines
     from tokendiff.evaluation.certificate import failure, read_certificate
+    from tokendiff.manifest import fetch
 
     stage = evaluate_stage(
         args.config,
@@ -40,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         samples_path=config.samples_path and input_path(config.samples_path, what="samples_path"),
     )
     result = run_job([stage], args.config)
-    checks = read_certificate(stage.folder)
+    checks = read_certificate(fetch(stage.output))
     if checks and not args.json:
         print("\n".join(verified_lines(checks)))
     cli.print_result(result, as_json=args.json)

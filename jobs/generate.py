@@ -1,8 +1,8 @@
 """Sample from a checkpoint, in batches, on any number of actors, or continue prompts with it or
 with any causal language model.
 
-Writes part files (jsonl or Parquet) with id, prompt, tokens, text, model calls and seconds;
-running the same command again goes on where it stopped.
+Writes part files (jsonl or Parquet) with id, prompt, tokens, text and model calls, and errors/ with
+the prompts that could not be used; running the same command again goes on where it stopped.
 
     python -m jobs.generate --checkpoint_path mdlm-output/final --num_samples 4 --seq_len 64 \\
         --num_inference_steps 128 --output_dir mdlm-output/samples
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pipelines.runner import run_job
     from pipelines.stage import generate_stage
     from pipelines.tables import printable
-    from tokendiff.data.samples import read_samples
+    from tokendiff.data.samples import first_records
 
     stage = generate_stage(
         args.config,
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     result = run_job([stage], args.config)
     if not args.json:
-        for record in read_samples(stage.folder)[:4]:
+        for record in first_records(stage.output, 4):
             print(f"--- {record['id']}\n{printable(record['text'])}")
     cli.print_result(result, as_json=args.json)
     return cli.EXIT_OK

@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hidden=(
             "cluster.num_workers",
             "cluster.num_actors",
+            "cluster.min_actors",
+            "cluster.gpus_per_actor",
             "cluster.use_gpu",
             "cluster.cpus_per_worker",
             "cluster.threads_per_worker",

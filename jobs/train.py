@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="jobs.train",
         description=__doc__,
         sections=("train", "preprocess", "cluster", "tracking"),
-        hidden=("cluster.num_actors",),
+        hidden=("cluster.num_actors", "cluster.min_actors", "cluster.gpus_per_actor"),
     )
     from pipelines.paths import input_path
     from pipelines.runner import run_job
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stages = [train_stage(config, folder=output_dir, data_path=data_path)]
     else:
         data = preprocess_stage(config, folder=config.preprocess.output_dir or f"{output_dir}/data")
-        stages = [data, train_stage(config, folder=output_dir, data_path=data.folder)]
+        stages = [data, train_stage(config, folder=output_dir, data_path=data.output)]
     cli.print_result(run_job(stages, config), as_json=args.json)
     return cli.EXIT_OK
 

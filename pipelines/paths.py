@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from tokendiff.errors import InputError
+from tokendiff.storage import is_uri
 
 # Ray sets it in a submitted job, whose working directory is a temporary upload folder.
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -15,7 +16,15 @@ def output_path(path: str) -> Path:
 
     A relative one is taken from TOKENDIFF_ROOT if that is set, else from the working directory; in
     a submitted job, whose working directory is deleted with it, from ~/tokendiff.
+
+    Raises:
+        InputError: it is a URI.
     """
+    if is_uri(path):
+        raise InputError(
+            f"{path}: a pipeline's root and its state are on a file system, not behind a URI; name "
+            "a folder that every node sees (a job's output_dir may be a URI)"
+        )
     expanded = Path(path).expanduser()
     if expanded.is_absolute():
         return expanded
@@ -41,9 +50,13 @@ def input_path(path: str, *, what: str) -> str:
 
     A relative one is looked for in the working directory, and then where output of that name goes.
 
+    A URI stays as it is.
+
     Raises:
         InputError: it is in neither place.
     """
+    if is_uri(path):
+        return path
     places = [Path.cwd() / Path(path).expanduser(), output_path(path)]
     for place in places:
         if place.exists():

@@ -17,7 +17,7 @@ from tokendiff.cluster.session import ray_session
 from tokendiff.config import Config
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.evaluation.certificate import CERTIFICATE, figures, read_certificate
-from tokendiff.manifest import verify
+from tokendiff.manifest import fetch, verify
 from tokendiff.tracking.mlflow_mirror import MlflowMirror
 from tokendiff.tracking.mlflow_store import open_command, resolve_uri
 from tokendiff.tracking.progress import LogTailer, ProgressPrinter
@@ -47,11 +47,12 @@ def run_stage(stage: Stage, mirror: MlflowMirror) -> dict[str, Any]:
         log.write("end")
         result = stage.result(stage)
         run.log_metrics(_figures(stage.title, result))
-        if (report := stage.folder / "report").is_dir():
+        made = fetch(stage.output) if stage.kind == "evaluate" else stage.folder
+        if (report := made / "report").is_dir():
             run.log_artifacts(report, "report")
-        if checks := read_certificate(stage.folder):
+        if checks := read_certificate(made):
             run.log_metrics(figures(checks))
-            run.log_artifacts(stage.folder / CERTIFICATE)
+            run.log_artifacts(made / CERTIFICATE)
     return result
 
 
@@ -60,7 +61,7 @@ def run_job(stages: Sequence[Stage], config: Config) -> dict[str, Any]:
 
     Its tracking store, where none is configured, is that of the pipelines: under `config.root`.
     """
-    folder = stages[-1].folder
+    output = stages[-1].output
     root = output_path(config.root)
     with (
         _alone(stages[-1].record),
@@ -70,7 +71,7 @@ def run_job(stages: Sequence[Stage], config: Config) -> dict[str, Any]:
         for stage in stages:
             result = run_stage(stage, mirror)
     tracked = {"MLflow": store_command(config, root)} if config.tracking.enabled else {}
-    return {"output_dir": str(folder), **result, **tracked}
+    return {"output_dir": str(output), **result, **tracked}
 
 
 def run_pipeline(config: Config, root: Path) -> Results:

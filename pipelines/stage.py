@@ -5,6 +5,7 @@ the code. In a pipeline it names the stage's folder, and a folder that is commit
 again. `pipelines.graph` puts a pipeline's stages together.
 """
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,8 +14,9 @@ from typing import Any
 
 import tokendiff
 from pipelines.paths import model_path, output_path
-from tokendiff.checkpoint import FINAL
+from tokendiff.checkpoint import FINAL, find_checkpoint
 from tokendiff.config import SAMPLES, Config
+from tokendiff.data.prompt_index import prompt_paths
 from tokendiff.evaluation.certificate import CERTIFICATE
 from tokendiff.manifest import (
     MANIFEST_NAME,
@@ -23,6 +25,15 @@ from tokendiff.manifest import (
     fingerprint,
     is_committed,
     load_manifest,
+    write_atomically,
+)
+from tokendiff.storage import (
+    Location,
+    RemotePath,
+    cache_folder,
+    files_under,
+    is_uri,
+    location,
 )
 from tokendiff.tracking.run_log import LOG_NAME, RunLog, metrics_by_step
 
@@ -42,7 +53,8 @@ class Stage:
         action: does the work; leaves `result_folder` committed, goes on where it was cut off.
         result: what the finished stage reports: figures for tables, the tracking and `--json`.
         inputs: by their role.
-        result_subfolder: where in `folder` the manifest stands that commits the stage.
+        result_subfolder: where in `output` the manifest stands that commits the stage.
+        target: where the result goes in place of `folder`, if it is not on this machine.
         version: raised when the same settings come to give another result.
     """
 
@@ -56,6 +68,7 @@ class Stage:
     label: str = ""
     is_keyed: bool = False
     result_subfolder: str = ""
+    target: RemotePath | None = None
     version: int = 1
 
     @cached_property
@@ -78,8 +91,15 @@ class Stage:
         return self.base / f"{self.name}-{self.key}" if self.is_keyed else self.base
 
     @property
+    def output(self) -> Location:
+        """Where the result goes."""
+        return self.target or self.folder
+
+    @property
     def record(self) -> Path:
-        """The folder of the stage's own log and tracking state, beside its result."""
+        """The folder of the stage's own log and tracking state, beside its result; of a remote one
+        on this machine, with a copy of the log there.
+        """
         return self.folder / RECORD_FOLDER
 
     @property
@@ -87,9 +107,9 @@ class Stage:
         return self.record / LOG_NAME
 
     @property
-    def result_folder(self) -> Path:
+    def result_folder(self) -> Location:
         """The folder whose manifest commits the stage."""
-        return self.folder / self.result_subfolder
+        return self.output / self.result_subfolder
 
     @property
     def is_done(self) -> bool:
@@ -112,12 +132,12 @@ def preprocess_stage(
         preprocess(
             config.preprocess,
             tokenizer_name_or_path=tokenizer,
-            output_dir=stage.folder,
+            output_dir=stage.output,
             on_progress=lambda done, total: log.write("progress", done=done, total=total),
         )
 
     def result(stage: Stage) -> dict[str, Any]:
-        metadata = load_manifest(stage.folder).metadata
+        metadata = load_manifest(stage.output).metadata
         counts = {
             f"{split}_{name}": figures[name]
             for split, figures in metadata["splits"].items()
@@ -140,7 +160,7 @@ def train_stage(
     config: Config,
     folder: str | Path,
     *,
-    data_path: str | Path,
+    data_path: str | Location,
     keyed: Config | None = None,
     **kwargs: Any,
 ) -> Stage:
@@ -153,7 +173,7 @@ def train_stage(
             config.train,
             config.cluster,
             data_path=data_path,
-            output_dir=stage.folder,
+            output_dir=stage.output,
             on_event=log.write,
         )
 
@@ -196,18 +216,26 @@ def generate_stage(
             section,
             config.cluster,
             checkpoint_path=checkpoint_path,
-            output_dir=stage.folder,
+            output_dir=stage.output,
             on_event=log.write,
         )
 
     def result(stage: Stage) -> dict[str, Any]:
-        metadata = load_manifest(stage.folder).metadata
-        names = ("rows", "seq_len", "num_model_calls", "tokens_per_forward", "tokens_per_second")
+        metadata = load_manifest(stage.output).metadata
+        names = (
+            "rows",
+            "errors",
+            "seq_len",
+            "num_model_calls",
+            "tokens_per_forward",
+            "tokens_per_second",
+        )
         figures = {name: metadata.get(name) for name in names}
         speculation = metadata.get("speculation", {})
-        return {**figures, **speculation, "output_dir": str(stage.folder)}
+        return {**figures, **speculation, "output_dir": str(stage.output)}
 
-    inputs = identity_of(*keyed_section.prompts, *(getattr(keyed_section, name) for name in models))
+    paths = prompt_paths(keyed_section.prompts)
+    inputs = identity_of(*paths, *(getattr(keyed_section, name) for name in models))
     settings = {**keyed_section.result_fields(), "inputs": inputs}
     return _stage(kind, settings, folder, action, result, **kwargs)
 
@@ -217,8 +245,8 @@ def evaluate_stage(
     folder: str | Path,
     *,
     checkpoint_path: str,
-    data_path: str | Path | None,
-    samples_path: str | Path | None,
+    data_path: str | Location | None,
+    samples_path: str | Location | None,
     keyed: Config | None = None,
     **kwargs: Any,
 ) -> Stage:
@@ -227,12 +255,10 @@ def evaluate_stage(
     assert keyed_section is not None
 
     def action(stage: Stage, log: RunLog) -> None:
-        from tokendiff.checkpoint import open_checkpoint
         from tokendiff.cluster.evaluate import evaluate
         from tokendiff.config_loader import to_yaml
         from tokendiff.secrets import without_credentials
 
-        training = open_checkpoint(checkpoint_path).parent / RECORD_FOLDER / LOG_NAME
         evaluate(
             section,
             config.cluster,
@@ -240,16 +266,16 @@ def evaluate_stage(
             checkpoint_path=checkpoint_path,
             data_path=data_path,
             samples_path=samples_path,
-            training_log=metrics_by_step(training),
+            training_log=_training_log(checkpoint_path),
             config_yaml=without_credentials(to_yaml(config)),
-            output_dir=stage.folder,
+            output_dir=stage.output,
             on_event=log.write,
         )
 
     def result(stage: Stage) -> dict[str, Any]:
-        metrics = load_manifest(stage.folder).metadata["metrics"]
-        files = {"report": stage.folder / "report" / "index.html"}
-        if (certificate := stage.folder / CERTIFICATE).is_file():
+        metrics = load_manifest(stage.output).metadata["metrics"]
+        files = {"report": stage.output / "report" / "index.html"}
+        if (certificate := stage.output / CERTIFICATE).is_file():
             files["certificate"] = certificate
         return {**metrics, **{name: str(path) for name, path in files.items()}}
 
@@ -268,9 +294,40 @@ def _stage(
     result: Callable[[Stage], dict[str, Any]],
     **kwargs: Any,
 ) -> Stage:
-    base = output_path(str(folder))
+    if is_uri(str(folder)):
+        target = RemotePath(str(folder))
+        base = cache_folder() / "runs" / fingerprint(target.uri)[:_KEY_LENGTH]
+        kwargs = {**kwargs, "target": target}
+        action = _with_remote_log(action)
+    else:
+        base = output_path(str(folder))
     kwargs = {"name": kind, **kwargs}
     return Stage(kind=kind, settings=settings, base=base, action=action, result=result, **kwargs)
+
+
+def _with_remote_log(action: Callable[[Stage, RunLog], None]) -> Callable[[Stage, RunLog], None]:
+    """Go on with the log that is beside a remote result, and put it back there at the end."""
+
+    def run(stage: Stage, log: RunLog) -> None:
+        there = stage.output / RECORD_FOLDER / LOG_NAME
+        if stage.log_path.stat().st_size == 0 and there.is_file():
+            stage.log_path.write_bytes(there.read_bytes())
+        try:
+            action(stage, log)
+        finally:
+            write_atomically(there, stage.log_path.read_bytes())
+
+    return run
+
+
+def _training_log(checkpoint_path: str) -> list[dict[str, Any]]:
+    """The metrics of the run that made a checkpoint; none where there is no log beside it."""
+    path = find_checkpoint(checkpoint_path).parent / RECORD_FOLDER / LOG_NAME
+    if isinstance(path, Path):
+        return metrics_by_step(path)
+    with tempfile.NamedTemporaryFile() as copy:
+        Path(copy.name).write_bytes(path.read_bytes() if path.is_file() else b"")
+        return metrics_by_step(Path(copy.name))
 
 
 def _data_files(config: Config) -> list[str]:
@@ -291,11 +348,11 @@ def identity_of(*names: str | None) -> list[Any]:
     """The content of whatever among `names` is on this machine: changed text is another input."""
     found: list[Any] = []
     for name in names:
-        path = Path(name).expanduser() if name else None
+        path = location(name) if name else None
         if path is not None and is_committed(path):
             found.append(fingerprint(load_manifest(path).files))
         elif path is not None and path.exists():
-            files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+            files = [path] if path.is_file() else [path / name for name in files_under(path)]
             found.append([file_identity(file) for file in files])
     return found
 

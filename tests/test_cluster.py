@@ -15,6 +15,7 @@ import pytest
 from tests.builders import letter_tokenizer, random_rows, token_folder
 from tokendiff.config import ClusterConfig, EvaluateConfig, GenerateConfig, TrainConfig
 from tokendiff.data.rows import TokenData
+from tokendiff.data.samples import read_samples
 from tokendiff.errors import InputError
 from tokendiff.manifest import load_manifest
 from tokendiff.tracking.run_log import RunLog, metrics_by_step, read_events
@@ -163,12 +164,6 @@ def test_too_many_workers_for_the_batch(data_path: Path, tmp_path: Path) -> None
         )
 
 
-def samples_without_seconds(folder: Path) -> list[dict[str, Any]]:
-    from tokendiff.data.samples import read_samples
-
-    return [{**record, "seconds": None} for record in read_samples(folder)]
-
-
 def generate_config(**changes: Any) -> GenerateConfig:
     fields = {"num_samples": 40, "batch_size": 4, "sampler": {"num_inference_steps": 8}}
     return GenerateConfig.model_validate({**fields, **changes})
@@ -193,9 +188,9 @@ def test_samples_survive_a_killed_actor_and_do_not_depend_on_their_number(
     killer.join()
     assert killer.pid is not None
     generate(config, one, checkpoint_path=checkpoint, output_dir=tmp_path / "b", on_event=log.write)
-    killed = samples_without_seconds(tmp_path / "a")
+    killed = read_samples(tmp_path / "a")
     assert [record["id"] for record in killed] == list(range(40))
-    assert killed == samples_without_seconds(tmp_path / "b")
+    assert killed == read_samples(tmp_path / "b")
     assert all(1 not in record["tokens"] for record in killed)  # 1 is the mask
     assert all(record["num_model_calls"] <= LENGTH for record in killed)
     # Cut off after some parts: the others are made, these are not made again, and no other job
@@ -210,7 +205,7 @@ def test_samples_survive_a_killed_actor_and_do_not_depend_on_their_number(
     with pytest.raises(InputError, match="holds samples of another checkpoint, config or prompts"):
         generate(other, one, checkpoint_path=checkpoint, output_dir=folder, on_event=log.write)
     generate(config, one, checkpoint_path=checkpoint, output_dir=folder, on_event=log.write)
-    assert samples_without_seconds(folder) == killed
+    assert read_samples(folder) == killed
     assert (folder / "part-00003.jsonl").stat().st_mtime_ns == kept
     with pytest.raises(InputError, match="holds samples of another checkpoint, config or prompts"):
         generate(other, one, checkpoint_path=checkpoint, output_dir=folder, on_event=log.write)
@@ -237,8 +232,8 @@ def test_prompts_are_kept_and_parquet_holds_the_same(
             output_dir=tmp_path / output_format,
             on_event=log.write,
         )
-    records = samples_without_seconds(tmp_path / "jsonl")
-    assert records == samples_without_seconds(tmp_path / "parquet")
+    records = read_samples(tmp_path / "jsonl")
+    assert records == read_samples(tmp_path / "parquet")
     assert [r["prompt"] for r in records] == ["a"] * 2 + ["abc"] * 2 + ["bcdefghijkla"] * 2 + [
         "de\u2028f"
     ] * 2

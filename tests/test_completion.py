@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from tests.builders import letter_tokenizer, tiny_causal
 from tokendiff.checkpoint import NoiseProcess, open_checkpoint
 from tokendiff.config import ClusterConfig, GenerateConfig
-from tokendiff.data.prompts import GenerationRow, PromptEncoder, generation_rows
+from tokendiff.data.prompt_index import generation_rows
+from tokendiff.data.prompts import GenerationRow, PromptEncoder
 from tokendiff.errors import InputError
 from tokendiff.manifest import commit
 from tokendiff.models.completion import CompletionModel, CompletionSetup

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from tests.builders import letter_tokenizer, tiny_causal
 from tokendiff.config import ClusterConfig, GenerateConfig
-from tokendiff.data.prompts import generation_rows
+from tokendiff.data.prompt_index import generation_rows
 from tokendiff.data.samples import read_samples
 from tokendiff.errors import InputError
 from tokendiff.models.completion import CompletionModel, CompletionSetup

@@ -103,7 +103,7 @@ stages:
     stages = stages_of(tmp_path, text)
     # Where inputs stand is no part of a key, and no key changes once they are there.
     stages["first"].result_folder.mkdir(parents=True)
-    (stages["first"].result_folder / "config.json").write_text("{}")
+    (stages["first"].result_folder / "config.json").write_bytes(b"{}")
     assert keys(tmp_path, text) == before
     after = keys(tmp_path, text, "stages.written.config.num_samples=9")
     changed = {name for name in before if before[name] != after[name]}

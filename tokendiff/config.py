@@ -699,6 +699,12 @@ class GenerateConfig(Section):
     )
     mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16 autocast")
     seed: int = Field(0, ge=0, lt=2**63, description="with a row's id, decides its randomness")
+    max_errors: int = operational(
+        100,
+        ge=0,
+        description="prompts of files that may be of no use (too long, not text) before the job "
+        "fails; errors/ names them",
+    )
 
     @property
     def is_open_ended(self) -> bool:
@@ -722,6 +728,8 @@ class GenerateConfig(Section):
             )
         if self.is_open_ended:
             self._refuse_ignored(("seq_len",), sampler)
+        if not self.prompts:
+            self._refuse_ignored(("max_errors",), "no prompts of files")
         if not self.use_chat_template and not self.prompts:
             self._refuse_ignored(("add_generation_prompt",), "prompts that are no chats")
         return self
@@ -829,13 +837,36 @@ class ClusterConfig(Section):
         ge=1,
         description="torch threads on CPU; by default the machine's cores over its workers",
     )
-    num_actors: int = Field(1, ge=1, description="actors that sample and evaluate")
+    num_actors: int = Field(1, ge=1, description="actors that sample and evaluate, at most")
+    min_actors: int | None = Field(
+        None,
+        ge=1,
+        description="actors that sampling starts with; more come as the cluster has room for them; "
+        "by default num_actors",
+    )
+    gpus_per_actor: float = Field(
+        1.0, gt=0.0, description="GPUs of an actor that samples; 0.5 lets two share one"
+    )
     max_failures: int = Field(
         3, ge=0, description="lost workers that are survived before the job fails"
     )
     worker_start_timeout_s: float = Field(
         600.0, gt=0.0, description="seconds to wait for the workers' resources"
     )
+
+    @model_validator(mode="after")
+    def _actors_agree(self) -> "ClusterConfig":
+        if self.min_actors is not None and self.min_actors > self.num_actors:
+            raise ValueError(
+                f"min_actors {self.min_actors} exceeds num_actors {self.num_actors}; raise that"
+            )
+        if self.gpus_per_actor > 1.0 and self.gpus_per_actor % 1.0:
+            raise ValueError(
+                f"gpus_per_actor {self.gpus_per_actor:g}: above 1 it must be a whole number"
+            )
+        if self.use_gpu is False:
+            self._refuse_ignored(("gpus_per_actor",), "use_gpu false")
+        return self
 
 
 class TrackingConfig(Section):

@@ -1,30 +1,35 @@
-"""Batch offline generation with Ray Data actors.
+"""Batch offline generation with Ray Data actors, of any number of prompts.
 
-Rows are cut into batches, and batches into parts, by their ids alone. An actor samples a part and
-commits its file by a rename; a restarted job skips the parts that are there. A row's randomness is
-keyed by (seed, id) and its batch does not depend on the actors, so the output is the same with any
-number of them.
+Rows are numbered, and cut into parts by their numbers alone (`tokendiff.data.prompt_index`): the
+driver hands out numbers of parts, an actor reads the prompts of its part, samples them and commits
+the part's file by a rename. A restarted job skips the parts that are there. A row's randomness is
+keyed by (seed, id) and its batch does not depend on the actors, so the files are the same, byte by
+byte, with any number of actors and after any number of restarts; how long things took is in the
+run's log, not in them.
+
+A prompt that cannot be used stands in `errors/part-NNNNN.jsonl`, with its place and the reason;
+that file is there before the part's own.
 """
 
-import dataclasses
 import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray.data
 
-from tokendiff.checkpoint import checkpoint_identity, open_checkpoint
+from tokendiff.checkpoint import checkpoint_identity, find_checkpoint
 from tokendiff.cluster.session import (
     data_context,
     set_up_torch,
     wait_for_resources,
     wants_gpu,
 )
-from tokendiff.data.prompts import GenerationRow, generation_rows
+from tokendiff.data.prompt_index import IndexedRow, PromptIndex, error_record
+from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.samples import KIND, num_new_tokens, read_part, write_part
 from tokendiff.errors import InputError
 from tokendiff.evaluation.acceptance import acceptance_metrics, speedup_metrics
@@ -32,15 +37,17 @@ from tokendiff.manifest import (
     Manifest,
     claim_folder,
     commit,
+    fetch,
     fingerprint,
     is_committed,
     load_manifest,
+    sha256_of,
     write_atomically,
 )
 from tokendiff.models.causal import causal_identity
 from tokendiff.models.completion import CompletionModel, CompletionSetup
-from tokendiff.models.sampling import SamplingModel, check_prompts
-from tokendiff.storage import Location
+from tokendiff.models.sampling import PromptCheck, SamplingModel
+from tokendiff.storage import Location, files_under
 from tokendiff.training.trainer import OnEvent
 
 if TYPE_CHECKING:
@@ -48,44 +55,91 @@ if TYPE_CHECKING:
 
 _MAX_PARTS = 256
 _MAX_BATCHES_PER_PART = 64
+_MAX_BLOCKS = 4096
+_ERRORS = "errors"
+
+
+class _Parts:
+    """The rows of each part, and its files; a function of the rows' number and the batch size."""
+
+    def __init__(self, num_rows: int, config: "GenerateConfig") -> None:
+        num_batches = math.ceil(num_rows / config.batch_size)
+        batches = min(_MAX_BATCHES_PER_PART, math.ceil(num_batches / _MAX_PARTS))
+        self._num_rows, self._size = num_rows, batches * config.batch_size
+        self._suffix = config.output_format
+        self._digits = max(5, len(str(len(self) - 1)))  # sorted by name is sorted by number
+
+    def __len__(self) -> int:
+        return math.ceil(self._num_rows / self._size)
+
+    def rows(self, part: int) -> tuple[int, int]:
+        return part * self._size, min((part + 1) * self._size, self._num_rows)
+
+    def num_rows(self, part: int) -> int:
+        first, stop = self.rows(part)
+        return stop - first
+
+    def file(self, part: int) -> str:
+        return f"part-{part:0{self._digits}}.{self._suffix}"
+
+    def errors_file(self, part: int) -> str:
+        return f"{_ERRORS}/part-{part:0{self._digits}}.jsonl"
 
 
 class _PartSampler:
-    """The Ray Data actor: samples the rows of a part, writes its file, returns counts."""
+    """The Ray Data actor: samples the rows of a part, writes its files, returns counts."""
 
     def __init__(
         self,
-        checkpoint: Path | None,
+        checkpoint: Location | None,
         config: "GenerateConfig",
         cluster: "ClusterConfig",
+        index: PromptIndex,
+        output_dir: Location,
         use_gpu: bool,
-        num_actors: int,
     ) -> None:
-        device = set_up_torch(cluster, use_gpu=use_gpu, num_processes=num_actors)
+        device = set_up_torch(cluster, use_gpu=use_gpu, num_processes=cluster.num_actors)
+        folder = None if checkpoint is None else fetch(checkpoint)
+        self._index, self._output_dir = index, output_dir
+        self._parts = _Parts(index.num_rows, config)
+        self._check = make_check(folder, config)
         self._measures = config.measure_speedup
         self._model: SamplingModel | CompletionModel
         if config.is_open_ended:
-            self._model = CompletionModel(config, checkpoint=checkpoint, device=device)
+            self._model = CompletionModel(config, checkpoint=folder, device=device)
         else:
-            assert checkpoint is not None
-            self._model = SamplingModel(checkpoint, config, device=device)
+            assert folder is not None
+            self._model = SamplingModel(folder, config, device=device)
 
     def __call__(self, items: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        for text in items["part"]:
-            part = json.loads(text)
-            start = time.perf_counter()
-            rows = [GenerationRow(**row) for row in part["rows"]]
-            records, measured = self._samples(rows, is_target_first=part["index"] % 2 == 0)
-            records.sort(key=lambda record: record["id"])
-            write_part(Path(part["path"]), records)
-            new = [num_new_tokens(record) for record in records]
-            yield {
-                "rows": [len(rows)],
-                "new_tokens": [sum(new)],
-                "model_calls": [sum(record["num_model_calls"] for record in records)],
-                "seconds": [time.perf_counter() - start],
-                "measured": [json.dumps(measured)],
-            }
+        for number in items["item"]:
+            yield {name: [value] for name, value in self._sample(int(number)).items()}
+
+    def _sample(self, part: int) -> dict[str, Any]:
+        start = time.perf_counter()
+        rows, errors = usable_rows(self._index, *self._parts.rows(part), check=self._check)
+        records, measured = self._samples(rows, is_target_first=part % 2 == 0)
+        records.sort(key=lambda record: record["id"])
+        for record in records:
+            del record["seconds"]  # the same row takes another time in another run
+        name, errors_name = self._parts.file(part), self._parts.errors_file(part)
+        if errors:
+            lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
+            path = self._output_dir / errors_name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lines.encode("utf-8", "replace"))
+        write_part(self._output_dir / name, records)
+        return {
+            "part": part,
+            "sha256": sha256_of(self._output_dir / name),
+            "rows": self._parts.num_rows(part),
+            "errors": len(errors),
+            "first_error": f"{errors[0]['place']}: {errors[0]['reason']}" if errors else "",
+            "new_tokens": sum(map(num_new_tokens, records)),
+            "model_calls": sum(record["num_model_calls"] for record in records),
+            "seconds": time.perf_counter() - start,
+            "measured": json.dumps(measured),
+        }
 
     def _samples(
         self, rows: list[GenerationRow], *, is_target_first: bool
@@ -101,7 +155,7 @@ def generate(
     cluster: "ClusterConfig",
     *,
     checkpoint_path: str | None,
-    output_dir: Path,
+    output_dir: Location,
     on_event: OnEvent,
 ) -> Manifest:
     """Sample every row into part files under `output_dir`, on the connected Ray cluster, and commit
@@ -111,22 +165,25 @@ def generate(
 
     Args:
         checkpoint_path: None where the config gives a model_id.
+        output_dir: a URI, or a folder that every node sees under the same path.
 
     Raises:
-        InputError: no such checkpoint or model, a prompt that does not fit, or output_dir holds
-            other samples.
+        InputError: no such checkpoint, model or prompt file; a prompt of the command line does not
+            fit; more than `max_errors` of the files' do not; or output_dir holds other samples.
     """
     model_id = config.target_model_id or config.model_id
     if (checkpoint_path is None) == (model_id is None):
         raise InputError("give either a checkpoint_path or a model_id to sample from")
-    checkpoint = None if checkpoint_path is None else open_checkpoint(checkpoint_path)
-    rows = generation_rows(config)
-    seq_len = _check_prompts(checkpoint, config, rows)
+    found = None if checkpoint_path is None else find_checkpoint(checkpoint_path)
+    checkpoint = None if found is None else fetch(found)
+    check = make_check(checkpoint, config)
+    index = PromptIndex.of(config)
+    _check_given(index, check)
     source, source_files = _source(checkpoint, config)
     identity = fingerprint(
         {
             "config": config.result_fields(),
-            "rows": [dataclasses.asdict(row) for row in rows],
+            "rows": index.identity(),
             "checkpoint": source_files,
             "target": config.target_model_id and causal_identity(config.target_model_id),
         }
@@ -136,31 +193,26 @@ def generate(
         _check_identity(manifest.metadata["identity"], identity, output_dir)
         return manifest
     mark = _claim(output_dir, identity)
-    parts = _parts(rows, config, output_dir)
-    missing = [part for part in parts if not Path(part["path"]).is_file()]
-    done = sum(len(part["rows"]) for part in parts) - sum(len(part["rows"]) for part in missing)
-    total: Counter[str] = Counter()
-    measured: Counter[str] = Counter()
-    on_event("progress", done=done, total=len(rows))
-    for counts in _sample_parts(missing, checkpoint, config, cluster, on_event):
-        total.update({name: counts[name] for name in ("new_tokens", "model_calls", "seconds")})
-        measured.update(json.loads(counts["measured"]))
-        done += counts["rows"]
-        on_event("progress", done=done, total=len(rows))
+    parts = _Parts(index.num_rows, config)
+    totals = _Totals(parts, config.max_errors, output_dir, on_event)
+    missing = totals.count_finished()
+    arguments = (found, config, cluster, index, output_dir)
+    for counts in _sample_parts(missing, arguments, cluster, on_event):
+        totals.add(counts)
+    if totals.num_errors * config.num_samples >= index.num_rows:
+        raise InputError(f"none of the prompts can be used; the first: {totals.first_error}")
     metadata = {
         "identity": identity,
         "config": config.result_fields(),
-        "checkpoint": source,
+        "checkpoint": source if found is None else str(found),
         "checkpoint_files": source_files,
-        "rows": len(rows),
-        "seq_len": seq_len,
-        # Of the parts that this run made.
-        "num_model_calls": total["model_calls"] or None,
-        "tokens_per_forward": _ratio(total["new_tokens"], total["model_calls"]),
-        "tokens_per_second": _ratio(total["new_tokens"], total["seconds"]),
-        **_draft_figures(config, parts, measured),
+        "rows": index.num_rows - totals.num_errors * config.num_samples,
+        "seq_len": check.seq_len if isinstance(check, PromptCheck) else None,
+        "errors": totals.num_errors,
+        **totals.figures(),
+        **_draft_figures(config, [output_dir / parts.file(n) for n in range(len(parts))], totals),
     }
-    manifest = commit(output_dir, kind=KIND, metadata=metadata)
+    manifest = commit(output_dir, kind=KIND, metadata=metadata, known_sha256=totals.sha256)
     mark.unlink()
     return manifest
 
@@ -177,32 +229,132 @@ def _source(checkpoint: Path | None, config: "GenerateConfig") -> tuple[str, Any
 
 
 def _draft_figures(
-    config: "GenerateConfig", parts: list[dict[str, Any]], measured: Mapping[str, float]
+    config: "GenerateConfig", files: list[Location], totals: "_Totals"
 ) -> dict[str, Any]:
     """What sampler dflash gained; of the measured parts, those that this run made."""
     if config.sampler.name != "dflash":
         return {}
-    records = [record for part in parts for record in read_part(Path(part["path"]))]
-    return {"speculation": {**acceptance_metrics(records), **speedup_metrics(measured)}}
+    records = [record for file in files for record in read_part(file)]
+    return {"speculation": {**acceptance_metrics(records), **speedup_metrics(totals.measured)}}
 
 
-def _ratio(new_tokens: float, per: float) -> float | None:
-    return new_tokens / per if per else None
+class _Totals:
+    """What is done, told as it goes on; raises once too many prompts could not be used."""
+
+    def __init__(
+        self, parts: _Parts, max_errors: int, output_dir: Location, on_event: OnEvent
+    ) -> None:
+        self._parts, self._max_errors, self._output_dir = parts, max_errors, output_dir
+        self._on_event = on_event
+        self._done = 0
+        self._sums = dict.fromkeys(("new_tokens", "model_calls", "seconds"), 0.0)
+        self.measured: Counter[str] = Counter()
+        self.num_errors = 0
+        self.first_error = ""
+        self.sha256: dict[str, str] = {}
+
+    def count_finished(self) -> list[int]:
+        """Count what an earlier attempt left; returns the parts that are still to be made."""
+        names = files_under(self._output_dir) if self._output_dir.is_dir() else {}
+        missing = []
+        for part in range(len(self._parts)):
+            if self._parts.file(part) not in names:
+                missing.append(part)
+                continue
+            self._done += self._parts.num_rows(part)
+            if (errors := self._parts.errors_file(part)) in names:
+                lines = (self._output_dir / errors).read_bytes().splitlines()
+                first = json.loads(lines[0])
+                self._count_errors(len(lines), f"{first['place']}: {first['reason']}")
+        self._tell()
+        return missing
+
+    def add(self, counts: dict[str, Any]) -> None:
+        for name in self._sums:
+            self._sums[name] += counts[name]
+        self.measured.update(json.loads(counts["measured"]))
+        self._done += counts["rows"]
+        self.sha256[self._parts.file(counts["part"])] = counts["sha256"]
+        names = ("rows", "errors", *self._sums)
+        self._on_event("part", part=counts["part"], **{name: counts[name] for name in names})
+        if counts["errors"]:
+            self._count_errors(counts["errors"], counts["first_error"])
+        self._tell()
+
+    def _count_errors(self, count: int, first: str) -> None:
+        if not self.num_errors:
+            self.first_error = first
+            self._on_event(
+                "warning", message=f"not sampled, see {self._output_dir / _ERRORS}: {first}"
+            )
+        self.num_errors += count
+        if self.num_errors > self._max_errors:
+            raise InputError(
+                f"{self.num_errors} prompts cannot be used, more than max_errors "
+                f"{self._max_errors}; the first: {self.first_error}. "
+                f"{self._output_dir / _ERRORS} names them all; what was sampled is kept: raise "
+                "max_errors to go on, or mend the prompts and choose another output_dir"
+            )
+
+    def _tell(self) -> None:
+        total = self._parts.rows(len(self._parts) - 1)[1]
+        self._on_event("progress", done=self._done, total=total, errors=self.num_errors)
+
+    def figures(self) -> dict[str, Any]:
+        """Of the parts that this run made."""
+        tokens, calls, seconds = (
+            self._sums[name] for name in ("new_tokens", "model_calls", "seconds")
+        )
+        return {
+            "num_model_calls": int(calls) or None,
+            "tokens_per_forward": tokens / calls if calls else None,
+            "tokens_per_second": tokens / seconds if seconds else None,
+        }
 
 
-def _check_prompts(
-    checkpoint: Path | None, config: "GenerateConfig", rows: list[GenerationRow]
-) -> int | None:
-    """The length of a sample (None where each row has its own), after checking that sampler, model
-    and every prompt go together.
+def usable_rows(
+    index: PromptIndex, first: int, stop: int, *, check: "PromptCheck | CompletionSetup"
+) -> tuple[list[GenerationRow], list[dict[str, Any]]]:
+    """Rows first..stop-1 that can be sampled, and a record of each prompt that cannot, once for all
+    its rows.
     """
-    if not config.is_open_ended:
-        assert checkpoint is not None, "GenerateConfig sees to it"
-        return check_prompts(checkpoint, config, rows)
-    setup = CompletionSetup.of(config, checkpoint)
-    for row in rows[:: config.num_samples]:  # the others repeat these prompts
-        setup.request(row)
+    rows: list[GenerationRow] = []
+    errors: list[dict[str, Any]] = []
+    for item in index.rows(first, stop):
+        error = item.error or _problem_of(item, check)
+        if error is None:
+            rows.append(item.row)
+        elif item.row.id % index.num_samples == 0:
+            errors.append(error_record(item, error, num_samples=index.num_samples))
+    return rows, errors
+
+
+def _problem_of(item: IndexedRow, check: "PromptCheck | CompletionSetup") -> InputError | None:
+    try:
+        check.request(item.row)
+    except InputError as error:
+        return error
     return None
+
+
+def make_check(
+    checkpoint: Path | None, config: "GenerateConfig"
+) -> "PromptCheck | CompletionSetup":
+    """What says of a row whether it can be sampled, by its `request`.
+
+    Raises:
+        InputError: sampler, checkpoint and lengths do not go together.
+    """
+    if config.is_open_ended:
+        return CompletionSetup.of(config, checkpoint)
+    assert checkpoint is not None, "GenerateConfig sees to it"
+    return PromptCheck.of(checkpoint, config)
+
+
+def _check_given(index: PromptIndex, check: "PromptCheck | CompletionSetup") -> None:
+    """Prompts of the command line are few, and typed by someone who waits."""
+    for number, prompt in enumerate(index.given):
+        check.request(GenerationRow(id=number, prompt=prompt))
 
 
 def _claim(output_dir: Location, identity: str) -> Location:
@@ -223,43 +375,25 @@ def _check_identity(there: str, here: str, output_dir: Location) -> None:
         )
 
 
-def _parts(
-    rows: list[GenerationRow], config: "GenerateConfig", output_dir: Path
-) -> list[dict[str, Any]]:
-    num_batches = math.ceil(len(rows) / config.batch_size)
-    batches_per_part = min(_MAX_BATCHES_PER_PART, math.ceil(num_batches / _MAX_PARTS))
-    size = batches_per_part * config.batch_size
-    return [
-        {
-            "index": at // size,
-            "path": str(output_dir / f"part-{at // size:05d}.{config.output_format}"),
-            "rows": [dataclasses.asdict(row) for row in rows[at : at + size]],
-        }
-        for at in range(0, len(rows), size)
-    ]
-
-
 def _sample_parts(
-    parts: list[dict[str, Any]],
-    checkpoint: Path | None,
-    config: "GenerateConfig",
-    cluster: "ClusterConfig",
-    on_event: OnEvent,
+    parts: list[int], arguments: tuple[Any, ...], cluster: "ClusterConfig", on_event: OnEvent
 ) -> Iterator[dict[str, Any]]:
     if not parts:
         return
-    num_actors = min(cluster.num_actors, len(parts))
+    most = min(cluster.num_actors, len(parts))
+    least = min(cluster.min_actors or cluster.num_actors, most)
     use_gpu = wants_gpu(cluster)
-    wait_for_resources(cluster, count=num_actors, what="sampling actors", on_event=on_event)
+    wait_for_resources(
+        cluster, count=least, what="sampling actors", on_event=on_event, gpus=cluster.gpus_per_actor
+    )
     with data_context():
-        dataset = ray.data.from_items(
-            [{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts)
-        ).map_batches(
+        num_blocks = min(len(parts), _MAX_BLOCKS)
+        dataset = ray.data.from_items(parts, override_num_blocks=num_blocks).map_batches(
             _PartSampler,
-            fn_constructor_args=(checkpoint, config, cluster, use_gpu, num_actors),
+            fn_constructor_args=(*arguments, use_gpu),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=num_actors),
+            compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
             num_cpus=cluster.cpus_per_worker,
-            num_gpus=1 if use_gpu else None,
+            num_gpus=cluster.gpus_per_actor if use_gpu else None,
         )
         yield from dataset.iter_rows()

@@ -3,8 +3,10 @@
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokendiff.errors import InputError
@@ -97,6 +99,35 @@ def ray_session(config: "ClusterConfig") -> Iterator[None]:
         ray.shutdown()
 
 
+def check_shared(root: Path) -> None:
+    """Nodes hand folders to each other: every one of the connected cluster must see `root`.
+
+    Raises:
+        InputError: naming the nodes that do not.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if len(nodes) == 1:
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    probe = root / f".probe-{uuid.uuid4().hex}"
+    probe.touch()
+    try:
+        look = ray.remote(num_cpus=0)(lambda: probe.exists())
+        places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+        seen = ray.get([look.options(scheduling_strategy=place).remote() for place in places])
+    finally:
+        probe.unlink()
+    blind = sorted(address for address, sees in zip(nodes.values(), seen, strict=True) if not sees)
+    if blind:
+        raise InputError(
+            f"root {root} is not seen by {len(blind)} of the cluster's {len(nodes)} nodes "
+            f"({', '.join(blind[:5])}); choose a folder on storage that all of them mount"
+        )
+
+
 def wants_gpu(config: "ClusterConfig") -> bool:
     """Whether workers and actors get a GPU each: as configured, else whether the cluster has one
     now.
@@ -109,7 +140,12 @@ def wants_gpu(config: "ClusterConfig") -> bool:
 
 
 def wait_for_resources(
-    config: "ClusterConfig", *, count: int, what: str, on_event: Callable[..., None]
+    config: "ClusterConfig",
+    *,
+    count: int,
+    what: str,
+    on_event: Callable[..., None],
+    gpus: float = 1.0,
 ) -> None:
     """Return once the cluster is large enough for `count` workers or actors and Ray Data's tasks.
 
@@ -122,7 +158,7 @@ def wait_for_resources(
     import ray
     from ray.autoscaler.sdk import request_resources
 
-    each = {"CPU": config.cpus_per_worker, **({"GPU": 1.0} if wants_gpu(config) else {})}
+    each = {"CPU": config.cpus_per_worker, **({"GPU": gpus} if wants_gpu(config) else {})}
     needed = {name: count * amount for name, amount in each.items()}
     needed["CPU"] += DATA_CPUS
     deadline = time.monotonic() + config.worker_start_timeout_s
@@ -132,7 +168,8 @@ def wait_for_resources(
             raise InputError(
                 f"{count} {what} and Ray Data need more than the cluster has ({lacking}), and it "
                 f"did not grow within worker_start_timeout_s = {config.worker_start_timeout_s:g}; "
-                "ask for fewer or smaller ones (num_workers, num_actors, cpus_per_worker, use_gpu)"
+                "ask for fewer or smaller ones (num_workers, num_actors, min_actors, "
+                "cpus_per_worker, use_gpu)"
             )
         if not is_asked:
             is_asked = True

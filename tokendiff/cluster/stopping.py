@@ -1,7 +1,8 @@
 """Ending on SIGTERM, which `ray job stop`, Kubernetes and a spot market send before they kill.
 
 Most work is cut off at once, since what it has written counts and the same command goes on from
-there. Training first finishes its step and saves it. A second SIGTERM cuts that off as well.
+there. Training first finishes its step and saves it; more SIGTERMs change nothing, since a process
+may well get several (its group's, its parent's).
 """
 
 import signal
@@ -18,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 STOPPED = "stopped by SIGTERM"
 
 _requested = threading.Event()
-_is_held = False  # whether a first SIGTERM leaves it to the work to end
+_is_held = False  # whether SIGTERM leaves it to the work to end
 
 
 def is_stop_requested() -> bool:
@@ -45,9 +46,8 @@ def sigterm_stops() -> Iterator[None]:
 
 
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:
-    is_first = not _requested.is_set()
     _requested.set()
-    if not (_is_held and is_first):
+    if not _is_held:
         raise KeyboardInterrupt(STOPPED)
 
 
@@ -89,7 +89,7 @@ class DriverLink:
 
 @contextmanager
 def saving_first(on_event: Callable[..., None]) -> Iterator[DriverLink]:
-    """In this block a first SIGTERM is passed on to workers, who save and return.
+    """In this block SIGTERM is passed on to workers, who save and return.
 
     Args:
         on_event: called in another process of this node, by pickle.

@@ -1,16 +1,10 @@
-"""Prompts from the command line and from files, as rows with stable ids, and as token ids."""
+"""What a prompt may be, and its token ids; `tokendiff.data.prompt_index` reads files of them."""
 
-import glob
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokendiff.errors import InputError
-
-if TYPE_CHECKING:
-    from tokendiff.config import GenerateConfig
 
 Message = dict[str, Any]  # role and content, as chat templates read them
 Prompt = str | list[Message]
@@ -29,24 +23,6 @@ class GenerationRow:
     id: int
     prompt: Prompt | None
     source: str | None = None
-
-
-def generation_rows(config: "GenerateConfig") -> list[GenerationRow]:
-    """`num_samples` rows per prompt, prompts in the order given; without prompts, `num_samples`
-    rows in all.
-    """
-    prompts: list[tuple[Prompt | None, str | None]] = [(prompt, None) for prompt in config.prompt]
-    for pattern in config.prompts:
-        prompts += list(_prompts_of(pattern))
-    if not prompts:
-        if config.prompts:
-            raise InputError(f"prompts {', '.join(config.prompts)}: the files hold no prompt")
-        prompts = [(None, None)]
-    repeated = [prompt for prompt in prompts for _ in range(config.num_samples)]
-    return [
-        GenerationRow(id=index, prompt=prompt, source=source)
-        for index, (prompt, source) in enumerate(repeated)
-    ]
 
 
 def prompt_text(prompt: Prompt | None) -> str | None:
@@ -123,59 +99,6 @@ class PromptEncoder:
                 f"{what}: the tokenizer of {self.subject} has no chat template; give prompts as "
                 "plain text"
             )
-
-
-def _prompts_of(pattern: str) -> Iterator[tuple[Prompt, str]]:
-    named = Path(pattern).expanduser()
-    paths = [str(named)] if named.is_file() else sorted(glob.glob(str(named), recursive=True))
-    if not paths:
-        raise InputError(f"prompts {pattern}: no such file")
-    for path in paths:
-        read = _parquet_prompts if path.endswith(".parquet") else _line_prompts
-        yield from ((prompt, Path(path).name) for prompt in read(path))
-
-
-def _line_prompts(path: str) -> Iterator[Prompt]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompts {path}: cannot be read ({error})") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield (
-                _prompt_in_line(line, f"{path}:{number}")
-                if path.endswith((".jsonl", ".json"))
-                else line.rstrip("\r")
-            )
-
-
-def _parquet_prompts(path: str) -> Iterator[Prompt]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"prompts {path}: cannot be read as Parquet ({error})") from error
-    columns = [name for name in ("prompt", "messages") if name in file.schema_arrow.names]
-    if not columns:
-        raise InputError(
-            f'prompts {path}: needs a column "prompt" or "messages"; it has '
-            f"{', '.join(file.schema_arrow.names)}"
-        )
-    number = 0
-    for batch in file.iter_batches(columns=columns):
-        for record in batch.to_pylist():
-            number += 1
-            yield prompt_of_record(record, f"{path}: row {number}")
-
-
-def _prompt_in_line(line: str, place: str) -> Prompt:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{place}: not a JSON line ({error})") from error
-    return prompt_of_record(record, place)
 
 
 def prompt_of_record(record: Any, place: str) -> Prompt:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokendiff.data.partition import Piece
 from tokendiff.errors import InputError
-from tokendiff.manifest import Manifest, verify, write_atomically
+from tokendiff.manifest import Manifest, load_manifest, verify, write_atomically
 from tokendiff.storage import Location, is_uri, location, open_binary, size_of
 
 KIND = "samples"
@@ -41,7 +41,6 @@ def write_part(path: Location, records: list[dict[str, Any]]) -> None:
             "tokens_per_forward": pa.float64(),
             "blocks_by_gain": pa.list_(pa.int32()),
             "source": pa.string(),
-            "seconds": pa.float64(),
         }
     )
     sink = pa.BufferOutputStream()
@@ -63,6 +62,16 @@ def read_samples(folder: Location) -> list[dict[str, Any]]:
     """
     manifest = _verified(folder)
     return [record for name in part_names(manifest) for record in read_part(folder / name)]
+
+
+def first_records(folder: Location, count: int) -> list[dict[str, Any]]:
+    """The first records of a committed samples folder, unverified."""
+    records: list[dict[str, Any]] = []
+    for name in part_names(load_manifest(folder, kind=KIND)):
+        records += read_part(folder / name)
+        if len(records) >= count:
+            break
+    return records[:count]
 
 
 def part_names(manifest: Manifest) -> list[str]:

@@ -76,8 +76,7 @@ class Report:
         curves: label with unit -> (step, value).
         metrics: name -> value, the whole table.
         samples: records with id, prompt (None without one), text (the prompt included),
-            num_model_calls, tokens_per_forward (may be null) and seconds (of the sample, or its
-            batch). All are shown: choose before.
+            num_model_calls, tokens_per_forward (may be null). All are shown: choose before.
         tables: (title, header, rows).
     """
 

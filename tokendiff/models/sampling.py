@@ -4,6 +4,7 @@ notebook, holds. Samples here have one length; `tokendiff.models.completion` con
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -83,28 +84,43 @@ def check_sampler(
     build_sampler(config, process, seq_len=seq_len)
 
 
-def check_prompts(checkpoint: Path, config: "GenerateConfig", rows: Iterable[GenerationRow]) -> int:
-    """The length of a sample, after checking that the process, the length and every prompt fit.
+@dataclass(frozen=True, kw_only=True)
+class PromptCheck:
+    """What of a row can be known without a model's weights."""
 
-    Raises:
-        InputError: something does not.
-    """
-    process = NoiseProcess.load(checkpoint)
-    seq_len = config.seq_len or process.max_length
-    if seq_len > process.max_length:
-        raise InputError(
-            f"seq_len {seq_len}: the checkpoint was trained on rows of {process.max_length} tokens "
-            "and knows no longer ones"
-        )
-    check_sampler(_fixed_length(config), process, seq_len=seq_len)
-    encoder = prompt_encoder(load_tokenizer(checkpoint), config)
-    for prompt, given in {prompt_text(row.prompt): row.prompt for row in rows}.items():
-        length = len(encoder(given))
-        if length > seq_len:
+    seq_len: int
+    encoder: PromptEncoder
+
+    @classmethod
+    def of(cls, checkpoint: Path, config: "GenerateConfig") -> "PromptCheck":
+        """Of an opened checkpoint.
+
+        Raises:
+            InputError: process, sampler and lengths do not go together.
+        """
+        process = NoiseProcess.load(checkpoint)
+        seq_len = config.seq_len or process.max_length
+        if seq_len > process.max_length:
             raise InputError(
-                f"prompt {(prompt or '')[:60]!r} has {length} tokens; it must fit seq_len {seq_len}"
+                f"seq_len {seq_len}: the checkpoint was trained on rows of {process.max_length} "
+                "tokens and knows no longer ones"
             )
-    return seq_len
+        check_sampler(_fixed_length(config), process, seq_len=seq_len)
+        return cls(seq_len=seq_len, encoder=prompt_encoder(load_tokenizer(checkpoint), config))
+
+    def request(self, row: GenerationRow) -> list[int]:
+        """Token ids of the row's prompt.
+
+        Raises:
+            InputError: it cannot be used.
+        """
+        ids = self.encoder(row.prompt)
+        if len(ids) > self.seq_len:
+            raise InputError(
+                f"prompt {(prompt_text(row.prompt) or '')[:60]!r} has {len(ids)} tokens; it must "
+                f"fit seq_len {self.seq_len}"
+            )
+        return ids
 
 
 class SamplingModel:

@@ -168,7 +168,7 @@ _START_FACTS = {
     "rows": "rows",
     "tokens_per_step": "tokens/step",
 }
-_ORDER = ("loss", "lr", "tokens_per_second", "eta", "data_wait_fraction")
+_ORDER = ("loss", "errors", "lr", "tokens_per_second", "eta", "data_wait_fraction")
 
 
 def _facts(event: dict[str, Any]) -> dict[str, str]:
@@ -179,6 +179,8 @@ def _facts(event: dict[str, Any]) -> dict[str, str]:
         "tokens_per_second": "{:,.0f} tokens/s",
         "data_wait_fraction": "data wait {:.1%}",
     }
+    if event.get("errors"):
+        shown["errors"] = "{:,} prompts of no use"
     return {key: form.format(event[key]) for key, form in shown.items() if key in event}
 
 

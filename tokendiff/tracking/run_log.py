@@ -5,7 +5,8 @@ Each line is `{"time": unix seconds, "event": name, ...fields}`. Events, and the
     start       step (0, or the one resumed from), max_train_steps, and facts of the run: rows,
                 tokens_per_step, num_params, num_workers
     metrics     step, loss, lr, grad_norm, tokens_per_second, data_wait_fraction, ...
-    progress    done, total
+    progress    done, total; when sampling also errors, the prompts that could not be used
+    part        part, rows, errors, new_tokens, model_calls, seconds: one part file that was sampled
     checkpoint  step, path
     resume      step
     stopped     step, the last one taken: a stop was asked for, and this step is saved

@@ -1,0 +1,318 @@
+"""Prompts of any number: where each row of a job is, and reading any run of rows from its place.
+
+The rows of a job are numbered from 0: `num_samples` for every prompt, those of the command line
+first, then the files', each file in its order, files sorted by name. Finding the rows takes one
+pass over the files, which keeps of each file its hash, its count and at most `_MAX_MARKS` places in
+it: what is in memory does not grow with the number of prompts. Whoever samples a run of rows then
+reads them for itself.
+"""
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokendiff.data.files import COMPRESSED_SUFFIXES
+from tokendiff.data.prompts import GenerationRow, Prompt, prompt_of_record
+from tokendiff.errors import InputError
+from tokendiff.manifest import sha256_of
+from tokendiff.storage import glob_files, is_uri, location, open_binary
+
+if TYPE_CHECKING:
+    from tokendiff.config import GenerateConfig
+
+_MAX_MARKS = 2048
+_BOM = b"\xef\xbb\xbf"
+_PARQUET_COLUMNS = ("prompt", "messages")
+_PARQUET_BATCH_ROWS = 256
+_SHOWN_CHARS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexedRow:
+    """A row, and where its prompt stands.
+
+    Attributes:
+        row: without a prompt where `error` says why there is none.
+    """
+
+    row: GenerationRow
+    place: str
+    error: InputError | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFile:
+    """One file of prompts, indexed.
+
+    Attributes:
+        path: absolute path or URI.
+        stride: prompts from one mark to the next.
+        marks: (byte, line number) of every stride-th prompt in a file of lines.
+    """
+
+    path: str
+    num_prompts: int
+    sha256: str
+    stride: int = 1
+    marks: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What records say of where their prompt came from."""
+        return self.path.rpartition("/")[2]
+
+    @classmethod
+    def index(cls, path: str) -> "PromptFile":
+        """Read a file once.
+
+        Raises:
+            InputError: it cannot be read, is compressed, or is Parquet without a prompt column.
+        """
+        if path.endswith(COMPRESSED_SUFFIXES):
+            raise InputError(
+                f"prompts {path}: compressed files cannot be read from the middle; unpack it"
+            )
+        try:
+            if path.endswith(".parquet"):
+                with _parquet(path) as file:
+                    num_rows = file.metadata.num_rows
+                return cls(path=path, num_prompts=num_rows, sha256=sha256_of(location(path)))
+            return cls._index_lines(path)
+        except OSError as error:
+            raise InputError(f"prompts {path}: cannot be read ({error})") from error
+
+    @classmethod
+    def _index_lines(cls, path: str) -> "PromptFile":
+        digest, offset, count, stride = hashlib.sha256(), 0, 0, 1
+        marks: list[tuple[int, int]] = []
+        with open_binary(location(path)) as file:
+            for number, line in enumerate(file, start=1):
+                digest.update(line)
+                if _is_prompt(line, offset):
+                    if count % stride == 0:
+                        marks.append((offset, number))
+                    count += 1
+                    if len(marks) > _MAX_MARKS:
+                        marks, stride = marks[::2], stride * 2
+                offset += len(line)
+        return cls(
+            path=path,
+            num_prompts=count,
+            sha256=digest.hexdigest(),
+            stride=stride,
+            marks=tuple(marks),
+        )
+
+    def read(self, first: int, stop: int) -> Iterator[tuple[str, "Prompt | InputError"]]:
+        """(place, prompt) of prompts first..stop-1; in place of one that is none, why not."""
+        return (
+            self._read_parquet(first, stop)
+            if self.path.endswith(".parquet")
+            else self._read_lines(first, stop)
+        )
+
+    def _read_lines(self, first: int, stop: int) -> Iterator[tuple[str, "Prompt | InputError"]]:
+        at = first // self.stride
+        offset, line_number = self.marks[at]
+        prompt_number = at * self.stride
+        with open_binary(location(self.path)) as file:
+            file.seek(offset)
+            for line in file:
+                if prompt_number >= stop:
+                    return
+                if _is_prompt(line, offset):
+                    if prompt_number >= first:
+                        yield _line_prompt(line, self.path, line_number)
+                    prompt_number += 1
+                offset += len(line)
+                line_number += 1
+
+    def _read_parquet(self, first: int, stop: int) -> Iterator[tuple[str, "Prompt | InputError"]]:
+        with _parquet(self.path) as file:
+            sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+            starts = [sum(sizes[:group]) for group in range(len(sizes))]
+            groups = [
+                g for g, start in enumerate(starts) if start < stop and start + sizes[g] > first
+            ]
+            row = starts[groups[0]]
+            columns = _prompt_columns(file)
+            batches = file.iter_batches(_PARQUET_BATCH_ROWS, row_groups=groups, columns=columns)
+            for batch in batches:
+                if row + len(batch) > first and row < stop:
+                    for index, record in enumerate(batch.to_pylist(), start=row):
+                        if first <= index < stop:
+                            place = f"{self.path}: row {index + 1}"
+                            yield place, _prompt_or_error(record, place)
+                row += len(batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptIndex:
+    """All rows of a generation job.
+
+    Attributes:
+        given: prompts of the command line; (None,) where there are no prompts at all.
+    """
+
+    given: tuple[Prompt | None, ...]
+    num_samples: int
+    files: tuple[PromptFile, ...] = field(default=())
+
+    @classmethod
+    def of(cls, config: "GenerateConfig") -> "PromptIndex":
+        """Index what a config names.
+
+        Raises:
+            InputError: a file is missing or of no use, or the files hold no prompt.
+        """
+        files = tuple(PromptFile.index(path) for path in prompt_paths(config.prompts))
+        if config.prompts and not config.prompt and not any(file.num_prompts for file in files):
+            raise InputError(f"prompts {', '.join(config.prompts)}: the files hold no prompt")
+        given = tuple(config.prompt) if config.prompt or files else (None,)
+        return cls(given=given, num_samples=config.num_samples, files=files)
+
+    @property
+    def num_rows(self) -> int:
+        num_prompts = len(self.given) + sum(file.num_prompts for file in self.files)
+        return num_prompts * self.num_samples
+
+    def identity(self) -> list[Any]:
+        """Plain JSON that changes with any prompt and its number."""
+        return [
+            self.num_samples,
+            self.given,
+            [[file.name, file.num_prompts, file.sha256] for file in self.files],
+        ]
+
+    def rows(self, first: int, stop: int) -> Iterator[IndexedRow]:
+        """Rows first..stop-1, read from where they stand."""
+        number = first // self.num_samples
+        prompts = self._prompts(number, (stop - 1) // self.num_samples + 1)
+        for source, place, prompt in prompts:
+            ids = range(number * self.num_samples, (number + 1) * self.num_samples)
+            number += 1
+            for index in range(max(first, ids.start), min(stop, ids.stop)):
+                if isinstance(prompt, InputError):
+                    row = GenerationRow(id=index, prompt=None)
+                    yield IndexedRow(row=row, place=place, error=prompt)
+                else:
+                    row = GenerationRow(id=index, prompt=prompt, source=source)
+                    yield IndexedRow(row=row, place=place)
+
+    def _prompts(
+        self, first: int, stop: int
+    ) -> Iterator[tuple[str | None, str, "Prompt | InputError | None"]]:
+        """(file name, place, prompt) of prompts first..stop-1."""
+        for number, prompt in enumerate(self.given[first:stop], start=first + 1):
+            yield None, f"prompt {number}", prompt
+        before = len(self.given)
+        for file in self.files:
+            begin, end = max(first - before, 0), min(stop - before, file.num_prompts)
+            if begin < end:
+                yield from ((file.name, *found) for found in file.read(begin, end))
+            before += file.num_prompts
+
+
+def generation_rows(config: "GenerateConfig") -> list[GenerationRow]:
+    """All rows of a config as a list, where they are few.
+
+    Raises:
+        InputError: a prompt is none.
+    """
+    index = PromptIndex.of(config)
+    rows = []
+    for item in index.rows(0, index.num_rows):
+        if item.error is not None:
+            raise item.error
+        rows.append(item.row)
+    return rows
+
+
+def error_record(item: IndexedRow, error: InputError, *, num_samples: int) -> dict[str, Any]:
+    """What a line of `errors/` says of a prompt, given with its first row."""
+    prompt = item.row.prompt
+    return {
+        "id": item.row.id,
+        "num_samples": num_samples,
+        "place": item.place,
+        "reason": str(error).removeprefix(f"{item.place}: "),
+        "prompt": prompt[:_SHOWN_CHARS] if isinstance(prompt, str) else prompt,
+    }
+
+
+def prompt_paths(patterns: Iterable[str]) -> list[str]:
+    """Absolute paths or URIs of the prompt files that paths and globs name, in the order of the
+    patterns, and sorted within each.
+
+    Raises:
+        InputError: a pattern matches no file.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        if is_uri(pattern):
+            try:
+                paths = glob_files(pattern)
+            except OSError as error:
+                raise InputError(f"prompts {pattern}: cannot be listed ({error})") from error
+        else:
+            named = Path(pattern).expanduser().absolute()
+            matches = [str(named)] if named.is_file() else glob.glob(str(named), recursive=True)
+            paths = sorted(match for match in matches if Path(match).is_file())
+        if not paths:
+            raise InputError(f"prompts {pattern}: no such file")
+        found += paths
+    return found
+
+
+def _is_prompt(line: bytes, offset: int) -> bool:
+    """Whether a line is more than white space."""
+    return not (line.removeprefix(_BOM) if offset == 0 else line).isspace() and line != _BOM
+
+
+def _line_prompt(line: bytes, path: str, number: int) -> tuple[str, "Prompt | InputError"]:
+    place = f"{path}:{number}"
+    try:
+        text = (line.removeprefix(_BOM) if number == 1 else line).decode()
+    except UnicodeDecodeError as error:
+        return place, InputError(f"{place}: not UTF-8 ({error.reason})")
+    text = text.removesuffix("\n").removesuffix("\r")
+    if not path.endswith((".jsonl", ".json")):
+        return place, text
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return place, InputError(f"{place}: not a JSON line ({error})")
+    return place, _prompt_or_error(record, place)
+
+
+def _prompt_or_error(record: Any, place: str) -> "Prompt | InputError":
+    try:
+        return prompt_of_record(record, place)
+    except InputError as error:
+        return error
+
+
+@contextmanager
+def _parquet(path: str) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with open_binary(location(path)) as source, pq.ParquetFile(source) as file:
+            if not _prompt_columns(file):
+                raise InputError(
+                    f'prompts {path}: needs a column "prompt" or "messages"; it has '
+                    f"{', '.join(file.schema_arrow.names)}"
+                )
+            yield file
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"prompts {path}: cannot be read as Parquet ({error})") from error
+
+
+def _prompt_columns(file: Any) -> list[str]:
+    return [name for name in _PARQUET_COLUMNS if name in file.schema_arrow.names]
