@@ -188,7 +188,11 @@ def train_stage(
 
     settings = {
         **keyed.train.result_fields(),
-        "inputs": identity_of(keyed.train.model_name_or_path),
+        "inputs": identity_of(
+            keyed.train.model_name_or_path,
+            keyed.train.target_model_id,
+            keyed.train.draft_model_id,
+        ),
     }
     return _stage("train", settings, folder, action, result, result_subfolder=FINAL, **kwargs)
 

@@ -84,10 +84,14 @@ def _bound_lines(results: Results) -> list[tuple[str, str]]:
     figures = results.get("evaluate")
     if figures is None:
         return []
+    if "expected_acceptance_length" in figures:
+        error = figures["expected_acceptance_length_standard_error"]
+        length = f"{figures['expected_acceptance_length']:.3f} ± {error:.3f}"
+        return [("acceptance", f"{length} tokens a block expected on held-out text")]
     bound, unigram = figures["nats_per_token"], figures["unigram_entropy_nats"]
     lines = [
         (
-            "bound",
+            "likelihood" if "is_exact" in figures else "bound",
             f"{bound:.3f} ± {figures['standard_error']:.3f} nats per held-out token",
         ),
         ("unigram", f"{unigram:.3f} nats, its entropy: the bound is {_apart(bound, unigram)}"),

@@ -148,7 +148,7 @@ def test_loss_is_the_weighted_mean_of_a_plain_loop(gamma: float | None) -> None:
     figures = {name: (s.item(), n.item()) for name, (s, n) in output.metrics.items()}
     assert figures["draft_nll"] == (pytest.approx(nats, rel=1e-5), total)
     assert figures["draft_accuracy"] == (right, total)
-    assert figures["acceptance_length"] == (sum(lengths), len(lengths))
+    assert figures["expected_acceptance_length"] == (sum(lengths), len(lengths))
 
 
 def test_gradient_reaches_every_weight_of_the_draft_and_none_of_the_target() -> None:

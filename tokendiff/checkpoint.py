@@ -4,7 +4,7 @@ is written.
     checkpoint-400/
         config.json model.safetensors        transformers' from_pretrained opens it
         tokenizer.json tokenizer_config.json
-        scheduler_config.json                the noise process, in the diffusers form
+        scheduler_config.json                the noise process, in the diffusers form, if any
         ema.safetensors                      averaged weights, where the run keeps them
         optimizer.safetensors trainer_state.json
         MANIFEST.json                        size and sha256 of every file, written last
@@ -46,6 +46,12 @@ MODEL_WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
 _PREFIX = "checkpoint-"
 
 
+_NO_CONFIG = f"no {SCHEDULER_CONFIG}; checkpoint_path must be a checkpoint-N or final folder"
+_WITHOUT_NOISE: dict[str | None, str] = {
+    "ar": "a checkpoint of objective 'ar' has no noise to take away; sample it with sampler 'ar'",
+    "dflash": "a DFlash draft is sampled beside its target: give it as draft_model_id, with "
+    "target_model_id, to sampler 'dflash'",
+}
 _SCHEDULER_CLASSES = {
     "absorbing": "TokenDiffusionScheduler",
     "uniform": "TokenDiffusionScheduler",
@@ -208,10 +214,7 @@ class NoiseProcess:
         """
         path = folder / SCHEDULER_CONFIG
         if not path.is_file():
-            raise InputError(
-                f"{folder}: no {SCHEDULER_CONFIG}; checkpoint_path must be a checkpoint-N or final "
-                "folder"
-            )
+            raise InputError(f"{folder}: {_WITHOUT_NOISE.get(objective_of(folder), _NO_CONFIG)}")
         try:
             fields = json.loads(path.read_text())
         except ValueError as error:
@@ -406,6 +409,14 @@ def checkpoint_identity(folder: Path) -> str:
     return fingerprint(load_manifest(folder).files)
 
 
+def objective_of(folder: Path) -> str | None:
+    """What trained an opened checkpoint; None where it does not say."""
+    if not is_committed(folder):
+        return None
+    objective = load_manifest(folder).metadata.get("run", {}).get("objective", {})
+    return objective.get("name")
+
+
 def load_tokenizer(checkpoint: Path) -> Any:
     """The tokenizer of an opened checkpoint."""
     from transformers import AutoTokenizer
@@ -423,8 +434,6 @@ def load_for_inference(checkpoint_path: str | Path) -> tuple[Any, Any, NoiseProc
         (denoiser on the CPU in float32 and eval mode, tokenizer, noise process); a causal denoiser
         where the process has a block_length.
     """
-    from safetensors.torch import load_file
-
     from tokendiff.models.loading import load_causal_denoiser, load_denoiser
 
     folder = open_checkpoint(checkpoint_path)
@@ -439,9 +448,29 @@ def load_for_inference(checkpoint_path: str | Path) -> tuple[Any, Any, NoiseProc
         )
     load = load_denoiser if process.block_length is None else load_causal_denoiser
     denoiser = load(str(folder), tokenizer=tokenizer, max_length=process.max_length, dropout=0.0)
-    if (folder / EMA_WEIGHTS).is_file():
-        averaged = load_file(folder / EMA_WEIGHTS)
-        parameters = dict(denoiser.model.named_parameters())
-        for name, value in averaged.items():
-            parameters[name].data.copy_(value)
+    take_average(denoiser.model, folder)
     return denoiser.eval(), tokenizer, process
+
+
+def load_autoregressive(folder: Path) -> tuple[Any, Any]:
+    """An opened checkpoint of objective ar, with its averaged weights where it has them.
+
+    Returns:
+        (causal denoiser on the CPU in float32 and eval mode, tokenizer).
+    """
+    from tokendiff.models.loading import load_causal_denoiser
+
+    tokenizer = load_tokenizer(folder)
+    denoiser = load_causal_denoiser(str(folder), tokenizer=tokenizer, max_length=1, dropout=0.0)
+    take_average(denoiser.model, folder)
+    return denoiser.eval(), tokenizer
+
+
+def take_average(model: Any, folder: Path) -> None:
+    """Put the averaged weights of a checkpoint, where it has them, in place of the model's."""
+    from safetensors.torch import load_file
+
+    if (folder / EMA_WEIGHTS).is_file():
+        parameters = dict(model.named_parameters())
+        for name, value in load_file(folder / EMA_WEIGHTS).items():
+            parameters[name].data.copy_(value)

@@ -335,8 +335,59 @@ class BlockRefinementConfig(_AnyObjectiveConfig):
         }
 
 
+class _NoiselessConfig(Section):
+    """Objectives of a model that is no diffusion model: nothing of a process is recorded."""
+
+    is_causal: ClassVar[bool] = True
+
+    def process_fields(self) -> None:
+        return None
+
+
+class AutoregressiveConfig(_NoiselessConfig):
+    """The plain next-token loss of a causal model."""
+
+    name: Literal["ar"] = "ar"
+
+
+class DFlashConfig(_NoiselessConfig):
+    """A draft of `target_model_id` for speculative decoding. Source: DFlash (arXiv 2602.06036)."""
+
+    name: Literal["dflash"] = "dflash"
+    num_anchors: int = Field(
+        64, ge=1, description="blocks drafted per row, behind tokens chosen at random"
+    )
+    decay_gamma: float | None = Field(
+        None,
+        gt=0.0,
+        description="the k-th drafted token weighs exp(-(k - 1) / decay_gamma); by default 7, 5, 4 "
+        "for blocks of 16, 10, 8 and a line between them",
+    )
+    draft_num_layers: int = Field(5, ge=1, description="layers of a new draft")
+    block_size: int = Field(16, ge=2, description="tokens of a new draft's block, its first given")
+    mask_token_id: int | None = Field(
+        None,
+        ge=0,
+        description="id of the target's embedding that stands for what a new draft is to fill in; "
+        "by default the tokenizer's mask token",
+    )
+    use_target_hidden_states: bool = Field(
+        True,
+        description="false: a new draft is told the target's embeddings of the text in their "
+        "place, to measure what they are worth",
+    )
+
+
+NEW_DRAFT_FIELDS = ("draft_num_layers", "block_size", "mask_token_id", "use_target_hidden_states")
+
 ObjectiveConfig = Annotated[
-    MDLMConfig | UDLMConfig | HybridConfig | BlockRefinementConfig | BlockDiffusionConfig,
+    MDLMConfig
+    | UDLMConfig
+    | HybridConfig
+    | BlockRefinementConfig
+    | BlockDiffusionConfig
+    | AutoregressiveConfig
+    | DFlashConfig,
     Field(discriminator="name"),
     _named("mdlm"),
 ]
@@ -353,6 +404,16 @@ class TrainConfig(Section):
     )
     from_scratch: bool = Field(
         False, description="take the model's config, but start from new weights"
+    )
+    target_model_id: str | None = Field(
+        None,
+        min_length=1,
+        description="objective dflash: the causal language model that the draft is for",
+    )
+    draft_model_id: str | None = Field(
+        None,
+        min_length=1,
+        description="objective dflash: a draft to go on with; by default a new one",
     )
     objective: ObjectiveConfig = Field(MDLMConfig(), description="what is trained")
     data_path: str | None = operational(None, description="folder that jobs.preprocess wrote")
@@ -426,6 +487,19 @@ class TrainConfig(Section):
         if self.lr_scheduler == "constant":
             self._refuse_ignored(
                 ("lr_warmup_steps",), "lr_scheduler 'constant' (but with 'constant_with_warmup')"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _models_are_used(self) -> "TrainConfig":
+        beside = f"objective {self.objective.name!r}"
+        if not isinstance(self.objective, DFlashConfig):
+            self._refuse_ignored(("target_model_id", "draft_model_id"), beside)
+            return self
+        self._refuse_ignored(("model_name_or_path", "from_scratch"), beside)
+        if self.draft_model_id is not None:
+            self.objective._refuse_ignored(
+                NEW_DRAFT_FIELDS, f"draft_model_id {self.draft_model_id!r}"
             )
         return self
 
@@ -750,6 +824,14 @@ class EvaluateConfig(Section):
     )
     max_eval_rows: int | None = Field(None, ge=2, description="rows at most; by default all")
     num_mask_samples: int = Field(4, ge=1, description="noise levels drawn per row")
+    target_model_id: str | None = Field(
+        None,
+        min_length=1,
+        description="of a DFlash draft: what it drafts for; by default what it was trained for",
+    )
+    num_anchors: int = Field(
+        16, ge=1, description="of a DFlash draft: blocks per row that acceptance is measured on"
+    )
     verify: bool = Field(
         False,
         description="prove the installed code and the checkpoint against brute force first; "
@@ -911,7 +993,7 @@ class Config(Section):
         """What the tokenizer is, where the preprocess section leaves it open."""
         if self.preprocess.tokenizer_name_or_path is not None:
             return self.preprocess.tokenizer_name_or_path
-        model = self.train.model_name_or_path
+        model = self.train.target_model_id or self.train.model_name_or_path
         return "bpe" if model.startswith(BUILTIN_MODEL_PREFIX) else model
 
     def check_pipeline(self) -> None:

@@ -13,7 +13,13 @@ import ray
 import ray.data
 
 import tokendiff
-from tokendiff.checkpoint import NoiseProcess, checkpoint_identity, find_checkpoint, is_foreign
+from tokendiff.checkpoint import (
+    NoiseProcess,
+    checkpoint_identity,
+    find_checkpoint,
+    is_foreign,
+    objective_of,
+)
 from tokendiff.cluster.session import (
     data_context,
     set_up_torch,
@@ -22,11 +28,16 @@ from tokendiff.cluster.session import (
 )
 from tokendiff.config import AncestralConfig, GenerateConfig
 from tokendiff.data.prompts import GenerationRow
-from tokendiff.data.rows import TokenData
+from tokendiff.data.rows import TokenData, TokenRows
 from tokendiff.data.samples import num_new_tokens, read_samples
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.evaluation.bound import Bound, summarize
 from tokendiff.evaluation.certificate import CERTIFICATE, Check, counts, write_certificate
+from tokendiff.evaluation.draft_acceptance import (
+    DraftEvaluator,
+    acceptance_figures,
+    plan_of_checkpoint,
+)
 from tokendiff.evaluation.evaluator import Evaluator, evaluation_rows
 from tokendiff.evaluation.generation_metrics import (
     cost_metrics,
@@ -45,6 +56,7 @@ from tokendiff.manifest import (
     load_manifest,
     write_atomically,
 )
+from tokendiff.models.dflash import is_draft_folder
 from tokendiff.storage import Location, location
 from tokendiff.training.trainer import OnEvent
 
@@ -56,7 +68,9 @@ _ROWS_PER_TASK = 256
 _TRACE_STEPS = 64
 
 
-class _BoundActor:
+class _JudgingActor:
+    """Judges rows: by the bound, or a draft by what of its blocks is accepted."""
+
     def __init__(
         self,
         checkpoint: Location,
@@ -68,12 +82,17 @@ class _BoundActor:
     ) -> None:
         device = set_up_torch(cluster, use_gpu=use_gpu, num_processes=num_actors)
         self._data = data
-        self._evaluator = Evaluator(fetch(checkpoint), config, device=device)
+        folder = fetch(checkpoint)
+        self._judge: Callable[[TokenRows], dict[str, np.ndarray]]
+        if is_draft_folder(folder):
+            self._judge = DraftEvaluator(folder, config, device=device).acceptance
+        else:
+            self._judge = Evaluator(folder, config, device=device).bounds
 
     def __call__(self, items: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for text in items["rows"]:
             places = np.asarray(json.loads(text))
-            figures = self._evaluator.bounds(self._data.read(places[:, 0], places[:, 1]))
+            figures = self._judge(self._data.read(places[:, 0], places[:, 1]))
             yield {
                 "figures": [json.dumps({name: array.tolist() for name, array in figures.items()})]
             }
@@ -87,9 +106,27 @@ def evaluate_bound(
     data: TokenData,
     on_event: OnEvent,
 ) -> tuple[Bound, np.ndarray]:
-    """The bound over the chosen rows, and how often each token id occurs in them ([V] int64).
+    """The bound over the chosen rows, and how often each token id occurs in them ([V] int64)."""
+    parts = judge_rows(config, cluster, checkpoint=checkpoint, data=data, on_event=on_event)
+    nats, num_tokens, num_bytes = (
+        np.concatenate([np.asarray(part[name]) for part in parts])
+        for name in ("nats", "num_tokens", "num_bytes")
+    )
+    token_counts = np.sum([np.asarray(part["token_counts"][0]) for part in parts], axis=0)
+    return summarize(nats, num_tokens, num_bytes), token_counts
 
-    A row's noise is keyed by its id, so the figure does not depend on the number of actors.
+
+def judge_rows(
+    config: "EvaluateConfig",
+    cluster: "ClusterConfig",
+    *,
+    checkpoint: Location,
+    data: TokenData,
+    on_event: OnEvent,
+) -> list[dict[str, Any]]:
+    """What the evaluator of such a checkpoint says of the chosen rows, in parts.
+
+    A row's noise is keyed by its id, so the figures do not depend on the number of actors.
     """
     check_same_tokenizer(fetch(checkpoint), data)
     if data.num_rows < 2:
@@ -112,7 +149,7 @@ def evaluate_bound(
             [{"rows": json.dumps(item)} for item in items], override_num_blocks=len(items)
         )
         dataset = dataset.map_batches(
-            _BoundActor,
+            _JudgingActor,
             fn_constructor_args=(checkpoint, data, config, cluster, use_gpu, num_actors),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=num_actors),
@@ -121,14 +158,9 @@ def evaluate_bound(
         )
         for row in dataset.iter_rows():
             parts.append(json.loads(row["figures"]))
-            done += len(parts[-1]["nats"])
+            done += len(next(iter(parts[-1].values())))
             on_event("progress", done=done, total=len(places))
-    nats, num_tokens, num_bytes = (
-        np.concatenate([np.asarray(part[name]) for part in parts])
-        for name in ("nats", "num_tokens", "num_bytes")
-    )
-    token_counts = np.sum([np.asarray(part["token_counts"][0]) for part in parts], axis=0)
-    return summarize(nats, num_tokens, num_bytes), token_counts
+    return parts
 
 
 def trace_sample(
@@ -226,6 +258,30 @@ def _samples_of(checkpoint: Path, folder: Location) -> list[dict[str, Any]]:
     return records
 
 
+def _process_of(config: "EvaluateConfig", checkpoint: Path) -> NoiseProcess | None:
+    """The noise process of a checkpoint, if it has any, after a look at what goes with it.
+
+    Raises:
+        InputError: the config asks for what such a checkpoint does not have, or a draft does not
+            fit its target.
+    """
+    is_draft = is_draft_folder(checkpoint)
+    if is_draft:
+        plan_of_checkpoint(checkpoint, config.target_model_id)
+    elif config.target_model_id is not None:
+        raise InputError(
+            f"target_model_id {config.target_model_id!r} goes with a DFlash draft, which "
+            f"checkpoint_path {checkpoint} is not; remove it"
+        )
+    if not is_draft and objective_of(checkpoint) != "ar":
+        return NoiseProcess.load(checkpoint)
+    if config.verify:
+        raise InputError(
+            f"verify proves a noise process, and checkpoint_path {checkpoint} has none; remove it"
+        )
+    return None
+
+
 def _trained_on(checkpoint: Path) -> str:
     if is_foreign(checkpoint):
         raise InputError(
@@ -285,20 +341,26 @@ def evaluate(
     """
     source = find_checkpoint(checkpoint_path)
     checkpoint = fetch(source)
+    process = _process_of(config, checkpoint)
     data = TokenData.open(data_path or _trained_on(checkpoint), split=config.split)
     samples = [] if samples_path is None else _samples_of(checkpoint, location(samples_path))
     mark = claim_folder(output_dir, kind=KIND)
     for left_over in (MANIFEST_NAME, CERTIFICATE):  # of an earlier evaluation
         (output_dir / left_over).unlink(missing_ok=True)
 
-    bound, token_counts = evaluate_bound(
-        config, cluster, checkpoint=source, data=data, on_event=on_event
-    )
-    metrics: dict[str, Any] = {
-        **asdict(bound),
-        "unigram_entropy_nats": unigram_entropy_nats(token_counts),
-    }
-    process = NoiseProcess.load(checkpoint)
+    bound: Bound | None = None
+    if is_draft_folder(checkpoint):
+        parts = judge_rows(config, cluster, checkpoint=source, data=data, on_event=on_event)
+        blocks = np.concatenate([np.asarray(part["blocks"]) for part in parts])
+        metrics: dict[str, Any] = acceptance_figures(blocks)
+        kind = "DFlash draft"
+    else:
+        bound, token_counts = evaluate_bound(
+            config, cluster, checkpoint=source, data=data, on_event=on_event
+        )
+        metrics = {**asdict(bound), "unigram_entropy_nats": unigram_entropy_nats(token_counts)}
+        kind = "autoregressive" if process is None else process.describe()
+        metrics |= {"is_exact": 1} if process is None else {}
     if samples:
         metrics |= generation_metrics([_generated(record) for record in samples])
         metrics |= cost_metrics(
@@ -312,16 +374,16 @@ def evaluate(
         if config.reference_model_name_or_path is not None:
             texts = [record["text"] for record in samples]
             metrics |= score_with_reference(
-                config, cluster, texts=texts, max_length=process.max_length
+                config, cluster, texts=texts, max_length=data.max_length
             )
     # A trace shows all positions at all times, which block by block there is none of.
-    is_blockwise = process.block_length is not None
-    trace = None if is_blockwise else trace_sample(config, cluster, checkpoint=source)
+    has_times = process is not None and process.block_length is None
+    trace = trace_sample(config, cluster, checkpoint=source) if has_times else None
     checks = verify(cluster, checkpoint=source, data=data) if config.verify else []
     metrics |= counts(checks) if checks else {}
     report = make_report(
         title=title,
-        subtitle=f"{process.describe()}, {source.parent.name}/{source.name}",
+        subtitle=f"{kind}, {source.parent.name}/{source.name}",
         bound=bound,
         checks=checks,
         metrics=metrics,
@@ -333,7 +395,7 @@ def evaluate(
     with built_for(output_dir) as folder:
         if checks:
             about = {"tokendiff": tokendiff.__version__, "checkpoint": str(source)}
-            write_certificate(folder, checks, about={**about, "process": process.describe()})
+            write_certificate(folder, checks, about={**about, "process": kind})
         write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
         write_report(folder / "report", report)
         manifest = commit(

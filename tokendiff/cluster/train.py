@@ -26,7 +26,13 @@ from tokendiff.cluster.stopping import STOPPED, DriverLink, is_stop_requested, s
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.storage import Location, remove
-from tokendiff.training.run import TrainingRun, check_same_run, finished_run, step_plan
+from tokendiff.training.run import (
+    TrainingRun,
+    check_inputs,
+    check_same_run,
+    finished_run,
+    step_plan,
+)
 from tokendiff.training.trainer import OnEvent
 from tokendiff.training.world import World
 
@@ -105,6 +111,7 @@ def train(
     """
     data = TokenData.open(data_path, split="train")
     step_plan(config, data, rank=0, world_size=cluster.num_workers)
+    check_inputs(config, data)
 
     def warn(message: str) -> None:
         on_event("warning", message=message)

@@ -7,12 +7,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokendiff.checkpoint import load_for_inference
+from tokendiff.checkpoint import (
+    NoiseProcess,
+    load_autoregressive,
+    load_for_inference,
+    objective_of,
+)
 from tokendiff.data.order import RowOrder
 from tokendiff.data.rows import TokenData, TokenRows
 from tokendiff.evaluation.block_bound import block_row_bounds
 from tokendiff.evaluation.bound import row_bounds
 from tokendiff.interfaces import TokenBatch
+from tokendiff.objectives.autoregressive import row_nats
 from tokendiff.random import RowGenerator, key_from
 
 if TYPE_CHECKING:
@@ -21,13 +27,17 @@ if TYPE_CHECKING:
 
 class Evaluator:
     def __init__(self, checkpoint: Path, config: "EvaluateConfig", *, device: str) -> None:
-        denoiser, self.tokenizer, self.process = load_for_inference(checkpoint)
+        self.process: NoiseProcess | None = None
+        if objective_of(checkpoint) == "ar":
+            denoiser, self.tokenizer = load_autoregressive(checkpoint)
+        else:
+            denoiser, self.tokenizer, self.process = load_for_inference(checkpoint)
         self._denoiser = denoiser.to(device)
         self._device, self._config = torch.device(device), config
 
     def bounds(self, rows: TokenRows) -> dict[str, np.ndarray]:
-        """Per row: nats (float64), num_tokens, num_bytes; and the token counts [1, V] of all rows
-        together.
+        """Per row: nats (float64; of objective ar no bound, but exact), num_tokens, num_bytes; and
+        the token counts [1, V] of all rows together.
         """
         nats, counts = [], []
         for at in range(0, len(rows), self._config.batch_size):
@@ -44,16 +54,28 @@ class Evaluator:
             nats.append(row_nats.cpu().numpy())
             counts.append(row_tokens.cpu().numpy())
         is_token = np.arange(rows.tokens.shape[1]) < rows.lengths[:, None]
-        histogram = np.bincount(rows.tokens[is_token], minlength=self.process.vocab_size)
+        histogram = np.bincount(rows.tokens[is_token], minlength=len(self.tokenizer))
+        num_tokens = np.concatenate(counts)
         return {
             "nats": np.concatenate(nats),
-            "num_tokens": np.concatenate(counts),
-            # What a prompt is given stands for bytes that the bound is not of.
-            "num_bytes": rows.num_bytes.astype(np.int64) * (self.process.prompt_length == 0),
+            "num_tokens": num_tokens,
+            "num_bytes": self._num_bytes(rows, num_tokens),
             "token_counts": histogram[None],
         }
 
+    def _num_bytes(self, rows: TokenRows, num_tokens: np.ndarray) -> np.ndarray:
+        """[rows] int64, bytes that the nats are of."""
+        num_bytes = rows.num_bytes.astype(np.int64)
+        if self.process is None:
+            # The first token of a document is given; it stands for as many bytes as the others do.
+            share = num_tokens / np.maximum(rows.lengths, 1)
+            return (num_bytes * share).round().astype(np.int64)
+        # What a prompt is given stands for bytes that the bound is not of.
+        return num_bytes * (self.process.prompt_length == 0)
+
     def _row_bounds(self, batch: TokenBatch, generator: RowGenerator) -> tuple[Tensor, Tensor]:
+        if self.process is None:
+            return row_nats(self._denoiser, batch)
         num_mask_samples = self._config.num_mask_samples
         if self.process.block_length is not None:
             return block_row_bounds(

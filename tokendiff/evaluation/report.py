@@ -104,13 +104,21 @@ def write_report(folder: Path, report: Report) -> Path:
     return page
 
 
-def explain_bound(bound: float, unigram_entropy: float, *, standard_error: float) -> str:
+def explain_bound(
+    bound: float, unigram_entropy: float, *, standard_error: float, is_exact: bool = False
+) -> str:
     """Sentences for people who do not know what a bound says; all three in nats per token.
+
+    Args:
+        is_exact: the bound is the negative log-likelihood itself.
 
     They call the bound lower only where it is so by more than two standard errors.
     """
+    what, most, least = (
+        ("bound", "at most ", "at least ") if not is_exact else ("likelihood", "", "")
+    )
     compared = (
-        f"The model needs at most {bound:.3f} nats per token (the bound); one that knows only how "
+        f"The model needs {most}{bound:.3f} nats per token (the {what}); one that knows only how "
         f"frequent each token is needs {unigram_entropy:.3f} (the unigram entropy). "
     )
     gain = unigram_entropy - bound
@@ -118,12 +126,12 @@ def explain_bound(bound: float, unigram_entropy: float, *, standard_error: float
         return compared + "Not all of these numbers are finite, so they cannot be compared."
     if gain <= 2 * standard_error:
         return compared + (
-            "The bound is not clearly below the unigram entropy: it does not show that the model "
+            f"The {what} is not clearly below the unigram entropy: it does not show that the model "
             "has learnt anything from context."
         )
     return compared + (
-        f"The bound lies {gain:.3f} nats ({gain / unigram_entropy:.0%}) lower: context makes the "
-        f"right token at least {math.exp(gain):.3g} times as likely, in the geometric mean."
+        f"The {what} lies {gain:.3f} nats ({gain / unigram_entropy:.0%}) lower: context makes the "
+        f"right token {least}{math.exp(gain):.3g} times as likely, in the geometric mean."
     )
 
 

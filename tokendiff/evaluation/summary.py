@@ -16,7 +16,7 @@ def make_report(
     *,
     title: str,
     subtitle: str,
-    bound: Bound,
+    bound: Bound | None,
     metrics: Mapping[str, Any],
     samples: Sequence[Mapping[str, Any]],
     training_log: Sequence[Mapping[str, Any]],
@@ -27,21 +27,32 @@ def make_report(
     """Lay the figures of one evaluation out as a report.
 
     Args:
+        bound: None of a draft, which has none.
+        metrics: `is_exact` among them where the "bound" is the negative log-likelihood itself.
         trace: a sample on its way, or None where there is none to show.
     """
-    unigram = float(metrics["unigram_entropy_nats"])
+    reference, summary, explanation = None, acceptance_headline(metrics), ""
+    if bound is not None:
+        unigram = float(metrics["unigram_entropy_nats"])
+        reference = ("unigram entropy of the held-out text", unigram)
+        summary = headline(bound, unigram, metrics)
+        explanation = explain_bound(
+            bound.nats_per_token,
+            unigram,
+            standard_error=bound.standard_error,
+            is_exact="is_exact" in metrics,
+        )
     return Report(
         title=title,
         subtitle=subtitle,
-        summary=headline(bound, unigram, metrics, training_log),
-        explanation=explain_bound(
-            bound.nats_per_token, unigram, standard_error=bound.standard_error
-        ),
+        summary=[*summary, *_speed(training_log), *_samples_headline(metrics)],
+        explanation=explanation,
         loss_curve=[(event["step"], event["loss"]) for event in training_log],
-        loss_reference=("unigram entropy of the held-out text", unigram),
+        loss_reference=reference,
         curves={
             name: [(event["step"], event[key]) for event in training_log if key in event]
             for name, key in (
+                ("expected acceptance length, tokens", "expected_acceptance_length"),
                 ("learning rate", "lr"),
                 ("gradient norm", "grad_norm"),
                 ("tokens per second", "tokens_per_second"),
@@ -59,21 +70,26 @@ def headline(
     bound: Bound,
     unigram_nats: float,
     metrics: Mapping[str, Any],
-    training_log: Sequence[Mapping[str, Any]],
 ) -> list[tuple[str, str, str]]:
     """(label, value, what it means) of the figures that a run is judged by."""
+    is_exact = "is_exact" in metrics
+    upper = "" if is_exact else "upper bound on the "
     rows = [
         (
-            "Bound",
+            "Likelihood" if is_exact else "Bound",
             f"{bound.nats_per_token:.3f} ± {bound.standard_error:.3f} nats per token",
-            f"upper bound on the negative log-likelihood of {bound.num_tokens:,} held-out tokens",
+            f"{upper}negative log-likelihood of {bound.num_tokens:,} held-out tokens",
         ),
         (
             "Unigram entropy",
             f"{unigram_nats:.3f} nats per token",
             "of the same tokens: what the best model without context gets",
         ),
-        ("Perplexity", f"at most {bound.perplexity:,.1f}", "exp of the bound, per token"),
+        (
+            "Perplexity",
+            f"{'' if is_exact else 'at most '}{bound.perplexity:,.1f}",
+            f"exp of the {'likelihood' if is_exact else 'bound'}, per token",
+        ),
     ]
     if bound.bits_per_byte is not None:
         unigram_bits = unigram_nats * bound.num_tokens / bound.num_bytes / math.log(2.0)
@@ -85,15 +101,46 @@ def headline(
                 "at the unigram entropy",
             )
         )
+    return rows
+
+
+def acceptance_headline(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(label, value, what it means) of a draft's figures; none where there are none."""
+    if "expected_acceptance_length" not in metrics:
+        return []
+    error = metrics["expected_acceptance_length_standard_error"]
+    shares = [value for name, value in metrics.items() if "_acceptance_at_" in name]
+    return [
+        (
+            "Expected acceptance length",
+            f"{metrics['expected_acceptance_length']:.3f} ± {error:.3f} tokens a block",
+            f"under teacher forcing, of at most {len(shares) + 1}: the agreeing prefix and one "
+            f"token of the target's own, over {metrics['num_blocks']:,} blocks; what decoding "
+            "accepts of the target's own text at temperature 0, and less on other text",
+        ),
+        (
+            "First tokens accepted",
+            ", ".join(f"{value:.1%}" for value in shares),
+            "share of the blocks whose first 1, 2, 3, ... drafted tokens all agree",
+        ),
+    ]
+
+
+def _speed(training_log: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     speeds = sorted(event["tokens_per_second"] for event in training_log)
-    if speeds:
-        rows.append(
-            (
-                "Training speed",
-                f"{speeds[len(speeds) // 2]:,.0f} tokens/s",
-                "median over the log lines, all workers together",
-            )
+    if not speeds:
+        return []
+    return [
+        (
+            "Training speed",
+            f"{speeds[len(speeds) // 2]:,.0f} tokens/s",
+            "median over the log lines, all workers together",
         )
+    ]
+
+
+def _samples_headline(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    rows = []
     if "tokens_per_forward" in metrics:
         speed = metrics.get("sampled_tokens_per_second")
         rows.append(

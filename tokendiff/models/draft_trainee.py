@@ -10,7 +10,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from tokendiff.attention_masks import MaskRule, dense, mask_mod
 from tokendiff.errors import InputError
-from tokendiff.models.dflash import DFlashDraftModel
+from tokendiff.models.dflash import DFlashDraftConfig, DFlashDraftModel
+from tokendiff.models.drafting import DraftPlan, load_draft
 
 AttentionKernel = Literal["flex", "dense"]
 # Scores of one head and row above which flex_attention, which skips what the mask leaves out, beats
@@ -96,6 +97,55 @@ class DraftTrainee(nn.Module):
         """torch.compile draft and target in place; the head stays eager."""
         self.model.compile()
         self.target.base_model.compile()
+
+
+def load_trainee(
+    plan: DraftPlan, *, device: torch.device, seed: int = 0, dropout: float = 0.0
+) -> DraftTrainee:
+    """Draft and target on the CPU: the draft in float32, the target in bfloat16 where `device` has
+    it.
+
+    Args:
+        device: that they will be moved to.
+        seed: decides the weights of a new draft.
+        dropout: of the draft's attention.
+
+    Raises:
+        InputError: weights cannot be read, or the target cannot be used.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    plan.draft.attention_dropout = dropout
+    if plan.draft_model_id is not None:
+        draft = load_draft(plan.draft_model_id)
+        draft.config.attention_dropout = dropout
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    name = plan.target_model_id
+    try:
+        target = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=plan.target,
+            dtype=torch.bfloat16 if has_bf16 else torch.float32,
+            trust_remote_code=False,
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"target_model_id {name!r}: weights cannot be read ({reason})") from error
+    if plan.draft_model_id is None:
+        draft = new_draft(plan.draft, seed=seed)
+    trainee = DraftTrainee(draft, target)
+    check_target(trainee, name)
+    return trainee
+
+
+def new_draft(config: DFlashDraftConfig, *, seed: int) -> DFlashDraftModel:
+    """A draft with new weights in float32: normal with `config.initializer_range`, and norms 1, as
+    Qwen3's own.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % 2**63)
+        return DFlashDraftModel(config)
 
 
 @torch.no_grad()

@@ -2,18 +2,96 @@
 weight is read.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tokendiff.errors import InputError
 from tokendiff.models.dflash import (
+    EMBEDDING_OUTPUT,
     DFlashDraftConfig,
     DFlashDraftModel,
     is_draft_config,
     spread_layer_ids,
 )
+from tokendiff.models.loading import check_vocabulary
+
+if TYPE_CHECKING:
+    from tokendiff.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftPlan:
+    """A draft that fits its target, by their configs alone.
+
+    Attributes:
+        draft: the config of `draft_model_id`, or of a new draft.
+        target: the target's config.
+    """
+
+    draft: DFlashDraftConfig
+    target: Any
+    target_model_id: str
+    draft_model_id: str | None
+
+
+def plan_draft(config: "TrainConfig", *, tokenizer: Any, max_length: int) -> DraftPlan:
+    """What a training run of objective dflash works with; no weight is read.
+
+    Args:
+        tokenizer: the one that made the data.
+        max_length: tokens of a row.
+
+    Raises:
+        InputError: something is missing, or does not fit the target.
+    """
+    objective, name = config.objective, config.target_model_id
+    assert objective.name == "dflash"
+    if name is None:
+        raise InputError(
+            "objective dflash trains a draft for a causal language model: set target_model_id to "
+            "its name or path"
+        )
+    target = open_target_config(name)
+    longest = getattr(target.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and longest < max_length:
+        raise InputError(
+            f"target_model_id {name!r} takes at most {longest} tokens; the rows have {max_length}"
+        )
+    check_vocabulary(name, tokenizer, field="target_model_id")
+    if config.draft_model_id is not None:
+        draft = open_draft_config(config.draft_model_id)
+        check_fit(draft, target, draft_model_id=config.draft_model_id, target_model_id=name)
+    else:
+        mask = objective.mask_token_id
+        mask = tokenizer.mask_token_id if mask is None else mask
+        if mask is None:
+            raise InputError(
+                "the tokenizer has no mask token; set mask_token_id to an id of target_model_id "
+                f"{name!r} that no text has"
+            )
+        # Without the target's hidden states a draft has as many copies of its embeddings: the same
+        # size, and opened by everything that opens drafts.
+        count = objective.draft_num_layers
+        ids = None if objective.use_target_hidden_states else [EMBEDDING_OUTPUT] * count
+        draft = new_draft_config(
+            target,
+            target_model_id=name,
+            num_layers=count,
+            block_size=objective.block_size,
+            mask_token_id=mask,
+            target_layer_ids=ids,
+        )
+    if draft.block_size is not None and draft.block_size > max_length:
+        raise InputError(
+            f"a block of {draft.block_size} tokens does not fit rows of {max_length}; lower "
+            "block_size, or preprocess with a larger max_length"
+        )
+    return DraftPlan(
+        draft=draft, target=target, target_model_id=name, draft_model_id=config.draft_model_id
+    )
 
 
 def open_draft_config(draft_model_id: str) -> DFlashDraftConfig:

@@ -220,7 +220,9 @@ def _open_model(
     return model, vocab_size
 
 
-def check_vocabulary(model_name_or_path: str, tokenizer: Any) -> None:
+def check_vocabulary(
+    model_name_or_path: str, tokenizer: Any, *, field: str = "model_name_or_path"
+) -> None:
     """Refuse data whose ids mean other tokens than the pretrained model learnt.
 
     Raises:
@@ -234,7 +236,7 @@ def check_vocabulary(model_name_or_path: str, tokenizer: Any) -> None:
     differing = [token for token, index in own.items() if here.get(token) != index]
     if differing:
         raise InputError(
-            f"the data was not made with the tokenizer of model_name_or_path "
+            f"the data was not made with the tokenizer of {field} "
             f"{model_name_or_path!r} ({len(differing):,} of its {len(own):,} tokens have another "
             f"id, {differing[0]!r} for one); preprocess with tokenizer_name_or_path set to the "
             "model, or train from_scratch"

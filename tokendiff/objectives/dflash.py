@@ -119,7 +119,7 @@ class DFlash:
             metrics={
                 "draft_nll": (sums[0], num_tokens),
                 "draft_accuracy": (is_right.sum(), num_tokens),
-                "acceptance_length": (accepted(is_right)[is_whole].sum(), is_whole.sum()),
+                "expected_acceptance_length": (accepted(is_right)[is_whole].sum(), is_whole.sum()),
             },
         )
 

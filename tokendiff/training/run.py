@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tokendiff.checkpoint import (
     EMA_WEIGHTS,
     FINAL,
@@ -25,9 +27,14 @@ from tokendiff.interfaces import Objective
 from tokendiff.kernels import AbsorbingKernel
 from tokendiff.manifest import fetch, is_committed, load_manifest, verify
 from tokendiff.models.denoiser import ModelInTwoParts
+from tokendiff.models.dflash import DFlashDraftConfig
+from tokendiff.models.draft_trainee import DraftTrainee, load_trainee
+from tokendiff.models.drafting import plan_draft
 from tokendiff.models.loading import check_vocabulary, load_causal_denoiser, load_denoiser
+from tokendiff.objectives.autoregressive import Autoregressive
 from tokendiff.objectives.block_diffusion import BlockDiffusion
 from tokendiff.objectives.block_refinement import BlockRefinement
+from tokendiff.objectives.dflash import DFlash
 from tokendiff.objectives.mdlm import MDLM
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
 from tokendiff.storage import Location
@@ -38,6 +45,7 @@ if TYPE_CHECKING:
     from tokendiff.config import (
         BlockDiffusionConfig,
         BlockRefinementConfig,
+        DFlashConfig,
         HybridConfig,
         MDLMConfig,
         TrainConfig,
@@ -96,7 +104,17 @@ def _common_fields(
     return {name: getattr(config, name) for name in names}
 
 
-# The closed table behind `objective: NAME`.
+def _build_dflash(config: "DFlashConfig", draft: DFlashDraftConfig) -> Objective:
+    assert draft.block_size is not None
+    return DFlash(
+        block_size=draft.block_size,
+        mask_token_id=draft.mask_token_id,
+        num_anchors=config.num_anchors,
+        decay_gamma=config.decay_gamma,
+    )
+
+
+# The closed table behind `objective: NAME`, of those with a noise process.
 OBJECTIVES: dict[str, Callable[[Any, NoiseProcess], Objective]] = {
     "mdlm": _build_mdlm,
     "udlm": _build_token_noise,
@@ -104,6 +122,46 @@ OBJECTIVES: dict[str, Callable[[Any, NoiseProcess], Objective]] = {
     "block_refinement": _build_block_refinement,
     "block_diffusion": _build_block_diffusion,
 }
+
+
+def _build(
+    config: "TrainConfig",
+    data: TokenData,
+    tokenizer: Any,
+    *,
+    device: torch.device,
+    warn: Callable[[str], None],
+) -> tuple[ModelInTwoParts | DraftTrainee, Objective, NoiseProcess | None]:
+    """What is trained, by what, and the noise process that the checkpoint records."""
+    if config.objective.name == "dflash":
+        plan = plan_draft(config, tokenizer=tokenizer, max_length=data.max_length)
+        trainee = load_trainee(plan, device=device, seed=config.seed, dropout=config.dropout)
+        return trainee, _build_dflash(config.objective, plan.draft), None
+    load = load_causal_denoiser if config.objective.is_causal else load_denoiser
+    model: ModelInTwoParts = load(
+        config.model_name_or_path,
+        tokenizer=tokenizer,
+        max_length=data.max_length,
+        from_scratch=config.from_scratch,
+        dropout=config.dropout,
+        seed=config.seed,
+        warn=warn,
+    )
+    if not config.from_scratch:
+        check_vocabulary(config.model_name_or_path, tokenizer)
+    fields = config.objective.process_fields()
+    if fields is None:
+        return model, Autoregressive(), None
+    ends = {"eos_token_id": tokenizer.eos_token_id} if config.objective.is_causal else {}
+    process = NoiseProcess(
+        objective=config.objective.name,
+        vocab_size=model.vocab_size,
+        mask_token_id=tokenizer.mask_token_id,
+        max_length=data.max_length,
+        **fields,
+        **ends,
+    )
+    return model, OBJECTIVES[config.objective.name](config.objective, process), process
 
 
 def run_identity(config: "TrainConfig", data: TokenData) -> dict[str, Any]:
@@ -162,6 +220,15 @@ def finished_run(
     return final if load_manifest(final).metadata["step"] == config.max_train_steps else None
 
 
+def check_inputs(config: "TrainConfig", data: TokenData) -> None:
+    """Raise InputError for what is known to be wrong before a worker starts or a weight is read."""
+    if config.objective.name == "dflash":
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
+        plan_draft(config, tokenizer=tokenizer, max_length=data.max_length)
+
+
 def step_plan(config: "TrainConfig", data: TokenData, *, rank: int, world_size: int) -> StepPlan:
     order = RowOrder(row_group_sizes=data.row_group_sizes, seed=config.seed)
     return StepPlan(
@@ -177,7 +244,7 @@ class TrainingRun:
     config: "TrainConfig"
     data: TokenData
     output_dir: Location
-    process: NoiseProcess
+    process: NoiseProcess | None
     tokenizer: Any
     on_event: OnEvent
 
@@ -194,28 +261,13 @@ class TrainingRun:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
-        load = load_causal_denoiser if config.objective.is_causal else load_denoiser
-        denoiser: ModelInTwoParts = load(
-            config.model_name_or_path,
-            tokenizer=tokenizer,
-            max_length=data.max_length,
-            from_scratch=config.from_scratch,
-            dropout=config.dropout,
-            seed=config.seed,
+        denoiser, objective, process = _build(
+            config,
+            data,
+            tokenizer,
+            device=world.device,
             warn=lambda message: on_event("warning", message=message) if world.is_main else None,
         )
-        if not config.from_scratch:
-            check_vocabulary(config.model_name_or_path, tokenizer)
-        ends = {"eos_token_id": tokenizer.eos_token_id} if config.objective.is_causal else {}
-        process = NoiseProcess(
-            objective=config.objective.name,
-            vocab_size=denoiser.vocab_size,
-            mask_token_id=tokenizer.mask_token_id,
-            max_length=data.max_length,
-            **config.objective.process_fields(),
-            **ends,
-        )
-        objective = OBJECTIVES[config.objective.name](config.objective, process)
         trainer = Trainer(denoiser, objective, config, world, on_event=on_event)
         return cls(
             trainer=trainer,
@@ -270,7 +322,7 @@ class TrainingRun:
             "max_train_steps": self.config.max_train_steps,
             "rows": self.data.num_rows,
             "tokens_per_step": self.config.rows_per_step * self.data.max_length,
-            "num_params": sum(p.numel() for p in self.trainer.denoiser.parameters()),
+            "num_params": sum(p.numel() for p in self.trainer.denoiser.model.parameters()),
             "num_workers": self.trainer.world.size,
             "device": str(self.trainer.world.device),
         }
@@ -316,7 +368,8 @@ class TrainingRun:
         disable_progress_bar()  # one bar per checkpoint, written over the progress of the run
         self.trainer.denoiser.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        self.process.save(folder)
+        if self.process is not None:
+            self.process.save(folder)
 
     def _save_final(self) -> None:
         average = self.trainer.average

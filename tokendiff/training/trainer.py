@@ -26,6 +26,9 @@ from tokendiff.training.world import World
 if TYPE_CHECKING:
     from tokendiff.config import TrainConfig
     from tokendiff.models.denoiser import ModelInTwoParts
+    from tokendiff.models.draft_trainee import DraftTrainee
+
+_TOKENS = "tokens read"  # of a step: what the speed is counted in, whatever the loss is a mean over
 
 OnEvent = Callable[..., None]  # (event name, **fields), called on the main worker only
 # One per step: tokens [b, L], length [b], is_start [b, L], row_id [b], epoch [b].
@@ -59,7 +62,7 @@ class Trainer:
 
     def __init__(
         self,
-        denoiser: "ModelInTwoParts",
+        denoiser: "ModelInTwoParts | DraftTrainee",
         objective: Objective,
         config: "TrainConfig",
         world: World,
@@ -116,9 +119,10 @@ class Trainer:
             totals, grad_norm = self._take_step(batch, last_good, should_stop)
             is_stopped = totals.pop(_STOP)[0] > 0.0
             is_last = self.step == self.config.max_train_steps or is_stopped
+            num_tokens, _ = totals.pop(_TOKENS)
             self._count(totals)
             clock.steps += 1
-            clock.tokens += totals["loss"][1]
+            clock.tokens += num_tokens
             if (
                 self.step % self.config.logging_steps == 0
                 or self.step == self.config.max_train_steps
@@ -154,7 +158,7 @@ class Trainer:
                 ):
                     output = self._module(batch, generator)
                 output.loss_sum.backward()
-            for name, (total, count) in _pairs(output).items():
+            for name, (total, count) in _pairs(output, batch).items():
                 pair = torch.stack([total.detach().double(), count.double()])
                 sums[name] = sums.get(name, 0.0) + pair
         # Rides with the metrics, so that all workers stop after the same step at no cost.
@@ -166,8 +170,8 @@ class Trainer:
         if not math.isfinite(loss_sum):
             raise FloatingPointError(self._divergence("loss", loss_sum, last_good()))
         # DistributedDataParallel averages over workers; what is wanted is the sum over workers per
-        # token.
-        self.optimizer.scale_grad(self.world.size / num_tokens)
+        # token. A step whose rows have nothing to learn from has no gradient either.
+        self.optimizer.scale_grad(self.world.size / num_tokens if num_tokens else 0.0)
         self._learning_rate = self.optimizer.learning_rate
         grad_norm = self.optimizer.clip_grad(self.config.max_grad_norm)
         if not math.isfinite(grad_norm):
@@ -217,6 +221,7 @@ class Trainer:
 
     def _log(self, clock: "_Clock", grad_norm: float) -> None:
         means = {name: total / count for name, (total, count) in self._since_log.items() if count}
+        means.setdefault("loss", 0.0)  # of steps whose rows had nothing to learn from
         self._since_log = {}
         if self.world.is_main:
             self._on_event(
@@ -276,5 +281,10 @@ class _Clock:
         }
 
 
-def _pairs(output: LossOutput) -> dict[str, tuple[Tensor, Tensor]]:
-    return {"loss": (output.loss_sum, output.num_tokens), **output.metrics}
+def _pairs(output: LossOutput, batch: TokenBatch) -> dict[str, tuple[Tensor, Tensor]]:
+    num_tokens = batch.is_valid.sum()
+    return {
+        "loss": (output.loss_sum, output.num_tokens),
+        _TOKENS: (num_tokens, num_tokens),
+        **output.metrics,
+    }

@@ -1,0 +1,70 @@
+"""The plain next-token loss of a causal language model.
+
+    L = sum over documents and i of -ln p(x_{i+1} | x_1 .. x_i)
+
+The first token of a document (or of the row, where the row goes on with one) is told from nothing
+and is not counted. This is the one objective whose logits at a position are for the next token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokendiff.attention_masks import causal, positions_in_document
+from tokendiff.interfaces import CausalDenoiser, LossOutput, TokenBatch
+from tokendiff.objectives.chunked import (
+    is_likeliest,
+    negative_log_likelihood,
+    predict_through_head,
+    reduce_through_head,
+)
+from tokendiff.random import RowGenerator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autoregressive:
+    def loss(self, model: CausalDenoiser, batch: TokenBatch, generator: RowGenerator) -> LossOutput:
+        """Nothing is drawn."""
+        hidden, targets, _ = _next_tokens(model, batch)
+
+        def loss_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            nll = negative_log_likelihood(logits, targets)
+            return nll.sum(), is_likeliest(logits, targets).sum(dtype=torch.float64)[None]
+
+        loss_sum, right = reduce_through_head(model.head, hidden, (targets,), loss_of)
+        num_tokens = torch.tensor(len(targets), device=targets.device)
+        return LossOutput(
+            loss_sum=loss_sum,
+            num_tokens=num_tokens,
+            metrics={"accuracy": (right[0], num_tokens)},
+        )
+
+
+@torch.no_grad()
+def row_nats(model: CausalDenoiser, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """The negative log-likelihood of each row.
+
+    Returns:
+        nats [B] float64, and the number of tokens [B] int64 that they are of.
+    """
+    hidden, targets, row = _next_tokens(model, batch)
+    nats = predict_through_head(
+        model.head,
+        hidden,
+        (targets,),
+        lambda logits, targets: negative_log_likelihood(logits.double(), targets),
+    )
+    zeros = torch.zeros(len(batch.tokens), dtype=torch.float64, device=nats.device)
+    return zeros.index_add(0, row, nats), row.bincount(minlength=len(batch.tokens))
+
+
+def _next_tokens(model: CausalDenoiser, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [N, D] of the tokens that have a next one in their document, those next ones
+    [N], and the rows [N] they are in.
+    """
+    document = batch.document
+    hidden = model.encode(batch.tokens, positions_in_document(document), causal(document))
+    has_next = (document[:, 1:] == document[:, :-1]) & batch.is_valid[:, 1:]
+    return hidden[:, :-1][has_next], batch.tokens[:, 1:][has_next], has_next.nonzero()[:, 0]
