@@ -292,6 +292,17 @@ def test_the_tail_of_the_last_block_is_no_part_of_the_completion() -> None:
             assert completion.finish_reason == "length"
 
 
+@pytest.mark.parametrize("name", ["dynamic", "2d, edits", "4d"])
+def test_a_stop_token_inside_the_prompt_ends_nothing(name: str) -> None:
+    sampler, model = SAMPLERS[name], block_model()
+    prompts = [(12,), (9, 12), (8, 20, 12), (12,) * 5, (8, 9, 10, 11, 2, 30)]
+    requests = [Request(id=index, prompt=prompt) for index, prompt in enumerate(prompts)]
+    done = completed(sampler, model, requests)
+    for request in requests:
+        expected, _ = expected_of(sampler, model.model, request.prompt)
+        assert done[request.id].tokens == expected
+
+
 def test_causal_attention_caches_tokens_as_they_settle() -> None:
     """With 2d attention, tokens left of the first mask are not encoded again."""
     requests = requests_of((8,))
