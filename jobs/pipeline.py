@@ -22,9 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = cli.parse(argv, prog="jobs.pipeline", description=__doc__, commands=_COMMANDS)
     from pipelines import runner, tables
     from pipelines.paths import output_path
+    from tokendiff.cluster.session import check_seen_by_all
 
     root = output_path(args.config.root)
     if args.command == "plan":
+        check_seen_by_all(args.config.cluster, root)
         tables.print_plan(runner.plan(args.config, root), as_json=args.json)
         return cli.EXIT_OK
     work = runner.run_pipeline if args.command == "run" else runner.status

@@ -302,6 +302,19 @@ def test_a_stopped_pipeline_has_saved_its_step_and_goes_on_from_there(
     assert losses == losses_alone(data, tmp_path / "alone")
 
 
+def test_a_root_that_other_nodes_do_not_see_is_refused_at_plan(
+    head: Head, worker_node: object, tmp_path: Path
+) -> None:
+    """/proc/self/cwd is another folder in every process, as a local disk is on every node."""
+    path = tmp_path / "local.yaml"
+    path.write_text("name: local\nroot: /proc/self/cwd\npreprocess: {use_dummy_data: true}\n")
+    job = head.submit("plan", "jobs.pipeline", "plan", str(path), folder=tmp_path)
+    code, output = job.finish()
+    assert code == 1
+    assert "root /proc/self/cwd is not seen by 1 of the cluster's 2 nodes" in output
+    assert head.request("/api/jobs/plan")["driver_exit_code"] == 2
+
+
 def test_a_run_whose_node_is_lost_finishes_on_another(
     head: Head,
     worker_node: "subprocess.Popen[bytes]",

@@ -128,6 +128,44 @@ def check_shared(root: Path) -> None:
         )
 
 
+def check_seen_by_all(config: "ClusterConfig", root: Path) -> None:
+    """Nodes hand folders to each other: every one of a running cluster must see `root`.
+
+    Nothing is asked of a cluster that a job would start itself, which has one node.
+
+    Raises:
+        InputError: naming the nodes that do not.
+    """
+    if (config.address or os.environ.get("RAY_ADDRESS")) is None:
+        return
+    with ray_session(config):
+        _look_from_all(root)
+
+
+def _look_from_all(root: Path) -> None:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if len(nodes) == 1:
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    probe = root / f".probe-{uuid.uuid4().hex}"
+    probe.touch()
+    try:
+        look = ray.remote(num_cpus=0)(lambda: probe.exists())
+        places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+        seen = ray.get([look.options(scheduling_strategy=place).remote() for place in places])
+    finally:
+        probe.unlink()
+    blind = sorted(address for address, sees in zip(nodes.values(), seen, strict=True) if not sees)
+    if blind:
+        raise InputError(
+            f"root {root} is not seen by {len(blind)} of the cluster's {len(nodes)} nodes "
+            f"({', '.join(blind[:5])}); choose a folder on storage that all of them mount"
+        )
+
+
 def wants_gpu(config: "ClusterConfig") -> bool:
     """Whether workers and actors get a GPU each: as configured, else whether the cluster has one
     now.

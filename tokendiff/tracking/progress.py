@@ -180,7 +180,7 @@ def _facts(event: dict[str, Any]) -> dict[str, str]:
         "data_wait_fraction": "data wait {:.1%}",
     }
     if event.get("errors"):
-        shown["errors"] = "{:,} prompts of no use"
+        shown["errors"] = "unusable prompts {:,}"
     return {key: form.format(event[key]) for key, form in shown.items() if key in event}
 
 
