@@ -606,12 +606,12 @@ class DFlashSamplerConfig(AutoregressiveSamplerConfig):
     """The target's own text, in fewer of its passes. Source: DFlash (arXiv 2602.06036)."""
 
     name: Literal["dflash"] = "dflash"  # type: ignore[assignment]
-    draft_temperature: float = Field(
-        0.0,
+    draft_temperature: float | None = Field(
+        None,
         ge=0.0,
-        description="of the draft's proposals. 0: its likeliest tokens, and the text is that of "
-        "sampler ar with the same seed, token for token; above 0: draws, judged by p/q, and the "
-        "text has the target's distribution",
+        description="of the draft's proposals, by default temperature. Above 0 they are drawn and "
+        "judged by p/q: the text has the target's distribution. 0: its likeliest tokens, and the "
+        "text is that of sampler ar with the same seed, token for token",
     )
 
     @model_validator(mode="after")

@@ -64,18 +64,19 @@ def speedup_metrics(measured: Mapping[str, float]) -> dict[str, float]:
         speedup: tokens per second over those of the target alone. Both are wall-clock of whole
             batches, prompts included, in one process, turn and turn about.
         tokens_per_second_with_draft, tokens_per_second_alone
-        same_text_fraction: of the rows. With proposals that are not drawn all but those in which
-            two tokens are equally likely to within rounding, which is another in a wider pass.
+        same_text_fraction: of the rows, where proposals were not drawn: all but those in which two
+            tokens are equally likely to within rounding, which is another in a wider pass.
     """
     if not measured:
         return {}
     drafted = measured["new_tokens"] / measured["seconds"]
     alone = measured["new_tokens_alone"] / measured["seconds_alone"]
+    same = measured.get("same_rows")
     return {
         "speedup": drafted / alone,
         "tokens_per_second_with_draft": drafted,
         "tokens_per_second_alone": alone,
-        "same_text_fraction": measured["same_rows"] / measured["rows"],
+        **({} if same is None else {"same_text_fraction": same / measured["rows"]}),
     }
 
 

@@ -191,8 +191,8 @@ class CompletionModel:
             is_target_first: callers take turns, so that neither side has the quieter machine.
 
         Returns:
-            records; and rows, new tokens and wall-clock seconds of both sides, and the rows in
-            which they wrote the same.
+            records; and rows, new tokens and wall-clock seconds of both sides, and, where
+            proposals are not drawn, the rows in which they wrote the same.
         """
         sampler = self.setup.sampler
         assert isinstance(sampler, DFlashSampler), "GenerateConfig sees to it"
@@ -221,13 +221,17 @@ class CompletionModel:
         sides = (do_without, draft) if is_target_first else (draft, do_without)
         seconds = {side: self._timed(side) for side in sides}
         written = {r["id"]: r["tokens"][r["num_prompt_tokens"] :] for r in records}
+        same_rows = {}
+        if sampler.proposal_temperature == 0.0:
+            same = [written[index] == tokens for index, tokens in texts.items()]
+            same_rows = {"same_rows": sum(same)}
         return records, {
             "rows": len(rows),
             "seconds": seconds[draft],
             "new_tokens": sum(map(len, written.values())),
             "seconds_alone": seconds[do_without],
             "new_tokens_alone": sum(map(len, texts.values())),
-            "same_rows": sum(written[index] == tokens for index, tokens in texts.items()),
+            **same_rows,
         }
 
     def _timed(self, work: Callable[[], None]) -> float:

@@ -13,8 +13,9 @@ distribution p and the draft's q at a position):
   p(argmax q). Source: the published decoder of DFlash (arXiv 2602.06036).
 - `accept_drawn` judges a token that was drawn from q: it is accepted with probability
   min(1, p/q), and behind a refusal the target's token is drawn from max(p - q, 0), renormalised.
-  That accepts with probability sum min(p, q), the most that is possible for tokens drawn from q,
-  and the text has the target's distribution, but another draft gives another text.
+  That accepts with probability sum min(p, q), the most that is possible for tokens drawn from q
+  and more than p(argmax q) where p is flat. The text has the target's distribution, but another
+  draft gives another text.
   Source: speculative sampling (arXiv 2211.17192), algorithm 1.
 """
 

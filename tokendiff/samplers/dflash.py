@@ -29,26 +29,30 @@ class DFlashSampler(AutoregressiveSampler):
     """The target's own text, in fewer of its forward passes.
 
     Attributes:
-        draft_temperature: of the draft's proposals, if they are drawn. At 0 the draft proposes its
-            likeliest token, and the text is the one that sampler `ar` writes with the same seed,
-            token for token, whatever the draft. Above 0 proposals are drawn and judged by p/q: the
-            text has the target's distribution, and more of it is accepted where that is flat and
-            the draft knows it well.
+        draft_temperature: of the draft's proposals; None is `temperature`. Above 0 they are drawn
+            and judged by p/q, and the text has the target's distribution. At 0 the draft proposes
+            its likeliest tokens, and the text is the one that sampler `ar` writes with the same
+            key, token for token, whatever the draft; but fewer are accepted where the target is not
+            sure of itself: 1.41 tokens a block against 1.54 at temperature 0.5, 1.23 against 1.52
+            at 0.8, 1.15 against 1.58 at 1, of a small target with a small draft.
     """
 
-    draft_temperature: float = 0.0
+    draft_temperature: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.draft_temperature >= 0.0:
+        given = self.draft_temperature
+        if given is not None and not given >= 0.0:
+            raise ValueError(f"draft_temperature must not be negative, got {given}")
+        if self.temperature == 0.0 and given:
             raise ValueError(
-                f"draft_temperature must not be negative, got {self.draft_temperature}"
+                f"draft_temperature must be 0 at temperature 0, got {given}: the argmax of the "
+                "target is never a draw"
             )
-        if self.temperature == 0.0 and self.draft_temperature != 0.0:
-            raise ValueError(
-                f"draft_temperature must be 0 at temperature 0, got {self.draft_temperature}: "
-                "the argmax of the target is never a draw"
-            )
+
+    @property
+    def proposal_temperature(self) -> float:
+        return self.temperature if self.draft_temperature is None else self.draft_temperature
 
     def _slots(self, model: Decoder, *, num_slots: int, key: int) -> Slots:
         return Slots(
@@ -103,10 +107,10 @@ class DFlashSampler(AutoregressiveSampler):
         tokens, kept = [], []
         for chunk, uniform in _chunks(hidden, uniforms[:, :-1, PROPOSAL]):
             logits = model.head(chunk.flatten(0, 1)).float()
-            if self.draft_temperature == 0.0:
+            if self.proposal_temperature == 0.0:
                 tokens.append(logits.argmax(-1).view(chunk.shape[:2]))
                 continue
-            logits = self._filtered(logits, self.draft_temperature)
+            logits = self._filtered(logits, self.proposal_temperature)
             tokens.append(draw(_weights(logits), uniform.flatten()).view(chunk.shape[:2]))
             kept.append(logits.view(*chunk.shape[:2], -1))
         return torch.cat(tokens), torch.cat(kept) if kept else None
