@@ -113,7 +113,7 @@ def test_relative_output_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_pipelines_of_this_repository_are_valid(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     assert config.name == path.stem
-    assert [row["state"] for row in plan(config, tmp_path)] == ["run"] * 4
+    assert {row["state"] for row in plan(config, tmp_path)} == {"run"}
 
 
 def test_the_offline_variant_of_mdlm_is_valid(tmp_path: Path) -> None:

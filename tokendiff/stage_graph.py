@@ -77,6 +77,8 @@ ROLES: dict[str, dict[str, Role]] = {
     "train": {
         "data": Role(kinds=("preprocess",), field="data_path", is_needed=True),
         "init": Role(kinds=("train",), field="model_name_or_path"),
+        "target": Role(kinds=("train",), field="target_model_id"),
+        "draft": Role(kinds=("train",), field="draft_model_id"),
     },
     "regenerate": _MODELS,
     "generate": _MODELS,

@@ -368,9 +368,11 @@ def evaluate(
             [record["num_model_calls"] for record in samples],
             [record.get("finish_reason", "length") for record in samples],
         )
-        speed = load_manifest(Path(str(samples_path))).metadata["tokens_per_second"]
-        if speed is not None:  # None where all parts were there already
+        assert samples_path is not None
+        made = load_manifest(location(samples_path)).metadata
+        if (speed := made["tokens_per_second"]) is not None:  # where parts were made, not found
             metrics["sampled_tokens_per_second"] = speed
+        metrics |= made.get("speculation", {})  # of sampler dflash
         if config.reference_model_name_or_path is not None:
             texts = [record["text"] for record in samples]
             metrics |= score_with_reference(

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokendiff.checkpoint import EMA_WEIGHTS, SCHEDULER_CONFIG, NoiseProcess
+from tokendiff.checkpoint import SCHEDULER_CONFIG, NoiseProcess, take_average
 from tokendiff.data.prompts import GenerationRow, PromptEncoder, prompt_text
 from tokendiff.errors import InputError
 from tokendiff.interfaces import Completion, Decoder, Request
 from tokendiff.models.causal import (
-    CausalModel,
     causal_config,
     find_mask_token,
     find_stop_tokens,
@@ -144,11 +143,12 @@ class CompletionModel:
             self.setup.name, dtype=dtype, trust_remote_code=config.trust_remote_code
         )
         if checkpoint is not None:
-            _load_averaged(model, checkpoint)
+            take_average(model.model, checkpoint)
         self._model: Decoder = model.to(device)
         self._target = self._model
         if config.draft_model_id is not None:
             draft: Any = load_draft(config.draft_model_id, dtype=dtype)
+            take_average(draft, Path(config.draft_model_id))
             draft.to(device)
             self._model = DraftedModel(model, draft)
         self._is_warm = False
@@ -354,16 +354,6 @@ def _block_fields(
 def _mode_of(model_config: Any) -> str:
     model_type = getattr(model_config, "published_model_type", model_config.model_type)
     return "4d" if model_type in _SEES_BLOCKS_WHOLE else "2d"
-
-
-def _load_averaged(model: CausalModel, checkpoint: Path) -> None:
-    from safetensors.torch import load_file
-
-    path = checkpoint / EMA_WEIGHTS
-    if path.is_file():
-        parameters = dict(model.model.named_parameters())
-        for name, value in load_file(path).items():
-            parameters[name].data.copy_(value)
 
 
 def _max_length(model_config: Any) -> int | None:
