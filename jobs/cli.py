@@ -1,11 +1,13 @@
 """What the jobs share on the command line: a config, overrides, a flag for every field, exit codes.
 
 Exit codes: 0 done; 1 failed; 2 the input cannot be used as it stands (a flag, a config, a file), so
-that the same command would fail again; 130 interrupted; 143 stopped by SIGTERM (`ray job stop`),
-with the last training step saved.
+that the same command would fail again; 4 another run has the place that this one would write to;
+130 interrupted; 143 stopped by SIGTERM (`ray job stop`), with the last training step saved.
+(3, a gate that was not passed, is of `jobs.pipeline` alone.)
 """
 
 import argparse
+import dataclasses
 import difflib
 import functools
 import json
@@ -37,13 +39,17 @@ from tokendiff.errors import CorruptFileError, InputError
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_LOCKED = 4
 EXIT_INTERRUPTED = 130
 EXIT_STOPPED = 143  # 128 + SIGTERM, which is what a shell makes of a process that it killed
 
 FieldPath = tuple[str, ...]
 Variants = list[tuple[type[BaseModel], FieldInfo]]  # a field, with the model that has it
 
-_FORESEEN = (InputError, CorruptFileError, FloatingPointError)
+_FORESEEN = (
+    *(InputError, CorruptFileError, FloatingPointError),
+    *(BlockingIOError, TimeoutError, ChildProcessError),  # of our locks, clocks and processes
+)
 _JOB_SECTIONS = ("preprocess", "train", "generate", "evaluate")  # each the main one of jobs.NAME
 _COMMON = ("config", "override", "json", "verbose", "help")
 _METAVARS = {int: "INT", float: "FLOAT", bool: "true|false"}
@@ -52,11 +58,17 @@ _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """A command line that was read; `config` has its overrides and flags in it."""
+    """A command line that was read; `config` has its overrides and flags in it.
+
+    `options` are those that a command has beside the common ones.
+    """
 
     config: Config
     json: bool
     command: str | None
+    options: argparse.Namespace = dataclasses.field(
+        default_factory=argparse.Namespace, compare=False
+    )
 
 
 def entry_point(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
@@ -88,6 +100,8 @@ def _report(error: Exception) -> int:
         _print_error(error)
     else:
         traceback.print_exception(error)
+    if isinstance(error, BlockingIOError):
+        return EXIT_LOCKED
     return EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED
 
 
@@ -129,6 +143,7 @@ def parse(
     sections: Sequence[str] = (),
     hidden: Sequence[str] = (),
     commands: Mapping[str, str] | None = None,
+    add_options: Callable[[str, argparse.ArgumentParser], None] = lambda command, parser: None,
 ) -> Arguments:
     """Read a job's command line and its config; `--verbose` takes effect here.
 
@@ -140,6 +155,7 @@ def parse(
         hidden: dotted fields of those that the job does not read: no flags, but `-o` takes them,
             since one file serves all jobs.
         commands: subcommands and their help; each takes its config as a positional FILE.yaml.
+        add_options: adds what a command takes besides to its parser.
 
     Raises:
         InputError: listing what is wrong with the command line, or else with the config.
@@ -153,6 +169,7 @@ def parse(
             subparser = subparsers.add_parser(name, help=text, description=text)
             subparser.add_argument("config", type=Path, metavar="FILE.yaml")
             _add_common_flags(subparser)
+            add_options(name, subparser)
     else:
         parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="config to start from")
         _add_common_flags(parser)
@@ -177,6 +194,7 @@ def parse(
         config=config,
         json=options.json,
         command=getattr(options, "command", None),
+        options=options,
     )
 
 

@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--checkpoint_path is missing: a checkpoint-N or final folder of jobs.train"
         )
     from pipelines.paths import input_path
+    from pipelines.registered import checkpoint_folder
     from pipelines.runner import run_job
     from pipelines.stage import evaluate_stage
     from pipelines.tables import verified_lines
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stage = evaluate_stage(
         args.config,
         folder=config.output_dir or "evaluate-output",
-        checkpoint_path=input_path(config.checkpoint_path, what="checkpoint_path"),
+        checkpoint_path=checkpoint_folder(config.checkpoint_path, args.config),
         data_path=config.data_path and input_path(config.data_path, what="data_path"),
         samples_path=config.samples_path and input_path(config.samples_path, what="samples_path"),
     )

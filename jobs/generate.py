@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "samplers that continue prompts, --model_id: a causal language model; or, for sampler "
             "dflash, --target_model_id and --draft_model_id"
         )
-    from pipelines.paths import input_path
+    from pipelines.registered import checkpoint_folder
     from pipelines.runner import run_job
     from pipelines.stage import generate_stage
     from pipelines.tables import printable
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.config,
         folder=config.output_dir or "generate-output",
         checkpoint_path=config.checkpoint_path
-        and input_path(config.checkpoint_path, what="checkpoint_path"),
+        and checkpoint_folder(config.checkpoint_path, args.config),
     )
     result = run_job([stage], args.config)
     if not args.json:

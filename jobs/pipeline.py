@@ -1,39 +1,90 @@
-"""Run a pipeline: preprocess, train, generate, evaluate, each stage once.
+"""Run a pipeline: its stages, each once, each behind what it is made from.
 
 python -m jobs.pipeline run pipelines/quickstart.yaml
 python -m jobs.pipeline plan pipelines/quickstart.yaml -o train.max_train_steps=200
 python -m jobs.pipeline status pipelines/quickstart.yaml
+
+Exit codes: 0 done; 1 failed; 2 the config or its input cannot be used; 3 a gate was not passed;
+4 another run of the pipeline is under way; 130 stopped.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 
 from jobs import cli
 
 _COMMANDS = {
-    "run": "run every stage that is not done, in order; resumes what was cut off",
-    "plan": "check the file and print the stages, their keys and which are done; run nothing",
-    "status": "print the results of the stages that are done",
+    "run": "run every stage that is not done; resumes what was cut off",
+    "plan": "check the file and print the stages, their keys, what would run and why; run nothing",
+    "promote": "run the promote stages alone: the gate, and the champion where it is passed",
+    "rollback": "move the champion back to the version that it replaced",
+    "status": "print the last runs, and how the stages stand",
 }
+_SELECTION = {
+    "from": "these and what is made from them",
+    "to": "these and what they are made from",
+    "only": "these alone",
+    "force": "again, even if done",
+}
+
+
+def _add_options(command: str, parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(**dict.fromkeys(_SELECTION, ()))
+    if command in ("run", "plan"):
+        for name, text in _SELECTION.items():
+            parser.add_argument(
+                f"--{name}", nargs="+", action="extend", default=[], metavar="STAGE", help=text
+            )
+    if command == "plan":
+        parser.add_argument("--mermaid", action="store_true", help="as a Mermaid graph")
+    if command == "status":
+        parser.add_argument("--runs", type=int, default=5, metavar="INT", help="at most (5)")
 
 
 @cli.entry_point
 def main(argv: Sequence[str] | None = None) -> int:
-    args = cli.parse(argv, prog="jobs.pipeline", description=__doc__, commands=_COMMANDS)
-    from pipelines import runner, tables
+    args = cli.parse(
+        argv,
+        prog="jobs.pipeline",
+        description=__doc__,
+        commands=_COMMANDS,
+        add_options=_add_options,
+    )
+    from pipelines import promotion, runner, tables
     from pipelines.paths import output_path
+    from pipelines.record import EXIT_CODES, last_runs
+    from pipelines.schedule import Selection
     from tokendiff.cluster.session import check_seen_by_all
 
-    root = output_path(args.config.root)
-    if args.command == "plan":
-        check_seen_by_all(args.config.cluster, root)
-        tables.print_plan(runner.plan(args.config, root), as_json=args.json)
+    config, options = args.config, args.options
+    root = output_path(config.root)
+    if args.command == "status":
+        runs = last_runs(root / config.name, options.runs)
+        steps = runner.plan(config, root)
+        tables.print_status(runs, steps, config, root, as_json=args.json)
         return cli.EXIT_OK
-    work = runner.run_pipeline if args.command == "run" else runner.status
-    results = work(args.config, root)
-    tables.print_results(results, args.config, root, as_json=args.json)
-    message = tables.failure_of(results)
-    return cli.EXIT_OK if message is None else cli.fail(message)
+    if args.command == "rollback":
+        cli.print_result(promotion.roll_back(config, root), as_json=args.json)
+        return cli.EXIT_OK
+    if args.command == "promote":
+        options.only = list(promotion.promote_sections(config))
+    selection = Selection(
+        start=tuple(getattr(options, "from")),
+        end=tuple(options.to),
+        only=tuple(options.only),
+        force=tuple(options.force),
+    )
+    if args.command == "plan":
+        check_seen_by_all(config.cluster, root)
+        steps = runner.plan(config, root, selection)
+        folder = root / config.name
+        tables.print_plan(steps, folder, as_json=args.json, as_mermaid=options.mermaid)
+        return cli.EXIT_OK
+    record = runner.run_pipeline(config, root, selection)
+    tables.print_record(record, config, root, as_json=args.json)
+    message = tables.failure_of(stage.result for stage in record.stages)
+    return EXIT_CODES[record.state] if message is None else cli.fail(message)
 
 
 if __name__ == "__main__":

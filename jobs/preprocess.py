@@ -32,13 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "cluster.worker_start_timeout_s",
         ),
     )
+    from pipelines.registered import with_models
     from pipelines.runner import run_job
     from pipelines.stage import preprocess_stage
 
-    stage = preprocess_stage(
-        args.config, folder=args.config.preprocess.output_dir or "preprocess-output"
-    )
-    cli.print_result(run_job([stage], args.config), as_json=args.json)
+    config = with_models(args.config)
+    stage = preprocess_stage(config, folder=config.preprocess.output_dir or "preprocess-output")
+    cli.print_result(run_job([stage], config), as_json=args.json)
     return cli.EXIT_OK
 
 

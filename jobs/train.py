@@ -24,10 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         hidden=("cluster.num_actors", "cluster.min_actors", "cluster.gpus_per_actor"),
     )
     from pipelines.paths import input_path
+    from pipelines.registered import with_models
     from pipelines.runner import run_job
     from pipelines.stage import preprocess_stage, train_stage
 
-    config = args.config
+    config = with_models(args.config)
     output_dir = config.train.output_dir or "train-output"
     if config.train.data_path is not None:
         data_path = input_path(config.train.data_path, what="data_path")

@@ -4,18 +4,23 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from pipelines.registered import MODEL_FIELDS, UNKNOWN_MODEL, Models, model_paths
 from pipelines.stage import (
     Stage,
     evaluate_stage,
     generate_stage,
     identity_of,
     preprocess_stage,
+    promote_stage,
     train_stage,
 )
 from tokendiff.config import SAMPLES, Config, PreprocessConfig, StageConfig
 from tokendiff.config_loader import matrix_variants
+from tokendiff.data.files import find_files
+from tokendiff.data.sources import known_files
 from tokendiff.errors import InputError
 from tokendiff.stage_graph import (
     ROLES,
@@ -25,17 +30,25 @@ from tokendiff.stage_graph import (
     config_of,
     stages_of,
 )
+from tokendiff.tracking.registry import is_model_uri
 
 
-def pipeline_stages(config: Config, folder: Path) -> list[Stage]:
+def pipeline_stages(
+    config: Config, folder: Path, models: Models = MappingProxyType({})
+) -> list[Stage]:
     """The stages of a pipeline in the order in which they run, each in `folder/NAME-KEY`.
 
     With a matrix there are those of every variant; stages with the same key are one.
 
+    Args:
+        models: what each `models:/` URI of the config stands for; None where there is none yet. One
+            that is not given stands for a model that is not known.
+
     Raises:
         InputError: they do not go together, or a path is set that the pipeline decides.
     """
-    stages = [stage for variant in pipeline_variants(config, folder) for stage in variant.stages]
+    variants = pipeline_variants(config, folder, models)
+    stages = [stage for variant in variants for stage in variant.stages]
     return list({stage.folder: stage for stage in stages}.values())
 
 
@@ -47,7 +60,9 @@ class Variant:
     stages: list[Stage]
 
 
-def pipeline_variants(config: Config, folder: Path) -> list[Variant]:
+def pipeline_variants(
+    config: Config, folder: Path, models: Models = MappingProxyType({})
+) -> list[Variant]:
     """The variants of a pipeline; one, where its file has no matrix. They share equal stages."""
     variants = []
     for values, variant in matrix_variants(config):
@@ -58,7 +73,7 @@ def pipeline_variants(config: Config, folder: Path) -> list[Variant]:
         built: dict[str, Stage] = {}
         for name, spec in stages_of(variant).items():
             inputs = {role: built[source] for role, source in sorted(spec.inputs.items())}
-            built[name] = _build(variant, name, spec, inputs, folder)
+            built[name] = _build(variant, name, spec, inputs, folder, models)
         short = dict(zip(_short_names(list(values)), values.values(), strict=True))
         variants.append(Variant(values=short, stages=list(built.values())))
     return _labelled(variants)
@@ -103,18 +118,37 @@ def _shown(value: Any) -> str:
 
 
 def _build(
-    config: Config, name: str, spec: StageConfig, inputs: dict[str, Stage], folder: Path
+    config: Config,
+    name: str,
+    spec: StageConfig,
+    inputs: dict[str, Stage],
+    folder: Path,
+    models: Models,
 ) -> Stage:
     own = config_of(config, spec)
-    linked, keyed = _link(own, spec, inputs)
-    fields: dict[str, Any] = {"name": name, "inputs": inputs, "is_keyed": True, "keyed": keyed}
+    linked, keyed = _link(own, spec, inputs, models)
+    fields: dict[str, Any] = {
+        "name": name,
+        "inputs": inputs,
+        "is_keyed": True,
+        "keyed": keyed,
+        "optional": frozenset(n for n, role in ROLES[spec.kind].items() if role.is_optional),
+        "max_retries": spec.max_retries,
+        "timeout_s": spec.timeout_s,
+        "skip": _reason_to_skip(own, linked, spec),
+    }
     section = getattr(linked, SECTION_OF[spec.kind])
     stage = _BUILDERS[spec.kind](linked, section, folder, fields)
-    return replace(stage, settings={**stage.settings, **_outside(own, spec)})
+    return replace(stage, settings={**stage.settings, **_outside(own, keyed, spec)})
 
 
-def _link(own: Config, spec: StageConfig, inputs: dict[str, Stage]) -> tuple[Config, Config]:
-    """The stage's config with the folders of its inputs, and with the defaults in their place."""
+def _link(
+    own: Config, spec: StageConfig, inputs: dict[str, Stage], models: Models
+) -> tuple[Config, Config]:
+    """The stage's config with folders in the place of inputs and models, and one for its key.
+
+    In that one, inputs have their fields' defaults, and models are named by their content.
+    """
     section = SECTION_OF[spec.kind]
     model = getattr(own, section)
     paths: dict[str, Any] = {}
@@ -124,11 +158,31 @@ def _link(own: Config, spec: StageConfig, inputs: dict[str, Stage]) -> tuple[Con
             paths[field] = str(source.result_folder / ("tokenizer" if is_tokenizer else ""))
     if "text" in inputs:
         paths |= _text_of(inputs["text"])
-    defaults = {name: type(model).model_fields[name].default for name in paths}
+    in_key = {name: type(model).model_fields[name].default for name in paths}
+    for field in MODEL_FIELDS.get(section, ()):
+        if is_model_uri(uri := getattr(model, field)):
+            registered = models.get(uri, UNKNOWN_MODEL)
+            paths |= model_paths(field, registered)
+            names = dict.fromkeys(model_paths(field, registered), None)
+            in_key |= dict.fromkeys(names, registered and f"model {registered.digest}")
     return (
         own.model_copy(update={section: model.model_copy(update=paths)}),
-        own.model_copy(update={section: model.model_copy(update=defaults)}),
+        own.model_copy(update={section: model.model_copy(update=in_key)}),
     )
+
+
+def _reason_to_skip(own: Config, linked: Config, spec: StageConfig) -> str:
+    """Why there is nothing to do: a model that is not there yet, or no new text."""
+    section = SECTION_OF[spec.kind]
+    given, found = getattr(own, section), getattr(linked, section)
+    uri = getattr(given, "checkpoint_path", None)
+    if is_model_uri(uri) and found.checkpoint_path is None:
+        return f"there is no {uri} yet"
+    since = found.new_since if spec.kind == "preprocess" else None
+    if since is None or not Path(since).is_file():
+        return ""
+    is_all_known = len(known_files(found)) == len(find_files(found.data_files))
+    return f"no text is new since {given.new_since}" if is_all_known else ""
 
 
 def _text_of(samples: Stage) -> dict[str, Any]:
@@ -137,16 +191,20 @@ def _text_of(samples: Stage) -> dict[str, Any]:
     return {**fields, "dataset_name": SAMPLES, "data_files": [str(samples.folder)]}
 
 
-def _outside(own: Config, spec: StageConfig) -> dict[str, Any]:
+def _outside(own: Config, keyed: Config, spec: StageConfig) -> dict[str, Any]:
     """What the stage reads that no stage makes: the identity of folders that are given by path."""
-    section = getattr(own, SECTION_OF[spec.kind])
+    section, in_place = (getattr(config, SECTION_OF[spec.kind]) for config in (own, keyed))
     in_key = section.result_fields()
     given = {
         role.field: getattr(section, role.field)
         for name, role in ROLES[spec.kind].items()
         if role.field and role.field not in in_key and name not in spec.inputs
     }
-    return {field: identity_of(path) for field, path in given.items() if path is not None}
+    return {
+        field: getattr(in_place, field) if is_model_uri(path) else identity_of(path)
+        for field, path in given.items()
+        if path is not None
+    }
 
 
 def _preprocess(config: Config, section: Any, folder: Path, fields: dict[str, Any]) -> Stage:
@@ -163,6 +221,14 @@ def _generate(config: Config, section: Any, folder: Path, fields: dict[str, Any]
 
 def _regenerate(config: Config, section: Any, folder: Path, fields: dict[str, Any]) -> Stage:
     return _generate(config, section, folder, {**fields, "kind": "regenerate"})
+
+
+def _promote(config: Config, section: Any, folder: Path, fields: dict[str, Any]) -> Stage:
+    if not config.tracking.enabled:
+        raise InputError(
+            "tracking.enabled false: a promote stage registers models with MLflow; leave it on"
+        )
+    return promote_stage(config, folder, **fields)
 
 
 def _evaluate(config: Config, section: Any, folder: Path, fields: dict[str, Any]) -> Stage:
@@ -183,6 +249,7 @@ _BUILDERS: dict[str, Callable[[Config, Any, Path, dict[str, Any]], Stage]] = {
     "regenerate": _regenerate,
     "generate": _generate,
     "evaluate": _evaluate,
+    "promote": _promote,
 }
 
 

@@ -1,59 +1,31 @@
-"""Running stages: each with its log, its progress on the console, and its run in MLflow."""
+"""Running a pipeline: every stage that is not done, each behind what it is made from."""
 
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from pipelines.graph import pipeline_stages
+from pipelines.comparison import comparison_rows, write_comparison
+from pipelines.execution import ChildStage, Outcome, figures_of, run_patiently, run_stage
+from pipelines.graph import Variant, pipeline_stages, pipeline_variants
+from pipelines.lock import alone, alone_on_cluster
 from pipelines.paths import output_path
+from pipelines.record import EXIT_CODES, EXIT_SIGTERM, RunRecord, StageRecord, run_facts
+from pipelines.registered import Models, PinnedModels
+from pipelines.schedule import Selection, Step, plan_steps, recheck
 from pipelines.stage import Stage
-from tokendiff.cluster.session import ray_session
+from tokendiff.cluster.session import DATA_CPUS, is_shared, ray_session
 from tokendiff.config import Config
-from tokendiff.errors import CorruptFileError, InputError
-from tokendiff.evaluation.certificate import CERTIFICATE, figures, read_certificate
-from tokendiff.manifest import fetch, verify
+from tokendiff.errors import InputError
+from tokendiff.manifest import remove_committed
 from tokendiff.tracking.mlflow_mirror import MlflowMirror
 from tokendiff.tracking.mlflow_store import open_command, resolve_uri
-from tokendiff.tracking.progress import LogTailer, ProgressPrinter
-from tokendiff.tracking.run_log import RunLog
 
-Results = dict[str, dict[str, Any]]
-
-
-def run_stage(stage: Stage, mirror: MlflowMirror) -> dict[str, Any]:
-    """Run one stage, or go on with it where it was cut off; returns its result.
-
-    What it does is written to its log, and shown and mirrored from there.
-    """
-    params = {stage.kind: stage.settings}
-    tags = {"stage": stage.name, "key": stage.key}
-    with (
-        RunLog(stage.log_path) as log,
-        ProgressPrinter(stage.title) as printer,
-        mirror.stage(stage.title, folder=stage.record, params=params, tags=tags) as run,
-        LogTailer(stage.log_path, [printer.consume, run.consume]),
-    ):
-        try:
-            stage.action(stage, log)
-        except BaseException as error:
-            log.write("error", message=str(error).split("\n")[0] or type(error).__name__)
-            raise
-        log.write("end")
-        result = stage.result(stage)
-        run.log_metrics(_figures(stage.title, result))
-        made = fetch(stage.output) if stage.kind == "evaluate" else stage.folder
-        if (report := made / "report").is_dir():
-            run.log_artifacts(report, "report")
-        if checks := read_certificate(made):
-            run.log_metrics(figures(checks))
-            run.log_artifacts(made / CERTIFICATE)
-    return result
+_POLL_SECONDS = 1.0
 
 
 def run_job(stages: Sequence[Stage], config: Config) -> dict[str, Any]:
@@ -64,42 +36,15 @@ def run_job(stages: Sequence[Stage], config: Config) -> dict[str, Any]:
     output = stages[-1].output
     root = output_path(config.root)
     with (
-        _alone(stages[-1].record),
+        alone(stages[-1].record),
         MlflowMirror.open(config.tracking, root) as mirror,
         ray_session(config.cluster),
     ):
+        tags = run_facts(config)
         for stage in stages:
-            result = run_stage(stage, mirror)
+            result = run_stage(stage, mirror, tags=tags)
     tracked = {"MLflow": store_command(config, root)} if config.tracking.enabled else {}
     return {"output_dir": str(output), **result, **tracked}
-
-
-def run_pipeline(config: Config, root: Path) -> Results:
-    """Run every stage that is not done, in order; returns the result of each.
-
-    Args:
-        root: absolute folder that the pipeline's own folder is made in.
-
-    Raises:
-        InputError: a stage's input cannot be used, or another run of this pipeline is under way.
-    """
-    stages = checked_stages(config, root)
-    with _alone(root / config.name), _parent_run(config, root) as mirror:
-        results: Results = {}
-        pending = [stage for stage in stages if not _is_sound(stage)]
-        for stage in stages:
-            if stage not in pending:
-                print(f"{stage.title}  done before, in {stage.folder.name}", flush=True)
-                results[stage.title] = stage.result(stage)
-        if pending:
-            with ray_session(config.cluster):
-                for stage in pending:
-                    started = time.monotonic()
-                    results[stage.title] = run_stage(stage, mirror)
-                    print(f"{stage.title}  done in {time.monotonic() - started:.0f} s", flush=True)
-        for name, result in results.items():
-            mirror.log_metrics(_figures(name, result))
-    return {stage.title: results[stage.title] for stage in stages}
 
 
 def store_command(config: Config, root: Path) -> str:
@@ -111,70 +56,292 @@ def store_command(config: Config, root: Path) -> str:
     return command
 
 
-def plan(config: Config, root: Path) -> list[dict[str, str]]:
-    """What `run_pipeline` would do with each stage: `state` is done, resume or run."""
-    rows = []
-    for stage in checked_stages(config, root):
-        state = "done" if stage.is_done else "resume" if stage.folder.is_dir() else "run"
-        rows.append(
-            {"stage": stage.title, "state": state, "key": stage.key, "folder": str(stage.folder)}
+def plan(config: Config, root: Path, selection: Selection | None = None) -> list[Step]:
+    """What `run_pipeline` would do with each stage, and why."""
+    stages = pipeline_stages(config, root / config.name, models_of(config, root).models)
+    return plan_steps(stages, selection or Selection())
+
+
+def models_of(config: Config, root: Path) -> PinnedModels:
+    """The registered models that the pipeline's stages name, as they are to be read."""
+    keys = [stage.key for stage in pipeline_stages(config, root / config.name)]
+    return PinnedModels.read(config, root, keys)
+
+
+def run_pipeline(config: Config, root: Path, selection: Selection | None = None) -> RunRecord:
+    """Run every stage that is selected and not done; those that do not need each other side by
+    side, as the cluster has room.
+
+    Args:
+        root: absolute folder that the pipeline's own folder is made in.
+
+    Raises:
+        InputError: the config or a stage's input cannot be used.
+        BlockingIOError: another run of this pipeline is under way.
+        Exception: what the first stage raised that failed.
+    """
+    pinned = models_of(config, root)
+    variants = pipeline_variants(config, root / config.name, pinned.models)
+    return run_variants(config, root, variants, selection or Selection(), pinned)
+
+
+def run_variants(
+    config: Config,
+    root: Path,
+    variants: Sequence[Variant],
+    selection: Selection,
+    pinned: PinnedModels | None = None,
+) -> RunRecord:
+    """`run_pipeline`, once its stages are put together.
+
+    A stage that fails takes those down that are made from it; the others are still run.
+
+    Returns:
+        What was done; it also stands in `runs/` in the pipeline's folder. Its `state` is
+        "succeeded", or "rejected" where a gate was not passed.
+    """
+    folder = root / config.name
+    stages = list({s.folder: s for variant in variants for s in variant.stages}.values())
+    with alone(folder), ExitStack() as stack:
+        steps = plan_steps(stages, selection)
+        pinned = pinned or PinnedModels(models={}, inputs="")
+        pinned.keep(folder)
+        record = RunRecord.begin(config, folder, [_record_of(step) for step in steps])
+        with _concluded(record):
+            mirror = stack.enter_context(_parent_run(config, root, record))
+            run = _Run(
+                config=config,
+                root=root,
+                models=pinned.models,
+                record=record,
+                mirror=mirror,
+                stack=stack,
+            )
+            run.work_off(steps)
+            record.axes = list(variants[0].values)
+            record.comparison = comparison_rows(variants, record)
+            for stage in record.stages:
+                mirror.log_metrics(figures_of(stage.stage, stage.result))
+            for path in write_comparison(record):
+                mirror.log_artifacts(path)
+            if run.errors:
+                raise run.errors[0]
+    return record
+
+
+class _Run:
+    """One run under way: what is pending, what is running, and what became of the rest."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        root: Path,
+        models: Models,
+        record: RunRecord,
+        mirror: MlflowMirror,
+        stack: ExitStack,
+    ) -> None:
+        self._config, self._root, self._models = config, root, models
+        self._record, self._mirror, self._stack = record, mirror, stack
+        self._pending: dict[str, Step] = {}
+        self._running: dict[str, ChildStage] = {}
+        self._lost: set[str] = set()
+        self._made: set[str] = set()
+        self._room: int | None = None
+        self.errors: list[BaseException] = []
+
+    def work_off(self, steps: Sequence[Step]) -> None:
+        self._pending = {step.stage.title: step for step in steps}
+        try:
+            while self._pending or self._running:
+                ready = self._take_ready()
+                here = [step for step in ready if not step.stage.needs_ray]
+                is_free = bool(ready) and not here and not self._running
+                if is_free and (len(ready) == 1 or self._room_here() == 1):
+                    here = ready
+                if here:
+                    self._run_here(here[0])
+                    ready.remove(here[0])
+                while ready and not here and len(self._running) < self._room_here():
+                    self._start_child(ready.pop(0))
+                self._pending = {**{step.stage.title: step for step in ready}, **self._pending}
+                self._collect()
+        finally:
+            for child in self._running.values():
+                child.stop()
+
+    def _take_ready(self) -> list[Step]:
+        """Steps that can start now; those with nothing to do are settled on the way."""
+        ready: list[Step] = []
+        for title, step in list(self._pending.items()):
+            inputs = [source.title for source in step.stage.inputs.values()]
+            waits_for = {*self._pending, *self._running, *(s.stage.title for s in ready)}
+            if any(name in waits_for for name in inputs):
+                continue
+            del self._pending[title]
+            if lost := [name for name in inputs if name in self._lost]:
+                self._lost.add(title)
+                self._note(title, state="not reached", why=f"{', '.join(lost)} failed")
+                continue
+            step = recheck(step, self._made)
+            if step.state in ("done", "skip"):
+                self._settle(step)
+            else:
+                ready.append(step)
+        return ready
+
+    def _settle(self, step: Step) -> None:
+        stage = step.stage
+        if step.state == "done":
+            self._note(stage.title, state="done", why=step.why, result=stage.result(stage))
+            print(f"{stage.title}  {step.why}, in {stage.folder.name}", flush=True)
+        else:
+            is_done = stage.is_done
+            result = stage.result(stage) if is_done else {}
+            self._note(stage.title, state="skipped", why=step.why, result=result)
+            print(f"{stage.title}  skipped: {step.why}", flush=True)
+
+    def _run_here(self, step: Step) -> None:
+        stage = step.stage
+        self._begin(step)
+        started = time.monotonic()
+        try:
+            outcome = run_patiently(
+                stage, self._mirror, self._config.runner, tags=self._record.facts
+            )
+        except Exception as error:
+            self._fail(stage.title, error, time.monotonic() - started)
+        except BaseException:
+            self._note(stage.title, state="stopped", seconds=time.monotonic() - started)
+            raise
+        else:
+            self._finish(stage.title, outcome)
+
+    def _start_child(self, step: Step) -> None:
+        self._begin(step)
+        self._running[step.stage.title] = ChildStage(
+            step.stage,
+            self._config,
+            self._root,
+            models=self._models,
+            parent_run_id=self._mirror.run_id,
+            tags=self._record.facts,
         )
-    return rows
+
+    def _collect(self) -> None:
+        receivers = {child.receiver: title for title, child in self._running.items()}
+        for receiver in wait(list(receivers), timeout=_POLL_SECONDS) if receivers else ():
+            title = receivers[receiver]  # type: ignore[index]
+            child = self._running.pop(title)
+            try:
+                self._finish(title, child.outcome())
+            except Exception as error:
+                self._fail(title, error, None)
+
+    def _begin(self, step: Step) -> None:
+        stage = step.stage
+        if stage.needs_ray and self._room is None:
+            self._connect()
+        if step.state == "run":
+            remove_committed(stage.folder, stage.folder / stage.result_subfolder)
+        print(f"{stage.title}  {step.state}s: {step.why}", flush=True)
+        self._note(stage.title, state="running", why=step.why)
+
+    def _connect(self) -> None:
+        config = self._config
+        is_on_others = is_shared(config.cluster)
+        self._stack.enter_context(
+            ray_session(config.cluster, side_by_side=config.runner.max_parallel or 1)
+        )
+        if is_on_others:
+            self._stack.enter_context(alone_on_cluster(self._root / config.name))
+        self._room = config.runner.max_parallel or _room(config)
+
+    def _room_here(self) -> int:
+        """How many stages may run side by side; asks the cluster, the first time."""
+        if self._room is None:
+            self._connect()
+        return self._room or 1
+
+    def _finish(self, title: str, outcome: Outcome) -> None:
+        self._made.add(title)
+        self._note(
+            title,
+            state="ran",
+            seconds=outcome.seconds,
+            attempts=outcome.attempts,
+            result=outcome.result,
+        )
+        print(f"{title}  done in {outcome.seconds:.0f} s", flush=True)
+
+    def _fail(self, title: str, error: Exception, seconds: float | None) -> None:
+        self._lost.add(title)
+        self.errors.append(error)
+        why = (str(error).strip() or type(error).__name__).split("\n")[0]
+        self._note(title, state="failed", why=why, seconds=seconds)
+        if self._pending or self._running:
+            print(f"{title}  failed: {why}", flush=True)
+
+    def _note(self, title: str, **changes: Any) -> None:
+        stage = self._record.of(title)
+        for name, value in changes.items():
+            setattr(stage, name, value)
+        self._record.save()
 
 
-def status(config: Config, root: Path) -> Results:
-    """The result of every stage that is done."""
-    return {
-        stage.title: stage.result(stage) for stage in checked_stages(config, root) if stage.is_done
-    }
+def _record_of(step: Step) -> StageRecord:
+    stage = step.stage
+    return StageRecord(
+        stage=stage.title,
+        kind=stage.kind,
+        key=stage.key,
+        folder=str(stage.folder),
+    )
 
 
-def checked_stages(config: Config, root: Path) -> list[Stage]:
-    """The stages, after refusing what cannot work and paths that the pipeline itself decides."""
-    return pipeline_stages(config, root / config.name)
+def _room(config: Config) -> int:
+    """How many stages the connected cluster has CPUs for at once; GPUs are shared out by Ray."""
+    import ray
 
-
-def _is_sound(stage: Stage) -> bool:
-    """Whether the stage is done; its files must then still be there, by presence and size."""
-    if not stage.is_done:
-        return False
-    try:
-        verify(stage.result_folder, hashes=False)
-    except CorruptFileError as error:
-        raise CorruptFileError(f"{error}; delete {stage.folder} to make it again") from error
-    return True
+    cluster = config.cluster
+    needed = max(cluster.num_workers, cluster.num_actors) * cluster.cpus_per_worker + DATA_CPUS
+    return max(1, int(ray.cluster_resources().get("CPU", 0) // needed))
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system frees it when its holder dies."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _concluded(record: RunRecord) -> Iterator[None]:
+    """Write into the record how the run ended, however it does."""
+    started = time.monotonic()
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise InputError(
-            f"{folder}: another run that writes there is under way; wait for it, or choose another "
-            "folder or name"
-        ) from error
+        yield
+        record.state = "rejected" if _rejections(record) else "succeeded"
+    except BaseException as error:
+        if isinstance(error, InputError):
+            record.state = "bad input"
+        else:
+            record.state = "failed" if isinstance(error, Exception) else "stopped"
+        record.error = str(error).strip() or type(error).__name__
+        raise
+    finally:
+        is_sigterm = record.state == "stopped" and record.error != "KeyboardInterrupt"
+        record.exit_code = EXIT_SIGTERM if is_sigterm else EXIT_CODES[record.state]
+        record.seconds = round(time.monotonic() - started, 3)
+        record.save()
+
+
+def _rejections(record: RunRecord) -> list[StageRecord]:
+    return [stage for stage in record.stages if stage.result.get("decision") == "rejected"]
 
 
 @contextmanager
-def _parent_run(config: Config, root: Path) -> Iterator[MlflowMirror]:
+def _parent_run(config: Config, root: Path, record: RunRecord) -> Iterator[MlflowMirror]:
+    tags: Mapping[str, Any] = {"pipeline": config.name, "run": record.folder.name, **record.facts}
     with MlflowMirror.open(
         config.tracking,
         root,
         run_name=config.name,
-        tags={"pipeline": config.name},
+        tags=tags,
         folder=root / config.name / ".run",
     ) as mirror:
         yield mirror
-
-
-def _figures(stage: str, result: dict[str, Any]) -> dict[str, float]:
-    """A stage's numbers under names of their own, so that no curve of the run gets a point more."""
-    return {
-        f"{stage}/{name}": value
-        for name, value in result.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }

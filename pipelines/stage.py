@@ -55,6 +55,11 @@ class Stage:
         inputs: by their role.
         result_subfolder: where in `output` the manifest stands that commits the stage.
         target: where the result goes in place of `folder`, if it is not on this machine.
+        reads: committed folders that the stage reads as data, by what for: recorded in MLflow.
+        optional: roles of inputs that the stage does without where they are skipped.
+        skip: why there is nothing to do; the stage, and what is made from it, is left out then.
+        needs_ray: whether it works on a Ray cluster.
+        max_retries, timeout_s: its own, in place of the runner's.
         version: raised when the same settings come to give another result.
     """
 
@@ -66,6 +71,12 @@ class Stage:
     result: Callable[["Stage"], dict[str, Any]]
     inputs: Mapping[str, "Stage"] = field(default_factory=dict)
     label: str = ""
+    reads: Mapping[str, Location] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
+    skip: str = ""
+    needs_ray: bool = True
+    max_retries: int | None = None
+    timeout_s: float | None = None
     is_keyed: bool = False
     result_subfolder: str = ""
     target: RemotePath | None = None
@@ -194,7 +205,8 @@ def train_stage(
             keyed.train.draft_model_id,
         ),
     }
-    return _stage("train", settings, folder, action, result, result_subfolder=FINAL, **kwargs)
+    kwargs = {"reads": {"training": location(data_path)}, "result_subfolder": FINAL, **kwargs}
+    return _stage("train", settings, folder, action, result, **kwargs)
 
 
 def generate_stage(
@@ -287,7 +299,29 @@ def evaluate_stage(
         **keyed_section.result_fields(),
         "inputs": identity_of(keyed_section.reference_model_name_or_path),
     }
-    return _stage("evaluate", settings, folder, action, result, **kwargs)
+    given = {"evaluation": data_path, "samples": samples_path}
+    reads = {context: location(path) for context, path in given.items() if path is not None}
+    return _stage("evaluate", settings, folder, action, result, **{"reads": reads, **kwargs})
+
+
+def promote_stage(
+    config: Config, folder: str | Path, *, keyed: Config | None = None, **kwargs: Any
+) -> Stage:
+    def action(stage: Stage, log: RunLog) -> None:
+        from pipelines.promotion import promote
+
+        promote(config.promote, config, stage.base.parent, stage, log)
+
+    def result(stage: Stage) -> dict[str, Any]:
+        return load_manifest(stage.folder).metadata
+
+    sampling = (keyed or config).generate
+    settings = {
+        **(keyed or config).promote.result_fields(),
+        "gate": [line.result_fields() for line in config.promote.gate],
+        "sampling": None if sampling is None else sampling.result_fields(),
+    }
+    return _stage("promote", settings, folder, action, result, **{"needs_ray": False, **kwargs})
 
 
 def _stage(

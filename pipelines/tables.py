@@ -1,95 +1,224 @@
-"""What a pipeline prints: plan, status, and the short table at the end of a run."""
+"""What a pipeline prints: the plan, its status, and the tables at the end of a run."""
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jobs import cli
-from pipelines.runner import Results, store_command
+from pipelines.comparison import comparison_table
+from pipelines.record import RESULT_NAME, RunRecord, StageRecord
+from pipelines.runner import store_command
+from pipelines.schedule import Step
 from tokendiff.config import Config
 from tokendiff.data.samples import read_samples
 from tokendiff.evaluation.certificate import Check, failure, read_certificate
 
 _SHOWN_SAMPLES = 2
 _SHOWN_CHARACTERS = 400
+_MERMAID_COLOURS = {
+    "done": "#d5f0d5",
+    "run": "#cfe2ff",
+    "resume": "#ffe8c2",
+    "check": "#fff6c2",
+    "skip": "#e8e8e8",
+}
+
+Line = tuple[str, str]
 
 
-def print_plan(rows: list[dict[str, str]], *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows))
-        return
-    for row in rows:
-        print(f"{row['stage']:<11} {row['state']:<7} {row['folder']}")
-
-
-def print_results(results: Results, config: Config, root: Path, *, as_json: bool) -> None:
-    """The figures that matter, the first samples, and where everything is.
+def print_plan(steps: Sequence[Step], folder: Path, *, as_json: bool, as_mermaid: bool) -> None:
+    """Each stage, what would become of it, and why.
 
     Args:
-        results: of the stages that are done.
-        root: as for `run_pipeline`.
+        folder: the pipeline's own.
     """
     if as_json:
-        cli.print_result(results, as_json=True)
+        cli.print_result({"stages": [_plan_row(step) for step in steps]}, as_json=True)
+    elif as_mermaid:
+        print("\n".join(mermaid(steps)))
+    else:
+        rows = [(s.stage.title, s.stage.kind, s.stage.key, s.state, s.why) for s in steps]
+        print("\n".join(_columns([("stage", "kind", "key", "state", "why"), *rows])))
+        print(f"\nfolders  {folder}/STAGE-KEY")
+
+
+def mermaid(steps: Sequence[Step]) -> list[str]:
+    """The stages as a Mermaid graph, coloured by what would become of them."""
+    ids = {step.stage.title: f"s{number}" for number, step in enumerate(steps)}
+    lines = ["graph LR"]
+    for step in steps:
+        stage = step.stage
+        label = f"{stage.title}<br/>{stage.key}<br/>{step.state}: {step.why}"
+        lines.append(f'  {ids[stage.title]}["{_quoted(label)}"]:::{step.state}')
+    for step in steps:
+        for role, source in step.stage.inputs.items():
+            lines.append(f"  {ids[source.title]} -->|{role}| {ids[step.stage.title]}")
+    states = dict.fromkeys(step.state for step in steps)
+    return [*lines, *(f"  classDef {state} fill:{_MERMAID_COLOURS[state]}" for state in states)]
+
+
+def _quoted(label: str) -> str:
+    return label.replace("&", "#amp;").replace('"', "#quot;").replace("->", "#rarr;")
+
+
+def _plan_row(step: Step) -> dict[str, Any]:
+    stage = step.stage
+    return {
+        "stage": stage.title,
+        "kind": stage.kind,
+        "key": stage.key,
+        "state": step.state,
+        "why": step.why,
+        "folder": str(stage.folder),
+        "inputs": {role: source.title for role, source in stage.inputs.items()},
+    }
+
+
+def print_record(record: RunRecord, config: Config, root: Path, *, as_json: bool) -> None:
+    """What ran and what did not, the figures that matter, and where everything is."""
+    if as_json:
+        cli.print_result(record.as_json(), as_json=True)
         return
-    lines = [*_training_lines(results), *_bound_lines(results), *_sample_lines(results)]
-    if "evaluate" in results:
-        lines += [("verified", line) for line in verified_lines(_checks(results))]
-        lines.append(("report", results["evaluate"]["report"]))
-    if "train" in results:
-        lines.append(("checkpoint", results["train"]["checkpoint"]))
+    print()
+    print("\n".join(stage_lines(record.stages)))
+    print()
+    if record.comparison:
+        print("\n".join([*comparison_table(record.comparison, record.axes), ""]))
+    lines = [] if record.comparison else figure_lines(record.stages)
     if config.tracking.enabled:
         lines.append(("MLflow", store_command(config, root)))
-    if not results:
-        lines.append((config.name, "no stage is done yet"))
+    lines.append(("result", str(record.folder / RESULT_NAME)))
+    _print_lines(lines)
+
+
+def print_status(
+    runs: Sequence[RunRecord], steps: Sequence[Step], config: Config, root: Path, *, as_json: bool
+) -> None:
+    """The last runs, and how the stages stand that the file describes now."""
+    results = {s.stage.title: s.stage.result(s.stage) for s in steps if s.stage.is_done}
+    if as_json:
+        stages = [{**_plan_row(s), "result": results.get(s.stage.title, {})} for s in steps]
+        cli.print_result({"runs": [run.as_json() for run in runs], "stages": stages}, as_json=True)
+        return
+    for number, run in enumerate(runs):
+        took = "" if run.seconds is None else f", {_duration(run.seconds)}"
+        print(f"{run.started}  {run.state}{took}  {run.folder.name}")
+        if run.error:
+            print("  " + run.error.split("\n")[0])
+        if number == 0:
+            print("\n".join(f"  {line}" for line in stage_lines(run.stages)))
+    if not runs:
+        print("no run yet")
     print()
+    records = [
+        StageRecord(
+            stage=s.stage.title,
+            kind=s.stage.kind,
+            key=s.stage.key,
+            folder="",
+            state="done",
+            result=results[s.stage.title],
+        )
+        for s in steps
+        if s.stage.title in results
+    ]
+    lines = figure_lines(records)
+    if waiting := [f"{s.stage.title} ({s.why})" for s in steps if s.state in ("run", "resume")]:
+        lines.append(("to run", ", ".join(waiting)))
+    if config.tracking.enabled:
+        lines.append(("MLflow", store_command(config, root)))
+    _print_lines(lines or [(config.name, "no stage is done yet")])
+
+
+def stage_lines(stages: Sequence[StageRecord]) -> list[str]:
+    """A line per stage: its state, its time, why, and its folder."""
+    rows = [
+        (
+            stage.stage,
+            stage.state + (f" (attempt {stage.attempts})" if stage.attempts > 1 else ""),
+            "" if stage.seconds is None else _duration(stage.seconds),
+            Path(stage.folder).name if stage.state in ("done", "ran", "failed") else "",
+            stage.why,
+        )
+        for stage in stages
+    ]
+    return _columns([("stage", "state", "time", "folder", "why"), *rows])
+
+
+def figure_lines(stages: Sequence[StageRecord]) -> list[Line]:
+    """The figures that matter of every stage that has some, with its name where it is not alone."""
+    lines: list[Line] = []
+    for kind, describe in _FIGURES.items():
+        alike = [stage for stage in stages if stage.kind == kind and stage.result]
+        for stage in alike:
+            title = f" ({stage.stage})" if len(alike) > 1 else ""
+            lines += [(f"{label}{title}", text) for label, text in describe(stage.result)]
+    return lines
+
+
+def _print_lines(lines: Sequence[Line]) -> None:
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         print(f"{label:<{width}}  " + text.replace("\n", "\n" + " " * (width + 2)))
 
 
-def _training_lines(results: Results) -> list[tuple[str, str]]:
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    return [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )
+
+
+def _data_lines(data: Mapping[str, Any]) -> list[Line]:
+    text = (
+        f"{data['train_tokens']:,} training tokens in {data['train_rows']:,} rows, "
+        f"{data['heldout_tokens']:,} held out, {100 * data['padded_fraction']:.2f} % padding"
+    )
+    return [("data", text)]
+
+
+def _training_lines(train: Mapping[str, Any]) -> list[Line]:
+    speed = train["tokens_per_second"]
+    return [
+        ("training", f"{train['step']} steps" + (f", {speed:,.0f} tokens/s" if speed else "")),
+        ("checkpoint", train["checkpoint"]),
+    ]
+
+
+def _sampling_lines(samples: Mapping[str, Any]) -> list[Line]:
     lines = []
-    if data := results.get("preprocess"):
-        lines.append(
-            (
-                "data",
-                f"{data['train_tokens']:,} training tokens in {data['train_rows']:,} rows, "
-                f"{data['heldout_tokens']:,} held out, "
-                f"{100 * data['padded_fraction']:.2f} % padding",
-            )
-        )
-    if train := results.get("train"):
-        speed = train["tokens_per_second"]
-        lines.append(
-            (
-                "training",
-                f"{train['step']} steps" + (f", {speed:,.0f} tokens/s" if speed else ""),
-            )
-        )
-    if (samples := results.get("generate")) and samples["tokens_per_second"]:
-        forward = samples["tokens_per_forward"]
-        lines.append(
-            (
-                "sampling",
-                f"{samples['rows']} samples, {samples['tokens_per_second']:,.0f} tokens/s"
-                + (f", {forward:.2f} tokens per forward pass" if forward else ""),
-            )
-        )
-    return lines
+    if samples["tokens_per_second"]:
+        forward = samples.get("tokens_per_forward")
+        speed = f"{samples['tokens_per_second']:,.0f} tokens/s"
+        per_pass = f", {forward:.2f} tokens per forward pass" if forward else ""
+        lines.append(("sampling", f"{samples['rows']} samples, {speed}{per_pass}"))
+    records = read_samples(Path(samples["output_dir"]))[:_SHOWN_SAMPLES]
+    return [*lines, *((f"sample {r['id']}", _shortened(r["text"])) for r in records)]
 
 
-def _bound_lines(results: Results) -> list[tuple[str, str]]:
-    figures = results.get("evaluate")
-    if figures is None:
-        return []
+def _bound_lines(figures: Mapping[str, Any]) -> list[Line]:
+    lines = [("verified", line) for line in verified_lines(_checks(figures))]
+    lines.append(("report", figures["report"]))
     if "expected_acceptance_length" in figures:
         error = figures["expected_acceptance_length_standard_error"]
         length = f"{figures['expected_acceptance_length']:.3f} ± {error:.3f}"
-        return [("acceptance", f"{length} tokens a block expected on held-out text")]
+        return [("acceptance", f"{length} tokens a block expected on held-out text"), *lines]
     bound, unigram = figures["nats_per_token"], figures["unigram_entropy_nats"]
-    lines = [
+    shown = [
         (
             "likelihood" if "is_exact" in figures else "bound",
             f"{bound:.3f} ± {figures['standard_error']:.3f} nats per held-out token",
@@ -98,30 +227,32 @@ def _bound_lines(results: Results) -> list[tuple[str, str]]:
     ]
     if figures["bits_per_byte"] is not None:
         unigram_bits = unigram * figures["num_tokens"] / figures["num_bytes"] / math.log(2.0)
-        lines.append(
-            (
-                "bits/byte",
-                f"{figures['bits_per_byte']:.3f}, against {unigram_bits:.3f} "
-                "at the unigram entropy",
-            )
-        )
-    return lines
+        bits = f"{figures['bits_per_byte']:.3f}, against {unigram_bits:.3f} at the unigram entropy"
+        shown.append(("bits/byte", bits))
+    return [*shown, *lines]
 
 
-def _sample_lines(results: Results) -> list[tuple[str, str]]:
-    if "generate" not in results:
-        return []
-    records = read_samples(Path(results["generate"]["output_dir"]))[:_SHOWN_SAMPLES]
-    return [(f"sample {record['id']}", _shortened(record["text"])) for record in records]
+def _promotion_lines(result: Mapping[str, Any]) -> list[Line]:
+    return [("gate", line) for line in result["gate"]] + [(result["decision"], result["summary"])]
 
 
-def failure_of(results: Results) -> str | None:
-    """What makes stages bad that are done; None where nothing does."""
-    return failure(_checks(results))
+_FIGURES = {
+    "preprocess": _data_lines,
+    "train": _training_lines,
+    "regenerate": _sampling_lines,
+    "generate": _sampling_lines,
+    "evaluate": _bound_lines,
+    "promote": _promotion_lines,
+}
 
 
-def _checks(results: Results) -> list[Check]:
-    certificate = results.get("evaluate", {}).get("certificate")
+def failure_of(results: Iterable[Mapping[str, Any]]) -> str | None:
+    """What makes results of stages bad that are done; None where nothing does."""
+    return failure([check for result in results for check in _checks(result)])
+
+
+def _checks(result: Mapping[str, Any]) -> list[Check]:
+    certificate = result.get("certificate")
     return read_certificate(Path(certificate).parent) if certificate else []
 
 

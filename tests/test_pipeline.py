@@ -21,7 +21,7 @@ from tokendiff.config_loader import load_config
 from tokendiff.data.samples import read_samples
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.manifest import verify
-from tokendiff.tracking.run_log import metrics_by_step
+from tokendiff.tracking.run_log import metrics_by_step, read_events
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL: dict[str, Any] = {
@@ -111,9 +111,24 @@ def test_relative_output_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_pipelines_of_this_repository_are_valid(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some text\n")
     config = load_config(path)
     assert config.name == path.stem
-    assert {row["state"] for row in plan(config, tmp_path)} == {"run"}
+    if config.preprocess.data_files:  # the user's own
+        config = load_config(path, [f"preprocess.data_files=[{tmp_path}/*.txt]"])
+    steps = plan(config, tmp_path)
+    assert steps
+    assert {step.state for step in steps} <= {"run", "skip"}
+
+
+def test_the_first_plan_of_retraining(tmp_path: Path) -> None:
+    """Without a champion nothing is compared with it, and a model starts from its preset."""
+    (tmp_path / "text.txt").write_text("some text\n")
+    files = f"preprocess.data_files=[{tmp_path}/*.txt]"
+    config = load_config(ROOT / "pipelines" / "retrain.yaml", [files])
+    steps = {step.stage.title: (step.state, step.why) for step in plan(config, tmp_path)}
+    assert steps["evaluate-champion"] == ("skip", "there is no models:/tokendiff@champion yet")
+    assert [state for state, _ in steps.values()] == ["run", "run", "run", "skip", "run"]
 
 
 def test_the_offline_variant_of_mdlm_is_valid(tmp_path: Path) -> None:
@@ -174,23 +189,53 @@ def test_a_pipeline_from_file_to_report_and_again(
     untracked = ["-o", "tracking.enabled=false"]
     assert pipeline_job.main(["run", str(path), *untracked]) == 0
     again = capsys.readouterr().out
-    assert again.count("done before") == 4
+    assert again.count("done before, in") == 4
     assert [e["step"] for e in metrics_by_step(stages["train"].log_path)] == [2, 4]
     assert pipeline_job.main(["plan", str(path), "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads(capsys.readouterr().out)["stages"]
     assert [row["state"] for row in rows] == ["done"] * 4
     assert pipeline_job.main(["status", str(path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["evaluate"]["num_rows"] == 8
+    status = json.loads(capsys.readouterr().out)
+    assert status["stages"][-1]["result"]["num_rows"] == 8
+    assert [run["state"] for run in status["runs"]] == ["succeeded"] * 2
 
     # Another evaluation of the same model: only that stage runs.
     changed = ["-o", "evaluate.seed=1", *untracked]
     assert pipeline_job.main(["run", str(path), *changed]) == 0
-    assert capsys.readouterr().out.count("done before") == 3
+    assert capsys.readouterr().out.count("done before, in") == 3
 
     # A finished stage whose file is gone is said, not passed over.
     (stages["generate"].folder / "part-00000.jsonl").unlink()
     with pytest.raises(CorruptFileError, match=r"part-00000\.jsonl is missing"):
         run_pipeline(load_config(path, untracked[1:]), root)
+
+
+@pytest.mark.ray
+def test_variants_run_side_by_side_in_processes_of_their_own(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections = {
+        "stages": {
+            "data": {"kind": "preprocess"},
+            "model": {"kind": "train", "inputs": {"data": "data"}},
+        },
+        "matrix": {"train.seed": [0, 1]},
+        "runner": {"max_parallel": 2},
+        "train": {**SMALL["train"], "max_train_steps": 2, "logging_steps": 1},
+    }
+    path = write_config(tmp_path, **sections)
+    assert pipeline_job.main(["run", str(path), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    states = {stage["stage"]: stage["state"] for stage in record["stages"]}
+    assert states == {"data": "ran", "model[seed=0]": "ran", "model[seed=1]": "ran"}
+    assert [row["seed"] for row in record["comparison"]] == [0, 1]
+    losses = [row["loss"] for row in record["comparison"]]
+    assert losses[0] != losses[1]
+    starts = [
+        {event["event"]: event["time"] for event in read_events(folder / "run" / "log.jsonl")}
+        for folder in (tmp_path / "out" / "small").glob("model-*")
+    ]
+    assert max(run["start"] for run in starts) < min(run["end"] for run in starts)
 
 
 @pytest.mark.ray

@@ -17,7 +17,12 @@ from tokendiff.config import PreprocessConfig
 from tokendiff.data.preprocess import is_heldout, preprocess_partition, training_text
 from tokendiff.data.rows import TokenData
 from tokendiff.data.samples import read_samples, write_part
-from tokendiff.data.sources import plan_partitions, read_documents
+from tokendiff.data.sources import (
+    file_identities,
+    known_files,
+    plan_partitions,
+    read_documents,
+)
 from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.errors import InputError
 from tokendiff.manifest import MANIFEST_NAME, commit, sha256_of, verify
@@ -415,3 +420,40 @@ def test_samples_that_are_not_committed_are_no_source(tmp_path: Path) -> None:
         plan_partitions(PreprocessConfig(dataset_name="samples", data_files=[str(folder)]))
     with pytest.raises(InputError, match="matches no folder"):
         plan_partitions(PreprocessConfig(dataset_name="samples", data_files=[f"{folder}/none"]))
+
+
+def test_files_that_a_model_was_trained_on_give_held_out_rows_alone(tmp_path: Path) -> None:
+    """Old and new text: the held-out rows of both, the training rows of the new."""
+    for name in ("old", "new"):
+        lines = [f"{name} line {number}" for number in range(200)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    moved = tmp_path / "moved.txt"  # by its content it is the old one
+    fields = {"dataset_name": "text", "heldout_fraction": 0.2, "max_length": 32}
+    known = tmp_path / "trained_on.json"
+    old = PreprocessConfig.model_validate({**fields, "data_files": [str(tmp_path / "old.txt")]})
+    known.write_text(json.dumps(file_identities(old)))
+    (tmp_path / "old.txt").rename(moved)
+    since = PreprocessConfig.model_validate(
+        {**fields, "data_files": [str(tmp_path / "*.txt")], "new_since": str(known)}
+    )
+    assert known_files(since) == {str(moved)}
+    shards_of(since, tmp_path / "since")
+    whole = since.model_copy(update={"new_since": None})
+    shards_of(whole, tmp_path / "whole")
+
+    def texts(folder: str, split: str) -> set[str]:
+        paths = sorted((tmp_path / folder / split).glob("*.parquet"))
+        rows = [
+            document for path in paths for document in documents_of(pq.read_table(path).to_pydict())
+        ]
+        return {str(BYTES.decode(row, skip_special_tokens=True)) for row in rows}
+
+    assert texts("since", "heldout") == texts("whole", "heldout")
+    assert any(text.startswith("old") for text in texts("since", "heldout"))
+    new = {text for text in texts("whole", "train") if text.startswith("new")}
+    assert texts("since", "train") == new
+    assert len(new) > 100
+    # What is trained on it was trained on both.
+    assert len(file_identities(since)) == 2
+    with pytest.raises(InputError, match=r"new_since .*: not a list of files"):
+        known_files(since.model_copy(update={"new_since": str(tmp_path / "nowhere")}))

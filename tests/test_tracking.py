@@ -25,7 +25,7 @@ import pytest
 import tokendiff
 from tokendiff.config import TrackingConfig
 from tokendiff.errors import InputError
-from tokendiff.tracking import mlflow_store
+from tokendiff.tracking import mlflow_store, system_metrics
 from tokendiff.tracking.mlflow_delivery import replay_pending
 from tokendiff.tracking.mlflow_entities import flatten_params, metrics_and_tags
 from tokendiff.tracking.mlflow_mirror import MlflowMirror
@@ -561,6 +561,27 @@ def test_a_pipeline_is_a_parent_with_a_child_per_stage(root: Path) -> None:
         found = client.list_artifacts(evaluate.info.run_id, place)
         assert sorted(f.path for f in found) == expected
     assert str(root / "mlartifacts") in evaluate.info.artifact_uri
+
+
+def test_a_run_tells_its_data_and_how_busy_the_machine_was(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system_metrics, "SAMPLE_SECONDS", 0.05)
+    with MlflowMirror.open(ON, root) as mirror, mirror.stage("train", folder=root / "x") as run:
+        run.log_input(name="toy/data", digest="ab" * 32, source=root / "data", context="training")
+        with run.system_metrics():
+            wait_until(lambda: (root / "x" / "mlflow.json").read_text().count("system/cpu") > 0)
+            time.sleep(0.2)
+    train = runs_of(sqlite_uri(root))["train"]
+    (data,) = train.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("toy/data", "ab" * 18)
+    assert json.loads(data.dataset.source) == {"uri": (root / "data").as_uri()}
+    assert {tag.key: tag.value for tag in data.tags} == {"mlflow.data.context": "training"}
+    busy = history(sqlite_uri(root), train.info.run_id, "system/cpu_utilization_percentage")
+    assert [step for step, _, _ in busy] == list(range(len(busy)))
+    assert len(busy) >= 2
+    assert all(0.0 <= value <= 100.0 for _, _, value in busy)
+    assert train.data.metrics["system/system_memory_usage_megabytes"] > 1
 
 
 def test_a_run_ends_as_the_block_does(root: Path) -> None:

@@ -353,9 +353,9 @@ def test_a_certificate_says_what_failed_and_survives_the_file(tmp_path: Path) ->
     assert [entry["passed"] for entry in text["checks"]] == [True, False, False, False]
     assert certificate.read_certificate(tmp_path) == checks
     assert certificate.read_certificate(tmp_path / "none") == []
-    in_pipeline = {"evaluate": {"certificate": str(tmp_path / "certificate.json")}}
+    in_pipeline = [{"certificate": str(tmp_path / "certificate.json")}]
     assert tables.failure_of(in_pipeline) == certificate.failure(checks)
-    assert tables.failure_of({"evaluate": {}}) is None
+    assert tables.failure_of([{}]) is None
     assert tables.verified_lines(checks) == ["toy  1 of 4 checks passed"]
     message = certificate.failure(checks)
     assert message is not None

@@ -113,6 +113,11 @@ class PreprocessConfig(Section):
     partition_bytes: int = Field(
         32 << 20, ge=1, description="input bytes packed by one task; also the unit of a shard"
     )
+    new_since: str | None = Field(
+        None,
+        description="models:/NAME@ALIAS: files that this model was trained on give held-out rows "
+        "only, and its tokenizer is used; while there is no such model, all files are new",
+    )
     output_dir: str | None = operational(None, description="folder for the shards")
 
     @model_validator(mode="after")
@@ -128,6 +133,11 @@ class PreprocessConfig(Section):
             raise ValueError(
                 "data_files goes with dataset_name text, jsonl, parquet or samples, not "
                 f"{self.dataset_name!r}"
+            )
+        if self.new_since is not None and self.dataset_name not in FILE_FORMATS:
+            raise ValueError(
+                "new_since tells files apart: it goes with dataset_name text, jsonl or parquet, "
+                f"not {self.dataset_name!r}"
             )
         if "num_dummy_samples" in self.model_fields_set and not self.use_dummy_data:
             raise ValueError("num_dummy_samples goes with use_dummy_data")
@@ -402,6 +412,11 @@ class TrainConfig(Section):
         description="transformers name or path, a checkpoint of ours, "
         "or builtin:NAME (a small model, new weights)",
     )
+    warm_start_from: str | None = Field(
+        None,
+        description="a checkpoint, or models:/NAME@ALIAS, whose weights are gone on from; "
+        "while there is no such model, model_name_or_path",
+    )
     from_scratch: bool = Field(
         False, description="take the model's config, but start from new weights"
     )
@@ -479,6 +494,8 @@ class TrainConfig(Section):
                 "global_batch_size and gradient_accumulation_steps both set the rows of a step; "
                 "give one"
             )
+        if self.warm_start_from is not None:
+            self._refuse_ignored(("from_scratch",), "warm_start_from")
         if self.lr_warmup_steps > self.max_train_steps:
             raise ValueError(
                 f"lr_warmup_steps {self.lr_warmup_steps} exceeds max_train_steps "
@@ -496,7 +513,7 @@ class TrainConfig(Section):
         if not isinstance(self.objective, DFlashConfig):
             self._refuse_ignored(("target_model_id", "draft_model_id"), beside)
             return self
-        self._refuse_ignored(("model_name_or_path", "from_scratch"), beside)
+        self._refuse_ignored(("model_name_or_path", "warm_start_from", "from_scratch"), beside)
         if self.draft_model_id is not None:
             self.objective._refuse_ignored(
                 NEW_DRAFT_FIELDS, f"draft_model_id {self.draft_model_id!r}"

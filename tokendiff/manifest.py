@@ -9,11 +9,13 @@ A folder may be remote (`tokendiff.storage`).
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +71,20 @@ def file_identity(path: Location) -> list[Any]:
     The sha256 stays the same when a file is copied, as it is with every job that is submitted; a
     corpus that is too large for that is too large to be hashed at every start as well.
     """
-    size = size_of(path)
+    return [path.name, *content_identity(path)]
+
+
+def content_identity(path: Location) -> list[Any]:
+    """`file_identity` without the name: the same for a file that was moved."""
+    size, changed = size_of(path), changed_ns(path)
     if size <= _HASHED_BYTES and isinstance(path, Path):
-        return [path.name, size, sha256_of(path)]
-    return [path.name, size, changed_ns(path)]
+        return [size, _remembered_sha256(path, size, changed)]
+    return [size, changed]
+
+
+@lru_cache(maxsize=1 << 16)
+def _remembered_sha256(path: Path, size: int, changed: int) -> str:
+    return sha256_of(path)
 
 
 def write_atomically(path: Location, data: bytes) -> None:
@@ -145,6 +157,13 @@ def claim_folder(folder: Location, *, kind: str) -> Location:
     if not mark.exists():
         mark.write_bytes(b"")
     return mark
+
+
+def remove_committed(folder: Path, result_folder: Path) -> None:
+    """Delete a folder; from the first moment on, its result no longer counts."""
+    (result_folder / MANIFEST_NAME).unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def is_committed(folder: Location) -> bool:

@@ -49,12 +49,14 @@ class Role:
             reads it in another way.
         is_needed: it must be filled, or else the field be given.
         instead: fields or roles that stand in for one that is needed.
+        is_optional: the stage runs without it where what fills it has nothing to do.
     """
 
     kinds: tuple[str, ...]
     field: str | None = None
     is_needed: bool = False
     instead: tuple[str, ...] = ()
+    is_optional: bool = False
 
 
 # Samples come from a checkpoint of ours, from another model, or from a draft and its target.
@@ -89,7 +91,7 @@ ROLES: dict[str, dict[str, Role]] = {
     },
     "promote": {
         "candidate": Role(kinds=("evaluate",), is_needed=True),
-        "champion": Role(kinds=("evaluate",)),
+        "champion": Role(kinds=("evaluate",), is_optional=True),
     },
 }
 

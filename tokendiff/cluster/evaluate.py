@@ -53,6 +53,7 @@ from tokendiff.manifest import (
     claim_folder,
     commit,
     fetch,
+    fingerprint,
     load_manifest,
     write_atomically,
 )
@@ -231,6 +232,12 @@ def verify(cluster: "ClusterConfig", *, checkpoint: Location, data: TokenData) -
     return _run_task(work, cluster, use_gpu=False)  # float64 is what it is about, not speed
 
 
+def rows_identity(config: "EvaluateConfig", data: TokenData) -> str:
+    """Equal where bounds can be compared: they were taken on the same rows, with the same noise."""
+    fields = [config.split, config.seed, config.max_eval_rows, config.num_mask_samples]
+    return fingerprint([data.fingerprint, *fields])
+
+
 def check_same_tokenizer(checkpoint: Path, data: TokenData) -> None:
     """Ids mean the same to the checkpoint and to the data."""
     name = "tokenizer.json"
@@ -394,14 +401,17 @@ def evaluate(
         trace=trace,
         config_yaml=config_yaml,
     )
+    metadata = {
+        "metrics": metrics,
+        "checkpoint": str(source),
+        "rows": rows_identity(config, data),
+    }
     with built_for(output_dir) as folder:
         if checks:
             about = {"tokendiff": tokendiff.__version__, "checkpoint": str(source)}
             write_certificate(folder, checks, about={**about, "process": kind})
         write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
         write_report(folder / "report", report)
-        manifest = commit(
-            folder, kind=KIND, metadata={"metrics": metrics, "checkpoint": str(source)}
-        )
+        manifest = commit(folder, kind=KIND, metadata=metadata)
     mark.unlink()
     return manifest

@@ -18,7 +18,7 @@ from tokendiff.data.preprocess import (
     training_text,
 )
 from tokendiff.data.rows import KIND
-from tokendiff.data.sources import plan_partitions
+from tokendiff.data.sources import file_identities, plan_partitions
 from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.errors import InputError
 from tokendiff.manifest import (
@@ -84,7 +84,7 @@ def preprocess(
     notes += _check_corpus(config, metadata["splits"], metadata["dropped"])
     known_sha256 = {shard.path: shard.sha256 for part in stats for shard in part.shards.values()}
     _check_files(output_dir, known_sha256)
-    metadata |= {"key": key, "notes": notes}
+    metadata |= {"key": key, "notes": notes, "trained_on": file_identities(config)}
     manifest = commit(output_dir, kind=KIND, metadata=metadata, known_sha256=known_sha256)
     mark.unlink()
     return manifest

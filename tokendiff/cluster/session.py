@@ -38,11 +38,21 @@ def data_context(*, preserve_order: bool = False) -> Iterator[None]:
         yield
 
 
+def is_shared(config: "ClusterConfig") -> bool:
+    """Whether `ray_session` would join a cluster that others may use, and not start one."""
+    import ray
+
+    return ray.is_initialized() or (config.address or os.environ.get("RAY_ADDRESS")) is not None
+
+
 @contextmanager
-def ray_session(config: "ClusterConfig") -> Iterator[None]:
+def ray_session(config: "ClusterConfig", *, side_by_side: int = 1) -> Iterator[None]:
     """Ray is connected inside this block, and SIGTERM ends it in order (`cluster.stopping`).
 
     A session that is already there is used, and left as it is.
+
+    Args:
+        side_by_side: how many stages a cluster that is started here must have room for at once.
     """
     import ray
 
@@ -80,13 +90,14 @@ def ray_session(config: "ClusterConfig") -> Iterator[None]:
         # CPUs are only counts to Ray. Reserving more than there are lets a small machine run
         # workers and data tasks side by side where real counts would deadlock.
         reserved = max(config.num_workers, config.num_actors) * config.cpus_per_worker
+        needed = side_by_side * (int(reserved) + 1 + DATA_CPUS)
         os.environ.update(thread_policy)
         # Ray's workers are nice to all else by 15, which is a thirtieth of the machine's time where
         # other programs keep it busy, and nothing for the user who waits for this very job.
         os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
             address="local",  # not one that happens to run here, whose CPUs are not ours to set
-            num_cpus=max(os.cpu_count() or 1, int(reserved) + 1 + DATA_CPUS),
+            num_cpus=max(os.cpu_count() or 1, needed),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,

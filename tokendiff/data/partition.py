@@ -26,6 +26,7 @@ class Partition:
 
     Attributes:
         index: place in the corpus; shards are named and rows numbered by it.
+        is_new: whether it is trained on; the text of others gives held-out rows only.
         format: what reads the pieces: text, jsonl, parquet, samples, datasets, builtin or
             dummy.
     """
@@ -37,6 +38,7 @@ class Partition:
     sample_by: str
     dataset_config_name: str | None
     dataset_split: str
+    is_new: bool = True
 
 
 def group_pieces(pieces: Iterable[Piece], max_bytes: int) -> list[tuple[Piece, ...]]:

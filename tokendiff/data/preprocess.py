@@ -93,7 +93,8 @@ def preprocess_partition(
         elif partition.format == "samples":
             batches = _sample_documents(partition, tokenizer, dropped)
         else:
-            batches = _text_documents(partition, tokenizer, dropped, batch_chars)
+            held_fraction = None if partition.is_new else heldout_fraction
+            batches = _text_documents(partition, tokenizer, dropped, batch_chars, held_fraction)
         for contents, documents in batches:
             is_held = np.array([is_heldout(content, heldout_fraction) for content in contents])
             writers["train"].add(documents.select(~is_held))
@@ -152,9 +153,16 @@ def _text_documents(
     tokenizer: "PreTrainedTokenizerBase",
     dropped: Counter[str],
     batch_chars: int,
+    held_fraction: float | None,
 ) -> Iterator[tuple[Iterable[bytes], TokenizedDocuments]]:
-    """Batches of documents: what each says, and their tokens."""
+    """Batches of documents: what each says, and their tokens.
+
+    Args:
+        held_fraction: leave out the documents that are not held out at this fraction.
+    """
     texts = _texts(read_documents(partition), dropped)
+    if held_fraction is not None:
+        texts = (text for text in texts if is_heldout(text.encode(), held_fraction))
     for batch, documents in tokenize_stream(tokenizer, texts, batch_chars=batch_chars):
         dropped["empty"] += int((documents.lengths == 0).sum())
         yield (text.encode() for text in batch), documents

@@ -1,5 +1,6 @@
 """Where text comes from: the plan of what each task reads, and the reading."""
 
+import json
 from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,14 @@ import numpy as np
 from tokendiff.data import files, hub
 from tokendiff.data.partition import Partition, Piece, group_pieces
 from tokendiff.data.samples import find_sample_folders, read_part, sample_pieces
+from tokendiff.errors import InputError
+from tokendiff.manifest import content_identity
 from tokendiff.storage import location
 
 if TYPE_CHECKING:
     from tokendiff.config import PreprocessConfig
 
+_FILE_FORMATS = ("text", "jsonl", "parquet")
 _BUILTIN_DOCUMENT_CHARS = 2000
 _DUMMY_SEED = 0
 
@@ -24,7 +28,12 @@ def plan_partitions(config: "PreprocessConfig") -> list[Partition]:
     Raises:
         InputError: a file, dataset, split or column is not there, or a Parquet file is not one.
     """
-    kind, pieces = _pieces(config)
+    kind, found = _pieces(config)
+    pieces, old, size = list(found), known_files(config), config.partition_bytes
+    groups = [
+        *((group, True) for group in group_pieces((p for p in pieces if p.path not in old), size)),
+        *((group, False) for group in group_pieces((p for p in pieces if p.path in old), size)),
+    ]
     return [
         Partition(
             index=index,
@@ -34,9 +43,45 @@ def plan_partitions(config: "PreprocessConfig") -> list[Partition]:
             sample_by=config.sample_by,
             dataset_config_name=config.dataset_config_name,
             dataset_split=config.dataset_split,
+            is_new=is_new,
         )
-        for index, group in enumerate(group_pieces(pieces, config.partition_bytes))
+        for index, (group, is_new) in enumerate(groups)
     ]
+
+
+def known_files(config: "PreprocessConfig") -> set[str]:
+    """Of the config's files, those that the model of `new_since` was trained on."""
+    if config.new_since is None:
+        return set()
+    known = {tuple(identity) for identity in trained_on(config)}
+    paths = files.find_files(config.data_files)
+    return {path for path in paths if tuple(content_identity(location(path))) in known}
+
+
+def trained_on(config: "PreprocessConfig") -> list[list[Any]]:
+    """The identities that the file `new_since` lists.
+
+    Raises:
+        InputError: it is no such file.
+    """
+    if config.new_since is None:
+        return []
+    try:
+        identities: list[list[Any]] = json.loads(location(config.new_since).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"new_since {config.new_since}: not a list of files ({error}); write models:/NAME@ALIAS"
+        ) from error
+    return identities
+
+
+def file_identities(config: "PreprocessConfig") -> list[list[Any]]:
+    """What a model that is trained on this data was trained on, with what it started from."""
+    is_of_files = config.dataset_name in _FILE_FORMATS
+    paths = files.find_files(config.data_files) if is_of_files else []
+    here = [content_identity(location(path)) for path in paths]
+    unique = {json.dumps(identity): identity for identity in [*trained_on(config), *here]}
+    return [unique[key] for key in sorted(unique)]
 
 
 def read_documents(partition: Partition) -> Iterator[Any]:

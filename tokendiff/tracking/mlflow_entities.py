@@ -13,6 +13,7 @@ from tokendiff.secrets import is_secret_name, without_credentials
 MAX_NAME_LENGTH = 250
 MAX_PARAM_LENGTH = 6000
 MAX_TAG_LENGTH = 5000
+MAX_DIGEST_LENGTH = 36
 
 Metric = tuple[str, float, int, int]
 """Name, value, milliseconds since the epoch, step."""

@@ -18,14 +18,21 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from tokendiff.errors import InputError
 from tokendiff.secrets import without_credentials
+from tokendiff.storage import Location
 from tokendiff.tracking.mlflow_delivery import Delivery, replay_pending
-from tokendiff.tracking.mlflow_entities import clean_tags, flatten_params, metrics_and_tags
+from tokendiff.tracking.mlflow_entities import (
+    MAX_DIGEST_LENGTH,
+    clean_tags,
+    flatten_params,
+    metrics_and_tags,
+)
 from tokendiff.tracking.mlflow_outbox import Outbox, RunState, load_state, lock_folder
 from tokendiff.tracking.mlflow_store import (
     check_store,
@@ -34,6 +41,7 @@ from tokendiff.tracking.mlflow_store import (
     resolve_uri,
     unusable,
 )
+from tokendiff.tracking.system_metrics import sampled
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -74,6 +82,21 @@ class MirroredRun:
         """Store a file, or all that is in a folder, under the run's `artifact_path`."""
         self._add([["artifacts", str(path.absolute()), artifact_path]])
 
+    def log_input(self, *, name: str, digest: str, source: Location, context: str) -> None:
+        """Say which data the run reads, by the digest of its content.
+
+        Args:
+            context: what it is read for: "training", "evaluation", ...
+        """
+        uri = source.absolute().as_uri() if isinstance(source, Path) else str(source)
+        self._add([["input", name, digest[:MAX_DIGEST_LENGTH], uri, context]])
+
+    def system_metrics(self) -> AbstractContextManager[None]:
+        """While this block runs, record how busy the machine is."""
+        if self._delivery is None:
+            return nullcontext()
+        return sampled(self.log_metrics)
+
     def __enter__(self) -> Self:
         return self
 
@@ -94,9 +117,16 @@ class MirroredRun:
 class MlflowMirror(MirroredRun):
     """The pipeline's own run, if it has one, and where the stages' runs come from."""
 
-    def __init__(self, delivery: Delivery | None, store: "_Store | None") -> None:
+    def __init__(
+        self,
+        delivery: Delivery | None,
+        store: "_Store | None",
+        *,
+        parent_run_id: str | None = None,
+    ) -> None:
         super().__init__(delivery)
         self._store = store
+        self._parent_run_id = parent_run_id
 
     @classmethod
     def open(
@@ -108,11 +138,13 @@ class MlflowMirror(MirroredRun):
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
         folder: Path | None = None,
+        parent_run_id: str | None = None,
     ) -> "MlflowMirror":
         """Check the store, deliver what earlier runs under `root` left, and start the parent run.
 
         Args:
             run_name: of the parent run; without it there is none, and stages stand alone.
+            parent_run_id: of a run that another process keeps, in place of one of its own.
             folder: where the parent keeps its state, by default `root/.mlflow/run_name`. An
                 unfinished parent that is recorded there is continued.
 
@@ -129,7 +161,7 @@ class MlflowMirror(MirroredRun):
             experiment_id = get_experiment_id(client, config.experiment, root)
             store = _Store(client, without_credentials(uri), experiment_id)
             if run_name is None:
-                return cls(None, store)
+                return cls(None, store, parent_run_id=parent_run_id)
             folder = folder or root / ".mlflow" / run_name
             # In the foreground: the stages need its id.
             return cls(store.start(run_name, folder, params, tags, in_foreground=True), store)
@@ -156,7 +188,8 @@ class MlflowMirror(MirroredRun):
         """
         if self._store is None:
             return MirroredRun(None)
-        parent = {} if self.run_id is None else {"mlflow.parentRunId": self.run_id}
+        parent_id = self.run_id or self._parent_run_id
+        parent = {} if parent_id is None else {"mlflow.parentRunId": parent_id}
         return MirroredRun(self._store.start(name, folder, params, {**(tags or {}), **parent}))
 
 

@@ -26,6 +26,7 @@ from tokendiff.tracking.run_log import LOG_NAME, drop_superseded, follow
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput
 
 STATE_NAME = "mlflow.json"
 _BATCH = 100  # MLflow's limit for params and for tags
@@ -55,8 +56,9 @@ class RunState:
     delivered_status: str | None = None
     offset: int = 0
     queue: list[list[Any]] = field(default_factory=list)
-    """["param", name, value], ["tag", name, value], ["metric", name, value, time, step] or
-    ["artifacts", path, artifact_path], oldest first; a metric's value is text, for NaN."""
+    """["param", name, value], ["tag", name, value], ["metric", name, value, time, step],
+    ["input", name, digest, uri, context] or ["artifacts", path, artifact_path], oldest first; a
+    metric's value is text, for NaN."""
 
 
 def load_state(folder: Path) -> RunState | None:
@@ -205,6 +207,8 @@ class Outbox:
                     log_batch(tags=[RunTag(*item) for item in batch])
                 case "metric":
                     log_batch(metrics=[Metric(key, float(v), *rest) for key, v, *rest in batch])
+                case "input":
+                    client.log_inputs(run_id, datasets=[_dataset(*item) for item in batch])
                 case "artifacts":
                     [(path, artifact_path)] = batch
                     send = client.log_artifacts if os.path.isdir(path) else client.log_artifact
@@ -235,6 +239,14 @@ class Outbox:
             if not self._is_unsaved:
                 logger.warning("%s is not kept: %s", self.folder / STATE_NAME, error)
             self._is_unsaved = True
+
+
+def _dataset(name: str, digest: str, uri: str, context: str) -> "DatasetInput":
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source = json.dumps({"uri": uri})
+    dataset = Dataset(name=name, digest=digest, source_type="local", source=source)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
 
 
 def _params_of(client: "MlflowClient", run_id: str) -> dict[str, str] | None:

@@ -84,12 +84,12 @@ class ProgressPrinter:
     A context, since a bar must be taken off the screen again; `consume` is for a `LogTailer`.
     """
 
-    def __init__(self, stage: str, *, stream: TextIO | None = None) -> None:
+    def __init__(self, stage: str, *, stream: TextIO | None = None, has_bar: bool = True) -> None:
         self._stage = stage
         self._stream = stream or sys.stdout
         self._total: int | None = None
         self._rate = _Rate()
-        has_bar = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        has_bar = has_bar and self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._bar = _make_bar(self._stream) if has_bar else None
         self._task = self._bar.add_task(stage, total=None, facts="") if self._bar else None
 

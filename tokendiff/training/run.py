@@ -138,8 +138,9 @@ def _build(
         trainee = load_trainee(plan, device=device, seed=config.seed, dropout=config.dropout)
         return trainee, _build_dflash(config.objective, plan.draft), None
     load = load_causal_denoiser if config.objective.is_causal else load_denoiser
+    start = config.warm_start_from or config.model_name_or_path
     model: ModelInTwoParts = load(
-        config.model_name_or_path,
+        start,
         tokenizer=tokenizer,
         max_length=data.max_length,
         from_scratch=config.from_scratch,
@@ -148,7 +149,7 @@ def _build(
         warn=warn,
     )
     if not config.from_scratch:
-        check_vocabulary(config.model_name_or_path, tokenizer)
+        check_vocabulary(start, tokenizer)
     fields = config.objective.process_fields()
     if fields is None:
         return model, Autoregressive(), None

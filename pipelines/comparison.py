@@ -1,0 +1,95 @@
+"""The variants of a matrix side by side: what was varied, and what came of it."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.graph import Variant
+from pipelines.record import RunRecord
+from tokendiff.manifest import write_atomically
+
+_KINDS = ("train", "generate", "evaluate", "promote")  # whose figures are compared
+_SHOWN = (
+    *("nats_per_token", "standard_error", "bits_per_byte", "loss", "step", "tokens_per_second"),
+    *("generative_perplexity", "acceptance_length", "speedup"),
+)
+_MAX_COLUMNS = 6
+
+
+def comparison_rows(variants: Sequence[Variant], record: RunRecord) -> list[dict[str, Any]]:
+    """A row per variant: its values, then the figures of its stages; none without a matrix.
+
+    A figure has its stage's name before it where several stages have one of its name.
+    """
+    if len(variants) < 2:
+        return []
+    rows = []
+    for variant in variants:
+        stages = [record.of(stage.title) for stage in variant.stages if stage.kind in _KINDS]
+        names = {stage.title: stage.name for stage in variant.stages}
+        figures: dict[str, Any] = {}
+        all_names = [name for stage in stages for name in _figures(stage.result)]
+        for stage in stages:
+            for name, value in _figures(stage.result).items():
+                is_alone = all_names.count(name) == 1
+                figures[name if is_alone else f"{names[stage.stage]}.{name}"] = value
+        states = {stage.state for stage in stages}
+        failed = "failed" if "failed" in states else "" if states <= {"done", "ran"} else "partly"
+        rows.append({**variant.values, **figures, **({"state": failed} if failed else {})})
+    return rows
+
+
+def comparison_table(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[str]:
+    """The rows as lines of Markdown: the axes, and the figures that say most."""
+    columns = _columns(rows, axes)
+    cells = [columns, *([_shown(row.get(name)) for name in columns] for row in rows)]
+    widths = [max(len(row[at]) for row in cells) for at in range(len(columns))]
+    lines = [
+        " | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        for row in cells
+    ]
+    rule = " | ".join("-" * width for width in widths)
+    return [f"| {line} |" for line in (lines[0], rule, *lines[1:])]
+
+
+def write_comparison(record: RunRecord) -> list[Path]:
+    """The table in the run's folder, whole as CSV and short as Markdown; no files without rows."""
+    rows = record.comparison
+    if not rows:
+        return []
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=names)
+    writer.writeheader()
+    writer.writerows(rows)
+    whole, short = record.folder / "comparison.csv", record.folder / "comparison.md"
+    write_atomically(whole, text.getvalue().encode())
+    table = comparison_table(rows, record.axes)
+    write_atomically(short, "\n".join([*table, ""]).encode())
+    return [whole, short]
+
+
+def _figures(result: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in result.items()
+        if value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    }
+
+
+def _columns(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[str]:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    figures = [name for name in names if name not in axes]
+    known = [name for shown in _SHOWN for name in figures if name.split(".")[-1] == shown]
+    differing = [name for name in figures if len({json.dumps(row.get(name)) for row in rows}) > 1]
+    chosen = list(dict.fromkeys([*(n for n in known if n in differing), *differing]))[:_MAX_COLUMNS]
+    return [*axes, *chosen, *(["state"] if "state" in names and "state" not in chosen else [])]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)

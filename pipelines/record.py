@@ -1,0 +1,199 @@
+"""What a run of a pipeline did: `runs/TIME/result.json` in the pipeline's folder.
+
+A person and a monitor read the same file: it says how the run stands or ended, stage by stage.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from tokendiff import strict_yaml
+from tokendiff.config import Config
+from tokendiff.manifest import write_atomically
+from tokendiff.secrets import without_secrets
+from tokendiff.stage_graph import set_fields
+
+RUNS, RESULT_NAME, CONFIG_NAME = "runs", "result.json", "config.yaml"
+# How a run can end, and the exit code of the command that ran it.
+EXIT_CODES = {
+    "succeeded": 0,
+    "failed": 1,
+    "bad input": 2,
+    "rejected": 3,
+    "locked": 4,
+    "stopped": 130,
+}
+EXIT_SIGTERM = 143  # stopped, but by SIGTERM
+_KEPT_RUNS = 100
+
+
+@dataclass(kw_only=True)
+class StageRecord:
+    """What became of one stage.
+
+    Attributes:
+        state: done (before), ran, skipped, running, failed, stopped, or "not reached".
+        why: why it ran, was skipped, or failed.
+    """
+
+    stage: str
+    kind: str
+    key: str
+    folder: str
+    state: str = "not reached"
+    why: str = ""
+    seconds: float | None = None
+    attempts: int = 0
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """How a run stands, or ended.
+
+    Attributes:
+        state: running, or one of `EXIT_CODES`. A run that says "running" but whose process is gone
+            was killed.
+        axes: what a matrix varies.
+        comparison: a row for each variant of a matrix: its values and its figures.
+    """
+
+    pipeline: str
+    folder: Path
+    state: str = "running"
+    exit_code: int | None = None
+    error: str | None = None
+    started: str = ""
+    seconds: float | None = None
+    stages: list[StageRecord] = field(default_factory=list)
+    axes: list[str] = field(default_factory=list)
+    comparison: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, config: Config, pipeline_folder: Path, stages: list[StageRecord]) -> "RunRecord":
+        """A new run, and its folder with the config that it is of."""
+        now = datetime.fromtimestamp(time.time(), UTC)
+        name = f"{now:%Y%m%dT%H%M%S}-{now.microsecond:06}-{os.getpid()}"
+        folder = pipeline_folder / RUNS / name
+        folder.mkdir(parents=True)
+        (folder / CONFIG_NAME).write_text(public_yaml(config))
+        record = cls(
+            pipeline=config.name,
+            folder=folder,
+            started=f"{now:%Y-%m-%d %H:%M:%S} UTC",
+            stages=stages,
+            facts=run_facts(config),
+        )
+        record.save()
+        _remove_old(pipeline_folder / RUNS)
+        return record
+
+    def of(self, title: str) -> StageRecord:
+        return next(stage for stage in self.stages if stage.stage == title)
+
+    def save(self) -> None:
+        write_atomically(self.folder / RESULT_NAME, json.dumps(self.as_json(), indent=1).encode())
+
+    def as_json(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(self)
+        return _without_nan({"exit_code": None, **fields, "folder": str(self.folder)})
+
+    @classmethod
+    def load(cls, folder: Path) -> "RunRecord":
+        raw = json.loads((folder / RESULT_NAME).read_text())
+        stages = [StageRecord(**stage) for stage in raw.pop("stages")]
+        return cls(**{**raw, "folder": folder, "stages": stages})
+
+
+def last_runs(pipeline_folder: Path, count: int) -> list[RunRecord]:
+    """The newest runs, the newest first; one whose process is gone is said to be "killed"."""
+    records = []
+    for folder in sorted((pipeline_folder / RUNS).glob("*"), reverse=True):
+        try:
+            records.append(RunRecord.load(folder))
+        except (OSError, ValueError, TypeError, KeyError):  # cut off before its first word
+            continue
+        if len(records) == count:
+            break
+    is_alive = _is_locked(pipeline_folder)
+    for number, record in enumerate(records):
+        if record.state == "running" and (number > 0 or not is_alive):
+            record.state = "killed"
+    return records
+
+
+def run_facts(config: Config) -> dict[str, Any]:
+    """What identifies a run: the code, the config, and the Ray job that it is."""
+    facts: dict[str, Any] = {"config_hash": _config_hash(config), "host": socket.gethostname()}
+    if commit := _git("rev-parse", "HEAD"):
+        facts["git_commit"] = commit + ("-dirty" if _git("status", "--porcelain", "-uno") else "")
+    if job := os.environ.get("RAY_JOB_SUBMISSION_ID") or _submission_of_ray():
+        facts["ray_job_id"] = job
+    return facts
+
+
+def public_yaml(config: Config) -> str:
+    """The config as a file, without secrets."""
+    return strict_yaml.dump(without_secrets(set_fields(config)))
+
+
+def _config_hash(config: Config) -> str:
+    return hashlib.sha256(public_yaml(config).encode()).hexdigest()[:12]
+
+
+def _submission_of_ray() -> str | None:
+    """The submission id that Ray gives to a submitted job's driver."""
+    try:
+        config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    except ValueError:
+        return None
+    metadata: Mapping[str, str] = config.get("metadata") or {}
+    return metadata.get("job_submission_id")
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).resolve().parent), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _is_locked(folder: Path) -> bool:
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _remove_old(runs: Path) -> None:
+    for folder in sorted(runs.glob("*"))[:-_KEPT_RUNS]:
+        for path in folder.glob("*"):
+            path.unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)

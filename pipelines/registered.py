@@ -1,0 +1,161 @@
+"""Registered models in a config: `models:/NAME@ALIAS` in the place of a path.
+
+An alias moves, and a stage's key must not. So a pipeline reads an alias once for each state of the
+rest of its inputs, and keeps what it stood for: a run that finds nothing else changed finds every
+stage done, though it moved the alias itself.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.paths import input_path, output_path
+from tokendiff.config import Config
+from tokendiff.config_loader import matrix_variants
+from tokendiff.errors import InputError
+from tokendiff.manifest import fingerprint, write_atomically
+from tokendiff.stage_graph import SECTION_OF, config_of, stages_of
+from tokendiff.tracking.registry import RegisteredModel, Registry, is_model_uri
+
+# Fields that may name a registered model, by section.
+MODEL_FIELDS = {
+    "preprocess": ("new_since",),
+    "train": ("warm_start_from", "model_name_or_path"),
+    "generate": ("checkpoint_path",),
+    "evaluate": ("checkpoint_path",),
+}
+# Those that make do without a model that is not there yet.
+_LENIENT = ("new_since", "warm_start_from")
+UNKNOWN_MODEL = RegisteredModel(
+    name="unknown", version=0, digest="unknown", checkpoint=Path(), trained_on=Path()
+)
+_PINS_NAME = "models.json"
+_KEPT_PINS = 100
+
+Models = Mapping[str, RegisteredModel | None]
+
+
+def model_paths(field: str, registered: RegisteredModel | None) -> dict[str, Any]:
+    """What stands in the place of a field that names a model; `new_since` brings its tokenizer."""
+    if registered is None:
+        return {field: None}
+    if field == "new_since":
+        return {
+            "new_since": str(registered.trained_on),
+            "tokenizer_name_or_path": str(registered.checkpoint),
+        }
+    return {field: str(registered.checkpoint)}
+
+
+def with_models(config: Config) -> Config:
+    """The config of a job that preprocesses or trains, with paths in the place of models.
+
+    Raises:
+        InputError: there is no such model, and the job cannot do without.
+    """
+    for section in ("preprocess", "train"):
+        part = getattr(config, section)
+        for field in MODEL_FIELDS[section]:
+            if not is_model_uri(uri := getattr(part, field)):
+                continue
+            registered = _registry_of(config).open(uri)
+            if registered is None and field not in _LENIENT:
+                raise InputError(f"{section}.{field}: there is no {uri} in the MLflow registry")
+            part = part.model_copy(update=model_paths(field, registered))
+        config = config.model_copy(update={section: part})
+    return config
+
+
+def checkpoint_folder(path: str, config: Config) -> str:
+    """An absolute path of a checkpoint that is given by path, or as a registered model.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not is_model_uri(path):
+        return input_path(path, what="checkpoint_path")
+    registered = _registry_of(config).open(path)
+    if registered is None:
+        raise InputError(f"checkpoint_path: there is no {path} in the MLflow registry")
+    return str(registered.checkpoint)
+
+
+def _registry_of(config: Config) -> Registry:
+    return Registry(config.tracking, output_path(config.root))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PinnedModels:
+    """What the URIs of a pipeline stand for, given the rest of its inputs.
+
+    Attributes:
+        inputs: a fingerprint of that rest.
+    """
+
+    models: dict[str, RegisteredModel | None]
+    inputs: str
+
+    @classmethod
+    def read(cls, config: Config, root: Path, keys: list[str]) -> "PinnedModels":
+        """As it was kept for these inputs, or else as the registry has it now.
+
+        Args:
+            keys: of the pipeline's stages while its models are not known.
+
+        Raises:
+            InputError: a model is missing that a stage cannot do without.
+        """
+        inputs = fingerprint(keys)
+        uris = model_uris(config)
+        if not uris:
+            return cls(models={}, inputs=inputs)
+        registry = Registry(config.tracking, root)
+        kept = _read_pins(root / config.name).get(inputs, {})
+        models = {}
+        for uri, is_needed in uris.items():
+            place = kept.get(uri, uri)
+            models[uri] = None if place is None else registry.open(place)
+            was_there = place not in (None, uri)
+            if models[uri] is None and (is_needed or was_there):
+                raise InputError(f"{uri}: there is no {place or uri} in the MLflow registry")
+        return cls(models=models, inputs=inputs)
+
+    def keep(self, pipeline_folder: Path) -> None:
+        if not self.models:
+            return
+        pins = _read_pins(pipeline_folder)
+        pins.pop(self.inputs, None)
+        pins[self.inputs] = {
+            uri: None if model is None else f"models:/{model.name}/{model.version}"
+            for uri, model in self.models.items()
+        }
+        path = pipeline_folder / ".run" / _PINS_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        newest = dict(list(pins.items())[-_KEPT_PINS:])
+        write_atomically(path, json.dumps(newest, indent=1).encode())
+
+
+def model_uris(config: Config) -> dict[str, bool]:
+    """The registered models that stages name, and whether one of them cannot do without."""
+    found: dict[str, bool] = {}
+    for _, variant in matrix_variants(config):
+        for spec in stages_of(variant).values():
+            section = SECTION_OF[spec.kind]
+            part = getattr(config_of(variant, spec), section)
+            for field in MODEL_FIELDS.get(section, ()):
+                if is_model_uri(uri := getattr(part, field)):
+                    is_needed = field == "model_name_or_path"
+                    found[uri] = found.get(uri, False) or is_needed
+    return found
+
+
+def _read_pins(pipeline_folder: Path) -> dict[str, dict[str, str | None]]:
+    try:
+        pins: dict[str, dict[str, str | None]] = json.loads(
+            (pipeline_folder / ".run" / _PINS_NAME).read_text()
+        )
+    except (OSError, ValueError):
+        return {}
+    return pins

@@ -1,0 +1,296 @@
+"""From an evaluation to the champion and back: the gate, the registry, and the model it serves."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.graph import Variant
+from pipelines.promotion import judge, sampling_fields
+from pipelines.registered import PinnedModels, checkpoint_folder, with_models
+from pipelines.runner import run_variants
+from pipelines.schedule import Selection
+from pipelines.stage import Stage, promote_stage
+from tests.builders import letter_tokenizer, random_rows, token_folder
+from tokendiff.checkpoint import checkpoint_identity
+from tokendiff.config import Config, GateConfig, TrainConfig
+from tokendiff.data.prompts import GenerationRow
+from tokendiff.data.rows import TokenData
+from tokendiff.errors import InputError
+from tokendiff.manifest import commit
+from tokendiff.tracking.registry import Registry
+from tokendiff.training.run import train_in_process
+
+LOWER = GateConfig(metric="nats", direction="lower", margin=0.1)
+HIGHER = GateConfig(metric="score", direction="higher", margin=-0.5)
+LENGTH = 12
+URI = "models:/toy@champion"
+
+
+@pytest.mark.parametrize(
+    ("gate", "candidate", "champion", "passed"),
+    [
+        ([LOWER], {"nats": 2.0}, {"nats": 2.2}, True),
+        ([LOWER], {"nats": 2.0}, {"nats": 2.05}, False),  # better, but not by the margin
+        ([LOWER], {"nats": 2.3}, {"nats": 2.2}, False),
+        ([LOWER], {"nats": 9.0}, None, True),
+        ([LOWER], {"nats": math.nan}, None, False),
+        ([LOWER], {"nats": math.inf}, {"nats": math.nan}, False),
+        ([LOWER], {"nats": 2.0}, {"nats": math.nan}, True),
+        ([HIGHER], {"score": 1.6}, {"score": 2.0}, True),  # worse, within the margin
+        ([HIGHER], {"score": 1.4}, {"score": 2.0}, False),
+        ([LOWER, HIGHER], {"nats": 1.0, "score": 1.0}, {"nats": 2.0, "score": 2.0}, False),
+    ],
+)
+def test_the_gate(gate: list[GateConfig], candidate: Any, champion: Any, passed: bool) -> None:
+    verdicts = judge(gate, candidate, champion)
+    assert all(verdict.passed for verdict in verdicts) is passed
+    assert all(verdict.text.endswith(": passed") is verdict.passed for verdict in verdicts)
+
+
+@pytest.mark.parametrize(("value", "passed"), [(2.4, True), (2.6, False)])
+def test_a_limit_holds_without_a_champion(value: float, passed: bool) -> None:
+    gate = [GateConfig(metric="nats", direction="lower", limit=2.5)]
+    (verdict,) = judge(gate, {"nats": value}, None)
+    assert verdict.passed is passed
+    assert "at most 2.5" in verdict.text
+
+
+def test_a_figure_that_is_not_there_is_bad_input() -> None:
+    with pytest.raises(InputError, match=r"no figure 'nats'; it has nats_per_token"):
+        judge([LOWER], {"nats_per_token": 2.0, "report": "here"}, None)
+
+
+class Shop:
+    """Checkpoints, their evaluations as stages, and a promote stage over them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.root = folder / "root"
+        self.config = Config.model_validate(
+            {
+                "name": "shop",
+                "root": str(self.root),
+                "promote": {
+                    "registered_model": "toy",
+                    "gate": [{"metric": "nats", "direction": "lower"}],
+                },
+                "generate": {"sampler": {"name": "ancestral", "num_inference_steps": 4}},
+                "runner": {"retry_wait_s": 0.0},
+            }
+        )
+        rows = token_folder(
+            folder / "data",
+            files=[random_rows(20, LENGTH)],
+            max_length=LENGTH,
+            tokenizer=letter_tokenizer(),
+        )
+        self.data = TokenData.open(rows, split="train")
+
+    def checkpoint(self, seed: int) -> Path:
+        config = TrainConfig(
+            model_name_or_path="builtin:bert-tiny", max_train_steps=1, logging_steps=1, seed=seed
+        )
+        return train_in_process(config, self.data, self.folder / f"run-{seed}")
+
+    def evaluation(self, name: str, checkpoint: Path, nats: float, rows: str = "rows") -> Stage:
+        def act(stage: Stage, log: Any) -> None:
+            stage.folder.mkdir(parents=True, exist_ok=True)
+            metadata = {"metrics": {"nats": nats}, "checkpoint": str(checkpoint), "rows": rows}
+            commit(stage.folder, kind="evaluation", metadata=metadata)
+
+        return Stage(
+            name=name,
+            kind="evaluate",
+            settings={"checkpoint": checkpoint_identity(checkpoint), "nats": nats, "rows": rows},
+            base=self.root / "shop",
+            action=act,
+            result=lambda stage: {"nats": nats},
+            is_keyed=True,
+            needs_ray=False,
+        )
+
+    def run(self, candidate: Stage, champion: Stage | None = None, **selection: Any) -> Any:
+        others = {} if champion is None else {"champion": champion}
+        promote = promote_stage(
+            self.config,
+            self.root / "shop",
+            inputs={"candidate": candidate, **others},
+            is_keyed=True,
+        )
+        stages = [candidate, *others.values(), promote]
+        variants = [Variant(values={}, stages=stages)]
+        record = run_variants(self.config, self.root, variants, Selection(**selection))
+        return record.state, record.of("promote").result
+
+    @property
+    def registry(self) -> Registry:
+        return Registry(self.config.tracking, self.root)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return Shop(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture(scope="module")
+def history(shop: Shop) -> dict[str, Any]:
+    """v1 promoted, a rejection, v2 promoted: what each came to."""
+    first, second, third = (shop.checkpoint(seed) for seed in range(3))
+    found: dict[str, Any] = {"checkpoints": [first, second, third]}
+    found["first"] = shop.run(shop.evaluation("judge", first, 2.0))
+    champion = shop.evaluation("champion", first, 2.0)
+    found["rejected"] = shop.run(shop.evaluation("judge", second, 2.1), champion)
+    found["holder after rejection"] = shop.registry.holder("toy", "champion")
+    found["promoted"] = shop.run(shop.evaluation("judge", third, 1.9), champion)
+    return found
+
+
+def test_the_alias_moves_only_when_the_gate_is_passed(shop: Shop, history: Any) -> None:
+    state, result = history["first"]
+    assert (state, result["decision"], result["version"]) == ("succeeded", "promoted", 1)
+    assert result["gate"] == ["nats 2, no champion to beat: passed"]
+    state, result = history["rejected"]
+    assert (state, result["decision"]) == ("rejected", "rejected")
+    assert result["gate"] == ["nats 2.1, lower than the champion's 2: not passed"]
+    assert history["holder after rejection"] == 1
+    state, result = history["promoted"]
+    assert (result["version"], result["replaced_version"]) == (2, 1)
+    model = shop.registry.open(URI)
+    assert model is not None
+    assert model.version == 2
+    assert model.digest == checkpoint_identity(history["checkpoints"][2])
+    assert json.loads(model.trained_on.read_text()) == []
+
+
+def test_what_must_not_be_compared_is_refused(shop: Shop, history: Any) -> None:
+    first, second, _ = history["checkpoints"]
+    candidate = shop.evaluation("judge", second, 1.0)
+    with pytest.raises(InputError, match=r"were evaluated on different rows"):
+        shop.run(candidate, shop.evaluation("champion", first, 2.0, rows="others"))
+    with pytest.raises(InputError, match=r"is v2, but was not evaluated; give promote the input"):
+        shop.run(candidate)
+    with pytest.raises(InputError, match=r"was moved to v2 after the champion was evaluated"):
+        shop.run(candidate, shop.evaluation("champion", first, 2.0))
+    assert shop.registry.holder("toy", "champion") == 2
+
+
+def test_a_promotion_that_was_cut_off_registers_once(
+    shop: Shop, history: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the registration and the alias: the same version is found again."""
+    champion = shop.evaluation("champion", history["checkpoints"][2], 1.9)
+    candidate = shop.evaluation("judge", history["checkpoints"][1], 1.5)
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "promote", die)
+        with pytest.raises(KeyboardInterrupt):
+            shop.run(candidate, champion)
+    assert shop.registry.holder("toy", "champion") == 2
+    _, result = shop.run(candidate, champion)
+    assert (result["version"], result["replaced_version"]) == (3, 2)
+    # And back, step by step, until there is nothing left to go back to.
+    registry = shop.registry
+    assert registry.roll_back("toy", "champion") == (3, 2)
+    assert registry.roll_back("toy", "champion") == (2, 1)
+    with pytest.raises(InputError, match=r"v1 replaced no other version"):
+        registry.roll_back("toy", "champion")
+    assert [
+        line.split(" ", 2)[2].split(":")[0] for line in registry.history("toy", "champion")
+    ] == [
+        "v2 -> v1",
+        "v3 -> v2",
+        "v2 -> v3",
+        "v1 -> v2",
+        "v1",
+    ]
+    # Forward again, by the same stage: what is registered is not registered twice.
+    again = shop.evaluation("champion", history["checkpoints"][0], 2.0)
+    _, result = shop.run(candidate, again)
+    assert (result["version"], result["replaced_version"]) == (3, 1)
+
+
+def test_models_in_the_place_of_paths(shop: Shop, history: Any) -> None:
+    def trained(**fields: Any) -> TrainConfig:
+        config = shop.config.model_copy(update={"train": TrainConfig(**fields)})
+        return with_models(config).train
+
+    start = trained(warm_start_from="models:/toy/1").warm_start_from
+    assert start is not None
+    first = checkpoint_identity(history["checkpoints"][0])
+    assert checkpoint_identity(Path(start)) == first
+    assert checkpoint_identity(Path(checkpoint_folder("models:/toy/1", shop.config))) == first
+    assert trained(warm_start_from="models:/toy@nobody").warm_start_from is None
+    with pytest.raises(InputError, match=r"train.model_name_or_path: there is no models:/toy/99"):
+        trained(model_name_or_path="models:/toy/99")
+    with pytest.raises(InputError, match=r"checkpoint_path: there is no models:/toy@nobody"):
+        checkpoint_folder("models:/toy@nobody", shop.config)
+    with pytest.raises(InputError, match=r"write models:/NAME@ALIAS or models:/NAME/VERSION"):
+        shop.registry.open("models:/toy")
+
+
+def test_the_served_model_answers_prompts_and_refuses_bad_ones(shop: Shop, history: Any) -> None:
+    """In this process; what the checkpoint itself samples for the same rows."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    from tokendiff.models.sampling import SamplingModel
+    from tokendiff.tracking.mlflow_store import resolve_uri
+
+    mlflow.set_tracking_uri(resolve_uri(shop.config.tracking, shop.root))
+    model = mlflow.pyfunc.load_model("models:/toy/1")
+    signature = model.metadata.signature
+    assert signature.inputs.input_names() == ["prompt"]
+    assert model.input_example is not None
+    request = [{"prompt": "abc"}, {"prompt": "abc"}]
+    answers = model.predict(request, params={"seed": 7})
+    assert shop.config.generate is not None
+    sampling = SamplingModel(history["checkpoints"][0], shop.config.generate, device="cpu")
+    rows = [GenerationRow(id=(7 << 32) + place, prompt="abc") for place in range(2)]
+    assert [answer["text"] for answer in answers] == [r["text"] for r in sampling.sample(rows)]
+    assert all(answer["text"].startswith("abc") for answer in answers)
+    assert model.predict(request, params={"seed": 7}) == answers
+    assert model.predict(request, params={"seed": 8}) != answers
+    for bad in ({"prompt": "a" * (LENGTH + 1)}, {"prompt": 5}, {"prompt": None}, {"text": "abc"}):
+        with pytest.raises(MlflowException) as error:
+            model.predict([bad])
+        assert error.value.get_http_status_code() == 400
+    with pytest.raises(MlflowException, match="seed must be from 0") as error:
+        model.predict(request, params={"seed": -1})
+    assert error.value.get_http_status_code() == 400
+
+
+def test_what_is_served_with_is_the_files_own_sampling(shop: Shop) -> None:
+    assert shop.config.generate is not None
+    assert sampling_fields(shop.config.generate) == {
+        "sampler": {"name": "ancestral", "num_inference_steps": 4}
+    }
+
+
+def test_an_alias_is_read_once_for_the_same_inputs(shop: Shop, history: Any) -> None:
+
+    def pipeline(uri: str) -> Config:
+        judge = {"kind": "evaluate", "config": {"checkpoint_path": uri}}
+        return Config.model_validate({"name": "shop", "stages": {"judge": judge}})
+
+    config = pipeline(URI)
+
+    def version(*inputs: str) -> int | None:
+        pinned = PinnedModels.read(config, shop.root, list(inputs))
+        pinned.keep(shop.root / "shop")
+        model = pinned.models[URI]
+        return None if model is None else model.version
+
+    registry = shop.registry
+    registry.promote("toy", "champion", 2, because="a test")
+    assert version("monday") == 2
+    registry.promote("toy", "champion", 1, because="a test")
+    assert version("monday") == 2
+    assert version("tuesday") == 1
+    absent = "models:/toy@nobody"
+    assert PinnedModels.read(pipeline(absent), shop.root, ["monday"]).models == {absent: None}

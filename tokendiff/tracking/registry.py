@@ -1,0 +1,293 @@
+"""Registered models: what is promoted, what an alias points at, and the way back.
+
+A version holds a whole checkpoint and the code to sample from it, so that `mlflow models serve`
+needs nothing else; its tags say where it came from and which version it replaced.
+"""
+
+import json
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlparse
+
+import tokendiff
+from tokendiff.checkpoint import checkpoint_identity, open_checkpoint
+from tokendiff.errors import InputError
+from tokendiff.secrets import without_credentials
+from tokendiff.tracking.mlflow_store import check_store, make_client, resolve_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+    from tokendiff.config import TrackingConfig
+
+SCHEME = "models:/"
+TRAINED_ON = "trained_on.json"
+_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
+# Tags of a version.
+_DIGEST, _REPLACED, _HISTORY = "checkpoint_digest", "replaced_version", "history"
+_MAX_HISTORY = 4500  # characters; a tag's limit is 5,000
+# What sampling imports, besides what MLflow brings.
+_SERVED_WITH = ("mlflow", "numpy", "pydantic", "safetensors", "tokenizers", "torch", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisteredModel:
+    """A version of a registered model, its files at hand.
+
+    Attributes:
+        digest: of the checkpoint's content.
+        checkpoint: its folder.
+        trained_on: a file with the identities of the text files that it, and what it started from,
+            was trained on.
+    """
+
+    name: str
+    version: int
+    digest: str
+    checkpoint: Path
+    trained_on: Path
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} v{self.version}"
+
+
+def is_model_uri(path: str | None) -> bool:
+    return path is not None and path.startswith(SCHEME)
+
+
+class Registry:
+    """The registered models of a tracking store.
+
+    Args:
+        root: what a relative store is under, and where models of a remote one are kept.
+    """
+
+    def __init__(self, config: "TrackingConfig", root: Path) -> None:
+        if not config.enabled:
+            raise InputError(
+                "tracking.enabled false: registered models are kept by MLflow; leave it on"
+            )
+        self._uri, self._root = resolve_uri(config, root), root
+        check_store(self._uri)
+        self._client: MlflowClient = make_client(self._uri)
+
+    def open(self, uri: str) -> RegisteredModel | None:
+        """The model behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`; None if there is none.
+
+        Raises:
+            InputError: the URI is of another form.
+            CorruptFileError: a file of the checkpoint is damaged.
+        """
+        match = _URI.fullmatch(uri)
+        if match is None:
+            raise InputError(f"{uri}: write models:/NAME@ALIAS or models:/NAME/VERSION")
+        version = self._find(match["name"], alias=match["alias"], number=match["version"])
+        return None if version is None else self._opened(version)
+
+    def holder(self, name: str, alias: str) -> int | None:
+        """The version that an alias points at."""
+        version = self._find(name, alias=alias)
+        return None if version is None else int(version.version)
+
+    def digest_of(self, name: str, version: int) -> str:
+        return str(self._client.get_model_version(name, str(version)).tags.get(_DIGEST, ""))
+
+    def register(
+        self,
+        name: str,
+        checkpoint: Path,
+        *,
+        run_id: str,
+        sampling: Mapping[str, Any],
+        trained_on: Sequence[Any],
+        tags: Mapping[str, str],
+    ) -> int:
+        """A version of the model that holds this checkpoint; the one that does already, if any.
+
+        Args:
+            run_id: of the MLflow run that the model's files are stored with.
+            sampling: fields of a `GenerateConfig` to serve it with.
+        """
+        digest = checkpoint_identity(checkpoint)
+        for version in self._client.search_model_versions(f"name = '{name}'"):
+            if version.tags.get(_DIGEST) == digest:
+                return int(version.version)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            save_model(folder, checkpoint, sampling=sampling, trained_on=trained_on)
+            self._client.log_artifacts(run_id, str(folder), "model")
+        self._create(name)
+        source = f"{self._client.get_run(run_id).info.artifact_uri}/model"
+        version = self._client.create_model_version(
+            name, source, run_id=run_id, tags={**tags, _DIGEST: digest}
+        )
+        return int(version.version)
+
+    def promote(self, name: str, alias: str, version: int, *, because: str) -> int | None:
+        """Point the alias at a version; returns the one that it replaces."""
+        before = self.holder(name, alias)
+        if before == version:
+            return before
+        if before is not None:
+            self._tag(name, version, _REPLACED, str(before))
+        self._client.set_registered_model_alias(name, alias, str(version))
+        self._note(
+            name,
+            alias,
+            f"v{before} -> v{version}: {because}" if before else f"v{version}: {because}",
+        )
+        return before
+
+    def roll_back(self, name: str, alias: str) -> tuple[int, int]:
+        """Point the alias at the version that its holder replaced; returns both, the new one last.
+
+        Raises:
+            InputError: there is no way back.
+        """
+        current = self.holder(name, alias)
+        if current is None:
+            raise InputError(
+                f"{SCHEME}{name}@{alias}: there is no such model; nothing to roll back"
+            )
+        tags = self._client.get_model_version(name, str(current)).tags
+        if _REPLACED not in tags:
+            raise InputError(
+                f"{SCHEME}{name}@{alias}: v{current} replaced no other version; "
+                "there is nothing to go back to"
+            )
+        before = int(tags[_REPLACED])
+        if self._find(name, number=str(before)) is None:
+            raise InputError(f"{SCHEME}{name}@{alias}: v{before} was deleted from the registry")
+        self._client.set_registered_model_alias(name, alias, str(before))
+        self._tag(name, current, "rolled_back", _now())
+        self._note(name, alias, f"v{current} -> v{before}: rolled back")
+        return current, before
+
+    def history(self, name: str, alias: str) -> list[str]:
+        """What happened to an alias, the newest first."""
+        tags = self._client.get_registered_model(name).tags
+        return str(tags.get(f"{alias}.{_HISTORY}", "")).splitlines()
+
+    def _opened(self, version: "ModelVersion") -> RegisteredModel:
+        name, number = version.name, int(version.version)
+        folder = self._fetched(name, number, str(version.source))
+        checkpoint = open_checkpoint(_checkpoint_in(folder))
+        return RegisteredModel(
+            name=name,
+            version=number,
+            digest=checkpoint_identity(checkpoint),
+            checkpoint=checkpoint,
+            trained_on=folder / "artifacts" / TRAINED_ON,
+        )
+
+    def _fetched(self, name: str, number: int, source: str) -> Path:
+        """The version's files: where they are, or a copy under the root."""
+        parsed = urlparse(source)
+        if parsed.scheme in ("", "file") and Path(unquote(parsed.path)).is_dir():
+            return Path(unquote(parsed.path))
+        target = self._root / "models" / f"{name}-v{number}"
+        if not target.is_dir():  # it gets its name when it is whole
+            import mlflow
+
+            with tempfile.TemporaryDirectory(dir=self._folder_for_models()) as scratch:
+                fetched = mlflow.artifacts.download_artifacts(
+                    artifact_uri=source, dst_path=scratch, tracking_uri=self._uri
+                )
+                Path(fetched).rename(target)
+        return target
+
+    def _folder_for_models(self) -> Path:
+        folder = self._root / "models"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _find(
+        self, name: str, *, alias: str | None = None, number: str | None = None
+    ) -> "ModelVersion | None":
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if alias is not None:
+                return self._client.get_model_version_by_alias(name, alias)
+            return self._client.get_model_version(name, str(number))
+        except MlflowException as error:
+            # A missing alias is an invalid parameter to the SQL store.
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    def _create(self, name: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def _tag(self, name: str, version: int, key: str, value: str) -> None:
+        self._client.set_model_version_tag(name, str(version), key, value)
+
+    def _note(self, name: str, alias: str, text: str) -> None:
+        lines = [f"{_now()} {without_credentials(text)}", *self.history(name, alias)]
+        while len("\n".join(lines)) > _MAX_HISTORY:
+            lines.pop()
+        self._client.set_registered_model_tag(name, f"{alias}.{_HISTORY}", "\n".join(lines))
+
+
+def save_model(
+    folder: Path, checkpoint: Path, *, sampling: Mapping[str, Any], trained_on: Sequence[Any]
+) -> None:
+    """Write a pyfunc that samples from the checkpoint into a new folder."""
+    import mlflow.pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(DataType.string, "prompt")]),
+        outputs=Schema(
+            [ColSpec(DataType.string, "text"), ColSpec(DataType.long, "num_model_calls")]
+        ),
+        params=ParamSchema([ParamSpec("seed", DataType.long, 0)]),
+    )
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*Add type hints", UserWarning)  # there is a signature
+        files = Path(scratch) / TRAINED_ON
+        files.write_text(json.dumps(list(trained_on)))
+        mlflow.pyfunc.save_model(
+            path=str(folder),
+            python_model=str(Path(__file__).with_name("served_model.py")),
+            artifacts={"checkpoint": str(checkpoint), "trained_on": str(files)},
+            model_config=dict(sampling),
+            signature=signature,
+            input_example={"prompt": ["Once upon a time"]},
+            pip_requirements=_requirements(),
+            code_paths=[str(Path(tokendiff.__file__).parent)],
+        )
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    """The checkpoint among a model's files: the one folder there, by whatever name it was saved."""
+    found = [path for path in (folder / "artifacts").glob("*") if path.is_dir()]
+    if len(found) != 1:
+        raise InputError(f"{folder} holds no checkpoint; it was not registered by a pipeline")
+    return found[0]
+
+
+def _requirements() -> list[str]:
+    """The versions that are installed here, without a local build's mark (torch's +cpu)."""
+    return [f"{name}=={metadata.version(name).split('+')[0]}" for name in _SERVED_WITH]
+
+
+def _now() -> str:
+    return datetime.fromtimestamp(time.time(), UTC).strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,73 @@
+"""A registered checkpoint as MLflow serves it: prompts in, text out.
+
+MLflow runs this file by itself wherever the model is loaded (models-from-code), beside a copy of
+the package.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from mlflow.exceptions import MlflowException
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel
+
+# A request's rows have ids of their own: the seed, then the place in the request.
+_PLACE_BITS = 32
+MAX_SEED = 2**31 - 1
+
+
+class PromptModel(PythonModel):
+    """Samples a text for every prompt, the same for the same seed, prompt and place."""
+
+    def load_context(self, context: Any) -> None:
+        import torch
+
+        from tokendiff.config import GenerateConfig
+        from tokendiff.models.sampling import SamplingModel
+
+        config = GenerateConfig.model_validate(dict(context.model_config))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model = SamplingModel(Path(context.artifacts["checkpoint"]), config, device=device)
+        self._batch_size = config.batch_size
+
+    # MLflow takes types here for a schema, and the signature has one.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+        """The texts for a request.
+
+        Args:
+            model_input: a table with a column "prompt".
+            params: "seed".
+
+        Returns:
+            "text" (the prompt included) and "num_model_calls" for every prompt.
+
+        Raises:
+            MlflowException: INVALID_PARAMETER_VALUE, which a server answers with HTTP 400.
+        """
+        from tokendiff.data.prompts import GenerationRow
+
+        seed = int((params or {}).get("seed", 0))
+        if not 0 <= seed <= MAX_SEED:
+            raise _refusal(f"seed must be from 0 to {MAX_SEED}, got {seed}")
+        prompts = list(model_input["prompt"])
+        for place, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise _refusal(f"prompt {place} must be a text, got {type(prompt).__name__}")
+        rows = [
+            GenerationRow(id=(seed << _PLACE_BITS) + place, prompt=prompt)
+            for place, prompt in enumerate(prompts)
+        ]
+        records: list[dict[str, Any]] = []
+        try:
+            for at in range(0, len(rows), self._batch_size):
+                records += self._model.sample(rows[at : at + self._batch_size])
+        except ValueError as error:  # too long, or what the sampler cannot fill
+            raise _refusal(str(error)) from error
+        return [{name: r[name] for name in ("text", "num_model_calls")} for r in records]
+
+
+def _refusal(message: str) -> MlflowException:
+    return MlflowException.invalid_parameter_value(message)
+
+
+set_model(PromptModel())
