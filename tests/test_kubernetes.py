@@ -256,7 +256,7 @@ def test_cronjob_submits_once_a_day_and_ends_as_the_job_does(
         assert done.returncode == code
     (submitted,) = jobs.iterdir()
     assert re.fullmatch(r"nightly-\d{4}-\d\d-\d\d", submitted.name)
-    assert submitted.read_text().strip().endswith("-m jobs.pipeline run pipelines/mdlm.yaml")
+    assert submitted.read_text().strip().endswith("-m jobs.pipeline run pipelines/retrain.yaml")
 
 
 def test_cronjob_fails_where_nothing_can_be_submitted(tmp_path: Path) -> None:
