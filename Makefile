@@ -54,7 +54,7 @@ toy: setup  ## train every objective on a Markov chain, and hold it against the 
 
 lock:  ## resolve pyproject.toml anew in a new .venv, and write requirements.lock (torch stays)
 	"$(PYTHON)" -m venv --clear $(VENV)
-	$(BIN)/python -m pip install setuptools "$$(grep '^torch==' requirements.lock)" -e '.[dev]'
+	$(BIN)/python -m pip install setuptools "$$(grep '^torch==' requirements.lock)" -e '.[dev,lora]'
 	sed -n '/^#/p' requirements.lock > requirements.lock.new
 	$(BIN)/python -m pip freeze --all --exclude pip --exclude-editable \
 		| sed -E '/^(cuda|nvidia|triton)/d; s/\+.*$$//' >> requirements.lock.new

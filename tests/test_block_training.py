@@ -9,18 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.builders import letter_tokenizer, random_rows, token_folder
-from tokendiff.checkpoint import NoiseProcess, load_for_inference
+from tests.test_causal_denoiser import causal_model
+from tokendiff.checkpoint import ADAPTERS, EMA_ADAPTERS, NoiseProcess, load_for_inference
 from tokendiff.config import AncestralConfig, EvaluateConfig, TrainConfig
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import InputError
 from tokendiff.evaluation.checkpoint_verification import verify_checkpoint
 from tokendiff.evaluation.evaluator import Evaluator
+from tokendiff.models.adapters import add_adapters, load_adapters, merged_model
 from tokendiff.models.loading import builtin_config, load_causal_denoiser
 from tokendiff.models.sampling import build_sampler
-from tokendiff.training.run import train_in_process
+from tokendiff.training.run import TrainingRun, train_in_process
+from tokendiff.training.world import World
 
 LENGTH, EOS = 24, 2
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -81,6 +86,10 @@ def losses_of(cfg: TrainConfig, data: TokenData, folder: Path) -> list[float]:
 
     train_in_process(cfg, data, folder, on_event=hear)
     return losses
+
+
+def build_run(cfg: TrainConfig, data: TokenData, folder: Path) -> TrainingRun:
+    return TrainingRun.build(cfg, data, folder, world=World.current())
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -165,3 +174,84 @@ def test_an_added_mask_starts_at_the_mean_where_the_embedding_was_padded_too(
     assert ours.mask_token_id == 20
     assert "'<new mask>'; their embeddings start at the mean" in said[-1]
     assert torch.equal(denoiser.model.get_input_embeddings().weight[:20], weight[:20])
+
+
+# Adapters.
+
+LORA = {"lora_rank": 3, "lora_alpha": 6.0, "lora_dropout": 0.1}
+
+
+def test_adapters_resume_exactly_and_are_merged_into_what_is_saved(
+    data: TokenData, tmp_path: Path
+) -> None:
+    cfg = config("block_diffusion", **LORA)
+    losses = losses_of(cfg, data, tmp_path / "whole")
+    (tmp_path / "cut").mkdir()
+    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "cut/checkpoint-2")
+    assert losses_of(cfg, data, tmp_path / "cut") == losses[2:]
+
+    tokens = torch.tensor(random_rows(2, LENGTH))
+    base = build_run(config("block_diffusion"), data, tmp_path).trainer.denoiser.model
+    with_adapters = build_run(cfg, data, tmp_path)
+    untrained = with_adapters.trainer.denoiser.model.eval()
+    assert torch.equal(untrained(input_ids=tokens).logits, base.eval()(input_ids=tokens).logits)
+    for folder, name in (("checkpoint-4", EMA_ADAPTERS), ("checkpoint-4", ADAPTERS)):
+        load_adapters(untrained, load_file(tmp_path / "whole" / folder / name))
+        if name == EMA_ADAPTERS:  # what final/ and sampling take
+            opened = [AutoModelForCausalLM.from_pretrained(tmp_path / "whole/final")]
+            opened.append(load_for_inference(tmp_path / "whole/checkpoint-4")[0].model)
+        else:
+            opened = [AutoModelForCausalLM.from_pretrained(tmp_path / "whole/checkpoint-4")]
+        tokens[0, 3] = 1  # a mask, whose embedding was trained
+        with torch.no_grad():
+            expected = untrained(input_ids=tokens).logits
+            for model in opened:
+                assert not any("lora" in name for name in model.state_dict())
+                ours = model(input_ids=tokens).logits
+                # The head is tied, so that the mask's own logit has another row now.
+                ours[..., 1] = expected[..., 1]
+                torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_alone_are_trained(data: TokenData, tmp_path: Path) -> None:
+    cfg = config("2d", **LORA, lora_target_modules=["q_proj", "down_proj"])
+    losses_of(cfg, data, tmp_path)
+    before = build_run(config("2d"), data, tmp_path).trainer.denoiser.model.state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4").state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    layers = {f"model.layers.{n}." for n in (0, 1)}
+    adapted = {
+        f"{at}{part}.weight" for at in layers for part in ("self_attn.q_proj", "mlp.down_proj")
+    }
+    assert changed == adapted | {"model.embed_tokens.weight", "lm_head.weight"}
+    rows = (before["model.embed_tokens.weight"] != after["model.embed_tokens.weight"]).any(1)
+    assert rows.nonzero()[:, 0].tolist() == [1], "only the mask's embedding"
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "qwen2", "olmo2"])
+def test_merged_adapters_of_other_architectures(model_type: str, tmp_path: Path) -> None:
+    model = causal_model(model_type)
+    tokens = torch.arange(2, 10)[None]
+    add_adapters(
+        model, rank=2, alpha=4.0, dropout=0.0, target_modules=(), trained_token_id=5, seed=0
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+        merged_model(model).save_pretrained(tmp_path)
+        opened = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        merged = opened(input_ids=tokens).logits
+        ours = model.eval()(input_ids=tokens).logits
+    merged[..., 5] = ours[..., 5]
+    torch.testing.assert_close(merged, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_that_cannot_be_are_refused(data: TokenData, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="lora_rank goes with objectives on causal"):
+        config("2d", objective={"name": "mdlm"}, lora_rank=2)
+    with pytest.raises(ValidationError, match=r"lora_alpha 2\.0 has no effect with lora_rank"):
+        config("2d", lora_alpha=2.0)
+    with pytest.raises(InputError, match=r"lora_target_modules \['proj'\] are no linear layers"):
+        build_run(config("2d", lora_rank=2, lora_target_modules=["proj"]), data, tmp_path)
+    assert not any(name.startswith("lora") for name in config("2d").result_fields())

@@ -6,6 +6,8 @@ is written.
         tokenizer.json tokenizer_config.json
         scheduler_config.json                the noise process, in the diffusers form, if any
         ema.safetensors                      averaged weights, where the run keeps them
+        adapters.safetensors                 what is trained, where that is adapters, which the
+        ema_adapters.safetensors             weights above hold merged
         optimizer.safetensors trainer_state.json
         MANIFEST.json                        size and sha256 of every file, written last
 
@@ -43,6 +45,7 @@ KIND = "checkpoint"
 FINAL = "final"
 SCHEDULER_CONFIG = "scheduler_config.json"
 MODEL_WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
+ADAPTERS, EMA_ADAPTERS = "adapters.safetensors", "ema_adapters.safetensors"
 _PREFIX = "checkpoint-"
 
 

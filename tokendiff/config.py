@@ -467,6 +467,19 @@ class TrainConfig(Section):
         lt=1.0,
         description="above 0, losses are repeatable only for the same number of workers",
     )
+    lora_rank: int | None = Field(
+        None,
+        ge=1,
+        description="train low-rank adapters of this rank, which final/ holds merged, and leave "
+        "the model's own weights; needs peft (pip install 'tokendiff[lora]')",
+    )
+    lora_alpha: float = Field(
+        16.0, gt=0.0, description="what an adapter adds counts lora_alpha / lora_rank"
+    )
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout in front of the adapters")
+    lora_target_modules: list[str] = Field(
+        [], description="names of the layers that get adapters; by default all but the head"
+    )
     mixed_precision: Literal["no", "bf16"] = Field(
         "no", description="bf16 autocast; weights stay fp32"
     )
@@ -520,6 +533,18 @@ class TrainConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _adapters_are_used(self) -> "TrainConfig":
+        if self.lora_rank is None:
+            names = ("lora_alpha", "lora_dropout", "lora_target_modules")
+            self._refuse_ignored(names, "lora_rank null")
+        elif not self.objective.is_causal:
+            raise ValueError(
+                f"lora_rank goes with objectives on causal language models, not with "
+                f"{self.objective.name!r}; leave it out"
+            )
+        return self
+
     @property
     def rows_per_step(self) -> int:
         """Rows of one optimiser step over all workers: the batch that the loss is a mean over."""
@@ -528,7 +553,10 @@ class TrainConfig(Section):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def result_fields(self) -> dict[str, Any]:
-        return {**super().result_fields(), "rows_per_step": self.rows_per_step}
+        fields = {**super().result_fields(), "rows_per_step": self.rows_per_step}
+        # A run without adapters is the one that it was before there were any.
+        idle = [name for name in fields if name.startswith("lora_") and self.lora_rank is None]
+        return {name: value for name, value in fields.items() if name not in idle}
 
 
 class _SamplerConfig(Section):

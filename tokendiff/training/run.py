@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokendiff.checkpoint import (
+    ADAPTERS,
+    EMA_ADAPTERS,
     EMA_WEIGHTS,
     FINAL,
     KIND,
@@ -26,6 +28,13 @@ from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.interfaces import Objective
 from tokendiff.kernels import AbsorbingKernel
 from tokendiff.manifest import fetch, is_committed, load_manifest, verify
+from tokendiff.models.adapters import (
+    adapter_tensors,
+    add_adapters,
+    changed_weights,
+    load_adapters,
+    merged_model,
+)
 from tokendiff.models.denoiser import ModelInTwoParts
 from tokendiff.models.dflash import DFlashDraftConfig
 from tokendiff.models.draft_trainee import DraftTrainee, load_trainee
@@ -151,6 +160,17 @@ def _build(
     if not config.from_scratch:
         check_vocabulary(start, tokenizer)
     fields = config.objective.process_fields()
+    if config.lora_rank is not None:
+        add_adapters(
+            model.model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            target_modules=config.lora_target_modules,
+            # Without noise there is no mask to be read.
+            trained_token_id=None if fields is None else tokenizer.mask_token_id,
+            seed=config.seed,
+        )
     if fields is None:
         return model, Autoregressive(), None
     ends = {"eos_token_id": tokenizer.eos_token_id} if config.objective.is_causal else {}
@@ -286,8 +306,14 @@ class TrainingRun:
 
         check_same_run(checkpoint, self.config, self.data)
         folder = fetch(checkpoint)
-        load_model(self.trainer.denoiser.model, folder / "model.safetensors")
-        average = folder / EMA_WEIGHTS
+        model = self.trainer.denoiser.model
+        if self.config.lora_rank is None:
+            load_model(model, folder / "model.safetensors")
+            average = folder / EMA_WEIGHTS
+        else:
+            # The weights beside them are merged: what was added to them cannot be had back exactly.
+            load_adapters(model, load_file(folder / ADAPTERS))
+            average = folder / EMA_ADAPTERS
         self.trainer.load_state(
             json.loads((folder / TRAINER_STATE).read_text()),
             load_file(folder / OPTIMIZER_STATE),
@@ -324,6 +350,9 @@ class TrainingRun:
             "rows": self.data.num_rows,
             "tokens_per_step": self.config.rows_per_step * self.data.max_length,
             "num_params": sum(p.numel() for p in self.trainer.denoiser.model.parameters()),
+            "num_trained_params": sum(
+                p.numel() for p in self.trainer.denoiser.model.parameters() if p.requires_grad
+            ),
             "num_workers": self.trainer.world.size,
             "device": str(self.trainer.world.device),
         }
@@ -359,15 +388,23 @@ class TrainingRun:
 
         self._write_model(folder)
         save_file(self.trainer.state_tensors(), folder / OPTIMIZER_STATE)
-        if self.trainer.average is not None:
-            save_file(self.trainer.average.tensors, folder / EMA_WEIGHTS)
+        average, has_adapters = self.trainer.average, self.config.lora_rank is not None
+        if has_adapters:
+            save_file(adapter_tensors(self.trainer.denoiser.model), folder / ADAPTERS)
+        if average is not None and has_adapters:
+            save_file(average.tensors, folder / EMA_ADAPTERS)
+            with average.in_place_of_weights():
+                save_file(changed_weights(self.trainer.denoiser.model), folder / EMA_WEIGHTS)
+        elif average is not None:
+            save_file(average.tensors, folder / EMA_WEIGHTS)
         (folder / TRAINER_STATE).write_text(json.dumps(self.trainer.state(), indent=1))
 
     def _write_model(self, folder: Path) -> None:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # one bar per checkpoint, written over the progress of the run
-        self.trainer.denoiser.model.save_pretrained(folder)
+        model = self.trainer.denoiser.model
+        (model if self.config.lora_rank is None else merged_model(model)).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         if self.process is not None:
             self.process.save(folder)

@@ -202,7 +202,7 @@ class Trainer:
             yield batch, generator.select(rows)
 
     def _seed_dropout(self, micro_batch: int) -> None:
-        if self.config.dropout > 0.0:
+        if self.config.dropout > 0.0 or self.config.lora_dropout > 0.0:
             key = key_from(self.config.seed, "dropout", self.step, self.world.rank, micro_batch)
             torch.manual_seed(key % 2**63)
 
