@@ -45,12 +45,14 @@ lint: setup  ## ruff and mypy
 
 bench: setup  ## speed and memory against the published formulation; decoding; what Ray costs
 	$(BIN)/python -m tests.bench_speed
+	$(BIN)/python -m tests.bench_attention
 	$(BIN)/python -m tests.bench_decode
 	$(BIN)/python -m tests.bench_dflash
 	$(BIN)/python -m tests.bench_overhead
 
-toy: setup  ## train every objective on a Markov chain, and hold it against the exact entropy
+toy: setup  ## train on languages made up: bounds against exact entropies, answers against the right ones
 	$(BIN)/python -m tests.toy_chain
+	$(BIN)/python -m tests.answers
 
 lock:  ## resolve pyproject.toml anew in a new .venv, and write requirements.lock (torch stays)
 	"$(PYTHON)" -m venv --clear $(VENV)

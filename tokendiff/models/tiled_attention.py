@@ -16,7 +16,7 @@ from torch.nn import functional
 
 NAME = "tokendiff_tiles"  # among transformers' attention functions
 # About this many calls of the kernel in place of one, but none of fewer queries than these.
-_NUM_TILES, _LEAST_TILE = 16, 32
+_NUM_TILES, _LEAST_TILE = 8, 64
 
 
 @dataclass(frozen=True, kw_only=True)
