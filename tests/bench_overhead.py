@@ -10,6 +10,7 @@ to share with the other, and what else runs on it hits both alike. Needs a syste
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import tempfile
 import threading
@@ -83,6 +84,7 @@ def plain_loop(config: TrainConfig, folder: Path, times: StepTimes) -> None:
     from tokendiff.schedules import LogLinear
 
     torch.set_num_threads(1)
+    os.setsid()  # as Ray's workers have: Linux shares the cores out by session first
     data = TokenData.open(folder, split="train")
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
     model = load_denoiser(config.model_name_or_path, tokenizer=tokenizer, max_length=LENGTH)

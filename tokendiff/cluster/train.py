@@ -62,8 +62,8 @@ class _RankRows(DataConfig):
         num_chunks = len(plan.chunks(self._first_step, self._config.max_train_steps))
         with data_context(preserve_order=True):
             # Numbers that are there already. `ray.data.range` would make a task of each block and
-            # run them all at once, and Ray Data's loop, in a thread of the training worker, would
-            # take a third of a core from the training meanwhile.
+            # run them all at once, and Ray Data's loop, which keeps up with them, is a thread of
+            # the training worker.
             source = ray.data.from_items(
                 list(range(num_chunks)), override_num_blocks=_MAX_READ_BLOCKS
             )
