@@ -164,7 +164,7 @@ def _link(
             registered = models.get(uri, UNKNOWN_MODEL)
             paths |= model_paths(field, registered)
             names = dict.fromkeys(model_paths(field, registered), None)
-            in_key |= dict.fromkeys(names, registered and f"model {registered.digest}")
+            in_key |= dict.fromkeys(names, registered and f"model {registered.digest[:12]}")
     return (
         own.model_copy(update={section: model.model_copy(update=paths)}),
         own.model_copy(update={section: model.model_copy(update=in_key)}),

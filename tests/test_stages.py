@@ -57,6 +57,28 @@ def test_stages_run_behind_their_inputs_with_their_own_config(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ("{objective: hybrid}", {"name": "hybrid", "lambda_conf": 0.0}),  # its own defaults
+        ("{objective: {name: hybrid}}", {"name": "hybrid", "lambda_conf": 0.0}),
+        ("{objective: mdlm}", {"name": "mdlm", "lambda_conf": 0.5}),  # nothing new is said
+        ("{objective: {eps: 0.01}}", {"name": "mdlm", "lambda_conf": 0.5, "eps": 0.01}),
+    ],
+)
+def test_another_objective_takes_nothing_from_the_sections(
+    tmp_path: Path, own: str, expected: dict[str, Any]
+) -> None:
+    text = f"""\
+train: {{objective: {{name: mdlm, lambda_conf: 0.5}}}}
+stages:
+  corpus: {{kind: preprocess}}
+  model: {{kind: train, inputs: {{data: corpus}}, config: {own}}}
+"""
+    objective = stages_of(tmp_path, text)["model"].settings["objective"]
+    assert {name: objective[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
     ("override", "changed"),
     [
         ("stages.model.config.max_train_steps=7", {"model", "judge"}),
