@@ -21,7 +21,9 @@ from tests.test_floors import COMPUTED_NAME, FLOORS, ROOT, SOURCES, imports
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DECLARED = [Requirement(text) for text in PROJECT["dependencies"]]
-DEVELOPMENT = [Requirement(text) for text in PROJECT["optional-dependencies"]["dev"]]
+EXTRAS = PROJECT["optional-dependencies"]
+DEVELOPMENT = [Requirement(text) for text in EXTRAS["dev"]]
+OPTIONAL = [Requirement(text) for name in EXTRAS if name != "dev" for text in EXTRAS[name]]
 LOCK_LINES = [
     line
     for line in (ROOT / "requirements.lock").read_text().splitlines()
@@ -63,7 +65,7 @@ def modules_of(requirements: Iterable[Requirement]) -> dict[str, set[str]]:
 
 def test_declared_dependencies_are_those_imported() -> None:
     imported = libraries_imported_by(SOURCES)
-    declared = modules_of(DECLARED)
+    declared = modules_of([*DECLARED, *OPTIONAL])
     assert imported <= set().union(*declared.values()), "imported, not in pyproject.toml"
     assert [name for name, modules in declared.items() if not modules & imported] == []
 
@@ -71,7 +73,8 @@ def test_declared_dependencies_are_those_imported() -> None:
 def test_tests_import_declared_dependencies() -> None:
     imported = libraries_imported_by((ROOT / "tests").rglob("*.py"))
     optional = {"diffusers"}  # what is held against it is left out where it is not installed
-    assert imported - optional <= set().union(*modules_of([*DECLARED, *DEVELOPMENT]).values())
+    declared = modules_of([*DECLARED, *OPTIONAL, *DEVELOPMENT])
+    assert imported - optional <= set().union(*declared.values())
 
 
 def test_lock_is_pins_only() -> None:
@@ -83,7 +86,7 @@ def test_lock_is_pins_only() -> None:
 
 
 def test_lock_covers_what_pyproject_asks_for() -> None:
-    waiting = [*DECLARED, *DEVELOPMENT, Requirement("setuptools>=77.0.3")]
+    waiting = [*DECLARED, *OPTIONAL, *DEVELOPMENT, Requirement("setuptools>=77.0.3")]
     seen: set[str] = set()
     while waiting:
         requirement = waiting.pop()
