@@ -203,7 +203,8 @@ def test_samples_are_read_from_where_they_are(remote: RemotePath) -> None:
     records: list[dict[str, Any]] = [
         {
             "id": row, "prompt": "a\u2028b", "num_prompt_tokens": 1, "gaps": [], "tokens": [4, 5],
-            "text": "ab", "num_model_calls": 1, "seconds": 0.5,
+            "text": "ab", "completion": "b", "finish_reason": "length", "num_model_calls": 1,
+            "tokens_per_forward": 1.0, "blocks_by_gain": [0, 1], "source": "prompts.txt",
         }
         for row in range(3)
     ]  # fmt: skip
