@@ -13,7 +13,7 @@ from typing import Any
 
 from pipelines.attempts import deadline, with_retries
 from pipelines.graph import pipeline_stages
-from pipelines.schedule import read_facts, write_facts
+from pipelines.schedule import write_facts
 from pipelines.stage import Stage
 from tokendiff.cluster.session import ray_session
 from tokendiff.config import Config, RunnerConfig
@@ -208,9 +208,3 @@ def _that_travels(error: BaseException) -> BaseException:
     except Exception:  # whatever a class of somebody else's makes of it
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
-
-
-def attempts_of(stage: Stage) -> int:
-    """How often the stage was begun, in all runs."""
-    attempts: int = read_facts(stage).get("attempt", 0)
-    return attempts

@@ -11,8 +11,9 @@ from pipelines.record import RESULT_NAME, RunRecord, StageRecord
 from pipelines.runner import store_command
 from pipelines.schedule import Step
 from tokendiff.config import Config
-from tokendiff.data.samples import read_samples
+from tokendiff.data.samples import KIND, first_records
 from tokendiff.evaluation.certificate import Check, failure, read_certificate
+from tokendiff.manifest import verify
 
 _SHOWN_SAMPLES = 2
 _SHOWN_CHARACTERS = 400
@@ -206,7 +207,9 @@ def _sampling_lines(samples: Mapping[str, Any]) -> list[Line]:
         speed = f"{samples['tokens_per_second']:,.0f} tokens/s"
         per_pass = f", {forward:.2f} tokens per forward pass" if forward else ""
         lines.append(("sampling", f"{samples['rows']} samples, {speed}{per_pass}"))
-    records = read_samples(Path(samples["output_dir"]))[:_SHOWN_SAMPLES]
+    folder = Path(samples["output_dir"])
+    verify(folder, kind=KIND)
+    records = first_records(folder, _SHOWN_SAMPLES)
     return [*lines, *((f"sample {r['id']}", _shortened(r["text"])) for r in records)]
 
 

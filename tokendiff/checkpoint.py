@@ -44,7 +44,7 @@ from tokendiff.storage import Location, location, remove
 KIND = "checkpoint"
 FINAL = "final"
 SCHEDULER_CONFIG = "scheduler_config.json"
-MODEL_WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
+EMA_WEIGHTS = "ema.safetensors"
 ADAPTERS, EMA_ADAPTERS = "adapters.safetensors", "ema_adapters.safetensors"
 _PREFIX = "checkpoint-"
 

@@ -569,6 +569,17 @@ class _SamplerConfig(Section):
     top_p: float | None = Field(
         None, gt=0.0, le=1.0, description="keep the likeliest tokens of this total"
     )
+
+    @model_validator(mode="after")
+    def _filters_are_used(self) -> "_SamplerConfig":
+        if self.temperature == 0.0 and (self.top_k is not None or self.top_p is not None):
+            raise ValueError("top_k and top_p have no effect at temperature 0 (argmax)")
+        return self
+
+
+class _FixedLengthConfig(_SamplerConfig):
+    """Fields that all samplers have that fill rows of one length."""
+
     guidance_scale: float = Field(
         1.0,
         ge=0.0,
@@ -576,21 +587,15 @@ class _SamplerConfig(Section):
         "others take two forward passes",
     )
 
-    @model_validator(mode="after")
-    def _nothing_is_ignored(self) -> "_SamplerConfig":
-        if self.temperature == 0.0 and (self.top_k is not None or self.top_p is not None):
-            raise ValueError("top_k and top_p have no effect at temperature 0 (argmax)")
-        return self
 
-
-class AncestralConfig(_SamplerConfig):
+class AncestralConfig(_FixedLengthConfig):
     """Ancestral sampling on a uniform time grid, for every noise process."""
 
     name: Literal["ancestral"] = "ancestral"
     num_inference_steps: int = Field(128, ge=1, description="steps of the time grid")
 
 
-class BlockwiseConfig(_SamplerConfig):
+class BlockwiseConfig(_FixedLengthConfig):
     """Ancestral sampling of one block after the other, from left to right."""
 
     name: Literal["blockwise"] = "blockwise"
@@ -598,7 +603,7 @@ class BlockwiseConfig(_SamplerConfig):
     block_size: int = Field(32, ge=1, description="tokens of a block")
 
 
-class RemaskingConfig(_SamplerConfig):
+class RemaskingConfig(_FixedLengthConfig):
     """Revealed tokens may be masked again. Source: ReMDM (arXiv 2503.00307)."""
 
     name: Literal["remdm"] = "remdm"
@@ -611,33 +616,20 @@ class RemaskingConfig(_SamplerConfig):
     )
 
 
-class FirstHittingConfig(_SamplerConfig):
+class FirstHittingConfig(_FixedLengthConfig):
     """One token per forward pass, exactly. Source: arXiv 2409.02908."""
 
     name: Literal["first_hitting"] = "first_hitting"
 
 
-class _OpenEndedConfig(Section):
+class _OpenEndedConfig(_SamplerConfig):
     """Fields that all samplers have that continue a prompt until a stop token."""
 
-    temperature: float = Field(
-        1.0, ge=0.0, description="of the predicted distribution; 0 is argmax"
-    )
-    top_k: int | None = Field(None, ge=1, description="keep the k likeliest tokens")
-    top_p: float | None = Field(
-        None, gt=0.0, le=1.0, description="keep the likeliest tokens of this total"
-    )
     stop_token_ids: list[int] = Field(
         [],
         description="ids that end a completion, beside the tokenizer's EOS and those of the "
         "model's generation config",
     )
-
-    @model_validator(mode="after")
-    def _filters_are_used(self) -> "_OpenEndedConfig":
-        if self.temperature == 0.0 and (self.top_k is not None or self.top_p is not None):
-            raise ValueError("top_k and top_p have no effect at temperature 0 (argmax)")
-        return self
 
 
 class AutoregressiveSamplerConfig(_OpenEndedConfig):

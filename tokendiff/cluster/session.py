@@ -110,35 +110,6 @@ def ray_session(config: "ClusterConfig", *, side_by_side: int = 1) -> Iterator[N
         ray.shutdown()
 
 
-def check_shared(root: Path) -> None:
-    """Nodes hand folders to each other: every one of the connected cluster must see `root`.
-
-    Raises:
-        InputError: naming the nodes that do not.
-    """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    if len(nodes) == 1:
-        return
-    root.mkdir(parents=True, exist_ok=True)
-    probe = root / f".probe-{uuid.uuid4().hex}"
-    probe.touch()
-    try:
-        look = ray.remote(num_cpus=0)(lambda: probe.exists())
-        places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
-        seen = ray.get([look.options(scheduling_strategy=place).remote() for place in places])
-    finally:
-        probe.unlink()
-    blind = sorted(address for address, sees in zip(nodes.values(), seen, strict=True) if not sees)
-    if blind:
-        raise InputError(
-            f"root {root} is not seen by {len(blind)} of the cluster's {len(nodes)} nodes "
-            f"({', '.join(blind[:5])}); choose a folder on storage that all of them mount"
-        )
-
-
 def check_seen_by_all(config: "ClusterConfig", root: Path) -> None:
     """Nodes hand folders to each other: every one of a running cluster must see `root`.
 

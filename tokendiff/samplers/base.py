@@ -10,7 +10,7 @@ from torch import Tensor
 from tokendiff.interfaces import Denoiser, Samples, StepCallback
 from tokendiff.kernels import AbsorbingKernel, ForwardKernel, UniformKernel
 from tokendiff.random import RowGenerator
-from tokendiff.samplers.categorical import draw, filter_logits
+from tokendiff.samplers.categorical import check_filters, draw, filter_logits
 
 _CPU_CHUNK, _GPU_CHUNK = 256, 4096  # positions whose [N, V] logits exist at once
 _PRIOR = -1  # steps are numbered from 0
@@ -43,12 +43,7 @@ class Sampler(ABC):
     def __post_init__(self) -> None:
         if self.prediction not in ("loo", "posterior"):
             raise ValueError(f"prediction must be loo or posterior, got {self.prediction!r}")
-        if not self.temperature >= 0.0:
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        check_filters(self.temperature, self.top_k, self.top_p)
         if not self.guidance_scale >= 0.0:
             raise ValueError(f"guidance_scale must not be negative, got {self.guidance_scale}")
         if self.guidance_scale != 1.0 and isinstance(self.kernel, UniformKernel):

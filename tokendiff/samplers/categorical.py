@@ -13,6 +13,16 @@ from torch import Tensor
 _NUM_LIKELIEST = 1024
 
 
+def check_filters(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ValueError unless `filter_logits` can take these."""
+    if not temperature >= 0.0:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+
+
 def filter_logits(
     logits: Tensor,
     *,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokendiff.attention_masks import MaskRule
 from tokendiff.interfaces import Completion, Decoder, Request
-from tokendiff.samplers.categorical import draw, filter_logits
+from tokendiff.samplers.categorical import check_filters, draw, filter_logits
 from tokendiff.samplers.slots import Slots
 
 # Tokens of a prompt that are read in one forward pass, between steps of the rows already under way.
@@ -36,12 +36,7 @@ class OpenEndedSampler(ABC):
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not self.temperature >= 0.0:
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        check_filters(self.temperature, self.top_k, self.top_p)
 
     @torch.no_grad()
     def complete(
