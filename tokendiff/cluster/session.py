@@ -92,8 +92,8 @@ def ray_session(config: "ClusterConfig", *, side_by_side: int = 1) -> Iterator[N
         reserved = max(config.num_workers, config.num_actors) * config.cpus_per_worker
         needed = side_by_side * (int(reserved) + 1 + DATA_CPUS)
         os.environ.update(thread_policy)
-        # Ray's workers are nice to all else by 15, which is a thirtieth of the machine's time where
-        # other programs keep it busy, and nothing for the user who waits for this very job.
+        # Ray's workers are nice to all else by 15: Linux weighs them at a thirtieth of any other
+        # program, which is nothing for the user who waits for this very job.
         os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
             address="local",  # not one that happens to run here, whose CPUs are not ours to set
