@@ -9,12 +9,13 @@ from typing import Any
 
 from pipelines.graph import Variant
 from pipelines.record import RunRecord
+from tokendiff.evaluation.report import Report, render_page
 from tokendiff.manifest import write_atomically
 
 _KINDS = ("train", "generate", "evaluate", "promote")  # whose figures are compared
 _SHOWN = (
     *("nats_per_token", "standard_error", "bits_per_byte", "loss", "step", "tokens_per_second"),
-    *("generative_perplexity", "acceptance_length", "speedup"),
+    *("tokens_per_forward", "generative_perplexity", "acceptance_length_mean", "speedup"),
 )
 _MAX_COLUMNS = 6
 
@@ -44,8 +45,8 @@ def comparison_rows(variants: Sequence[Variant], record: RunRecord) -> list[dict
 
 def comparison_table(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[str]:
     """The rows as lines of Markdown: the axes, and the figures that say most."""
-    columns = _columns(rows, axes)
-    cells = [columns, *([_shown(row.get(name)) for name in columns] for row in rows)]
+    columns, shown = _short_table(rows, axes)
+    cells = [columns, *shown]
     widths = [max(len(row[at]) for row in cells) for at in range(len(columns))]
     lines = [
         " | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
@@ -56,7 +57,9 @@ def comparison_table(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> lis
 
 
 def write_comparison(record: RunRecord) -> list[Path]:
-    """The table in the run's folder, whole as CSV and short as Markdown; no files without rows."""
+    """The table in the run's folder, whole as CSV, short as Markdown, and both as a page; no files
+    without rows.
+    """
     rows = record.comparison
     if not rows:
         return []
@@ -65,11 +68,32 @@ def write_comparison(record: RunRecord) -> list[Path]:
     writer = csv.DictWriter(text, fieldnames=names)
     writer.writeheader()
     writer.writerows(rows)
-    whole, short = record.folder / "comparison.csv", record.folder / "comparison.md"
+    whole, short, page = (record.folder / f"comparison.{end}" for end in ("csv", "md", "html"))
     write_atomically(whole, text.getvalue().encode())
     table = comparison_table(rows, record.axes)
     write_atomically(short, "\n".join([*table, ""]).encode())
-    return [whole, short]
+    write_atomically(page, render_page(_page(record)))
+    return [whole, short, page]
+
+
+def _page(record: RunRecord) -> Report:
+    rows, axes = record.comparison, record.axes
+    columns, shown = _short_table(rows, axes)
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in axes))
+    titles = [", ".join(f"{axis} {_shown(row[axis])}" for axis in axes) for row in rows]
+    reports = [
+        [stage.stage, stage.result["report"]] for stage in record.stages if "report" in stage.result
+    ]
+    tables = [
+        ("Variants", columns, shown),
+        ("All figures", ["", *titles], [[n, *(_shown(r.get(n)) for r in rows)] for n in names]),
+        *([("Reports", ["stage", "page"], reports)] if reports else []),
+    ]
+    return Report(
+        title=f"{record.pipeline}: {len(rows)} variants side by side",
+        subtitle=f"varied: {', '.join(axes)}; all else, the seeds included, is the same",
+        tables=tables,
+    )
 
 
 def _figures(result: dict[str, Any]) -> dict[str, Any]:
@@ -78,6 +102,14 @@ def _figures(result: dict[str, Any]) -> dict[str, Any]:
         for name, value in result.items()
         if value is None or (isinstance(value, int | float) and not isinstance(value, bool))
     }
+
+
+def _short_table(
+    rows: Sequence[dict[str, Any]], axes: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """The axes and the figures that say most: their names, and a line for each variant."""
+    columns = _columns(rows, axes)
+    return columns, [[_shown(row.get(name)) for name in columns] for row in rows]
 
 
 def _columns(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[str]:

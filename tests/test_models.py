@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from tests.builders import letter_tokenizer
 from tokendiff.errors import InputError
+from tokendiff.models import denoiser as denoiser_module
 from tokendiff.models import diffusion_transformer as dit
 from tokendiff.models import loading
 from tokendiff.models.denoiser import CAUSAL_TYPES, TransformersDenoiser, attend_both_ways
@@ -150,6 +151,24 @@ def test_model_that_is_still_causal_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(tiny_config("llama"))
     with pytest.raises(ValueError, match="the llama model is causal; build it with attend_both"):
         TransformersDenoiser(model, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "qwen3"])
+def test_few_rows_go_through_the_head_the_other_way_around(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(denoiser_module, "_LARGE", 1)
+    denoiser = tiny_denoiser(model_type)
+    width = denoiser.model.config.hidden_size
+    for dtype in (torch.float32, torch.float64):
+        denoiser.to(dtype)
+        for rows in (1, 2, 12, 13):
+            hidden = torch.randn(rows, width, dtype=dtype)
+            expected = denoiser.head(hidden)
+            with torch.no_grad():
+                logits = denoiser.head(hidden)
+            torch.testing.assert_close(logits, expected)
+            assert logits.is_contiguous() == expected.is_contiguous()
 
 
 def gradients(denoiser: TransformersDenoiser) -> tuple[dict[str, Tensor | None], int]:

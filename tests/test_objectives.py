@@ -13,6 +13,7 @@ from tests.builders import PairDenoiser, TableDenoiser
 from tests.oracles import entropy, toy_language
 from tokendiff.interfaces import TokenBatch
 from tokendiff.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
+from tokendiff.objectives import chunked
 from tokendiff.objectives.chunked import (
     is_likeliest,
     negative_log_likelihood,
@@ -403,9 +404,26 @@ def test_clipped_weights_change_the_loss_and_not_what_is_logged_as_the_bound() -
 # Through the head
 
 
-def test_chunks_change_nothing() -> None:
+class _FirstLogits(torch.nn.Linear):
+    """A head with more logits than the vocabulary has ids."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden)[..., :50]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        torch.nn.Linear(8, 50),
+        _FirstLogits(8, 56),
+        # Its backward pass reads the logits, so their gradient must not take their place.
+        torch.nn.Sequential(torch.nn.Linear(8, 50), torch.nn.Tanh()),
+    ],
+    ids=["linear", "padded", "tanh"],
+)
+def test_chunks_change_nothing(head: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    head = torch.nn.Linear(8, 50)
+    monkeypatch.setattr(chunked, "_CPU_ELEMENTS", (20 * 50, 3 * 50))
     hidden, targets = torch.randn(37, 8, requires_grad=True), torch.randint(1, 50, (37,))
 
     def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -503,6 +503,10 @@ def test_variants_side_by_side(tmp_path: Path) -> None:
         (record.folder / "comparison.csv").read_text().splitlines()[0].startswith("rate,nats_per")
     )
     assert (record.folder / "comparison.md").read_text().startswith("| rate |")
+    page = (record.folder / "comparison.html").read_text()
+    assert "2 variants side by side" in page
+    assert "<td" in page
+    assert "rate 2" in page
     # One variant that diverges leaves the other its figures.
     toy.actions["model"] = fail
     selection = Selection(force=("model",))

@@ -172,7 +172,9 @@ class _AnyObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _confidence_is_used(self) -> "_AnyObjectiveConfig":
-        if self.lambda_conf == 0.0 and self.conf_temperature != 1.0:
+        # A weight of 0 that somebody wrote down turns the term off, as one value of a sweep may.
+        is_off = "lambda_conf" in self.model_fields_set
+        if self.lambda_conf == 0.0 and self.conf_temperature != 1.0 and not is_off:
             raise ValueError("conf_temperature has no effect while lambda_conf is 0")
         return self
 

@@ -99,9 +99,14 @@ def write_report(folder: Path, report: Report) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "loss_curve.png", _loss_png(report))
     page = folder / "index.html"
-    # "replace": a lone surrogate, which no UTF-8 file can hold, becomes a question mark.
-    write_atomically(page, _render(report).encode("utf-8", "replace"))
+    write_atomically(page, render_page(report))
     return page
+
+
+def render_page(report: Report) -> bytes:
+    """The page alone, as UTF-8."""
+    # "replace": a lone surrogate, which no UTF-8 file can hold, becomes a question mark.
+    return _render(report).encode("utf-8", "replace")
 
 
 def explain_bound(

@@ -1,10 +1,12 @@
 """A transformers model in the two parts that objectives and samplers call: encoder, then head."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tokendiff.errors import InputError
 
@@ -12,6 +14,8 @@ from tokendiff.errors import InputError
 # they honour the config's `is_causal`, and their logits are a linear map of the last hidden state
 # (no soft-capping, no scale).
 CAUSAL_TYPES = ("gpt2", "gpt_neox", "llama", "mistral", "olmo2", "qwen2", "qwen3")
+
+_FEW, _LARGE = 12, 2**20  # rows, weights
 
 # Where each architecture keeps what stands between its last hidden state and its logits. A masked
 # LM that is not listed works as well, but computes logits at every position.
@@ -50,6 +54,21 @@ def attend_without_window(config: Any) -> None:
         config.layer_types = ["full_attention"] * config.num_hidden_layers
 
 
+class _FewRows(TorchFunctionMode):
+    """Within it, few rows h W' are computed as (W h')': on a CPU, where the BLAS copies a matrix in
+    front of a transposed one anew each time, a large W then takes a third of the time.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear and not kwargs and len(args) == 3:
+            x, weight, bias = args
+            is_worth_it = weight.numel() >= _LARGE and x.dim() == 2 and len(x) <= _FEW
+            if is_worth_it and weight.dtype == torch.float32 and weight.device.type == "cpu":
+                product = (weight @ x.to(weight.dtype).T).T.contiguous()
+                return product if bias is None else product.add_(bias)
+        return func(*args, **(kwargs or {}))
+
+
 class ModelInTwoParts(nn.Module):
     """A `transformers` language model, its logits apart from the rest.
 
@@ -70,8 +89,10 @@ class ModelInTwoParts(nn.Module):
         return self._head is not None
 
     def head(self, hidden: Tensor) -> Tensor:
-        logits = hidden if self._head is None else self._head(self.model, hidden)
-        return logits[..., : self.vocab_size]
+        if self._head is None:
+            return hidden[..., : self.vocab_size]
+        with nullcontext() if torch.is_grad_enabled() else _FewRows():
+            return self._head(self.model, hidden)[..., : self.vocab_size]
 
     def recompute_activations(self) -> None:
         """Keep no activations between layers; the backward pass computes them again.

@@ -2,19 +2,23 @@
 
 A loss that is a sum over tokens has its gradient taken chunk by chunk as it is computed: the logits
 of a chunk are dropped before those of the next are made, and never computed twice. What is kept is
-the gradient with respect to the hidden states and the head's weights.
+the gradient with respect to the hidden states and the head's weights. Within a chunk, which is as
+large as matrix products want it, the loss is taken in parts that are as small as caches want them.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Logits per chunk. On a CPU 12 MB in float32 are as fast as more and leave the head's gradient the
-# largest tensor (of a chunk there are five such tensors at once); a GPU wants long matrix products.
-_CPU_ELEMENTS, _GPU_ELEMENTS = 3 * 2**20, 2**27
+# Most logits per chunk, and per part of it.
+_CPU_ELEMENTS, _GPU_ELEMENTS = (8 * 2**20, 2**19), (2**27, 2**25)
+# Operations whose backward pass does not read what they gave: the gradient may take its place.
+_PRODUCTS, _VIEWS = ("AddmmBackward0", "MmBackward0"), ("SliceBackward0", "ViewBackward0")
 
 # Maps logits [n, V] (not to be written to) and n rows of each column to (loss, metrics [M]), sums
 # over the n tokens.
@@ -47,16 +51,21 @@ def reduce_through_head(
     loss_sum, metric_sum = None, None
     for states, *chunk in _chunks(head, hidden, columns, chunk_tokens):
         states = states.detach().requires_grad_(hidden.requires_grad)
-        loss, metrics = loss_of(head(states), *chunk)
-        if loss.requires_grad:
-            leaves = leaves or [leaf for leaf in _leaves(loss) if leaf is not states]
+        logits = head(states)
+        by_logits = None
+        if logits.requires_grad:
+            is_spent = _is_product(logits)
+            by_logits = logits.detach() if is_spent else torch.empty_like(logits)
+        for loss, metrics in _parts(logits.detach(), chunk, loss_of, by_logits):
+            loss_sum = loss if loss_sum is None else loss_sum + loss
+            metric_sum = metrics if metric_sum is None else metric_sum + metrics
+        if by_logits is not None:
+            leaves = leaves or [leaf for leaf in _leaves(logits) if leaf is not states]
             wanted = [states, *leaves] if states.requires_grad else leaves
-            new = list(torch.autograd.grad(loss, wanted))
+            new = list(torch.autograd.grad(logits, wanted, by_logits))
             if states.requires_grad:
                 hidden_grads.append(new.pop(0))
             grads = [a.add_(b) for a, b in zip(grads, new, strict=True)] if grads else new
-        loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
-        metric_sum = metrics.detach() if metric_sum is None else metric_sum + metrics.detach()
     assert loss_sum is not None, "an empty tensor is one empty chunk"
     assert metric_sum is not None
     if hidden_grads:
@@ -64,6 +73,24 @@ def reduce_through_head(
     if leaves:
         loss_sum = _KnownGradient.apply(loss_sum, grads, *leaves)
     return loss_sum, metric_sum
+
+
+def _parts(
+    logits: Tensor, columns: Sequence[Tensor], loss_of: ChunkLoss, by_logits: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Loss and metrics of each part of a chunk; its gradient is written to `by_logits` [n, V],
+    which may be the logits themselves.
+    """
+    elements = _CPU_ELEMENTS if logits.device.type == "cpu" else _GPU_ELEMENTS
+    num_tokens = max(1, elements[1] // logits.shape[-1])
+    by_parts = by_logits.split(num_tokens) if by_logits is not None else itertools.repeat(None)
+    parts = zip(*(column.split(num_tokens) for column in (logits, *columns)), strict=True)
+    for (part, *chunk), by_part in zip(parts, by_parts, strict=False):
+        part.requires_grad_(by_part is not None)
+        loss, metrics = loss_of(part, *chunk)
+        if by_part is not None:
+            by_part.copy_(torch.autograd.grad(loss, part)[0])
+        yield loss.detach(), metrics.detach()
 
 
 @torch.no_grad()
@@ -94,14 +121,23 @@ def _chunks(
         with torch.no_grad():
             vocab_size = head(hidden[:0]).shape[-1]
         elements = _CPU_ELEMENTS if hidden.device.type == "cpu" else _GPU_ELEMENTS
-        chunk_tokens = max(1, elements // vocab_size)
+        num_chunks = max(1, math.ceil(len(hidden) * vocab_size / elements[0]))
+        chunk_tokens = max(1, math.ceil(len(hidden) / num_chunks))  # none much smaller than others
     yield from zip(*(column.split(chunk_tokens) for column in (hidden, *columns)), strict=True)
 
 
-def _leaves(loss: Tensor) -> list[Tensor]:
-    """The weights that a loss was computed from."""
+def _is_product(logits: Tensor) -> bool:
+    """Whether logits, or what they are a part of, are the product of a matrix multiplication."""
+    node = logits.grad_fn
+    while node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+    return node is not None and node.name() in _PRODUCTS
+
+
+def _leaves(logits: Tensor) -> list[Tensor]:
+    """The weights that logits were computed from."""
     found: dict[int, Tensor] = {}
-    nodes, seen = [loss.grad_fn], set()
+    nodes, seen = [logits.grad_fn], set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
@@ -133,10 +169,22 @@ class _KnownGradient(torch.autograd.Function):
 
 def without_mask(logits: Tensor, mask_token_id: int) -> Tensor:
     """SUBS: a copy in which the mask has probability 0, in float32 or better."""
-    mask = torch.tensor([mask_token_id], device=logits.device)
-    if logits.dtype in (torch.float32, torch.float64):
-        return logits.index_fill(-1, mask, -torch.inf)
-    return logits.float().index_fill_(-1, mask, -torch.inf)  # a copy already
+    return _WithoutMask.apply(logits, mask_token_id)
+
+
+class _WithoutMask(torch.autograd.Function):
+    """What is a function of the softmax has no gradient at -inf; none need be taken out again."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, mask_token_id: int) -> Tensor:
+        copy = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        copy[..., mask_token_id] = -torch.inf
+        ctx.dtype = logits.dtype
+        return copy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad.to(ctx.dtype), None
 
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:

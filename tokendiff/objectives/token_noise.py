@@ -188,22 +188,22 @@ class _Bracket(torch.autograd.Function):
         scaled = belief * r
         at_x_0, at_z = scaled.gather(-1, x_0), scaled.gather(-1, x_t)
         top = r.log1p()
-        logs = scaled.log1p_()
-        divergence = alpha * (top - at_x_0.log1p()) + b * (top - logs.sum(-1, keepdim=True))
+        logs = scaled.log1p().sum(-1, keepdim=True)
+        divergence = alpha * (top - at_x_0.log1p()) + b * (top - logs)
         is_token = q_over_b > 0.0
         rho = torch.where(is_token, q_over_b / (1.0 + at_z), 1.0)
         if ctx.needs_input_grad[0]:
-            slope = logs.neg_().exp_()  # h
-            at_x_0 = alpha * r * slope.gather(-1, x_0)
-            at_z = torch.where(is_token, (1.0 - rho) * r * slope.gather(-1, x_t), 0.0)
-            slope.mul_(-alpha)
-            slope.scatter_add_(-1, x_0, -at_x_0).scatter_add_(-1, x_t, at_z)
+            # Of the derivative the part without the factor -alpha, which `backward` puts in.
+            slope = scaled.add_(1.0).reciprocal_()  # h
+            at_x_0 = r * slope.gather(-1, x_0)
+            at_z = torch.where(is_token, (rho - 1.0) / b * slope.gather(-1, x_t), 0.0)
+            slope.scatter_add_(-1, x_0, at_x_0).scatter_add_(-1, x_t, at_z)
             with torch.autocast(logits.device.type, enabled=False):  # it would round to bfloat16
                 mean = torch.linalg.vecdot(slope, belief)[:, None]
-            ctx.save_for_backward(slope.sub_(mean).mul_(belief))
+            ctx.save_for_backward(slope.sub_(mean).mul_(belief), alpha)
         return divergence + (rho - rho.log() - 1.0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (by_logits,) = ctx.saved_tensors
-        return (by_logits * grad, None, None, None, None, None, None)
+        by_logits, alpha = ctx.saved_tensors
+        return (by_logits * (-alpha * grad), None, None, None, None, None, None)
