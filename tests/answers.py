@@ -46,6 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "clean_context": True,
     },
     "block_diffusion": {"name": "block_diffusion"},
+    "block_diffusion, exact counts": {"name": "block_diffusion", "exact_mask_counts": True},
 }
 _REFINEMENT: dict[str, dict[str, Any]] = {
     "quota of 1": {"num_inference_steps": BLOCK, "threshold": 2.0},
@@ -175,7 +176,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{args.language} {SIZE} of {len(LETTERS)} letters; {args.steps} steps of 64 rows")
-    print(f"{'model':<28}{'sampler':<18}{'strategy':<24}{'exact':>7}{'tokens/forward':>16}")
+    print(f"{'model':<31}{'sampler':<18}{'strategy':<24}{'exact':>7}{'tokens/forward':>16}")
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         for row in run(
@@ -187,7 +188,7 @@ def main() -> None:
             folder=Path(folder),
         ):
             print(
-                f"{row.model:<28}{row.sampler:<18}{row.strategy:<24}{row.exact:>7.1%}"
+                f"{row.model:<31}{row.sampler:<18}{row.strategy:<24}{row.exact:>7.1%}"
                 f"{row.tokens_per_forward:>16.2f}",
                 flush=True,
             )

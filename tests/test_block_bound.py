@@ -20,8 +20,9 @@ from tests.test_block_objectives import (
     whole_rows,
 )
 from tokendiff.checkpoint import NoiseProcess
-from tokendiff.evaluation.block_bound import block_row_bounds, mask_exactly, target_rows
+from tokendiff.evaluation.block_bound import block_row_bounds, target_rows
 from tokendiff.interfaces import TokenBatch
+from tokendiff.objectives.blocks import mask_exactly
 from tokendiff.random import RowGenerator
 
 

@@ -302,6 +302,17 @@ class BlockDiffusionConfig(_ScheduledConfig):
 
     name: Literal["block_diffusion"] = "block_diffusion"
     block_length: int = Field(4, ge=1, description="tokens of a block; 1 is autoregressive")
+    exact_mask_counts: bool = Field(
+        False,
+        description="draw how many tokens of a block are masked, each number as often, in place of "
+        "a time; the same bound with less variance",
+    )
+
+    @model_validator(mode="after")
+    def _min_time_is_used(self) -> "BlockDiffusionConfig":
+        if self.exact_mask_counts:
+            self._refuse_ignored(("min_time",), "exact_mask_counts")
+        return self
 
     def process_fields(self) -> dict[str, Any]:
         return {

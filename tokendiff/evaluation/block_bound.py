@@ -22,7 +22,7 @@ from torch import Tensor
 from tokendiff.checkpoint import NoiseProcess
 from tokendiff.interfaces import CausalDenoiser, TokenBatch
 from tokendiff.objectives.block_diffusion import encode_beside_clean
-from tokendiff.objectives.blocks import BlockRows, block_rows
+from tokendiff.objectives.blocks import BlockRows, block_rows, mask_exactly
 from tokendiff.objectives.chunked import (
     negative_log_likelihood,
     predict_through_head,
@@ -78,30 +78,6 @@ def target_rows(batch: TokenBatch, process: NoiseProcess) -> tuple[BlockRows, Te
     rows = block_rows(batch, block_length=process.block_length, fill_token_id=fill)
     is_prompt = rows.is_text & (rows.source < process.prompt_length)
     return rows, rows.is_valid & ~is_prompt & (rows.tokens != process.mask_token_id)
-
-
-def mask_exactly(
-    rows: BlockRows, is_target: Tensor, level: Tensor, noise: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Mask l of the n targets of each block.
-
-    Args:
-        is_target: [B, W].
-        level: [B, W] in [0, 1), equal within a block: l is 1 + floor(level n).
-        noise: [B, W] in (0, 1): the l smallest of a block are masked.
-
-    Returns:
-        [B, W] which are masked, and [B, W] float64 n / l of each position's block.
-    """
-    count = rows.block_counts(is_target)  # by ordinal
-    in_block = count.gather(1, rows.ordinal)
-    num_masked = 1 + (level * in_block).long()
-    # Blocks lie one after the other; so do the ranks of their targets, in order of their noise.
-    score = (rows.ordinal + noise).masked_fill(~is_target, torch.inf)
-    rank = score.argsort(dim=1).argsort(dim=1)
-    first = (count.cumsum(1) - count).gather(1, rows.ordinal)
-    is_masked = is_target & (rank - first < num_masked)
-    return is_masked, in_block.double() / num_masked.double()
 
 
 def _nats(

@@ -4,6 +4,10 @@
         E_{t ~ U(0,1)} [ -alpha'_t / (1 - alpha_t) * sum over masked positions of b of
                          -ln x_theta(x_0 | x_t of block b, x_0 of the blocks before it) ]
 
+The integral over t can be taken beforehand: every number l of the block's n tokens is masked as
+often, and the sum counts n / l. That is `exact_mask_counts`: the same mean with less variance, as
+no block comes out without a mask and no weight is larger than n (LLaDA, arXiv 2502.09992, eq. 6).
+
 All blocks are trained in one pass over rows `[x_t ; x_0]` of twice the length, in which a noisy
 block sees itself and the clean blocks before it: what decoding with a cache of finished blocks
 sees. Sources: BD3-LM (arXiv 2503.09573), eq. 8; SDAR (arXiv 2510.06303). There a block's noise runs
@@ -19,7 +23,7 @@ from torch import Tensor
 from tokendiff.attention_masks import block_diffusion
 from tokendiff.interfaces import CausalDenoiser, LossOutput, TokenBatch
 from tokendiff.kernels import AbsorbingKernel
-from tokendiff.objectives.blocks import BlockRows, block_rows
+from tokendiff.objectives.blocks import BlockRows, block_rows, mask_exactly
 from tokendiff.objectives.masked import MaskedTokens, check_fields, masked_loss
 from tokendiff.random import RowGenerator
 
@@ -33,7 +37,8 @@ class BlockDiffusion:
     Attributes:
         block_length: tokens of a block; with 1 the bound is the autoregressive likelihood.
         eos_token_id: fills up the block that a document ends in; see `tokendiff.objectives.blocks`.
-        max_loss_weight: clips the weight -alpha'/(1 - alpha).
+        exact_mask_counts: draw how many tokens of a block are masked, in place of a time.
+        max_loss_weight: clips the weight -alpha'/(1 - alpha), or n / l.
         lambda_conf: weight of the confidence term: per row, the mean entropy of
             softmax(logits / conf_temperature) over the correctly predicted masked tokens.
 
@@ -43,6 +48,7 @@ class BlockDiffusion:
     kernel: AbsorbingKernel
     block_length: int
     eos_token_id: int | None
+    exact_mask_counts: bool = False
     min_time: float = 1e-3  # the weight -alpha'/(1 - alpha) is infinite at t = 0
     max_loss_weight: float | None = None
     lambda_conf: float = 0.0
@@ -54,15 +60,18 @@ class BlockDiffusion:
             raise ValueError(f"block_length must be at least 1, got {self.block_length}")
 
     def loss(self, model: CausalDenoiser, batch: TokenBatch, generator: RowGenerator) -> LossOutput:
-        """Draw a time per block, stratified over the global batch for the blocks of each ordinal
-        and over the blocks of each row, and take the loss there.
+        """Draw a time or a number of masks per block, stratified over the global batch for the
+        blocks of each ordinal and over the blocks of each row, and take the loss there.
 
-        A block's loss depends on no other block's noise, so times may hang together.
+        A block's loss depends on no other block's noise, so these draws may hang together.
         """
         rows = block_rows(batch, block_length=self.block_length, fill_token_id=self.eos_token_id)
         spread = torch.remainder(generator.stratified()[:, None] + rows.ordinal * _GOLDEN, 1.0)
-        t = self.min_time + (1.0 - self.min_time) * spread
         uniform = generator.uniform(rows.tokens.shape[1])
+        if self.exact_mask_counts:
+            masks = mask_exactly(rows, self._is_target(rows), spread, uniform)
+            return self._loss_of(model, rows, *masks, max_weight=self.max_loss_weight)
+        t = self.min_time + (1.0 - self.min_time) * spread
         is_masked = self._is_target(rows) & (uniform < 1.0 - self.kernel.alpha(t))
         return self.loss_at(model, rows, is_masked, t)
 
@@ -74,23 +83,36 @@ class BlockDiffusion:
         self, model: CausalDenoiser, rows: BlockRows, is_masked: Tensor, t: Tensor
     ) -> LossOutput:
         """The loss with given positions masked ([B, W] bool) at their blocks' times t ([B, W])."""
+        share = 1.0 - self.min_time
+        weight = share * self.kernel.masked_loss_weight(t)
+        most = None if self.max_loss_weight is None else share * self.max_loss_weight
+        return self._loss_of(model, rows, is_masked, weight, max_weight=most)
+
+    def _loss_of(
+        self,
+        model: CausalDenoiser,
+        rows: BlockRows,
+        is_masked: Tensor,
+        weight: Tensor,
+        *,
+        max_weight: float | None,
+    ) -> LossOutput:
         is_target = self._is_target(rows)
         hidden = encode_beside_clean(
             model, rows, is_masked, mask_token_id=self.kernel.mask_token_id
         )
-        share = 1.0 - self.min_time
         return masked_loss(
             model.head,
             MaskedTokens(
                 hidden=hidden[is_masked],
                 targets=rows.tokens[is_masked],
                 row=is_masked.nonzero()[:, 0],
-                weight=share * self.kernel.masked_loss_weight(t[is_masked]),
+                weight=weight[is_masked],
                 row_tokens=is_target.sum(1),
                 num_tokens=(is_target & rows.is_text).sum(),
             ),
             mask_token_id=self.kernel.mask_token_id,
-            max_weight=None if self.max_loss_weight is None else share * self.max_loss_weight,
+            max_weight=max_weight,
             lambda_conf=self.lambda_conf,
             conf_temperature=self.conf_temperature,
         )

@@ -85,6 +85,30 @@ def block_rows(batch: TokenBatch, *, block_length: int, fill_token_id: int | Non
     )
 
 
+def mask_exactly(
+    rows: BlockRows, is_target: Tensor, level: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mask l of the n targets of each block.
+
+    Args:
+        is_target: [B, W].
+        level: [B, W] in [0, 1), equal within a block: l is 1 + floor(level n).
+        noise: [B, W] in (0, 1): the l smallest of a block are masked.
+
+    Returns:
+        [B, W] which are masked, and [B, W] float64 n / l of each position's block.
+    """
+    count = rows.block_counts(is_target)  # by ordinal
+    in_block = count.gather(1, rows.ordinal)
+    num_masked = 1 + (level * in_block).long()
+    # Blocks lie one after the other; so do the ranks of their targets, in order of their noise.
+    score = (rows.ordinal + noise).masked_fill(~is_target, torch.inf)
+    rank = score.argsort(dim=1).argsort(dim=1)
+    first = (count.cumsum(1) - count).gather(1, rows.ordinal)
+    is_masked = is_target & (rank - first < num_masked)
+    return is_masked, in_block.double() / num_masked.double()
+
+
 def _filled(batch: TokenBatch, block_length: int, eos: int) -> tuple[Tensor, Tensor]:
     """Document and source of each place once last blocks are filled up."""
     document, is_valid = batch.document, batch.is_valid

@@ -83,6 +83,7 @@ def _build_block_diffusion(config: "BlockDiffusionConfig", process: NoiseProcess
         kernel=kernel,
         block_length=config.block_length,
         eos_token_id=process.eos_token_id,
+        exact_mask_counts=config.exact_mask_counts,
         **_common_fields(config),
     )
 
