@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,12 @@ from pipelines.stage import Stage
 from tokendiff.checkpoint import checkpoint_identity
 from tokendiff.config import Config, GateConfig, GenerateConfig, PromoteConfig
 from tokendiff.errors import InputError
+from tokendiff.evaluation.paired import (
+    RATIOS,
+    SAMPLED_ROWS,
+    paired_standard_error,
+    read_rows,
+)
 from tokendiff.manifest import claim_folder, commit, load_manifest, write_atomically
 from tokendiff.stage_graph import config_of, set_fields, stages_of
 from tokendiff.tracking.mlflow_outbox import load_state
@@ -22,6 +28,10 @@ from tokendiff.tracking.run_log import RunLog
 KIND = "promotion"
 _RUN_ID_SECONDS = 60.0
 _POLL_SECONDS = 0.2
+
+
+# From a metric to the paired standard error of its difference; None where it is not known.
+StandardErrorOf = Callable[[str], float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +46,26 @@ def judge(
     gate: Sequence[GateConfig],
     candidate: Mapping[str, Any],
     champion: Mapping[str, Any] | None,
+    standard_error_of: StandardErrorOf = lambda metric: None,
 ) -> list[Verdict]:
-    """One verdict for each line of the gate. A figure that is not a finite number never passes.
+    """One verdict for each line of the gate. A figure that is not a finite number never passes, nor
+    a difference whose standard error is not known where the line asks for that.
+
+    Args:
+        candidate, champion: the figures of both.
+        standard_error_of: asked where there is a champion to compare with.
 
     Raises:
         InputError: the evaluation has no such figure.
     """
-    return [_judge_line(line, candidate, champion) for line in gate]
+    return [_judge_line(line, candidate, champion, standard_error_of) for line in gate]
 
 
 def _judge_line(
-    line: GateConfig, candidate: Mapping[str, Any], champion: Mapping[str, Any] | None
+    line: GateConfig,
+    candidate: Mapping[str, Any],
+    champion: Mapping[str, Any] | None,
+    standard_error_of: StandardErrorOf,
 ) -> Verdict:
     value = _figure(candidate, line.metric)
     sign = 1.0 if line.direction == "lower" else -1.0
@@ -56,10 +75,19 @@ def _judge_line(
         words.append(f"{'at most' if sign > 0 else 'at least'} {line.limit:g}")
     if champion is not None:
         other = _figure(champion, line.metric)
+        better_by = sign * (other - value)
+        error = standard_error_of(line.metric)
         if math.isfinite(other):  # anything finite is better than a champion without a figure
-            passed &= sign * (other - value) >= line.margin
-        margin = f" by {line.margin:g}" if line.margin else ""
+            passed &= better_by >= line.margin
+            if line.min_standard_errors:
+                passed &= error is not None and better_by > line.min_standard_errors * error
+        margins = [f"{line.margin:g}"] if line.margin else []
+        if line.min_standard_errors:
+            margins.append(f"{line.min_standard_errors:g} standard errors")
+        margin = f" by {' and '.join(margins)}" if margins else ""
         words.append(f"{line.direction} than the champion's {other:.6g}{margin}")
+        if error is not None:
+            words.append(f"difference {value - other:.3g} ± {error:.2g}")
     elif line.limit is None:
         words.append("no champion to beat")
     return Verdict(
@@ -104,7 +132,12 @@ def promote(
     )
     if not is_champion:
         _check_champion(section, registry, holder, champion)
-    verdicts = judge(section.gate, candidate["metrics"], champion and champion["metrics"])
+    verdicts = judge(
+        section.gate,
+        candidate["metrics"],
+        champion and champion["metrics"],
+        _standard_error_of(stage, section.gate),
+    )
     passed = is_champion or all(verdict.passed for verdict in verdicts)
     uri = f"models:/{section.registered_model}@{section.alias}"
     for verdict in verdicts:
@@ -178,6 +211,41 @@ def _champion_of(stage: Stage, candidate: Mapping[str, Any]) -> dict[str, Any] |
             "stages the same data, split, seed, max_eval_rows and num_mask_samples"
         )
     return champion
+
+
+def _standard_error_of(stage: Stage, gate: Sequence[GateConfig]) -> StandardErrorOf:
+    """Of the stage's candidate and champion, by what their evaluations have of each row."""
+    needed = {line.metric for line in gate if line.min_standard_errors}
+
+    def standard_error(metric: str) -> float | None:
+        judges = [stage.inputs[role] for role in ("candidate", "champion")]
+        found = [read_rows(judge.folder, metric) for judge in judges]
+        if all(rows is not None for rows in found):
+            if RATIOS[metric].file == SAMPLED_ROWS:
+                _check_same_conditions(stage.title, metric, judges)
+            rows, others = (rows for rows in found if rows is not None)
+            return paired_standard_error(metric, rows, others)
+        lacking = [j.title for j, rows in zip(judges, found, strict=True) if rows is None]
+        if metric in needed:
+            raise InputError(
+                f"{' and '.join(lacking)} kept nothing by row of {metric}, which "
+                "min_standard_errors is about: an earlier version evaluated it; evaluate again "
+                f"(--force {lacking[0]})"
+            )
+        return None
+
+    return standard_error
+
+
+def _check_same_conditions(title: str, metric: str, judges: Sequence[Stage]) -> None:
+    """Raise InputError unless both evaluations are of samples that were asked for in one way."""
+    conditions = [load_manifest(judge.folder).metadata["sampled"] for judge in judges]
+    if conditions[0] != conditions[1]:
+        raise InputError(
+            f"{title}: candidate and champion have {metric} of samples that were not asked for "
+            "alike; give the stages that sample the same prompts, target, sampler, num_samples, "
+            "seed, mixed_precision and chat settings"
+        )
 
 
 def _check_champion(
