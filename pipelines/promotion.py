@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.lock import alone
+from pipelines.paths import model_path
 from pipelines.stage import Stage
 from tokendiff.checkpoint import checkpoint_identity
 from tokendiff.config import Config, GateConfig, GenerateConfig, PromoteConfig
@@ -126,6 +127,7 @@ def promote(
     checkpoint = Path(candidate["checkpoint"])
     holder = registry.holder(section.registered_model, section.alias)
     champion = _champion_of(stage, candidate)
+    sampling, target = _served_with(checkpoint, config.generate or GenerateConfig())
     digest = checkpoint_identity(checkpoint)
     is_champion = (
         holder is not None and registry.digest_of(section.registered_model, holder) == digest
@@ -153,9 +155,10 @@ def promote(
             section.registered_model,
             checkpoint,
             run_id=_run_id(stage),
-            sampling=sampling_fields(config.generate or GenerateConfig()),
+            sampling=sampling,
             trained_on=_trained_on(stage),
             tags={"pipeline": config.name, "stage_key": stage.key},
+            target=target,
         )
         why = "; ".join(verdict.text for verdict in verdicts)
         before = registry.promote(section.registered_model, section.alias, version, because=why)
@@ -194,9 +197,42 @@ def roll_back(config: Config, root: Path) -> dict[str, Any]:
 
 
 def sampling_fields(section: GenerateConfig) -> dict[str, Any]:
-    """What a registered model samples with: the section without its own prompts and places."""
-    ours = ("checkpoint_path", "output_dir", "prompt", "prompts", "num_samples", "output_format")
+    """What a registered model samples with: the section without its own models, prompts, places,
+    and what goes with them.
+    """
+    ours = {
+        *("checkpoint_path", "model_id", "trust_remote_code", "draft_model_id", "output_dir"),
+        *("prompt", "prompts", "num_samples", "max_errors", "output_format", "measure_speedup"),
+        *(() if section.use_chat_template else ("add_generation_prompt",)),
+    }
     return {name: value for name, value in set_fields(section).items() if name not in ours}
+
+
+def _served_with(checkpoint: Path, section: GenerateConfig) -> tuple[dict[str, Any], Path | None]:
+    """What a checkpoint is registered with: fields to sample with, and the folder of a draft's
+    target, unless that is one of the hub, which the fields then name.
+
+    Raises:
+        InputError: the section does not sample from such a checkpoint.
+    """
+    from tokendiff.evaluation.draft_acceptance import plan_of_checkpoint
+    from tokendiff.models.dflash import is_draft_folder
+
+    fields, is_draft = sampling_fields(section), is_draft_folder(checkpoint)
+    if is_draft != (section.sampler.name == "dflash"):
+        raise InputError(
+            f"generate.sampler {section.sampler.name!r} is what the model would be served with, "
+            f"and {checkpoint} is {'a' if is_draft else 'no'} DFlash draft; a draft, and nothing "
+            "else, takes sampler 'dflash'"
+        )
+    if not is_draft:
+        return fields, None
+    given = section.target_model_id and model_path(section.target_model_id)
+    target = plan_of_checkpoint(checkpoint, given).target_model_id
+    fields.pop("target_model_id", None)
+    if Path(target).is_dir():
+        return fields, Path(target)
+    return {**fields, "target_model_id": target}, None
 
 
 def _champion_of(stage: Stage, candidate: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -238,9 +274,9 @@ def _standard_error_of(stage: Stage, gate: Sequence[GateConfig]) -> StandardErro
 
 
 def _check_same_conditions(title: str, metric: str, judges: Sequence[Stage]) -> None:
-    """Raise InputError unless both evaluations are of samples that were asked for in one way."""
-    conditions = [load_manifest(judge.folder).metadata["sampled"] for judge in judges]
-    if conditions[0] != conditions[1]:
+    """Raise InputError where two evaluations are of samples that were not asked for in one way."""
+    conditions = [load_manifest(judge.folder).metadata.get("sampled") for judge in judges]
+    if None not in conditions and conditions[0] != conditions[1]:  # earlier versions do not say
         raise InputError(
             f"{title}: candidate and champion have {metric} of samples that were not asked for "
             "alike; give the stages that sample the same prompts, target, sampler, num_samples, "

@@ -31,7 +31,7 @@ def made_up(
     `own` apart; the second counts fewer tokens in some rows, as another objective does.
     """
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(5, 100, size=n)
+    tokens = 5 + rng.geometric(1 / 30, size=n)
     difficulty = 2.0 + rng.normal(size=n) * shared - 0.01 * tokens
     sides = []
     for worse_by in (0.0, better_by):

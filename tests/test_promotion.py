@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,31 @@ def test_the_gate_reads_the_rows_of_both_evaluations(shop: Shop, history: Any) -
     with pytest.raises(InputError, match=r"have 50 and 50 rows, of which 49 are the same"):
         shop.run(candidate, shop.evaluation("champion", third, 2.0, by_row=others), gate)
     assert shop.registry.holder("toy", "champion") == 2
+
+
+def test_acceptance_of_other_prompts_is_not_compared(shop: Shop, history: Any) -> None:
+    _, second, third = history["checkpoints"]
+    gate = {"metric": "acceptance_length_mean", "direction": "higher", "min_standard_errors": 1.0}
+    ids = np.arange(5)
+    blocks = {"row_id": ids, "num_accepted": 3 * ids + 4, "num_blocks": ids + 2}
+
+    def judged(name: str, checkpoint: Path, length: float, sampled: str) -> Stage:
+        stage = shop.evaluation(name, checkpoint, length)
+        metadata = {"checkpoint": str(checkpoint), "rows": "rows", "sampled": sampled}
+
+        def act(stage: Stage, log: Any) -> None:
+            stage.folder.mkdir(parents=True, exist_ok=True)
+            write_rows(stage.folder / "sampled_rows.parquet", blocks)
+            metrics = {"acceptance_length_mean": length}
+            commit(stage.folder, kind="evaluation", metadata={**metadata, "metrics": metrics})
+
+        return replace(stage, action=act, settings={**stage.settings, "sampled": sampled})
+
+    candidate = judged("judge", second, 2.5, "some prompts")
+    with pytest.raises(InputError, match=r"of samples that were not asked for alike"):
+        shop.run(candidate, judged("champion", third, 2.6, "others"), gate)
+    _, result = shop.run(candidate, judged("champion", third, 2.6, "some prompts"), gate)
+    assert "difference -0.1 ± 0: not passed" in result["gate"][0]
 
 
 def test_a_promotion_that_was_cut_off_registers_once(

@@ -778,7 +778,8 @@ class GenerateConfig(Section):
     draft_model_id: str | None = Field(
         None,
         min_length=1,
-        description="sampler dflash: its draft, published or a checkpoint of objective dflash",
+        description="sampler dflash: its draft, published or a checkpoint of objective dflash; or "
+        "models:/NAME@ALIAS",
     )
     output_dir: str | None = operational(None, description="folder for the samples")
     prompt: list[str] = Field([], description="a prompt; may be given several times")
@@ -861,7 +862,9 @@ class EvaluateConfig(Section):
         description="folder that jobs.preprocess wrote; by default the checkpoint's own",
     )
     samples_path: str | None = operational(None, description="folder that jobs.generate wrote")
-    output_dir: str | None = operational(None, description="folder for metrics.json and report/")
+    output_dir: str | None = operational(
+        None, description="folder for metrics.json, rows.parquet and report/"
+    )
     split: Literal["heldout", "train"] = Field(
         "heldout", description="rows that the bound is taken on"
     )
