@@ -33,7 +33,7 @@ def made_up(
     rng = np.random.default_rng(seed)
     tokens = 5 + rng.geometric(1 / 30, size=n)
     difficulty = 2.0 + rng.normal(size=n) * shared - 0.01 * tokens
-    sides = []
+    sides: list[dict[str, np.ndarray]] = []
     for worse_by in (0.0, better_by):
         counted = tokens - rng.integers(0, 3, size=n) * (len(sides) > 0)
         nats = counted * (difficulty + worse_by + rng.normal(size=n) * own)

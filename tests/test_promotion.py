@@ -103,8 +103,8 @@ def test_a_gate_tells_an_improvement_from_noise(
     gate = GateConfig(
         metric="nats_per_token", direction="lower", min_standard_errors=num_standard_errors
     )
-    figures = [{"nats_per_token": means[0].nats_per_token + d} for d in (0.0, better_by)]
-    (verdict,) = judge([gate], *figures, lambda metric: error)
+    ours, theirs = ({"nats_per_token": means[0].nats_per_token + d} for d in (0.0, better_by))
+    (verdict,) = judge([gate], ours, theirs, lambda metric: error)
     assert verdict.passed is passed
     assert f", difference {-better_by:.3g} ± {error:.2g}: " in verdict.text
     assert ("standard errors" in verdict.text) is (num_standard_errors > 0)
@@ -112,16 +112,16 @@ def test_a_gate_tells_an_improvement_from_noise(
 
 def test_a_gate_that_cannot_tell_does_not_pass() -> None:
     gate = [GateConfig(metric="acceptance_length_mean", direction="higher", min_standard_errors=1)]
-    figures = [{"acceptance_length_mean": value} for value in (9.0, 2.0)]
-    for error in (None, math.inf, math.nan):
-        (verdict,) = judge(gate, *figures, lambda metric, error=error: error)  # type: ignore[misc]
-        assert not verdict.passed
-    assert judge(gate, *figures, lambda metric: 3.0)[0].passed
-    assert judge(gate, figures[0], None)[0].passed  # nobody to be better than
-    assert not judge(gate, figures[1], figures[0], lambda metric: 3.0)[0].passed
-    assert judge(gate, figures[0], {"acceptance_length_mean": math.nan}, lambda m: math.nan)[
-        0
-    ].passed
+    high, low, unknown = ({"acceptance_length_mean": x} for x in (9.0, 2.0, math.nan))
+
+    def passes(candidate: Any, champion: Any, error: float | None) -> bool:
+        return judge(gate, candidate, champion, lambda metric: error)[0].passed
+
+    assert not any(passes(high, low, error) for error in (None, math.inf, math.nan))
+    assert passes(high, low, 3.0)
+    assert not passes(low, high, 3.0)
+    assert passes(low, None, None)  # nobody to be better than
+    assert passes(low, unknown, math.nan)
 
 
 def test_a_gate_that_nothing_is_kept_by_row_for_is_refused_at_once() -> None:
