@@ -38,14 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             "samplers that continue prompts, --model_id: a causal language model; or, for sampler "
             "dflash, --target_model_id and --draft_model_id"
         )
-    from pipelines.registered import checkpoint_folder
+    from pipelines.registered import checkpoint_folder, with_models
     from pipelines.runner import run_job
     from pipelines.stage import generate_stage
     from pipelines.tables import printable
     from tokendiff.data.samples import first_records
 
     stage = generate_stage(
-        args.config,
+        with_models(args.config, ("generate",)),
         folder=config.output_dir or "generate-output",
         checkpoint_path=config.checkpoint_path
         and checkpoint_folder(config.checkpoint_path, args.config),

@@ -175,9 +175,10 @@ def _reason_to_skip(own: Config, linked: Config, spec: StageConfig) -> str:
     """Why there is nothing to do: a model that is not there yet, or no new text."""
     section = SECTION_OF[spec.kind]
     given, found = getattr(own, section), getattr(linked, section)
-    uri = getattr(given, "checkpoint_path", None)
-    if is_model_uri(uri) and found.checkpoint_path is None:
-        return f"there is no {uri} yet"
+    for field in ("checkpoint_path", "draft_model_id"):
+        uri = getattr(given, field, None)
+        if is_model_uri(uri) and getattr(found, field) is None:
+            return f"there is no {uri} yet"
     since = found.new_since if spec.kind == "preprocess" else None
     if since is None or not Path(since).is_file():
         return ""

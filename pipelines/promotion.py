@@ -3,16 +3,23 @@
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines.lock import alone
+from pipelines.paths import model_path
 from pipelines.stage import Stage
 from tokendiff.checkpoint import checkpoint_identity
 from tokendiff.config import Config, GateConfig, GenerateConfig, PromoteConfig
 from tokendiff.errors import InputError
+from tokendiff.evaluation.paired import (
+    RATIOS,
+    SAMPLED_ROWS,
+    paired_standard_error,
+    read_rows,
+)
 from tokendiff.manifest import claim_folder, commit, load_manifest, write_atomically
 from tokendiff.stage_graph import config_of, set_fields, stages_of
 from tokendiff.tracking.mlflow_outbox import load_state
@@ -22,6 +29,10 @@ from tokendiff.tracking.run_log import RunLog
 KIND = "promotion"
 _RUN_ID_SECONDS = 60.0
 _POLL_SECONDS = 0.2
+
+
+# From a metric to the paired standard error of its difference; None where it is not known.
+StandardErrorOf = Callable[[str], float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +47,26 @@ def judge(
     gate: Sequence[GateConfig],
     candidate: Mapping[str, Any],
     champion: Mapping[str, Any] | None,
+    standard_error_of: StandardErrorOf = lambda metric: None,
 ) -> list[Verdict]:
-    """One verdict for each line of the gate. A figure that is not a finite number never passes.
+    """One verdict for each line of the gate. A figure that is not a finite number never passes, nor
+    a difference whose standard error is not known where the line asks for that.
+
+    Args:
+        candidate, champion: the figures of both.
+        standard_error_of: asked where there is a champion to compare with.
 
     Raises:
         InputError: the evaluation has no such figure.
     """
-    return [_judge_line(line, candidate, champion) for line in gate]
+    return [_judge_line(line, candidate, champion, standard_error_of) for line in gate]
 
 
 def _judge_line(
-    line: GateConfig, candidate: Mapping[str, Any], champion: Mapping[str, Any] | None
+    line: GateConfig,
+    candidate: Mapping[str, Any],
+    champion: Mapping[str, Any] | None,
+    standard_error_of: StandardErrorOf,
 ) -> Verdict:
     value = _figure(candidate, line.metric)
     sign = 1.0 if line.direction == "lower" else -1.0
@@ -56,10 +76,19 @@ def _judge_line(
         words.append(f"{'at most' if sign > 0 else 'at least'} {line.limit:g}")
     if champion is not None:
         other = _figure(champion, line.metric)
+        better_by = sign * (other - value)
+        error = standard_error_of(line.metric)
         if math.isfinite(other):  # anything finite is better than a champion without a figure
-            passed &= sign * (other - value) >= line.margin
-        margin = f" by {line.margin:g}" if line.margin else ""
+            passed &= better_by >= line.margin
+            if line.min_standard_errors:
+                passed &= error is not None and better_by > line.min_standard_errors * error
+        margins = [f"{line.margin:g}"] if line.margin else []
+        if line.min_standard_errors:
+            margins.append(f"{line.min_standard_errors:g} standard errors")
+        margin = f" by {' and '.join(margins)}" if margins else ""
         words.append(f"{line.direction} than the champion's {other:.6g}{margin}")
+        if error is not None:
+            words.append(f"difference {value - other:.3g} ± {error:.2g}")
     elif line.limit is None:
         words.append("no champion to beat")
     return Verdict(
@@ -98,13 +127,19 @@ def promote(
     checkpoint = Path(candidate["checkpoint"])
     holder = registry.holder(section.registered_model, section.alias)
     champion = _champion_of(stage, candidate)
+    sampling, target = _served_with(checkpoint, config.generate or GenerateConfig())
     digest = checkpoint_identity(checkpoint)
     is_champion = (
         holder is not None and registry.digest_of(section.registered_model, holder) == digest
     )
     if not is_champion:
         _check_champion(section, registry, holder, champion)
-    verdicts = judge(section.gate, candidate["metrics"], champion and champion["metrics"])
+    verdicts = judge(
+        section.gate,
+        candidate["metrics"],
+        champion and champion["metrics"],
+        _standard_error_of(stage, section.gate),
+    )
     passed = is_champion or all(verdict.passed for verdict in verdicts)
     uri = f"models:/{section.registered_model}@{section.alias}"
     for verdict in verdicts:
@@ -120,9 +155,10 @@ def promote(
             section.registered_model,
             checkpoint,
             run_id=_run_id(stage),
-            sampling=sampling_fields(config.generate or GenerateConfig()),
+            sampling=sampling,
             trained_on=_trained_on(stage),
             tags={"pipeline": config.name, "stage_key": stage.key},
+            target=target,
         )
         why = "; ".join(verdict.text for verdict in verdicts)
         before = registry.promote(section.registered_model, section.alias, version, because=why)
@@ -161,9 +197,42 @@ def roll_back(config: Config, root: Path) -> dict[str, Any]:
 
 
 def sampling_fields(section: GenerateConfig) -> dict[str, Any]:
-    """What a registered model samples with: the section without its own prompts and places."""
-    ours = ("checkpoint_path", "output_dir", "prompt", "prompts", "num_samples", "output_format")
+    """What a registered model samples with: the section without its own models, prompts, places,
+    and what goes with them.
+    """
+    ours = {
+        *("checkpoint_path", "model_id", "trust_remote_code", "draft_model_id", "output_dir"),
+        *("prompt", "prompts", "num_samples", "max_errors", "output_format", "measure_speedup"),
+        *(() if section.use_chat_template else ("add_generation_prompt",)),
+    }
     return {name: value for name, value in set_fields(section).items() if name not in ours}
+
+
+def _served_with(checkpoint: Path, section: GenerateConfig) -> tuple[dict[str, Any], Path | None]:
+    """What a checkpoint is registered with: fields to sample with, and the folder of a draft's
+    target, unless that is one of the hub, which the fields then name.
+
+    Raises:
+        InputError: the section does not sample from such a checkpoint.
+    """
+    from tokendiff.evaluation.draft_acceptance import plan_of_checkpoint
+    from tokendiff.models.dflash import is_draft_folder
+
+    fields, is_draft = sampling_fields(section), is_draft_folder(checkpoint)
+    if is_draft != (section.sampler.name == "dflash"):
+        raise InputError(
+            f"generate.sampler {section.sampler.name!r} is what the model would be served with, "
+            f"and {checkpoint} is {'a' if is_draft else 'no'} DFlash draft; a draft, and nothing "
+            "else, takes sampler 'dflash'"
+        )
+    if not is_draft:
+        return fields, None
+    given = section.target_model_id and model_path(section.target_model_id)
+    target = plan_of_checkpoint(checkpoint, given).target_model_id
+    fields.pop("target_model_id", None)
+    if Path(target).is_dir():
+        return fields, Path(target)
+    return {**fields, "target_model_id": target}, None
 
 
 def _champion_of(stage: Stage, candidate: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -178,6 +247,41 @@ def _champion_of(stage: Stage, candidate: Mapping[str, Any]) -> dict[str, Any] |
             "stages the same data, split, seed, max_eval_rows and num_mask_samples"
         )
     return champion
+
+
+def _standard_error_of(stage: Stage, gate: Sequence[GateConfig]) -> StandardErrorOf:
+    """Of the stage's candidate and champion, by what their evaluations have of each row."""
+    needed = {line.metric for line in gate if line.min_standard_errors}
+
+    def standard_error(metric: str) -> float | None:
+        judges = [stage.inputs[role] for role in ("candidate", "champion")]
+        found = [read_rows(judge.folder, metric) for judge in judges]
+        if all(rows is not None for rows in found):
+            if RATIOS[metric].file == SAMPLED_ROWS:
+                _check_same_conditions(stage.title, metric, judges)
+            rows, others = (rows for rows in found if rows is not None)
+            return paired_standard_error(metric, rows, others)
+        lacking = [j.title for j, rows in zip(judges, found, strict=True) if rows is None]
+        if metric in needed:
+            raise InputError(
+                f"{' and '.join(lacking)} kept nothing by row of {metric}, which "
+                "min_standard_errors is about: an earlier version evaluated it; evaluate again "
+                f"(--force {lacking[0]})"
+            )
+        return None
+
+    return standard_error
+
+
+def _check_same_conditions(title: str, metric: str, judges: Sequence[Stage]) -> None:
+    """Raise InputError where two evaluations are of samples that were not asked for in one way."""
+    conditions = [load_manifest(judge.folder).metadata.get("sampled") for judge in judges]
+    if None not in conditions and conditions[0] != conditions[1]:  # earlier versions do not say
+        raise InputError(
+            f"{title}: candidate and champion have {metric} of samples that were not asked for "
+            "alike; give the stages that sample the same prompts, target, sampler, num_samples, "
+            "seed, mixed_precision and chat settings"
+        )
 
 
 def _check_champion(

@@ -6,7 +6,7 @@ stage done, though it moved the alias itself.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from tokendiff.tracking.registry import RegisteredModel, Registry, is_model_uri
 MODEL_FIELDS = {
     "preprocess": ("new_since",),
     "train": ("warm_start_from", "model_name_or_path"),
-    "generate": ("checkpoint_path",),
+    "generate": ("checkpoint_path", "draft_model_id"),
     "evaluate": ("checkpoint_path",),
 }
 # Those that make do without a model that is not there yet.
@@ -49,13 +49,13 @@ def model_paths(field: str, registered: RegisteredModel | None) -> dict[str, Any
     return {field: str(registered.checkpoint)}
 
 
-def with_models(config: Config) -> Config:
-    """The config of a job that preprocesses or trains, with paths in the place of models.
+def with_models(config: Config, sections: Sequence[str] = ("preprocess", "train")) -> Config:
+    """The config of a job that reads these sections, with paths in the place of models.
 
     Raises:
         InputError: there is no such model, and the job cannot do without.
     """
-    for section in ("preprocess", "train"):
+    for section in sections:
         part = getattr(config, section)
         for field in MODEL_FIELDS[section]:
             if not is_model_uri(uri := getattr(part, field)):

@@ -260,6 +260,7 @@ def test_evaluation_is_that_of_one_process_and_writes_a_report(
     tmp_path: Path,
     data_path: Path,
     plain_run: tuple[dict[int, float], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import json
 
@@ -267,6 +268,10 @@ def test_evaluation_is_that_of_one_process_and_writes_a_report(
     from tokendiff.cluster.generate import generate
     from tokendiff.evaluation.bound import summarize
     from tokendiff.evaluation.evaluator import Evaluator
+    from tokendiff.evaluation.generation_metrics import unigram_entropy_nats
+    from tokendiff.evaluation.paired import read_rows
+
+    monkeypatch.setattr("tokendiff.cluster.evaluate._ROWS_PER_TASK", 8)  # several parts
 
     cluster = ClusterConfig(cpus_per_worker=0.5)
     checkpoint = plain_run[1]
@@ -306,6 +311,14 @@ def test_evaluation_is_that_of_one_process_and_writes_a_report(
     assert metrics["standard_error"] == pytest.approx(expected.standard_error, rel=1e-6)
     assert metrics["num_tokens"] == 30 * LENGTH
     assert metrics["unigram_entropy_nats"] == pytest.approx(np.log(12), abs=0.05)
+    token_counts = sum(part["token_counts"][0] for part in parts)
+    assert metrics["unigram_entropy_nats"] == pytest.approx(unigram_entropy_nats(token_counts))
+    by_row = read_rows(out, "nats_per_token")
+    assert by_row is not None
+    ids = np.concatenate([data.read_group(group).row_ids for group in range(2)])
+    assert np.array_equal(by_row["row_id"], ids)
+    assert by_row["nats"] == pytest.approx(nats, rel=1e-6)
+    assert np.array_equal(by_row["num_tokens"], tokens)
     page = (out / "report" / "index.html").read_text()
     assert f"{expected.nats_per_token:.3f}" in page
 

@@ -145,6 +145,21 @@ def test_the_job_measures_and_goes_on_where_it_stopped(
     assert records[0]["source"] == "one.txt"
 
 
+def test_what_makes_samples_comparable(models: dict[str, str], prompts: list[str]) -> None:
+    from tokendiff.cluster.generate import _conditions
+
+    def conditions(**fields: Any) -> str:
+        return _conditions(config_of(models, **fields), ["rows"], "target")
+
+    same = conditions()
+    assert conditions(draft_model_id="another", batch_size=3, measure_speedup=True) == same
+    for fields in ({"seed": 1}, {"num_samples": 3}, {"use_chat_template": True}):
+        assert conditions(**fields) != same
+    assert conditions(sampler={"temperature": 0.5}) != same
+    for rows, target in ((["others"], "target"), (["rows"], "another")):
+        assert _conditions(config_of(models), rows, target) != same
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [

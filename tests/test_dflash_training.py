@@ -26,6 +26,7 @@ from tokendiff.config import ClusterConfig, EvaluateConfig, TrainConfig
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import InputError
 from tokendiff.evaluation.draft_acceptance import acceptance_figures
+from tokendiff.evaluation.paired import read_rows
 from tokendiff.interfaces import TokenBatch
 from tokendiff.manifest import verify
 from tokendiff.models.dflash import DFlashDraftModel
@@ -364,6 +365,10 @@ def test_ar_checkpoints_and_drafts_are_judged_and_reported(
     assert mean == pytest.approx(sum(n * share for n, share in enumerate(shares, start=1)))
     at = [metrics[f"expected_acceptance_at_{n}"] for n in range(1, 4)]
     assert mean == pytest.approx(1.0 + sum(at))
+    by_row = read_rows(tmp_path / "of-draft", "expected_acceptance_length")
+    assert by_row is not None
+    assert sorted(by_row["row_id"]) == sorted(rows.row_ids)
+    assert mean == pytest.approx(by_row["num_accepted"].sum() / by_row["num_blocks"].sum())
     assert "Expected acceptance length" in page
     # The averaged weights are what final/ holds, and what is judged of an earlier checkpoint.
     assert judge("draft/checkpoint-4", "of-4", num_anchors=100)[0] == metrics

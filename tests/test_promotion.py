@@ -2,10 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from pipelines.graph import Variant
 from pipelines.promotion import judge, sampling_fields
@@ -15,10 +18,12 @@ from pipelines.schedule import Selection
 from pipelines.stage import Stage, promote_stage
 from tests.builders import letter_tokenizer, random_rows, token_folder
 from tokendiff.checkpoint import checkpoint_identity
-from tokendiff.config import Config, GateConfig, TrainConfig
+from tokendiff.config import Config, GateConfig, PromoteConfig, TrainConfig
 from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import InputError
+from tokendiff.evaluation.bound import summarize
+from tokendiff.evaluation.paired import paired_standard_error, write_rows
 from tokendiff.manifest import commit
 from tokendiff.tracking.registry import Registry
 from tokendiff.training.run import train_in_process
@@ -63,6 +68,73 @@ def test_a_figure_that_is_not_there_is_bad_input() -> None:
         judge([LOWER], {"nats_per_token": 2.0, "report": "here"}, None)
 
 
+def rows_of(n: int, *, worse_by: float = 0.0, seed: int = 1) -> dict[str, np.ndarray]:
+    """An evaluation of n rows that are hard or easy, with noise of its own on top."""
+    tokens = np.random.default_rng(0).integers(20, 60, size=n)
+    hard = np.random.default_rng(1).normal(size=n) * 1.5
+    own = np.random.default_rng(seed).normal(size=n) * 0.05
+    nats = tokens * (3.0 + hard + own + worse_by)
+    return {"row_id": np.arange(n), "nats": nats, "num_tokens": tokens, "num_bytes": 4 * tokens}
+
+
+@pytest.mark.parametrize(
+    ("num_standard_errors", "better_by", "passed"),
+    [
+        (2, 0.001, False),  # less than the noise of its own that each model's figure has
+        (0, 0.001, True),
+        (2, 0.03, True),
+        (2, -0.03, False),
+        (200, 0.03, False),
+    ],
+)
+def test_a_gate_tells_an_improvement_from_noise(
+    num_standard_errors: float, better_by: float, passed: bool
+) -> None:
+    champion, candidate = rows_of(400, seed=7), rows_of(400, seed=8)
+    means = [
+        summarize(*(rows[name] for name in ("nats", "num_tokens", "num_bytes")))
+        for rows in (candidate, champion)
+    ]
+    # Exactly as much better as it is to be, whatever was drawn.
+    champion["nats"] *= (means[0].nats_per_token + better_by) / means[1].nats_per_token
+    error = paired_standard_error("nats_per_token", candidate, champion)
+    assert 0.001 < error < 0.01
+    assert min(mean.standard_error for mean in means) > 0.06  # larger than any difference here
+    gate = GateConfig(
+        metric="nats_per_token", direction="lower", min_standard_errors=num_standard_errors
+    )
+    ours, theirs = ({"nats_per_token": means[0].nats_per_token + d} for d in (0.0, better_by))
+    (verdict,) = judge([gate], ours, theirs, lambda metric: error)
+    assert verdict.passed is passed
+    assert f", difference {-better_by:.3g} ± {error:.2g}: " in verdict.text
+    assert ("standard errors" in verdict.text) is (num_standard_errors > 0)
+
+
+def test_a_gate_that_cannot_tell_does_not_pass() -> None:
+    gate = [GateConfig(metric="acceptance_length_mean", direction="higher", min_standard_errors=1)]
+    high, low, unknown = ({"acceptance_length_mean": x} for x in (9.0, 2.0, math.nan))
+
+    def passes(candidate: Any, champion: Any, error: float | None) -> bool:
+        return judge(gate, candidate, champion, lambda metric: error)[0].passed
+
+    assert not any(passes(high, low, error) for error in (None, math.inf, math.nan))
+    assert passes(high, low, 3.0)
+    assert not passes(low, high, 3.0)
+    assert passes(low, None, None)  # nobody to be better than
+    assert passes(low, unknown, math.nan)
+
+
+def test_a_gate_that_nothing_is_kept_by_row_for_is_refused_at_once() -> None:
+    with pytest.raises(ValidationError, match=r"no figures by row of 'speedup', only of nats_per"):
+        GateConfig(metric="speedup", direction="higher", min_standard_errors=2.0)
+    with pytest.raises(ValidationError, match=r"margin -0.1 has no effect with min_standard_error"):
+        GateConfig(metric="perplexity", direction="lower", margin=-0.1, min_standard_errors=2.0)
+    # A gate without is the one that it was: the stage's key is the same.
+    assert set(LOWER.result_fields()) == {"metric", "direction", "margin", "limit"}
+    asked = GateConfig(metric="perplexity", direction="lower", min_standard_errors=2.0)
+    assert asked.result_fields()["min_standard_errors"] == 2.0
+
+
 class Shop:
     """Checkpoints, their evaluations as stages, and a promote stage over them."""
 
@@ -95,16 +167,36 @@ class Shop:
         )
         return train_in_process(config, self.data, self.folder / f"run-{seed}")
 
-    def evaluation(self, name: str, checkpoint: Path, nats: float, rows: str = "rows") -> Stage:
+    def evaluation(
+        self,
+        name: str,
+        checkpoint: Path,
+        nats: float,
+        rows: str = "rows",
+        by_row: dict[str, np.ndarray] | None = None,
+        keeps_rows: bool = True,
+    ) -> Stage:
+        figures, first_id = {"nats": nats}, 0
+        if by_row is not None:
+            first_id = int(by_row["row_id"][0])
+            figures["nats_per_token"] = float(by_row["nats"].sum() / by_row["num_tokens"].sum())
+
         def act(stage: Stage, log: Any) -> None:
             stage.folder.mkdir(parents=True, exist_ok=True)
-            metadata = {"metrics": {"nats": nats}, "checkpoint": str(checkpoint), "rows": rows}
+            if by_row is not None and keeps_rows:
+                write_rows(stage.folder / "rows.parquet", by_row)
+            metadata = {"metrics": figures, "checkpoint": str(checkpoint), "rows": rows}
             commit(stage.folder, kind="evaluation", metadata=metadata)
 
+        settings = {
+            "checkpoint": checkpoint_identity(checkpoint),
+            "rows": [rows, first_id, keeps_rows],
+            **figures,
+        }
         return Stage(
             name=name,
             kind="evaluate",
-            settings={"checkpoint": checkpoint_identity(checkpoint), "nats": nats, "rows": rows},
+            settings=settings,
             base=self.root / "shop",
             action=act,
             result=lambda stage: {"nats": nats},
@@ -112,10 +204,20 @@ class Shop:
             needs_ray=False,
         )
 
-    def run(self, candidate: Stage, champion: Stage | None = None, **selection: Any) -> Any:
+    def run(
+        self,
+        candidate: Stage,
+        champion: Stage | None = None,
+        gate: dict[str, Any] | None = None,
+        **selection: Any,
+    ) -> Any:
         others = {} if champion is None else {"champion": champion}
+        config = self.config
+        if gate is not None:
+            section = PromoteConfig(registered_model="toy", gate=[GateConfig(**gate)])
+            config = config.model_copy(update={"promote": section})
         promote = promote_stage(
-            self.config,
+            config,
             self.root / "shop",
             inputs={"candidate": candidate, **others},
             is_keyed=True,
@@ -175,6 +277,54 @@ def test_what_must_not_be_compared_is_refused(shop: Shop, history: Any) -> None:
     with pytest.raises(InputError, match=r"was moved to v2 after the champion was evaluated"):
         shop.run(candidate, shop.evaluation("champion", first, 2.0))
     assert shop.registry.holder("toy", "champion") == 2
+
+
+def test_the_gate_reads_the_rows_of_both_evaluations(shop: Shop, history: Any) -> None:
+    _, second, third = history["checkpoints"]
+    gate = {"metric": "nats_per_token", "direction": "lower", "min_standard_errors": 2.0}
+    better, champion = rows_of(50, seed=2), rows_of(50, worse_by=0.001, seed=3)
+    candidate = shop.evaluation("judge", second, 1.0, by_row=better)
+    kept = shop.evaluation("champion", third, 2.0, by_row=champion)
+    state, result = shop.run(candidate, kept, gate)
+    error = paired_standard_error("nats_per_token", better, champion)
+    assert state == "rejected"
+    assert f" ± {error:.2g}: not passed" in result["gate"][0]
+    # An evaluation of an earlier version has no rows; only who asks for them misses them.
+    old = shop.evaluation("champion", third, 2.0, by_row=champion, keeps_rows=False)
+    with pytest.raises(InputError, match=r"^champion kept nothing by row.*\(--force champion\)"):
+        shop.run(candidate, old, gate)
+    _, result = shop.run(candidate, old, {**gate, "margin": 0.5, "min_standard_errors": 0.0})
+    assert result["gate"][0].endswith(" by 0.5: not passed")
+    # The manifest says the rows are the same, and the files that they are not.
+    others = {**champion, "row_id": champion["row_id"] + 1}
+    with pytest.raises(InputError, match=r"have 50 and 50 rows, of which 49 are the same"):
+        shop.run(candidate, shop.evaluation("champion", third, 2.0, by_row=others), gate)
+    assert shop.registry.holder("toy", "champion") == 2
+
+
+def test_acceptance_of_other_prompts_is_not_compared(shop: Shop, history: Any) -> None:
+    _, second, third = history["checkpoints"]
+    gate = {"metric": "acceptance_length_mean", "direction": "higher", "min_standard_errors": 1.0}
+    ids = np.arange(5)
+    blocks = {"row_id": ids, "num_accepted": 3 * ids + 4, "num_blocks": ids + 2}
+
+    def judged(name: str, checkpoint: Path, length: float, sampled: str) -> Stage:
+        stage = shop.evaluation(name, checkpoint, length)
+        metadata = {"checkpoint": str(checkpoint), "rows": "rows", "sampled": sampled}
+
+        def act(stage: Stage, log: Any) -> None:
+            stage.folder.mkdir(parents=True, exist_ok=True)
+            write_rows(stage.folder / "sampled_rows.parquet", blocks)
+            metrics = {"acceptance_length_mean": length}
+            commit(stage.folder, kind="evaluation", metadata={**metadata, "metrics": metrics})
+
+        return replace(stage, action=act, settings={**stage.settings, "sampled": sampled})
+
+    candidate = judged("judge", second, 2.5, "some prompts")
+    with pytest.raises(InputError, match=r"of samples that were not asked for alike"):
+        shop.run(candidate, judged("champion", third, 2.6, "others"), gate)
+    _, result = shop.run(candidate, judged("champion", third, 2.6, "some prompts"), gate)
+    assert "difference -0.1 ± 0: not passed" in result["gate"][0]
 
 
 def test_a_promotion_that_was_cut_off_registers_once(

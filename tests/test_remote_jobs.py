@@ -9,6 +9,7 @@ import pytest
 
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import InputError
+from tokendiff.evaluation.paired import read_rows
 from tokendiff.manifest import verify
 from tokendiff.storage import RemotePath, cache_folder, files_under
 from tokendiff.tracking.run_log import metrics_by_step
@@ -70,6 +71,11 @@ def test_from_text_to_a_report(
     )
     assert judged["report"] == f"{root}/evaluation/report/index.html"
     verify(root / "evaluation")
+    by_row = read_rows(root / "evaluation", "nats_per_token")
+    assert by_row is not None
+    assert len(by_row["row_id"]) == 4
+    nats_per_token = by_row["nats"].sum() / by_row["num_tokens"].sum()
+    assert judged["nats_per_token"] == pytest.approx(nats_per_token)
     assert b"<html" in (root / "evaluation" / "report" / "index.html").read_bytes()
     assert b"svg" in (root / "evaluation" / "report" / "index.html").read_bytes()
 

@@ -19,6 +19,12 @@ BUILTIN_MODELS = (
 )
 FILE_FORMATS = ("text", "jsonl", "parquet")
 SAMPLES = "samples"  # the folders that jobs.generate writes
+# Figures that an evaluation keeps by row too, so that two can be compared row by row
+# (tokendiff.evaluation.paired).
+PAIRED_METRICS = (
+    *("nats_per_token", "bits_per_byte", "perplexity"),
+    *("expected_acceptance_length", "acceptance_length_mean"),
+)
 
 
 class Section(BaseModel):
@@ -785,7 +791,8 @@ class GenerateConfig(Section):
     draft_model_id: str | None = Field(
         None,
         min_length=1,
-        description="sampler dflash: its draft, published or a checkpoint of objective dflash",
+        description="sampler dflash: its draft, published or a checkpoint of objective dflash; or "
+        "models:/NAME@ALIAS",
     )
     output_dir: str | None = operational(None, description="folder for the samples")
     prompt: list[str] = Field([], description="a prompt; may be given several times")
@@ -868,7 +875,9 @@ class EvaluateConfig(Section):
         description="folder that jobs.preprocess wrote; by default the checkpoint's own",
     )
     samples_path: str | None = operational(None, description="folder that jobs.generate wrote")
-    output_dir: str | None = operational(None, description="folder for metrics.json and report/")
+    output_dir: str | None = operational(
+        None, description="folder for metrics.json, rows.parquet and report/"
+    )
     split: Literal["heldout", "train"] = Field(
         "heldout", description="rows that the bound is taken on"
     )
@@ -904,9 +913,37 @@ class GateConfig(Section):
         0.0,
         description="how much better than the champion at least; below 0: how much worse at most",
     )
+    min_standard_errors: float = Field(
+        0.0,
+        ge=0.0,
+        description="how many standard errors of the difference, paired by row, it must be better "
+        "than the champion by, besides; 2 lets chance pass in one of 44 cases, 0 leaves chance out",
+    )
     limit: float | None = Field(
         None, description="what it must reach in any case, with a champion or without"
     )
+
+    @model_validator(mode="after")
+    def _chance_can_be_told(self) -> "GateConfig":
+        if not self.min_standard_errors:
+            return self
+        if self.metric not in PAIRED_METRICS:
+            raise ValueError(
+                f"min_standard_errors: an evaluation keeps no figures by row of {self.metric!r}, "
+                f"only of {', '.join(PAIRED_METRICS)}; remove it, or gate on one of these"
+            )
+        if self.margin < 0.0:
+            raise ValueError(
+                f"margin {self.margin:g} has no effect with min_standard_errors, which asks for "
+                "better; remove either"
+            )
+        return self
+
+    def result_fields(self) -> dict[str, Any]:
+        fields = super().result_fields()
+        if not self.min_standard_errors:  # the gate that it was before there was such a field
+            del fields["min_standard_errors"]
+        return fields
 
 
 class PromoteConfig(Section):

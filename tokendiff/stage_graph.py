@@ -287,6 +287,8 @@ def agreement_problems(config: Config) -> list[str]:
             found = [*found, *_model_problems(chain, stage)]
         elif stage.kind == "evaluate" and "preprocess" in kinds:
             found = chain.evaluate_problems()
+        elif stage.kind == "promote":
+            found = _serving_problems(config, stage)
         problems += [f"stages.{name}: {text}" if config.stages else text for text in found]
     return problems
 
@@ -311,6 +313,21 @@ def _model_problems(config: Config, stage: StageConfig) -> list[str]:
     return [
         *(f"{sampler} needs the input {role!r}, or {role}_model_id" for role in missing),
         *(f"input {role!r} has no effect with {sampler}; remove it" for role in unused),
+    ]
+
+
+def _serving_problems(config: Config, stage: StageConfig) -> list[str]:
+    """Where what is promoted does not go with the `generate` section, which it is served with."""
+    judge = config.stages[stage.inputs["candidate"]]
+    if (trained := judge.inputs.get("checkpoint")) is None:
+        return []
+    objective = config_of(config, config.stages[trained]).train.objective.name
+    sampler = (config.generate or GenerateConfig()).sampler.name
+    if (objective == "dflash") == (sampler == "dflash"):
+        return []
+    return [
+        f"what {trained!r} trains with objective {objective!r} is to be served with the generate "
+        f"section's sampler {sampler!r}; a DFlash draft, and nothing else, takes sampler 'dflash'"
     ]
 
 

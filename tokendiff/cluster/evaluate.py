@@ -31,6 +31,7 @@ from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.rows import TokenData, TokenRows
 from tokendiff.data.samples import num_new_tokens, read_samples
 from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.evaluation.acceptance import accepted_by_row
 from tokendiff.evaluation.bound import Bound, summarize
 from tokendiff.evaluation.certificate import CERTIFICATE, Check, counts, write_certificate
 from tokendiff.evaluation.draft_acceptance import (
@@ -44,6 +45,7 @@ from tokendiff.evaluation.generation_metrics import (
     generation_metrics,
     unigram_entropy_nats,
 )
+from tokendiff.evaluation.paired import ROW_ID, ROWS, SAMPLED_ROWS, write_rows
 from tokendiff.evaluation.report import write_report
 from tokendiff.evaluation.summary import make_report
 from tokendiff.manifest import (
@@ -93,7 +95,8 @@ class _JudgingActor:
     def __call__(self, items: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for text in items["rows"]:
             places = np.asarray(json.loads(text))
-            figures = self._judge(self._data.read(places[:, 0], places[:, 1]))
+            rows = self._data.read(places[:, 0], places[:, 1])
+            figures = {ROW_ID: rows.row_ids, **self._judge(rows)}
             yield {
                 "figures": [json.dumps({name: array.tolist() for name, array in figures.items()})]
             }
@@ -106,15 +109,13 @@ def evaluate_bound(
     checkpoint: Location,
     data: TokenData,
     on_event: OnEvent,
-) -> tuple[Bound, np.ndarray]:
-    """The bound over the chosen rows, and how often each token id occurs in them ([V] int64)."""
-    parts = judge_rows(config, cluster, checkpoint=checkpoint, data=data, on_event=on_event)
-    nats, num_tokens, num_bytes = (
-        np.concatenate([np.asarray(part[name]) for part in parts])
-        for name in ("nats", "num_tokens", "num_bytes")
-    )
-    token_counts = np.sum([np.asarray(part["token_counts"][0]) for part in parts], axis=0)
-    return summarize(nats, num_tokens, num_bytes), token_counts
+) -> tuple[Bound, dict[str, np.ndarray], np.ndarray]:
+    """The bound over the chosen rows, what it is by row, and how often each token id occurs in them
+    ([V] int64).
+    """
+    rows = judge_rows(config, cluster, checkpoint=checkpoint, data=data, on_event=on_event)
+    token_counts = rows.pop("token_counts")[0]
+    return summarize(rows["nats"], rows["num_tokens"], rows["num_bytes"]), rows, token_counts
 
 
 def judge_rows(
@@ -124,8 +125,9 @@ def judge_rows(
     checkpoint: Location,
     data: TokenData,
     on_event: OnEvent,
-) -> list[dict[str, Any]]:
-    """What the evaluator of such a checkpoint says of the chosen rows, in parts.
+) -> dict[str, np.ndarray]:
+    """What the evaluator of such a checkpoint says of the chosen rows, by row, and row_id [rows];
+    token_counts [1, V], where it has them, are those of all rows.
 
     A row's noise is keyed by its id, so the figures do not depend on the number of actors.
     """
@@ -143,7 +145,8 @@ def judge_rows(
     num_actors = min(cluster.num_actors, len(items))
     use_gpu = wants_gpu(cluster)
     wait_for_resources(cluster, count=num_actors, what="evaluation actors", on_event=on_event)
-    parts: list[dict[str, Any]] = []
+    # Arrays, and one sum of the counts: of a million rows, tens of megabytes.
+    columns: dict[str, list[np.ndarray]] = {}
     done = 0
     with data_context(preserve_order=True):
         dataset: ray.data.Dataset = ray.data.from_items(
@@ -158,10 +161,15 @@ def judge_rows(
             num_gpus=1 if use_gpu else None,
         )
         for row in dataset.iter_rows():
-            parts.append(json.loads(row["figures"]))
-            done += len(next(iter(parts[-1].values())))
+            part = {name: np.asarray(value) for name, value in json.loads(row["figures"]).items()}
+            for name, value in part.items():
+                if name == "token_counts" and name in columns:
+                    columns[name][0] += value
+                else:
+                    columns.setdefault(name, []).append(value)
+            done += len(part[ROW_ID])
             on_event("progress", done=done, total=len(places))
-    return parts
+    return {name: np.concatenate(values) for name, values in columns.items()}
 
 
 def trace_sample(
@@ -305,6 +313,12 @@ def _generated(record: Mapping[str, Any]) -> list[int]:
     return [*in_gaps, *tokens[record["num_prompt_tokens"] :]]
 
 
+def _accepted_of(samples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """What sampler dflash had accepted in each sample."""
+    blocks = np.array([record["blocks_by_gain"] for record in samples])
+    return {ROW_ID: np.array([record["id"] for record in samples]), **accepted_by_row(blocks)}
+
+
 def _run_task(work: Callable[[str], Any], cluster: "ClusterConfig", *, use_gpu: bool) -> Any:
     """What `work(device)` returns on some worker."""
 
@@ -333,8 +347,8 @@ def evaluate(
     output_dir: Location,
     on_event: OnEvent,
 ) -> Manifest:
-    """Write `metrics.json`, `report/index.html` and, with `config.verify`, `certificate.json` under
-    `output_dir`, and commit it.
+    """Write `metrics.json`, what it is made of by row (`evaluation.paired`), `report/index.html`
+    and, with `config.verify`, `certificate.json` under `output_dir`, and commit it.
 
     A check that fails does not raise: the certificate says so, and `verify_failed` in the metrics.
 
@@ -352,22 +366,24 @@ def evaluate(
     data = TokenData.open(data_path or _trained_on(checkpoint), split=config.split)
     samples = [] if samples_path is None else _samples_of(checkpoint, location(samples_path))
     mark = claim_folder(output_dir, kind=KIND)
-    for left_over in (MANIFEST_NAME, CERTIFICATE):  # of an earlier evaluation
+    for left_over in (MANIFEST_NAME, CERTIFICATE, SAMPLED_ROWS):  # of an earlier evaluation
         (output_dir / left_over).unlink(missing_ok=True)
 
     bound: Bound | None = None
     if is_draft_folder(checkpoint):
-        parts = judge_rows(config, cluster, checkpoint=source, data=data, on_event=on_event)
-        blocks = np.concatenate([np.asarray(part["blocks"]) for part in parts])
+        judged = judge_rows(config, cluster, checkpoint=source, data=data, on_event=on_event)
+        blocks = judged["blocks"]
+        rows = {ROW_ID: judged[ROW_ID], **accepted_by_row(blocks)}
         metrics: dict[str, Any] = acceptance_figures(blocks)
         kind = "DFlash draft"
     else:
-        bound, token_counts = evaluate_bound(
+        bound, rows, token_counts = evaluate_bound(
             config, cluster, checkpoint=source, data=data, on_event=on_event
         )
         metrics = {**asdict(bound), "unigram_entropy_nats": unigram_entropy_nats(token_counts)}
         kind = "autoregressive" if process is None else process.describe()
         metrics |= {"is_exact": 1} if process is None else {}
+    made: dict[str, Any] = {}  # what the samples' manifest says
     if samples:
         metrics |= generation_metrics([_generated(record) for record in samples])
         metrics |= cost_metrics(
@@ -405,12 +421,16 @@ def evaluate(
         "metrics": metrics,
         "checkpoint": str(source),
         "rows": rows_identity(config, data),
+        "sampled": made.get("conditions"),
     }
     with built_for(output_dir) as folder:
         if checks:
             about = {"tokendiff": tokendiff.__version__, "checkpoint": str(source)}
             write_certificate(folder, checks, about={**about, "process": kind})
         write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+        write_rows(folder / ROWS, rows)
+        if "speculation" in made:
+            write_rows(folder / SAMPLED_ROWS, _accepted_of(samples))
         write_report(folder / "report", report)
         manifest = commit(folder, kind=KIND, metadata=metadata)
     mark.unlink()

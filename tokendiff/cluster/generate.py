@@ -180,12 +180,14 @@ def generate(
     index = PromptIndex.of(config)
     _check_given(index, check)
     source, source_files = _source(checkpoint, config)
+    rows = index.identity()
+    target = config.target_model_id and causal_identity(config.target_model_id)
     identity = fingerprint(
         {
             "config": config.result_fields(),
-            "rows": index.identity(),
+            "rows": rows,
             "checkpoint": source_files,
-            "target": config.target_model_id and causal_identity(config.target_model_id),
+            "target": target,
         }
     )
     if is_committed(output_dir):
@@ -203,6 +205,7 @@ def generate(
         raise InputError(f"none of the prompts can be used; the first: {totals.first_error}")
     metadata = {
         "identity": identity,
+        "conditions": _conditions(config, rows, target),
         "config": config.result_fields(),
         "checkpoint": source if found is None else str(found),
         "checkpoint_files": source_files,
@@ -215,6 +218,16 @@ def generate(
     manifest = commit(output_dir, kind=KIND, metadata=metadata, known_sha256=totals.sha256)
     mark.unlink()
     return manifest
+
+
+def _conditions(config: "GenerateConfig", rows: Any, target: Any) -> str:
+    """Equal where samples can be compared: two models, or drafts of one target, were asked for the
+    same rows in the same way.
+    """
+    names = ("sampler", "num_samples", "seq_len", "seed", "mixed_precision")
+    chat = ("use_chat_template", "add_generation_prompt")
+    fields = config.result_fields()
+    return fingerprint([rows, target, {name: fields[name] for name in (*names, *chat)}])
 
 
 def _source(checkpoint: Path | None, config: "GenerateConfig") -> tuple[str, Any]:

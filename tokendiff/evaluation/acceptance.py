@@ -33,7 +33,8 @@ def acceptance_metrics(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     """
     gains = np.array([record["blocks_by_gain"] for record in records], dtype=np.float64)
     length = np.arange(1, gains.shape[1] + 1)
-    mean, error = _ratio(gains @ length, gains.sum(1))
+    by_row = accepted_by_row(gains)
+    mean, error = _ratio(by_row["num_accepted"], by_row["num_blocks"])
     passes = sum(record["num_model_calls"] for record in records)
     metrics = {
         "acceptance_length_mean": mean,
@@ -52,6 +53,14 @@ def acceptance_metrics(records: Sequence[dict[str, Any]]) -> dict[str, float]:
             own = gains[sources == name]
             metrics[f"acceptance_length_mean/{name}"] = _ratio(own @ length, own.sum(1))[0]
     return metrics
+
+
+def accepted_by_row(blocks: np.ndarray) -> dict[str, np.ndarray]:
+    """Of counts [rows, K] of blocks that came to 1..K tokens: all those tokens, num_accepted, and
+    num_blocks, each [rows].
+    """
+    length = np.arange(1, blocks.shape[1] + 1)
+    return {"num_accepted": blocks @ length, "num_blocks": blocks.sum(1)}
 
 
 def speedup_metrics(measured: Mapping[str, float]) -> dict[str, float]:

@@ -1,11 +1,13 @@
 """Registered models: what is promoted, what an alias points at, and the way back.
 
 A version holds a whole checkpoint and the code to sample from it, so that `mlflow models serve`
-needs nothing else; its tags say where it came from and which version it replaced.
+needs nothing else; its tags say where it came from and which version it replaced. A draft samples
+beside its target, which is in the version too where it is a folder; one of the hub is named.
 """
 
 import json
 import re
+import shutil
 import tempfile
 import time
 import warnings
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 SCHEME = "models:/"
 TRAINED_ON = "trained_on.json"
+_TARGET = "target-model"  # a folder beside the checkpoint, which has a name of its own
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 # Tags of a version.
 _DIGEST, _REPLACED, _HISTORY = "checkpoint_digest", "replaced_version", "history"
@@ -111,12 +114,14 @@ class Registry:
         sampling: Mapping[str, Any],
         trained_on: Sequence[Any],
         tags: Mapping[str, str],
+        target: Path | None = None,
     ) -> int:
         """A version of the model that holds this checkpoint; the one that does already, if any.
 
         Args:
             run_id: of the MLflow run that the model's files are stored with.
             sampling: fields of a `GenerateConfig` to serve it with.
+            target: the folder of what a draft drafts for; None where `sampling` names it.
         """
         digest = checkpoint_identity(checkpoint)
         for version in self._client.search_model_versions(f"name = '{name}'"):
@@ -124,7 +129,7 @@ class Registry:
                 return int(version.version)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "model"
-            save_model(folder, checkpoint, sampling=sampling, trained_on=trained_on)
+            save_model(folder, checkpoint, sampling=sampling, trained_on=trained_on, target=target)
             self._client.log_artifacts(run_id, str(folder), "model")
         self._create(name)
         source = f"{self._client.get_run(run_id).info.artifact_uri}/model"
@@ -246,9 +251,18 @@ class Registry:
 
 
 def save_model(
-    folder: Path, checkpoint: Path, *, sampling: Mapping[str, Any], trained_on: Sequence[Any]
+    folder: Path,
+    checkpoint: Path,
+    *,
+    sampling: Mapping[str, Any],
+    trained_on: Sequence[Any],
+    target: Path | None = None,
 ) -> None:
-    """Write a pyfunc that samples from the checkpoint into a new folder."""
+    """Write a pyfunc that samples from the checkpoint into a new folder.
+
+    Args:
+        target: of a draft, a folder that goes with it.
+    """
     import mlflow.pyfunc
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -264,10 +278,13 @@ def save_model(
         warnings.filterwarnings("ignore", ".*Add type hints", UserWarning)  # there is a signature
         files = Path(scratch) / TRAINED_ON
         files.write_text(json.dumps(list(trained_on)))
+        artifacts = {"checkpoint": str(checkpoint), "trained_on": str(files)}
+        if target is not None:  # renamed, for it is often called final as its draft is
+            artifacts["target"] = str(shutil.copytree(target, Path(scratch) / _TARGET))
         mlflow.pyfunc.save_model(
             path=str(folder),
             python_model=str(Path(__file__).with_name("served_model.py")),
-            artifacts={"checkpoint": str(checkpoint), "trained_on": str(files)},
+            artifacts=artifacts,
             model_config=dict(sampling),
             signature=signature,
             input_example={"prompt": ["Once upon a time"]},
@@ -277,8 +294,11 @@ def save_model(
 
 
 def _checkpoint_in(folder: Path) -> Path:
-    """The checkpoint among a model's files: the one folder there, by whatever name it was saved."""
-    found = [path for path in (folder / "artifacts").glob("*") if path.is_dir()]
+    """The checkpoint among a model's files: the one folder there, by whatever name it was saved,
+    but for a draft's target.
+    """
+    folders = [path for path in (folder / "artifacts").glob("*") if path.is_dir()]
+    found = [path for path in folders if path.name != _TARGET]
     if len(found) != 1:
         raise InputError(f"{folder} holds no checkpoint; it was not registered by a pipeline")
     return found[0]

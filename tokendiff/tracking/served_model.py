@@ -23,11 +23,23 @@ class PromptModel(PythonModel):
         import torch
 
         from tokendiff.config import GenerateConfig
+        from tokendiff.models.completion import CompletionModel
         from tokendiff.models.sampling import SamplingModel
 
-        config = GenerateConfig.model_validate(dict(context.model_config))
+        fields, checkpoint = dict(context.model_config), context.artifacts["checkpoint"]
+        is_draft = fields.get("sampler", {}).get("name") == "dflash"
+        if is_draft:
+            fields["draft_model_id"] = checkpoint
+            if "target" in context.artifacts:
+                fields["target_model_id"] = context.artifacts["target"]
+        config = GenerateConfig.model_validate(fields)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = SamplingModel(Path(context.artifacts["checkpoint"]), config, device=device)
+        self._model: SamplingModel | CompletionModel
+        if config.is_open_ended:
+            folder = None if is_draft else Path(checkpoint)
+            self._model = CompletionModel(config, checkpoint=folder, device=device)
+        else:
+            self._model = SamplingModel(Path(checkpoint), config, device=device)
         self._batch_size = config.batch_size
 
     # MLflow takes types here for a schema, and the signature has one.

@@ -1,0 +1,150 @@
+"""Two evaluations of the same rows, held against each other row by row.
+
+Rows differ far more from one another than two models differ on a row, and the noise that a row is
+evaluated with is keyed by its id and the seed: what the two evaluations have in common leaves their
+difference. So its standard error, taken over pairs, is a fraction of that of either mean.
+
+An evaluation keeps its figures by row in Parquet files beside its metrics. Rows are taken as
+independent, as in `evaluation.bound` and `evaluation.acceptance`: for rows cut from few documents,
+or many samples of few prompts, the standard error is optimistic.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokendiff.config import PAIRED_METRICS
+from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.manifest import load_manifest, sha256_of, write_atomically
+from tokendiff.storage import Location, open_binary
+
+ROWS, SAMPLED_ROWS = "rows.parquet", "sampled_rows.parquet"
+ROW_ID = "row_id"
+
+Rows = Mapping[str, np.ndarray]  # columns [n]; one of them ROW_ID
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """A metric that is a function of a ratio of sums over rows.
+
+    Attributes:
+        file: which of an evaluation's files has the two columns.
+        slope: derivative of the metric by the ratio.
+    """
+
+    file: str
+    numerator: str
+    denominator: str
+    slope: Callable[[float], float] = lambda ratio: 1.0
+
+    def influence(self, rows: Rows) -> np.ndarray:
+        """[n] what each row moves the metric by, to first order, times n; they sum to 0."""
+        y, x = (rows[name].astype(np.float64) for name in (self.numerator, self.denominator))
+        ratio = y.sum() / x.sum()
+        influence: np.ndarray = self.slope(float(ratio)) * (y - ratio * x) / x.mean()
+        return influence
+
+
+RATIOS = {
+    "nats_per_token": Ratio(file=ROWS, numerator="nats", denominator="num_tokens"),
+    "bits_per_byte": Ratio(
+        file=ROWS,
+        numerator="nats",
+        denominator="num_bytes",
+        slope=lambda nats: 1.0 / math.log(2.0),
+    ),
+    "perplexity": Ratio(
+        file=ROWS,
+        numerator="nats",
+        denominator="num_tokens",
+        slope=lambda nats: math.exp(min(nats, 700.0)),
+    ),
+    "expected_acceptance_length": Ratio(
+        file=ROWS, numerator="num_accepted", denominator="num_blocks"
+    ),
+    "acceptance_length_mean": Ratio(
+        file=SAMPLED_ROWS, numerator="num_accepted", denominator="num_blocks"
+    ),
+}
+assert set(RATIOS) == set(PAIRED_METRICS)
+
+
+def paired_standard_error(metric: str, rows: Rows, others: Rows) -> float:
+    """The standard error of the difference of a metric between two evaluations of the same rows.
+
+    A ratio of sums R = sum y / sum x deviates from its limit, to first order, by the mean over rows
+    of e_i = (y_i - R x_i) / mean(x), and a function g of it by that of g'(R) e_i (delta method). So
+    the difference of two evaluations, of the same n rows, is a mean over rows of
+
+        d_i = g'(R) (y_i - R x_i) / mean(x)  -  g'(R') (y'_i - R' x'_i) / mean(x'),
+
+    and its standard error is the standard deviation of d_i over sqrt(n). What a row does to both
+    evaluations alike is in neither d_i nor their deviation. Of one evaluation alone it is the
+    standard error of `evaluation.bound.summarize`.
+
+    Args:
+        metric: of `RATIOS`.
+        rows, others: the columns of its file, in any order.
+
+    Returns:
+        infinite for a single row, of which nothing can be said; nan where a figure is not finite.
+
+    Raises:
+        InputError: these are not the same rows.
+
+    Source: Cochran, Sampling Techniques (3rd ed., 1977), chapter 6, ratio estimates and the
+    comparison of two of them.
+    """
+    order, order_of_others = (np.argsort(side[ROW_ID], kind="stable") for side in (rows, others))
+    ids, other_ids = rows[ROW_ID][order], others[ROW_ID][order_of_others]
+    if not np.array_equal(ids, other_ids):
+        common = len(np.intersect1d(ids, other_ids))
+        raise InputError(
+            f"{metric} cannot be compared row by row: the evaluations have {len(ids):,} and "
+            f"{len(other_ids):,} rows, of which {common:,} are the same; evaluate both on the same "
+            "data, split, seed and max_eval_rows, and samples of the same prompts"
+        )
+    if len(ids) < 2:
+        return math.inf
+    ratio = RATIOS[metric]
+    with np.errstate(all="ignore"):  # what is not finite is said by the result
+        influence = ratio.influence(rows)[order] - ratio.influence(others)[order_of_others]
+        return float(influence.std(ddof=1) / math.sqrt(len(influence)))
+
+
+def write_rows(path: Location, columns: Rows) -> None:
+    """Write a file of rows, whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(dict(columns)), sink)
+    write_atomically(path, sink.getvalue().to_pybytes())
+
+
+def read_rows(folder: Location, metric: str) -> dict[str, np.ndarray] | None:
+    """What a committed evaluation has by row of a metric; None where it has nothing.
+
+    Raises:
+        CorruptFileError: the file does not match the manifest.
+    """
+    import pyarrow.parquet as pq
+
+    ratio = RATIOS.get(metric)
+    entry = None if ratio is None else load_manifest(folder).files.get(ratio.file)
+    if ratio is None or entry is None:
+        return None
+    path = folder / ratio.file
+    if sha256_of(path) != entry["sha256"]:
+        raise CorruptFileError(
+            f"{folder}: {ratio.file} does not match its MANIFEST; evaluate again (--force)"
+        )
+    with open_binary(path) as file:
+        table = pq.read_table(file)
+    names = (ROW_ID, ratio.numerator, ratio.denominator)
+    if not set(names) <= set(table.column_names):
+        return None
+    return {name: table.column(name).to_numpy() for name in names}
