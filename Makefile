@@ -50,9 +50,10 @@ bench: setup  ## speed and memory against the published formulation; decoding; w
 	$(BIN)/python -m tests.bench_dflash
 	$(BIN)/python -m tests.bench_overhead
 
-toy: setup  ## train on languages made up: bounds against exact entropies, answers against the right ones
+toy: setup  ## train on languages made up: bounds against exact entropies, answers, drafts
 	$(BIN)/python -m tests.toy_chain
 	$(BIN)/python -m tests.answers
+	$(BIN)/python -m tests.draft_learns
 
 lock:  ## resolve pyproject.toml anew in a new .venv, and write requirements.lock (torch stays)
 	"$(PYTHON)" -m venv --clear $(VENV)
