@@ -10,6 +10,7 @@ from typing import Any
 from pipelines.graph import Variant
 from pipelines.record import RunRecord
 from tokendiff.manifest import write_atomically
+from tokendiff.storage import mirror_of
 
 _KINDS = ("train", "generate", "evaluate", "promote")  # whose figures are compared
 _SHOWN = (
@@ -56,7 +57,11 @@ def comparison_table(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> lis
 
 
 def write_comparison(record: RunRecord) -> list[Path]:
-    """The table in the run's folder, whole as CSV and short as Markdown; no files without rows."""
+    """The table in the run's folder, whole as CSV and short as Markdown; no files without rows.
+
+    Returns:
+        Where they are on this machine.
+    """
     rows = record.comparison
     if not rows:
         return []
@@ -65,11 +70,14 @@ def write_comparison(record: RunRecord) -> list[Path]:
     writer = csv.DictWriter(text, fieldnames=names)
     writer.writeheader()
     writer.writerows(rows)
-    whole, short = record.folder / "comparison.csv", record.folder / "comparison.md"
-    write_atomically(whole, text.getvalue().encode())
     table = comparison_table(rows, record.axes)
-    write_atomically(short, "\n".join([*table, ""]).encode())
-    return [whole, short]
+    files = {"comparison.csv": text.getvalue(), "comparison.md": "\n".join([*table, ""])}
+    here = mirror_of(record.folder)
+    here.mkdir(parents=True, exist_ok=True)
+    for folder in dict.fromkeys([here, record.folder]):
+        for name, content in files.items():
+            write_atomically(folder / name, content.encode())
+    return [here / name for name in files]
 
 
 def _figures(result: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipelines.lock import alone
@@ -15,6 +14,7 @@ from tokendiff.config import Config, GateConfig, GenerateConfig, PromoteConfig
 from tokendiff.errors import InputError
 from tokendiff.manifest import claim_folder, commit, load_manifest, write_atomically
 from tokendiff.stage_graph import config_of, set_fields, stages_of
+from tokendiff.storage import Location, location
 from tokendiff.tracking.mlflow_outbox import load_state
 from tokendiff.tracking.registry import Registry
 from tokendiff.tracking.run_log import RunLog
@@ -80,7 +80,7 @@ def _figure(metrics: Mapping[str, Any], name: str) -> float:
 def promote(
     section: PromoteConfig,
     config: Config,
-    root: Path,
+    root: Location,
     stage: Stage,
     log: RunLog,
 ) -> None:
@@ -92,10 +92,10 @@ def promote(
         InputError: the two were not evaluated on the same rows, or the champion that was evaluated
             is no longer the champion.
     """
-    claim = claim_folder(stage.folder, kind=KIND)
+    claim = claim_folder(stage.output, kind=KIND)
     registry = Registry(config.tracking, root)
-    candidate = load_manifest(stage.inputs["candidate"].folder).metadata
-    checkpoint = Path(candidate["checkpoint"])
+    candidate = load_manifest(stage.inputs["candidate"].output).metadata
+    checkpoint = location(candidate["checkpoint"])
     holder = registry.holder(section.registered_model, section.alias)
     champion = _champion_of(stage, candidate)
     digest = checkpoint_identity(checkpoint)
@@ -131,8 +131,8 @@ def promote(
         result["summary"] = f"{uri} is v{version}{was}"
     else:
         result["summary"] = f"{uri} stays v{holder}" if holder else f"{uri} is not there yet"
-    write_atomically(stage.folder / "decision.json", json.dumps(result, indent=1).encode())
-    commit(stage.folder, kind=KIND, metadata=result)
+    write_atomically(stage.output / "decision.json", json.dumps(result, indent=1).encode())
+    commit(stage.output, kind=KIND, metadata=result)
     claim.unlink()
 
 
@@ -148,7 +148,7 @@ def promote_sections(config: Config) -> dict[str, PromoteConfig]:
     return {name: config_of(config, spec).promote for name, spec in stages.items()}
 
 
-def roll_back(config: Config, root: Path) -> dict[str, Any]:
+def roll_back(config: Config, root: Location) -> dict[str, Any]:
     """Move the aliases of a pipeline's promote stages back to what they pointed at before."""
     with alone(root / config.name):
         registry = Registry(config.tracking, root)
@@ -171,7 +171,7 @@ def _champion_of(stage: Stage, candidate: Mapping[str, Any]) -> dict[str, Any] |
     source = stage.inputs.get("champion")
     if source is None or not source.is_done:
         return None
-    champion = load_manifest(source.folder).metadata
+    champion = load_manifest(source.output).metadata
     if champion["rows"] != candidate["rows"]:
         raise InputError(
             f"{stage.title}: candidate and champion were evaluated on different rows; give both "
@@ -192,7 +192,7 @@ def _check_champion(
             f"evaluate stage with checkpoint_path {uri}"
         )
     now = registry.digest_of(section.registered_model, holder)
-    if checkpoint_identity(Path(champion["checkpoint"])) != now:
+    if checkpoint_identity(location(champion["checkpoint"])) != now:
         raise InputError(
             f"{uri} was moved to v{holder} after the champion was evaluated; run the pipeline again"
             " with new data, or with --force on the stage that evaluates the champion"
@@ -206,7 +206,7 @@ def _trained_on(stage: Stage) -> list[Any]:
         source = source.inputs.get(role) if source else None
     if source is None or not source.is_done:
         return []
-    files: list[Any] = load_manifest(source.folder).metadata.get("trained_on", [])
+    files: list[Any] = load_manifest(source.output).metadata.get("trained_on", [])
     return files
 
 
