@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from tokendiff.data.rows import TokenData
-from tokendiff.errors import InputError
 from tokendiff.manifest import verify
 from tokendiff.storage import RemotePath, cache_folder, files_under
 from tokendiff.tracking.run_log import metrics_by_step
@@ -72,11 +71,3 @@ def test_from_text_to_a_report(
     verify(root / "evaluation")
     assert b"<html" in (root / "evaluation" / "report" / "index.html").read_bytes()
     assert b"svg" in (root / "evaluation" / "report" / "index.html").read_bytes()
-
-
-def test_a_pipeline_s_root_is_a_folder() -> None:
-    from pipelines.paths import input_path, output_path
-
-    with pytest.raises(InputError, match="not behind a URI"):
-        output_path("s3://bucket/runs")
-    assert input_path("s3://bucket/runs", what="data_path") == "s3://bucket/runs"

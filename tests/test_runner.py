@@ -1,6 +1,7 @@
 """The runner with stages that are plain functions: what runs, why, how often, and what is told."""
 
 import errno
+import itertools
 import json
 import signal
 import subprocess
@@ -33,10 +34,14 @@ Action = Callable[[Stage], object]
 
 
 class Toy:
-    """A pipeline of stages that each write one file; `calls` lists those that ran."""
+    """A pipeline of stages that each write one file; `calls` lists those that ran.
 
-    def __init__(self, root: Location) -> None:
+    `at_start` is called before each run and each plan.
+    """
+
+    def __init__(self, root: Location, at_start: Callable[[], None] = lambda: None) -> None:
         self.root = root
+        self.at_start = at_start
         self.calls: list[str] = []
         self.actions: dict[str, Action] = {}
         self.stages: dict[str, Stage] = {}
@@ -73,10 +78,12 @@ class Toy:
 
     def run(self, **selection: tuple[str, ...]) -> RunRecord:
         self.calls.clear()
+        self.at_start()
         variants = [Variant(values={}, stages=list(self.stages.values()))]
         return run_variants(self.config, self.root, variants, Selection(**selection))
 
     def plan(self, **selection: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+        self.at_start()
         steps = plan_steps(list(self.stages.values()), Selection(**selection))
         return {step.stage.title: (step.state, step.why) for step in steps}
 
@@ -85,13 +92,19 @@ class Toy:
         return json.loads((folder / "result.json").read_text())
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["in a folder", "behind a URI", "each time from another machine"])
 def toy(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
-    """data -> model -> {samples, judge}; samples -> judge. In a folder, and behind a URI."""
-    monkeypatch.setenv("TOKENDIFF_CACHE", str(tmp_path / "cache"))
+    """data -> model -> {samples, judge}; samples -> judge."""
+    machines = (str(tmp_path / f"machine-{number}") for number in itertools.count())
+
+    def move() -> None:
+        monkeypatch.setenv("TOKENDIFF_CACHE", next(machines))
+
+    move()
     monkeypatch.setattr(lock, "PAUSE_SECONDS", 0.0)
-    is_local = request.param == "local"
-    toy = Toy(tmp_path if is_local else RemotePath(f"memory://{tmp_path.name}"))
+    is_local, is_moving = (request.param.startswith(word) for word in ("in", "each"))
+    root = tmp_path if is_local else RemotePath(f"memory://{tmp_path.name}")
+    toy = Toy(root, move) if is_moving else Toy(root)
     toy.add("data", kind="preprocess")
     toy.add("model", "data")
     toy.add("samples", "model")
