@@ -232,6 +232,9 @@ def test_a_pipeline_from_file_to_champion_and_again_from_another_machine(
     assert results["promote"]["version"] == 1
     assert [run["state"] for run in status["runs"]] == ["succeeded"] * 2
     assert "promoted" in command("status")
+    assert "promote  done before" in command("promote")
+    assert pipeline_job.main(["rollback", str(path)]) == 2
+    assert "v1 replaced no other version" in capsys.readouterr().err
 
     # Another rate: what changed is known from what the other machine made.
     changed = plan(load_config(path, ["train.learning_rate=0.002"]), root)
@@ -262,4 +265,4 @@ def test_a_pipeline_from_file_to_champion_and_again_from_another_machine(
     move("c")
     assert PinnedModels.read(judging, root, ["monday"]).models == pinned.models
     assert PinnedModels.read(judging, root, ["tuesday"]).models == {"models:/toy@champion": None}
-    assert len(last_runs(root / "small", 5)) == 2
+    assert len(last_runs(root / "small", 5)) == 3

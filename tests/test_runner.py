@@ -489,8 +489,8 @@ def test_lines_tell_what_ran_and_what_did_not(toy: Toy, capsys: pytest.CaptureFi
     assert '"' not in graph[2].split('["')[1].split('"]')[0]
 
 
-def test_variants_side_by_side(tmp_path: Path) -> None:
-    toy = Toy(tmp_path)
+def test_variants_side_by_side(toy: Toy) -> None:
+    toy = Toy(toy.root)
     shared = toy.add("data", kind="preprocess")
     variants = []
     for rate in (1, 2):
@@ -500,14 +500,14 @@ def test_variants_side_by_side(tmp_path: Path) -> None:
 
     def measure(stage: Stage) -> None:
         figures = {"nats_per_token": 1.5 / stage.settings["rate"], "same": 3, "text": "x"}
-        (stage.folder / "result.json").write_text(json.dumps(figures))
+        (stage.output / "result.json").write_bytes(json.dumps(figures).encode())
 
     def fail(stage: Stage) -> None:
         if stage.settings["rate"] == 2:
             raise FloatingPointError("nan")
 
     toy.actions["model"] = measure
-    record = run_variants(toy.config, tmp_path, variants, Selection())
+    record = run_variants(toy.config, toy.root, variants, Selection())
     assert toy.calls == ["data", "model[rate=1]", "model[rate=2]", "judge[rate=1]", "judge[rate=2]"]
     assert [row["nats_per_token"] for row in record.comparison] == [1.5, 0.75]
     assert comparison_table(record.comparison, record.axes) == [
@@ -524,7 +524,7 @@ def test_variants_side_by_side(tmp_path: Path) -> None:
     toy.actions["model"] = fail
     selection = Selection(force=("model",))
     with pytest.raises(FloatingPointError):
-        run_variants(toy.config, tmp_path, variants, selection)
+        run_variants(toy.config, toy.root, variants, selection)
     rows = toy.result_json()["comparison"]
     assert rows[0].get("state") is None
     assert rows[1]["state"] == "failed"
