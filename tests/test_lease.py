@@ -121,14 +121,14 @@ def test_a_wrong_clock_costs_a_wait_and_not_the_lease(folder: RemotePath, move: 
         is_over = threading.Event()
 
         def renew(wrong: float = wrong, is_over: threading.Event = is_over) -> None:
-            while not is_over.wait(RENEWAL / 5):
+            while not is_over.wait(RENEWAL / 2):
                 write_lease(folder, renewed=time.time() + wrong)
 
         holder = threading.Thread(target=renew)
         holder.start()
         try:
             with pytest.raises(BlockingIOError, match="process 7 on far"):
-                alone(folder).__enter__()
+                lock.alone(folder, renewal_s=RENEWAL, pause_s=0.0).__enter__()
         finally:
             is_over.set()
             holder.join()

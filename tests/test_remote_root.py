@@ -28,7 +28,7 @@ from tokendiff.storage import RemotePath, files_under, mirror_of, size_of
 from tokendiff.tracking.mlflow_mirror import MlflowMirror
 from tokendiff.tracking.mlflow_store import resolve_uri
 from tokendiff.tracking.registry import Registry
-from tokendiff.tracking.run_log import metrics_by_step
+from tokendiff.tracking.run_log import RunLog, metrics_by_step
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL: dict[str, Any] = {
@@ -79,9 +79,19 @@ def move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Move:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines").glob("*.yaml")), ids=lambda p: p.stem)
-def test_keys_are_those_of_a_local_root_and_all_paths_are_behind_the_uri(
-    path: Path, tmp_path: Path, move: Move
+def test_stages_are_those_of_a_local_root_with_every_path_behind_the_uri(
+    path: Path, tmp_path: Path, move: Move, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Keys, and what each stage hands to the library, to the last field."""
+    calls: list[Any] = []
+
+    def note(*args: Any, **kwargs: Any) -> None:
+        given = {name: str(value) for name, value in kwargs.items() if not name.startswith("on_")}
+        calls.append([*map(str, args), given])
+
+    for name in ("preprocess", "train", "generate", "evaluate"):
+        monkeypatch.setattr(f"tokendiff.cluster.{name}.{name}", note)
+    monkeypatch.setattr("pipelines.stage._training_log", lambda path: [path])
     move("a")
     (tmp_path / "text.txt").write_text("some text\n")
     config = load_config(path)
@@ -94,9 +104,17 @@ def test_keys_are_those_of_a_local_root_and_all_paths_are_behind_the_uri(
         below = other.output.name
         assert stage.output == RemotePath(f"s3://bucket/out/{below}")
         assert stage.folder == tmp_path / "a" / "runs" / "s3" / "bucket" / "out" / below
-        for context, source in stage.reads.items():
-            moved = str(other.reads[context]).replace(f"{tmp_path}/out", "s3://bucket/out")
-            assert str(source) == moved
+        assert {role: source.output for role, source in stage.inputs.items()} == {
+            role: RemotePath(f"s3://bucket/out/{source.output.name}")
+            for role, source in other.inputs.items()
+        }
+        if stage.kind == "promote":  # which reads its inputs alone
+            continue
+        for each in (stage, other):
+            each.action(each, RunLog(tmp_path / "log.jsonl"))
+        ours, theirs = (json.dumps(call) for call in calls[-2:])
+        assert ours == theirs.replace(f"{tmp_path}/out", "s3://bucket/out")
+        assert below in ours
 
 
 def test_a_store_of_files_cannot_be_behind_a_uri(

@@ -168,6 +168,7 @@ def test_a_forced_stage_takes_others_along_only_if_it_comes_out_different(toy: T
         "samples": ("check", "after model"),
         "judge": ("check", "after model, samples"),
     }
+    (toy.stages["model"].output / "left").write_bytes(b"of before, which is begun anew")
     record = toy.run(force=("model",))
     assert toy.calls == ["model"]
     assert record.of("judge").why == "model came out the same"
