@@ -11,6 +11,7 @@ from pipelines.graph import Variant
 from pipelines.record import RunRecord
 from tokendiff.evaluation.report import Report, render_page
 from tokendiff.manifest import write_atomically
+from tokendiff.storage import mirror_of
 
 _KINDS = ("train", "generate", "evaluate", "promote")  # whose figures are compared
 _SHOWN = (
@@ -59,6 +60,9 @@ def comparison_table(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> lis
 def write_comparison(record: RunRecord) -> list[Path]:
     """The table in the run's folder, whole as CSV, short as Markdown, and both as a page; no files
     without rows.
+
+    Returns:
+        Where they are on this machine.
     """
     rows = record.comparison
     if not rows:
@@ -68,12 +72,18 @@ def write_comparison(record: RunRecord) -> list[Path]:
     writer = csv.DictWriter(text, fieldnames=names)
     writer.writeheader()
     writer.writerows(rows)
-    whole, short, page = (record.folder / f"comparison.{end}" for end in ("csv", "md", "html"))
-    write_atomically(whole, text.getvalue().encode())
     table = comparison_table(rows, record.axes)
-    write_atomically(short, "\n".join([*table, ""]).encode())
-    write_atomically(page, render_page(_page(record)))
-    return [whole, short, page]
+    files = {
+        "comparison.csv": text.getvalue().encode(),
+        "comparison.md": "\n".join([*table, ""]).encode(),
+        "comparison.html": render_page(_page(record)),
+    }
+    here = mirror_of(record.folder)
+    here.mkdir(parents=True, exist_ok=True)
+    for folder in dict.fromkeys([here, record.folder]):
+        for name, content in files.items():
+            write_atomically(folder / name, content)
+    return [here / name for name in files]
 
 
 def _page(record: RunRecord) -> Report:

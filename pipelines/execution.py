@@ -2,23 +2,24 @@
 a process of its own beside others.
 """
 
+import contextlib
 import multiprocessing
 import pickle
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from pipelines.attempts import deadline, with_retries
 from pipelines.graph import pipeline_stages
 from pipelines.schedule import write_facts
-from pipelines.stage import Stage
+from pipelines.stage import Stage, put_log, take_log
 from tokendiff.cluster.session import ray_session
 from tokendiff.config import Config, RunnerConfig
 from tokendiff.evaluation.certificate import CERTIFICATE, figures, read_certificate
 from tokendiff.manifest import fetch, fingerprint, load_manifest
+from tokendiff.storage import Location
 from tokendiff.tracking.mlflow_mirror import MirroredRun, MlflowMirror
 from tokendiff.tracking.progress import LogTailer, ProgressPrinter
 from tokendiff.tracking.run_log import RunLog
@@ -52,20 +53,27 @@ def run_stage(
     """
     own_tags = {"stage": stage.name, "key": stage.key, **(tags or {})}
     params = {stage.kind: stage.settings}
+
+    def keep_log(events: list[dict[str, Any]]) -> None:
+        if any(event["event"] == "checkpoint" for event in events):
+            put_log(stage)
+
+    take_log(stage)
     with (
         RunLog(stage.log_path) as log,
         ProgressPrinter(stage.title, has_bar=has_bar) as printer,
         mirror.stage(stage.title, folder=stage.record, params=params, tags=own_tags) as run,
-        LogTailer(stage.log_path, [printer.consume, run.consume]),
         run.system_metrics(),
     ):
         _log_data(stage, run)
         try:
-            stage.action(stage, log)
-        except BaseException as error:
-            log.write("error", message=str(error).split("\n")[0] or type(error).__name__)
+            with LogTailer(stage.log_path, [printer.consume, run.consume, keep_log]):
+                _act(stage, log)
+        except BaseException:
+            with contextlib.suppress(OSError):  # of two errors the first one counts
+                put_log(stage)
             raise
-        log.write("end")
+        put_log(stage)
         result = stage.result(stage)
         run.log_metrics(figures_of(stage.title, result))
         made = fetch(stage.output) if stage.kind == "evaluate" else stage.folder
@@ -75,6 +83,15 @@ def run_stage(
             run.log_metrics(figures(checks))
             run.log_artifacts(made / CERTIFICATE)
     return result
+
+
+def _act(stage: Stage, log: RunLog) -> None:
+    try:
+        stage.action(stage, log)
+    except BaseException as error:
+        log.write("error", message=str(error).split("\n")[0] or type(error).__name__)
+        raise
+    log.write("end")
 
 
 def run_patiently(
@@ -135,7 +152,7 @@ class ChildStage:
         self,
         stage: Stage,
         config: Config,
-        root: Path,
+        root: Location,
         *,
         models: Mapping[str, Any],
         parent_run_id: str | None,
@@ -148,7 +165,7 @@ class ChildStage:
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update=cluster)})
         context = multiprocessing.get_context("spawn")
         self.receiver, sender = context.Pipe(duplex=False)
-        arguments = (sender, config, root, stage.folder, dict(models), parent_run_id, dict(tags))
+        arguments = (sender, config, root, stage.output, dict(models), parent_run_id, dict(tags))
         self._process = context.Process(target=_run_child, args=arguments, name=stage.title)
         self._process.start()
         sender.close()
@@ -180,8 +197,8 @@ class ChildStage:
 def _run_child(
     sender: Connection,
     config: Config,
-    root: Path,
-    folder: Path,
+    root: Location,
+    output: Location,
     models: Mapping[str, Any],
     parent_run_id: str | None,
     tags: Mapping[str, Any],
@@ -189,7 +206,7 @@ def _run_child(
     answer: Outcome | BaseException
     try:
         stages = pipeline_stages(config, root / config.name, models)
-        stage = next(stage for stage in stages if stage.folder == folder)
+        stage = next(stage for stage in stages if stage.output == output)
         with (
             MlflowMirror.open(config.tracking, root, parent_run_id=parent_run_id) as mirror,
             ray_session(config.cluster),

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -30,11 +29,12 @@ from tokendiff.stage_graph import (
     config_of,
     stages_of,
 )
+from tokendiff.storage import Location, location
 from tokendiff.tracking.registry import is_model_uri
 
 
 def pipeline_stages(
-    config: Config, folder: Path, models: Models = MappingProxyType({})
+    config: Config, folder: Location, models: Models = MappingProxyType({})
 ) -> list[Stage]:
     """The stages of a pipeline in the order in which they run, each in `folder/NAME-KEY`.
 
@@ -49,7 +49,7 @@ def pipeline_stages(
     """
     variants = pipeline_variants(config, folder, models)
     stages = [stage for variant in variants for stage in variant.stages]
-    return list({stage.folder: stage for stage in stages}.values())
+    return list({stage.output: stage for stage in stages}.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Variant:
 
 
 def pipeline_variants(
-    config: Config, folder: Path, models: Models = MappingProxyType({})
+    config: Config, folder: Location, models: Models = MappingProxyType({})
 ) -> list[Variant]:
     """The variants of a pipeline; one, where its file has no matrix. They share equal stages."""
     variants = []
@@ -91,24 +91,24 @@ def _short_names(paths: list[str]) -> list[str]:
 
 def _labelled(variants: list[Variant]) -> list[Variant]:
     """Give each stage the axes that decide it: those on which all variants that share it agree."""
-    sharing: dict[Path, list[dict[str, Any]]] = {}
+    sharing: dict[Location, list[dict[str, Any]]] = {}
     for variant in variants:
         for stage in variant.stages:
-            sharing.setdefault(stage.folder, []).append(variant.values)
-    labelled: dict[Path, Stage] = {}
+            sharing.setdefault(stage.output, []).append(variant.values)
+    labelled: dict[Location, Stage] = {}
     for variant in variants:
         for stage in variant.stages:
-            there = sharing[stage.folder]
+            there = sharing[stage.output]
             axes = [
                 name for name in variant.values if all(v[name] == there[0][name] for v in there)
             ]
             is_shared_by_all = len(there) == len(variants)
             label = ",".join(f"{name}={_shown(there[0][name])}" for name in axes)
-            inputs = {role: labelled[source.folder] for role, source in stage.inputs.items()}
+            inputs = {role: labelled[source.output] for role, source in stage.inputs.items()}
             label = "" if is_shared_by_all else label
-            labelled.setdefault(stage.folder, replace(stage, label=label, inputs=inputs))
+            labelled.setdefault(stage.output, replace(stage, label=label, inputs=inputs))
     return [
-        replace(variant, stages=[labelled[stage.folder] for stage in variant.stages])
+        replace(variant, stages=[labelled[stage.output] for stage in variant.stages])
         for variant in variants
     ]
 
@@ -122,7 +122,7 @@ def _build(
     name: str,
     spec: StageConfig,
     inputs: dict[str, Stage],
-    folder: Path,
+    folder: Location,
     models: Models,
 ) -> Stage:
     own = config_of(config, spec)
@@ -180,7 +180,7 @@ def _reason_to_skip(own: Config, linked: Config, spec: StageConfig) -> str:
         if is_model_uri(uri) and getattr(found, field) is None:
             return f"there is no {uri} yet"
     since = found.new_since if spec.kind == "preprocess" else None
-    if since is None or not Path(since).is_file():
+    if since is None or not location(since).is_file():
         return ""
     is_all_known = len(known_files(found)) == len(find_files(found.data_files))
     return f"no text is new since {given.new_since}" if is_all_known else ""
@@ -189,7 +189,7 @@ def _reason_to_skip(own: Config, linked: Config, spec: StageConfig) -> str:
 def _text_of(samples: Stage) -> dict[str, Any]:
     """Fields of a preprocess section that read samples."""
     fields = {name: PreprocessConfig.model_fields[name].default for name in SOURCE_FIELDS}
-    return {**fields, "dataset_name": SAMPLES, "data_files": [str(samples.folder)]}
+    return {**fields, "dataset_name": SAMPLES, "data_files": [str(samples.output)]}
 
 
 def _outside(own: Config, keyed: Config, spec: StageConfig) -> dict[str, Any]:
@@ -208,23 +208,23 @@ def _outside(own: Config, keyed: Config, spec: StageConfig) -> dict[str, Any]:
     }
 
 
-def _preprocess(config: Config, section: Any, folder: Path, fields: dict[str, Any]) -> Stage:
+def _preprocess(config: Config, section: Any, folder: Location, fields: dict[str, Any]) -> Stage:
     return preprocess_stage(config, folder, **fields)
 
 
-def _train(config: Config, section: Any, folder: Path, fields: dict[str, Any]) -> Stage:
+def _train(config: Config, section: Any, folder: Location, fields: dict[str, Any]) -> Stage:
     return train_stage(config, folder, data_path=section.data_path, **fields)
 
 
-def _generate(config: Config, section: Any, folder: Path, fields: dict[str, Any]) -> Stage:
+def _generate(config: Config, section: Any, folder: Location, fields: dict[str, Any]) -> Stage:
     return generate_stage(config, folder, checkpoint_path=section.checkpoint_path, **fields)
 
 
-def _regenerate(config: Config, section: Any, folder: Path, fields: dict[str, Any]) -> Stage:
+def _regenerate(config: Config, section: Any, folder: Location, fields: dict[str, Any]) -> Stage:
     return _generate(config, section, folder, {**fields, "kind": "regenerate"})
 
 
-def _promote(config: Config, section: Any, folder: Path, fields: dict[str, Any]) -> Stage:
+def _promote(config: Config, section: Any, folder: Location, fields: dict[str, Any]) -> Stage:
     if not config.tracking.enabled:
         raise InputError(
             "tracking.enabled false: a promote stage registers models with MLflow; leave it on"
@@ -232,7 +232,7 @@ def _promote(config: Config, section: Any, folder: Path, fields: dict[str, Any])
     return promote_stage(config, folder, **fields)
 
 
-def _evaluate(config: Config, section: Any, folder: Path, fields: dict[str, Any]) -> Stage:
+def _evaluate(config: Config, section: Any, folder: Location, fields: dict[str, Any]) -> Stage:
     return evaluate_stage(
         config,
         folder,
@@ -244,7 +244,7 @@ def _evaluate(config: Config, section: Any, folder: Path, fields: dict[str, Any]
 
 
 # The closed table behind `kind: NAME`.
-_BUILDERS: dict[str, Callable[[Config, Any, Path, dict[str, Any]], Stage]] = {
+_BUILDERS: dict[str, Callable[[Config, Any, Location, dict[str, Any]], Stage]] = {
     "preprocess": _preprocess,
     "train": _train,
     "regenerate": _regenerate,

@@ -1,14 +1,18 @@
 """One run at a time: a lock on the folder, and on a cluster a name that only one can have.
 
 The system frees the first when its holder dies, the cluster the second: an actor goes with the
-driver that made it.
+driver that made it. A folder behind a URI has a lease besides (`alone`).
 """
 
 import hashlib
 import json
+import logging
 import os
+import signal
 import socket
+import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,32 +21,175 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from tokendiff.manifest import write_atomically
+from tokendiff.storage import Location, RemotePath, mirror_of
+
 _NAMESPACE = "tokendiff-locks"
 _ANSWER_SECONDS = 5.0
+_HOLDER = ".lock.holder"
+RENEWAL_SECONDS = 10.0
+PAUSE_SECONDS = 1.0
+_DEAD_AFTER = 4  # renewals that did not come
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(
+    folder: Location, *, renewal_s: float | None = None, pause_s: float | None = None
+) -> Iterator[None]:
     """Hold the folder's lock.
+
+    Of a folder behind a URI, runs on this machine exclude each other by a lock on its mirror, and
+    those on others by a lease, `.lock.holder`, which says who holds it and is written anew every
+    `renewal_s` seconds. Object stores have no locks, so a lease is weaker than one:
+
+    - Who starts while it is renewed is refused. Who writes one waits `pause_s`, and goes on only if
+      it is still there: of two that start at once, the later writer stays. This holds as long as a
+      write arrives within `pause_s`, and what was written is what the next reader gets, as with S3
+      and Google's store.
+    - A lease that was not renewed four times over, by its own time and this machine's clock, and is
+      not renewed within two renewals more, while this run looks, is taken over. So clocks may
+      differ: a wrong one costs a wait, not the lease.
+    - A holder that was only cut off from the store for that long, or suspended, finds another's
+      lease at its next renewal, and is interrupted as by Ctrl-C. Until then both run, and may write
+      the same files: what a manifest does not vouch for then is made again.
+
+    Args:
+        renewal_s, pause_s: of the lease; RENEWAL_SECONDS and PAUSE_SECONDS.
 
     Raises:
         BlockingIOError: another run holds it; the message says which.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    holder = folder / ".lock.holder"
+    here = mirror_of(folder)
+    here.mkdir(parents=True, exist_ok=True)
+    holder = here / _HOLDER
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            holder.write_text(json.dumps(_myself()))
+        with FileLock(here / ".lock", timeout=0):
+            before, me = _read(holder), _myself()
+            write_atomically(holder, json.dumps(me).encode())
             try:
-                yield
+                if isinstance(folder, RemotePath):
+                    renewal_s = RENEWAL_SECONDS if renewal_s is None else renewal_s
+                    pause_s = PAUSE_SECONDS if pause_s is None else pause_s
+                    lease = _Lease(folder, me, renewal_s)
+                    # One that died here left both; this machine's lock says that it is dead.
+                    lease.take(is_dead=before.get("token"), pause_s=pause_s)
+                    with lease:
+                        yield
+                else:
+                    yield
             finally:
                 holder.unlink(missing_ok=True)
     except Timeout as error:
         raise _taken(folder, _read(holder)) from error
 
 
+def is_held(folder: Location) -> bool:
+    """Whether a run holds the folder's lock; of another machine's, whether it seems to be alive."""
+    here = mirror_of(folder)
+    if (here / ".lock").exists():
+        try:
+            with FileLock(here / ".lock", timeout=0):
+                pass
+        except Timeout:
+            return True
+    if isinstance(folder, Path):
+        return False
+    there, died_here = _read(folder / _HOLDER), _read(here / _HOLDER)
+    return _fresh(there) and there.get("token") != died_here.get("token")
+
+
+class _Lease:
+    """An object in the store that says who has a folder, for as long as its thread renews it."""
+
+    def __init__(self, folder: RemotePath, holder: dict[str, Any], renewal_s: float) -> None:
+        self._folder, self._path = folder, folder / _HOLDER
+        self._holder, self._renewal_s = holder, renewal_s
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name=f"lease {folder}", daemon=True)
+
+    def take(self, *, is_dead: str | None, pause_s: float) -> None:
+        """Write it where there is none that is alive.
+
+        Args:
+            is_dead: the token of a holder that is known to be.
+
+        Raises:
+            BlockingIOError: another run has it.
+        """
+        there = _read(self._path)
+        if there and there.get("token") != is_dead:
+            self._see_it_dead(there)
+        self._write()
+        time.sleep(pause_s)
+        if not self._is_ours(there := _read(self._path)):
+            raise _taken(self._folder, there)
+
+    def _see_it_dead(self, there: dict[str, Any]) -> None:
+        if _fresh(there):
+            raise _taken(self._folder, there)
+        # Its time is that of another clock: one that lives writes it anew while we look.
+        wait_s = 2 * float(there.get("renewal_s", self._renewal_s))
+        logger.warning(
+            "%s: no sign of life of the run that has it (process %s on %s); it is taken over if "
+            "there is none within %g s",
+            *(self._folder, there.get("pid"), there.get("host"), wait_s),
+        )
+        end = time.monotonic() + wait_s
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, self._renewal_s / 2))
+            if (now := _read(self._path)) and now != there:
+                raise _taken(self._folder, now)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+        try:
+            if self._is_ours(_read(self._path)):
+                self._path.unlink(missing_ok=True)
+        except OSError as error:  # the run is over; what is left goes dead by itself
+            logger.warning("%s is left behind: %s", self._path, error)
+
+    def _keep(self) -> None:
+        while not self._is_over.wait(self._renewal_s):
+            try:
+                there = _read(self._path)
+                if there and not self._is_ours(there):
+                    logger.error("%s; this run is stopped", _taken(self._folder, there))
+                    signal.pthread_kill(_main_thread_id(), signal.SIGINT)
+                    return
+                self._write()
+            except OSError as error:
+                logger.warning("%s is not renewed: %s", self._path, error)
+
+    def _write(self) -> None:
+        fields = {**self._holder, "renewed": time.time(), "renewal_s": self._renewal_s}
+        self._path.write_bytes(json.dumps(fields).encode())
+
+    def _is_ours(self, there: dict[str, Any]) -> bool:
+        return there.get("token") == self._holder["token"]
+
+
+def _fresh(lease: dict[str, Any]) -> bool:
+    """Whether it was renewed of late, by its own time and our clock."""
+    try:
+        age, renewal_s = time.time() - lease["renewed"], lease["renewal_s"]
+    except (KeyError, TypeError):  # not a lease of ours
+        return False
+    return bool(abs(age) < _DEAD_AFTER * renewal_s)
+
+
+def _main_thread_id() -> int:
+    thread_id = threading.main_thread().ident
+    assert thread_id is not None
+    return thread_id
+
+
 @contextmanager
-def alone_on_cluster(folder: Path) -> Iterator[None]:
+def alone_on_cluster(folder: Location) -> Iterator[None]:
     """Hold the folder's name on the connected Ray cluster, whatever machine its file system is on.
 
     Raises:
@@ -51,10 +198,10 @@ def alone_on_cluster(folder: Path) -> Iterator[None]:
     import ray
 
     class Holder:
-        def __init__(self, description: dict[str, str]) -> None:
+        def __init__(self, description: dict[str, Any]) -> None:
             self._description = description
 
-        def describe(self) -> dict[str, str]:
+        def describe(self) -> dict[str, Any]:
             return self._description
 
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
@@ -71,7 +218,7 @@ def alone_on_cluster(folder: Path) -> Iterator[None]:
             ray.kill(actor)
 
 
-def _ask(name: str) -> dict[str, str]:
+def _ask(name: str) -> dict[str, Any]:
     import ray
 
     try:
@@ -82,20 +229,26 @@ def _ask(name: str) -> dict[str, str]:
     return dict(answer)
 
 
-def _myself() -> dict[str, str]:
+def _myself() -> dict[str, Any]:
     since = datetime.fromtimestamp(time.time(), UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    return {"host": socket.gethostname(), "pid": str(os.getpid()), "since": since}
+    return {
+        "host": socket.gethostname(),
+        "pid": str(os.getpid()),
+        "since": since,
+        "token": uuid.uuid4().hex,
+    }
 
 
-def _read(path: Path) -> dict[str, str]:
+def _read(path: Location) -> dict[str, Any]:
+    """Who holds a lock, as it says there; nothing where nobody does."""
     try:
-        holder: dict[str, str] = json.loads(path.read_text())
-    except (OSError, ValueError):
+        holder = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
         return {}
-    return holder
+    return holder if isinstance(holder, dict) else {}
 
 
-def _taken(folder: Path, holder: dict[str, str]) -> BlockingIOError:
+def _taken(folder: Location, holder: dict[str, Any]) -> BlockingIOError:
     who = (
         f" (process {holder['pid']} on {holder['host']}, since {holder['since']})"
         if {"pid", "host", "since"} <= holder.keys()

@@ -1,35 +1,31 @@
-"""Where output goes when a path is relative."""
+"""Where output goes when a path is relative; a URI is never."""
 
 import os
 from pathlib import Path
 
 from tokendiff.errors import InputError
-from tokendiff.storage import is_uri
+from tokendiff.storage import Location, is_uri, location
 
 # Ray sets it in a submitted job, whose working directory is a temporary upload folder.
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 ROOT_VARIABLE = "TOKENDIFF_ROOT"
 
 
-def output_path(path: str) -> Path:
-    """An absolute path for output.
+def output_path(path: str) -> Location:
+    """An absolute path for output, or a URI.
 
-    A relative one is taken from TOKENDIFF_ROOT if that is set, else from the working directory; in
-    a submitted job, whose working directory is deleted with it, from ~/tokendiff.
-
-    Raises:
-        InputError: it is a URI.
+    A relative one is taken from TOKENDIFF_ROOT if that is set, which may be a URI too, else from
+    the working directory; in a submitted job, whose working directory is deleted with it, from
+    ~/tokendiff.
     """
     if is_uri(path):
-        raise InputError(
-            f"{path}: a pipeline's root and its state are on a file system, not behind a URI; name "
-            "a folder that every node sees (a job's output_dir may be a URI)"
-        )
+        return location(path)
     expanded = Path(path).expanduser()
     if expanded.is_absolute():
         return expanded
     if root := os.environ.get(ROOT_VARIABLE):
-        return Path(root).expanduser().resolve() / expanded
+        place = location(root)
+        return (place.resolve() if isinstance(place, Path) else place) / expanded
     if os.environ.get(_SUBMITTED):
         return Path.home() / "tokendiff" / expanded
     return Path.cwd() / expanded
@@ -37,8 +33,10 @@ def output_path(path: str) -> Path:
 
 def model_path(name: str) -> str:
     """A model's name as workers, who have another working directory, find it: the absolute path of
-    a folder that is there; any other name is one of the hub.
+    a folder that is there; any other name is one of the hub, or a URI.
     """
+    if is_uri(name):
+        return name
     for place in (Path.cwd() / Path(name).expanduser(), output_path(name)):
         if place.is_dir():
             return str(place)

@@ -20,8 +20,16 @@ from tokendiff.evaluation.paired import (
     paired_standard_error,
     read_rows,
 )
-from tokendiff.manifest import claim_folder, commit, load_manifest, write_atomically
+from tokendiff.manifest import (
+    claim_folder,
+    commit,
+    fetch,
+    load_manifest,
+    local_model,
+    write_atomically,
+)
 from tokendiff.stage_graph import config_of, set_fields, stages_of
+from tokendiff.storage import Location, location
 from tokendiff.tracking.mlflow_outbox import load_state
 from tokendiff.tracking.registry import Registry
 from tokendiff.tracking.run_log import RunLog
@@ -109,7 +117,7 @@ def _figure(metrics: Mapping[str, Any], name: str) -> float:
 def promote(
     section: PromoteConfig,
     config: Config,
-    root: Path,
+    root: Location,
     stage: Stage,
     log: RunLog,
 ) -> None:
@@ -121,10 +129,10 @@ def promote(
         InputError: the two were not evaluated on the same rows, or the champion that was evaluated
             is no longer the champion.
     """
-    claim = claim_folder(stage.folder, kind=KIND)
+    claim = claim_folder(stage.output, kind=KIND)
     registry = Registry(config.tracking, root)
-    candidate = load_manifest(stage.inputs["candidate"].folder).metadata
-    checkpoint = Path(candidate["checkpoint"])
+    candidate = load_manifest(stage.inputs["candidate"].output).metadata
+    checkpoint = location(candidate["checkpoint"])
     holder = registry.holder(section.registered_model, section.alias)
     champion = _champion_of(stage, candidate)
     sampling, target = _served_with(checkpoint, config.generate or GenerateConfig())
@@ -167,8 +175,8 @@ def promote(
         result["summary"] = f"{uri} is v{version}{was}"
     else:
         result["summary"] = f"{uri} stays v{holder}" if holder else f"{uri} is not there yet"
-    write_atomically(stage.folder / "decision.json", json.dumps(result, indent=1).encode())
-    commit(stage.folder, kind=KIND, metadata=result)
+    write_atomically(stage.output / "decision.json", json.dumps(result, indent=1).encode())
+    commit(stage.output, kind=KIND, metadata=result)
     claim.unlink()
 
 
@@ -184,7 +192,7 @@ def promote_sections(config: Config) -> dict[str, PromoteConfig]:
     return {name: config_of(config, spec).promote for name, spec in stages.items()}
 
 
-def roll_back(config: Config, root: Path) -> dict[str, Any]:
+def roll_back(config: Config, root: Location) -> dict[str, Any]:
     """Move the aliases of a pipeline's promote stages back to what they pointed at before."""
     with alone(root / config.name):
         registry = Registry(config.tracking, root)
@@ -208,7 +216,9 @@ def sampling_fields(section: GenerateConfig) -> dict[str, Any]:
     return {name: value for name, value in set_fields(section).items() if name not in ours}
 
 
-def _served_with(checkpoint: Path, section: GenerateConfig) -> tuple[dict[str, Any], Path | None]:
+def _served_with(
+    checkpoint: Location, section: GenerateConfig
+) -> tuple[dict[str, Any], Path | None]:
     """What a checkpoint is registered with: fields to sample with, and the folder of a draft's
     target, unless that is one of the hub, which the fields then name.
 
@@ -218,7 +228,8 @@ def _served_with(checkpoint: Path, section: GenerateConfig) -> tuple[dict[str, A
     from tokendiff.evaluation.draft_acceptance import plan_of_checkpoint
     from tokendiff.models.dflash import is_draft_folder
 
-    fields, is_draft = sampling_fields(section), is_draft_folder(checkpoint)
+    opened = fetch(checkpoint)
+    fields, is_draft = sampling_fields(section), is_draft_folder(opened)
     if is_draft != (section.sampler.name == "dflash"):
         raise InputError(
             f"generate.sampler {section.sampler.name!r} is what the model would be served with, "
@@ -228,7 +239,7 @@ def _served_with(checkpoint: Path, section: GenerateConfig) -> tuple[dict[str, A
     if not is_draft:
         return fields, None
     given = section.target_model_id and model_path(section.target_model_id)
-    target = plan_of_checkpoint(checkpoint, given).target_model_id
+    target = local_model(plan_of_checkpoint(opened, given).target_model_id)
     fields.pop("target_model_id", None)
     if Path(target).is_dir():
         return fields, Path(target)
@@ -240,7 +251,7 @@ def _champion_of(stage: Stage, candidate: Mapping[str, Any]) -> dict[str, Any] |
     source = stage.inputs.get("champion")
     if source is None or not source.is_done:
         return None
-    champion = load_manifest(source.folder).metadata
+    champion = load_manifest(source.output).metadata
     if champion["rows"] != candidate["rows"]:
         raise InputError(
             f"{stage.title}: candidate and champion were evaluated on different rows; give both "
@@ -255,7 +266,7 @@ def _standard_error_of(stage: Stage, gate: Sequence[GateConfig]) -> StandardErro
 
     def standard_error(metric: str) -> float | None:
         judges = [stage.inputs[role] for role in ("candidate", "champion")]
-        found = [read_rows(judge.folder, metric) for judge in judges]
+        found = [read_rows(judge.output, metric) for judge in judges]
         if all(rows is not None for rows in found):
             if RATIOS[metric].file == SAMPLED_ROWS:
                 _check_same_conditions(stage.title, metric, judges)
@@ -275,7 +286,7 @@ def _standard_error_of(stage: Stage, gate: Sequence[GateConfig]) -> StandardErro
 
 def _check_same_conditions(title: str, metric: str, judges: Sequence[Stage]) -> None:
     """Raise InputError where two evaluations are of samples that were not asked for in one way."""
-    conditions = [load_manifest(judge.folder).metadata.get("sampled") for judge in judges]
+    conditions = [load_manifest(judge.output).metadata.get("sampled") for judge in judges]
     if None not in conditions and conditions[0] != conditions[1]:  # earlier versions do not say
         raise InputError(
             f"{title}: candidate and champion have {metric} of samples that were not asked for "
@@ -296,7 +307,7 @@ def _check_champion(
             f"evaluate stage with checkpoint_path {uri}"
         )
     now = registry.digest_of(section.registered_model, holder)
-    if checkpoint_identity(Path(champion["checkpoint"])) != now:
+    if checkpoint_identity(location(champion["checkpoint"])) != now:
         raise InputError(
             f"{uri} was moved to v{holder} after the champion was evaluated; run the pipeline again"
             " with new data, or with --force on the stage that evaluates the champion"
@@ -310,7 +321,7 @@ def _trained_on(stage: Stage) -> list[Any]:
         source = source.inputs.get(role) if source else None
     if source is None or not source.is_done:
         return []
-    files: list[Any] = load_manifest(source.folder).metadata.get("trained_on", [])
+    files: list[Any] = load_manifest(source.output).metadata.get("trained_on", [])
     return files
 
 

@@ -16,13 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from pipelines.lock import is_held
 from tokendiff import strict_yaml
 from tokendiff.config import Config
 from tokendiff.manifest import write_atomically
 from tokendiff.secrets import without_secrets
 from tokendiff.stage_graph import set_fields
+from tokendiff.storage import Location, folders_in, remove
 
 RUNS, RESULT_NAME, CONFIG_NAME = "runs", "result.json", "config.yaml"
 # How a run can end, and the exit code of the command that ran it.
@@ -70,7 +70,7 @@ class RunRecord:
     """
 
     pipeline: str
-    folder: Path
+    folder: Location
     state: str = "running"
     exit_code: int | None = None
     error: str | None = None
@@ -82,13 +82,15 @@ class RunRecord:
     facts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, config: Config, pipeline_folder: Path, stages: list[StageRecord]) -> "RunRecord":
+    def begin(
+        cls, config: Config, pipeline_folder: Location, stages: list[StageRecord]
+    ) -> "RunRecord":
         """A new run, and its folder with the config that it is of."""
         now = datetime.fromtimestamp(time.time(), UTC)
         name = f"{now:%Y%m%dT%H%M%S}-{now.microsecond:06}-{os.getpid()}"
         folder = pipeline_folder / RUNS / name
         folder.mkdir(parents=True)
-        (folder / CONFIG_NAME).write_text(public_yaml(config))
+        write_atomically(folder / CONFIG_NAME, public_yaml(config).encode())
         record = cls(
             pipeline=config.name,
             folder=folder,
@@ -111,23 +113,23 @@ class RunRecord:
         return _without_nan({"exit_code": None, **fields, "folder": str(self.folder)})
 
     @classmethod
-    def load(cls, folder: Path) -> "RunRecord":
+    def load(cls, folder: Location) -> "RunRecord":
         raw = json.loads((folder / RESULT_NAME).read_text())
         stages = [StageRecord(**stage) for stage in raw.pop("stages")]
         return cls(**{**raw, "folder": folder, "stages": stages})
 
 
-def last_runs(pipeline_folder: Path, count: int) -> list[RunRecord]:
+def last_runs(pipeline_folder: Location, count: int) -> list[RunRecord]:
     """The newest runs, the newest first; one whose process is gone is said to be "killed"."""
     records = []
-    for folder in sorted((pipeline_folder / RUNS).glob("*"), reverse=True):
+    for folder in reversed(folders_in(pipeline_folder / RUNS)):
         try:
             records.append(RunRecord.load(folder))
         except (OSError, ValueError, TypeError, KeyError):  # cut off before its first word
             continue
         if len(records) == count:
             break
-    is_alive = _is_locked(pipeline_folder)
+    is_alive = is_held(pipeline_folder)
     for number, record in enumerate(records):
         if record.state == "running" and (number > 0 or not is_alive):
             record.state = "killed"
@@ -177,21 +179,9 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _is_locked(folder: Path) -> bool:
-    if not (folder / ".lock").exists():
-        return False
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
-def _remove_old(runs: Path) -> None:
-    for folder in sorted(runs.glob("*"))[:-_KEPT_RUNS]:
-        for path in folder.glob("*"):
-            path.unlink(missing_ok=True)
-        folder.rmdir()
+def _remove_old(runs: Location) -> None:
+    for folder in folders_in(runs)[:-_KEPT_RUNS]:
+        remove(folder)
 
 
 def _without_nan(value: Any) -> Any:

@@ -17,6 +17,7 @@ from tokendiff.config_loader import matrix_variants
 from tokendiff.errors import InputError
 from tokendiff.manifest import fingerprint, write_atomically
 from tokendiff.stage_graph import SECTION_OF, config_of, stages_of
+from tokendiff.storage import Location
 from tokendiff.tracking.registry import RegisteredModel, Registry, is_model_uri
 
 # Fields that may name a registered model, by section.
@@ -98,7 +99,7 @@ class PinnedModels:
     inputs: str
 
     @classmethod
-    def read(cls, config: Config, root: Path, keys: list[str]) -> "PinnedModels":
+    def read(cls, config: Config, root: Location, keys: list[str]) -> "PinnedModels":
         """As it was kept for these inputs, or else as the registry has it now.
 
         Args:
@@ -122,7 +123,7 @@ class PinnedModels:
                 raise InputError(f"{uri}: there is no {place or uri} in the MLflow registry")
         return cls(models=models, inputs=inputs)
 
-    def keep(self, pipeline_folder: Path) -> None:
+    def keep(self, pipeline_folder: Location) -> None:
         if not self.models:
             return
         pins = _read_pins(pipeline_folder)
@@ -151,11 +152,11 @@ def model_uris(config: Config) -> dict[str, bool]:
     return found
 
 
-def _read_pins(pipeline_folder: Path) -> dict[str, dict[str, str | None]]:
+def _read_pins(pipeline_folder: Location) -> dict[str, dict[str, str | None]]:
     try:
         pins: dict[str, dict[str, str | None]] = json.loads(
             (pipeline_folder / ".run" / _PINS_NAME).read_text()
         )
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return {}
     return pins

@@ -17,11 +17,12 @@ from pipelines.paths import output_path
 from pipelines.record import EXIT_CODES, EXIT_SIGTERM, RunRecord, StageRecord, run_facts
 from pipelines.registered import Models, PinnedModels
 from pipelines.schedule import Selection, Step, plan_steps, recheck
-from pipelines.stage import Stage
+from pipelines.stage import Stage, discard
 from tokendiff.cluster.session import DATA_CPUS, is_shared, ray_session
 from tokendiff.config import Config
 from tokendiff.errors import InputError
-from tokendiff.manifest import remove_committed
+from tokendiff.manifest import RECORD_FOLDER
+from tokendiff.storage import Location, mirror_of
 from tokendiff.tracking.mlflow_mirror import MlflowMirror
 from tokendiff.tracking.mlflow_store import open_command, resolve_uri
 
@@ -36,7 +37,7 @@ def run_job(stages: Sequence[Stage], config: Config) -> dict[str, Any]:
     output = stages[-1].output
     root = output_path(config.root)
     with (
-        alone(stages[-1].record),
+        alone(output / RECORD_FOLDER),
         MlflowMirror.open(config.tracking, root) as mirror,
         ray_session(config.cluster),
     ):
@@ -47,7 +48,7 @@ def run_job(stages: Sequence[Stage], config: Config) -> dict[str, Any]:
     return {"output_dir": str(output), **result, **tracked}
 
 
-def store_command(config: Config, root: Path) -> str:
+def store_command(config: Config, root: Location) -> str:
     """The command that opens the tracking store, as it can be typed in this environment."""
     command = open_command(resolve_uri(config.tracking, root))
     beside = Path(sys.executable).with_name("mlflow")
@@ -56,30 +57,38 @@ def store_command(config: Config, root: Path) -> str:
     return command
 
 
-def plan(config: Config, root: Path, selection: Selection | None = None) -> list[Step]:
+def plan(config: Config, root: Location, selection: Selection | None = None) -> list[Step]:
     """What `run_pipeline` would do with each stage, and why."""
+    _check_store(config, root)
     stages = pipeline_stages(config, root / config.name, models_of(config, root).models)
     return plan_steps(stages, selection or Selection())
 
 
-def models_of(config: Config, root: Path) -> PinnedModels:
+def _check_store(config: Config, root: Location) -> None:
+    """Raise InputError where the tracking store would be under a root that is behind a URI."""
+    if config.tracking.enabled:
+        resolve_uri(config.tracking, root)
+
+
+def models_of(config: Config, root: Location) -> PinnedModels:
     """The registered models that the pipeline's stages name, as they are to be read."""
     keys = [stage.key for stage in pipeline_stages(config, root / config.name)]
     return PinnedModels.read(config, root, keys)
 
 
-def run_pipeline(config: Config, root: Path, selection: Selection | None = None) -> RunRecord:
+def run_pipeline(config: Config, root: Location, selection: Selection | None = None) -> RunRecord:
     """Run every stage that is selected and not done; those that do not need each other side by
     side, as the cluster has room.
 
     Args:
-        root: absolute folder that the pipeline's own folder is made in.
+        root: absolute folder or URI that the pipeline's own folder is made in.
 
     Raises:
         InputError: the config or a stage's input cannot be used.
         BlockingIOError: another run of this pipeline is under way.
         Exception: what the first stage raised that failed.
     """
+    _check_store(config, root)
     pinned = models_of(config, root)
     variants = pipeline_variants(config, root / config.name, pinned.models)
     return run_variants(config, root, variants, selection or Selection(), pinned)
@@ -87,7 +96,7 @@ def run_pipeline(config: Config, root: Path, selection: Selection | None = None)
 
 def run_variants(
     config: Config,
-    root: Path,
+    root: Location,
     variants: Sequence[Variant],
     selection: Selection,
     pinned: PinnedModels | None = None,
@@ -101,7 +110,7 @@ def run_variants(
         "succeeded", or "rejected" where a gate was not passed.
     """
     folder = root / config.name
-    stages = list({s.folder: s for variant in variants for s in variant.stages}.values())
+    stages = list({s.output: s for variant in variants for s in variant.stages}.values())
     with alone(folder), ExitStack() as stack:
         steps = plan_steps(stages, selection)
         pinned = pinned or PinnedModels(models={}, inputs="")
@@ -136,7 +145,7 @@ class _Run:
         self,
         *,
         config: Config,
-        root: Path,
+        root: Location,
         models: Models,
         record: RunRecord,
         mirror: MlflowMirror,
@@ -195,7 +204,7 @@ class _Run:
         stage = step.stage
         if step.state == "done":
             self._note(stage.title, state="done", why=step.why, result=stage.result(stage))
-            print(f"{stage.title}  {step.why}, in {stage.folder.name}", flush=True)
+            print(f"{stage.title}  {step.why}, in {stage.output.name}", flush=True)
         else:
             is_done = stage.is_done
             result = stage.result(stage) if is_done else {}
@@ -244,7 +253,7 @@ class _Run:
         if stage.needs_ray and self._room is None:
             self._connect()
         if step.state == "run":
-            remove_committed(stage.folder, stage.folder / stage.result_subfolder)
+            discard(stage)
         print(f"{stage.title}  {step.state}s: {step.why}", flush=True)
         self._note(stage.title, state="running", why=step.why)
 
@@ -296,7 +305,7 @@ def _record_of(step: Step) -> StageRecord:
         stage=stage.title,
         kind=stage.kind,
         key=stage.key,
-        folder=str(stage.folder),
+        folder=str(stage.output),
     )
 
 
@@ -335,13 +344,13 @@ def _rejections(record: RunRecord) -> list[StageRecord]:
 
 
 @contextmanager
-def _parent_run(config: Config, root: Path, record: RunRecord) -> Iterator[MlflowMirror]:
+def _parent_run(config: Config, root: Location, record: RunRecord) -> Iterator[MlflowMirror]:
     tags: Mapping[str, Any] = {"pipeline": config.name, "run": record.folder.name, **record.facts}
     with MlflowMirror.open(
         config.tracking,
         root,
         run_name=config.name,
         tags=tags,
-        folder=root / config.name / ".run",
+        folder=mirror_of(root / config.name) / ".run",
     ) as mirror:
         yield mirror

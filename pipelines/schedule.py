@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -9,7 +10,14 @@ from typing import Any, Literal
 import tokendiff
 from pipelines.stage import Stage
 from tokendiff.errors import CorruptFileError, InputError
-from tokendiff.manifest import fingerprint, load_manifest, verify, write_atomically
+from tokendiff.manifest import (
+    RECORD_FOLDER,
+    fingerprint,
+    load_manifest,
+    verify,
+    write_atomically,
+)
+from tokendiff.storage import Location, folders_in
 
 State = Literal["done", "run", "resume", "check", "skip"]
 FACTS_NAME = "stage.json"
@@ -163,16 +171,21 @@ def write_facts(stage: Stage) -> dict[str, Any]:
         "made_from": _digests(stage),
         "code": [tokendiff.__version__, stage.version],
         "attempt": before.get("attempt", 0) + 1,
+        "time": time.time(),
     }
-    stage.record.mkdir(parents=True, exist_ok=True)
-    write_atomically(stage.record / FACTS_NAME, json.dumps(facts, indent=1).encode())
+    stage.kept_record.mkdir(parents=True, exist_ok=True)
+    write_atomically(stage.kept_record / FACTS_NAME, json.dumps(facts, indent=1).encode())
     return facts
 
 
 def read_facts(stage: Stage) -> dict[str, Any]:
+    return _facts_in(stage.output)
+
+
+def _facts_in(folder: Location) -> dict[str, Any]:
     try:
-        facts = json.loads((stage.record / FACTS_NAME).read_text())
-    except (OSError, ValueError):
+        facts = json.loads((folder / RECORD_FOLDER / FACTS_NAME).read_text())
+    except (FileNotFoundError, ValueError):  # but not for a store that does not answer
         return {}
     return facts if isinstance(facts, dict) else {}
 
@@ -184,7 +197,7 @@ def is_sound(stage: Stage) -> bool:
     try:
         verify(stage.result_folder, hashes=False)
     except CorruptFileError as error:
-        raise CorruptFileError(f"{error}; delete {stage.folder} to make it again") from error
+        raise CorruptFileError(f"{error}; delete {stage.output} to make it again") from error
     return True
 
 
@@ -210,17 +223,15 @@ def _changed_inputs(stage: Stage) -> list[str]:
 def _what_is_new(stage: Stage, stages: Sequence[Stage]) -> str:
     """How the stage differs from the one of its name that was made last."""
     others = [
-        path
-        for path in stage.base.glob(f"{stage.name}-*/run/{FACTS_NAME}")
-        if path.parent.parent.name.removeprefix(f"{stage.name}-").isalnum()
+        facts
+        for folder in folders_in(stage.base)
+        if folder.name.startswith(f"{stage.name}-")
+        and folder.name.removeprefix(f"{stage.name}-").isalnum()
+        and (facts := _facts_in(folder))
     ]
     if not others:
         return "never run"
-    newest = max(others, key=lambda path: path.stat().st_mtime)
-    try:
-        before = json.loads(newest.read_text())
-    except (OSError, ValueError):
-        return "never run with these settings"
+    before = max(others, key=lambda facts: facts.get("time", 0.0))
     reasons = _differences(before.get("settings", {}), stage.settings)
     for role, source in stage.inputs.items():
         if before.get("inputs", {}).get(role) != source.key:

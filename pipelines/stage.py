@@ -5,6 +5,7 @@ the code. In a pipeline it names the stage's folder, and a folder that is commit
 again. `pipelines.graph` puts a pipeline's stages together.
 """
 
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,16 +26,10 @@ from tokendiff.manifest import (
     fingerprint,
     is_committed,
     load_manifest,
+    remove_committed,
     write_atomically,
 )
-from tokendiff.storage import (
-    Location,
-    RemotePath,
-    cache_folder,
-    files_under,
-    is_uri,
-    location,
-)
+from tokendiff.storage import Location, files_under, location, mirror_of
 from tokendiff.tracking.run_log import LOG_NAME, RunLog, metrics_by_step
 
 _KEY_LENGTH = 12
@@ -49,12 +44,11 @@ class Stage:
         label: what sets it apart from others of its name that a matrix made.
         kind: of the closed set of `tokendiff.config.StageConfig`.
         settings: fields that decide the result, plain JSON.
-        base: the stage's folder; in a pipeline the folder that `NAME-KEY` is made in.
+        base: where the result goes; in a pipeline the folder that `NAME-KEY` is made in.
         action: does the work; leaves `result_folder` committed, goes on where it was cut off.
         result: what the finished stage reports: figures for tables, the tracking and `--json`.
         inputs: by their role.
         result_subfolder: where in `output` the manifest stands that commits the stage.
-        target: where the result goes in place of `folder`, if it is not on this machine.
         reads: committed folders that the stage reads as data, by what for: recorded in MLflow.
         optional: roles of inputs that the stage does without where they are skipped.
         skip: why there is nothing to do; the stage, and what is made from it, is left out then.
@@ -66,7 +60,7 @@ class Stage:
     name: str
     kind: str
     settings: dict[str, Any]
-    base: Path
+    base: Location
     action: Callable[["Stage", RunLog], None]
     result: Callable[["Stage"], dict[str, Any]]
     inputs: Mapping[str, "Stage"] = field(default_factory=dict)
@@ -79,7 +73,6 @@ class Stage:
     timeout_s: float | None = None
     is_keyed: bool = False
     result_subfolder: str = ""
-    target: RemotePath | None = None
     version: int = 1
 
     @cached_property
@@ -98,13 +91,14 @@ class Stage:
         return f"{self.name}[{self.label}]" if self.label else self.name
 
     @cached_property
-    def folder(self) -> Path:
+    def output(self) -> Location:
+        """Where the result goes."""
         return self.base / f"{self.name}-{self.key}" if self.is_keyed else self.base
 
     @property
-    def output(self) -> Location:
-        """Where the result goes."""
-        return self.target or self.folder
+    def folder(self) -> Path:
+        """`output`, or where this machine keeps what belongs to a remote one."""
+        return mirror_of(self.output)
 
     @property
     def record(self) -> Path:
@@ -112,6 +106,13 @@ class Stage:
         on this machine, with a copy of the log there.
         """
         return self.folder / RECORD_FOLDER
+
+    @property
+    def kept_record(self) -> Location:
+        """What another machine sees of `record`: the log, as it was when the stage last ended or
+        saved a checkpoint, and of what the stage was made.
+        """
+        return self.output / RECORD_FOLDER
 
     @property
     def log_path(self) -> Path:
@@ -127,12 +128,36 @@ class Stage:
         return is_committed(self.result_folder)
 
 
+def discard(stage: Stage) -> None:
+    """Delete what is there of a stage."""
+    remove_committed(stage.output, stage.result_folder)
+    shutil.rmtree(stage.folder, ignore_errors=True)
+
+
+def take_log(stage: Stage) -> None:
+    """Go on with the log beside a remote result, unless this machine's goes on from that."""
+    there = stage.kept_record / LOG_NAME
+    if isinstance(there, Path) or not there.is_file():
+        return
+    kept = there.read_bytes()
+    stage.record.mkdir(parents=True, exist_ok=True)
+    if not (stage.log_path.is_file() and stage.log_path.read_bytes().startswith(kept)):
+        write_atomically(stage.log_path, kept)
+
+
+def put_log(stage: Stage) -> None:
+    """Copy the log beside a remote result."""
+    there = stage.kept_record / LOG_NAME
+    if not isinstance(there, Path):
+        there.write_bytes(stage.log_path.read_bytes())
+
+
 # Builders. `keyed`, where it is given, is the config without the paths of inputs, whose keys are in
 # the stage's key already.
 
 
 def preprocess_stage(
-    config: Config, folder: str | Path, *, keyed: Config | None = None, **kwargs: Any
+    config: Config, folder: str | Location, *, keyed: Config | None = None, **kwargs: Any
 ) -> Stage:
     keyed = keyed or config
     tokenizer = config.tokenizer_name_or_path
@@ -169,7 +194,7 @@ def preprocess_stage(
 
 def train_stage(
     config: Config,
-    folder: str | Path,
+    folder: str | Location,
     *,
     data_path: str | Location,
     keyed: Config | None = None,
@@ -189,7 +214,7 @@ def train_stage(
         )
 
     def result(stage: Stage) -> dict[str, Any]:
-        log = metrics_by_step(stage.log_path)
+        log = _metrics_in(stage.kept_record / LOG_NAME)
         return {
             "step": load_manifest(stage.result_folder).metadata["step"],
             "loss": log[-1]["loss"] if log else None,
@@ -211,7 +236,7 @@ def train_stage(
 
 def generate_stage(
     config: Config,
-    folder: str | Path,
+    folder: str | Location,
     *,
     checkpoint_path: str | None,
     keyed: Config | None = None,
@@ -258,7 +283,7 @@ def generate_stage(
 
 def evaluate_stage(
     config: Config,
-    folder: str | Path,
+    folder: str | Location,
     *,
     checkpoint_path: str,
     data_path: str | Location | None,
@@ -305,7 +330,7 @@ def evaluate_stage(
 
 
 def promote_stage(
-    config: Config, folder: str | Path, *, keyed: Config | None = None, **kwargs: Any
+    config: Config, folder: str | Location, *, keyed: Config | None = None, **kwargs: Any
 ) -> Stage:
     def action(stage: Stage, log: RunLog) -> None:
         from pipelines.promotion import promote
@@ -313,7 +338,7 @@ def promote_stage(
         promote(config.promote, config, stage.base.parent, stage, log)
 
     def result(stage: Stage) -> dict[str, Any]:
-        return load_manifest(stage.folder).metadata
+        return load_manifest(stage.output).metadata
 
     sampling = (keyed or config).generate
     settings = {
@@ -327,40 +352,22 @@ def promote_stage(
 def _stage(
     kind: str,
     settings: dict[str, Any],
-    folder: str | Path,
+    folder: str | Location,
     action: Callable[[Stage, RunLog], None],
     result: Callable[[Stage], dict[str, Any]],
     **kwargs: Any,
 ) -> Stage:
-    if is_uri(str(folder)):
-        target = RemotePath(str(folder))
-        base = cache_folder() / "runs" / fingerprint(target.uri)[:_KEY_LENGTH]
-        kwargs = {**kwargs, "target": target}
-        action = _with_remote_log(action)
-    else:
-        base = output_path(str(folder))
+    base = output_path(str(folder))
     kwargs = {"name": kind, **kwargs}
     return Stage(kind=kind, settings=settings, base=base, action=action, result=result, **kwargs)
 
 
-def _with_remote_log(action: Callable[[Stage, RunLog], None]) -> Callable[[Stage, RunLog], None]:
-    """Go on with the log that is beside a remote result, and put it back there at the end."""
-
-    def run(stage: Stage, log: RunLog) -> None:
-        there = stage.output / RECORD_FOLDER / LOG_NAME
-        if stage.log_path.stat().st_size == 0 and there.is_file():
-            stage.log_path.write_bytes(there.read_bytes())
-        try:
-            action(stage, log)
-        finally:
-            write_atomically(there, stage.log_path.read_bytes())
-
-    return run
-
-
 def _training_log(checkpoint_path: str) -> list[dict[str, Any]]:
     """The metrics of the run that made a checkpoint; none where there is no log beside it."""
-    path = find_checkpoint(checkpoint_path).parent / RECORD_FOLDER / LOG_NAME
+    return _metrics_in(find_checkpoint(checkpoint_path).parent / RECORD_FOLDER / LOG_NAME)
+
+
+def _metrics_in(path: Location) -> list[dict[str, Any]]:
     if isinstance(path, Path):
         return metrics_by_step(path)
     with tempfile.NamedTemporaryFile() as copy:

@@ -14,6 +14,7 @@ from tokendiff.config import Config
 from tokendiff.data.samples import KIND, first_records
 from tokendiff.evaluation.certificate import Check, failure, read_certificate
 from tokendiff.manifest import verify
+from tokendiff.storage import Location, location
 
 _SHOWN_SAMPLES = 2
 _SHOWN_CHARACTERS = 400
@@ -28,7 +29,7 @@ _MERMAID_COLOURS = {
 Line = tuple[str, str]
 
 
-def print_plan(steps: Sequence[Step], folder: Path, *, as_json: bool, as_mermaid: bool) -> None:
+def print_plan(steps: Sequence[Step], folder: Location, *, as_json: bool, as_mermaid: bool) -> None:
     """Each stage, what would become of it, and why.
 
     Args:
@@ -71,12 +72,12 @@ def _plan_row(step: Step) -> dict[str, Any]:
         "key": stage.key,
         "state": step.state,
         "why": step.why,
-        "folder": str(stage.folder),
+        "folder": str(stage.output),
         "inputs": {role: source.title for role, source in stage.inputs.items()},
     }
 
 
-def print_record(record: RunRecord, config: Config, root: Path, *, as_json: bool) -> None:
+def print_record(record: RunRecord, config: Config, root: Location, *, as_json: bool) -> None:
     """What ran and what did not, the figures that matter, and where everything is."""
     if as_json:
         cli.print_result(record.as_json(), as_json=True)
@@ -94,7 +95,12 @@ def print_record(record: RunRecord, config: Config, root: Path, *, as_json: bool
 
 
 def print_status(
-    runs: Sequence[RunRecord], steps: Sequence[Step], config: Config, root: Path, *, as_json: bool
+    runs: Sequence[RunRecord],
+    steps: Sequence[Step],
+    config: Config,
+    root: Location,
+    *,
+    as_json: bool,
 ) -> None:
     """The last runs, and how the stages stand that the file describes now."""
     results = {s.stage.title: s.stage.result(s.stage) for s in steps if s.stage.is_done}
@@ -207,8 +213,8 @@ def _sampling_lines(samples: Mapping[str, Any]) -> list[Line]:
         speed = f"{samples['tokens_per_second']:,.0f} tokens/s"
         per_pass = f", {forward:.2f} tokens per forward pass" if forward else ""
         lines.append(("sampling", f"{samples['rows']} samples, {speed}{per_pass}"))
-    folder = Path(samples["output_dir"])
-    verify(folder, kind=KIND)
+    folder = location(samples["output_dir"])
+    verify(folder, kind=KIND, hashes=isinstance(folder, Path))  # two are shown, not all fetched
     records = first_records(folder, _SHOWN_SAMPLES)
     return [*lines, *((f"sample {r['id']}", _shortened(r["text"])) for r in records)]
 
@@ -256,7 +262,7 @@ def failure_of(results: Iterable[Mapping[str, Any]]) -> str | None:
 
 def _checks(result: Mapping[str, Any]) -> list[Check]:
     certificate = result.get("certificate")
-    return read_certificate(Path(certificate).parent) if certificate else []
+    return read_certificate(location(certificate).parent) if certificate else []
 
 
 def verified_lines(checks: Sequence[Check]) -> list[str]:

@@ -14,9 +14,11 @@ from tokendiff.data.prompt_index import generation_rows
 from tokendiff.data.samples import read_samples
 from tokendiff.errors import InputError
 from tokendiff.evaluation.acceptance import speedup_metrics
+from tokendiff.manifest import commit, publish
 from tokendiff.models.completion import CompletionModel, CompletionSetup
 from tokendiff.models.dflash import DFlashDraftModel
 from tokendiff.models.drafting import new_draft_config
+from tokendiff.storage import RemotePath
 
 V, BLOCK = 30, 4
 
@@ -62,6 +64,22 @@ def prompts(tmp_path: Path) -> list[str]:
 def config_of(models: dict[str, str], **fields: Any) -> GenerateConfig:
     sampler = {"name": "dflash", "max_new_tokens": 9, **fields.pop("sampler", {})}
     return GenerateConfig(**{**models, "sampler": sampler, "num_samples": 2, **fields})
+
+
+def test_models_behind_uris_write_the_same(models: dict[str, str], prompts: list[str]) -> None:
+    remote = {}
+    for field, path in models.items():
+        commit(Path(path), kind="checkpoint")
+        publish(Path(path), target := RemotePath(f"memory://drafted/{field}"))
+        remote[field] = target.uri
+    rows = generation_rows(config_of(models, prompts=prompts))
+    expected = CompletionModel(config_of(models, prompts=prompts)).sample(rows)
+    records = CompletionModel(config_of(remote, prompts=prompts)).sample(rows)
+    for here, there in zip(expected, records, strict=True):
+        assert here["tokens"] == there["tokens"]
+        assert here["blocks_by_gain"] == there["blocks_by_gain"]
+    with pytest.raises(InputError, match=r"no checkpoint and no tokenizer of ours there"):
+        CompletionModel(config_of({**remote, "draft_model_id": "memory://drafted/nothing"}))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -14,13 +14,14 @@ from jobs import pipeline as pipeline_job
 from jobs import preprocess as preprocess_job
 from jobs import train as train_job
 from pipelines.graph import pipeline_stages
-from pipelines.paths import output_path
+from pipelines.paths import input_path, output_path
 from pipelines.runner import plan, run_pipeline
 from tokendiff.config import Config
 from tokendiff.config_loader import load_config
 from tokendiff.data.samples import read_samples
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.manifest import verify
+from tokendiff.storage import RemotePath
 from tokendiff.tracking.run_log import metrics_by_step, read_events
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +108,10 @@ def test_relative_output_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TOKENDIFF_ROOT", "/shared")
     assert output_path("out") == Path("/shared/out")
     assert output_path("/absolute") == Path("/absolute")
+    monkeypatch.setenv("TOKENDIFF_ROOT", "s3://bucket/runs")
+    assert output_path("out") == RemotePath("s3://bucket/runs/out")
+    assert output_path("gs://other") == RemotePath("gs://other")
+    assert input_path("s3://bucket/data", what="data_path") == "s3://bucket/data"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines").glob("*.yaml")), ids=lambda p: p.stem)

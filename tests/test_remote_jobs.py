@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from tokendiff.data.rows import TokenData
-from tokendiff.errors import InputError
 from tokendiff.evaluation.paired import read_rows
 from tokendiff.manifest import verify
 from tokendiff.storage import RemotePath, cache_folder, files_under
@@ -78,11 +77,3 @@ def test_from_text_to_a_report(
     assert judged["nats_per_token"] == pytest.approx(nats_per_token)
     assert b"<html" in (root / "evaluation" / "report" / "index.html").read_bytes()
     assert b"svg" in (root / "evaluation" / "report" / "index.html").read_bytes()
-
-
-def test_a_pipeline_s_root_is_a_folder() -> None:
-    from pipelines.paths import input_path, output_path
-
-    with pytest.raises(InputError, match="not behind a URI"):
-        output_path("s3://bucket/runs")
-    assert input_path("s3://bucket/runs", what="data_path") == "s3://bucket/runs"

@@ -1,6 +1,7 @@
 """The runner with stages that are plain functions: what runs, why, how often, and what is told."""
 
 import errno
+import itertools
 import json
 import signal
 import subprocess
@@ -13,8 +14,8 @@ from typing import Any
 import pytest
 
 from jobs import pipeline as pipeline_job
+from pipelines import lock, tables
 from pipelines import record as records
-from pipelines import tables
 from pipelines.attempts import StageTimeout, deadline, may_pass, with_retries
 from pipelines.comparison import comparison_table
 from pipelines.graph import Variant
@@ -27,15 +28,20 @@ from tokendiff.config import Config, RunnerConfig, TrackingConfig
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.manifest import commit
 from tokendiff.secrets import without_secrets
+from tokendiff.storage import Location, RemotePath, folders_in
 
 Action = Callable[[Stage], object]
 
 
 class Toy:
-    """A pipeline of stages that each write one file; `calls` lists those that ran."""
+    """A pipeline of stages that each write one file; `calls` lists those that ran.
 
-    def __init__(self, root: Path) -> None:
+    `at_start` is called before each run and each plan.
+    """
+
+    def __init__(self, root: Location, at_start: Callable[[], None] = lambda: None) -> None:
         self.root = root
+        self.at_start = at_start
         self.calls: list[str] = []
         self.actions: dict[str, Action] = {}
         self.stages: dict[str, Stage] = {}
@@ -54,7 +60,7 @@ class Toy:
             settings=settings,
             base=self.root / "toy",
             action=self._act,
-            result=lambda stage: json.loads((stage.folder / "result.json").read_text()),
+            result=lambda stage: json.loads((stage.output / "result.json").read_text()),
             inputs={source: self.stages[source] for source in inputs},
             is_keyed=True,
             needs_ray=False,
@@ -65,29 +71,40 @@ class Toy:
 
     def _act(self, stage: Stage, log: Any) -> None:
         self.calls.append(stage.title)
-        stage.folder.mkdir(parents=True, exist_ok=True)
-        (stage.folder / "result.json").write_text(json.dumps({"value": 1}))
+        stage.output.mkdir(parents=True, exist_ok=True)
+        (stage.output / "result.json").write_bytes(json.dumps({"value": 1}).encode())
         self.actions.get(stage.name, lambda stage: None)(stage)
         commit(stage.result_folder, kind="toy")
 
     def run(self, **selection: tuple[str, ...]) -> RunRecord:
         self.calls.clear()
+        self.at_start()
         variants = [Variant(values={}, stages=list(self.stages.values()))]
         return run_variants(self.config, self.root, variants, Selection(**selection))
 
     def plan(self, **selection: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+        self.at_start()
         steps = plan_steps(list(self.stages.values()), Selection(**selection))
         return {step.stage.title: (step.state, step.why) for step in steps}
 
     def result_json(self) -> Any:
-        (folder,) = sorted((self.root / "toy" / "runs").glob("*"))[-1:]
+        folder = folders_in(self.root / "toy" / "runs")[-1]
         return json.loads((folder / "result.json").read_text())
 
 
-@pytest.fixture
-def toy(tmp_path: Path) -> Toy:
+@pytest.fixture(params=["in a folder", "behind a URI", "each time from another machine"])
+def toy(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
     """data -> model -> {samples, judge}; samples -> judge."""
-    toy = Toy(tmp_path)
+    machines = (str(tmp_path / f"machine-{number}") for number in itertools.count())
+
+    def move() -> None:
+        monkeypatch.setenv("TOKENDIFF_CACHE", next(machines))
+
+    move()
+    monkeypatch.setattr(lock, "PAUSE_SECONDS", 0.0)
+    is_local, is_moving = (request.param.startswith(word) for word in ("in", "each"))
+    root = tmp_path if is_local else RemotePath(f"memory://{tmp_path.name}")
+    toy = Toy(root, move) if is_moving else Toy(root)
     toy.add("data", kind="preprocess")
     toy.add("model", "data")
     toy.add("samples", "model")
@@ -151,15 +168,16 @@ def test_a_forced_stage_takes_others_along_only_if_it_comes_out_different(toy: T
         "samples": ("check", "after model"),
         "judge": ("check", "after model, samples"),
     }
+    (toy.stages["model"].output / "left").write_bytes(b"of before, which is begun anew")
     record = toy.run(force=("model",))
     assert toy.calls == ["model"]
     assert record.of("judge").why == "model came out the same"
-    toy.actions["model"] = lambda stage: (stage.folder / "weights").write_text("other")
+    toy.actions["model"] = lambda stage: (stage.output / "weights").write_bytes(b"other")
     record = toy.run(force=("model",))
     assert toy.calls == ["model", "samples", "judge"]
     assert record.of("samples").why == "model came out different"
     # Forced although not selected otherwise; what is made from it is left, and caught up later.
-    toy.actions["model"] = lambda stage: (stage.folder / "weights").write_text("third")
+    toy.actions["model"] = lambda stage: (stage.output / "weights").write_bytes(b"third")
     toy.run(only=("data",), force=("model",))
     assert toy.calls == ["model"]
     assert toy.plan()["judge"] == ("check", "after samples")
@@ -185,15 +203,15 @@ def test_a_run_that_was_cut_off_goes_on(toy: Toy) -> None:
     ]
     assert toy.plan()["samples"] == ("resume", "was cut off")
     del toy.actions["samples"]
-    kept = toy.stages["samples"].folder / "kept"
-    kept.touch()
+    kept = toy.stages["samples"].output / "kept"
+    kept.write_bytes(b"")
     toy.run()
     assert toy.calls == ["samples", "judge"]
     assert kept.exists()  # what was there was gone on with
     assert read_facts(toy.stages["samples"])["attempt"] == 2
 
 
-def test_why_a_stage_runs_names_what_changed(toy: Toy, tmp_path: Path) -> None:
+def test_why_a_stage_runs_names_what_changed(toy: Toy) -> None:
     toy.run()
     toy.add("model", "data", settings={"rate": 2.0, "objective": {"name": "a"}})
     toy.run(end=("model",))
@@ -207,7 +225,7 @@ def test_why_a_stage_runs_names_what_changed(toy: Toy, tmp_path: Path) -> None:
 
 def test_a_file_that_is_gone_is_said_and_not_passed_over(toy: Toy) -> None:
     toy.run()
-    (toy.stages["model"].folder / "result.json").unlink()
+    (toy.stages["model"].output / "result.json").unlink()
     with pytest.raises(CorruptFileError, match=r"result\.json is missing.*delete .*model-"):
         toy.run()
 
@@ -394,8 +412,9 @@ with alone(Path(sys.argv[1])):
 """
 
 
-def test_a_second_run_is_refused_until_the_first_is_dead(toy: Toy, tmp_path: Path) -> None:
-    folder = tmp_path / "toy"
+def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
+    toy, folder = Toy(tmp_path), tmp_path / "toy"
+    toy.add("data", kind="preprocess")
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True
     ) as process:
@@ -419,41 +438,40 @@ def test_a_lock_within_the_same_process_is_refused_too(tmp_path: Path) -> None:
 # What is told.
 
 
-def test_the_record_is_there_from_the_start(toy: Toy, tmp_path: Path) -> None:
+def test_the_record_is_there_from_the_start(toy: Toy) -> None:
     def look(stage: Stage) -> None:
-        (run,) = last_runs(tmp_path / "toy", 5)
+        (run,) = last_runs(toy.root / "toy", 5)
         seen.append((run.state, run.of("model").state, run.of("judge").state))
 
     seen: list[Any] = []
     toy.actions["model"] = look
     toy.run()
     assert seen == [("running", "running", "not reached")]
-    (run,) = last_runs(tmp_path / "toy", 5)
+    (run,) = last_runs(toy.root / "toy", 5)
     assert (run.state, run.exit_code, run.of("model").state) == ("succeeded", 0, "ran")
     assert run.seconds is not None
     # A run that nobody holds the lock for is not running.
     path = run.folder / "result.json"
-    path.write_text(path.read_text().replace('"state": "succeeded"', '"state": "running"'))
-    assert last_runs(tmp_path / "toy", 5)[0].state == "killed"
+    text = path.read_text().replace('"state": "succeeded"', '"state": "running"')
+    path.write_bytes(text.encode())
+    assert last_runs(toy.root / "toy", 5)[0].state == "killed"
 
 
 def test_a_rejection_is_a_state_of_its_own_each_time(toy: Toy) -> None:
     toy.add("promote", "judge", kind="promote")
-    rejected = json.dumps({"decision": "rejected", "gate": [], "summary": "it stays"})
-    toy.actions["promote"] = lambda stage: (stage.folder / "result.json").write_text(rejected)
+    rejected = json.dumps({"decision": "rejected", "gate": [], "summary": "it stays"}).encode()
+    toy.actions["promote"] = lambda stage: (stage.output / "result.json").write_bytes(rejected)
     for _ in range(2):
         assert toy.run().state == "rejected"
         assert toy.result_json()["exit_code"] == 3
     assert toy.calls == []
 
 
-def test_lines_tell_what_ran_and_what_did_not(
-    toy: Toy, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_lines_tell_what_ran_and_what_did_not(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
     toy.run(end=("model",))
     record = toy.run(only=("samples",))
     printed = capsys.readouterr().out
-    assert f"model  done before, in {toy.stages['model'].folder.name}" in printed
+    assert f"model  done before, in {toy.stages['model'].output.name}" in printed
     assert "samples  runs: never run" in printed
     assert "judge  skipped: not selected" in printed
     lines = tables.stage_lines(record.stages)
@@ -472,8 +490,8 @@ def test_lines_tell_what_ran_and_what_did_not(
     assert '"' not in graph[2].split('["')[1].split('"]')[0]
 
 
-def test_variants_side_by_side(tmp_path: Path) -> None:
-    toy = Toy(tmp_path)
+def test_variants_side_by_side(toy: Toy) -> None:
+    toy = Toy(toy.root)
     shared = toy.add("data", kind="preprocess")
     variants = []
     for rate in (1, 2):
@@ -483,14 +501,14 @@ def test_variants_side_by_side(tmp_path: Path) -> None:
 
     def measure(stage: Stage) -> None:
         figures = {"nats_per_token": 1.5 / stage.settings["rate"], "same": 3, "text": "x"}
-        (stage.folder / "result.json").write_text(json.dumps(figures))
+        (stage.output / "result.json").write_bytes(json.dumps(figures).encode())
 
     def fail(stage: Stage) -> None:
         if stage.settings["rate"] == 2:
             raise FloatingPointError("nan")
 
     toy.actions["model"] = measure
-    record = run_variants(toy.config, tmp_path, variants, Selection())
+    record = run_variants(toy.config, toy.root, variants, Selection())
     assert toy.calls == ["data", "model[rate=1]", "model[rate=2]", "judge[rate=1]", "judge[rate=2]"]
     assert [row["nats_per_token"] for row in record.comparison] == [1.5, 0.75]
     assert comparison_table(record.comparison, record.axes) == [
@@ -511,18 +529,18 @@ def test_variants_side_by_side(tmp_path: Path) -> None:
     toy.actions["model"] = fail
     selection = Selection(force=("model",))
     with pytest.raises(FloatingPointError):
-        run_variants(toy.config, tmp_path, variants, selection)
+        run_variants(toy.config, toy.root, variants, selection)
     rows = toy.result_json()["comparison"]
     assert rows[0].get("state") is None
     assert rows[1]["state"] == "failed"
 
 
-def test_old_runs_are_removed(toy: Toy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_old_runs_are_removed(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "_KEPT_RUNS", 2)
     for second in range(4):
         monkeypatch.setattr(time, "time", lambda second=second: 1e9 + second)
         toy.run()
-    names = sorted(path.name for path in (tmp_path / "toy" / "runs").iterdir())
+    names = [folder.name for folder in folders_in(toy.root / "toy" / "runs")]
     assert [name.split("-")[0] for name in names] == ["20010909T014642", "20010909T014643"]
 
 

@@ -19,8 +19,10 @@ from tokendiff.data.files import find_files
 from tokendiff.data.rows import TokenData
 from tokendiff.data.samples import read_samples, write_part
 from tokendiff.data.sources import plan_partitions, read_documents
+from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.manifest import claim_folder, commit, fetch, is_committed, publish, verify
+from tokendiff.models.loading import load_denoiser
 from tokendiff.storage import RemotePath, files_under, is_uri, location
 from tokendiff.training.run import TrainingRun, finished_run, step_plan
 from tokendiff.training.world import World
@@ -163,6 +165,13 @@ def test_training_from_and_to_a_uri_is_training_on_this_machine(
     assert is_finished
     assert sorted(second) == [6, 7, 8]
     assert {**first, **second} == expected
+    tokenizer, _ = build_tokenizer(f"{remote}/data/tokenizer", documents=(), vocab_size=0)
+    assert tokenizer.get_vocab() == letter_tokenizer().get_vocab()
+    from_uri, from_folder = (
+        load_denoiser(f"{out}/final", tokenizer=tokenizer, max_length=12, dropout=0.0).state_dict()
+        for out in (remote / "out", tmp_path / "local")
+    )
+    assert all(value.equal(from_uri[name]) for name, value in from_folder.items())
     there, here = open_checkpoint(f"{remote}/out/final"), tmp_path / "local" / "final"
     assert (there / "model.safetensors").read_bytes() == (here / "model.safetensors").read_bytes()
 

@@ -404,9 +404,9 @@ def is_foreign(folder: Path) -> bool:
     return '"objective"' not in path.read_text()
 
 
-def checkpoint_identity(folder: Path) -> str:
-    """A digest of the content of an opened checkpoint."""
-    if is_foreign(folder):
+def checkpoint_identity(folder: Location) -> str:
+    """A digest of the content of a checkpoint that was found or opened."""
+    if isinstance(folder, Path) and is_foreign(folder):
         files = sorted(path for path in folder.iterdir() if path.is_file())
         return fingerprint([[path.name, file_identity(path)] for path in files])
     return fingerprint(load_manifest(folder).files)

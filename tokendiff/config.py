@@ -1056,7 +1056,7 @@ class Config(Section):
         "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the pipeline's name"
     )
     root: str = operational(
-        "output", min_length=1, description="folder that everything is written under"
+        "output", min_length=1, description="folder or URI that everything is written under"
     )
     preprocess: PreprocessConfig = PreprocessConfig()
     train: TrainConfig = TrainConfig()

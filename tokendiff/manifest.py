@@ -24,8 +24,11 @@ from tokendiff.storage import (
     Location,
     changed_ns,
     files_under,
+    is_uri,
     local_folder,
+    location,
     open_binary,
+    remove,
     size_of,
     upload,
 )
@@ -159,10 +162,12 @@ def claim_folder(folder: Location, *, kind: str) -> Location:
     return mark
 
 
-def remove_committed(folder: Path, result_folder: Path) -> None:
+def remove_committed(folder: Location, result_folder: Location) -> None:
     """Delete a folder; from the first moment on, its result no longer counts."""
     (result_folder / MANIFEST_NAME).unlink(missing_ok=True)
-    if folder.exists():
+    if not isinstance(folder, Path):
+        remove(folder)
+    elif folder.exists():
         shutil.rmtree(folder)
 
 
@@ -268,3 +273,24 @@ def fetch(folder: Location, *, under: str = "") -> Path:
     if not under and not is_committed(copy):
         write_atomically(copy / MANIFEST_NAME, (folder / MANIFEST_NAME).read_bytes())
     return copy
+
+
+def local_model(name: str) -> str:
+    """A model or tokenizer as transformers takes it: the name, or a copy of what a URI names.
+
+    Raises:
+        InputError: nothing was committed there.
+    """
+    if not is_uri(name):
+        return name
+    folder = location(name)
+    if isinstance(folder, Path):
+        return str(folder)
+    if is_committed(folder):
+        return str(fetch(folder))
+    if is_committed(folder.parent):  # the tokenizer/ of token shards
+        return str(fetch(folder.parent, under=f"{folder.name}/") / folder.name)
+    raise InputError(
+        f"{name}: no checkpoint and no tokenizer of ours there (no MANIFEST.json); copy another "
+        "model to a folder that every node sees"
+    )

@@ -9,6 +9,7 @@ Credentials and endpoints are the environment's (AWS_PROFILE, AWS_ENDPOINT_URL,
 GOOGLE_APPLICATION_CREDENTIALS, ...): none stands in a URI, a config or a manifest.
 """
 
+import contextlib
 import functools
 import io
 import os
@@ -48,13 +49,16 @@ class RemotePath:
                 f"{scheme}://...: a URI holds no options and no credentials; they are taken from "
                 "the environment (AWS_ENDPOINT_URL, AWS_PROFILE, ...)"
             )
+        if ".." in rest.split("/"):
+            raise InputError(f"{self.uri}: a URI has no .. in it")
         object.__setattr__(self, "uri", f"{scheme.lower()}://{rest.rstrip('/')}")
 
     def __str__(self) -> str:
         return self.uri
 
     def __truediv__(self, name: str | Path) -> "RemotePath":
-        return RemotePath(f"{self.uri}/{Path(name).as_posix()}")
+        below = Path(name).as_posix()
+        return self if below == "." else RemotePath(f"{self.uri}/{below}")
 
     @property
     def name(self) -> str:
@@ -159,6 +163,19 @@ def files_under(folder: Location) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
+def folders_in(folder: Location) -> list[Location]:
+    """The folders right under `folder`, sorted by name; none where it is not there."""
+    if isinstance(folder, Path):
+        return sorted(path for path in folder.glob("*") if path.is_dir())
+    from pyarrow.fs import FileSelector, FileType
+
+    filesystem, path = _resolve(folder.uri)
+    with _named(folder.uri):
+        found = filesystem.get_file_info(FileSelector(path, allow_not_found=True))
+    names = [info.base_name for info in found if info.type == FileType.Directory]
+    return [folder / name for name in sorted(names)]
+
+
 def size_of(path: Location) -> int:
     """Bytes of a file."""
     return path.stat().st_size if isinstance(path, Path) else int(path._info().size)
@@ -203,6 +220,10 @@ def remove(folder: Location, *, first: str | None = None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         return
     _in_threads(lambda name: (folder / name).unlink(missing_ok=True), files_under(folder))
+    filesystem, path = _resolve(folder.uri)
+    if filesystem.type_name.startswith("py::"):  # fsspec ones may have folders without files
+        with _named(folder.uri), contextlib.suppress(FileNotFoundError):
+            filesystem.delete_dir(path)
 
 
 def upload(source: Path, target: RemotePath, names: Iterable[str]) -> None:
@@ -220,9 +241,21 @@ def upload_file(source: Path, target: RemotePath) -> None:
 
 
 def cache_folder() -> Path:
-    """Where this machine keeps copies of remote files; it may be deleted at any time."""
+    """Where this machine keeps copies of remote files, and `mirror_of` what is written beside
+    them; it may be deleted when nothing runs.
+    """
     named = os.environ.get(CACHE_VARIABLE)
     return Path(named).expanduser() if named else Path.home() / ".cache" / "tokendiff"
+
+
+def mirror_of(folder: Location) -> Path:
+    """The folder itself, or of a remote one where this machine keeps what has to be on a disk: logs
+    that are written to, locks, and what a tracking store has yet to get.
+    """
+    if isinstance(folder, Path):
+        return folder
+    scheme, _, rest = folder.uri.partition("://")
+    return cache_folder() / "runs" / scheme / rest
 
 
 def local_copy(path: Location, *, sha256: str) -> Path:

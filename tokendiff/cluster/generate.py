@@ -47,7 +47,7 @@ from tokendiff.manifest import (
 from tokendiff.models.causal import causal_identity
 from tokendiff.models.completion import CompletionModel, CompletionSetup
 from tokendiff.models.sampling import PromptCheck, SamplingModel
-from tokendiff.storage import Location, files_under
+from tokendiff.storage import Location, files_under, location
 from tokendiff.training.trainer import OnEvent
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def _source(checkpoint: Path | None, config: "GenerateConfig") -> tuple[str, Any
         return str(checkpoint), checkpoint_identity(checkpoint)
     name = config.draft_model_id or config.model_id
     assert name is not None, "CompletionSetup sees to it"
-    folder = Path(name).expanduser()
+    folder = location(name)
     is_ours = is_committed(folder)  # a draft that we trained, which jobs.evaluate opens
     return name, checkpoint_identity(folder) if is_ours else causal_identity(name)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokendiff.errors import InputError
+from tokendiff.storage import Location
 
 if TYPE_CHECKING:
     from tokendiff.config import ClusterConfig
@@ -110,7 +111,7 @@ def ray_session(config: "ClusterConfig", *, side_by_side: int = 1) -> Iterator[N
         ray.shutdown()
 
 
-def check_seen_by_all(config: "ClusterConfig", root: Path) -> None:
+def check_seen_by_all(config: "ClusterConfig", root: Location) -> None:
     """Nodes hand folders to each other: every one of a running cluster must see `root`.
 
     Nothing is asked of a cluster that a job would start itself, which has one node.
@@ -118,7 +119,8 @@ def check_seen_by_all(config: "ClusterConfig", root: Path) -> None:
     Raises:
         InputError: naming the nodes that do not.
     """
-    if (config.address or os.environ.get("RAY_ADDRESS")) is None:
+    is_running = (config.address or os.environ.get("RAY_ADDRESS")) is not None
+    if not is_running or not isinstance(root, Path):  # a URI is the same from everywhere
         return
     with ray_session(config):
         _look_from_all(root)

@@ -51,6 +51,23 @@ def _on_sigterm(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt(STOPPED)
 
 
+@contextmanager
+def sigint_interrupts() -> Iterator[None]:
+    """SIGINT in this block, which lets Ray Train handle it, is a KeyboardInterrupt all the same.
+
+    Ray Train's handler aborts the run and exits with code 0, and stays when training is over: a
+    later Ctrl-C would then end another stage as if it had been done.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
+
+
 class _Messenger:
     """An actor on the driver's node: tells of its SIGTERM, and hands it the workers' events."""
 

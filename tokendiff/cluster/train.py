@@ -22,7 +22,13 @@ from tokendiff.cluster.session import (
     wait_for_resources,
     wants_gpu,
 )
-from tokendiff.cluster.stopping import STOPPED, DriverLink, is_stop_requested, saving_first
+from tokendiff.cluster.stopping import (
+    STOPPED,
+    DriverLink,
+    is_stop_requested,
+    saving_first,
+    sigint_interrupts,
+)
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.storage import Location, remove
@@ -183,7 +189,7 @@ def _fit_once(
         run.fit(iter(batches), should_stop=driver.listen() if world.is_main else lambda: False)
 
     resources = {"CPU": cluster.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
-    with saving_first(on_event) as driver:
+    with saving_first(on_event) as driver, sigint_interrupts():
         TorchTrainer(
             lambda: work(driver),
             datasets={"train": ray.data.range(1)},

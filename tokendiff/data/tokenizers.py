@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from tokendiff.errors import InputError
+from tokendiff.manifest import local_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -91,7 +92,7 @@ def _wrapped(tokenizer: "Tokenizer") -> "PreTrainedTokenizerBase":
 def _pretrained(name_or_path: str) -> Any:
     from transformers import AutoTokenizer
 
-    folder = os.path.abspath(os.path.expanduser(name_or_path))
+    folder = os.path.abspath(os.path.expanduser(local_model(name_or_path)))
     try:
         return AutoTokenizer.from_pretrained(
             folder if os.path.isdir(folder) else name_or_path, trust_remote_code=False

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from tokendiff.manifest import write_atomically
+from tokendiff.storage import Location
 
 CERTIFICATE = "certificate.json"
 CHECKPOINT = "checkpoint"  # the subject that is not code
@@ -102,7 +103,7 @@ def write_certificate(folder: Path, checks: Sequence[Check], *, about: Mapping[s
     write_atomically(folder / CERTIFICATE, text.encode())
 
 
-def read_certificate(folder: Path) -> list[Check]:
+def read_certificate(folder: Location) -> list[Check]:
     """The checks of the certificate in `folder`; none where there is none."""
     path = folder / CERTIFICATE
     entries = json.loads(path.read_text())["checks"] if path.is_file() else []

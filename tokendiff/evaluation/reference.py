@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokendiff.errors import InputError
+from tokendiff.manifest import local_model
 
 _PROBE_LENGTH = 4
 
@@ -84,7 +85,10 @@ def _load(name: str) -> tuple[nn.Module, Any]:
     try:
         # float32, since bfloat16 rounds differently at different batch sizes.
         model, loaded = loader.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            local_model(name),
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         # RuntimeError: the weights have other shapes than the config says.
@@ -99,7 +103,7 @@ def _load(name: str) -> tuple[nn.Module, Any]:
             "it is not a causal language model"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(local_model(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"reference_model_name_or_path {name!r}: its tokenizer cannot be opened "

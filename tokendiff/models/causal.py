@@ -19,7 +19,7 @@ from tokendiff.attention_masks import (
 )
 from tokendiff.errors import InputError
 from tokendiff.interfaces import DecodingCache
-from tokendiff.manifest import file_identity, fingerprint
+from tokendiff.manifest import file_identity, fingerprint, local_model
 from tokendiff.models.ragged_cache import RaggedCache
 
 # Architectures that are another one under a name of their own, with other attention masks: opened
@@ -156,7 +156,7 @@ def open_causal(
     tokenizer = load_causal_tokenizer(name, trust_remote_code=trust_remote_code)
     with _opening(name):
         model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, trust_remote_code=trust_remote_code
+            local_model(name), config=config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     causal_model = CausalModel(model.eval(), vocab_size=min(len(tokenizer), _num_logits(model)))
     check_decoding(causal_model, name)
@@ -168,10 +168,11 @@ def causal_config(name: str, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig, PreTrainedConfig
 
     with _opening(name):
-        fields, _ = PreTrainedConfig.get_config_dict(name)
+        folder = local_model(name)
+        fields, _ = PreTrainedConfig.get_config_dict(folder)
         known = _SAME_AS.get(fields.get("model_type", ""))
         if known is None:
-            return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         foreign = ("model_type", "architectures", "auto_map")
         kept = {key: value for key, value in fields.items() if key not in foreign}
         return AutoConfig.for_model(known, published_model_type=fields["model_type"], **kept)
@@ -181,7 +182,7 @@ def causal_identity(name: str) -> Any:
     """What changes when the model does that a name or folder stands for: the content of a folder;
     of a hub name, the name.
     """
-    folder = Path(name).expanduser()
+    folder = Path(local_model(name)).expanduser()
     if not folder.is_dir():
         return name
     files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -192,7 +193,7 @@ def load_causal_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     with _opening(name):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(local_model(name), trust_remote_code=trust_remote_code)
 
 
 @contextmanager
@@ -225,7 +226,7 @@ def find_stop_tokens(name: str, config: Any, tokenizer: Any) -> tuple[int, ...]:
     from transformers import GenerationConfig
 
     with suppress(OSError):
-        config = GenerationConfig.from_pretrained(name)
+        config = GenerationConfig.from_pretrained(local_model(name))
     found = [tokenizer.eos_token_id, getattr(config, "eos_token_id", None)]
     listed = [value if isinstance(value, list | tuple) else [value] for value in found]
     return tuple(sorted({index for values in listed for index in values if index is not None}))

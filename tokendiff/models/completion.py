@@ -15,6 +15,7 @@ from tokendiff.checkpoint import SCHEDULER_CONFIG, NoiseProcess, take_average
 from tokendiff.data.prompts import GenerationRow, PromptEncoder, prompt_text
 from tokendiff.errors import InputError
 from tokendiff.interfaces import Completion, Decoder, Request
+from tokendiff.manifest import local_model
 from tokendiff.models.causal import (
     causal_config,
     find_mask_token,
@@ -148,7 +149,7 @@ class CompletionModel:
         self._target = self._model
         if config.draft_model_id is not None:
             draft: Any = load_draft(config.draft_model_id, dtype=dtype)
-            take_average(draft, Path(config.draft_model_id))
+            take_average(draft, Path(local_model(config.draft_model_id)))
             draft.to(device)
             self._model = DraftedModel(model, draft)
         self._is_warm = False

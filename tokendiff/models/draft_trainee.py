@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from tokendiff.attention_masks import MaskRule, dense, mask_mod
 from tokendiff.errors import InputError
+from tokendiff.manifest import local_model
 from tokendiff.models.dflash import DFlashDraftConfig, DFlashDraftModel
 from tokendiff.models.drafting import DraftPlan, load_draft
 
@@ -124,7 +125,7 @@ def load_trainee(
     name = plan.target_model_id
     try:
         target = AutoModelForCausalLM.from_pretrained(
-            name,
+            local_model(name),
             config=plan.target,
             dtype=torch.bfloat16 if has_bf16 else torch.float32,
             trust_remote_code=False,

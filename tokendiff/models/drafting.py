@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokendiff.errors import InputError
+from tokendiff.manifest import local_model
 from tokendiff.models.dflash import (
     EMBEDDING_OUTPUT,
     DFlashDraftConfig,
@@ -103,13 +104,14 @@ def open_draft_config(draft_model_id: str) -> DFlashDraftConfig:
     from transformers import AutoConfig
 
     try:
-        plain = AutoConfig.from_pretrained(draft_model_id, trust_remote_code=False)
+        folder = local_model(draft_model_id)
+        plain = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if not is_draft_config(plain):
             raise InputError(
                 f"draft_model_id {draft_model_id!r} is no DFlash draft (its config.json has "
                 f"architectures {plain.architectures}, not DFlashDraftModel)"
             )
-        return DFlashDraftConfig.from_pretrained(draft_model_id)
+        return DFlashDraftConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -131,7 +133,7 @@ def open_target_config(target_model_id: str) -> Any:
     )
 
     try:
-        config = AutoConfig.from_pretrained(target_model_id, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(local_model(target_model_id), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"target_model_id {target_model_id!r} cannot be opened ({_first_line(error)}); "
@@ -243,11 +245,12 @@ def load_draft(draft_model_id: str, *, dtype: torch.dtype = torch.float32) -> DF
     from safetensors import SafetensorError
 
     config = open_draft_config(draft_model_id)
-    if Path(draft_model_id).is_dir() and not any(Path(draft_model_id).glob("*.safetensors")):
+    folder = local_model(draft_model_id)
+    if Path(folder).is_dir() and not any(Path(folder).glob("*.safetensors")):
         raise InputError(f"draft_model_id {draft_model_id}: a config but no weights")
     try:
         model, info = DFlashDraftModel.from_pretrained(
-            draft_model_id, config=config, dtype=dtype, output_loading_info=True
+            folder, config=config, dtype=dtype, output_loading_info=True
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tokendiff.errors import InputError
+from tokendiff.manifest import local_model
 from tokendiff.models.causal_denoiser import TransformersCausalDenoiser
 from tokendiff.models.denoiser import (
     CAUSAL_TYPES,
@@ -247,14 +248,15 @@ def _vocabulary_of(model_name_or_path: str) -> dict[str, int]:
     """Tokens and ids of the tokenizer that comes with a model; empty where there is none."""
     from transformers import AutoTokenizer
 
-    folder = Path(model_name_or_path)
+    name = local_model(model_name_or_path)
+    folder = Path(name)
     # transformers makes an empty tokenizer up for some folders that have none.
     if folder.is_dir() and not any(
         any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "spiece*")
     ):
         return {}
     try:
-        own = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=False)
+        own = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError):
         return {}
     return dict(own.get_vocab())
@@ -284,7 +286,7 @@ def _pretrained_config(name: str) -> Any:
     import tokendiff.models.diffusion_transformer  # noqa: F401
 
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(local_model(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"model_name_or_path {name!r} cannot be opened ({_first_line(error)}); "
@@ -321,16 +323,13 @@ def _auto_class(config: Any, name: str) -> Any:
 def _pretrained(auto_class: Any, name: str, config: Any) -> Any:
     from safetensors import SafetensorError
 
-    if (
-        Path(name).is_dir()
-        and not any(Path(name).glob("*.safetensors"))
-        and not any(Path(name).glob("*.bin"))
-    ):
+    folder = Path(local_model(name))
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise InputError(
             f"model_name_or_path {name}: a config but no weights; from_scratch starts from new ones"
         )
     try:
-        return auto_class.from_pretrained(name, config=config, dtype=torch.float32)
+        return auto_class.from_pretrained(local_model(name), config=config, dtype=torch.float32)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"model_name_or_path {name!r}: weights cannot be read ({_first_line(error)})"

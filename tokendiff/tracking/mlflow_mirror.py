@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tokendiff.errors import InputError
 from tokendiff.secrets import without_credentials
-from tokendiff.storage import Location
+from tokendiff.storage import Location, mirror_of
 from tokendiff.tracking.mlflow_delivery import Delivery, replay_pending
 from tokendiff.tracking.mlflow_entities import (
     MAX_DIGEST_LENGTH,
@@ -132,7 +132,7 @@ class MlflowMirror(MirroredRun):
     def open(
         cls,
         config: "TrackingConfig",
-        root: Path,
+        root: Location,
         *,
         run_name: str | None = None,
         params: Mapping[str, Any] | None = None,
@@ -146,7 +146,8 @@ class MlflowMirror(MirroredRun):
             run_name: of the parent run; without it there is none, and stages stand alone.
             parent_run_id: of a run that another process keeps, in place of one of its own.
             folder: where the parent keeps its state, by default `root/.mlflow/run_name`. An
-                unfinished parent that is recorded there is continued.
+                unfinished parent that is recorded there is continued. State is on this machine's
+                disk: of a root behind a URI in its mirror, where only this machine continues it.
 
         Raises:
             InputError: the store cannot be used.
@@ -155,14 +156,15 @@ class MlflowMirror(MirroredRun):
             return cls(None, None)
         uri = resolve_uri(config, root)
         check_store(uri)
-        replay_pending(root, uri)
+        here = mirror_of(root)
+        replay_pending(here, uri)
         try:
             client = make_client(uri)
             experiment_id = get_experiment_id(client, config.experiment, root)
             store = _Store(client, without_credentials(uri), experiment_id)
             if run_name is None:
                 return cls(None, store, parent_run_id=parent_run_id)
-            folder = folder or root / ".mlflow" / run_name
+            folder = folder or here / ".mlflow" / run_name
             # In the foreground: the stages need its id.
             return cls(store.start(run_name, folder, params, tags, in_foreground=True), store)
         except InputError:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tokendiff.errors import InputError
 from tokendiff.secrets import without_credentials
+from tokendiff.storage import Location
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,18 +34,34 @@ _ENVIRONMENT = {
 }
 
 
-def resolve_uri(config: "TrackingConfig", root: Path) -> str:
+def resolve_uri(config: "TrackingConfig", root: Location) -> str:
     """The store's URI: MLFLOW_TRACKING_URI, else `config.uri`, else a sqlite file under `root`.
 
     Relative paths are taken from `root`: the working directory of a submitted job is a temporary
     upload.
+
+    Raises:
+        InputError: the store would be under a root that is behind a URI.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or config.uri or "sqlite:///mlflow.db"
     if match := _SQLITE.fullmatch(uri):
-        return f"{match[1]}{os.path.abspath(root / match[2])}{match[3]}"
+        return f"{match[1]}{_below(root, match[2])}{match[3]}"
     if uri.startswith("file:") or (":" not in uri and not uri.startswith("databricks")):
-        return f"file://{os.path.abspath(root / re.sub('^file:(//)?', '', uri))}"
+        return f"file://{_below(root, re.sub('^file:(//)?', '', uri))}"
     return uri
+
+
+def _below(root: Location, path: str) -> str:
+    if isinstance(root, Path):
+        return os.path.abspath(root / path)
+    if os.path.isabs(path):
+        return os.path.abspath(path)
+    raise InputError(
+        f"tracking.uri: the MLflow store {path} would be under root {root}, and a store of files "
+        "cannot be behind a URI; give a server (MLFLOW_TRACKING_URI or -o tracking.uri=http://...) "
+        "or a file of this machine (-o tracking.uri=sqlite:////absolute/path/mlflow.db), or go on "
+        "without MLflow with -o tracking.enabled=false"
+    )
 
 
 def open_command(uri: str) -> str:
@@ -97,7 +114,7 @@ def make_client(uri: str) -> "MlflowClient":
         return MlflowClient(uri)
 
 
-def get_experiment_id(client: "MlflowClient", name: str, root: Path) -> str:
+def get_experiment_id(client: "MlflowClient", name: str, root: Location) -> str:
     """The experiment of this name, created if it is missing.
 
     Without a server, artifacts go beside the sqlite file, else under `root`: MLflow's default is
@@ -112,8 +129,10 @@ def get_experiment_id(client: "MlflowClient", name: str, root: Path) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         database = _sqlite_path(uri)
-        artifacts = (database.parent if database else root.absolute()) / "mlartifacts"
-        location = None if _is_server(uri) else artifacts.as_uri()
+        beside = database.parent if database else root
+        artifacts = (beside.absolute() if isinstance(beside, Path) else beside) / "mlartifacts"
+        place = artifacts.as_uri() if isinstance(artifacts, Path) else artifacts.uri
+        location = None if _is_server(uri) else place
         try:
             return client.create_experiment(name, artifact_location=location)
         except MlflowException as error:

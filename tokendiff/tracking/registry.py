@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 import tokendiff
-from tokendiff.checkpoint import checkpoint_identity, open_checkpoint
+from tokendiff.checkpoint import checkpoint_identity, find_checkpoint
 from tokendiff.errors import InputError
+from tokendiff.manifest import fetch
 from tokendiff.secrets import without_credentials
+from tokendiff.storage import Location, files_under, folders_in, upload
 from tokendiff.tracking.mlflow_store import check_store, make_client, resolve_uri
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ _TARGET = "target-model"  # a folder beside the checkpoint, which has a name of 
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 # Tags of a version.
 _DIGEST, _REPLACED, _HISTORY = "checkpoint_digest", "replaced_version", "history"
+_MODEL_FILE = "MLmodel"  # a copy counts once it is there
 _MAX_HISTORY = 4500  # characters; a tag's limit is 5,000
 # What sampling imports, besides what MLflow brings.
 _SERVED_WITH = ("mlflow", "numpy", "pydantic", "safetensors", "tokenizers", "torch", "transformers")
@@ -56,8 +59,8 @@ class RegisteredModel:
     name: str
     version: int
     digest: str
-    checkpoint: Path
-    trained_on: Path
+    checkpoint: Location
+    trained_on: Location
 
     @property
     def title(self) -> str:
@@ -75,7 +78,7 @@ class Registry:
         root: what a relative store is under, and where models of a remote one are kept.
     """
 
-    def __init__(self, config: "TrackingConfig", root: Path) -> None:
+    def __init__(self, config: "TrackingConfig", root: Location) -> None:
         if not config.enabled:
             raise InputError(
                 "tracking.enabled false: registered models are kept by MLflow; leave it on"
@@ -108,7 +111,7 @@ class Registry:
     def register(
         self,
         name: str,
-        checkpoint: Path,
+        checkpoint: Location,
         *,
         run_id: str,
         sampling: Mapping[str, Any],
@@ -129,7 +132,9 @@ class Registry:
                 return int(version.version)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "model"
-            save_model(folder, checkpoint, sampling=sampling, trained_on=trained_on, target=target)
+            save_model(
+                folder, fetch(checkpoint), sampling=sampling, trained_on=trained_on, target=target
+            )
             self._client.log_artifacts(run_id, str(folder), "model")
         self._create(name)
         source = f"{self._client.get_run(run_id).info.artifact_uri}/model"
@@ -186,7 +191,7 @@ class Registry:
     def _opened(self, version: "ModelVersion") -> RegisteredModel:
         name, number = version.name, int(version.version)
         folder = self._fetched(name, number, str(version.source))
-        checkpoint = open_checkpoint(_checkpoint_in(folder))
+        checkpoint = find_checkpoint(_checkpoint_in(folder))
         return RegisteredModel(
             name=name,
             version=number,
@@ -195,26 +200,27 @@ class Registry:
             trained_on=folder / "artifacts" / TRAINED_ON,
         )
 
-    def _fetched(self, name: str, number: int, source: str) -> Path:
-        """The version's files: where they are, or a copy under the root."""
+    def _fetched(self, name: str, number: int, source: str) -> Location:
+        """The version's files: where they are, or a copy under the root, which workers see."""
         parsed = urlparse(source)
         if parsed.scheme in ("", "file") and Path(unquote(parsed.path)).is_dir():
             return Path(unquote(parsed.path))
         target = self._root / "models" / f"{name}-v{number}"
-        if not target.is_dir():  # it gets its name when it is whole
+        if not (target / _MODEL_FILE).is_file():
             import mlflow
 
-            with tempfile.TemporaryDirectory(dir=self._folder_for_models()) as scratch:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            beside = target.parent if isinstance(target, Path) else None
+            with tempfile.TemporaryDirectory(dir=beside) as scratch:
                 fetched = mlflow.artifacts.download_artifacts(
                     artifact_uri=source, dst_path=scratch, tracking_uri=self._uri
                 )
-                Path(fetched).rename(target)
+                if isinstance(target, Path):
+                    Path(fetched).rename(target)
+                else:
+                    upload(Path(fetched), target, files_under(Path(fetched)).keys() - {_MODEL_FILE})
+                    upload(Path(fetched), target, [_MODEL_FILE])
         return target
-
-    def _folder_for_models(self) -> Path:
-        folder = self._root / "models"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
 
     def _find(
         self, name: str, *, alias: str | None = None, number: str | None = None
@@ -293,12 +299,11 @@ def save_model(
         )
 
 
-def _checkpoint_in(folder: Path) -> Path:
+def _checkpoint_in(folder: Location) -> Location:
     """The checkpoint among a model's files: the one folder there, by whatever name it was saved,
     but for a draft's target.
     """
-    folders = [path for path in (folder / "artifacts").glob("*") if path.is_dir()]
-    found = [path for path in folders if path.name != _TARGET]
+    found = [path for path in folders_in(folder / "artifacts") if path.name != _TARGET]
     if len(found) != 1:
         raise InputError(f"{folder} holds no checkpoint; it was not registered by a pipeline")
     return found[0]

@@ -1,0 +1,172 @@
+"""Runs on several machines and one folder behind a URI: one at a time, as far as a lease can see.
+
+A machine is a TOKENDIFF_CACHE: locks on files reach no further.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import lock
+from pipelines.lock import is_held
+from tokendiff.storage import RemotePath
+
+RENEWAL, PAUSE = 0.2, 0.02
+HOLD = """
+import sys, time
+from pipelines.lock import alone
+from tokendiff.storage import RemotePath
+with alone(RemotePath(sys.argv[1]), renewal_s=0.3, pause_s=0.0):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+Move = Callable[[str], None]
+
+
+def alone(folder: RemotePath) -> AbstractContextManager[None]:
+    return lock.alone(folder, renewal_s=RENEWAL, pause_s=PAUSE)
+
+
+@pytest.fixture
+def move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Move:
+    """Go on on the machine of that name."""
+
+    def move(name: str) -> None:
+        monkeypatch.setenv("TOKENDIFF_CACHE", str(tmp_path / name))
+
+    move("a")
+    return move
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RemotePath:
+    return RemotePath(f"memory://{tmp_path.name}/toy")
+
+
+def write_lease(folder: RemotePath, **fields: Any) -> dict[str, Any]:
+    """A lease of somebody else's, as it stands there."""
+    lease = {"host": "far", "pid": "7", "since": "2026", "token": "other", "renewal_s": RENEWAL}
+    lease |= {"renewed": time.time(), **fields}
+    (folder / ".lock.holder").write_bytes(json.dumps(lease).encode())
+    return lease
+
+
+def read_lease(folder: RemotePath) -> dict[str, Any]:
+    lease: dict[str, Any] = json.loads((folder / ".lock.holder").read_text())
+    return lease
+
+
+def test_while_it_is_held_others_are_refused_wherever_they_are(
+    folder: RemotePath, move: Move
+) -> None:
+    assert not is_held(folder)
+    with alone(folder):
+        since = read_lease(folder)["since"]
+        for machine in ("a", "b"):
+            move(machine)
+            assert is_held(folder)
+            with pytest.raises(BlockingIOError, match=rf"process \d+ on .*, since {since}"):
+                alone(folder).__enter__()
+        time.sleep(8 * RENEWAL)  # twice what an unrenewed one lives
+        assert is_held(folder)
+        with pytest.raises(BlockingIOError):
+            alone(folder).__enter__()
+    assert not is_held(folder)
+    assert not (folder / ".lock.holder").exists()
+    with alone(folder):
+        pass
+
+
+@pytest.mark.parametrize("machine", ["a", "b"])
+def test_the_lease_of_a_killed_run_is_taken_over(s3: str, move: Move, machine: str) -> None:
+    """At once where its machine's own lock tells of its death, elsewhere after a while."""
+    folder = RemotePath(f"{s3}/lease/{machine}")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder.uri], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        move(machine)
+        with pytest.raises(BlockingIOError, match=rf"is under way \(process {process.pid} on"):
+            alone(folder).__enter__()
+        process.kill()
+        process.wait()
+    killed = time.monotonic()
+    if machine == "b":
+        with pytest.raises(BlockingIOError):
+            alone(folder).__enter__()
+        time.sleep(max(0.0, 4 * 0.3 - (time.monotonic() - killed)))
+        assert not is_held(folder)
+    with alone(folder):
+        assert read_lease(folder)["pid"] != str(process.pid)
+    took = time.monotonic() - killed
+    assert took < 4 * 0.3 if machine == "a" else took > 6 * 0.3
+
+
+def test_a_wrong_clock_costs_a_wait_and_not_the_lease(folder: RemotePath, move: Move) -> None:
+    for wrong in (-3600.0, 3600.0):
+        write_lease(folder, renewed=time.time() + wrong)  # dead
+        started = time.monotonic()
+        with alone(folder):
+            assert time.monotonic() - started >= 2 * RENEWAL
+        write_lease(folder, renewed=time.time() + wrong)
+        is_over = threading.Event()
+
+        def renew(wrong: float = wrong, is_over: threading.Event = is_over) -> None:
+            while not is_over.wait(RENEWAL / 2):
+                write_lease(folder, renewed=time.time() + wrong)
+
+        holder = threading.Thread(target=renew)
+        holder.start()
+        try:
+            with pytest.raises(BlockingIOError, match="process 7 on far"):
+                lock.alone(folder, renewal_s=RENEWAL, pause_s=0.0).__enter__()
+        finally:
+            is_over.set()
+            holder.join()
+        assert read_lease(folder)["token"] == "other"
+
+
+def test_of_two_that_start_at_once_the_later_writer_stays(
+    folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleep = time.sleep
+
+    def meanwhile(seconds: float) -> None:
+        write_lease(folder)
+        sleep(seconds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", meanwhile)
+        with pytest.raises(BlockingIOError, match="process 7 on far"):
+            alone(folder).__enter__()
+    assert read_lease(folder)["token"] == "other"
+
+
+def test_who_lost_the_lease_is_interrupted_and_leaves_it(folder: RemotePath, move: Move) -> None:
+    def lose() -> None:
+        with alone(folder):
+            write_lease(folder)
+            time.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt):
+        lose()
+    assert read_lease(folder)["token"] == "other"
+
+
+def test_a_lease_that_was_deleted_is_written_again(folder: RemotePath, move: Move) -> None:
+    with alone(folder):
+        (folder / ".lock.holder").unlink()
+        time.sleep(3 * RENEWAL)
+        assert is_held(folder)
+        move("b")
+        with pytest.raises(BlockingIOError):
+            alone(folder).__enter__()
