@@ -170,3 +170,50 @@ def test_a_lease_that_was_deleted_is_written_again(folder: RemotePath, move: Mov
         move("b")
         with pytest.raises(BlockingIOError):
             alone(folder).__enter__()
+
+
+HOLD_ON_CLUSTER = """
+import sys, time
+from pathlib import Path
+import ray
+from pipelines.lock import alone_on_cluster
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+with alone_on_cluster(Path(sys.argv[2])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_on_a_cluster_another_driver_waits_until_the_holder_is_dead(
+    ray_session: None, tmp_path: Path
+) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD_ON_CLUSTER, address, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline().strip() == "held"
+        with (
+            pytest.raises(BlockingIOError, match=rf"process {holder.pid} on "),
+            lock.alone_on_cluster(tmp_path),
+        ):
+            pass
+        with lock.alone_on_cluster(tmp_path / "another"):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    deadline = time.monotonic() + 30.0
+    while True:
+        try:
+            with lock.alone_on_cluster(tmp_path):
+                break
+        except BlockingIOError:
+            assert time.monotonic() < deadline, "the lock of a killed driver is never freed"
+            time.sleep(0.2)
