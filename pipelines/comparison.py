@@ -15,8 +15,9 @@ from tokendiff.storage import mirror_of
 
 _KINDS = ("train", "generate", "evaluate", "promote")  # whose figures are compared
 _SHOWN = (
-    *("nats_per_token", "standard_error", "bits_per_byte", "loss", "step", "tokens_per_second"),
-    *("tokens_per_forward", "generative_perplexity", "acceptance_length_mean", "speedup"),
+    *("nats_per_token", "standard_error", "bits_per_byte", "tokens_per_forward"),
+    *("acceptance_length_mean", "speedup", "generative_perplexity"),
+    *("loss", "step", "tokens_per_second"),
 )
 _MAX_COLUMNS = 6
 
@@ -89,7 +90,8 @@ def write_comparison(record: RunRecord) -> list[Path]:
 def _page(record: RunRecord) -> Report:
     rows, axes = record.comparison, record.axes
     columns, shown = _short_table(rows, axes)
-    names = list(dict.fromkeys(name for row in rows for name in row if name not in axes))
+    known = [name for row in rows for name, value in row.items() if value is not None]
+    names = [name for name in dict.fromkeys(known) if name not in axes]
     titles = [", ".join(f"{axis} {_shown(row[axis])}" for axis in axes) for row in rows]
     reports = [
         [stage.stage, stage.result["report"]] for stage in record.stages if "report" in stage.result
