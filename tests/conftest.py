@@ -6,9 +6,10 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +111,22 @@ def s3() -> Iterator[str]:
     with urllib.request.urlopen(bucket):
         yield "s3://bucket"
     server.stop()
+
+
+@pytest.fixture
+def load_served(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Any]:
+    """Load (store, model URI) as a server would. MLflow would leave the store in the environment,
+    and the code that comes with the model in front of ours on the path, for tests still to come.
+    """
+
+    def load(store: str, uri: str) -> Any:
+        import mlflow
+
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        return mlflow.pyfunc.load_model(uri)
+
+    return load
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,7 @@
 """Drafts that become champions: decoded beside their target, judged on the same prompts, served."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.mark.ray
 def test_a_draft_is_judged_beside_the_champion_and_served_with_its_target(
-    bench: Bench, ray_session: None
+    bench: Bench, ray_session: None, load_served: Callable[[str, str], Any]
 ) -> None:
     first, second = bench.draft(seed=0, steps=1), bench.draft(seed=1, steps=1)
     assert bench.crown(first)["version"] == 1
@@ -158,8 +159,6 @@ def test_a_draft_is_judged_beside_the_champion_and_served_with_its_target(
     assert registry.holder("toy-draft", "champion") == 1 + is_better
 
     # What is served is the target's own text, from files of its own.
-    import mlflow
-
     from tokendiff.tracking.mlflow_store import resolve_uri
 
     rows_to_write = [GenerationRow(id=place, prompt=p) for place, p in enumerate(("abc", "d"))]
@@ -172,8 +171,8 @@ def test_a_draft_is_judged_beside_the_champion_and_served_with_its_target(
     expected = CompletionModel(own).sample(rows_to_write)
     shutil.move(bench.target, f"{bench.target}-away")
     try:
-        mlflow.set_tracking_uri(resolve_uri(config.tracking, Path(config.root)))
-        served = mlflow.pyfunc.load_model("models:/toy-draft/1")
+        store = resolve_uri(config.tracking, Path(config.root))
+        served = load_served(store, "models:/toy-draft/1")
         answers = served.predict([{"prompt": "abc"}, {"prompt": "d"}])
     finally:
         shutil.move(f"{bench.target}-away", bench.target)

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +94,12 @@ def config(objective: str | dict[str, Any], **changes: Any) -> TrainConfig:
 
 
 def _one_of_many(
-    rank: int, size: int, port: int, jobs: list[tuple[TrainConfig, Path]], data: Path, queue: Any
+    rank: int, size: int, jobs: list[tuple[TrainConfig, Path]], data: Path, queue: Any
 ) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    meeting = f"file://{jobs[0][1]}.meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
     losses = [run(cfg, TokenData.open(data, split="train"), out)[0] for cfg, out in jobs]
     if rank == 0:
         queue.put(losses)
@@ -111,21 +111,23 @@ def run_distributed(
     jobs: list[tuple[TrainConfig, Path]], data: TokenData, size: int
 ) -> list[Losses]:
     """Several runs, one after the other, in the same workers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     workers = [
-        context.Process(target=_one_of_many, args=(rank, size, port, jobs, data.folder, queue))
+        context.Process(target=_one_of_many, args=(rank, size, jobs, data.folder, queue))
         for rank in range(size)
     ]
     for worker in workers:
         worker.start()
-    losses: list[Losses] = queue.get(timeout=300)
-    for worker in workers:
-        worker.join(timeout=60)
-        assert worker.exitcode == 0
+    try:
+        losses: list[Losses] = queue.get(timeout=300)
+        for worker in workers:
+            worker.join(timeout=60)
+            assert worker.exitcode == 0
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
     return losses
 
 

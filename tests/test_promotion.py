@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -384,16 +385,16 @@ def test_models_in_the_place_of_paths(shop: Shop, history: Any) -> None:
         shop.registry.open("models:/toy")
 
 
-def test_the_served_model_answers_prompts_and_refuses_bad_ones(shop: Shop, history: Any) -> None:
+def test_the_served_model_answers_prompts_and_refuses_bad_ones(
+    shop: Shop, history: Any, load_served: Callable[[str, str], Any]
+) -> None:
     """In this process; what the checkpoint itself samples for the same rows."""
-    import mlflow
     from mlflow.exceptions import MlflowException
 
     from tokendiff.models.sampling import SamplingModel
     from tokendiff.tracking.mlflow_store import resolve_uri
 
-    mlflow.set_tracking_uri(resolve_uri(shop.config.tracking, shop.root))
-    model = mlflow.pyfunc.load_model("models:/toy/1")
+    model = load_served(resolve_uri(shop.config.tracking, shop.root), "models:/toy/1")
     signature = model.metadata.signature
     assert signature.inputs.input_names() == ["prompt"]
     assert model.input_example is not None

@@ -5,7 +5,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +141,11 @@ def test_rows_arrive_as_written(data: TokenData) -> None:
 # The loop
 
 
-def _one_of_many(
-    rank: int, size: int, port: int, cfg: TrainConfig, path: Path, out: Path, queue: Any
-) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+def _one_of_many(rank: int, size: int, cfg: TrainConfig, path: Path, out: Path, queue: Any) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    meeting = f"file://{out}.meeting"  # a port that is free now may be taken when it is listened to
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
     losses, _ = run(cfg, TokenData.open(path, split="train"), out)
     if rank == 0:
         queue.put(losses)
@@ -156,21 +154,23 @@ def _one_of_many(
 
 
 def run_distributed(cfg: TrainConfig, data: TokenData, out: Path, size: int) -> Losses:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     workers = [
-        context.Process(target=_one_of_many, args=(rank, size, port, cfg, data.folder, out, queue))
+        context.Process(target=_one_of_many, args=(rank, size, cfg, data.folder, out, queue))
         for rank in range(size)
     ]
     for worker in workers:
         worker.start()
-    losses: Losses = queue.get(timeout=180)
-    for worker in workers:
-        worker.join(timeout=60)
-        assert worker.exitcode == 0
+    try:
+        losses: Losses = queue.get(timeout=180)
+        for worker in workers:
+            worker.join(timeout=60)
+            assert worker.exitcode == 0
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
     return losses
 
 
