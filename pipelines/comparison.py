@@ -103,7 +103,7 @@ def _page(record: RunRecord) -> Report:
     ]
     return Report(
         title=f"{record.pipeline}: {len(rows)} variants side by side",
-        subtitle=f"varied: {', '.join(axes)}; all else, the seeds included, is the same",
+        subtitle=f"varied: {', '.join(axes)}; all else is the same",
         tables=tables,
     )
 

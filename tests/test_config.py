@@ -568,6 +568,13 @@ def test_a_published_pipeline_can_be_turned_into_the_builtin_one(name: str) -> N
             "-o train.objective: train.objective.eps: not a field of hybrid, only of mdlm, udlm",
         ),
         (
+            [
+                "train.objective={name: block_diffusion, exact_mask_counts: true, "
+                "alpha_schedule: cosine}"
+            ],
+            "-o train.objective: alpha_schedule 'cosine' has no effect with exact_mask_counts true",
+        ),
+        (
             ["train.objective={name: udlm, loss_type: cross_entropy, max_loss_weight: 5.0}"],
             "-o train.objective: max_loss_weight 5.0 has no effect with loss_type",
         ),

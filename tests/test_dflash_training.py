@@ -1,5 +1,6 @@
 """Objectives ar and dflash end to end without Ray: workers, resuming, checkpoints, bad input."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -24,7 +25,8 @@ from tokendiff.checkpoint import (
 from tokendiff.config import ClusterConfig, EvaluateConfig, TrainConfig
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import InputError
-from tokendiff.evaluation.draft_acceptance import acceptance_figures
+from tokendiff.evaluation.draft_acceptance import DraftEvaluator, acceptance_figures
+from tokendiff.evaluation.evaluator import evaluation_rows
 from tokendiff.evaluation.paired import read_rows
 from tokendiff.interfaces import TokenBatch
 from tokendiff.manifest import verify
@@ -207,6 +209,30 @@ def test_a_draft_learns(data: TokenData, target: str, tmp_path: Path) -> None:
     lengths = [e["expected_acceptance_length"] for e in events if e["event"] == "metrics"]
     assert lengths[0] < 1.6
     assert lengths[-1] > 2.2
+
+
+def test_training_logs_what_is_accepted_on_held_out_rows(
+    data: TokenData, target: str, tmp_path: Path
+) -> None:
+    """At the end it is what the evaluation finds of the checkpoint, averaged weights and all."""
+    cfg = config({**DRAFT, "num_anchors": 64}, target_model_id=target, learning_rate=5e-3)
+    losses, events = run(cfg, data, tmp_path / "measured")
+    lengths = [e["heldout_acceptance_length"] for e in events if e["event"] == "metrics"]
+    assert len(lengths) == cfg.max_train_steps
+    judge = DraftEvaluator(tmp_path / "measured" / "final", EvaluateConfig(), device="cpu")
+    heldout = TokenData.open(data.folder, split="heldout")
+    places = evaluation_rows(heldout, seed=0, max_rows=None)
+    figures = acceptance_figures(judge.acceptance(heldout.read(*places))["blocks"])
+    assert lengths[-1] == pytest.approx(figures["expected_acceptance_length"])
+    # It changes nothing in what is trained, and needs no held-out rows.
+    splits = {**data.manifest.metadata["splits"], "heldout": {"files": []}}
+    metadata = {**data.manifest.metadata, "splits": splits}
+    alone = dataclasses.replace(
+        data, manifest=dataclasses.replace(data.manifest, metadata=metadata)
+    )
+    again, events = run(cfg, alone, tmp_path / "alone")
+    assert again == losses
+    assert not any("heldout_acceptance_length" in event for event in events)
 
 
 def test_a_draft_checkpoint_is_the_published_layout(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -159,16 +160,29 @@ def test_few_rows_go_through_the_head_the_other_way_around(
 ) -> None:
     monkeypatch.setattr(denoiser_module, "_LARGE", 1)
     denoiser = tiny_denoiser(model_type)
+    usual: list[int] = []  # rows that were multiplied in the usual order
+    linear = torch.nn.functional.linear
+
+    class Spy(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is linear:
+                usual.append(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
     width = denoiser.model.config.hidden_size
     for dtype in (torch.float32, torch.float64):
         denoiser.to(dtype)
         for rows in (1, 2, 12, 13):
             hidden = torch.randn(rows, width, dtype=dtype)
             expected = denoiser.head(hidden)
-            with torch.no_grad():
+            usual.clear()
+            with torch.no_grad(), Spy():
                 logits = denoiser.head(hidden)
             torch.testing.assert_close(logits, expected)
             assert logits.is_contiguous() == expected.is_contiguous()
+            assert (not usual) == (rows <= 12 and dtype == torch.float32)
 
 
 def gradients(denoiser: TransformersDenoiser) -> tuple[dict[str, Tensor | None], int]:

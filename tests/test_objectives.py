@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from tokendiff.interfaces import TokenBatch
 from tokendiff.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
 from tokendiff.objectives import chunked
 from tokendiff.objectives.chunked import (
+    confidence_weights,
     is_likeliest,
     negative_log_likelihood,
     predict_through_head,
@@ -456,6 +457,29 @@ def test_chunks_change_nothing(head: torch.nn.Module, monkeypatch: pytest.Monkey
         head, hidden, (targets,), lambda logits, targets: logits.argmax(-1), chunk_tokens=7
     )
     assert torch.equal(predicted, head(hidden).argmax(-1))
+
+
+def test_in_bfloat16_the_head_is_trained_as_well() -> None:
+    """Autocast keeps a weight's copy for the passes to come: one that was made where no gradient
+    was asked for must not be used where one is.
+    """
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 40)
+    hidden, targets = torch.randn(30, 16, requires_grad=True), torch.randint(1, 40, (30,))
+    row, row_tokens = torch.zeros_like(targets), torch.tensor([30])
+
+    def loss_of(logits: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> Any:
+        nll = negative_log_likelihood(without_mask(logits, 0), x)
+        return ((1.0 + w.float()) * nll).sum(), torch.zeros(1)
+
+    grads = []
+    for is_bf16 in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_bf16):
+            weight = confidence_weights(head, hidden, targets, row, row_tokens, mask_token_id=0)
+            loss, _ = reduce_through_head(head, hidden, (targets, weight), loss_of)
+        grads.append(torch.autograd.grad(loss, [hidden, *head.parameters()]))
+    for exact, rounded in zip(*grads, strict=True):
+        assert float((exact - rounded).norm()) < 0.05 * float(exact.norm())
 
 
 def test_likeliest_is_the_only_argmax_and_logits_stay() -> None:

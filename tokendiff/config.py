@@ -315,9 +315,10 @@ class BlockDiffusionConfig(_ScheduledConfig):
     )
 
     @model_validator(mode="after")
-    def _min_time_is_used(self) -> "BlockDiffusionConfig":
+    def _times_are_used(self) -> "BlockDiffusionConfig":
         if self.exact_mask_counts:
-            self._refuse_ignored(("min_time",), "exact_mask_counts")
+            times = ("min_time", "alpha_schedule", "eps", "sigma_min", "sigma_max")
+            self._refuse_ignored(times, "exact_mask_counts true, which draws no times")
         return self
 
     def process_fields(self) -> dict[str, Any]:

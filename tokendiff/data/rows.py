@@ -56,6 +56,10 @@ class TokenData:
     split: str
     manifest: Manifest
 
+    def other_split(self, split: str) -> "TokenData":
+        """Another split of the same folder, which may have no rows."""
+        return TokenData(folder=self.folder, split=split, manifest=self.manifest)
+
     @classmethod
     def open(cls, folder: str | Location, *, split: str) -> "TokenData":
         """Open and check presence and size of every shard; content is checked as it is read, by

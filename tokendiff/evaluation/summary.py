@@ -53,6 +53,7 @@ def make_report(
             name: [(event["step"], event[key]) for event in training_log if key in event]
             for name, key in (
                 ("expected acceptance length, tokens", "expected_acceptance_length"),
+                ("the same on held-out rows, tokens", "heldout_acceptance_length"),
                 ("learning rate", "lr"),
                 ("gradient norm", "grad_norm"),
                 ("tokens per second", "tokens_per_second"),

@@ -94,23 +94,19 @@ class DFlash:
         hidden, at = self._hidden(model, batch, anchors, blocks)
         targets = blocks.targets[at]
         weight = self.weights.to(hidden.device)[at[2]]
-        index = torch.arange(len(targets), device=hidden.device)
+        right = torch.zeros_like(targets, dtype=torch.bool)  # written to, part by part
 
         def loss_of(
-            logits: Tensor, targets: Tensor, weight: Tensor, index: Tensor
+            logits: Tensor, targets: Tensor, weight: Tensor, right: Tensor
         ) -> tuple[Tensor, Tensor]:
             logits = _exact(logits)
             nll = negative_log_likelihood(logits, targets)
-            known = nll.detach().double()
-            # Chunks are added: which tokens are right stands behind the sum, each at its place.
-            sums = torch.zeros(1 + len(at[0]), dtype=torch.float64, device=logits.device)
-            sums[0] = known.sum()
-            sums[1 + index] = is_likeliest(logits, targets).double()
-            return (weight.to(nll.dtype) * nll).sum(), sums
+            right.copy_(is_likeliest(logits, targets))
+            return (weight.to(nll.dtype) * nll).sum(), nll.detach().double().sum()[None]
 
-        loss_sum, sums = reduce_through_head(model.head, hidden, (targets, weight, index), loss_of)
+        loss_sum, sums = reduce_through_head(model.head, hidden, (targets, weight, right), loss_of)
         is_right = torch.zeros_like(blocks.is_target)
-        is_right[at] = sums[1:] > 0.0
+        is_right[at] = right
         is_whole = blocks.is_target.all(-1)
         num_tokens = blocks.is_target.sum()
         return LossOutput(

@@ -47,6 +47,7 @@ from tokendiff.objectives.dflash import DFlash
 from tokendiff.objectives.mdlm import MDLM
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
 from tokendiff.storage import Location
+from tokendiff.training.heldout import heldout_acceptance
 from tokendiff.training.trainer import Batches, OnEvent, Trainer
 from tokendiff.training.world import World
 
@@ -269,6 +270,7 @@ class TrainingRun:
     process: NoiseProcess | None
     tokenizer: Any
     on_event: OnEvent
+    measure: Callable[[], dict[str, float]] = dict
 
     @classmethod
     def build(
@@ -291,7 +293,9 @@ class TrainingRun:
             warn=lambda message: on_event("warning", message=message) if world.is_main else None,
         )
         trainer = Trainer(denoiser, objective, config, world, on_event=on_event)
+        is_measured = isinstance(objective, DFlash) and world.is_main
         return cls(
+            measure=heldout_acceptance(trainer, objective, data) if is_measured else dict,
             trainer=trainer,
             config=config,
             data=data,
@@ -333,7 +337,11 @@ class TrainingRun:
         if self.trainer.world.is_main:
             self.on_event("start", **self._facts())
         self.trainer.run(
-            batches, last_good=self._last_good, save=self._save, should_stop=should_stop
+            batches,
+            last_good=self._last_good,
+            save=self._save,
+            should_stop=should_stop,
+            measure=self.measure,
         )
         is_finished = self.trainer.step == self.config.max_train_steps
         if self.trainer.world.is_main:

@@ -100,11 +100,13 @@ class Trainer:
         last_good: Callable[[], Location | None],
         save: Callable[[], None],
         should_stop: Callable[[], bool] = lambda: False,
+        measure: Callable[[], dict[str, float]] = dict,
     ) -> None:
         """Train until `max_train_steps`; `save` is called every `checkpointing_steps` and at the
         end.
 
         Args:
+            measure: figures that are logged beside those of training; asked on the main worker.
             should_stop: asked in every step on every worker; when one of them says so, all end
                 after that step, which is saved.
 
@@ -127,7 +129,7 @@ class Trainer:
                 self.step % self.config.logging_steps == 0
                 or self.step == self.config.max_train_steps
             ):
-                self._log(clock, grad_norm)
+                self._log(clock, grad_norm, measure)
                 clock = _Clock()
             if self.step % self.config.checkpointing_steps == 0 or is_last:
                 save()
@@ -219,7 +221,9 @@ class Trainer:
             kept[0] += total
             kept[1] += count
 
-    def _log(self, clock: "_Clock", grad_norm: float) -> None:
+    def _log(
+        self, clock: "_Clock", grad_norm: float, measure: Callable[[], dict[str, float]]
+    ) -> None:
         means = {name: total / count for name, (total, count) in self._since_log.items() if count}
         means.setdefault("loss", 0.0)  # of steps whose rows had nothing to learn from
         self._since_log = {}
@@ -231,6 +235,7 @@ class Trainer:
                 lr=self._learning_rate,
                 grad_norm=grad_norm,
                 **clock.figures(),
+                **measure(),
             )
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -1,0 +1,52 @@
+"""What a draft in training is worth on text that it does not learn from."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import cast
+
+import torch
+
+from tokendiff.data.rows import TokenData
+from tokendiff.evaluation.draft_acceptance import acceptance_figures, blocks_by_length
+from tokendiff.evaluation.evaluator import evaluation_rows
+from tokendiff.interfaces import TokenBatch
+from tokendiff.models.draft_trainee import DraftTrainee
+from tokendiff.objectives.dflash import DFlash
+from tokendiff.random import RowGenerator, key_from
+from tokendiff.training.trainer import Trainer
+
+_ROWS = 16  # of a batch that is small beside the steps between two log lines
+
+
+def heldout_acceptance(
+    trainer: Trainer, objective: DFlash, data: TokenData
+) -> Callable[[], dict[str, float]]:
+    """What measures the expected acceptance length of the draft that a checkpoint would hold now,
+    on the same few held-out rows behind the same anchors each time; nothing where there are none.
+    """
+    heldout = data.other_split("heldout")
+    if not heldout.row_group_sizes:
+        return dict
+    seed, device = trainer.config.seed, trainer.world.device
+    rows = heldout.read(*evaluation_rows(heldout, seed=seed, max_rows=_ROWS))
+    columns = (rows.tokens, rows.lengths, rows.is_start)
+    batch = TokenBatch.of_rows(*(torch.as_tensor(column, device=device) for column in columns))
+    ids = torch.as_tensor(rows.row_ids, device=device)
+    generator = RowGenerator.for_rows(key_from(seed, "evaluate"), ids)
+
+    def measure() -> dict[str, float]:
+        trainee, average = trainer.denoiser, trainer.average
+        is_bf16 = trainer.config.mixed_precision == "bf16"
+        with (
+            nullcontext() if average is None else average.in_place_of_weights(),
+            torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16),
+        ):
+            trainee.eval()
+            blocks = blocks_by_length(objective, cast(DraftTrainee, trainee), batch, generator)
+            trainee.train()
+        if not int(blocks.sum()):
+            return {}  # no row has room for a block
+        figures = acceptance_figures(blocks.cpu().numpy())
+        return {"heldout_acceptance_length": figures["expected_acceptance_length"]}
+
+    return measure
