@@ -52,6 +52,8 @@ _FORESEEN = (
 )
 _JOB_SECTIONS = ("preprocess", "train", "generate", "evaluate")  # each the main one of jobs.NAME
 _COMMON = ("config", "override", "json", "verbose", "help")
+# Other names of flags that help need not list.
+_SHORT_FLAGS = {"output_dir": "--output"}
 _METAVARS = {int: "INT", float: "FLOAT", bool: "true|false"}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
@@ -275,6 +277,9 @@ def _add_section_flags(
             help=text.replace("%", "%%"),
             **kwargs,
         )
+        if short := _SHORT_FLAGS.get(path[-1]):
+            kwargs |= {"dest": ".".join(path), "default": argparse.SUPPRESS}
+            group.add_argument(short, help=argparse.SUPPRESS, **kwargs)
 
 
 def _shape(annotation: Any) -> dict[str, Any]:

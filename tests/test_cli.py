@@ -86,6 +86,7 @@ def test_a_shared_name_is_the_first_section_s(capsys: pytest.CaptureFixture[str]
     assert "preprocess: By -o only: preprocess.output_dir. --dataset_name" in text
     both = parse(["--output_dir", "a", "-o", "preprocess.output_dir=b"], sections=TRAIN).config
     assert (both.train.output_dir, both.preprocess.output_dir) == ("a", "b")
+    assert parse(["--output", "c"], sections=TRAIN).config.train.output_dir == "c"
 
 
 @pytest.mark.parametrize(
