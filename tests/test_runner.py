@@ -295,9 +295,21 @@ def http_error(status: int) -> Exception:
     return error
 
 
+def store_error(what: str) -> Exception:
+    """As it comes from pyarrow by way of `tokendiff.storage`."""
+    return OSError(
+        f"s3://b/x: When reading information for key 'x' in bucket 'b': AWS Error {what}"
+    )
+
+
 @pytest.mark.parametrize(
     ("make", "passes"),
     [
+        (lambda: store_error("NETWORK_CONNECTION during PutObject operation: curlCode: 7"), True),
+        (lambda: store_error("UNKNOWN (HTTP status 503) during HeadObject operation"), True),
+        (lambda: store_error("SLOW_DOWN during PutObject operation"), True),
+        (lambda: store_error("UNKNOWN (HTTP status 412) during PutObject operation"), False),
+        (lambda: store_error("ACCESS_DENIED during HeadObject operation"), False),
         (lambda: ConnectionResetError("by peer"), True),
         (lambda: TimeoutError("no answer"), True),
         (lambda: OSError(errno.ESTALE, "stale file handle"), True),
@@ -455,6 +467,30 @@ def test_the_record_is_there_from_the_start(toy: Toy) -> None:
     text = path.read_text().replace('"state": "succeeded"', '"state": "running"')
     path.write_bytes(text.encode())
     assert last_runs(toy.root / "toy", 5)[0].state == "killed"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_record_that_cannot_be_written_ends_no_run_and_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    def lose_the_store(stage: Stage) -> None:
+        monkeypatch.setattr(RunRecord, "save", refuse)
+        if fails:
+            raise FloatingPointError("loss is nan")
+
+    def refuse(record: RunRecord) -> None:
+        raise OSError("s3://b/result.json: AWS Error NETWORK_CONNECTION")
+
+    toy = Toy(tmp_path)
+    toy.add("data", kind="preprocess")
+    toy.add("model", "data")
+    toy.actions["data"] = lose_the_store
+    if fails:
+        with pytest.raises(FloatingPointError, match="loss is nan"):
+            toy.run()
+    else:
+        assert toy.run().state == "succeeded"
+        assert toy.calls == ["data", "model"]
 
 
 def test_a_rejection_is_a_state_of_its_own_each_time(toy: Toy) -> None:
