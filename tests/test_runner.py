@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -438,6 +439,46 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: Path) -> None
         process.kill()
         process.wait()
     assert toy.run().state == "succeeded"
+
+
+CHILD = """
+import multiprocessing, sys, time
+from pathlib import Path
+from pipelines import execution
+from tokendiff.config import Config
+
+def stay(*_):
+    print("begun", flush=True)
+    time.sleep(15)
+    print("outlived", flush=True)
+    return []
+
+def child(sender):
+    execution.pipeline_stages = stay
+    execution._run_child(sender, Config(name="toy"), Path("."), Path("."), {}, None, {})
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    context.Process(target=child, args=(sender,)).start()
+    time.sleep(60)
+"""
+
+
+def test_a_stage_in_a_process_of_its_own_ends_with_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "run.py"
+    path.write_text(CHILD)
+    with subprocess.Popen(
+        [sys.executable, str(path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.kill()
+        assert process.stdout.read() == ""  # both have closed it
 
 
 def test_a_lock_within_the_same_process_is_refused_too(tmp_path: Path) -> None:
