@@ -67,6 +67,7 @@ def alone(
         with FileLock(here / ".lock", timeout=0):
             before, me = _read(holder), _myself()
             write_atomically(holder, json.dumps(me).encode())
+            lease = None
             try:
                 if isinstance(folder, RemotePath):
                     renewal_s = RENEWAL_SECONDS if renewal_s is None else renewal_s
@@ -79,7 +80,8 @@ def alone(
                 else:
                     yield
             finally:
-                holder.unlink(missing_ok=True)
+                if lease is None or lease.is_given_back:  # else the next run here knows it by this
+                    holder.unlink(missing_ok=True)
     except Timeout as error:
         raise _taken(folder, _read(holder)) from error
 
@@ -106,6 +108,7 @@ class _Lease:
         self._folder, self._path = folder, folder / _HOLDER
         self._holder, self._renewal_s = holder, renewal_s
         self._is_over = threading.Event()
+        self.is_given_back = True
         self._thread = threading.Thread(target=self._keep, name=f"lease {folder}", daemon=True)
 
     def take(self, *, is_dead: str | None, pause_s: float) -> None:
@@ -120,10 +123,14 @@ class _Lease:
         there = _read(self._path)
         if there and there.get("token") != is_dead:
             self._see_it_dead(there)
-        self._write()
-        time.sleep(pause_s)
-        if not self._is_ours(there := _read(self._path)):
-            raise _taken(self._folder, there)
+        try:
+            self._write()
+            time.sleep(pause_s)
+            if not self._is_ours(there := _read(self._path)):
+                raise _taken(self._folder, there)
+        except BaseException:
+            self._give_back()
+            raise
 
     def _see_it_dead(self, there: dict[str, Any]) -> None:
         if _fresh(there):
@@ -147,10 +154,15 @@ class _Lease:
     def __exit__(self, *_: object) -> None:
         self._is_over.set()
         self._thread.join()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        self.is_given_back = False
         try:
             if self._is_ours(_read(self._path)):
                 self._path.unlink(missing_ok=True)
-        except OSError as error:  # the run is over; what is left goes dead by itself
+            self.is_given_back = True
+        except Exception as error:  # the run is over; what is left goes dead by itself
             logger.warning("%s is left behind: %s", self._path, error)
 
     def _keep(self) -> None:
@@ -162,7 +174,7 @@ class _Lease:
                     signal.pthread_kill(_main_thread_id(), signal.SIGINT)
                     return
                 self._write()
-            except OSError as error:
+            except Exception as error:  # whatever the store's package raises: the next may succeed
                 logger.warning("%s is not renewed: %s", self._path, error)
 
     def _write(self) -> None:
