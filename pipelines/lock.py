@@ -26,6 +26,7 @@ from tokendiff.storage import Location, RemotePath, mirror_of
 
 _NAMESPACE = "tokendiff-locks"
 _ANSWER_SECONDS = 5.0
+_GLANCE_SECONDS = 1.0  # `is_held` has the lock for an instant, which refuses nobody
 _HOLDER = ".lock.holder"
 RENEWAL_SECONDS = 10.0
 PAUSE_SECONDS = 1.0
@@ -64,7 +65,7 @@ def alone(
     here.mkdir(parents=True, exist_ok=True)
     holder = here / _HOLDER
     try:
-        with FileLock(here / ".lock", timeout=0):
+        with FileLock(here / ".lock", timeout=_GLANCE_SECONDS):
             before, me = _read(holder), _myself()
             write_atomically(holder, json.dumps(me).encode())
             lease = None

@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from jobs import pipeline as pipeline_job
 from pipelines import lock, tables
@@ -484,6 +486,14 @@ def test_a_stage_in_a_process_of_its_own_ends_with_the_run(tmp_path: Path) -> No
 def test_a_lock_within_the_same_process_is_refused_too(tmp_path: Path) -> None:
     with alone(tmp_path), pytest.raises(BlockingIOError), alone(tmp_path):
         pass
+    with alone(tmp_path):
+        pass
+
+
+def test_who_looks_whether_a_run_is_under_way_refuses_none(tmp_path: Path) -> None:
+    glance = FileLock(tmp_path / ".lock", thread_local=False)
+    glance.acquire()
+    threading.Timer(0.1, glance.release).start()
     with alone(tmp_path):
         pass
 
