@@ -226,6 +226,23 @@ def test_why_a_stage_runs_names_what_changed(toy: Toy) -> None:
     assert plan["data"][0] == "done"
 
 
+def test_what_is_new_is_told_from_the_last_one_that_an_earlier_version_made(tmp_path: Path) -> None:
+    toy = Toy(tmp_path)
+    toy.add("data", kind="preprocess")
+    for last in range(4):  # each once, since folders are in no order of time
+        for number in range(4):
+            stage = toy.add("model", "data", settings={"rate": number})
+            toy.run()
+            path = stage.output / "run" / "stage.json"
+            facts = json.loads(path.read_text())
+            facts.pop("time", None)
+            path.write_text(json.dumps(facts))
+            seconds = 2e9 if number == last else 1e9
+            os.utime(path, (seconds, seconds))
+        toy.add("model", "data", settings={"rate": 9})
+        assert toy.plan()["model"] == ("run", f"rate {last} -> 9")
+
+
 def test_a_file_that_is_gone_is_said_and_not_passed_over(toy: Toy) -> None:
     toy.run()
     (toy.stages["model"].output / "result.json").unlink()
