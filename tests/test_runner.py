@@ -31,7 +31,7 @@ from tokendiff.config import Config, RunnerConfig, TrackingConfig
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.manifest import commit
 from tokendiff.secrets import without_secrets
-from tokendiff.storage import Location, RemotePath, folders_in
+from tokendiff.storage import Location, RemotePath, folders_in, mirror_of
 
 Action = Callable[[Stage], object]
 
@@ -639,11 +639,15 @@ def test_variants_side_by_side(toy: Toy) -> None:
     assert rows[1]["state"] == "failed"
 
 
-def test_old_runs_are_removed(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_runs_are_removed(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "_KEPT_RUNS", 2)
     for second in range(4):
         monkeypatch.setattr(time, "time", lambda second=second: 1e9 + second)
-        toy.run()
+        kept = mirror_of(toy.run().folder)
+        kept.mkdir(parents=True, exist_ok=True)
+        (kept / "comparison.csv").write_text("")
+    here = [path.parent.parent for path in tmp_path.glob("machine-*/runs/**/comparison.csv")]
+    assert all(len(list(runs.iterdir())) <= 2 for runs in here)
     names = [folder.name for folder in folders_in(toy.root / "toy" / "runs")]
     assert [name.split("-")[0] for name in names] == ["20010909T014642", "20010909T014643"]
 

@@ -254,7 +254,7 @@ def upload_file(source: Path, target: RemotePath) -> None:
 
 def cache_folder() -> Path:
     """Where this machine keeps copies of remote files, and `mirror_of` what is written beside
-    them; it may be deleted when nothing runs.
+    them; it may be deleted when nothing runs, after the tracking store has everything.
     """
     named = os.environ.get(CACHE_VARIABLE)
     return Path(named).expanduser() if named else Path.home() / ".cache" / "tokendiff"
