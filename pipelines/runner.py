@@ -120,12 +120,12 @@ def run_variants(
     """
     folder = root / config.name
     stages = list({s.output: s for variant in variants for s in variant.stages}.values())
-    with alone(folder), ExitStack() as stack:
+    with alone(folder) as hold, ExitStack() as stack:
         steps = plan_steps(stages, selection)
         pinned = pinned or PinnedModels(models={}, inputs="")
         pinned.keep(folder)
         record = RunRecord.begin(config, folder, [_record_of(step) for step in steps])
-        with _concluded(record):
+        with _concluded(record), hold.told():
             mirror = stack.enter_context(_parent_run(config, root, record))
             run = _Run(
                 config=config,
@@ -345,6 +345,8 @@ def _concluded(record: RunRecord) -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, InputError):
             record.state = "bad input"
+        elif isinstance(error, BlockingIOError):
+            record.state = "locked"
         else:
             record.state = "failed" if isinstance(error, Exception) else "stopped"
         record.error = str(error).strip() or type(error).__name__

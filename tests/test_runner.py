@@ -561,6 +561,27 @@ def test_a_record_that_cannot_be_written_ends_no_run_and_hides_no_error(
         assert toy.calls == ["data", "model"]
 
 
+def test_a_run_whose_lease_was_taken_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(stage: Stage) -> None:
+        other = {"host": "far", "pid": "7", "since": "2026", "token": "other"}
+        (toy.root / "toy" / ".lock.holder").write_bytes(json.dumps(other).encode())
+        time.sleep(10)
+
+    monkeypatch.setenv("TOKENDIFF_CACHE", str(tmp_path))
+    monkeypatch.setattr(lock, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(lock, "RENEWAL_SECONDS", 0.1)
+    toy = Toy(RemotePath(f"memory://{tmp_path.name}"))
+    toy.add("data", kind="preprocess")
+    toy.actions["data"] = lose
+    with pytest.raises(BlockingIOError, match="process 7 on far"):
+        toy.run()
+    result = toy.result_json()
+    assert (result["state"], result["exit_code"]) == ("locked", 4)
+    assert "process 7 on far" in result["error"]
+
+
 def test_a_rejection_is_a_state_of_its_own_each_time(toy: Toy) -> None:
     toy.add("promote", "judge", kind="promote")
     rejected = json.dumps({"decision": "rejected", "gate": [], "summary": "it stays"}).encode()
