@@ -175,7 +175,7 @@ def test_a_lease_that_was_deleted_is_written_again(folder: RemotePath, move: Mov
 def test_renewal_survives_whatever_the_store_raises(
     folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failures = []
+    failures: list[RemotePath] = []
     write = RemotePath.write_bytes
 
     def fail(path: RemotePath, data: bytes) -> None:

@@ -233,7 +233,7 @@ def test_what_is_new_is_told_from_the_last_one_that_an_earlier_version_made(tmp_
         for number in range(4):
             stage = toy.add("model", "data", settings={"rate": number})
             toy.run()
-            path = stage.output / "run" / "stage.json"
+            path = stage.folder / "run" / "stage.json"
             facts = json.loads(path.read_text())
             facts.pop("time", None)
             path.write_text(json.dumps(facts))
@@ -564,6 +564,8 @@ def test_a_record_that_cannot_be_written_ends_no_run_and_hides_no_error(
 def test_a_run_whose_lease_was_taken_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    toy = Toy(RemotePath(f"memory://{tmp_path.name}"))
+
     def lose(stage: Stage) -> None:
         other = {"host": "far", "pid": "7", "since": "2026", "token": "other"}
         (toy.root / "toy" / ".lock.holder").write_bytes(json.dumps(other).encode())
@@ -572,7 +574,6 @@ def test_a_run_whose_lease_was_taken_says_so(
     monkeypatch.setenv("TOKENDIFF_CACHE", str(tmp_path))
     monkeypatch.setattr(lock, "PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(lock, "RENEWAL_SECONDS", 0.1)
-    toy = Toy(RemotePath(f"memory://{tmp_path.name}"))
     toy.add("data", kind="preprocess")
     toy.actions["data"] = lose
     with pytest.raises(BlockingIOError, match="process 7 on far"):
