@@ -1,6 +1,7 @@
 """Trying a stage again after failures that may pass, and stopping one that takes too long."""
 
 import errno
+import re
 import signal
 import threading
 import time
@@ -21,6 +22,11 @@ _PASSING_ERRNOS = {
     *(errno.EINTR, errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH, errno.EPIPE, errno.ESTALE),
     errno.ETIMEDOUT,
 }
+# pyarrow's words, once the SDK's own attempts are over: its OSErrors have no errno.
+_PASSING_STORE_ERRORS = re.compile(
+    r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|REQUEST_TIMEOUT|THROTTLING|"
+    r"INTERNAL_FAILURE|UNKNOWN \(HTTP status (429|5\d\d)\))"
+)
 # By name: importing ray takes seconds, and not every stage needs it.
 _PASSING_RAY_ERRORS = {
     *("GetTimeoutError", "LocalRayletDiedError", "NodeDiedError", "ObjectLostError"),
@@ -85,6 +91,8 @@ def _passes(error: BaseException) -> bool:
     response = getattr(error, "response", None)  # of requests, httpx and huggingface_hub
     if isinstance(status := getattr(response, "status_code", None), int):
         return status == 429 or status >= 500
+    if isinstance(error, OSError) and _PASSING_STORE_ERRORS.search(str(error)):
+        return True
     return _is_of_ray(error, _PASSING_RAY_ERRORS)
 
 

@@ -4,7 +4,10 @@ a process of its own beside others.
 
 import contextlib
 import multiprocessing
+import os
 import pickle
+import signal
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -203,6 +206,7 @@ def _run_child(
     parent_run_id: str | None,
     tags: Mapping[str, Any],
 ) -> None:
+    threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
     answer: Outcome | BaseException
     try:
         stages = pipeline_stages(config, root / config.name, models)
@@ -217,6 +221,16 @@ def _run_child(
     except BaseException as error:
         answer = _that_travels(error)
     sender.send(answer)
+
+
+def _end_with_parent() -> None:
+    """As by `ChildStage.stop`: the lock of a parent that was killed is free for another run."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_STOP_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _that_travels(error: BaseException) -> BaseException:

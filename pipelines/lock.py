@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tokendiff.storage import Location, RemotePath, mirror_of
 
 _NAMESPACE = "tokendiff-locks"
 _ANSWER_SECONDS = 5.0
+_GLANCE_SECONDS = 1.0  # `is_held` has the lock for an instant, which refuses nobody
 _HOLDER = ".lock.holder"
 RENEWAL_SECONDS = 10.0
 PAUSE_SECONDS = 1.0
@@ -33,10 +35,27 @@ _DEAD_AFTER = 4  # renewals that did not come
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class Hold:
+    """A folder's lock while it is held; `lost` says who took its lease meanwhile."""
+
+    lost: BlockingIOError | None = None
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """In this block the interrupt that a lost lease is comes as what it is."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.lost is not None:
+                raise self.lost from None
+            raise
+
+
 @contextmanager
 def alone(
     folder: Location, *, renewal_s: float | None = None, pause_s: float | None = None
-) -> Iterator[None]:
+) -> Iterator[Hold]:
     """Hold the folder's lock.
 
     Of a folder behind a URI, runs on this machine exclude each other by a lock on its mirror, and
@@ -51,35 +70,39 @@ def alone(
       not renewed within two renewals more, while this run looks, is taken over. So clocks may
       differ: a wrong one costs a wait, not the lease.
     - A holder that was only cut off from the store for that long, or suspended, finds another's
-      lease at its next renewal, and is interrupted as by Ctrl-C. Until then both run, and may write
-      the same files: what a manifest does not vouch for then is made again.
+      lease at its next renewal, and is interrupted as by Ctrl-C, which leaves this block as a
+      BlockingIOError. Until then both run, and may write the same files: what a manifest does not
+      vouch for then is made again.
 
     Args:
         renewal_s, pause_s: of the lease; RENEWAL_SECONDS and PAUSE_SECONDS.
 
     Raises:
-        BlockingIOError: another run holds it; the message says which.
+        BlockingIOError: another run holds it, or took it; the message says which.
     """
+    hold = Hold()
     here = mirror_of(folder)
     here.mkdir(parents=True, exist_ok=True)
     holder = here / _HOLDER
     try:
-        with FileLock(here / ".lock", timeout=0):
+        with FileLock(here / ".lock", timeout=_GLANCE_SECONDS):
             before, me = _read(holder), _myself()
             write_atomically(holder, json.dumps(me).encode())
+            lease = None
             try:
                 if isinstance(folder, RemotePath):
                     renewal_s = RENEWAL_SECONDS if renewal_s is None else renewal_s
                     pause_s = PAUSE_SECONDS if pause_s is None else pause_s
-                    lease = _Lease(folder, me, renewal_s)
+                    lease = _Lease(folder, me, renewal_s, hold)
                     # One that died here left both; this machine's lock says that it is dead.
                     lease.take(is_dead=before.get("token"), pause_s=pause_s)
-                    with lease:
-                        yield
+                    with lease, hold.told():
+                        yield hold
                 else:
-                    yield
+                    yield hold
             finally:
-                holder.unlink(missing_ok=True)
+                if lease is None or lease.is_given_back:  # else the next run here knows it by this
+                    holder.unlink(missing_ok=True)
     except Timeout as error:
         raise _taken(folder, _read(holder)) from error
 
@@ -102,10 +125,13 @@ def is_held(folder: Location) -> bool:
 class _Lease:
     """An object in the store that says who has a folder, for as long as its thread renews it."""
 
-    def __init__(self, folder: RemotePath, holder: dict[str, Any], renewal_s: float) -> None:
-        self._folder, self._path = folder, folder / _HOLDER
+    def __init__(
+        self, folder: RemotePath, holder: dict[str, Any], renewal_s: float, hold: Hold
+    ) -> None:
+        self._folder, self._path, self._hold = folder, folder / _HOLDER, hold
         self._holder, self._renewal_s = holder, renewal_s
         self._is_over = threading.Event()
+        self.is_given_back = True
         self._thread = threading.Thread(target=self._keep, name=f"lease {folder}", daemon=True)
 
     def take(self, *, is_dead: str | None, pause_s: float) -> None:
@@ -120,10 +146,14 @@ class _Lease:
         there = _read(self._path)
         if there and there.get("token") != is_dead:
             self._see_it_dead(there)
-        self._write()
-        time.sleep(pause_s)
-        if not self._is_ours(there := _read(self._path)):
-            raise _taken(self._folder, there)
+        try:
+            self._write()
+            time.sleep(pause_s)
+            if not self._is_ours(there := _read(self._path)):
+                raise _taken(self._folder, there)
+        except BaseException:
+            self._give_back()
+            raise
 
     def _see_it_dead(self, there: dict[str, Any]) -> None:
         if _fresh(there):
@@ -147,10 +177,15 @@ class _Lease:
     def __exit__(self, *_: object) -> None:
         self._is_over.set()
         self._thread.join()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        self.is_given_back = False
         try:
             if self._is_ours(_read(self._path)):
                 self._path.unlink(missing_ok=True)
-        except OSError as error:  # the run is over; what is left goes dead by itself
+            self.is_given_back = True
+        except Exception as error:  # the run is over; what is left goes dead by itself
             logger.warning("%s is left behind: %s", self._path, error)
 
     def _keep(self) -> None:
@@ -158,11 +193,12 @@ class _Lease:
             try:
                 there = _read(self._path)
                 if there and not self._is_ours(there):
-                    logger.error("%s; this run is stopped", _taken(self._folder, there))
+                    self._hold.lost = _taken(self._folder, there)
+                    logger.error("%s; this run is stopped", self._hold.lost)
                     signal.pthread_kill(_main_thread_id(), signal.SIGINT)
                     return
                 self._write()
-            except OSError as error:
+            except Exception as error:  # whatever the store's package raises: the next may succeed
                 logger.warning("%s is not renewed: %s", self._path, error)
 
     def _write(self) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -22,7 +23,7 @@ from tokendiff.config import Config
 from tokendiff.manifest import write_atomically
 from tokendiff.secrets import without_secrets
 from tokendiff.stage_graph import set_fields
-from tokendiff.storage import Location, folders_in, remove
+from tokendiff.storage import Location, folders_in, mirror_of, remove
 
 RUNS, RESULT_NAME, CONFIG_NAME = "runs", "result.json", "config.yaml"
 # How a run can end, and the exit code of the command that ran it.
@@ -182,6 +183,7 @@ def _git(*arguments: str) -> str:
 def _remove_old(runs: Location) -> None:
     for folder in folders_in(runs)[:-_KEPT_RUNS]:
         remove(folder)
+        shutil.rmtree(mirror_of(folder), ignore_errors=True)  # its tables
 
 
 def _without_nan(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Running a pipeline: every stage that is not done, each behind what it is made from."""
 
+import logging
 import shutil
 import sys
 import time
@@ -14,7 +15,14 @@ from pipelines.execution import ChildStage, Outcome, figures_of, run_patiently, 
 from pipelines.graph import Variant, pipeline_stages, pipeline_variants
 from pipelines.lock import alone, alone_on_cluster
 from pipelines.paths import output_path
-from pipelines.record import EXIT_CODES, EXIT_SIGTERM, RunRecord, StageRecord, run_facts
+from pipelines.record import (
+    EXIT_CODES,
+    EXIT_SIGTERM,
+    RESULT_NAME,
+    RunRecord,
+    StageRecord,
+    run_facts,
+)
 from pipelines.registered import Models, PinnedModels
 from pipelines.schedule import Selection, Step, plan_steps, recheck
 from pipelines.stage import Stage, discard
@@ -27,6 +35,7 @@ from tokendiff.tracking.mlflow_mirror import MlflowMirror
 from tokendiff.tracking.mlflow_store import open_command, resolve_uri
 
 _POLL_SECONDS = 1.0
+logger = logging.getLogger(__name__)
 
 
 def run_job(stages: Sequence[Stage], config: Config) -> dict[str, Any]:
@@ -111,12 +120,12 @@ def run_variants(
     """
     folder = root / config.name
     stages = list({s.output: s for variant in variants for s in variant.stages}.values())
-    with alone(folder), ExitStack() as stack:
+    with alone(folder) as hold, ExitStack() as stack:
         steps = plan_steps(stages, selection)
         pinned = pinned or PinnedModels(models={}, inputs="")
         pinned.keep(folder)
         record = RunRecord.begin(config, folder, [_record_of(step) for step in steps])
-        with _concluded(record):
+        with _concluded(record), hold.told():
             mirror = stack.enter_context(_parent_run(config, root, record))
             run = _Run(
                 config=config,
@@ -296,7 +305,15 @@ class _Run:
         stage = self._record.of(title)
         for name, value in changes.items():
             setattr(stage, name, value)
-        self._record.save()
+        _keep(self._record)
+
+
+def _keep(record: RunRecord) -> None:
+    """Save it if that can be: what is told of a run neither ends it nor hides how it ended."""
+    try:
+        record.save()
+    except OSError as error:
+        logger.warning("%s is not as the run stands: %s", record.folder / RESULT_NAME, error)
 
 
 def _record_of(step: Step) -> StageRecord:
@@ -328,6 +345,8 @@ def _concluded(record: RunRecord) -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, InputError):
             record.state = "bad input"
+        elif isinstance(error, BlockingIOError):
+            record.state = "locked"
         else:
             record.state = "failed" if isinstance(error, Exception) else "stopped"
         record.error = str(error).strip() or type(error).__name__
@@ -336,7 +355,7 @@ def _concluded(record: RunRecord) -> Iterator[None]:
         is_sigterm = record.state == "stopped" and record.error != "KeyboardInterrupt"
         record.exit_code = EXIT_SIGTERM if is_sigterm else EXIT_CODES[record.state]
         record.seconds = round(time.monotonic() - started, 3)
-        record.save()
+        _keep(record)
 
 
 def _rejections(record: RunRecord) -> list[StageRecord]:

@@ -17,7 +17,7 @@ from tokendiff.manifest import (
     verify,
     write_atomically,
 )
-from tokendiff.storage import Location, folders_in
+from tokendiff.storage import Location, changed_ns, folders_in
 
 State = Literal["done", "run", "resume", "check", "skip"]
 FACTS_NAME = "stage.json"
@@ -183,11 +183,16 @@ def read_facts(stage: Stage) -> dict[str, Any]:
 
 
 def _facts_in(folder: Location) -> dict[str, Any]:
+    path = folder / RECORD_FOLDER / FACTS_NAME
     try:
-        facts = json.loads((folder / RECORD_FOLDER / FACTS_NAME).read_text())
+        facts = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):  # but not for a store that does not answer
         return {}
-    return facts if isinstance(facts, dict) else {}
+    if not isinstance(facts, dict):
+        return {}
+    if "time" not in facts:  # of an earlier version
+        facts["time"] = changed_ns(path) / 1e9
+    return facts
 
 
 def is_sound(stage: Stage) -> bool:
@@ -231,7 +236,7 @@ def _what_is_new(stage: Stage, stages: Sequence[Stage]) -> str:
     ]
     if not others:
         return "never run"
-    before = max(others, key=lambda facts: facts.get("time", 0.0))
+    before = max(others, key=lambda facts: facts["time"])
     reasons = _differences(before.get("settings", {}), stage.settings)
     for role, source in stage.inputs.items():
         if before.get("inputs", {}).get(role) != source.key:

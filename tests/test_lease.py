@@ -31,7 +31,7 @@ with alone(RemotePath(sys.argv[1]), renewal_s=0.3, pause_s=0.0):
 Move = Callable[[str], None]
 
 
-def alone(folder: RemotePath) -> AbstractContextManager[None]:
+def alone(folder: RemotePath) -> AbstractContextManager[object]:
     return lock.alone(folder, renewal_s=RENEWAL, pause_s=PAUSE)
 
 
@@ -157,7 +157,7 @@ def test_who_lost_the_lease_is_interrupted_and_leaves_it(folder: RemotePath, mov
             write_lease(folder)
             time.sleep(10)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(BlockingIOError, match="process 7 on far"):
         lose()
     assert read_lease(folder)["token"] == "other"
 
@@ -170,6 +170,53 @@ def test_a_lease_that_was_deleted_is_written_again(folder: RemotePath, move: Mov
         move("b")
         with pytest.raises(BlockingIOError):
             alone(folder).__enter__()
+
+
+def test_renewal_survives_whatever_the_store_raises(
+    folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures: list[RemotePath] = []
+    write = RemotePath.write_bytes
+
+    def fail(path: RemotePath, data: bytes) -> None:
+        if len(failures) < 2:
+            failures.append(path)
+            raise RuntimeError("of a package that knows no OSError")
+        write(path, data)
+
+    with alone(folder):
+        monkeypatch.setattr(RemotePath, "write_bytes", fail)
+        before = read_lease(folder)["renewed"]
+        time.sleep(5 * RENEWAL)
+        assert len(failures) == 2
+        assert read_lease(folder)["renewed"] > before
+
+
+def test_a_start_that_is_interrupted_leaves_no_lease(
+    folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            alone(folder).__enter__()
+    assert not (folder / ".lock.holder").exists()
+
+
+def test_a_lease_that_could_not_be_given_back_is_known_to_be_dead_here(
+    folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: RemotePath, *, missing_ok: bool = False) -> None:
+        raise OSError("no answer")
+
+    with monkeypatch.context() as patch, alone(folder):
+        patch.setattr(RemotePath, "unlink", refuse)
+    token = read_lease(folder)["token"]
+    assert not is_held(folder)
+    with alone(folder):
+        assert read_lease(folder)["token"] != token
 
 
 HOLD_ON_CLUSTER = """

@@ -3,15 +3,18 @@
 import errno
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from jobs import pipeline as pipeline_job
 from pipelines import lock, tables
@@ -28,7 +31,7 @@ from tokendiff.config import Config, RunnerConfig, TrackingConfig
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.manifest import commit
 from tokendiff.secrets import without_secrets
-from tokendiff.storage import Location, RemotePath, folders_in
+from tokendiff.storage import Location, RemotePath, folders_in, mirror_of
 
 Action = Callable[[Stage], object]
 
@@ -223,6 +226,23 @@ def test_why_a_stage_runs_names_what_changed(toy: Toy) -> None:
     assert plan["data"][0] == "done"
 
 
+def test_what_is_new_is_told_from_the_last_one_that_an_earlier_version_made(tmp_path: Path) -> None:
+    toy = Toy(tmp_path)
+    toy.add("data", kind="preprocess")
+    for last in range(4):  # each once, since folders are in no order of time
+        for number in range(4):
+            stage = toy.add("model", "data", settings={"rate": number})
+            toy.run()
+            path = stage.folder / "run" / "stage.json"
+            facts = json.loads(path.read_text())
+            facts.pop("time", None)
+            path.write_text(json.dumps(facts))
+            seconds = 2e9 if number == last else 1e9
+            os.utime(path, (seconds, seconds))
+        toy.add("model", "data", settings={"rate": 9})
+        assert toy.plan()["model"] == ("run", f"rate {last} -> 9")
+
+
 def test_a_file_that_is_gone_is_said_and_not_passed_over(toy: Toy) -> None:
     toy.run()
     (toy.stages["model"].output / "result.json").unlink()
@@ -295,9 +315,21 @@ def http_error(status: int) -> Exception:
     return error
 
 
+def store_error(what: str) -> Exception:
+    """As it comes from pyarrow by way of `tokendiff.storage`."""
+    return OSError(
+        f"s3://b/x: When reading information for key 'x' in bucket 'b': AWS Error {what}"
+    )
+
+
 @pytest.mark.parametrize(
     ("make", "passes"),
     [
+        (lambda: store_error("NETWORK_CONNECTION during PutObject operation: curlCode: 7"), True),
+        (lambda: store_error("UNKNOWN (HTTP status 503) during HeadObject operation"), True),
+        (lambda: store_error("SLOW_DOWN during PutObject operation"), True),
+        (lambda: store_error("UNKNOWN (HTTP status 412) during PutObject operation"), False),
+        (lambda: store_error("ACCESS_DENIED during HeadObject operation"), False),
         (lambda: ConnectionResetError("by peer"), True),
         (lambda: TimeoutError("no answer"), True),
         (lambda: OSError(errno.ESTALE, "stale file handle"), True),
@@ -428,9 +460,57 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: Path) -> None
     assert toy.run().state == "succeeded"
 
 
+CHILD = """
+import multiprocessing, sys, time
+from pathlib import Path
+from pipelines import execution
+from tokendiff.config import Config
+
+def stay(*_):
+    print("begun", flush=True)
+    time.sleep(15)
+    print("outlived", flush=True)
+    return []
+
+def child(sender):
+    execution.pipeline_stages = stay
+    execution._run_child(sender, Config(name="toy"), Path("."), Path("."), {}, None, {})
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    context.Process(target=child, args=(sender,)).start()
+    time.sleep(60)
+"""
+
+
+def test_a_stage_in_a_process_of_its_own_ends_with_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "run.py"
+    path.write_text(CHILD)
+    with subprocess.Popen(
+        [sys.executable, str(path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.kill()
+        assert process.stdout.read() == ""  # both have closed it
+
+
 def test_a_lock_within_the_same_process_is_refused_too(tmp_path: Path) -> None:
     with alone(tmp_path), pytest.raises(BlockingIOError), alone(tmp_path):
         pass
+    with alone(tmp_path):
+        pass
+
+
+def test_who_looks_whether_a_run_is_under_way_refuses_none(tmp_path: Path) -> None:
+    glance = FileLock(tmp_path / ".lock", thread_local=False)
+    glance.acquire()
+    threading.Timer(0.1, glance.release).start()
     with alone(tmp_path):
         pass
 
@@ -455,6 +535,52 @@ def test_the_record_is_there_from_the_start(toy: Toy) -> None:
     text = path.read_text().replace('"state": "succeeded"', '"state": "running"')
     path.write_bytes(text.encode())
     assert last_runs(toy.root / "toy", 5)[0].state == "killed"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_record_that_cannot_be_written_ends_no_run_and_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    def lose_the_store(stage: Stage) -> None:
+        monkeypatch.setattr(RunRecord, "save", refuse)
+        if fails:
+            raise FloatingPointError("loss is nan")
+
+    def refuse(record: RunRecord) -> None:
+        raise OSError("s3://b/result.json: AWS Error NETWORK_CONNECTION")
+
+    toy = Toy(tmp_path)
+    toy.add("data", kind="preprocess")
+    toy.add("model", "data")
+    toy.actions["data"] = lose_the_store
+    if fails:
+        with pytest.raises(FloatingPointError, match="loss is nan"):
+            toy.run()
+    else:
+        assert toy.run().state == "succeeded"
+        assert toy.calls == ["data", "model"]
+
+
+def test_a_run_whose_lease_was_taken_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = Toy(RemotePath(f"memory://{tmp_path.name}"))
+
+    def lose(stage: Stage) -> None:
+        other = {"host": "far", "pid": "7", "since": "2026", "token": "other"}
+        (toy.root / "toy" / ".lock.holder").write_bytes(json.dumps(other).encode())
+        time.sleep(10)
+
+    monkeypatch.setenv("TOKENDIFF_CACHE", str(tmp_path))
+    monkeypatch.setattr(lock, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(lock, "RENEWAL_SECONDS", 0.1)
+    toy.add("data", kind="preprocess")
+    toy.actions["data"] = lose
+    with pytest.raises(BlockingIOError, match="process 7 on far"):
+        toy.run()
+    result = toy.result_json()
+    assert (result["state"], result["exit_code"]) == ("locked", 4)
+    assert "process 7 on far" in result["error"]
 
 
 def test_a_rejection_is_a_state_of_its_own_each_time(toy: Toy) -> None:
@@ -535,11 +661,15 @@ def test_variants_side_by_side(toy: Toy) -> None:
     assert rows[1]["state"] == "failed"
 
 
-def test_old_runs_are_removed(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_runs_are_removed(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "_KEPT_RUNS", 2)
     for second in range(4):
         monkeypatch.setattr(time, "time", lambda second=second: 1e9 + second)
-        toy.run()
+        kept = mirror_of(toy.run().folder)
+        kept.mkdir(parents=True, exist_ok=True)
+        (kept / "comparison.csv").write_text("")
+    here = [path.parent.parent for path in tmp_path.glob("machine-*/runs/**/comparison.csv")]
+    assert all(len(list(runs.iterdir())) <= 2 for runs in here)
     names = [folder.name for folder in folders_in(toy.root / "toy" / "runs")]
     assert [name.split("-")[0] for name in names] == ["20010909T014642", "20010909T014643"]
 

@@ -63,6 +63,30 @@ def test_a_result_counts_once_its_manifest_is_there_and_is_replaced_as_a_whole(
     assert (copy / "a.txt").read_text() == "one"
 
 
+def test_whether_a_folder_is_there_is_asked_of_its_first_files(
+    remote: RemotePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    below = RemotePath._below
+    listed: list[Any] = []
+
+    def count(path: RemotePath, *, recursive: bool) -> Any:
+        listed.extend(found := list(below(path, recursive=recursive)))
+        return iter(found)
+
+    (remote / "MANIFEST.json").write_bytes(b"{}")
+    for number in range(8):
+        (remote / "deep" / "er" / f"part-{number}").write_bytes(b"")
+    monkeypatch.setattr(RemotePath, "_below", count)
+    assert (remote / "deep").is_dir()
+    assert remote.exists()
+    assert not (remote / "MANIFEST.json").is_dir()
+    assert not (remote / "dee").exists()
+    assert len(listed) == 11  # er, its parts; MANIFEST.json, deep
+    for name in files_under(remote):
+        (remote / name).unlink()
+    assert not remote.is_dir()  # whatever folders the store has been left with
+
+
 def test_a_damaged_file_is_found_when_it_is_fetched(remote: RemotePath, tmp_path: Path) -> None:
     publish(folder_of(tmp_path / "toy", {"a.txt": "one", "b.txt": "two"}), remote)
     (remote / "b.txt").write_bytes(b"tow")

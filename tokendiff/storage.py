@@ -84,8 +84,16 @@ class RemotePath:
         return bool(self._info().is_file)
 
     def is_dir(self) -> bool:
-        """Whether any file is under it: an object store has no empty folders."""
-        return next(self._files(), None) is not None
+        """Whether any file is under it: an object store has no empty folders.
+
+        Looked for level by level: a list of all there is takes a request for each 1,000 files.
+        """
+        from pyarrow.fs import FileType
+
+        found = list(self._below(recursive=False))
+        return any(info.is_file for info in found) or any(
+            (self / info.base_name).is_dir() for info in found if info.type == FileType.Directory
+        )
 
     def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing to do: folders come with their files."""
@@ -121,14 +129,18 @@ class RemotePath:
 
     def _files(self) -> Iterator[Any]:
         """What pyarrow says of every file under it, at any depth."""
+        return (info for info in self._below(recursive=True) if info.is_file)
+
+    def _below(self, *, recursive: bool) -> Iterator[Any]:
         from pyarrow.fs import FileSelector
 
         filesystem, path = _resolve(self.uri)
-        with _named(self.uri):
+        found = []
+        with _named(self.uri), contextlib.suppress(NotADirectoryError):
             found = filesystem.get_file_info(
-                FileSelector(path, recursive=True, allow_not_found=True)
+                FileSelector(path, recursive=recursive, allow_not_found=True)
             )
-        return (info for info in found if info.is_file and info.path.startswith(f"{path}/"))
+        return (info for info in found if info.path.startswith(f"{path}/"))
 
 
 Location = Path | RemotePath
@@ -242,7 +254,7 @@ def upload_file(source: Path, target: RemotePath) -> None:
 
 def cache_folder() -> Path:
     """Where this machine keeps copies of remote files, and `mirror_of` what is written beside
-    them; it may be deleted when nothing runs.
+    them; it may be deleted when nothing runs, after the tracking store has everything.
     """
     named = os.environ.get(CACHE_VARIABLE)
     return Path(named).expanduser() if named else Path.home() / ".cache" / "tokendiff"
