@@ -226,7 +226,9 @@ def _served_with(
         InputError: the section does not sample from such a checkpoint.
     """
     from tokendiff.evaluation.draft_acceptance import plan_of_checkpoint
+    from tokendiff.models.completion import CompletionSetup
     from tokendiff.models.dflash import is_draft_folder
+    from tokendiff.models.sampling import PromptCheck
 
     opened = fetch(checkpoint)
     fields, is_draft = sampling_fields(section), is_draft_folder(opened)
@@ -237,6 +239,12 @@ def _served_with(
             "else, takes sampler 'dflash'"
         )
     if not is_draft:
+        served = GenerateConfig.model_validate(fields)
+        # What would go wrong when the model is loaded to be served; no weight is read.
+        if served.is_open_ended:
+            CompletionSetup.of(served, opened)
+        else:
+            PromptCheck.of(opened, served)
         return fields, None
     given = section.target_model_id and model_path(section.target_model_id)
     target = local_model(plan_of_checkpoint(opened, given).target_model_id)

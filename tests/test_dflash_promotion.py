@@ -14,6 +14,7 @@ from pipelines.runner import plan, run_pipeline, run_variants
 from pipelines.schedule import Selection
 from pipelines.stage import Stage, promote_stage
 from tests.builders import letter_tokenizer, random_rows, token_folder
+from tests.test_completion import block_checkpoint
 from tests.test_dflash_job import V, save_target
 from tokendiff.config import Config, GenerateConfig, TrainConfig
 from tokendiff.config_loader import load_config
@@ -243,6 +244,30 @@ def test_a_draft_that_would_not_be_served_is_not_registered(bench: Bench) -> Non
         _served_with(draft, GenerateConfig())
     with pytest.raises(InputError, match=r"generate.sampler 'dflash' .* is no DFlash draft"):
         _served_with(Path(bench.target), config.generate)
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler", "says"),
+    [
+        ("block_refinement", "block_refinement", None),
+        ("block_refinement", "ar", "predicts the token at its own position"),
+        ("block_refinement", "ancestral", "decodes block by block; use sampler 'block_refinement'"),
+        ("mdlm", "ancestral", None),
+        ("mdlm", "sdar", "is a denoiser of whole rows"),
+    ],
+)
+def test_a_model_that_its_sampler_does_not_go_with_is_not_registered(
+    tmp_path: Path, objective: str, sampler: str, says: str | None
+) -> None:
+    of_blocks = ("block_length", "attention_mask_mode", "clean_context")
+    process = {} if objective == "block_refinement" else dict.fromkeys(of_blocks)
+    checkpoint = block_checkpoint(tmp_path / "c", objective=objective, **process)
+    section = GenerateConfig.model_validate({"sampler": {"name": sampler}})
+    if says is None:
+        assert _served_with(checkpoint, section) == ({"sampler": {"name": sampler}}, None)
+        return
+    with pytest.raises(InputError, match=says):
+        _served_with(checkpoint, section)
 
 
 def test_what_a_registered_model_keeps_of_the_section_is_a_section() -> None:
