@@ -135,7 +135,6 @@ def promote(
     checkpoint = location(candidate["checkpoint"])
     holder = registry.holder(section.registered_model, section.alias)
     champion = _champion_of(stage, candidate)
-    sampling, target = _served_with(checkpoint, config.generate or GenerateConfig())
     digest = checkpoint_identity(checkpoint)
     is_champion = (
         holder is not None and registry.digest_of(section.registered_model, holder) == digest
@@ -159,6 +158,7 @@ def promote(
         "model": uri,
     }
     if passed:
+        sampling, target = _served_with(checkpoint, config.generate or GenerateConfig())
         version = registry.register(
             section.registered_model,
             checkpoint,

@@ -280,6 +280,21 @@ def test_what_must_not_be_compared_is_refused(shop: Shop, history: Any) -> None:
     assert shop.registry.holder("toy", "champion") == 2
 
 
+def test_a_candidate_that_is_rejected_is_not_fetched(
+    shop: Shop, history: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files of a remote one are many gigabytes; its digest is in its manifest."""
+    _, second, third = history["checkpoints"]
+
+    def fetched(folder: Any) -> Path:
+        raise AssertionError(f"{folder} was fetched")
+
+    monkeypatch.setattr("pipelines.promotion.fetch", fetched)
+    candidate = shop.evaluation("judge", second, 3.0)
+    state, _ = shop.run(candidate, shop.evaluation("champion", third, 2.0))
+    assert state == "rejected"
+
+
 def test_the_gate_reads_the_rows_of_both_evaluations(shop: Shop, history: Any) -> None:
     _, second, third = history["checkpoints"]
     gate = {"metric": "nats_per_token", "direction": "lower", "min_standard_errors": 2.0}
