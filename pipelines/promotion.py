@@ -123,7 +123,8 @@ def promote(
 ) -> None:
     """Judge the candidate, and where it passes, register it and move the alias to it.
 
-    Running it again after it was cut off does not register twice.
+    Running it again after it was cut off does not register twice. The champion itself passes, and
+    becomes a version anew where it is to be served otherwise.
 
     Raises:
         InputError: the two were not evaluated on the same rows, or the champion that was evaluated
@@ -169,6 +170,8 @@ def promote(
             target=target,
         )
         why = "; ".join(verdict.text for verdict in verdicts)
+        if is_champion:  # its figures are not better than its own
+            why = "the same checkpoint, served otherwise"
         before = registry.promote(section.registered_model, section.alias, version, because=why)
         result |= {"version": version, "replaced_version": None if before == version else before}
         was = "" if before in (None, version) else f", was v{before}"

@@ -16,7 +16,7 @@ from pipelines.stage import Stage, promote_stage
 from tests.builders import letter_tokenizer, random_rows, token_folder
 from tests.test_completion import block_checkpoint
 from tests.test_dflash_job import V, save_target
-from tokendiff.config import Config, GenerateConfig, TrainConfig
+from tokendiff.config import Config, GenerateConfig, TrackingConfig, TrainConfig
 from tokendiff.config_loader import load_config
 from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.rows import TokenData
@@ -268,6 +268,27 @@ def test_a_model_that_its_sampler_does_not_go_with_is_not_registered(
         return
     with pytest.raises(InputError, match=says):
         _served_with(checkpoint, section)
+
+
+def test_a_draft_is_a_version_anew_with_another_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft, target = block_checkpoint(tmp_path / "draft"), save_target(tmp_path / "target")
+    registry = Registry(TrackingConfig(), tmp_path)
+    run_id = registry._client.create_run("0").info.run_id
+
+    def save(folder: Path, *args: Any, **kwargs: Any) -> None:
+        folder.mkdir()
+
+    monkeypatch.setattr("tokendiff.tracking.registry.save_model", save)
+
+    def version(target: Path | None) -> int:
+        fields: dict[str, Any] = {"sampling": {"sampler": SAMPLER}, "trained_on": [], "tags": {}}
+        return registry.register("draft", draft, run_id=run_id, target=target, **fields)
+
+    assert [version(target), version(target), version(None), version(target)] == [1, 1, 2, 1]
+    (target / "config.json").write_text((target / "config.json").read_text() + " ")
+    assert version(target) == 3
 
 
 def test_what_a_registered_model_keeps_of_the_section_is_a_section() -> None:

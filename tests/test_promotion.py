@@ -1,5 +1,6 @@
 """From an evaluation to the champion and back: the gate, the registry, and the model it serves."""
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from pipelines.graph import Variant
@@ -19,7 +21,7 @@ from pipelines.schedule import Selection
 from pipelines.stage import Stage, promote_stage
 from tests.builders import letter_tokenizer, random_rows, token_folder
 from tokendiff.checkpoint import checkpoint_identity
-from tokendiff.config import Config, GateConfig, PromoteConfig, TrainConfig
+from tokendiff.config import Config, GateConfig, GenerateConfig, PromoteConfig, TrainConfig
 from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import InputError
@@ -379,6 +381,40 @@ def test_a_promotion_that_was_cut_off_registers_once(
     again = shop.evaluation("champion", history["checkpoints"][0], 2.0)
     _, result = shop.run(candidate, again)
     assert (result["version"], result["replaced_version"]) == (3, 1)
+
+
+def test_the_champion_is_a_version_anew_where_it_is_served_otherwise(
+    shop: Shop, history: Any
+) -> None:
+    checkpoint = history["checkpoints"][0]
+    gate = [GateConfig(metric="nats", direction="lower", margin=0.1)]
+    other = copy.copy(shop)
+
+    def promoted(steps: int, *champion: Stage) -> tuple[int, int | None]:
+        sampler = {"name": "ancestral", "num_inference_steps": steps}
+        update = {
+            "promote": PromoteConfig(registered_model="served", gate=gate),
+            "generate": GenerateConfig.model_validate({"sampler": sampler}),
+        }
+        other.config = shop.config.model_copy(update=update)
+        _, result = other.run(shop.evaluation("judge", checkpoint, 2.0), *champion)
+        return result["version"], result["replaced_version"]
+
+    champion = shop.evaluation("champion", checkpoint, 2.0)
+    assert promoted(4) == (1, None)
+    assert promoted(8, champion) == (2, 1)
+    # As it was once: the version that is there.
+    assert promoted(4, champion) == (1, 2)
+    line = other.registry.history("served", "champion")[1]
+    assert line.endswith("v1 -> v2: the same checkpoint, served otherwise")
+    for version, steps in ((1, 4), (2, 8)):
+        model = other.registry.open(f"models:/served/{version}")
+        assert model is not None
+        folder = Path(str(model.trained_on)).parent.parent
+        served = yaml.safe_load((folder / "MLmodel").read_text())
+        assert served["flavors"]["python_function"]["config"]["sampler"]["num_inference_steps"] == (
+            steps
+        )
 
 
 def test_models_in_the_place_of_paths(shop: Shop, history: Any) -> None:
