@@ -275,7 +275,9 @@ def test_a_draft_is_a_version_anew_with_another_target(
 ) -> None:
     draft, target = block_checkpoint(tmp_path / "draft"), save_target(tmp_path / "target")
     registry = Registry(TrackingConfig(), tmp_path)
-    run_id = registry._client.create_run("0").info.run_id
+    artifacts = str(tmp_path / "artifacts")
+    experiment = registry._client.create_experiment("toy", artifact_location=artifacts)
+    run_id = registry._client.create_run(experiment).info.run_id
 
     def save(folder: Path, *args: Any, **kwargs: Any) -> None:
         folder.mkdir()

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from mlflow import MlflowClient
 from pydantic import ValidationError
 
 from pipelines.graph import Variant
@@ -20,14 +22,23 @@ from pipelines.runner import run_variants
 from pipelines.schedule import Selection
 from pipelines.stage import Stage, promote_stage
 from tests.builders import letter_tokenizer, random_rows, token_folder
+from tests.test_completion import block_checkpoint
 from tokendiff.checkpoint import checkpoint_identity
-from tokendiff.config import Config, GateConfig, GenerateConfig, PromoteConfig, TrainConfig
+from tokendiff.config import (
+    Config,
+    GateConfig,
+    GenerateConfig,
+    PromoteConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import InputError
 from tokendiff.evaluation.bound import summarize
 from tokendiff.evaluation.paired import paired_standard_error, write_rows
 from tokendiff.manifest import commit
+from tokendiff.storage import Location, RemotePath
 from tokendiff.tracking.registry import Registry
 from tokendiff.training.run import train_in_process
 
@@ -415,6 +426,36 @@ def test_the_champion_is_a_version_anew_where_it_is_served_otherwise(
         assert served["flavors"]["python_function"]["config"]["sampler"]["num_inference_steps"] == (
             steps
         )
+
+
+def registered(store: Path, root: Location, checkpoint: Path) -> Registry:
+    """A new store of files, and in it models:/toy/1 with what is read of a model."""
+    registry = Registry(TrackingConfig(uri=f"sqlite:///{store}/mlflow.db"), root)
+    client = MlflowClient(f"sqlite:///{store}/mlflow.db")
+    experiment = client.create_experiment("toy", artifact_location=f"{store}/artifacts")
+
+    def save(folder: Path, checkpoint: Path, **kwargs: Any) -> None:
+        shutil.copytree(checkpoint, folder / "artifacts" / "final")
+        (folder / "artifacts" / "trained_on.json").write_text("[]")
+        (folder / "MLmodel").touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokendiff.tracking.registry.save_model", save)
+        run_id = client.create_run(experiment).info.run_id
+        fields: dict[str, Any] = {"sampling": {}, "trained_on": [], "tags": {}}
+        assert registry.register("toy", checkpoint, run_id=run_id, **fields) == 1
+    return registry
+
+
+def test_workers_see_a_model_of_a_store_of_this_machine(s3: str, tmp_path: Path) -> None:
+    checkpoint = block_checkpoint(tmp_path / "checkpoint")
+    (tmp_path / "store").mkdir()
+    root = RemotePath(s3) / "seen"
+    model = registered(tmp_path / "store", root, checkpoint).open("models:/toy/1")
+    assert model is not None
+    assert str(model.checkpoint).startswith(f"{root}/models/")
+    assert model.trained_on.read_text() == "[]"
+    assert model.digest == checkpoint_identity(checkpoint)
 
 
 def test_models_in_the_place_of_paths(shop: Shop, history: Any) -> None:

@@ -206,9 +206,13 @@ class Registry:
         )
 
     def _fetched(self, name: str, number: int, source: str) -> Location:
-        """The version's files: where they are, or a copy under the root, which workers see."""
+        """The version's files: where they are, or a copy under the root, which workers see.
+
+        Beside a root behind a URI, a folder of this machine is none that they see.
+        """
         parsed = urlparse(source)
-        if parsed.scheme in ("", "file") and Path(unquote(parsed.path)).is_dir():
+        is_local = parsed.scheme in ("", "file") and Path(unquote(parsed.path)).is_dir()
+        if is_local and isinstance(self._root, Path):
             return Path(unquote(parsed.path))
         target = self._root / "models" / f"{name}-v{number}"
         if not (target / _MODEL_FILE).is_file():
