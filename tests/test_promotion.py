@@ -458,6 +458,16 @@ def test_workers_see_a_model_of_a_store_of_this_machine(s3: str, tmp_path: Path)
     assert model.digest == checkpoint_identity(checkpoint)
 
 
+def test_a_new_store_does_not_find_the_models_of_the_old_one(s3: str, tmp_path: Path) -> None:
+    root = RemotePath(s3) / "stores"
+    for seed in range(2):
+        checkpoint = block_checkpoint(tmp_path / f"checkpoint-{seed}", seed=seed)
+        (store := tmp_path / f"store-{seed}").mkdir()
+        model = registered(store, root, checkpoint).open("models:/toy/1")
+        assert model is not None
+        assert model.digest == checkpoint_identity(checkpoint)
+
+
 def test_models_in_the_place_of_paths(shop: Shop, history: Any) -> None:
     def trained(**fields: Any) -> TrainConfig:
         config = shop.config.model_copy(update={"train": TrainConfig(**fields)})

@@ -195,7 +195,9 @@ class Registry:
 
     def _opened(self, version: "ModelVersion") -> RegisteredModel:
         name, number = version.name, int(version.version)
-        folder = self._fetched(name, number, str(version.source))
+        # A new store under the same root counts from v1 again: the copy's name says which it is of.
+        copy = f"{name}-v{number}-{version.tags.get(_DIGEST, '')[:16]}"
+        folder = self._fetched(copy, str(version.source))
         checkpoint = find_checkpoint(_checkpoint_in(folder))
         return RegisteredModel(
             name=name,
@@ -205,7 +207,7 @@ class Registry:
             trained_on=folder / "artifacts" / TRAINED_ON,
         )
 
-    def _fetched(self, name: str, number: int, source: str) -> Location:
+    def _fetched(self, copy: str, source: str) -> Location:
         """The version's files: where they are, or a copy under the root, which workers see.
 
         Beside a root behind a URI, a folder of this machine is none that they see.
@@ -214,7 +216,7 @@ class Registry:
         is_local = parsed.scheme in ("", "file") and Path(unquote(parsed.path)).is_dir()
         if is_local and isinstance(self._root, Path):
             return Path(unquote(parsed.path))
-        target = self._root / "models" / f"{name}-v{number}"
+        target = self._root / "models" / copy
         if not (target / _MODEL_FILE).is_file():
             import mlflow
 
