@@ -279,10 +279,15 @@ def _standard_error_of(stage: Stage, gate: Sequence[GateConfig]) -> StandardErro
         judges = [stage.inputs[role] for role in ("candidate", "champion")]
         found = [read_rows(judge.output, metric) for judge in judges]
         if all(rows is not None for rows in found):
-            if RATIOS[metric].file == SAMPLED_ROWS:
-                _check_same_conditions(stage.title, metric, judges)
             rows, others = (rows for rows in found if rows is not None)
-            return paired_standard_error(metric, rows, others)
+            try:
+                if RATIOS[metric].file == SAMPLED_ROWS:
+                    _check_same_conditions(stage.title, metric, judges)
+                return paired_standard_error(metric, rows, others)
+            except InputError:
+                if metric in needed:
+                    raise
+                return None  # nobody asked; the figures can be held against each other
         lacking = [j.title for j, rows in zip(judges, found, strict=True) if rows is None]
         if metric in needed:
             raise InputError(

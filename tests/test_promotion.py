@@ -328,6 +328,9 @@ def test_the_gate_reads_the_rows_of_both_evaluations(shop: Shop, history: Any) -
     others = {**champion, "row_id": champion["row_id"] + 1}
     with pytest.raises(InputError, match=r"have 50 and 50 rows, of which 49 are the same"):
         shop.run(candidate, shop.evaluation("champion", third, 2.0, by_row=others), gate)
+    shifted = shop.evaluation("champion", third, 2.0, by_row=others)
+    _, result = shop.run(candidate, shifted, {**gate, "margin": 0.5, "min_standard_errors": 0.0})
+    assert result["gate"][0].endswith(" by 0.5: not passed")
     assert shop.registry.holder("toy", "champion") == 2
 
 
@@ -352,6 +355,9 @@ def test_acceptance_of_other_prompts_is_not_compared(shop: Shop, history: Any) -
     candidate = judged("judge", second, 2.5, "some prompts")
     with pytest.raises(InputError, match=r"of samples that were not asked for alike"):
         shop.run(candidate, judged("champion", third, 2.6, "others"), gate)
+    unasked = {**gate, "min_standard_errors": 0.0}
+    _, result = shop.run(candidate, judged("champion", third, 2.6, "others"), unasked)
+    assert result["gate"][0].endswith("higher than the champion's 2.6: not passed")
     _, result = shop.run(candidate, judged("champion", third, 2.6, "some prompts"), gate)
     assert "difference -0.1 ± 0: not passed" in result["gate"][0]
 
