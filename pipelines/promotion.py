@@ -123,7 +123,8 @@ def promote(
 ) -> None:
     """Judge the candidate, and where it passes, register it and move the alias to it.
 
-    Running it again after it was cut off does not register twice.
+    Running it again after it was cut off does not register twice. The champion itself passes, and
+    becomes a version anew where it is to be served otherwise.
 
     Raises:
         InputError: the two were not evaluated on the same rows, or the champion that was evaluated
@@ -135,7 +136,6 @@ def promote(
     checkpoint = location(candidate["checkpoint"])
     holder = registry.holder(section.registered_model, section.alias)
     champion = _champion_of(stage, candidate)
-    sampling, target = _served_with(checkpoint, config.generate or GenerateConfig())
     digest = checkpoint_identity(checkpoint)
     is_champion = (
         holder is not None and registry.digest_of(section.registered_model, holder) == digest
@@ -159,6 +159,7 @@ def promote(
         "model": uri,
     }
     if passed:
+        sampling, target = _served_with(checkpoint, config.generate or GenerateConfig())
         version = registry.register(
             section.registered_model,
             checkpoint,
@@ -169,6 +170,8 @@ def promote(
             target=target,
         )
         why = "; ".join(verdict.text for verdict in verdicts)
+        if is_champion:  # its figures are not better than its own
+            why = "the same checkpoint, served otherwise"
         before = registry.promote(section.registered_model, section.alias, version, because=why)
         result |= {"version": version, "replaced_version": None if before == version else before}
         was = "" if before in (None, version) else f", was v{before}"
@@ -226,7 +229,9 @@ def _served_with(
         InputError: the section does not sample from such a checkpoint.
     """
     from tokendiff.evaluation.draft_acceptance import plan_of_checkpoint
+    from tokendiff.models.completion import CompletionSetup
     from tokendiff.models.dflash import is_draft_folder
+    from tokendiff.models.sampling import PromptCheck
 
     opened = fetch(checkpoint)
     fields, is_draft = sampling_fields(section), is_draft_folder(opened)
@@ -237,6 +242,12 @@ def _served_with(
             "else, takes sampler 'dflash'"
         )
     if not is_draft:
+        served = GenerateConfig.model_validate(fields)
+        # What would go wrong when the model is loaded to be served; no weight is read.
+        if served.is_open_ended:
+            CompletionSetup.of(served, opened)
+        else:
+            PromptCheck.of(opened, served)
         return fields, None
     given = section.target_model_id and model_path(section.target_model_id)
     target = local_model(plan_of_checkpoint(opened, given).target_model_id)
@@ -268,10 +279,15 @@ def _standard_error_of(stage: Stage, gate: Sequence[GateConfig]) -> StandardErro
         judges = [stage.inputs[role] for role in ("candidate", "champion")]
         found = [read_rows(judge.output, metric) for judge in judges]
         if all(rows is not None for rows in found):
-            if RATIOS[metric].file == SAMPLED_ROWS:
-                _check_same_conditions(stage.title, metric, judges)
             rows, others = (rows for rows in found if rows is not None)
-            return paired_standard_error(metric, rows, others)
+            try:
+                if RATIOS[metric].file == SAMPLED_ROWS:
+                    _check_same_conditions(stage.title, metric, judges)
+                return paired_standard_error(metric, rows, others)
+            except InputError:
+                if metric in needed:
+                    raise
+                return None  # nobody asked; the figures can be held against each other
         lacking = [j.title for j, rows in zip(judges, found, strict=True) if rows is None]
         if metric in needed:
             raise InputError(

@@ -14,8 +14,9 @@ from pipelines.runner import plan, run_pipeline, run_variants
 from pipelines.schedule import Selection
 from pipelines.stage import Stage, promote_stage
 from tests.builders import letter_tokenizer, random_rows, token_folder
+from tests.test_completion import block_checkpoint
 from tests.test_dflash_job import V, save_target
-from tokendiff.config import Config, GenerateConfig, TrainConfig
+from tokendiff.config import Config, GenerateConfig, TrackingConfig, TrainConfig
 from tokendiff.config_loader import load_config
 from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.rows import TokenData
@@ -243,6 +244,53 @@ def test_a_draft_that_would_not_be_served_is_not_registered(bench: Bench) -> Non
         _served_with(draft, GenerateConfig())
     with pytest.raises(InputError, match=r"generate.sampler 'dflash' .* is no DFlash draft"):
         _served_with(Path(bench.target), config.generate)
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler", "says"),
+    [
+        ("block_refinement", "block_refinement", None),
+        ("block_refinement", "ar", "predicts the token at its own position"),
+        ("block_refinement", "ancestral", "decodes block by block; use sampler 'block_refinement'"),
+        ("mdlm", "ancestral", None),
+        ("mdlm", "sdar", "is a denoiser of whole rows"),
+    ],
+)
+def test_a_model_that_its_sampler_does_not_go_with_is_not_registered(
+    tmp_path: Path, objective: str, sampler: str, says: str | None
+) -> None:
+    of_blocks = ("block_length", "attention_mask_mode", "clean_context")
+    process = {} if objective == "block_refinement" else dict.fromkeys(of_blocks)
+    checkpoint = block_checkpoint(tmp_path / "c", objective=objective, **process)
+    section = GenerateConfig.model_validate({"sampler": {"name": sampler}})
+    if says is None:
+        assert _served_with(checkpoint, section) == ({"sampler": {"name": sampler}}, None)
+        return
+    with pytest.raises(InputError, match=says):
+        _served_with(checkpoint, section)
+
+
+def test_a_draft_is_a_version_anew_with_another_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft, target = block_checkpoint(tmp_path / "draft"), save_target(tmp_path / "target")
+    registry = Registry(TrackingConfig(), tmp_path)
+    artifacts = str(tmp_path / "artifacts")
+    experiment = registry._client.create_experiment("toy", artifact_location=artifacts)
+    run_id = registry._client.create_run(experiment).info.run_id
+
+    def save(folder: Path, *args: Any, **kwargs: Any) -> None:
+        folder.mkdir()
+
+    monkeypatch.setattr("tokendiff.tracking.registry.save_model", save)
+
+    def version(target: Path | None) -> int:
+        fields: dict[str, Any] = {"sampling": {"sampler": SAMPLER}, "trained_on": [], "tags": {}}
+        return registry.register("draft", draft, run_id=run_id, target=target, **fields)
+
+    assert [version(target), version(target), version(None), version(target)] == [1, 1, 2, 1]
+    (target / "config.json").write_text((target / "config.json").read_text() + " ")
+    assert version(target) == 3
 
 
 def test_what_a_registered_model_keeps_of_the_section_is_a_section() -> None:

@@ -1,6 +1,7 @@
 """The paired standard error of two evaluations, against resampling the rows."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tokendiff.config import PAIRED_METRICS
+from tokendiff.config import PAIRED_METRICS, GateConfig
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.evaluation.bound import summarize
 from tokendiff.evaluation.paired import RATIOS, paired_standard_error, read_rows, write_rows
@@ -86,6 +87,28 @@ def test_what_the_rows_have_in_common_is_not_in_it() -> None:
     flat = {**rows, "nats": 2.0 * rows["num_tokens"]}
     assert paired_standard_error("nats_per_token", rows, flat) == pytest.approx(alone[0])
     assert paired_standard_error("nats_per_token", rows, shuffled(rows)) == 0.0
+
+
+def test_chance_passes_as_often_as_the_field_says() -> None:
+    """Between two models that are equally good; with few rows the quantiles are Student's."""
+    text = str(GateConfig.model_fields["min_standard_errors"].description)
+    claims = re.findall(r"of (many|\d+) rows.*? in one of (\d+)", text)
+    assert [words for words, _ in claims] == ["many", "10", "2"]
+    rng, num_draws = np.random.default_rng(0), 5000
+    for words, one_of in claims:
+        n = 400 if words == "many" else int(words)
+        passed = 0
+        for _ in range(num_draws):
+            first, second = rng.normal(size=(2, n))
+            sides = [
+                {"row_id": np.arange(n), "nats": 9.0 + nats, "num_tokens": np.ones(n)}
+                for nats in (first, second)
+            ]
+            error = paired_standard_error("nats_per_token", *sides)
+            passed += second.mean() - first.mean() > 2.0 * error
+        share = 1 / int(one_of)
+        deviation = math.sqrt(share * (1 - share) / num_draws)
+        assert passed / num_draws == pytest.approx(share, abs=3 * deviation)
 
 
 def test_a_difference_that_nothing_can_be_said_of() -> None:

@@ -1,7 +1,9 @@
 """From an evaluation to the champion and back: the gate, the registry, and the model it serves."""
 
+import copy
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from mlflow import MlflowClient
 from pydantic import ValidationError
 
 from pipelines.graph import Variant
@@ -18,14 +22,23 @@ from pipelines.runner import run_variants
 from pipelines.schedule import Selection
 from pipelines.stage import Stage, promote_stage
 from tests.builders import letter_tokenizer, random_rows, token_folder
+from tests.test_completion import block_checkpoint
 from tokendiff.checkpoint import checkpoint_identity
-from tokendiff.config import Config, GateConfig, PromoteConfig, TrainConfig
+from tokendiff.config import (
+    Config,
+    GateConfig,
+    GenerateConfig,
+    PromoteConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import InputError
 from tokendiff.evaluation.bound import summarize
 from tokendiff.evaluation.paired import paired_standard_error, write_rows
 from tokendiff.manifest import commit
+from tokendiff.storage import Location, RemotePath
 from tokendiff.tracking.registry import Registry
 from tokendiff.training.run import train_in_process
 
@@ -280,6 +293,21 @@ def test_what_must_not_be_compared_is_refused(shop: Shop, history: Any) -> None:
     assert shop.registry.holder("toy", "champion") == 2
 
 
+def test_a_candidate_that_is_rejected_is_not_fetched(
+    shop: Shop, history: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files of a remote one are many gigabytes; its digest is in its manifest."""
+    _, second, third = history["checkpoints"]
+
+    def fetched(folder: Any) -> Path:
+        raise AssertionError(f"{folder} was fetched")
+
+    monkeypatch.setattr("pipelines.promotion.fetch", fetched)
+    candidate = shop.evaluation("judge", second, 3.0)
+    state, _ = shop.run(candidate, shop.evaluation("champion", third, 2.0))
+    assert state == "rejected"
+
+
 def test_the_gate_reads_the_rows_of_both_evaluations(shop: Shop, history: Any) -> None:
     _, second, third = history["checkpoints"]
     gate = {"metric": "nats_per_token", "direction": "lower", "min_standard_errors": 2.0}
@@ -300,6 +328,9 @@ def test_the_gate_reads_the_rows_of_both_evaluations(shop: Shop, history: Any) -
     others = {**champion, "row_id": champion["row_id"] + 1}
     with pytest.raises(InputError, match=r"have 50 and 50 rows, of which 49 are the same"):
         shop.run(candidate, shop.evaluation("champion", third, 2.0, by_row=others), gate)
+    shifted = shop.evaluation("champion", third, 2.0, by_row=others)
+    _, result = shop.run(candidate, shifted, {**gate, "margin": 0.5, "min_standard_errors": 0.0})
+    assert result["gate"][0].endswith(" by 0.5: not passed")
     assert shop.registry.holder("toy", "champion") == 2
 
 
@@ -324,6 +355,9 @@ def test_acceptance_of_other_prompts_is_not_compared(shop: Shop, history: Any) -
     candidate = judged("judge", second, 2.5, "some prompts")
     with pytest.raises(InputError, match=r"of samples that were not asked for alike"):
         shop.run(candidate, judged("champion", third, 2.6, "others"), gate)
+    unasked = {**gate, "min_standard_errors": 0.0}
+    _, result = shop.run(candidate, judged("champion", third, 2.6, "others"), unasked)
+    assert result["gate"][0].endswith("higher than the champion's 2.6: not passed")
     _, result = shop.run(candidate, judged("champion", third, 2.6, "some prompts"), gate)
     assert "difference -0.1 ± 0: not passed" in result["gate"][0]
 
@@ -364,6 +398,80 @@ def test_a_promotion_that_was_cut_off_registers_once(
     again = shop.evaluation("champion", history["checkpoints"][0], 2.0)
     _, result = shop.run(candidate, again)
     assert (result["version"], result["replaced_version"]) == (3, 1)
+
+
+def test_the_champion_is_a_version_anew_where_it_is_served_otherwise(
+    shop: Shop, history: Any
+) -> None:
+    checkpoint = history["checkpoints"][0]
+    gate = [GateConfig(metric="nats", direction="lower", margin=0.1)]
+    other = copy.copy(shop)
+
+    def promoted(steps: int, *champion: Stage) -> tuple[int, int | None]:
+        sampler = {"name": "ancestral", "num_inference_steps": steps}
+        update = {
+            "promote": PromoteConfig(registered_model="served", gate=gate),
+            "generate": GenerateConfig.model_validate({"sampler": sampler}),
+        }
+        other.config = shop.config.model_copy(update=update)
+        _, result = other.run(shop.evaluation("judge", checkpoint, 2.0), *champion)
+        return result["version"], result["replaced_version"]
+
+    champion = shop.evaluation("champion", checkpoint, 2.0)
+    assert promoted(4) == (1, None)
+    assert promoted(8, champion) == (2, 1)
+    # As it was once: the version that is there.
+    assert promoted(4, champion) == (1, 2)
+    line = other.registry.history("served", "champion")[1]
+    assert line.endswith("v1 -> v2: the same checkpoint, served otherwise")
+    for version, steps in ((1, 4), (2, 8)):
+        model = other.registry.open(f"models:/served/{version}")
+        assert model is not None
+        folder = Path(str(model.trained_on)).parent.parent
+        served = yaml.safe_load((folder / "MLmodel").read_text())
+        assert served["flavors"]["python_function"]["config"]["sampler"]["num_inference_steps"] == (
+            steps
+        )
+
+
+def registered(store: Path, root: Location, checkpoint: Path) -> Registry:
+    """A new store of files, and in it models:/toy/1 with what is read of a model."""
+    registry = Registry(TrackingConfig(uri=f"sqlite:///{store}/mlflow.db"), root)
+    client = MlflowClient(f"sqlite:///{store}/mlflow.db")
+    experiment = client.create_experiment("toy", artifact_location=f"{store}/artifacts")
+
+    def save(folder: Path, checkpoint: Path, **kwargs: Any) -> None:
+        shutil.copytree(checkpoint, folder / "artifacts" / "final")
+        (folder / "artifacts" / "trained_on.json").write_text("[]")
+        (folder / "MLmodel").touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokendiff.tracking.registry.save_model", save)
+        run_id = client.create_run(experiment).info.run_id
+        fields: dict[str, Any] = {"sampling": {}, "trained_on": [], "tags": {}}
+        assert registry.register("toy", checkpoint, run_id=run_id, **fields) == 1
+    return registry
+
+
+def test_workers_see_a_model_of_a_store_of_this_machine(s3: str, tmp_path: Path) -> None:
+    checkpoint = block_checkpoint(tmp_path / "checkpoint")
+    (tmp_path / "store").mkdir()
+    root = RemotePath(s3) / "seen"
+    model = registered(tmp_path / "store", root, checkpoint).open("models:/toy/1")
+    assert model is not None
+    assert str(model.checkpoint).startswith(f"{root}/models/")
+    assert model.trained_on.read_text() == "[]"
+    assert model.digest == checkpoint_identity(checkpoint)
+
+
+def test_a_new_store_does_not_find_the_models_of_the_old_one(s3: str, tmp_path: Path) -> None:
+    root = RemotePath(s3) / "stores"
+    for seed in range(2):
+        checkpoint = block_checkpoint(tmp_path / f"checkpoint-{seed}", seed=seed)
+        (store := tmp_path / f"store-{seed}").mkdir()
+        model = registered(store, root, checkpoint).open("models:/toy/1")
+        assert model is not None
+        assert model.digest == checkpoint_identity(checkpoint)
 
 
 def test_models_in_the_place_of_paths(shop: Shop, history: Any) -> None:

@@ -918,7 +918,8 @@ class GateConfig(Section):
         0.0,
         ge=0.0,
         description="how many standard errors of the difference, paired by row, it must be better "
-        "than the champion by, besides; 2 lets chance pass in one of 44 cases, 0 leaves chance out",
+        "than the champion by, besides; of many rows, 2 lets chance pass in one of 44 cases, of 10 "
+        "rows in one of 26, of 2 rows in one of 7; 0 leaves chance out",
     )
     limit: float | None = Field(
         None, description="what it must reach in any case, with a champion or without"

@@ -6,7 +6,8 @@ difference. So its standard error, taken over pairs, is a fraction of that of ei
 
 An evaluation keeps its figures by row in Parquet files beside its metrics. Rows are taken as
 independent, as in `evaluation.bound` and `evaluation.acceptance`: for rows cut from few documents,
-or many samples of few prompts, the standard error is optimistic.
+or many samples of few prompts, the standard error is optimistic. Of fewer than about 20 rows it is
+itself uncertain: a difference in units of it has Student's quantiles, which are wider.
 """
 
 import math

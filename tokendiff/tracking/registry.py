@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlparse
 import tokendiff
 from tokendiff.checkpoint import checkpoint_identity, find_checkpoint
 from tokendiff.errors import InputError
-from tokendiff.manifest import fetch
+from tokendiff.manifest import fetch, fingerprint, is_committed
 from tokendiff.secrets import without_credentials
 from tokendiff.storage import Location, files_under, folders_in, upload
 from tokendiff.tracking.mlflow_store import check_store, make_client, resolve_uri
@@ -38,7 +38,8 @@ TRAINED_ON = "trained_on.json"
 _TARGET = "target-model"  # a folder beside the checkpoint, which has a name of its own
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 # Tags of a version.
-_DIGEST, _REPLACED, _HISTORY = "checkpoint_digest", "replaced_version", "history"
+_DIGEST, _SERVED, _REPLACED = "checkpoint_digest", "served_with", "replaced_version"
+_HISTORY = "history"
 _MODEL_FILE = "MLmodel"  # a copy counts once it is there
 _MAX_HISTORY = 4500  # characters; a tag's limit is 5,000
 # What sampling imports, besides what MLflow brings.
@@ -119,7 +120,8 @@ class Registry:
         tags: Mapping[str, str],
         target: Path | None = None,
     ) -> int:
-        """A version of the model that holds this checkpoint; the one that does already, if any.
+        """A version of the model that holds this checkpoint and is served so; the one that does
+        already, if any.
 
         Args:
             run_id: of the MLflow run that the model's files are stored with.
@@ -127,8 +129,11 @@ class Registry:
             target: the folder of what a draft drafts for; None where `sampling` names it.
         """
         digest = checkpoint_identity(checkpoint)
+        served = fingerprint([dict(sampling), target and _target_identity(target)])
         for version in self._client.search_model_versions(f"name = '{name}'"):
-            if version.tags.get(_DIGEST) == digest:
+            # Earlier versions of this file did not write down what it is served with.
+            is_served_so = version.tags.get(_SERVED, served) == served
+            if version.tags.get(_DIGEST) == digest and is_served_so:
                 return int(version.version)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "model"
@@ -139,7 +144,7 @@ class Registry:
         self._create(name)
         source = f"{self._client.get_run(run_id).info.artifact_uri}/model"
         version = self._client.create_model_version(
-            name, source, run_id=run_id, tags={**tags, _DIGEST: digest}
+            name, source, run_id=run_id, tags={**tags, _DIGEST: digest, _SERVED: served}
         )
         return int(version.version)
 
@@ -190,7 +195,9 @@ class Registry:
 
     def _opened(self, version: "ModelVersion") -> RegisteredModel:
         name, number = version.name, int(version.version)
-        folder = self._fetched(name, number, str(version.source))
+        # A new store under the same root counts from v1 again: the copy's name says which it is of.
+        copy = f"{name}-v{number}-{version.tags.get(_DIGEST, '')[:16]}"
+        folder = self._fetched(copy, str(version.source))
         checkpoint = find_checkpoint(_checkpoint_in(folder))
         return RegisteredModel(
             name=name,
@@ -200,12 +207,16 @@ class Registry:
             trained_on=folder / "artifacts" / TRAINED_ON,
         )
 
-    def _fetched(self, name: str, number: int, source: str) -> Location:
-        """The version's files: where they are, or a copy under the root, which workers see."""
+    def _fetched(self, copy: str, source: str) -> Location:
+        """The version's files: where they are, or a copy under the root, which workers see.
+
+        Beside a root behind a URI, a folder of this machine is none that they see.
+        """
         parsed = urlparse(source)
-        if parsed.scheme in ("", "file") and Path(unquote(parsed.path)).is_dir():
+        is_local = parsed.scheme in ("", "file") and Path(unquote(parsed.path)).is_dir()
+        if is_local and isinstance(self._root, Path):
             return Path(unquote(parsed.path))
-        target = self._root / "models" / f"{name}-v{number}"
+        target = self._root / "models" / copy
         if not (target / _MODEL_FILE).is_file():
             import mlflow
 
@@ -297,6 +308,13 @@ def save_model(
             pip_requirements=_requirements(),
             code_paths=[str(Path(tokendiff.__file__).parent)],
         )
+
+
+def _target_identity(target: Path) -> Any:
+    """Of one of ours, or of somebody else's, which has no manifest."""
+    from tokendiff.models.causal import causal_identity
+
+    return checkpoint_identity(target) if is_committed(target) else causal_identity(str(target))
 
 
 def _checkpoint_in(folder: Location) -> Location:
