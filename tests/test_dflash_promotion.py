@@ -260,7 +260,7 @@ def test_a_model_that_its_sampler_does_not_go_with_is_not_registered(
     tmp_path: Path, objective: str, sampler: str, says: str | None
 ) -> None:
     of_blocks = ("block_length", "attention_mask_mode", "clean_context")
-    process = {} if objective == "block_refinement" else dict.fromkeys(of_blocks)
+    process: dict[str, Any] = {} if objective == "block_refinement" else dict.fromkeys(of_blocks)
     checkpoint = block_checkpoint(tmp_path / "c", objective=objective, **process)
     section = GenerateConfig.model_validate({"sampler": {"name": sampler}})
     if says is None:

@@ -407,14 +407,14 @@ def test_the_champion_is_a_version_anew_where_it_is_served_otherwise(
     gate = [GateConfig(metric="nats", direction="lower", margin=0.1)]
     other = copy.copy(shop)
 
-    def promoted(steps: int, *champion: Stage) -> tuple[int, int | None]:
+    def promoted(steps: int, champion: Stage | None = None) -> tuple[int, int | None]:
         sampler = {"name": "ancestral", "num_inference_steps": steps}
         update = {
             "promote": PromoteConfig(registered_model="served", gate=gate),
             "generate": GenerateConfig.model_validate({"sampler": sampler}),
         }
         other.config = shop.config.model_copy(update=update)
-        _, result = other.run(shop.evaluation("judge", checkpoint, 2.0), *champion)
+        _, result = other.run(shop.evaluation("judge", checkpoint, 2.0), champion)
         return result["version"], result["replaced_version"]
 
     champion = shop.evaluation("champion", checkpoint, 2.0)

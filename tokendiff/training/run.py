@@ -293,9 +293,11 @@ class TrainingRun:
             warn=lambda message: on_event("warning", message=message) if world.is_main else None,
         )
         trainer = Trainer(denoiser, objective, config, world, on_event=on_event)
-        is_measured = isinstance(objective, DFlash) and world.is_main
+        measure: Callable[[], dict[str, float]] = dict
+        if isinstance(objective, DFlash) and world.is_main:
+            measure = heldout_acceptance(trainer, objective, data)
         return cls(
-            measure=heldout_acceptance(trainer, objective, data) if is_measured else dict,
+            measure=measure,
             trainer=trainer,
             config=config,
             data=data,
