@@ -266,7 +266,8 @@ def test_a_pipeline_from_file_to_champion_and_again_from_another_machine(
     # The registered model is copied under the root, where every node finds it, and pinned there.
     model = Registry(config.tracking, root).open("models:/toy@champion")
     assert model is not None
-    assert str(model.checkpoint).startswith(f"{root}/models/toy-v1/artifacts/")
+    copy = f"{root}/models/toy-v1-{model.digest[:16]}"
+    assert str(model.checkpoint).startswith(f"{copy}/artifacts/")
     assert checkpoint_identity(model.checkpoint) == checkpoint_identity(
         stages["model"].result_folder
     )
