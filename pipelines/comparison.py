@@ -13,6 +13,7 @@ from tokendiff.evaluation.report import Report, render_page
 from tokendiff.manifest import write_atomically
 from tokendiff.storage import mirror_of
 
+PAGE_NAME = "comparison.html"
 _KINDS = ("train", "generate", "evaluate", "promote")  # whose figures are compared
 _SHOWN = (
     *("nats_per_token", "standard_error", "bits_per_byte", "tokens_per_forward"),
@@ -77,7 +78,7 @@ def write_comparison(record: RunRecord) -> list[Path]:
     files = {
         "comparison.csv": text.getvalue().encode(),
         "comparison.md": "\n".join([*table, ""]).encode(),
-        "comparison.html": render_page(_page(record)),
+        PAGE_NAME: render_page(_page(record)),
     }
     here = mirror_of(record.folder)
     here.mkdir(parents=True, exist_ok=True)

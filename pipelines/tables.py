@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import cli
-from pipelines.comparison import comparison_table
+from pipelines.comparison import PAGE_NAME, comparison_table
 from pipelines.record import RESULT_NAME, RunRecord, StageRecord
 from pipelines.runner import store_command
 from pipelines.schedule import Step
@@ -87,7 +87,8 @@ def print_record(record: RunRecord, config: Config, root: Location, *, as_json: 
     print()
     if record.comparison:
         print("\n".join([*comparison_table(record.comparison, record.axes), ""]))
-    lines = [] if record.comparison else figure_lines(record.stages)
+    page = [("comparison", str(record.folder / PAGE_NAME))]
+    lines = page if record.comparison else figure_lines(record.stages)
     if config.tracking.enabled:
         lines.append(("MLflow", store_command(config, root)))
     lines.append(("result", str(record.folder / RESULT_NAME)))
