@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from tests.builders import letter_tokenizer, random_rows, token_folder
-from tests.test_training import Losses, run
+from tests.test_training import Losses, answer_of, run
 from tokendiff.checkpoint import (
     NoiseProcess,
     load_autoregressive,
@@ -119,17 +119,7 @@ def run_distributed(
         context.Process(target=_one_of_many, args=(rank, size, jobs, data.folder, queue))
         for rank in range(size)
     ]
-    for worker in workers:
-        worker.start()
-    try:
-        losses: list[Losses] = queue.get(timeout=300)
-        for worker in workers:
-            worker.join(timeout=60)
-            assert worker.exitcode == 0
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.join()
+    losses: list[Losses] = answer_of(workers, queue)
     return losses
 
 

@@ -5,6 +5,8 @@ import math
 import multiprocessing
 import os
 import shutil
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +162,16 @@ def run_distributed(cfg: TrainConfig, data: TokenData, out: Path, size: int) -> 
         context.Process(target=_one_of_many, args=(rank, size, cfg, data.folder, out, queue))
         for rank in range(size)
     ]
+    losses: Losses = answer_of(workers, queue)
+    return losses
+
+
+def answer_of(workers: Sequence[BaseProcess], queue: Any) -> Any:
+    """What workers put into the queue, once all have ended well; none outlives a failure."""
     for worker in workers:
         worker.start()
     try:
-        losses: Losses = queue.get(timeout=180)
+        answer = queue.get(timeout=300)
         for worker in workers:
             worker.join(timeout=60)
             assert worker.exitcode == 0
@@ -171,7 +179,7 @@ def run_distributed(cfg: TrainConfig, data: TokenData, out: Path, size: int) -> 
         for worker in workers:
             worker.kill()
             worker.join()
-    return losses
+    return answer
 
 
 def test_losses_do_not_depend_on_workers_or_micro_batches(data: TokenData, tmp_path: Path) -> None:

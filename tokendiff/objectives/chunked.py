@@ -81,8 +81,8 @@ def _parts(
     """Loss and metrics of each part of a chunk; its gradient is written to `by_logits` [n, V],
     which may be the logits themselves.
     """
-    elements = _CPU_ELEMENTS if logits.device.type == "cpu" else _GPU_ELEMENTS
-    num_tokens = max(1, elements[1] // logits.shape[-1])
+    _, most = _most_elements(logits.device)
+    num_tokens = max(1, most // logits.shape[-1])
     by_parts = by_logits.split(num_tokens) if by_logits is not None else itertools.repeat(None)
     parts = zip(*(column.split(num_tokens) for column in (logits, *columns)), strict=True)
     for (part, *chunk), by_part in zip(parts, by_parts, strict=False):
@@ -120,10 +120,15 @@ def _chunks(
     if chunk_tokens is None:
         with torch.no_grad():
             vocab_size = head(hidden[:0]).shape[-1]
-        elements = _CPU_ELEMENTS if hidden.device.type == "cpu" else _GPU_ELEMENTS
-        num_chunks = max(1, math.ceil(len(hidden) * vocab_size / elements[0]))
+        most, _ = _most_elements(hidden.device)
+        num_chunks = max(1, math.ceil(len(hidden) * vocab_size / most))
         chunk_tokens = max(1, math.ceil(len(hidden) / num_chunks))  # none much smaller than others
     yield from zip(*(column.split(chunk_tokens) for column in (hidden, *columns)), strict=True)
+
+
+def _most_elements(device: torch.device) -> tuple[int, int]:
+    """Of a chunk's logits, and of a part's."""
+    return _CPU_ELEMENTS if device.type == "cpu" else _GPU_ELEMENTS
 
 
 def _is_product(logits: Tensor) -> bool:
