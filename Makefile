@@ -44,16 +44,16 @@ lint: setup  ## ruff and mypy
 	$(BIN)/python -m mypy
 
 bench: setup  ## speed and memory against the published formulation; decoding; what Ray costs
-	$(BIN)/python -m tests.bench_speed
-	$(BIN)/python -m tests.bench_attention
-	$(BIN)/python -m tests.bench_decode
-	$(BIN)/python -m tests.bench_dflash
-	$(BIN)/python -m tests.bench_overhead
+	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.decoding
+	$(BIN)/python -m benchmarks.dflash
+	$(BIN)/python -m benchmarks.overhead
 
 toy: setup  ## train on languages made up: bounds against exact entropies, answers, drafts
-	$(BIN)/python -m tests.toy_chain
-	$(BIN)/python -m tests.answers
-	$(BIN)/python -m tests.draft_learns
+	$(BIN)/python -m benchmarks.toy_chain
+	$(BIN)/python -m benchmarks.answers
+	$(BIN)/python -m benchmarks.draft_learns
 
 lock:  ## resolve pyproject.toml anew in a new .venv, and write requirements.lock (torch stays)
 	"$(PYTHON)" -m venv --clear $(VENV)

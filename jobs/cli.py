@@ -24,8 +24,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from tokendiff.config import Config
-from tokendiff.config_loader import (
+from tokendiff.config.loader import (
     TAG,
     alternatives,
     is_tagged,
@@ -34,6 +33,7 @@ from tokendiff.config_loader import (
     tags,
     walk_fields,
 )
+from tokendiff.config.pipeline import Config
 from tokendiff.errors import CorruptFileError, InputError
 
 EXIT_OK = 0

@@ -32,13 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(
             "--checkpoint_path is missing: a checkpoint-N or final folder of jobs.train"
         )
+    from pipelines.builders import evaluate_stage
     from pipelines.paths import input_path
     from pipelines.registered import checkpoint_folder
     from pipelines.runner import run_job
-    from pipelines.stage import evaluate_stage
     from pipelines.tables import verified_lines
-    from tokendiff.evaluation.certificate import failure, read_certificate
-    from tokendiff.manifest import fetch
+    from tokendiff.artifacts.manifest import fetch
+    from tokendiff.verification.certificate import failure, read_certificate
 
     stage = evaluate_stage(
         args.config,

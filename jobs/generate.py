@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "samplers that continue prompts, --model_id: a causal language model; or, for sampler "
             "dflash, --target_model_id and --draft_model_id"
         )
+    from pipelines.builders import generate_stage
     from pipelines.registered import checkpoint_folder, with_models
     from pipelines.runner import run_job
-    from pipelines.stage import generate_stage
     from pipelines.tables import printable
     from tokendiff.data.samples import first_records
 

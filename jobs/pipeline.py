@@ -62,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "status":
         runs = last_runs(root / config.name, options.runs)
         steps = runner.plan(config, root)
-        tables.print_status(runs, steps, config, root, as_json=args.json)
+        if args.json:
+            cli.print_result(tables.status_as_json(runs, steps), as_json=True)
+        else:
+            tables.print_status(runs, steps, config, root)
         return cli.EXIT_OK
     if args.command == "rollback":
         cli.print_result(promotion.roll_back(config, root), as_json=args.json)
@@ -78,11 +81,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "plan":
         check_seen_by_all(config.cluster, root)
         steps = runner.plan(config, root, selection)
-        folder = root / config.name
-        tables.print_plan(steps, folder, as_json=args.json, as_mermaid=options.mermaid)
+        if args.json:
+            cli.print_result(tables.plan_as_json(steps), as_json=True)
+        elif options.mermaid:
+            print("\n".join(tables.mermaid(steps)))
+        else:
+            tables.print_plan(steps, root / config.name)
         return cli.EXIT_OK
     record = runner.run_pipeline(config, root, selection)
-    tables.print_record(record, config, root, as_json=args.json)
+    if args.json:
+        cli.print_result(record.as_json(), as_json=True)
+    else:
+        tables.print_record(record, config, root)
     message = tables.failure_of(stage.result for stage in record.stages)
     return EXIT_CODES[record.state] if message is None else cli.fail(message)
 

@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "cluster.worker_start_timeout_s",
         ),
     )
+    from pipelines.builders import preprocess_stage
     from pipelines.registered import with_models
     from pipelines.runner import run_job
-    from pipelines.stage import preprocess_stage
 
     config = with_models(args.config)
     stage = preprocess_stage(config, folder=config.preprocess.output_dir or "preprocess-output")

@@ -23,10 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sections=("train", "preprocess", "cluster", "tracking"),
         hidden=("cluster.num_actors", "cluster.min_actors", "cluster.gpus_per_actor"),
     )
+    from pipelines.builders import preprocess_stage, train_stage
     from pipelines.paths import input_path
     from pipelines.registered import with_models
     from pipelines.runner import run_job
-    from pipelines.stage import preprocess_stage, train_stage
 
     config = with_models(args.config)
     output_dir = config.train.output_dir or "train-output"

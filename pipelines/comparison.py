@@ -9,9 +9,9 @@ from typing import Any
 
 from pipelines.graph import Variant
 from pipelines.record import RunRecord
+from tokendiff.artifacts.locations import mirror_of
+from tokendiff.artifacts.manifest import write_atomically
 from tokendiff.evaluation.report import Report, render_page
-from tokendiff.manifest import write_atomically
-from tokendiff.storage import mirror_of
 
 PAGE_NAME = "comparison.html"
 _KINDS = ("train", "generate", "evaluate", "promote")  # whose figures are compared

@@ -18,14 +18,14 @@ from pipelines.attempts import deadline, with_retries
 from pipelines.graph import pipeline_stages
 from pipelines.schedule import write_facts
 from pipelines.stage import Stage, put_log, take_log
+from tokendiff.artifacts.locations import Location
+from tokendiff.artifacts.manifest import fetch, fingerprint, load_manifest
 from tokendiff.cluster.session import ray_session
-from tokendiff.config import Config, RunnerConfig
-from tokendiff.evaluation.certificate import CERTIFICATE, figures, read_certificate
-from tokendiff.manifest import fetch, fingerprint, load_manifest
-from tokendiff.storage import Location
+from tokendiff.config.pipeline import Config, RunnerConfig
 from tokendiff.tracking.mlflow_mirror import MirroredRun, MlflowMirror
 from tokendiff.tracking.progress import LogTailer, ProgressPrinter
 from tokendiff.tracking.run_log import RunLog
+from tokendiff.verification.certificate import CERTIFICATE, figures, read_certificate
 
 _STOP_SECONDS = 30.0
 

@@ -6,22 +6,21 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from pipelines.registered import MODEL_FIELDS, UNKNOWN_MODEL, Models, model_paths
-from pipelines.stage import (
-    Stage,
+from pipelines.builders import (
     evaluate_stage,
     generate_stage,
-    identity_of,
     preprocess_stage,
     promote_stage,
     train_stage,
 )
-from tokendiff.config import SAMPLES, Config, PreprocessConfig, StageConfig
-from tokendiff.config_loader import matrix_variants
-from tokendiff.data.files import find_files
-from tokendiff.data.sources import known_files
-from tokendiff.errors import InputError
-from tokendiff.stage_graph import (
+from pipelines.registered import MODEL_FIELDS, UNKNOWN_MODEL, Models, model_paths
+from pipelines.stage import Stage
+from tokendiff.artifacts.locations import Location, location
+from tokendiff.artifacts.manifest import identity_of
+from tokendiff.config.loader import matrix_variants
+from tokendiff.config.pipeline import Config, StageConfig
+from tokendiff.config.preprocess import SAMPLES, PreprocessConfig
+from tokendiff.config.stage_graph import (
     ROLES,
     SECTION_OF,
     SOURCE_FIELDS,
@@ -29,7 +28,9 @@ from tokendiff.stage_graph import (
     config_of,
     stages_of,
 )
-from tokendiff.storage import Location, location
+from tokendiff.data.files import find_files
+from tokendiff.data.sources import known_files
+from tokendiff.errors import InputError
 from tokendiff.tracking.registry import is_model_uri
 
 

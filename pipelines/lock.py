@@ -22,8 +22,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tokendiff.manifest import write_atomically
-from tokendiff.storage import Location, RemotePath, mirror_of
+from tokendiff.artifacts.locations import Location, RemotePath, mirror_of
+from tokendiff.artifacts.manifest import write_atomically
 
 _NAMESPACE = "tokendiff-locks"
 _ANSWER_SECONDS = 5.0

@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
+from tokendiff.artifacts.locations import Location, is_uri, location
 from tokendiff.errors import InputError
-from tokendiff.storage import Location, is_uri, location
 
 # Ray sets it in a submitted job, whose working directory is a temporary upload folder.
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"

@@ -11,16 +11,9 @@ from typing import Any
 from pipelines.lock import alone
 from pipelines.paths import model_path
 from pipelines.stage import Stage
-from tokendiff.checkpoint import checkpoint_identity
-from tokendiff.config import Config, GateConfig, GenerateConfig, PromoteConfig
-from tokendiff.errors import InputError
-from tokendiff.evaluation.paired import (
-    RATIOS,
-    SAMPLED_ROWS,
-    paired_standard_error,
-    read_rows,
-)
-from tokendiff.manifest import (
+from tokendiff.artifacts.checkpoint import checkpoint_identity
+from tokendiff.artifacts.locations import Location, location
+from tokendiff.artifacts.manifest import (
     claim_folder,
     commit,
     fetch,
@@ -28,8 +21,17 @@ from tokendiff.manifest import (
     local_model,
     write_atomically,
 )
-from tokendiff.stage_graph import config_of, set_fields, stages_of
-from tokendiff.storage import Location, location
+from tokendiff.config.generate import GenerateConfig
+from tokendiff.config.pipeline import Config
+from tokendiff.config.promote import GateConfig, PromoteConfig
+from tokendiff.config.stage_graph import config_of, set_fields, stages_of
+from tokendiff.errors import InputError
+from tokendiff.evaluation.paired import (
+    RATIOS,
+    SAMPLED_ROWS,
+    paired_standard_error,
+    read_rows,
+)
 from tokendiff.tracking.mlflow_outbox import load_state
 from tokendiff.tracking.registry import Registry
 from tokendiff.tracking.run_log import RunLog
@@ -230,7 +232,7 @@ def _served_with(
     """
     from tokendiff.evaluation.draft_acceptance import plan_of_checkpoint
     from tokendiff.models.completion import CompletionSetup
-    from tokendiff.models.dflash import is_draft_folder
+    from tokendiff.models.dflash.model import is_draft_folder
     from tokendiff.models.sampling import PromptCheck
 
     opened = fetch(checkpoint)

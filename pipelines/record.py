@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.lock import is_held
-from tokendiff import strict_yaml
-from tokendiff.config import Config
-from tokendiff.manifest import write_atomically
+from tokendiff.artifacts.locations import Location, folders_in, mirror_of, remove
+from tokendiff.artifacts.manifest import write_atomically
+from tokendiff.config import strict_yaml
+from tokendiff.config.pipeline import Config
+from tokendiff.config.stage_graph import set_fields
 from tokendiff.secrets import without_secrets
-from tokendiff.stage_graph import set_fields
-from tokendiff.storage import Location, folders_in, mirror_of, remove
 
 RUNS, RESULT_NAME, CONFIG_NAME = "runs", "result.json", "config.yaml"
 # How a run can end, and the exit code of the command that ran it.

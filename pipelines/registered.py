@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.paths import input_path, output_path
-from tokendiff.config import Config
-from tokendiff.config_loader import matrix_variants
+from tokendiff.artifacts.locations import Location
+from tokendiff.artifacts.manifest import fingerprint, write_atomically
+from tokendiff.config.loader import matrix_variants
+from tokendiff.config.pipeline import Config
+from tokendiff.config.stage_graph import SECTION_OF, config_of, stages_of
 from tokendiff.errors import InputError
-from tokendiff.manifest import fingerprint, write_atomically
-from tokendiff.stage_graph import SECTION_OF, config_of, stages_of
-from tokendiff.storage import Location
 from tokendiff.tracking.registry import RegisteredModel, Registry, is_model_uri
 
 # Fields that may name a registered model, by section.

@@ -26,11 +26,11 @@ from pipelines.record import (
 from pipelines.registered import Models, PinnedModels
 from pipelines.schedule import Selection, Step, plan_steps, recheck
 from pipelines.stage import Stage, discard
+from tokendiff.artifacts.locations import Location, mirror_of
+from tokendiff.artifacts.manifest import RECORD_FOLDER
 from tokendiff.cluster.session import DATA_CPUS, is_shared, ray_session
-from tokendiff.config import Config
+from tokendiff.config.pipeline import Config
 from tokendiff.errors import InputError
-from tokendiff.manifest import RECORD_FOLDER
-from tokendiff.storage import Location, mirror_of
 from tokendiff.tracking.mlflow_mirror import MlflowMirror
 from tokendiff.tracking.mlflow_store import open_command, resolve_uri
 

@@ -9,15 +9,15 @@ from typing import Any, Literal
 
 import tokendiff
 from pipelines.stage import Stage
-from tokendiff.errors import CorruptFileError, InputError
-from tokendiff.manifest import (
+from tokendiff.artifacts.locations import Location, changed_ns, folders_in
+from tokendiff.artifacts.manifest import (
     RECORD_FOLDER,
     fingerprint,
     load_manifest,
     verify,
     write_atomically,
 )
-from tokendiff.storage import Location, changed_ns, folders_in
+from tokendiff.errors import CorruptFileError, InputError
 
 State = Literal["done", "run", "resume", "check", "skip"]
 FACTS_NAME = "stage.json"

@@ -5,16 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs import cli
 from pipelines.comparison import PAGE_NAME, comparison_table
 from pipelines.record import RESULT_NAME, RunRecord, StageRecord
 from pipelines.runner import store_command
 from pipelines.schedule import Step
-from tokendiff.config import Config
+from tokendiff.artifacts.locations import Location, location
+from tokendiff.artifacts.manifest import verify
+from tokendiff.config.pipeline import Config
 from tokendiff.data.samples import KIND, first_records
-from tokendiff.evaluation.certificate import Check, failure, read_certificate
-from tokendiff.manifest import verify
-from tokendiff.storage import Location, location
+from tokendiff.verification.certificate import Check, failure, read_certificate
 
 _SHOWN_SAMPLES = 2
 _SHOWN_CHARACTERS = 400
@@ -29,20 +28,19 @@ _MERMAID_COLOURS = {
 Line = tuple[str, str]
 
 
-def print_plan(steps: Sequence[Step], folder: Location, *, as_json: bool, as_mermaid: bool) -> None:
+def print_plan(steps: Sequence[Step], folder: Location) -> None:
     """Each stage, what would become of it, and why.
 
     Args:
         folder: the pipeline's own.
     """
-    if as_json:
-        cli.print_result({"stages": [_plan_row(step) for step in steps]}, as_json=True)
-    elif as_mermaid:
-        print("\n".join(mermaid(steps)))
-    else:
-        rows = [(s.stage.title, s.stage.kind, s.stage.key, s.state, s.why) for s in steps]
-        print("\n".join(_columns([("stage", "kind", "key", "state", "why"), *rows])))
-        print(f"\nfolders  {folder}/STAGE-KEY")
+    rows = [(s.stage.title, s.stage.kind, s.stage.key, s.state, s.why) for s in steps]
+    print("\n".join(_columns([("stage", "kind", "key", "state", "why"), *rows])))
+    print(f"\nfolders  {folder}/STAGE-KEY")
+
+
+def plan_as_json(steps: Sequence[Step]) -> dict[str, Any]:
+    return {"stages": [_plan_row(step) for step in steps]}
 
 
 def mermaid(steps: Sequence[Step]) -> list[str]:
@@ -77,11 +75,8 @@ def _plan_row(step: Step) -> dict[str, Any]:
     }
 
 
-def print_record(record: RunRecord, config: Config, root: Location, *, as_json: bool) -> None:
+def print_record(record: RunRecord, config: Config, root: Location) -> None:
     """What ran and what did not, the figures that matter, and where everything is."""
-    if as_json:
-        cli.print_result(record.as_json(), as_json=True)
-        return
     print()
     print("\n".join(stage_lines(record.stages)))
     print()
@@ -96,19 +91,10 @@ def print_record(record: RunRecord, config: Config, root: Location, *, as_json: 
 
 
 def print_status(
-    runs: Sequence[RunRecord],
-    steps: Sequence[Step],
-    config: Config,
-    root: Location,
-    *,
-    as_json: bool,
+    runs: Sequence[RunRecord], steps: Sequence[Step], config: Config, root: Location
 ) -> None:
     """The last runs, and how the stages stand that the file describes now."""
-    results = {s.stage.title: s.stage.result(s.stage) for s in steps if s.stage.is_done}
-    if as_json:
-        stages = [{**_plan_row(s), "result": results.get(s.stage.title, {})} for s in steps]
-        cli.print_result({"runs": [run.as_json() for run in runs], "stages": stages}, as_json=True)
-        return
+    results = _results(steps)
     for number, run in enumerate(runs):
         took = "" if run.seconds is None else f", {_duration(run.seconds)}"
         print(f"{run.started}  {run.state}{took}  {run.folder.name}")
@@ -137,6 +123,17 @@ def print_status(
     if config.tracking.enabled:
         lines.append(("MLflow", store_command(config, root)))
     _print_lines(lines or [(config.name, "no stage is done yet")])
+
+
+def status_as_json(runs: Sequence[RunRecord], steps: Sequence[Step]) -> dict[str, Any]:
+    results = _results(steps)
+    stages = [{**_plan_row(s), "result": results.get(s.stage.title, {})} for s in steps]
+    return {"runs": [run.as_json() for run in runs], "stages": stages}
+
+
+def _results(steps: Sequence[Step]) -> dict[str, dict[str, Any]]:
+    """By title, of the stages that are done."""
+    return {s.stage.title: s.stage.result(s.stage) for s in steps if s.stage.is_done}
 
 
 def stage_lines(stages: Sequence[StageRecord]) -> list[str]:

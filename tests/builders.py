@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokendiff.kernels import ForwardKernel
-from tokendiff.manifest import commit, is_committed
+from tokendiff.artifacts.manifest import commit, is_committed
+from tokendiff.diffusion.kernels import ForwardKernel
 
 
 def objective_configs() -> list[Any]:
     """The config class of every objective there is."""
-    from tokendiff.config import TrainConfig
-    from tokendiff.config_loader import models_in
+    from tokendiff.config.loader import models_in
+    from tokendiff.config.train import TrainConfig
 
     return list(models_in(TrainConfig.model_fields["objective"].annotation))
 

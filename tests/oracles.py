@@ -1,6 +1,6 @@
 """The brute force that tests judge by: that of `jobs.evaluate --verify`, so that there is one."""
 
-from tokendiff.evaluation.oracles import (
+from tokendiff.verification.oracles import (
     chi_square,
     conditional,
     entropy,

@@ -155,7 +155,7 @@ def test_job_upload_holds_what_jobs_import_and_no_more(tmp_path: Path) -> None:
         "output/train/model.safetensors",
         "run-output/log.jsonl",
         "mlflow.db",
-        "tests/test_data.py",
+        "tests/data/test_data.py",
         "jobs/__pycache__/train.pyc",
         ".mypy_cache/3.11/cache.db",
     ]

@@ -13,27 +13,34 @@ import ray
 import ray.data
 
 import tokendiff
-from tokendiff.checkpoint import (
-    NoiseProcess,
-    checkpoint_identity,
-    find_checkpoint,
-    is_foreign,
-    objective_of,
+from tokendiff.artifacts.checkpoint import checkpoint_identity, find_checkpoint, is_foreign
+from tokendiff.artifacts.locations import Location, location
+from tokendiff.artifacts.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    built_for,
+    claim_folder,
+    commit,
+    fetch,
+    fingerprint,
+    load_manifest,
+    write_atomically,
 )
+from tokendiff.artifacts.noise_process import NoiseProcess, objective_of
 from tokendiff.cluster.session import (
     data_context,
     set_up_torch,
     wait_for_resources,
     wants_gpu,
 )
-from tokendiff.config import AncestralConfig, GenerateConfig
+from tokendiff.config.generate import GenerateConfig
+from tokendiff.config.samplers import AncestralConfig
 from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.rows import TokenData, TokenRows
 from tokendiff.data.samples import num_new_tokens, read_samples
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.evaluation.acceptance import accepted_by_row
 from tokendiff.evaluation.bound import Bound, summarize
-from tokendiff.evaluation.certificate import CERTIFICATE, Check, counts, write_certificate
 from tokendiff.evaluation.draft_acceptance import (
     DraftEvaluator,
     acceptance_figures,
@@ -48,23 +55,13 @@ from tokendiff.evaluation.generation_metrics import (
 from tokendiff.evaluation.paired import ROW_ID, ROWS, SAMPLED_ROWS, write_rows
 from tokendiff.evaluation.report import write_report
 from tokendiff.evaluation.summary import make_report
-from tokendiff.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    built_for,
-    claim_folder,
-    commit,
-    fetch,
-    fingerprint,
-    load_manifest,
-    write_atomically,
-)
-from tokendiff.models.dflash import is_draft_folder
-from tokendiff.storage import Location, location
+from tokendiff.models.dflash.model import is_draft_folder
 from tokendiff.training.trainer import OnEvent
+from tokendiff.verification.certificate import CERTIFICATE, Check, counts, tables, write_certificate
 
 if TYPE_CHECKING:
-    from tokendiff.config import ClusterConfig, EvaluateConfig
+    from tokendiff.config.cluster import ClusterConfig
+    from tokendiff.config.evaluate import EvaluateConfig
 
 KIND = "evaluation"
 _ROWS_PER_TASK = 256
@@ -230,8 +227,8 @@ def verify(cluster: "ClusterConfig", *, checkpoint: Location, data: TokenData) -
     """The installed code and the checkpoint, held against the oracles."""
 
     def work(device: str) -> list[Check]:
-        from tokendiff.evaluation.checkpoint_verification import NUM_ROWS, verify_checkpoint
-        from tokendiff.evaluation.verification import verify_code
+        from tokendiff.verification.checkpoints import NUM_ROWS, verify_checkpoint
+        from tokendiff.verification.installed_code import verify_code
 
         places = evaluation_rows(data, seed=0, max_rows=NUM_ROWS)
         rows = data.read(*places)
@@ -410,7 +407,7 @@ def evaluate(
         title=title,
         subtitle=f"{kind}, {source.parent.name}/{source.name}",
         bound=bound,
-        checks=checks,
+        more_tables=tables(checks),
         metrics=metrics,
         samples=samples,
         training_log=training_log,

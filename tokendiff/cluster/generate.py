@@ -21,7 +21,19 @@ from typing import TYPE_CHECKING, Any
 
 import ray.data
 
-from tokendiff.checkpoint import checkpoint_identity, find_checkpoint
+from tokendiff.artifacts.checkpoint import checkpoint_identity, find_checkpoint
+from tokendiff.artifacts.locations import Location, files_under, location
+from tokendiff.artifacts.manifest import (
+    Manifest,
+    claim_folder,
+    commit,
+    fetch,
+    fingerprint,
+    is_committed,
+    load_manifest,
+    sha256_of,
+    write_atomically,
+)
 from tokendiff.cluster.session import (
     data_context,
     set_up_torch,
@@ -33,25 +45,14 @@ from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.samples import KIND, num_new_tokens, read_part, write_part
 from tokendiff.errors import InputError
 from tokendiff.evaluation.acceptance import acceptance_metrics, speedup_metrics
-from tokendiff.manifest import (
-    Manifest,
-    claim_folder,
-    commit,
-    fetch,
-    fingerprint,
-    is_committed,
-    load_manifest,
-    sha256_of,
-    write_atomically,
-)
 from tokendiff.models.causal import causal_identity
 from tokendiff.models.completion import CompletionModel, CompletionSetup
 from tokendiff.models.sampling import PromptCheck, SamplingModel
-from tokendiff.storage import Location, files_under, location
 from tokendiff.training.trainer import OnEvent
 
 if TYPE_CHECKING:
-    from tokendiff.config import ClusterConfig, GenerateConfig
+    from tokendiff.config.cluster import ClusterConfig
+    from tokendiff.config.generate import GenerateConfig
 
 _MAX_PARTS = 256
 _MAX_BATCHES_PER_PART = 64

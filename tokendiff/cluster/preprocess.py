@@ -8,8 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokendiff.artifacts.locations import Location, files_under, location, remove, upload
+from tokendiff.artifacts.manifest import (
+    Manifest,
+    claim_folder,
+    commit,
+    file_identity,
+    fingerprint,
+    is_committed,
+    verify,
+)
 from tokendiff.cluster.session import data_context
-from tokendiff.config import SAMPLES
+from tokendiff.config.preprocess import SAMPLES
 from tokendiff.data.partition import Partition
 from tokendiff.data.preprocess import (
     SPLITS,
@@ -21,21 +31,11 @@ from tokendiff.data.rows import KIND
 from tokendiff.data.sources import file_identities, plan_partitions
 from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.errors import InputError
-from tokendiff.manifest import (
-    Manifest,
-    claim_folder,
-    commit,
-    file_identity,
-    fingerprint,
-    is_committed,
-    verify,
-)
-from tokendiff.storage import Location, files_under, location, remove, upload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tokendiff.config import PreprocessConfig
+    from tokendiff.config.preprocess import PreprocessConfig
 
 _MAX_BLOCKS = 1000
 OnProgress = Callable[[int, int], None]

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokendiff.artifacts.locations import Location
 from tokendiff.errors import InputError
-from tokendiff.storage import Location
 
 if TYPE_CHECKING:
-    from tokendiff.config import ClusterConfig
+    from tokendiff.config.cluster import ClusterConfig
 
 # CPUs that Ray Data's tasks need beside the workers; without them training waits for rows for ever.
 DATA_CPUS = 1

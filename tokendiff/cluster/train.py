@@ -1,8 +1,8 @@
 """Training on Ray Train workers that read their rows through Ray Data.
 
 Ray places the processes, sets up torch.distributed, streams rows and notices lost workers.
-Checkpoints are our own (`tokendiff.checkpoint`): the newest sound one is found again at every
-start, so a lost worker costs the steps since then.
+Checkpoints are our own (`tokendiff.artifacts.checkpoint`): the newest sound one is found again at
+every start, so a lost worker costs the steps since then.
 """
 
 import os
@@ -15,7 +15,8 @@ import ray.train
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from tokendiff.checkpoint import newest_sound_checkpoint, step_of
+from tokendiff.artifacts.checkpoint import newest_sound_checkpoint, step_of
+from tokendiff.artifacts.locations import Location, remove
 from tokendiff.cluster.session import (
     data_context,
     threads_on_this_node,
@@ -31,7 +32,6 @@ from tokendiff.cluster.stopping import (
 )
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import CorruptFileError, InputError
-from tokendiff.storage import Location, remove
 from tokendiff.training.run import (
     TrainingRun,
     check_inputs,
@@ -43,7 +43,8 @@ from tokendiff.training.trainer import OnEvent
 from tokendiff.training.world import World
 
 if TYPE_CHECKING:
-    from tokendiff.config import ClusterConfig, TrainConfig
+    from tokendiff.config.cluster import ClusterConfig
+    from tokendiff.config.train import TrainConfig
 
 _NEVER_RETRIED = (InputError, CorruptFileError, FloatingPointError)
 _MAX_READ_BLOCKS = 1000

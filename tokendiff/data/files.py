@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import IO, Any
 
+from tokendiff.artifacts.locations import glob_files, is_uri, location, open_binary, size_of
 from tokendiff.data.partition import Piece
 from tokendiff.errors import InputError
-from tokendiff.storage import glob_files, is_uri, location, open_binary, size_of
 
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".zst")
 _BUFFER_BYTES = 1 << 20

@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from tokendiff.random import key_from, permutation
+from tokendiff.diffusion.random import key_from, permutation
 
 
 @dataclass(frozen=True, kw_only=True)

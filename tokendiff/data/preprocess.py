@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tokendiff.artifacts.manifest import sha256_of
 from tokendiff.data.packing import (
     BATCH_CHARS,
     PackedRows,
@@ -21,7 +22,6 @@ from tokendiff.data.packing import (
 from tokendiff.data.partition import Partition
 from tokendiff.data.sources import dummy_rows, read_documents, sample_records
 from tokendiff.errors import InputError
-from tokendiff.manifest import sha256_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

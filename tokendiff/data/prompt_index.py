@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokendiff.artifacts.locations import glob_files, is_uri, location, open_binary
+from tokendiff.artifacts.manifest import sha256_of
 from tokendiff.data.files import COMPRESSED_SUFFIXES
 from tokendiff.data.prompts import GenerationRow, Prompt, prompt_of_record
 from tokendiff.errors import InputError
-from tokendiff.manifest import sha256_of
-from tokendiff.storage import glob_files, is_uri, location, open_binary
 
 if TYPE_CHECKING:
-    from tokendiff.config import GenerateConfig
+    from tokendiff.config.generate import GenerateConfig
 
 _MAX_MARKS = 2048
 _BOM = b"\xef\xbb\xbf"

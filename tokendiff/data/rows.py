@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from tokendiff.artifacts.locations import Location, local_copy, location
+from tokendiff.artifacts.manifest import Manifest, fetch, fingerprint, verify
 from tokendiff.data.order import RowOrder
 from tokendiff.errors import CorruptFileError, InputError
-from tokendiff.manifest import Manifest, fetch, fingerprint, verify
-from tokendiff.storage import Location, local_copy, location
 
 KIND = "tokens"
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokendiff.artifacts.locations import Location, is_uri, location, open_binary, size_of
+from tokendiff.artifacts.manifest import Manifest, load_manifest, verify, write_atomically
 from tokendiff.data.partition import Piece
 from tokendiff.errors import InputError
-from tokendiff.manifest import Manifest, load_manifest, verify, write_atomically
-from tokendiff.storage import Location, is_uri, location, open_binary, size_of
 
 KIND = "samples"
 

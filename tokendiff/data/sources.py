@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tokendiff.artifacts.locations import location
+from tokendiff.artifacts.manifest import content_identity
 from tokendiff.data import files, hub
 from tokendiff.data.partition import Partition, Piece, group_pieces
 from tokendiff.data.samples import find_sample_folders, read_part, sample_pieces
 from tokendiff.errors import InputError
-from tokendiff.manifest import content_identity
-from tokendiff.storage import location
 
 if TYPE_CHECKING:
-    from tokendiff.config import PreprocessConfig
+    from tokendiff.config.preprocess import PreprocessConfig
 
 _FILE_FORMATS = ("text", "jsonl", "parquet")
 _BUILTIN_DOCUMENT_CHARS = 2000

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from tokendiff.artifacts.manifest import local_model
 from tokendiff.errors import InputError
-from tokendiff.manifest import local_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -19,8 +19,9 @@ import math
 import torch
 from torch import Tensor
 
-from tokendiff.checkpoint import NoiseProcess
-from tokendiff.interfaces import CausalDenoiser, TokenBatch
+from tokendiff.artifacts.noise_process import NoiseProcess
+from tokendiff.diffusion.interfaces import CausalDenoiser, TokenBatch
+from tokendiff.diffusion.random import RowGenerator
 from tokendiff.objectives.block_diffusion import encode_beside_clean
 from tokendiff.objectives.blocks import BlockRows, block_rows, mask_exactly
 from tokendiff.objectives.chunked import (
@@ -28,7 +29,6 @@ from tokendiff.objectives.chunked import (
     predict_through_head,
     without_mask,
 )
-from tokendiff.random import RowGenerator
 
 _STRATUM = -1  # what a row's random numbers are for, beside the samples 0, 1, ...
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0

@@ -11,8 +11,9 @@ of LLaDA (arXiv 2502.09992, eq. 6 and App. A). A model that is given the time se
 1 - alpha is distributed as given l masked of n: Beta(l, n - l + 1), the l-th smallest of n uniform
 numbers, of which masking takes the l smallest.
 
-Uniform and hybrid noise. The integrand of `tokendiff.kernels.ForwardKernel.nelbo` at times that are
-stratified within the row and crowd where it is large, with the prior and the reconstruction.
+Uniform and hybrid noise. The integrand of `tokendiff.diffusion.kernels.ForwardKernel.nelbo` at
+times that are stratified within the row and crowd where it is large, with the prior and the
+reconstruction.
 """
 
 import math
@@ -22,15 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokendiff.interfaces import Denoiser
-from tokendiff.kernels import LEAST_TIME, AbsorbingKernel, ForwardKernel
+from tokendiff.diffusion.interfaces import Denoiser
+from tokendiff.diffusion.kernels import LEAST_TIME, AbsorbingKernel, ForwardKernel
+from tokendiff.diffusion.random import RowGenerator
 from tokendiff.objectives.chunked import (
     negative_log_likelihood,
     predict_through_head,
     without_mask,
 )
 from tokendiff.objectives.token_noise import nelbo_bracket
-from tokendiff.random import RowGenerator
 
 _NEGLIGIBLE = 1e-9  # share of noise at the least time that a reconstruction need not care for
 _STRATUM, _END = -1, -2  # what a row's random numbers are for, beside the samples 0, 1, ...
@@ -52,7 +53,7 @@ def row_bounds(
     Args:
         x_0: [B, L] clean tokens.
         is_valid: [B, L]; padding is neither seen nor counted, a literal mask is not counted.
-        prediction: what the model gives, "loo" or "posterior"; see `tokendiff.checkpoint`.
+        prediction: what the model gives, "loo" or "posterior"; `NoiseProcess` explains them.
         num_mask_samples: noise levels per row, stratified within the row.
 
     Returns:

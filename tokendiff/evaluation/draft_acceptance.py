@@ -14,19 +14,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tokendiff.checkpoint import load_tokenizer, take_average
+from tokendiff.artifacts.manifest import is_committed, load_manifest
 from tokendiff.data.rows import TokenRows
+from tokendiff.diffusion.interfaces import DraftBesideTarget, TokenBatch
+from tokendiff.diffusion.random import RowGenerator, key_from
 from tokendiff.errors import InputError
-from tokendiff.interfaces import DraftBesideTarget, TokenBatch
-from tokendiff.manifest import is_committed, load_manifest
-from tokendiff.models.draft_trainee import load_trainee
-from tokendiff.models.drafting import DraftPlan, check_fit, open_draft_config, open_target_config
-from tokendiff.models.loading import check_vocabulary
+from tokendiff.models.checkpoints import load_tokenizer, take_average
+from tokendiff.models.dflash.planning import (
+    DraftPlan,
+    check_fit,
+    open_draft_config,
+    open_target_config,
+)
+from tokendiff.models.dflash.trainee import load_trainee
+from tokendiff.models.opening import check_vocabulary
 from tokendiff.objectives.dflash import DFlash, draw_anchors
-from tokendiff.random import RowGenerator, key_from
 
 if TYPE_CHECKING:
-    from tokendiff.config import EvaluateConfig
+    from tokendiff.config.evaluate import EvaluateConfig
 
 
 def plan_of_checkpoint(checkpoint: Path, target_model_id: str | None) -> DraftPlan:

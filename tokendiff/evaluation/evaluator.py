@@ -7,22 +7,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokendiff.checkpoint import (
-    NoiseProcess,
-    load_autoregressive,
-    load_for_inference,
-    objective_of,
-)
+from tokendiff.artifacts.noise_process import NoiseProcess, objective_of
 from tokendiff.data.order import RowOrder
 from tokendiff.data.rows import TokenData, TokenRows
+from tokendiff.diffusion.interfaces import TokenBatch
+from tokendiff.diffusion.random import RowGenerator, key_from
 from tokendiff.evaluation.block_bound import block_row_bounds
 from tokendiff.evaluation.bound import row_bounds
-from tokendiff.interfaces import TokenBatch
+from tokendiff.models.checkpoints import load_autoregressive, load_for_inference
 from tokendiff.objectives.autoregressive import row_nats
-from tokendiff.random import RowGenerator, key_from
 
 if TYPE_CHECKING:
-    from tokendiff.config import EvaluateConfig
+    from tokendiff.config.evaluate import EvaluateConfig
 
 
 class Evaluator:

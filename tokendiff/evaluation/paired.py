@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokendiff.config import PAIRED_METRICS
+from tokendiff.artifacts.locations import Location, open_binary
+from tokendiff.artifacts.manifest import load_manifest, sha256_of, write_atomically
+from tokendiff.config.evaluate import PAIRED_METRICS
 from tokendiff.errors import CorruptFileError, InputError
-from tokendiff.manifest import load_manifest, sha256_of, write_atomically
-from tokendiff.storage import Location, open_binary
 
 ROWS, SAMPLED_ROWS = "rows.parquet", "sampled_rows.parquet"
 ROW_ID = "row_id"

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokendiff.artifacts.manifest import local_model
 from tokendiff.errors import InputError
-from tokendiff.manifest import local_model
 
 _PROBE_LENGTH = 4
 

@@ -17,7 +17,7 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
-from tokendiff.manifest import write_atomically
+from tokendiff.artifacts.manifest import write_atomically
 
 Points = Sequence[tuple[int, float]]
 
@@ -25,6 +25,9 @@ _MAX_DRAWN_POINTS = 400
 _LOSS_LABEL = "loss, nats per token"
 # Control characters but tab and newline, as pictures: a browser would hide or drop them.
 _CONTROL_PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n"} | {127: 0x2421}
+
+
+Table = tuple[str, list[str], list[list[Any]]]  # title, header, rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,7 @@ class Report:
     metrics: Mapping[str, float] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     denoising: Denoising | None = None
-    tables: list[tuple[str, list[str], list[list[Any]]]] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
     config_yaml: str = ""
 
 

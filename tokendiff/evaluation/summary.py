@@ -6,8 +6,7 @@ from typing import Any
 
 from tokendiff.evaluation.acceptance import speculation_tables
 from tokendiff.evaluation.bound import Bound
-from tokendiff.evaluation.certificate import Check, tables
-from tokendiff.evaluation.report import Denoising, Report, explain_bound
+from tokendiff.evaluation.report import Denoising, Report, Table, explain_bound
 
 _SHOWN_SAMPLES = 16
 
@@ -22,13 +21,14 @@ def make_report(
     training_log: Sequence[Mapping[str, Any]],
     trace: Mapping[str, Any] | None,
     config_yaml: str,
-    checks: Sequence[Check] = (),
+    more_tables: Sequence[Table] = (),
 ) -> Report:
     """Lay the figures of one evaluation out as a report.
 
     Args:
         bound: None of a draft, which has none.
         metrics: `is_exact` among them where the "bound" is the negative log-likelihood itself.
+        more_tables: those of the certificate, where there is one.
         trace: a sample on its way, or None where there is none to show.
     """
     reference, summary, explanation = None, acceptance_headline(metrics), ""
@@ -62,7 +62,7 @@ def make_report(
         metrics={name: float(value) for name, value in metrics.items() if value is not None},
         samples=[dict(record) for record in samples[:_SHOWN_SAMPLES]],
         denoising=None if trace is None else Denoising(**trace, num_prompt_tokens=0),
-        tables=[*speculation_tables(metrics), *tables(checks)],
+        tables=[*speculation_tables(metrics), *more_tables],
         config_yaml=config_yaml,
     )
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokendiff.attention_masks import (
+from tokendiff.artifacts.manifest import file_identity, fingerprint, local_model
+from tokendiff.diffusion.attention_masks import (
     MaskRule,
     block_causal_by_position,
     causal_by_position,
 )
+from tokendiff.diffusion.interfaces import DecodingCache
 from tokendiff.errors import InputError
-from tokendiff.interfaces import DecodingCache
-from tokendiff.manifest import file_identity, fingerprint, local_model
 from tokendiff.models.ragged_cache import RaggedCache
 
 # Architectures that are another one under a name of their own, with other attention masks: opened
@@ -30,7 +30,7 @@ _CHECK_LENGTH = 6
 
 
 class CausalModel(nn.Module):
-    """A transformers causal language model as a `tokendiff.interfaces.Decoder`.
+    """A transformers causal language model as a `tokendiff.diffusion.interfaces.Decoder`.
 
     Args:
         model: of AutoModelForCausalLM.

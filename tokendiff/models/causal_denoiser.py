@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tokendiff.attention_masks import MaskRule, dense, mask_mod
+from tokendiff.diffusion.attention_masks import MaskRule, dense, mask_mod
 from tokendiff.models import tiled_attention
 from tokendiff.models.denoiser import CAUSAL_TYPES, ModelInTwoParts
 
@@ -14,7 +14,7 @@ _IMPLEMENTATIONS = {"flex": "flex_attention", "tiles": tiled_attention.NAME, "de
 
 
 class TransformersCausalDenoiser(ModelInTwoParts):
-    """A `transformers` causal language model as `tokendiff.interfaces.CausalDenoiser`.
+    """A `transformers` causal language model as `tokendiff.diffusion.interfaces.CausalDenoiser`.
 
     Args:
         model: from AutoModelForCausalLM, one of CAUSAL_TYPES.

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokendiff.checkpoint import SCHEDULER_CONFIG, NoiseProcess, take_average
+from tokendiff.artifacts.manifest import local_model
+from tokendiff.artifacts.noise_process import SCHEDULER_CONFIG, NoiseProcess
 from tokendiff.data.prompts import GenerationRow, PromptEncoder, prompt_text
+from tokendiff.diffusion.interfaces import Completion, Decoder, Request
+from tokendiff.diffusion.random import key_from
 from tokendiff.errors import InputError
-from tokendiff.interfaces import Completion, Decoder, Request
-from tokendiff.manifest import local_model
 from tokendiff.models.causal import (
     causal_config,
     find_mask_token,
@@ -23,9 +24,9 @@ from tokendiff.models.causal import (
     load_causal_tokenizer,
     open_causal,
 )
-from tokendiff.models.drafted import DraftedModel, check_drafted
-from tokendiff.models.drafting import load_draft
-from tokendiff.random import key_from
+from tokendiff.models.checkpoints import take_average
+from tokendiff.models.dflash.decoder import DraftedModel, check_drafted
+from tokendiff.models.dflash.planning import load_draft
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
 from tokendiff.samplers.block_refinement import BlockRefinementSampler
 from tokendiff.samplers.dflash import GAINS, DFlashSampler
@@ -33,7 +34,7 @@ from tokendiff.samplers.open_ended import OpenEndedSampler
 from tokendiff.samplers.sdar import SDARSampler
 
 if TYPE_CHECKING:
-    from tokendiff.config import GenerateConfig
+    from tokendiff.config.generate import GenerateConfig
 
 # The closed table behind `sampler: NAME`, of those that continue a prompt; see also
 # tokendiff.models.sampling.

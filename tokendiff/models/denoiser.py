@@ -118,7 +118,7 @@ class ModelInTwoParts(nn.Module):
 
 
 class TransformersDenoiser(ModelInTwoParts):
-    """A `transformers` language model as a denoiser (`tokendiff.interfaces.Denoiser`).
+    """A `transformers` language model as a denoiser (`tokendiff.diffusion.interfaces.Denoiser`).
 
     The logits at position i are for the token at position i, also of what was a causal model:
     nothing is shifted. Rows are padded at the right.

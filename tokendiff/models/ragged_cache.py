@@ -79,8 +79,8 @@ class _RaggedLayer(CacheLayerMixin):
 
 
 class RaggedCache(Cache):
-    """`tokendiff.interfaces.DecodingCache` for any transformers model that keeps plain keys and
-    values in every layer.
+    """`tokendiff.diffusion.interfaces.DecodingCache` for any transformers model that keeps plain
+    keys and values in every layer.
 
     Args:
         num_rows: R.

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from tokendiff.checkpoint import NoiseProcess, load_for_inference, load_tokenizer
+from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.prompts import GenerationRow, PromptEncoder, prompt_text
+from tokendiff.diffusion.interfaces import StepCallback
+from tokendiff.diffusion.random import RowGenerator, key_from
 from tokendiff.errors import InputError
-from tokendiff.interfaces import StepCallback
-from tokendiff.random import RowGenerator, key_from
+from tokendiff.models.checkpoints import load_for_inference, load_tokenizer
 from tokendiff.samplers.ancestral import AncestralSampler
 from tokendiff.samplers.base import Sampler
 from tokendiff.samplers.batch import prefix_batch
@@ -24,7 +25,8 @@ from tokendiff.samplers.first_hitting import FirstHittingSampler
 from tokendiff.samplers.remasking import RemaskingSampler
 
 if TYPE_CHECKING:
-    from tokendiff.config import FixedLengthSamplerConfig, GenerateConfig
+    from tokendiff.config.generate import GenerateConfig
+    from tokendiff.config.samplers import FixedLengthSamplerConfig
 
 
 # The closed table behind `sampler: NAME`, of those that fill in rows of one length; a sampler's

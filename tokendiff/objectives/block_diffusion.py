@@ -20,12 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendiff.attention_masks import block_diffusion
-from tokendiff.interfaces import CausalDenoiser, LossOutput, TokenBatch
-from tokendiff.kernels import AbsorbingKernel
+from tokendiff.diffusion.attention_masks import block_diffusion
+from tokendiff.diffusion.interfaces import CausalDenoiser, LossOutput, TokenBatch
+from tokendiff.diffusion.kernels import AbsorbingKernel
+from tokendiff.diffusion.random import RowGenerator
 from tokendiff.objectives.blocks import BlockRows, block_rows, mask_exactly
 from tokendiff.objectives.masked import MaskedTokens, check_fields, masked_loss
-from tokendiff.random import RowGenerator
 
 # Places k * GOLDEN mod 1 are spread evenly for any number of k.
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0

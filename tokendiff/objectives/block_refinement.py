@@ -16,12 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokendiff.attention_masks import block_causal, causal
-from tokendiff.interfaces import CausalDenoiser, LossOutput, TokenBatch
+from tokendiff.diffusion.attention_masks import block_causal, causal
+from tokendiff.diffusion.interfaces import CausalDenoiser, LossOutput, TokenBatch
+from tokendiff.diffusion.random import RowGenerator
 from tokendiff.objectives.block_diffusion import encode_beside_clean
 from tokendiff.objectives.blocks import BlockRows, block_rows
 from tokendiff.objectives.masked import MaskedTokens, check_loss_fields, masked_loss
-from tokendiff.random import RowGenerator
 
 
 @dataclass(frozen=True, kw_only=True)

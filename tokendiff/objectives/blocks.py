@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendiff.attention_masks import positions_in_document
-from tokendiff.interfaces import TokenBatch
-from tokendiff.random import RowGenerator
+from tokendiff.diffusion.attention_masks import positions_in_document
+from tokendiff.diffusion.interfaces import TokenBatch
+from tokendiff.diffusion.random import RowGenerator
 
 _BLOCK = -11  # what per-block numbers are for, apart from those of times and of positions
 

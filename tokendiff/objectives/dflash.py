@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendiff.attention_masks import dflash_blocks, positions_in_document
-from tokendiff.interfaces import DraftBesideTarget, LossOutput, TokenBatch
+from tokendiff.diffusion.attention_masks import dflash_blocks, positions_in_document
+from tokendiff.diffusion.interfaces import DraftBesideTarget, LossOutput, TokenBatch
+from tokendiff.diffusion.random import RowGenerator
 from tokendiff.objectives.chunked import (
     is_likeliest,
     negative_log_likelihood,
     predict_through_head,
     reduce_through_head,
 )
-from tokendiff.random import RowGenerator
 
 
 def decay_gamma_of(block_size: int) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendiff.interfaces import LossOutput
+from tokendiff.diffusion.interfaces import LossOutput
 from tokendiff.objectives.chunked import (
     confidence_weights,
     is_likeliest,

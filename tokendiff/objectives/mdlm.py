@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokendiff.interfaces import Denoiser, LossOutput, TokenBatch
-from tokendiff.kernels import AbsorbingKernel
+from tokendiff.diffusion.interfaces import Denoiser, LossOutput, TokenBatch
+from tokendiff.diffusion.kernels import AbsorbingKernel
+from tokendiff.diffusion.random import RowGenerator
 from tokendiff.objectives.masked import MaskedTokens, check_fields, masked_loss
-from tokendiff.random import RowGenerator
 
 
 @dataclass(frozen=True, kw_only=True)

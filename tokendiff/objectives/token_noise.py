@@ -1,7 +1,8 @@
 """Diffusion whose noise is other tokens: the uniform (UDLM) and hybrid (GIDD) kernels.
 
-The integrand of the bound (`tokendiff.kernels.ForwardKernel.nelbo`) is a sum over the vocabulary.
-With b the noise at one id and r = alpha / b, the mask having probability 0 under x_theta,
+The integrand of the bound (`tokendiff.diffusion.kernels.ForwardKernel.nelbo`) is a sum over the
+vocabulary. With b the noise at one id and r = alpha / b, the mask having probability 0 under
+x_theta,
 
     KL(q_t(. | x_0) || q_t(. | x_theta)) = alpha [ln(1 + r) - ln(1 + r x_theta(x_0))]
                                            + b [ln(1 + r) - sum_j ln(1 + r x_theta(j))],
@@ -18,8 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tokendiff.interfaces import Denoiser, LossOutput, TokenBatch
-from tokendiff.kernels import ForwardKernel
+from tokendiff.diffusion.interfaces import Denoiser, LossOutput, TokenBatch
+from tokendiff.diffusion.kernels import ForwardKernel
+from tokendiff.diffusion.random import RowGenerator
 from tokendiff.objectives.chunked import (
     confidence_weights,
     is_likeliest,
@@ -29,7 +31,6 @@ from tokendiff.objectives.chunked import (
     without_mask,
 )
 from tokendiff.objectives.masked import check_fields
-from tokendiff.random import RowGenerator
 
 # Where a kernel has no noise but the mask, b = 0 and r is infinite; any b this small is the same.
 _LEAST_NOISE = 1e-30

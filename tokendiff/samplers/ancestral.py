@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendiff.interfaces import StepCallback
-from tokendiff.random import RowGenerator
+from tokendiff.diffusion.interfaces import StepCallback
+from tokendiff.diffusion.random import RowGenerator
 from tokendiff.samplers.base import Predictor, Sampler
 
 MOVE, TOKEN, NOISE = 0, 1, 2  # what a row's random numbers of one step are for

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokendiff.attention_masks import causal_by_position
-from tokendiff.interfaces import Decoder
+from tokendiff.diffusion.attention_masks import causal_by_position
+from tokendiff.diffusion.interfaces import Decoder
 from tokendiff.samplers.open_ended import PREFILL_CHUNK, OpenEndedSampler, encode_known
 from tokendiff.samplers.slots import Slots
 

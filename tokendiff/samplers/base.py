@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendiff.interfaces import Denoiser, Samples, StepCallback
-from tokendiff.kernels import AbsorbingKernel, ForwardKernel, UniformKernel
-from tokendiff.random import RowGenerator
+from tokendiff.diffusion.interfaces import Denoiser, Samples, StepCallback
+from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, UniformKernel
+from tokendiff.diffusion.random import RowGenerator
 from tokendiff.samplers.categorical import check_filters, draw, filter_logits
 
 _CPU_CHUNK, _GPU_CHUNK = 256, 4096  # positions whose [N, V] logits exist at once

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokendiff.attention_masks import MaskRule, causal_by_position
+from tokendiff.diffusion.attention_masks import MaskRule, causal_by_position
 from tokendiff.samplers.block_decoding import BlockSampler, BlockState, Candidates
 from tokendiff.samplers.commit_rules import commit_confident, edit_confident, quotas
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendiff.interfaces import StepCallback
-from tokendiff.kernels import AbsorbingKernel
-from tokendiff.random import RowGenerator
+from tokendiff.diffusion.interfaces import StepCallback
+from tokendiff.diffusion.kernels import AbsorbingKernel
+from tokendiff.diffusion.random import RowGenerator
 from tokendiff.samplers.ancestral import AncestralSampler
 from tokendiff.samplers.base import Predictor, check_absorbing
 

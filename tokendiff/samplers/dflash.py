@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendiff.attention_masks import causal_by_position
-from tokendiff.interfaces import Decoder, DraftedDecoder
-from tokendiff.random import RowGenerator
+from tokendiff.diffusion.attention_masks import causal_by_position
+from tokendiff.diffusion.interfaces import Decoder, DraftedDecoder
+from tokendiff.diffusion.random import RowGenerator
 from tokendiff.samplers.acceptance import Verdict, accept_drawn, accept_own
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
 from tokendiff.samplers.categorical import draw, filter_logits

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendiff.attention_masks import MaskRule
-from tokendiff.interfaces import Completion, Decoder, Request
+from tokendiff.diffusion.attention_masks import MaskRule
+from tokendiff.diffusion.interfaces import Completion, Decoder, Request
 from tokendiff.samplers.categorical import check_filters, draw, filter_logits
 from tokendiff.samplers.slots import Slots
 

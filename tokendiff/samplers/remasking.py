@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokendiff.kernels import AbsorbingKernel
+from tokendiff.diffusion.kernels import AbsorbingKernel
 from tokendiff.samplers.ancestral import AncestralSampler
 from tokendiff.samplers.base import check_absorbing
 

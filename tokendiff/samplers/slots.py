@@ -11,8 +11,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from tokendiff.interfaces import Completion, Decoder, FinishReason, Request
-from tokendiff.random import RowGenerator
+from tokendiff.diffusion.interfaces import Completion, Decoder, FinishReason, Request
+from tokendiff.diffusion.random import RowGenerator
 
 _GROWTH = 256  # tokens
 

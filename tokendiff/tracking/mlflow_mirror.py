@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from tokendiff.artifacts.locations import Location, mirror_of
 from tokendiff.errors import InputError
 from tokendiff.secrets import without_credentials
-from tokendiff.storage import Location, mirror_of
 from tokendiff.tracking.mlflow_delivery import Delivery, replay_pending
 from tokendiff.tracking.mlflow_entities import (
     MAX_DIGEST_LENGTH,
@@ -46,7 +46,7 @@ from tokendiff.tracking.system_metrics import sampled
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from tokendiff.config import TrackingConfig
+    from tokendiff.config.pipeline import TrackingConfig
 
 logger = logging.getLogger(__name__)
 

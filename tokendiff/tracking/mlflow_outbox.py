@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokendiff.manifest import write_atomically
+from tokendiff.artifacts.manifest import write_atomically
 from tokendiff.tracking.mlflow_entities import metrics_and_tags
 from tokendiff.tracking.mlflow_store import describe
 from tokendiff.tracking.run_log import LOG_NAME, drop_superseded, follow

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from tokendiff.artifacts.locations import Location
 from tokendiff.errors import InputError
 from tokendiff.secrets import without_credentials
-from tokendiff.storage import Location
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from tokendiff.config import TrackingConfig
+    from tokendiff.config.pipeline import TrackingConfig
 
 T = TypeVar("T")
 

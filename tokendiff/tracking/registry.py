@@ -20,18 +20,18 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 import tokendiff
-from tokendiff.checkpoint import checkpoint_identity, find_checkpoint
+from tokendiff.artifacts.checkpoint import checkpoint_identity, find_checkpoint
+from tokendiff.artifacts.locations import Location, files_under, folders_in, upload
+from tokendiff.artifacts.manifest import fetch, fingerprint, is_committed
 from tokendiff.errors import InputError
-from tokendiff.manifest import fetch, fingerprint, is_committed
 from tokendiff.secrets import without_credentials
-from tokendiff.storage import Location, files_under, folders_in, upload
 from tokendiff.tracking.mlflow_store import check_store, make_client, resolve_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-    from tokendiff.config import TrackingConfig
+    from tokendiff.config.pipeline import TrackingConfig
 
 SCHEME = "models:/"
 TRAINED_ON = "trained_on.json"

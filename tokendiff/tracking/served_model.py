@@ -22,7 +22,7 @@ class PromptModel(PythonModel):
     def load_context(self, context: Any) -> None:
         import torch
 
-        from tokendiff.config import GenerateConfig
+        from tokendiff.config.generate import GenerateConfig
         from tokendiff.models.completion import CompletionModel
         from tokendiff.models.sampling import SamplingModel
 

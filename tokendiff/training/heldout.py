@@ -7,12 +7,12 @@ from typing import cast
 import torch
 
 from tokendiff.data.rows import TokenData
+from tokendiff.diffusion.interfaces import TokenBatch
+from tokendiff.diffusion.random import RowGenerator, key_from
 from tokendiff.evaluation.draft_acceptance import acceptance_figures, blocks_by_length
 from tokendiff.evaluation.evaluator import evaluation_rows
-from tokendiff.interfaces import TokenBatch
-from tokendiff.models.draft_trainee import DraftTrainee
+from tokendiff.models.dflash.trainee import DraftTrainee
 from tokendiff.objectives.dflash import DFlash
-from tokendiff.random import RowGenerator, key_from
 from tokendiff.training.trainer import Trainer
 
 _ROWS = 16  # of a batch that is small beside the steps between two log lines

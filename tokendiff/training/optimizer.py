@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from tokendiff.config import TrainConfig
+    from tokendiff.config.train import TrainConfig
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 

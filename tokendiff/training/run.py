@@ -10,24 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokendiff.checkpoint import (
+from tokendiff.artifacts.checkpoint import (
     ADAPTERS,
     EMA_ADAPTERS,
     EMA_WEIGHTS,
     FINAL,
     KIND,
-    NoiseProcess,
     checkpoint_name,
     newest_sound_checkpoint,
     remove_old_checkpoints,
     save_checkpoint,
 )
+from tokendiff.artifacts.locations import Location
+from tokendiff.artifacts.manifest import fetch, is_committed, load_manifest, verify
+from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.order import RowOrder
 from tokendiff.data.rows import StepPlan, TokenData, step_batches
+from tokendiff.diffusion.interfaces import Objective
+from tokendiff.diffusion.kernels import AbsorbingKernel
 from tokendiff.errors import CorruptFileError, InputError
-from tokendiff.interfaces import Objective
-from tokendiff.kernels import AbsorbingKernel
-from tokendiff.manifest import fetch, is_committed, load_manifest, verify
 from tokendiff.models.adapters import (
     adapter_tensors,
     add_adapters,
@@ -36,31 +37,30 @@ from tokendiff.models.adapters import (
     merged_model,
 )
 from tokendiff.models.denoiser import ModelInTwoParts
-from tokendiff.models.dflash import DFlashDraftConfig
-from tokendiff.models.draft_trainee import DraftTrainee, load_trainee
-from tokendiff.models.drafting import plan_draft
-from tokendiff.models.loading import check_vocabulary, load_causal_denoiser, load_denoiser
+from tokendiff.models.dflash.model import DFlashDraftConfig
+from tokendiff.models.dflash.planning import plan_draft
+from tokendiff.models.dflash.trainee import DraftTrainee, load_trainee
+from tokendiff.models.opening import check_vocabulary, load_causal_denoiser, load_denoiser
 from tokendiff.objectives.autoregressive import Autoregressive
 from tokendiff.objectives.block_diffusion import BlockDiffusion
 from tokendiff.objectives.block_refinement import BlockRefinement
 from tokendiff.objectives.dflash import DFlash
 from tokendiff.objectives.mdlm import MDLM
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
-from tokendiff.storage import Location
 from tokendiff.training.heldout import heldout_acceptance
 from tokendiff.training.trainer import Batches, OnEvent, Trainer
 from tokendiff.training.world import World
 
 if TYPE_CHECKING:
-    from tokendiff.config import (
+    from tokendiff.config.objectives import (
         BlockDiffusionConfig,
         BlockRefinementConfig,
         DFlashConfig,
         HybridConfig,
         MDLMConfig,
-        TrainConfig,
         UDLMConfig,
     )
+    from tokendiff.config.train import TrainConfig
 
 OPTIMIZER_STATE, TRAINER_STATE = "optimizer.safetensors", "trainer_state.json"
 

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tokendiff.interfaces import LossOutput, Objective, TokenBatch
-from tokendiff.random import RowGenerator, key_from, strata_of
-from tokendiff.storage import Location
+from tokendiff.artifacts.locations import Location
+from tokendiff.diffusion.interfaces import LossOutput, Objective, TokenBatch
+from tokendiff.diffusion.random import RowGenerator, key_from, strata_of
 from tokendiff.training.ema import WeightAverage
 from tokendiff.training.optimizer import Optimizer
 from tokendiff.training.world import World
 
 if TYPE_CHECKING:
-    from tokendiff.config import TrainConfig
+    from tokendiff.config.train import TrainConfig
     from tokendiff.models.denoiser import ModelInTwoParts
-    from tokendiff.models.draft_trainee import DraftTrainee
+    from tokendiff.models.dflash.trainee import DraftTrainee
 
 _TOKENS = "tokens read"  # of a step: what the speed is counted in, whatever the loss is a mean over
 
@@ -56,7 +56,7 @@ class Trainer:
     """Model, optimiser, schedule, average and step: everything that a checkpoint must hold.
 
     Args:
-        objective: gives sums; see `tokendiff.interfaces.LossOutput`.
+        objective: gives sums; see `tokendiff.diffusion.interfaces.LossOutput`.
         on_event: hears "metrics" every `logging_steps` steps.
     """
 

@@ -1,0 +1,547 @@
+"""Sources, tokenizers and packing, in one process."""
+
+import bz2
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+
+from tests.builders import letter_tokenizer, token_folder
+from tokendiff.config.preprocess import PreprocessConfig
+from tokendiff.data import packing
+from tokendiff.data.packing import PackedRows, Packer, TokenizedDocuments, tokenize_stream
+from tokendiff.data.partition import Piece, group_pieces
+from tokendiff.data.rows import TokenData
+from tokendiff.data.sources import plan_partitions, read_documents
+from tokendiff.data.tokenizers import build_tokenizer
+from tokendiff.diffusion.interfaces import TokenBatch
+from tokendiff.errors import InputError
+
+NASTY = [
+    "plain words, nothing else",
+    "  two  spaces , and\ttabs\r\nand lines \n\n",
+    "naïve café, Ελληνικά, 日本語, \U0001f600\U0001f468\u200d\U0001f469, e\u0301",
+    "[MASK] [EOS][PAD] </s> <pad>",
+    "\x00\x07\ufeff\u2028end",
+    "x",
+]
+
+
+def config(**fields: Any) -> PreprocessConfig:
+    return PreprocessConfig(**fields)
+
+
+def read_all(preprocess: PreprocessConfig) -> list[Any]:
+    return [cell for part in plan_partitions(preprocess) for cell in read_documents(part)]
+
+
+def text_config(path: Path, **fields: Any) -> PreprocessConfig:
+    return config(dataset_name="text", data_files=[str(path)], **fields)
+
+
+# Sources
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("last", ["", "\n"])
+def test_lines_come_once_and_in_order_wherever_the_file_is_cut(
+    tmp_path: Path, ending: str, last: str
+) -> None:
+    lines = ["first", "", "ünï", "日本語", " ", "a much longer line than the others", "z"]
+    path = tmp_path / "a.txt"
+    path.write_bytes((ending.join(lines) + last.replace("\n", ending)).encode())
+    for partition_bytes in range(1, path.stat().st_size + 2):
+        assert read_all(text_config(path, partition_bytes=partition_bytes)) == lines
+
+
+def test_partitions_hold_about_partition_bytes_and_absolute_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "big.txt").write_text("0123456\n" * 100)
+    monkeypatch.chdir(tmp_path)
+    partitions = plan_partitions(text_config(Path("big.txt"), partition_bytes=300))
+    assert [[(p.start, p.stop) for p in part.pieces] for part in partitions] == [
+        [(0, 300)],
+        [(300, 600)],
+        [(600, 800)],
+    ]
+    assert [part.index for part in partitions] == [0, 1, 2]
+    assert {p.path for part in partitions for p in part.pieces} == {str(tmp_path / "big.txt")}
+
+
+def test_small_files_share_partitions_in_order(tmp_path: Path) -> None:
+    names = [f"{i:03}.txt" for i in range(200)]
+    for name in names:
+        (tmp_path / name).write_text(f"text {name}")
+    (tmp_path / "large.txt").write_text("one\ndocument\n" * 100)
+    preprocess = text_config(tmp_path / "*.txt", sample_by="document", partition_bytes=240)
+    partitions = plan_partitions(preprocess)
+    assert [len(part.pieces) for part in partitions] == [20] * 10 + [1]
+    assert read_all(preprocess) == [f"text {n}" for n in names] + ["one\ndocument\n" * 100]
+
+
+def test_neighbouring_pieces_join() -> None:
+    def piece(path: str, start: int) -> Piece:
+        return Piece(path=path, start=start, stop=start + 1, num_bytes=10)
+
+    pieces = [*(piece("a", i) for i in range(5)), piece("b", 0), piece("b", 2)]
+    groups = group_pieces(pieces, 40)
+    spans = [[(p.path, p.start, p.stop, p.num_bytes) for p in group] for group in groups]
+    assert spans == [
+        [("a", 0, 4, 40)],
+        [("a", 4, 5, 10), ("b", 0, 1, 10), ("b", 2, 3, 10)],
+    ]
+
+
+def test_files_are_sorted_and_taken_once(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "c.md"):
+        (tmp_path / name).write_text(name)
+    patterns = [str(tmp_path / p) for p in ("b.txt", "*.txt", "**/*.md", "a.txt")]
+    assert read_all(config(dataset_name="text", data_files=patterns)) == ["a.txt", "b.txt", "c.md"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"), [("nothing*.txt", "matches no file"), (".", "folder")]
+)
+def test_a_pattern_without_files_is_refused(tmp_path: Path, pattern: str, said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        plan_partitions(text_config(tmp_path / pattern))
+    assert str(tmp_path) in str(caught.value)
+
+
+def compressed(path: Path, data: bytes) -> Path:
+    if path.suffix == ".gz":  # two members: what `cat a.gz b.gz` gives
+        path.write_bytes(gzip.compress(data[:10]) + gzip.compress(data[10:]))
+    elif path.suffix == ".bz2":
+        path.write_bytes(bz2.compress(data))
+    else:
+        with pa.output_stream(str(path), compression="zstd") as file:
+            file.write(data)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "zst"])
+def test_compressed_files_read_like_plain_ones(tmp_path: Path, suffix: str) -> None:
+    lines = [f"line {i} ü" for i in range(1000)]
+    path = compressed(tmp_path / f"a.txt.{suffix}", "\n".join(lines).encode())
+    preprocess = text_config(path, partition_bytes=100)
+    assert len(plan_partitions(preprocess)) == 1
+    assert read_all(preprocess) == lines
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo", encoding="utf-8-sig")
+    assert read_all(text_config(tmp_path / "a.txt")) == ["one", "two"]
+    assert read_all(text_config(tmp_path / "a.txt", sample_by="document")) == ["one\ntwo"]
+
+
+def test_jsonl_yields_cells_as_they_are(tmp_path: Path) -> None:
+    cells = ["text", None, 3, ["list"], "", "\ud800", "ünï"]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n\n".join(json.dumps({"body": cell}) for cell in cells))
+    for partition_bytes in (1, 20, 1000):
+        files = [str(path)]
+        preprocess = config(
+            dataset_name="jsonl",
+            data_files=files,
+            text_column="body",
+            partition_bytes=partition_bytes,
+        )
+        assert read_all(preprocess) == cells
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"text": "a"', "not a JSON value"),
+        (b"[" * 10_000, "not a JSON value"),
+        (b'["text"]', "expected an object"),
+        (b'{"body": 1, "title": 2}', "no column 'text'.*'body', 'title'"),
+        (b'{"text": "caf\xe9"}', "not UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("partition_bytes", [1, 1 << 20])
+def test_a_bad_jsonl_line_is_named(
+    tmp_path: Path, line: bytes, said: str, partition_bytes: int
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n' * 2 + line + b'\n{"text": "fine"}\n')
+    files = [str(path)]
+    with pytest.raises(InputError, match=rf"a\.jsonl:3: {said}"):
+        read_all(config(dataset_name="jsonl", data_files=files, partition_bytes=partition_bytes))
+
+
+@pytest.mark.parametrize("sample_by", ["line", "document"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_text_in_another_encoding_is_refused(tmp_path: Path, sample_by: str, name: str) -> None:
+    data = b"eins\nzwei\ndrei\n" + "fünf\n".encode("latin-1")
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    with pytest.raises(InputError, match=r"a\.txt(\.gz)?:4: not UTF-8 \(byte 0xfc.*iconv"):
+        read_all(text_config(path, sample_by=sample_by))
+
+
+@pytest.mark.parametrize("data", [b"no gzip", gzip.compress(os.urandom(10_000))[:5000]])
+def test_a_broken_archive_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(data)
+    with pytest.raises(InputError, match=r"a\.txt\.gz: cannot be read"):
+        read_all(text_config(tmp_path / "a.txt.gz"))
+
+
+def parquet_config(path: Path, **fields: Any) -> PreprocessConfig:
+    return config(dataset_name="parquet", data_files=[str(path)], **fields)
+
+
+def test_parquet_is_cut_by_row_groups(tmp_path: Path) -> None:
+    cells = [None if i % 7 == 0 else f"row {i} " + "ü" * (i % 50) for i in range(1000)]
+    table = pa.table({"id": range(1000), "text": cells})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=100, use_dictionary=False)
+    pq.write_table(table, tmp_path / "b.parquet", row_group_size=1000)
+    one_group = sum(len((cell or "").encode()) for cell in cells[:100])
+    preprocess = parquet_config(tmp_path / "*.parquet", partition_bytes=3 * one_group)
+    first = plan_partitions(preprocess)[0].pieces[0]
+    assert (first.start, first.stop) in ((0, 2), (0, 3))
+    assert read_all(preprocess) == cells * 2
+
+
+def test_parquet_cells_of_other_types_come_as_they_are(tmp_path: Path) -> None:
+    dictionary = pa.array(["a", None, "a"]).dictionary_encode()
+    table = pa.table({"text": dictionary, "number": [1, 2, 3], "body.raw": ["x", "y", "z"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    path = tmp_path / "a.parquet"
+    assert read_all(parquet_config(path)) == ["a", None, "a"]
+    assert read_all(parquet_config(path, text_column="number")) == [1, 2, 3]
+    assert read_all(parquet_config(path, text_column="body.raw")) == ["x", "y", "z"]
+
+
+def test_a_bad_parquet_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"body": ["x"], "id": [1]}), path)
+    with pytest.raises(InputError, match=r"a\.parquet: no column 'text'.*'body', 'id'"):
+        plan_partitions(parquet_config(path))
+    path.write_bytes(path.read_bytes()[:-4] + b"????")
+    with pytest.raises(InputError, match=r"a\.parquet: not a readable parquet file"):
+        plan_partitions(parquet_config(path))
+    pq.write_table(pa.table({"text": pa.array([b"caf\xe9"]).view(pa.string())}), path)
+    with pytest.raises(InputError, match=r"a\.parquet: not a readable parquet file.*utf-8"):
+        read_all(parquet_config(path))
+
+
+def test_builtin_documents_are_all_of_cpythons_topics() -> None:
+    from pydoc_data.topics import topics
+
+    documents = read_all(config(partition_bytes=50_000))
+    assert "".join("".join(documents).split()) == "".join(
+        "".join(text for _, text in sorted(topics.items())).split()
+    )
+    assert 200 < len(documents) < 400
+    assert max(map(len, documents)) < 8000
+    assert len(plan_partitions(config(partition_bytes=50_000))) > 5
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    """The same rows as jsonl, as parquet, and twice as `save_to_disk` writes them."""
+    from datasets import Dataset, DatasetDict, Split, disable_progress_bars
+
+    disable_progress_bars()
+    rows = [{"text": f"document {i}", "id": i} for i in range(700)]
+    made = {name: tmp_path / name for name in ("jsonl", "parquet", "dataset", "dict")}
+    for name in ("jsonl", "parquet"):
+        made[name].mkdir()
+    (made["jsonl"] / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pq.write_table(pa.Table.from_pylist(rows), made["parquet"] / "train-0.parquet")
+    Dataset.from_list(rows, split=Split.TRAIN).save_to_disk(made["dataset"])
+    DatasetDict(train=Dataset.from_list(rows)).save_to_disk(made["dict"])
+    return made
+
+
+def test_datasets_are_read_by_ranges_of_rows(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in folders:
+        preprocess = config(dataset_name=f"./{name}", partition_bytes=2000)
+        partitions = plan_partitions(preprocess)
+        assert len(partitions) > 3
+        assert all(Path(p.path).is_absolute() for part in partitions for p in part.pieces)
+        assert read_all(preprocess) == [f"document {i}" for i in range(700)]
+    sliced = config(dataset_name="./jsonl", dataset_split="train[:10]")
+    assert read_all(sliced) == [f"document {i}" for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        ("jsonl", {"dataset_split": "test"}, r"dataset_split 'test'.*\['train'\]"),
+        ("dataset", {"dataset_split": "test"}, "dataset_split 'test'.*'train'"),
+        ("dict", {"dataset_split": "test"}, "dataset_split 'test'.*'train'"),
+        ("jsonl", {"dataset_config_name": "en"}, r"dataset_config_name 'en'.*\['default'\]"),
+        ("dict", {"dataset_config_name": "en"}, "dataset_config_name 'en'"),
+        ("parquet", {"text_column": "body"}, "no column 'body'.*'text', 'id'"),
+        ("jsonl/train.jsonl", {}, "is a file; give it as data_files"),
+    ],
+)
+def test_what_a_dataset_has_not_is_named(
+    folders: dict[str, Path], name: str, fields: dict[str, Any], said: str
+) -> None:
+    path = folders["jsonl"].parent / name
+    with pytest.raises(InputError, match=said):
+        plan_partitions(config(dataset_name=str(path), **fields))
+
+
+def test_a_dataset_that_cannot_be_had_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'no/such'.*local folder"):
+        plan_partitions(config(dataset_name="no/such"))
+    with pytest.raises(InputError, match="doesn't contain any data files"):
+        plan_partitions(config(dataset_name=str(tmp_path)))
+    (tmp_path / "train.jsonl").write_text('{"text": 1\nnope')
+    with pytest.raises(InputError, match=r"dataset_name .*JSON parse error"):
+        plan_partitions(config(dataset_name=str(tmp_path)))
+
+
+def tokenized(
+    tokenizer: Any, texts: list[str], **options: Any
+) -> list[tuple[list[int], list[int]]]:
+    """(tokens, bytes of each token) of each text."""
+    found = []
+    for batch, documents in tokenize_stream(tokenizer, texts, **options):
+        assert len(batch) == len(documents.lengths)
+        cuts = np.cumsum(documents.lengths)[:-1]
+        for ids, sizes in zip(
+            np.split(documents.tokens, cuts), np.split(documents.num_bytes, cuts), strict=True
+        ):
+            found.append((ids.tolist(), sizes.tolist()))
+    assert len(found) == len(texts)
+    return found
+
+
+# Tokenizers
+
+
+def ours(name: str, documents: list[str] | None = None) -> Any:
+    corpus = documents or read_all(config())[:40]
+    return build_tokenizer(name, documents=corpus, vocab_size=400)[0]
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_our_tokenizers_are_lossless_and_survive_saving(tmp_path: Path, name: str) -> None:
+    tokenizer = ours(name)
+    assert len(tokenizer) == {"bytes": 259, "bpe": 400}[name]
+    assert (tokenizer.pad_token_id, tokenizer.mask_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.all_special_ids == tokenizer.all_special_ids
+    for text in NASTY:
+        ((tokens, _),) = tokenized(tokenizer, [text])
+        assert tokenized(loaded, [text])[0][0] == tokens
+        assert loaded.decode(tokens[:-1]) == text
+        assert not set(tokens[:-1]) & set(tokenizer.all_special_ids)
+
+
+def test_bpe_is_the_same_each_time_and_needs_no_full_vocabulary() -> None:
+    first, second = ours("bpe"), ours("bpe")
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+    tokenizer, notes = build_tokenizer("bpe", documents=["aaa bbb"], vocab_size=400)
+    assert len(tokenizer) < 400
+    assert "vocab_size 400" in notes[0]
+
+
+def wordpiece(**special: str) -> PreTrainedTokenizerFast:
+    vocabulary = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "the", "mask", "[", "]", *"abcdefgh"]
+    model = models.WordPiece(vocab={t: i for i, t in enumerate(vocabulary)}, unk_token="[UNK]")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def test_what_a_foreign_tokenizer_lacks_is_added_and_told(tmp_path: Path) -> None:
+    wordpiece(
+        unk_token="[UNK]", sep_token="[SEP]", cls_token="[CLS]", pad_token="[PAD]"
+    ).save_pretrained(tmp_path)
+    tokenizer, notes = build_tokenizer(str(tmp_path), documents=(), vocab_size=400)
+    assert (tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (16, 2, 3)
+    assert len(notes) == 2
+    assert "[MASK] as id 16" in notes[0]
+    assert tokenized(tokenizer, ["[ the"])[0][0] == [6, 4, 2]
+
+    wordpiece(unk_token="[UNK]").save_pretrained(tmp_path)
+    tokenizer, notes = build_tokenizer(str(tmp_path), documents=(), vocab_size=400)
+    assert (tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (16, 17, 17)
+    assert len(tokenizer) == 18
+    assert len(notes) == 2
+
+
+def test_a_tokenizer_that_cannot_be_had_is_named(tmp_path: Path) -> None:
+    for name in ("no/such-model", str(tmp_path)):
+        with pytest.raises(InputError, match=f"tokenizer_name_or_path '{name}': cannot be loaded"):
+            build_tokenizer(name, documents=(), vocab_size=400)
+
+
+# Packing
+
+
+def test_a_documents_tokens_are_the_tokenizers_own_and_eos() -> None:
+    tokenizer = ours("bpe")
+    documents = [*read_all(config())[:20], "a", "日本"]
+    for batch_chars in (1, 3000, 1 << 20):
+        done = tokenized(tokenizer, documents, batch_chars=batch_chars)
+        for text, (tokens, _) in zip(documents, done, strict=True):
+            assert tokens == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe", "wordpiece", "slow"])
+def test_every_byte_of_a_document_belongs_to_a_token(name: str) -> None:
+    tokenizer: Any
+    if name == "wordpiece":
+        tokenizer = wordpiece(unk_token="[UNK]", eos_token="[SEP]")
+    else:
+        tokenizer = ByT5Tokenizer() if name == "slow" else ours(name)
+    assert tokenizer.is_fast == (name != "slow")
+    for text, (_, num_bytes) in zip(NASTY, tokenized(tokenizer, NASTY), strict=True):
+        assert sum(num_bytes) == len(text.encode())
+        assert min(num_bytes) >= 0
+        assert num_bytes[-1] == 0
+        assert name != "slow" or max(num_bytes[:-1]) - min(num_bytes[:-1]) <= 1
+
+
+def test_bytes_of_a_token_are_those_of_its_text() -> None:
+    tokenizer = ours("bpe")
+    text = "def loss(x):\n    return x * 2  # naïve 日本\n"
+    ((tokens, num_bytes),) = tokenized(tokenizer, [text])
+    decoded = tokenizer.convert_ids_to_tokens(tokens[:-1])
+    # A byte-level token is written with one character for each byte it stands for.
+    sizes = np.array([len(token) for token in decoded])
+    ends, told = np.cumsum(sizes), np.cumsum(num_bytes[:-1])
+    # The bytes of one character may be given to the last of the tokens that share it, no later.
+    whole = [i for i, end in enumerate(ends) if _is_whole(text.encode()[:end])]
+    assert len(whole) > 20
+    assert told[whole].tolist() == ends[whole].tolist()
+
+
+def _is_whole(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("text", ["wörd " * 500, "日本語" * 400, "x" * 3000])
+def test_a_long_document_is_tokenized_in_parts(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = ours("bpe")
+    (whole,) = tokenized(tokenizer, [text])
+    monkeypatch.setattr(packing, "_MAX_PART_CHARS", 100)
+    before, (tokens, num_bytes), after = tokenized(tokenizer, ["a", text, "b"], batch_chars=250)
+    assert tokenizer.decode(tokens[:-1]) == text
+    assert sum(num_bytes) == len(text.encode())
+    assert tokens.index(tokenizer.eos_token_id) == len(tokens) - 1
+    assert [before, after] == tokenized(tokenizer, ["a", "b"])
+    if " " in text:  # cut at spaces, the parts give the tokens of the whole
+        assert (tokens, num_bytes) == whole
+
+
+@pytest.mark.parametrize("batch_chars", [1, 1000])
+def test_a_document_without_tokens_takes_no_part(batch_chars: int) -> None:
+    tokenizer = wordpiece(eos_token="[SEP]", unk_token="[UNK]")
+    tokenizer.backend_tokenizer.normalizer = (
+        normalizers.BertNormalizer()
+    )  # drops control characters
+    empty, eos = "\u200b\x01", tokenizer.eos_token_id
+    done = tokenized(tokenizer, [empty, "the", empty, "a é", empty], batch_chars=batch_chars)
+    assert done == [
+        ([], []),
+        ([4, eos], [3, 0]),
+        ([], []),
+        ([8, 12, eos], [2, 2, 0]),
+        ([], []),
+    ]
+
+
+def packed_by_hand(
+    documents: list[tuple[list[int], list[int]]], max_length: int
+) -> list[tuple[list[int], list[int], int]]:
+    """(tokens, run lengths, bytes) of each row, token by token."""
+    rows: list[tuple[list[int], list[int], int]] = []
+    tokens: list[int] = []
+    runs: list[int] = []
+    size = 0
+    for ids, num_bytes in documents:
+        is_new = True
+        for token, token_bytes in zip(ids, num_bytes, strict=True):
+            if is_new or not tokens:
+                runs.append(0)
+            is_new = False
+            tokens.append(token)
+            runs[-1] += 1
+            size += token_bytes
+            if len(tokens) == max_length:
+                rows.append((tokens, runs, size))
+                tokens, runs, size = [], [], 0
+    return [*rows, (tokens, runs, size)] if tokens else rows
+
+
+def rows_of(packed: PackedRows) -> list[tuple[list[int], list[int], int]]:
+    def split(values: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+        return [part.tolist() for part in np.split(values, np.cumsum(lengths)[:-1])]
+
+    tokens = split(packed.tokens, packed.row_lengths)
+    runs = split(packed.document_lengths, packed.documents_per_row)
+    return list(zip(tokens, runs, packed.num_bytes.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("max_length", [2, 7, 16])
+@pytest.mark.parametrize("rows_at_once", [1, 3, 1000])
+def test_rows_are_those_of_packing_by_hand(max_length: int, rows_at_once: int) -> None:
+    generator = np.random.default_rng(max_length * rows_at_once)
+    lengths = [0, *generator.integers(0, 40, 60), max_length, 2 * max_length, 1, 1000, 0, 1]
+    documents = []
+    for length in lengths:
+        ids = generator.integers(0, 50, length).astype(np.int32)
+        documents.append((ids, generator.integers(0, 9, length).astype(np.int32)))
+    batches = [
+        TokenizedDocuments(
+            tokens=np.concatenate([ids for ids, _ in some]),
+            num_bytes=np.concatenate([sizes for _, sizes in some]),
+            lengths=np.array([len(ids) for ids, _ in some]),
+        )
+        for some in (documents[i : i + 3] for i in range(0, len(documents), 3))
+    ]
+    packer = Packer(max_length, rows_at_once)
+    given = [rows for batch in batches if (rows := packer.add(batch)) is not None]
+    assert all(len(rows) % rows_at_once == 0 for rows in given)
+    if (rest := packer.flush()) is not None:
+        given.append(rest)
+    assert packer.flush() is None
+    as_lists = [(ids.tolist(), sizes.tolist()) for ids, sizes in documents]
+    assert [row for rows in given for row in rows_of(rows)] == packed_by_hand(as_lists, max_length)
+
+
+def test_rows_know_where_their_documents_begin(tmp_path: Path) -> None:
+    runs: list[list[int]] = [[4, 1, 3], [8], [2, 2], [1], [5, 3], [1, 1, 1, 1, 1, 1, 1, 1]]
+    rows = [[index] * sum(lengths) for index, lengths in enumerate(runs)]
+    folder = token_folder(
+        tmp_path,
+        files=[rows],
+        max_length=8,
+        tokenizer=letter_tokenizer(),
+        row_group_rows=4,
+        runs_of=lambda row: runs[row[0]],
+    )
+    data = TokenData.open(folder, split="train")
+    chosen = [5, 0, 3, 2, 4, 1]
+    read = data.read(*np.divmod(np.array(chosen), 4))
+    batch = TokenBatch.of_rows(*map(torch.from_numpy, (read.tokens, read.lengths, read.is_start)))
+    for document, row in zip(batch.document.tolist(), chosen, strict=True):
+        expected = [index for index, length in enumerate(runs[row]) for _ in range(length)]
+        assert document == expected + [-1] * (8 - len(expected))
+    assert torch.equal(batch.is_valid, batch.document >= 0)

@@ -1,0 +1,168 @@
+"""The reported bound: against all orders, and against the entropy of an enumerated language."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests.builders import PairDenoiser, TableDenoiser
+from tests.oracles import conditional, entropy, least_bound, order_mean_nll, toy_language
+from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
+from tokendiff.diffusion.random import RowGenerator
+from tokendiff.diffusion.schedules import Cosine, Linear, LogLinear
+from tokendiff.evaluation.bound import row_bounds, summarize
+
+V, L, MASK = 4, 3, 2
+
+
+def rows_of(table: np.ndarray) -> torch.Tensor:
+    """Every row that the language has."""
+    return torch.tensor([r for r in itertools.product(*map(range, table.shape)) if table[r] > 0])
+
+
+def test_bound_is_the_mean_over_all_orders() -> None:
+    """With the model off the truth too: the oracle scores the model's table, not the language's."""
+    length = 4
+    model_table = toy_language(V, length, MASK, seed=5)
+    model = TableDenoiser(torch.tensor(model_table), MASK)
+    rows = rows_of(model_table)[::9]
+    copies = 600
+    tokens = rows.repeat_interleave(copies, 0)
+    nats, num_tokens = row_bounds(
+        model,
+        tokens,
+        torch.ones_like(tokens, dtype=torch.bool),
+        RowGenerator.for_rows(0, torch.arange(len(tokens))),
+        kernel=AbsorbingKernel(schedule=LogLinear(), mask_token_id=MASK),
+        num_mask_samples=length,
+    )
+    assert set(num_tokens.tolist()) == {length}
+    estimates = nats.view(len(rows), copies)
+    for row, drawn in zip(rows.tolist(), estimates, strict=True):
+        expected = order_mean_nll(model_table, tuple(row))
+        error = float(drawn.std()) / copies**0.5
+        assert abs(float(drawn.mean()) - expected) < 4 * error + 1e-9
+
+
+def test_bound_of_padded_rows_counts_valid_tokens_alone() -> None:
+    table = toy_language(V, 3, MASK, seed=6)
+    model = TableDenoiser(torch.tensor(table), MASK)
+    tokens = torch.tensor([[0, 1, 0]])
+    is_valid = torch.tensor([[True, False, False]])
+    nats, num_tokens = row_bounds(
+        model,
+        tokens.where(
+            is_valid, MASK
+        ),  # the toy model has no attention mask to leave padding out with
+        is_valid,
+        RowGenerator.for_rows(0, torch.arange(1)),
+        kernel=AbsorbingKernel(schedule=LogLinear(), mask_token_id=MASK),
+        num_mask_samples=3,
+    )
+    assert num_tokens.tolist() == [1]
+    assert float(nats[0]) == pytest.approx(-math.log(conditional(table, {}, 0, 0)), rel=1e-6)
+
+
+KERNELS: dict[str, ForwardKernel] = {
+    "uniform": UniformKernel(schedule=LogLinear(), vocab_size=V, mask_token_id=MASK),
+    # Ends far from 0 and 1: leaving one of their terms out shows.
+    "uniform-linear": UniformKernel(schedule=Linear(eps=0.3), vocab_size=V, mask_token_id=MASK),
+    "uniform-with-mask": UniformKernel(
+        schedule=Cosine(), vocab_size=V, mask_token_id=MASK, exclude_mask=False
+    ),
+    "hybrid": HybridKernel(vocab_size=V, mask_token_id=MASK, p_uniform=0.2, gamma=1.0),
+}
+
+
+UNIFORM_LINEAR = {
+    "forward_process": "uniform",
+    "alpha_schedule": "linear",
+    "eps": 0.3,
+    "exclude_mask_from_uniform": True,
+    "vocab_size": V,
+    "mask_token_id": MASK,
+}
+
+
+@pytest.mark.parametrize("prediction", ["loo", "posterior"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_bound_of_the_exact_denoiser_is_the_entropy(name: str, prediction: str) -> None:
+    """Of any noise, whichever way the model states its belief; and the wrong way shows. Beyond the
+    entropy there is what the two ends cost, which is nothing where alpha goes from 1 to 0.
+    """
+    kernel, table = KERNELS[name], toy_language(V, 2, MASK, seed=1, concentration=2.0)
+    exact = least_bound(table, UNIFORM_LINEAR) if name == "uniform-linear" else entropy(table)
+    rows = rows_of(table)
+    p = torch.tensor([table[tuple(row)] for row in rows.tolist()])
+
+    def estimate(told: str) -> tuple[float, float]:
+        """Every row of the language, weighted; its noise is drawn. (mean, standard error)."""
+        copies = 2000
+        tokens = rows.repeat_interleave(copies, 0)
+        nats, num_tokens = row_bounds(
+            PairDenoiser(table, kernel, prediction=prediction),
+            tokens,
+            torch.ones_like(tokens, dtype=torch.bool),
+            RowGenerator.for_rows(0, torch.arange(len(tokens))),
+            kernel=kernel,
+            prediction=told,
+            num_mask_samples=8,
+        )
+        assert set(num_tokens.tolist()) == {2}
+        drawn = nats.view(len(rows), copies)
+        variance = (p**2 * drawn.var(1) / copies).sum()
+        return float((p * drawn.mean(1)).sum()), float(variance.sqrt())
+
+    mean, error = estimate(prediction)
+    assert error < 0.02 * entropy(table)
+    assert -4 * error < mean - exact < 4 * error + 0.001 * entropy(table)
+    wrong, wrong_error = estimate("loo" if prediction == "posterior" else "posterior")
+    assert wrong > exact + 4 * wrong_error
+
+
+def test_a_time_conditioned_model_sees_the_time_of_its_noise() -> None:
+    """l masked of n: 1 - alpha is distributed as Beta(l, n - l + 1)."""
+    seen: list[tuple[int, float]] = []
+
+    class Spy(TableDenoiser):
+        is_time_conditioned = True
+
+        def encode(
+            self, tokens: torch.Tensor, is_valid: torch.Tensor, time: torch.Tensor
+        ) -> torch.Tensor:
+            seen.extend(zip((tokens == MASK).sum(1).tolist(), time.tolist(), strict=True))
+            return super().encode(tokens, is_valid, time)
+
+    length, schedule = 6, Cosine()
+    model = Spy(torch.tensor(np.full((V,) * length, 1.0)), MASK)
+    tokens = torch.zeros(3000, length, dtype=torch.int64)
+    row_bounds(
+        model,
+        tokens,
+        torch.ones_like(tokens, dtype=torch.bool),
+        RowGenerator.for_rows(0, torch.arange(3000)),
+        kernel=AbsorbingKernel(schedule=schedule, mask_token_id=MASK),
+        num_mask_samples=1,
+    )
+    for masked in (1, 3, length):
+        times = torch.tensor([t for count, t in seen if count == masked], dtype=torch.float64)
+        shares = 1.0 - schedule.alpha(times)
+        mean = masked / (length + 1)
+        deviation = math.sqrt(mean * (1 - mean) / (length + 2))
+        assert abs(float(shares.mean()) - mean) < 4 * deviation / len(times) ** 0.5
+        assert float(shares.std()) == pytest.approx(deviation, rel=0.15)
+
+
+def test_summary_has_the_standard_error_of_a_ratio() -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(50, 100, size=400)
+    true = []
+    for _ in range(300):
+        nats = tokens * 2.0 + rng.normal(size=400) * 30
+        true.append(nats.sum() / tokens.sum())
+    bound = summarize(nats, tokens, tokens * 3)
+    assert bound.standard_error == pytest.approx(np.std(true), rel=0.15)
+    assert bound.bits_per_byte == pytest.approx(nats.sum() / math.log(2) / (tokens * 3).sum())
+    assert bound.perplexity == pytest.approx(math.exp(bound.nats_per_token))

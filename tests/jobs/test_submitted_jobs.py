@@ -1,0 +1,345 @@
+"""Jobs as people submit them: to a head with token authentication, followed, stopped, and cut off.
+
+One head for all, a cluster of its own beside the one that other tests share: it runs no tasks, as
+in cluster.yaml, and has one worker node, until the last test takes that from it.
+"""
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from tests import ROOT
+from tests.builders import letter_tokenizer, random_rows, token_folder
+from tokendiff.config.train import TrainConfig
+from tokendiff.data.rows import TokenData
+from tokendiff.tracking.run_log import metrics_by_step, read_events
+from tokendiff.training.run import train_in_process
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+LENGTH = 12
+TRAIN: dict[str, Any] = {
+    "model_name_or_path": "builtin:bert-tiny",
+    "max_train_steps": 400,
+    "per_device_train_batch_size": 8,
+    "logging_steps": 1,
+    "checkpointing_steps": 100,
+    "learning_rate": 1e-3,
+}
+CLUSTER = {"cpus_per_worker": 0.5, "threads_per_worker": 1, "use_gpu": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """A `ray job submit` under way, and where what it prints goes."""
+
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    def wait_for(self, condition: Callable[[], Any], *, seconds: float) -> Any:
+        """The first true value of `condition`, which must come before the job ends."""
+        deadline = time.monotonic() + seconds
+        while not (found := condition()):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.05)
+        return found
+
+    def finish(self, *, seconds: float = 300) -> tuple[int, str]:
+        """Exit code, and all that was printed."""
+        code = self.process.wait(timeout=seconds)
+        return code, self.log.read_text()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """A Ray head that answers on loopback."""
+
+    address: str
+    dashboard: str
+    token: str
+    environment: dict[str, str]
+
+    def request(self, path: str, *, token: str | None = None, **kwargs: Any) -> Any:
+        """What the job server answers to a request, as JSON."""
+        headers = {"Authorization": f"Bearer {token or self.token}"}
+        request = urllib.request.Request(f"{self.dashboard}{path}", headers=headers, **kwargs)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def submit(self, name: str, *command: str, folder: Path) -> "Submission":
+        """`ray job submit` of `python -m COMMAND`, which follows the job's log until it ends."""
+        variables = {"TOKENDIFF_ROOT": str(folder), "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+        log = folder / f"{name}.out"
+        process = subprocess.Popen(
+            [
+                *[*RAY, "job", "submit", "--address", self.dashboard, "--working-dir", str(ROOT)],
+                *["--runtime-env-json", json.dumps({"env_vars": variables})],
+                *["--submission-id", name, "--", sys.executable, "-m", *command],
+            ],
+            env=self.environment,
+            stdout=log.open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+        return Submission(process=process, log=log)
+
+    @contextmanager
+    def node(self, *arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
+        """A node, started by `ray start` with these arguments; a worker node by default."""
+        # Its own folder, as on a machine of its own: in a shared one nodes delete each other's
+        # copy of the upload.
+        folder = tempfile.mkdtemp(dir=self.environment["RAY_TMPDIR"])
+        worker = [f"--address={self.address}", "--num-cpus=3"]
+        common = [f"--temp-dir={folder}", "--object-store-memory=100000000"]
+        process = start_ray(self.environment, *(arguments or worker), *common)
+        try:
+            yield process
+        finally:
+            kill_tree(process.pid)
+            process.wait()
+
+
+def start_ray(environment: dict[str, str], *arguments: str) -> "subprocess.Popen[bytes]":
+    log = Path(environment["RAY_TMPDIR"]) / f"{secrets.token_hex(4)}.out"
+    return subprocess.Popen(
+        [*RAY, "start", "--block", "--node-ip-address=127.0.0.1", *arguments],
+        env=environment,
+        stdout=log.open("wb"),
+        stderr=subprocess.STDOUT,
+    )
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and all that it started: what losing its machine is to the others."""
+    try:
+        root = psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return
+    tree = [root, *root.children(recursive=True)]
+    for process in tree:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(tree, timeout=10)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    port, dashboard, client, agent = free_ports(4)
+    with tempfile.TemporaryDirectory(prefix="head-", dir="/tmp") as folder:
+        token = secrets.token_hex(32)
+        (Path(folder) / "token").write_text(token)
+        (Path(folder) / "token").chmod(0o600)
+        environment = {
+            **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": f"{folder}/token",
+            "RAY_TMPDIR": folder,
+            "HOME": folder,
+        }
+        head = Head(
+            address=f"127.0.0.1:{port}",
+            dashboard=f"http://127.0.0.1:{dashboard}",
+            token=token,
+            environment=environment,
+        )
+        arguments = [
+            *["--head", f"--port={port}", "--num-cpus=0", "--disable-usage-stats"],
+            *["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"],
+            *[f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"],
+        ]
+
+        def is_up() -> bool:
+            try:
+                return isinstance(head.request("/api/jobs/"), list)
+            except OSError:
+                return False
+
+        with head.node(*arguments):
+            deadline = time.monotonic() + 60
+            while not is_up():
+                assert time.monotonic() < deadline, "the head's job server does not come up"
+                time.sleep(0.1)
+            yield head
+
+
+@pytest.fixture(scope="module")
+def worker_node(head: Head) -> Iterator["subprocess.Popen[bytes]"]:
+    with head.node() as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = random_rows(70, LENGTH)
+    return token_folder(
+        tmp_path_factory.mktemp("tokens") / "data",
+        files=[rows],
+        max_length=LENGTH,
+        tokenizer=letter_tokenizer(),
+    )
+
+
+def losses_alone(data_path: Path, folder: Path) -> dict[int, float]:
+    """Losses of the same training in this process, without Ray, never interrupted."""
+    losses: dict[int, float] = {}
+
+    def keep(event: str, **fields: Any) -> None:
+        if event == "metrics":
+            losses[fields["step"]] = fields["loss"]
+
+    data = TokenData.open(data_path, split="train")
+    train_in_process(TrainConfig.model_validate(TRAIN), data, folder, on_event=keep)
+    return losses
+
+
+def steps_in(log: Path) -> list[int]:
+    return [event["step"] for event in read_events(log) if event["event"] == "metrics"]
+
+
+def test_sigterm_is_exit_code_143_where_there_is_nothing_to_save() -> None:
+    program = """
+import os, signal, sys, time
+from jobs import cli
+from tokendiff.cluster.stopping import sigterm_stops
+
+@cli.entry_point
+def main(argv=None):
+    with sigterm_stops():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+sys.exit(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 143
+    assert done.stderr == "stopped by SIGTERM\n"
+
+
+def test_only_the_token_opens_the_job_server(head: Head) -> None:
+    with pytest.raises(urllib.error.HTTPError, match=r"40[13]"):
+        head.request("/api/jobs/", token="0" * 64)
+
+
+def test_a_config_that_cannot_work_fails_the_job_with_code_2(head: Head, tmp_path: Path) -> None:
+    job = head.submit("bad-config", "jobs.train", "--max_train_stepz", "3", folder=tmp_path)
+    code, output = job.finish()
+    assert code == 1  # all that `ray job submit` says of a failure
+    assert "did you mean --max_train_steps?" in output
+    answer = head.request("/api/jobs/bad-config")
+    assert answer["status"] == "FAILED"
+    assert answer["driver_exit_code"] == 2
+
+
+def test_a_stopped_pipeline_has_saved_its_step_and_goes_on_from_there(
+    head: Head, worker_node: object, tmp_path: Path
+) -> None:
+    config = {
+        "name": "nightly",
+        "root": str(tmp_path / "root"),
+        "preprocess": {"use_dummy_data": True, "num_dummy_samples": 64, "max_length": LENGTH,
+                       "tokenizer_name_or_path": "bytes"},
+        "train": TRAIN,
+        "generate": None,
+        "evaluate": None,
+        "cluster": CLUSTER,
+        "tracking": {"enabled": False},
+    }  # fmt: skip
+    path = tmp_path / "nightly.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = ["jobs.pipeline", "run", str(path)]
+    first = head.submit("first", *command, folder=tmp_path)
+
+    def train_log() -> Path | None:
+        found = list((tmp_path / "root/nightly").glob("train-*/run/log.jsonl"))
+        return found[0] if found and steps_in(found[0]) else None
+
+    log = first.wait_for(train_log, seconds=300)
+    assert head.request("/api/jobs/first/stop", method="POST") == {"stopped": True}
+    _, output = first.finish()
+    assert head.request("/api/jobs/first")["status"] == "STOPPED"
+    (stopped,) = [event["step"] for event in read_events(log) if event["event"] == "stopped"]
+    assert stopped == steps_in(log)[-1] < TRAIN["max_train_steps"]
+    assert (log.parent.parent / f"checkpoint-{stopped}" / "MANIFEST.json").is_file()
+    assert "stopped by SIGTERM" in output
+
+    second = head.submit("second", *command, folder=tmp_path)
+    code, output = second.finish()
+    assert code == 0, output
+    assert "preprocess  done before" in output
+    assert f"resumed from step {stopped}" in output
+    assert head.request("/api/jobs/second")["status"] == "SUCCEEDED"
+    (data,) = (tmp_path / "root/nightly").glob("preprocess-*")
+    losses = {event["step"]: event["loss"] for event in metrics_by_step(log)}
+    assert losses == losses_alone(data, tmp_path / "alone")
+
+
+def test_a_root_that_other_nodes_do_not_see_is_refused_at_plan(
+    head: Head, worker_node: object, tmp_path: Path
+) -> None:
+    """/proc/self/cwd is another folder in every process, as a local disk is on every node."""
+    path = tmp_path / "local.yaml"
+    path.write_text("name: local\nroot: /proc/self/cwd\npreprocess: {use_dummy_data: true}\n")
+    job = head.submit("plan", "jobs.pipeline", "plan", str(path), folder=tmp_path)
+    code, output = job.finish()
+    assert code == 1
+    assert "root /proc/self/cwd is not seen by 1 of the cluster's 2 nodes" in output
+    assert head.request("/api/jobs/plan")["driver_exit_code"] == 2
+
+
+def test_a_run_whose_node_is_lost_finishes_on_another(
+    head: Head,
+    worker_node: "subprocess.Popen[bytes]",
+    data_path: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    flags = [f"--{name}={value}" for name, value in {**TRAIN, **CLUSTER}.items()]
+    job = head.submit(
+        "lost-node",
+        *["jobs.train", f"--data_path={data_path}", f"--output_dir={out}", *flags],
+        *["--enabled=false", "--checkpointing_steps=20"],
+        folder=tmp_path,
+    )
+    log = out / "run" / "log.jsonl"
+    job.wait_for(lambda: max(steps_in(log), default=0) > 20, seconds=300)
+    kill_tree(worker_node.pid)
+    lost = max(steps_in(log))
+    assert lost < TRAIN["max_train_steps"]
+    with head.node():
+        code, output = job.finish()
+        assert code == 0, output
+    assert "was lost" in output
+    (resumed,) = [event["step"] for event in read_events(log) if event["event"] == "resume"]
+    assert 20 <= resumed <= lost
+    assert (out / "final" / "MANIFEST.json").is_file()
+    losses = {event["step"]: event["loss"] for event in metrics_by_step(log)}
+    assert losses == losses_alone(data_path, tmp_path / "alone")

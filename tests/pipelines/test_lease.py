@@ -1,0 +1,266 @@
+"""Runs on several machines and one folder behind a URI: one at a time, as far as a lease can see.
+
+A machine is a TOKENDIFF_CACHE: locks on files reach no further.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import lock
+from pipelines.lock import is_held
+from tokendiff.artifacts.locations import RemotePath
+
+RENEWAL, PAUSE = 0.2, 0.02
+HOLD = """
+import sys, time
+from pipelines.lock import alone
+from tokendiff.artifacts.locations import RemotePath
+with alone(RemotePath(sys.argv[1]), renewal_s=0.3, pause_s=0.0):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+Move = Callable[[str], None]
+
+
+def alone(folder: RemotePath) -> AbstractContextManager[object]:
+    return lock.alone(folder, renewal_s=RENEWAL, pause_s=PAUSE)
+
+
+@pytest.fixture
+def move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Move:
+    """Go on on the machine of that name."""
+
+    def move(name: str) -> None:
+        monkeypatch.setenv("TOKENDIFF_CACHE", str(tmp_path / name))
+
+    move("a")
+    return move
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RemotePath:
+    return RemotePath(f"memory://{tmp_path.name}/toy")
+
+
+def write_lease(folder: RemotePath, **fields: Any) -> dict[str, Any]:
+    """A lease of somebody else's, as it stands there."""
+    lease = {"host": "far", "pid": "7", "since": "2026", "token": "other", "renewal_s": RENEWAL}
+    lease |= {"renewed": time.time(), **fields}
+    (folder / ".lock.holder").write_bytes(json.dumps(lease).encode())
+    return lease
+
+
+def read_lease(folder: RemotePath) -> dict[str, Any]:
+    lease: dict[str, Any] = json.loads((folder / ".lock.holder").read_text())
+    return lease
+
+
+def test_while_it_is_held_others_are_refused_wherever_they_are(
+    folder: RemotePath, move: Move
+) -> None:
+    assert not is_held(folder)
+    with alone(folder):
+        since = read_lease(folder)["since"]
+        for machine in ("a", "b"):
+            move(machine)
+            assert is_held(folder)
+            with pytest.raises(BlockingIOError, match=rf"process \d+ on .*, since {since}"):
+                alone(folder).__enter__()
+        time.sleep(8 * RENEWAL)  # twice what an unrenewed one lives
+        assert is_held(folder)
+        with pytest.raises(BlockingIOError):
+            alone(folder).__enter__()
+    assert not is_held(folder)
+    assert not (folder / ".lock.holder").exists()
+    with alone(folder):
+        pass
+
+
+@pytest.mark.parametrize("machine", ["a", "b"])
+def test_the_lease_of_a_killed_run_is_taken_over(s3: str, move: Move, machine: str) -> None:
+    """At once where its machine's own lock tells of its death, elsewhere after a while."""
+    folder = RemotePath(f"{s3}/lease/{machine}")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder.uri], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        move(machine)
+        with pytest.raises(BlockingIOError, match=rf"is under way \(process {process.pid} on"):
+            alone(folder).__enter__()
+        process.kill()
+        process.wait()
+    killed = time.monotonic()
+    if machine == "b":
+        with pytest.raises(BlockingIOError):
+            alone(folder).__enter__()
+        time.sleep(max(0.0, 4 * 0.3 - (time.monotonic() - killed)))
+        assert not is_held(folder)
+    with alone(folder):
+        assert read_lease(folder)["pid"] != str(process.pid)
+    took = time.monotonic() - killed
+    assert took < 4 * 0.3 if machine == "a" else took > 6 * 0.3
+
+
+def test_a_wrong_clock_costs_a_wait_and_not_the_lease(folder: RemotePath, move: Move) -> None:
+    for wrong in (-3600.0, 3600.0):
+        write_lease(folder, renewed=time.time() + wrong)  # dead
+        started = time.monotonic()
+        with alone(folder):
+            assert time.monotonic() - started >= 2 * RENEWAL
+        write_lease(folder, renewed=time.time() + wrong)
+        is_over = threading.Event()
+
+        def renew(wrong: float = wrong, is_over: threading.Event = is_over) -> None:
+            while not is_over.wait(RENEWAL / 2):
+                write_lease(folder, renewed=time.time() + wrong)
+
+        holder = threading.Thread(target=renew)
+        holder.start()
+        try:
+            with pytest.raises(BlockingIOError, match="process 7 on far"):
+                lock.alone(folder, renewal_s=RENEWAL, pause_s=0.0).__enter__()
+        finally:
+            is_over.set()
+            holder.join()
+        assert read_lease(folder)["token"] == "other"
+
+
+def test_of_two_that_start_at_once_the_later_writer_stays(
+    folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleep = time.sleep
+
+    def meanwhile(seconds: float) -> None:
+        write_lease(folder)
+        sleep(seconds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", meanwhile)
+        with pytest.raises(BlockingIOError, match="process 7 on far"):
+            alone(folder).__enter__()
+    assert read_lease(folder)["token"] == "other"
+
+
+def test_who_lost_the_lease_is_interrupted_and_leaves_it(folder: RemotePath, move: Move) -> None:
+    def lose() -> None:
+        with alone(folder):
+            write_lease(folder)
+            time.sleep(10)
+
+    with pytest.raises(BlockingIOError, match="process 7 on far"):
+        lose()
+    assert read_lease(folder)["token"] == "other"
+
+
+def test_a_lease_that_was_deleted_is_written_again(folder: RemotePath, move: Move) -> None:
+    with alone(folder):
+        (folder / ".lock.holder").unlink()
+        time.sleep(3 * RENEWAL)
+        assert is_held(folder)
+        move("b")
+        with pytest.raises(BlockingIOError):
+            alone(folder).__enter__()
+
+
+def test_renewal_survives_whatever_the_store_raises(
+    folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures: list[RemotePath] = []
+    write = RemotePath.write_bytes
+
+    def fail(path: RemotePath, data: bytes) -> None:
+        if len(failures) < 2:
+            failures.append(path)
+            raise RuntimeError("of a package that knows no OSError")
+        write(path, data)
+
+    with alone(folder):
+        monkeypatch.setattr(RemotePath, "write_bytes", fail)
+        before = read_lease(folder)["renewed"]
+        time.sleep(5 * RENEWAL)
+        assert len(failures) == 2
+        assert read_lease(folder)["renewed"] > before
+
+
+def test_a_start_that_is_interrupted_leaves_no_lease(
+    folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            alone(folder).__enter__()
+    assert not (folder / ".lock.holder").exists()
+
+
+def test_a_lease_that_could_not_be_given_back_is_known_to_be_dead_here(
+    folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: RemotePath, *, missing_ok: bool = False) -> None:
+        raise OSError("no answer")
+
+    with monkeypatch.context() as patch, alone(folder):
+        patch.setattr(RemotePath, "unlink", refuse)
+    token = read_lease(folder)["token"]
+    assert not is_held(folder)
+    with alone(folder):
+        assert read_lease(folder)["token"] != token
+
+
+HOLD_ON_CLUSTER = """
+import sys, time
+from pathlib import Path
+import ray
+from pipelines.lock import alone_on_cluster
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+with alone_on_cluster(Path(sys.argv[2])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_on_a_cluster_another_driver_waits_until_the_holder_is_dead(
+    ray_session: None, tmp_path: Path
+) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD_ON_CLUSTER, address, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline().strip() == "held"
+        with (
+            pytest.raises(BlockingIOError, match=rf"process {holder.pid} on "),
+            lock.alone_on_cluster(tmp_path),
+        ):
+            pass
+        with lock.alone_on_cluster(tmp_path / "another"):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    deadline = time.monotonic() + 30.0
+    while True:
+        try:
+            with lock.alone_on_cluster(tmp_path):
+                break
+        except BlockingIOError:
+            assert time.monotonic() < deadline, "the lock of a killed driver is never freed"
+            time.sleep(0.2)

@@ -1,0 +1,552 @@
+"""From an evaluation to the champion and back: the gate, the registry, and the model it serves."""
+
+import copy
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from mlflow import MlflowClient
+from pydantic import ValidationError
+
+from pipelines.builders import promote_stage
+from pipelines.graph import Variant
+from pipelines.promotion import judge, sampling_fields
+from pipelines.registered import PinnedModels, checkpoint_folder, with_models
+from pipelines.runner import run_variants
+from pipelines.schedule import Selection
+from pipelines.stage import Stage
+from tests.builders import letter_tokenizer, random_rows, token_folder
+from tests.models.test_completion import block_checkpoint
+from tokendiff.artifacts.checkpoint import checkpoint_identity
+from tokendiff.artifacts.locations import Location, RemotePath
+from tokendiff.artifacts.manifest import commit
+from tokendiff.config.generate import GenerateConfig
+from tokendiff.config.pipeline import Config, TrackingConfig
+from tokendiff.config.promote import GateConfig, PromoteConfig
+from tokendiff.config.train import TrainConfig
+from tokendiff.data.prompts import GenerationRow
+from tokendiff.data.rows import TokenData
+from tokendiff.errors import InputError
+from tokendiff.evaluation.bound import summarize
+from tokendiff.evaluation.paired import paired_standard_error, write_rows
+from tokendiff.tracking.registry import Registry
+from tokendiff.training.run import train_in_process
+
+LOWER = GateConfig(metric="nats", direction="lower", margin=0.1)
+HIGHER = GateConfig(metric="score", direction="higher", margin=-0.5)
+LENGTH = 12
+URI = "models:/toy@champion"
+
+
+@pytest.mark.parametrize(
+    ("gate", "candidate", "champion", "passed"),
+    [
+        ([LOWER], {"nats": 2.0}, {"nats": 2.2}, True),
+        ([LOWER], {"nats": 2.0}, {"nats": 2.05}, False),  # better, but not by the margin
+        ([LOWER], {"nats": 2.3}, {"nats": 2.2}, False),
+        ([LOWER], {"nats": 9.0}, None, True),
+        ([LOWER], {"nats": math.nan}, None, False),
+        ([LOWER], {"nats": math.inf}, {"nats": math.nan}, False),
+        ([LOWER], {"nats": 2.0}, {"nats": math.nan}, True),
+        ([HIGHER], {"score": 1.6}, {"score": 2.0}, True),  # worse, within the margin
+        ([HIGHER], {"score": 1.4}, {"score": 2.0}, False),
+        ([LOWER, HIGHER], {"nats": 1.0, "score": 1.0}, {"nats": 2.0, "score": 2.0}, False),
+    ],
+)
+def test_the_gate(gate: list[GateConfig], candidate: Any, champion: Any, passed: bool) -> None:
+    verdicts = judge(gate, candidate, champion)
+    assert all(verdict.passed for verdict in verdicts) is passed
+    assert all(verdict.text.endswith(": passed") is verdict.passed for verdict in verdicts)
+
+
+@pytest.mark.parametrize(("value", "passed"), [(2.4, True), (2.6, False)])
+def test_a_limit_holds_without_a_champion(value: float, passed: bool) -> None:
+    gate = [GateConfig(metric="nats", direction="lower", limit=2.5)]
+    (verdict,) = judge(gate, {"nats": value}, None)
+    assert verdict.passed is passed
+    assert "at most 2.5" in verdict.text
+
+
+def test_a_figure_that_is_not_there_is_bad_input() -> None:
+    with pytest.raises(InputError, match=r"no figure 'nats'; it has nats_per_token"):
+        judge([LOWER], {"nats_per_token": 2.0, "report": "here"}, None)
+
+
+def rows_of(n: int, *, worse_by: float = 0.0, seed: int = 1) -> dict[str, np.ndarray]:
+    """An evaluation of n rows that are hard or easy, with noise of its own on top."""
+    tokens = np.random.default_rng(0).integers(20, 60, size=n)
+    hard = np.random.default_rng(1).normal(size=n) * 1.5
+    own = np.random.default_rng(seed).normal(size=n) * 0.05
+    nats = tokens * (3.0 + hard + own + worse_by)
+    return {"row_id": np.arange(n), "nats": nats, "num_tokens": tokens, "num_bytes": 4 * tokens}
+
+
+@pytest.mark.parametrize(
+    ("num_standard_errors", "better_by", "passed"),
+    [
+        (2, 0.001, False),  # less than the noise of its own that each model's figure has
+        (0, 0.001, True),
+        (2, 0.03, True),
+        (2, -0.03, False),
+        (200, 0.03, False),
+    ],
+)
+def test_a_gate_tells_an_improvement_from_noise(
+    num_standard_errors: float, better_by: float, passed: bool
+) -> None:
+    champion, candidate = rows_of(400, seed=7), rows_of(400, seed=8)
+    means = [
+        summarize(*(rows[name] for name in ("nats", "num_tokens", "num_bytes")))
+        for rows in (candidate, champion)
+    ]
+    # Exactly as much better as it is to be, whatever was drawn.
+    champion["nats"] *= (means[0].nats_per_token + better_by) / means[1].nats_per_token
+    error = paired_standard_error("nats_per_token", candidate, champion)
+    assert 0.001 < error < 0.01
+    assert min(mean.standard_error for mean in means) > 0.06  # larger than any difference here
+    gate = GateConfig(
+        metric="nats_per_token", direction="lower", min_standard_errors=num_standard_errors
+    )
+    ours, theirs = ({"nats_per_token": means[0].nats_per_token + d} for d in (0.0, better_by))
+    (verdict,) = judge([gate], ours, theirs, lambda metric: error)
+    assert verdict.passed is passed
+    assert f", difference {-better_by:.3g} ± {error:.2g}: " in verdict.text
+    assert ("standard errors" in verdict.text) is (num_standard_errors > 0)
+
+
+def test_a_gate_that_cannot_tell_does_not_pass() -> None:
+    gate = [GateConfig(metric="acceptance_length_mean", direction="higher", min_standard_errors=1)]
+    high, low, unknown = ({"acceptance_length_mean": x} for x in (9.0, 2.0, math.nan))
+
+    def passes(candidate: Any, champion: Any, error: float | None) -> bool:
+        return judge(gate, candidate, champion, lambda metric: error)[0].passed
+
+    assert not any(passes(high, low, error) for error in (None, math.inf, math.nan))
+    assert passes(high, low, 3.0)
+    assert not passes(low, high, 3.0)
+    assert passes(low, None, None)  # nobody to be better than
+    assert passes(low, unknown, math.nan)
+
+
+def test_a_gate_that_nothing_is_kept_by_row_for_is_refused_at_once() -> None:
+    with pytest.raises(ValidationError, match=r"no figures by row of 'speedup', only of nats_per"):
+        GateConfig(metric="speedup", direction="higher", min_standard_errors=2.0)
+    with pytest.raises(ValidationError, match=r"margin -0.1 has no effect with min_standard_error"):
+        GateConfig(metric="perplexity", direction="lower", margin=-0.1, min_standard_errors=2.0)
+    # A gate without is the one that it was: the stage's key is the same.
+    assert set(LOWER.result_fields()) == {"metric", "direction", "margin", "limit"}
+    asked = GateConfig(metric="perplexity", direction="lower", min_standard_errors=2.0)
+    assert asked.result_fields()["min_standard_errors"] == 2.0
+
+
+class Shop:
+    """Checkpoints, their evaluations as stages, and a promote stage over them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.root = folder / "root"
+        self.config = Config.model_validate(
+            {
+                "name": "shop",
+                "root": str(self.root),
+                "promote": {
+                    "registered_model": "toy",
+                    "gate": [{"metric": "nats", "direction": "lower"}],
+                },
+                "generate": {"sampler": {"name": "ancestral", "num_inference_steps": 4}},
+                "runner": {"retry_wait_s": 0.0},
+            }
+        )
+        rows = token_folder(
+            folder / "data",
+            files=[random_rows(20, LENGTH)],
+            max_length=LENGTH,
+            tokenizer=letter_tokenizer(),
+        )
+        self.data = TokenData.open(rows, split="train")
+
+    def checkpoint(self, seed: int) -> Path:
+        config = TrainConfig(
+            model_name_or_path="builtin:bert-tiny", max_train_steps=1, logging_steps=1, seed=seed
+        )
+        return train_in_process(config, self.data, self.folder / f"run-{seed}")
+
+    def evaluation(
+        self,
+        name: str,
+        checkpoint: Path,
+        nats: float,
+        rows: str = "rows",
+        by_row: dict[str, np.ndarray] | None = None,
+        keeps_rows: bool = True,
+    ) -> Stage:
+        figures, first_id = {"nats": nats}, 0
+        if by_row is not None:
+            first_id = int(by_row["row_id"][0])
+            figures["nats_per_token"] = float(by_row["nats"].sum() / by_row["num_tokens"].sum())
+
+        def act(stage: Stage, log: Any) -> None:
+            stage.folder.mkdir(parents=True, exist_ok=True)
+            if by_row is not None and keeps_rows:
+                write_rows(stage.folder / "rows.parquet", by_row)
+            metadata = {"metrics": figures, "checkpoint": str(checkpoint), "rows": rows}
+            commit(stage.folder, kind="evaluation", metadata=metadata)
+
+        settings = {
+            "checkpoint": checkpoint_identity(checkpoint),
+            "rows": [rows, first_id, keeps_rows],
+            **figures,
+        }
+        return Stage(
+            name=name,
+            kind="evaluate",
+            settings=settings,
+            base=self.root / "shop",
+            action=act,
+            result=lambda stage: {"nats": nats},
+            is_keyed=True,
+            needs_ray=False,
+        )
+
+    def run(
+        self,
+        candidate: Stage,
+        champion: Stage | None = None,
+        gate: dict[str, Any] | None = None,
+        **selection: Any,
+    ) -> Any:
+        others = {} if champion is None else {"champion": champion}
+        config = self.config
+        if gate is not None:
+            section = PromoteConfig(registered_model="toy", gate=[GateConfig(**gate)])
+            config = config.model_copy(update={"promote": section})
+        promote = promote_stage(
+            config,
+            self.root / "shop",
+            inputs={"candidate": candidate, **others},
+            is_keyed=True,
+        )
+        stages = [candidate, *others.values(), promote]
+        variants = [Variant(values={}, stages=stages)]
+        record = run_variants(self.config, self.root, variants, Selection(**selection))
+        return record.state, record.of("promote").result
+
+    @property
+    def registry(self) -> Registry:
+        return Registry(self.config.tracking, self.root)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return Shop(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture(scope="module")
+def history(shop: Shop) -> dict[str, Any]:
+    """v1 promoted, a rejection, v2 promoted: what each came to."""
+    first, second, third = (shop.checkpoint(seed) for seed in range(3))
+    found: dict[str, Any] = {"checkpoints": [first, second, third]}
+    found["first"] = shop.run(shop.evaluation("judge", first, 2.0))
+    champion = shop.evaluation("champion", first, 2.0)
+    found["rejected"] = shop.run(shop.evaluation("judge", second, 2.1), champion)
+    found["holder after rejection"] = shop.registry.holder("toy", "champion")
+    found["promoted"] = shop.run(shop.evaluation("judge", third, 1.9), champion)
+    return found
+
+
+def test_the_alias_moves_only_when_the_gate_is_passed(shop: Shop, history: Any) -> None:
+    state, result = history["first"]
+    assert (state, result["decision"], result["version"]) == ("succeeded", "promoted", 1)
+    assert result["gate"] == ["nats 2, no champion to beat: passed"]
+    state, result = history["rejected"]
+    assert (state, result["decision"]) == ("rejected", "rejected")
+    assert result["gate"] == ["nats 2.1, lower than the champion's 2: not passed"]
+    assert history["holder after rejection"] == 1
+    state, result = history["promoted"]
+    assert (result["version"], result["replaced_version"]) == (2, 1)
+    model = shop.registry.open(URI)
+    assert model is not None
+    assert model.version == 2
+    assert model.digest == checkpoint_identity(history["checkpoints"][2])
+    assert json.loads(model.trained_on.read_text()) == []
+
+
+def test_what_must_not_be_compared_is_refused(shop: Shop, history: Any) -> None:
+    first, second, _ = history["checkpoints"]
+    candidate = shop.evaluation("judge", second, 1.0)
+    with pytest.raises(InputError, match=r"were evaluated on different rows"):
+        shop.run(candidate, shop.evaluation("champion", first, 2.0, rows="others"))
+    with pytest.raises(InputError, match=r"is v2, but was not evaluated; give promote the input"):
+        shop.run(candidate)
+    with pytest.raises(InputError, match=r"was moved to v2 after the champion was evaluated"):
+        shop.run(candidate, shop.evaluation("champion", first, 2.0))
+    assert shop.registry.holder("toy", "champion") == 2
+
+
+def test_a_candidate_that_is_rejected_is_not_fetched(
+    shop: Shop, history: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files of a remote one are many gigabytes; its digest is in its manifest."""
+    _, second, third = history["checkpoints"]
+
+    def fetched(folder: Any) -> Path:
+        raise AssertionError(f"{folder} was fetched")
+
+    monkeypatch.setattr("pipelines.promotion.fetch", fetched)
+    candidate = shop.evaluation("judge", second, 3.0)
+    state, _ = shop.run(candidate, shop.evaluation("champion", third, 2.0))
+    assert state == "rejected"
+
+
+def test_the_gate_reads_the_rows_of_both_evaluations(shop: Shop, history: Any) -> None:
+    _, second, third = history["checkpoints"]
+    gate = {"metric": "nats_per_token", "direction": "lower", "min_standard_errors": 2.0}
+    better, champion = rows_of(50, seed=2), rows_of(50, worse_by=0.001, seed=3)
+    candidate = shop.evaluation("judge", second, 1.0, by_row=better)
+    kept = shop.evaluation("champion", third, 2.0, by_row=champion)
+    state, result = shop.run(candidate, kept, gate)
+    error = paired_standard_error("nats_per_token", better, champion)
+    assert state == "rejected"
+    assert f" ± {error:.2g}: not passed" in result["gate"][0]
+    # An evaluation of an earlier version has no rows; only who asks for them misses them.
+    old = shop.evaluation("champion", third, 2.0, by_row=champion, keeps_rows=False)
+    with pytest.raises(InputError, match=r"^champion kept nothing by row.*\(--force champion\)"):
+        shop.run(candidate, old, gate)
+    _, result = shop.run(candidate, old, {**gate, "margin": 0.5, "min_standard_errors": 0.0})
+    assert result["gate"][0].endswith(" by 0.5: not passed")
+    # The manifest says the rows are the same, and the files that they are not.
+    others = {**champion, "row_id": champion["row_id"] + 1}
+    with pytest.raises(InputError, match=r"have 50 and 50 rows, of which 49 are the same"):
+        shop.run(candidate, shop.evaluation("champion", third, 2.0, by_row=others), gate)
+    shifted = shop.evaluation("champion", third, 2.0, by_row=others)
+    _, result = shop.run(candidate, shifted, {**gate, "margin": 0.5, "min_standard_errors": 0.0})
+    assert result["gate"][0].endswith(" by 0.5: not passed")
+    assert shop.registry.holder("toy", "champion") == 2
+
+
+def test_acceptance_of_other_prompts_is_not_compared(shop: Shop, history: Any) -> None:
+    _, second, third = history["checkpoints"]
+    gate = {"metric": "acceptance_length_mean", "direction": "higher", "min_standard_errors": 1.0}
+    ids = np.arange(5)
+    blocks = {"row_id": ids, "num_accepted": 3 * ids + 4, "num_blocks": ids + 2}
+
+    def judged(name: str, checkpoint: Path, length: float, sampled: str) -> Stage:
+        stage = shop.evaluation(name, checkpoint, length)
+        metadata = {"checkpoint": str(checkpoint), "rows": "rows", "sampled": sampled}
+
+        def act(stage: Stage, log: Any) -> None:
+            stage.folder.mkdir(parents=True, exist_ok=True)
+            write_rows(stage.folder / "sampled_rows.parquet", blocks)
+            metrics = {"acceptance_length_mean": length}
+            commit(stage.folder, kind="evaluation", metadata={**metadata, "metrics": metrics})
+
+        return replace(stage, action=act, settings={**stage.settings, "sampled": sampled})
+
+    candidate = judged("judge", second, 2.5, "some prompts")
+    with pytest.raises(InputError, match=r"of samples that were not asked for alike"):
+        shop.run(candidate, judged("champion", third, 2.6, "others"), gate)
+    unasked = {**gate, "min_standard_errors": 0.0}
+    _, result = shop.run(candidate, judged("champion", third, 2.6, "others"), unasked)
+    assert result["gate"][0].endswith("higher than the champion's 2.6: not passed")
+    _, result = shop.run(candidate, judged("champion", third, 2.6, "some prompts"), gate)
+    assert "difference -0.1 ± 0: not passed" in result["gate"][0]
+
+
+def test_a_promotion_that_was_cut_off_registers_once(
+    shop: Shop, history: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the registration and the alias: the same version is found again."""
+    champion = shop.evaluation("champion", history["checkpoints"][2], 1.9)
+    candidate = shop.evaluation("judge", history["checkpoints"][1], 1.5)
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "promote", die)
+        with pytest.raises(KeyboardInterrupt):
+            shop.run(candidate, champion)
+    assert shop.registry.holder("toy", "champion") == 2
+    _, result = shop.run(candidate, champion)
+    assert (result["version"], result["replaced_version"]) == (3, 2)
+    # And back, step by step, until there is nothing left to go back to.
+    registry = shop.registry
+    assert registry.roll_back("toy", "champion") == (3, 2)
+    assert registry.roll_back("toy", "champion") == (2, 1)
+    with pytest.raises(InputError, match=r"v1 replaced no other version"):
+        registry.roll_back("toy", "champion")
+    assert [
+        line.split(" ", 2)[2].split(":")[0] for line in registry.history("toy", "champion")
+    ] == [
+        "v2 -> v1",
+        "v3 -> v2",
+        "v2 -> v3",
+        "v1 -> v2",
+        "v1",
+    ]
+    # Forward again, by the same stage: what is registered is not registered twice.
+    again = shop.evaluation("champion", history["checkpoints"][0], 2.0)
+    _, result = shop.run(candidate, again)
+    assert (result["version"], result["replaced_version"]) == (3, 1)
+
+
+def test_the_champion_is_a_version_anew_where_it_is_served_otherwise(
+    shop: Shop, history: Any
+) -> None:
+    checkpoint = history["checkpoints"][0]
+    gate = [GateConfig(metric="nats", direction="lower", margin=0.1)]
+    other = copy.copy(shop)
+
+    def promoted(steps: int, champion: Stage | None = None) -> tuple[int, int | None]:
+        sampler = {"name": "ancestral", "num_inference_steps": steps}
+        update = {
+            "promote": PromoteConfig(registered_model="served", gate=gate),
+            "generate": GenerateConfig.model_validate({"sampler": sampler}),
+        }
+        other.config = shop.config.model_copy(update=update)
+        _, result = other.run(shop.evaluation("judge", checkpoint, 2.0), champion)
+        return result["version"], result["replaced_version"]
+
+    champion = shop.evaluation("champion", checkpoint, 2.0)
+    assert promoted(4) == (1, None)
+    assert promoted(8, champion) == (2, 1)
+    # As it was once: the version that is there.
+    assert promoted(4, champion) == (1, 2)
+    line = other.registry.history("served", "champion")[1]
+    assert line.endswith("v1 -> v2: the same checkpoint, served otherwise")
+    for version, steps in ((1, 4), (2, 8)):
+        model = other.registry.open(f"models:/served/{version}")
+        assert model is not None
+        folder = Path(str(model.trained_on)).parent.parent
+        served = yaml.safe_load((folder / "MLmodel").read_text())
+        assert served["flavors"]["python_function"]["config"]["sampler"]["num_inference_steps"] == (
+            steps
+        )
+
+
+def registered(store: Path, root: Location, checkpoint: Path) -> Registry:
+    """A new store of files, and in it models:/toy/1 with what is read of a model."""
+    registry = Registry(TrackingConfig(uri=f"sqlite:///{store}/mlflow.db"), root)
+    client = MlflowClient(f"sqlite:///{store}/mlflow.db")
+    experiment = client.create_experiment("toy", artifact_location=f"{store}/artifacts")
+
+    def save(folder: Path, checkpoint: Path, **kwargs: Any) -> None:
+        shutil.copytree(checkpoint, folder / "artifacts" / "final")
+        (folder / "artifacts" / "trained_on.json").write_text("[]")
+        (folder / "MLmodel").touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokendiff.tracking.registry.save_model", save)
+        run_id = client.create_run(experiment).info.run_id
+        fields: dict[str, Any] = {"sampling": {}, "trained_on": [], "tags": {}}
+        assert registry.register("toy", checkpoint, run_id=run_id, **fields) == 1
+    return registry
+
+
+def test_workers_see_a_model_of_a_store_of_this_machine(s3: str, tmp_path: Path) -> None:
+    checkpoint = block_checkpoint(tmp_path / "checkpoint")
+    (tmp_path / "store").mkdir()
+    root = RemotePath(s3) / "seen"
+    model = registered(tmp_path / "store", root, checkpoint).open("models:/toy/1")
+    assert model is not None
+    assert str(model.checkpoint).startswith(f"{root}/models/")
+    assert model.trained_on.read_text() == "[]"
+    assert model.digest == checkpoint_identity(checkpoint)
+
+
+def test_a_new_store_does_not_find_the_models_of_the_old_one(s3: str, tmp_path: Path) -> None:
+    root = RemotePath(s3) / "stores"
+    for seed in range(2):
+        checkpoint = block_checkpoint(tmp_path / f"checkpoint-{seed}", seed=seed)
+        (store := tmp_path / f"store-{seed}").mkdir()
+        model = registered(store, root, checkpoint).open("models:/toy/1")
+        assert model is not None
+        assert model.digest == checkpoint_identity(checkpoint)
+
+
+def test_models_in_the_place_of_paths(shop: Shop, history: Any) -> None:
+    def trained(**fields: Any) -> TrainConfig:
+        config = shop.config.model_copy(update={"train": TrainConfig(**fields)})
+        return with_models(config).train
+
+    start = trained(warm_start_from="models:/toy/1").warm_start_from
+    assert start is not None
+    first = checkpoint_identity(history["checkpoints"][0])
+    assert checkpoint_identity(Path(start)) == first
+    assert checkpoint_identity(Path(checkpoint_folder("models:/toy/1", shop.config))) == first
+    assert trained(warm_start_from="models:/toy@nobody").warm_start_from is None
+    with pytest.raises(InputError, match=r"train.model_name_or_path: there is no models:/toy/99"):
+        trained(model_name_or_path="models:/toy/99")
+    with pytest.raises(InputError, match=r"checkpoint_path: there is no models:/toy@nobody"):
+        checkpoint_folder("models:/toy@nobody", shop.config)
+    with pytest.raises(InputError, match=r"write models:/NAME@ALIAS or models:/NAME/VERSION"):
+        shop.registry.open("models:/toy")
+
+
+def test_the_served_model_answers_prompts_and_refuses_bad_ones(
+    shop: Shop, history: Any, load_served: Callable[[str, str], Any]
+) -> None:
+    """In this process; what the checkpoint itself samples for the same rows."""
+    from mlflow.exceptions import MlflowException
+
+    from tokendiff.models.sampling import SamplingModel
+    from tokendiff.tracking.mlflow_store import resolve_uri
+
+    model = load_served(resolve_uri(shop.config.tracking, shop.root), "models:/toy/1")
+    signature = model.metadata.signature
+    assert signature.inputs.input_names() == ["prompt"]
+    assert model.input_example is not None
+    request = [{"prompt": "abc"}, {"prompt": "abc"}]
+    answers = model.predict(request, params={"seed": 7})
+    assert shop.config.generate is not None
+    sampling = SamplingModel(history["checkpoints"][0], shop.config.generate, device="cpu")
+    rows = [GenerationRow(id=(7 << 32) + place, prompt="abc") for place in range(2)]
+    assert [answer["text"] for answer in answers] == [r["text"] for r in sampling.sample(rows)]
+    assert all(answer["text"].startswith("abc") for answer in answers)
+    assert model.predict(request, params={"seed": 7}) == answers
+    assert model.predict(request, params={"seed": 8}) != answers
+    for bad in ({"prompt": "a" * (LENGTH + 1)}, {"prompt": 5}, {"prompt": None}, {"text": "abc"}):
+        with pytest.raises(MlflowException) as error:
+            model.predict([bad])
+        assert error.value.get_http_status_code() == 400
+    with pytest.raises(MlflowException, match="seed must be from 0") as error:
+        model.predict(request, params={"seed": -1})
+    assert error.value.get_http_status_code() == 400
+
+
+def test_what_is_served_with_is_the_files_own_sampling(shop: Shop) -> None:
+    assert shop.config.generate is not None
+    assert sampling_fields(shop.config.generate) == {
+        "sampler": {"name": "ancestral", "num_inference_steps": 4}
+    }
+
+
+def test_an_alias_is_read_once_for_the_same_inputs(shop: Shop, history: Any) -> None:
+
+    def pipeline(uri: str) -> Config:
+        judge = {"kind": "evaluate", "config": {"checkpoint_path": uri}}
+        return Config.model_validate({"name": "shop", "stages": {"judge": judge}})
+
+    config = pipeline(URI)
+
+    def version(*inputs: str) -> int | None:
+        pinned = PinnedModels.read(config, shop.root, list(inputs))
+        pinned.keep(shop.root / "shop")
+        model = pinned.models[URI]
+        return None if model is None else model.version
+
+    registry = shop.registry
+    registry.promote("toy", "champion", 2, because="a test")
+    assert version("monday") == 2
+    registry.promote("toy", "champion", 1, because="a test")
+    assert version("monday") == 2
+    assert version("tuesday") == 1
+    absent = "models:/toy@nobody"
+    assert PinnedModels.read(pipeline(absent), shop.root, ["monday"]).models == {absent: None}

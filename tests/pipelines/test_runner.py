@@ -1,0 +1,708 @@
+"""The runner with stages that are plain functions: what runs, why, how often, and what is told."""
+
+import errno
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from jobs import pipeline as pipeline_job
+from pipelines import lock, tables
+from pipelines import record as records
+from pipelines.attempts import StageTimeout, deadline, may_pass, with_retries
+from pipelines.comparison import comparison_table
+from pipelines.graph import Variant
+from pipelines.lock import alone
+from pipelines.record import RunRecord, last_runs
+from pipelines.runner import run_variants
+from pipelines.schedule import Selection, plan_steps, read_facts
+from pipelines.stage import Stage
+from tests import ROOT
+from tokendiff.artifacts.locations import Location, RemotePath, folders_in, mirror_of
+from tokendiff.artifacts.manifest import commit
+from tokendiff.config.pipeline import Config, RunnerConfig, TrackingConfig
+from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.secrets import without_secrets
+
+Action = Callable[[Stage], object]
+
+
+class Toy:
+    """A pipeline of stages that each write one file; `calls` lists those that ran.
+
+    `at_start` is called before each run and each plan.
+    """
+
+    def __init__(self, root: Location, at_start: Callable[[], None] = lambda: None) -> None:
+        self.root = root
+        self.at_start = at_start
+        self.calls: list[str] = []
+        self.actions: dict[str, Action] = {}
+        self.stages: dict[str, Stage] = {}
+        self.config = Config(
+            name="toy",
+            tracking=TrackingConfig(enabled=False),
+            runner=RunnerConfig(retry_wait_s=0.0),
+        )
+
+    def add(self, name: str, *inputs: str, **fields: Any) -> Stage:
+        kind = fields.pop("kind", "train")
+        settings = fields.pop("settings", {})
+        stage = Stage(
+            name=name,
+            kind=kind,
+            settings=settings,
+            base=self.root / "toy",
+            action=self._act,
+            result=lambda stage: json.loads((stage.output / "result.json").read_text()),
+            inputs={source: self.stages[source] for source in inputs},
+            is_keyed=True,
+            needs_ray=False,
+            **fields,
+        )
+        self.stages[name] = stage
+        return stage
+
+    def _act(self, stage: Stage, log: Any) -> None:
+        self.calls.append(stage.title)
+        stage.output.mkdir(parents=True, exist_ok=True)
+        (stage.output / "result.json").write_bytes(json.dumps({"value": 1}).encode())
+        self.actions.get(stage.name, lambda stage: None)(stage)
+        commit(stage.result_folder, kind="toy")
+
+    def run(self, **selection: tuple[str, ...]) -> RunRecord:
+        self.calls.clear()
+        self.at_start()
+        variants = [Variant(values={}, stages=list(self.stages.values()))]
+        return run_variants(self.config, self.root, variants, Selection(**selection))
+
+    def plan(self, **selection: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+        self.at_start()
+        steps = plan_steps(list(self.stages.values()), Selection(**selection))
+        return {step.stage.title: (step.state, step.why) for step in steps}
+
+    def result_json(self) -> Any:
+        folder = folders_in(self.root / "toy" / "runs")[-1]
+        return json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(params=["in a folder", "behind a URI", "each time from another machine"])
+def toy(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    """data -> model -> {samples, judge}; samples -> judge."""
+    machines = (str(tmp_path / f"machine-{number}") for number in itertools.count())
+
+    def move() -> None:
+        monkeypatch.setenv("TOKENDIFF_CACHE", next(machines))
+
+    move()
+    monkeypatch.setattr(lock, "PAUSE_SECONDS", 0.0)
+    is_local, is_moving = (request.param.startswith(word) for word in ("in", "each"))
+    root = tmp_path if is_local else RemotePath(f"memory://{tmp_path.name}")
+    toy = Toy(root, move) if is_moving else Toy(root)
+    toy.add("data", kind="preprocess")
+    toy.add("model", "data")
+    toy.add("samples", "model")
+    toy.add("judge", "model", "samples")
+    return toy
+
+
+ALL = ["data", "model", "samples", "judge"]
+
+
+def test_each_stage_runs_once(toy: Toy) -> None:
+    assert toy.run().state == "succeeded"
+    assert toy.calls == ALL
+    assert toy.run().state == "succeeded"
+    assert toy.calls == []
+    assert {state for state, _ in toy.plan().values()} == {"done"}
+
+
+@pytest.mark.parametrize(
+    ("selection", "ran"),
+    [
+        ({"end": ("model",)}, ["data", "model"]),
+        ({"only": ("data",)}, ["data"]),
+        ({"start": ("data",), "end": ("samples",)}, ["data", "model", "samples"]),
+    ],
+)
+def test_what_is_selected_of_a_new_pipeline(
+    toy: Toy, selection: dict[str, tuple[str, ...]], ran: list[str]
+) -> None:
+    toy.run(**selection)
+    assert toy.calls == ran
+
+
+@pytest.mark.parametrize(
+    ("selection", "ran"),
+    [
+        ({"start": ("samples",)}, ["samples", "judge"]),
+        ({"start": ("model",), "end": ("samples",)}, ["model", "samples"]),
+    ],
+)
+def test_from_a_stage_on(toy: Toy, selection: dict[str, tuple[str, ...]], ran: list[str]) -> None:
+    toy.run(end=("data",))
+    if "samples" in selection["start"]:
+        with pytest.raises(InputError, match=r"samples needs model, which is neither done nor sel"):
+            toy.run(**selection)
+        toy.run(end=("model",))
+    toy.run(**selection)
+    assert toy.calls == ran
+
+
+def test_a_wrong_name_is_told_with_the_nearest(toy: Toy) -> None:
+    with pytest.raises(InputError, match=r"--only jugde: no such stage; did you mean 'judge'\?"):
+        toy.plan(only=("jugde",))
+
+
+def test_a_forced_stage_takes_others_along_only_if_it_comes_out_different(toy: Toy) -> None:
+    toy.run()
+    assert toy.plan(force=("model",)) == {
+        "data": ("done", "done before"),
+        "model": ("run", "forced"),
+        "samples": ("check", "after model"),
+        "judge": ("check", "after model, samples"),
+    }
+    (toy.stages["model"].output / "left").write_bytes(b"of before, which is begun anew")
+    record = toy.run(force=("model",))
+    assert toy.calls == ["model"]
+    assert record.of("judge").why == "model came out the same"
+    toy.actions["model"] = lambda stage: (stage.output / "weights").write_bytes(b"other")
+    record = toy.run(force=("model",))
+    assert toy.calls == ["model", "samples", "judge"]
+    assert record.of("samples").why == "model came out different"
+    # Forced although not selected otherwise; what is made from it is left, and caught up later.
+    toy.actions["model"] = lambda stage: (stage.output / "weights").write_bytes(b"third")
+    toy.run(only=("data",), force=("model",))
+    assert toy.calls == ["model"]
+    assert toy.plan()["judge"] == ("check", "after samples")
+    assert toy.plan()["samples"] == ("run", "model was made again")
+    toy.run()
+    assert toy.calls == ["samples", "judge"]
+
+
+def test_a_run_that_was_cut_off_goes_on(toy: Toy) -> None:
+    def stop(stage: Stage) -> None:
+        raise KeyboardInterrupt
+
+    toy.actions["samples"] = stop
+    with pytest.raises(KeyboardInterrupt):
+        toy.run()
+    result = toy.result_json()
+    assert (result["state"], result["exit_code"]) == ("stopped", 130)
+    assert [stage["state"] for stage in result["stages"]] == [
+        "ran",
+        "ran",
+        "stopped",
+        "not reached",
+    ]
+    assert toy.plan()["samples"] == ("resume", "was cut off")
+    del toy.actions["samples"]
+    kept = toy.stages["samples"].output / "kept"
+    kept.write_bytes(b"")
+    toy.run()
+    assert toy.calls == ["samples", "judge"]
+    assert kept.exists()  # what was there was gone on with
+    assert read_facts(toy.stages["samples"])["attempt"] == 2
+
+
+def test_why_a_stage_runs_names_what_changed(toy: Toy) -> None:
+    toy.run()
+    toy.add("model", "data", settings={"rate": 2.0, "objective": {"name": "a"}})
+    toy.run(end=("model",))
+    toy.add("model", "data", settings={"rate": 3.0, "objective": {"name": "b"}})
+    toy.add("samples", "model")
+    plan = toy.plan()
+    assert plan["model"] == ("run", 'rate 2.0 -> 3.0, objective.name "a" -> "b"')
+    assert plan["samples"] == ("run", "another model")
+    assert plan["data"][0] == "done"
+
+
+def test_what_is_new_is_told_from_the_last_one_that_an_earlier_version_made(tmp_path: Path) -> None:
+    toy = Toy(tmp_path)
+    toy.add("data", kind="preprocess")
+    for last in range(4):  # each once, since folders are in no order of time
+        for number in range(4):
+            stage = toy.add("model", "data", settings={"rate": number})
+            toy.run()
+            path = stage.folder / "run" / "stage.json"
+            facts = json.loads(path.read_text())
+            facts.pop("time", None)
+            path.write_text(json.dumps(facts))
+            seconds = 2e9 if number == last else 1e9
+            os.utime(path, (seconds, seconds))
+        toy.add("model", "data", settings={"rate": 9})
+        assert toy.plan()["model"] == ("run", f"rate {last} -> 9")
+
+
+def test_a_file_that_is_gone_is_said_and_not_passed_over(toy: Toy) -> None:
+    toy.run()
+    (toy.stages["model"].output / "result.json").unlink()
+    with pytest.raises(CorruptFileError, match=r"result\.json is missing.*delete .*model-"):
+        toy.run()
+
+
+def test_a_failure_takes_down_what_depends_on_it_alone(toy: Toy) -> None:
+    toy.add("other", "data")
+
+    def fail(stage: Stage) -> None:
+        raise FloatingPointError("loss is nan at step 3")
+
+    toy.actions["model"] = fail
+    with pytest.raises(FloatingPointError):
+        toy.run()
+    assert toy.calls == ["data", "model", "other"]  # and no second attempt at the model
+    result = toy.result_json()
+    assert (result["state"], result["exit_code"]) == ("failed", 1)
+    assert result["error"] == "loss is nan at step 3"
+    states = {stage["stage"]: (stage["state"], stage["why"]) for stage in result["stages"]}
+    assert states["model"] == ("failed", "loss is nan at step 3")
+    assert states["judge"] == ("not reached", "model, samples failed")
+    assert states["other"][0] == "ran"
+
+
+def test_a_stage_with_nothing_to_do_and_what_is_made_from_it_are_left_out(tmp_path: Path) -> None:
+    toy = Toy(tmp_path)
+    toy.add("data", skip="no new data")
+    toy.add("model", "data")
+    toy.add("champion")
+    toy.add("promote", "champion", "data", optional=frozenset({"data"}))
+    assert toy.plan()["model"] == ("skip", "data is skipped")
+    assert toy.run().state == "succeeded"
+    assert toy.calls == ["champion", "promote"]
+
+
+def test_bad_input_in_a_stage_has_its_own_state(toy: Toy) -> None:
+    def refuse(stage: Stage) -> None:
+        raise InputError("no such column")
+
+    toy.actions["data"] = refuse
+    with pytest.raises(InputError):
+        toy.run()
+    assert toy.calls == ["data"]
+    assert (toy.result_json()["state"], toy.result_json()["exit_code"]) == ("bad input", 2)
+
+
+# Retries.
+
+
+def ray_error(name: str, *args: Any) -> BaseException:
+    from ray import exceptions
+
+    error: BaseException = getattr(exceptions, name)(*args)
+    return error
+
+
+def wrapped(error: Exception, cause: BaseException) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def http_error(status: int) -> Exception:
+    class Response:
+        status_code = status
+
+    error = OSError("the hub answers")
+    error.response = Response()  # type: ignore[attr-defined]
+    return error
+
+
+def store_error(what: str) -> Exception:
+    """As it comes from pyarrow by way of `tokendiff.artifacts.locations`."""
+    return OSError(
+        f"s3://b/x: When reading information for key 'x' in bucket 'b': AWS Error {what}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "passes"),
+    [
+        (lambda: store_error("NETWORK_CONNECTION during PutObject operation: curlCode: 7"), True),
+        (lambda: store_error("UNKNOWN (HTTP status 503) during HeadObject operation"), True),
+        (lambda: store_error("SLOW_DOWN during PutObject operation"), True),
+        (lambda: store_error("UNKNOWN (HTTP status 412) during PutObject operation"), False),
+        (lambda: store_error("ACCESS_DENIED during HeadObject operation"), False),
+        (lambda: ConnectionResetError("by peer"), True),
+        (lambda: TimeoutError("no answer"), True),
+        (lambda: OSError(errno.ESTALE, "stale file handle"), True),
+        (lambda: ray_error("NodeDiedError", "node"), True),
+        (lambda: ray_error("WorkerCrashedError"), True),
+        (lambda: wrapped(RuntimeError("failed 4 times"), ray_error("RayActorError")), True),
+        (lambda: http_error(503), True),
+        (lambda: http_error(429), True),
+        (lambda: http_error(404), False),
+        (lambda: InputError("bad"), False),
+        (lambda: FloatingPointError("nan"), False),
+        (lambda: CorruptFileError("sha256"), False),
+        (lambda: OSError(errno.ENOSPC, "no space left on device"), False),
+        (lambda: ray_error("OutOfDiskError"), False),
+        (lambda: wrapped(ConnectionError("lost"), OSError(errno.ENOSPC, "no space")), False),
+        (lambda: ray_error("RayTaskError", "f", "traceback", InputError("bad")), False),
+        (lambda: ray_error("RayTaskError", "f", "traceback", ConnectionError("lost")), True),
+        (lambda: ValueError("a bug"), False),
+        (lambda: FileNotFoundError("gone"), False),
+        (lambda: MemoryError(), False),
+        (lambda: StageTimeout("too long"), False),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(make: Callable[[], BaseException], passes: bool) -> None:
+    assert may_pass(make()) is passes
+
+
+def test_waits_double_and_attempts_end() -> None:
+    waits: list[float] = []
+    told: list[tuple[str, float]] = []
+    outcomes: list[Any] = [ConnectionError("a"), ConnectionError("b"), 7]
+
+    def work() -> int:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return int(outcome)
+
+    def run(max_retries: int) -> tuple[int, int]:
+        return with_retries(
+            work,
+            max_retries=max_retries,
+            wait_s=3.0,
+            on_retry=lambda reason, wait: told.append((reason, wait)),
+            sleep=waits.append,
+        )
+
+    assert run(2) == (7, 3)
+    assert waits == [3.0, 6.0]
+    assert told == [("a", 3.0), ("b", 6.0)]
+    outcomes[:] = [ConnectionError("a"), ConnectionError("b"), 7]
+    with pytest.raises(ConnectionError, match="b"):
+        run(1)
+
+
+def test_a_stage_is_tried_again_and_its_own_number_goes_first(toy: Toy) -> None:
+    failures = ["once", "twice"]
+
+    def fail(stage: Stage) -> None:
+        if failures:
+            raise ConnectionError(failures.pop())
+
+    toy.actions["model"] = fail
+    record = toy.run()
+    assert (record.of("model").attempts, record.state) == (3, "succeeded")
+    assert read_facts(toy.stages["model"])["attempt"] == 3
+    failures[:] = ["once"]
+    toy.add("model", "data", settings={"other": True}, max_retries=0)
+    with pytest.raises(ConnectionError):
+        toy.run()
+    assert toy.calls == ["model"]
+
+
+# Timeouts.
+
+
+def test_a_stage_that_takes_too_long_is_stopped_wherever_it_waits(toy: Toy) -> None:
+    def wait(stage: Stage) -> None:
+        try:
+            time.sleep(30)
+        except Exception:  # as a library may, of whatever comes
+            time.sleep(30)
+
+    toy.actions["model"] = wait
+    toy.add("model", "data", timeout_s=0.2)
+    toy.stages["samples"] = toy.add("samples", "model")
+    started = time.monotonic()
+    with pytest.raises(StageTimeout, match=r"model took longer than timeout_s = 0\.2; raise it"):
+        toy.run(end=("model",))
+    assert time.monotonic() - started < 10
+    assert toy.calls == ["data", "model"]
+    assert toy.result_json()["state"] == "failed"
+
+
+def test_a_deadline_that_is_kept_leaves_nothing_behind() -> None:
+    before = signal.getsignal(signal.SIGALRM)
+    with deadline(30.0, what="x"):
+        pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) is before
+
+
+# The lock.
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pipelines.lock import alone
+with alone(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
+    toy, folder = Toy(tmp_path), tmp_path / "toy"
+    toy.add("data", kind="preprocess")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError, match=rf"is under way \(process {process.pid} on"):
+            toy.run()
+        assert not (folder / "runs").exists()
+        process.kill()
+        process.wait()
+    assert toy.run().state == "succeeded"
+
+
+CHILD = """
+import multiprocessing, sys, time
+from pathlib import Path
+from pipelines import execution
+from tokendiff.config.pipeline import Config
+
+def stay(*_):
+    print("begun", flush=True)
+    time.sleep(15)
+    print("outlived", flush=True)
+    return []
+
+def child(sender):
+    execution.pipeline_stages = stay
+    execution._run_child(sender, Config(name="toy"), Path("."), Path("."), {}, None, {})
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    context.Process(target=child, args=(sender,)).start()
+    time.sleep(60)
+"""
+
+
+def test_a_stage_in_a_process_of_its_own_ends_with_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "run.py"
+    path.write_text(CHILD)
+    with subprocess.Popen(
+        [sys.executable, str(path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.kill()
+        assert process.stdout.read() == ""  # both have closed it
+
+
+def test_a_lock_within_the_same_process_is_refused_too(tmp_path: Path) -> None:
+    with alone(tmp_path), pytest.raises(BlockingIOError), alone(tmp_path):
+        pass
+    with alone(tmp_path):
+        pass
+
+
+def test_who_looks_whether_a_run_is_under_way_refuses_none(tmp_path: Path) -> None:
+    glance = FileLock(tmp_path / ".lock", thread_local=False)
+    glance.acquire()
+    threading.Timer(0.1, glance.release).start()
+    with alone(tmp_path):
+        pass
+
+
+# What is told.
+
+
+def test_the_record_is_there_from_the_start(toy: Toy) -> None:
+    def look(stage: Stage) -> None:
+        (run,) = last_runs(toy.root / "toy", 5)
+        seen.append((run.state, run.of("model").state, run.of("judge").state))
+
+    seen: list[Any] = []
+    toy.actions["model"] = look
+    toy.run()
+    assert seen == [("running", "running", "not reached")]
+    (run,) = last_runs(toy.root / "toy", 5)
+    assert (run.state, run.exit_code, run.of("model").state) == ("succeeded", 0, "ran")
+    assert run.seconds is not None
+    # A run that nobody holds the lock for is not running.
+    path = run.folder / "result.json"
+    text = path.read_text().replace('"state": "succeeded"', '"state": "running"')
+    path.write_bytes(text.encode())
+    assert last_runs(toy.root / "toy", 5)[0].state == "killed"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_record_that_cannot_be_written_ends_no_run_and_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    def lose_the_store(stage: Stage) -> None:
+        monkeypatch.setattr(RunRecord, "save", refuse)
+        if fails:
+            raise FloatingPointError("loss is nan")
+
+    def refuse(record: RunRecord) -> None:
+        raise OSError("s3://b/result.json: AWS Error NETWORK_CONNECTION")
+
+    toy = Toy(tmp_path)
+    toy.add("data", kind="preprocess")
+    toy.add("model", "data")
+    toy.actions["data"] = lose_the_store
+    if fails:
+        with pytest.raises(FloatingPointError, match="loss is nan"):
+            toy.run()
+    else:
+        assert toy.run().state == "succeeded"
+        assert toy.calls == ["data", "model"]
+
+
+def test_a_run_whose_lease_was_taken_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = Toy(RemotePath(f"memory://{tmp_path.name}"))
+
+    def lose(stage: Stage) -> None:
+        other = {"host": "far", "pid": "7", "since": "2026", "token": "other"}
+        (toy.root / "toy" / ".lock.holder").write_bytes(json.dumps(other).encode())
+        time.sleep(10)
+
+    monkeypatch.setenv("TOKENDIFF_CACHE", str(tmp_path))
+    monkeypatch.setattr(lock, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(lock, "RENEWAL_SECONDS", 0.1)
+    toy.add("data", kind="preprocess")
+    toy.actions["data"] = lose
+    with pytest.raises(BlockingIOError, match="process 7 on far"):
+        toy.run()
+    result = toy.result_json()
+    assert (result["state"], result["exit_code"]) == ("locked", 4)
+    assert "process 7 on far" in result["error"]
+
+
+def test_a_rejection_is_a_state_of_its_own_each_time(toy: Toy) -> None:
+    toy.add("promote", "judge", kind="promote")
+    rejected = json.dumps({"decision": "rejected", "gate": [], "summary": "it stays"}).encode()
+    toy.actions["promote"] = lambda stage: (stage.output / "result.json").write_bytes(rejected)
+    for _ in range(2):
+        assert toy.run().state == "rejected"
+        assert toy.result_json()["exit_code"] == 3
+    assert toy.calls == []
+
+
+def test_lines_tell_what_ran_and_what_did_not(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
+    toy.run(end=("model",))
+    record = toy.run(only=("samples",))
+    printed = capsys.readouterr().out
+    assert f"model  done before, in {toy.stages['model'].output.name}" in printed
+    assert "samples  runs: never run" in printed
+    assert "judge  skipped: not selected" in printed
+    lines = tables.stage_lines(record.stages)
+    assert [line.split()[:2] for line in lines] == [
+        ["stage", "state"],
+        ["data", "done"],
+        ["model", "done"],
+        ["samples", "ran"],
+        ["judge", "skipped"],
+    ]
+    assert lines[4].endswith("not selected")
+    graph = tables.mermaid(plan_steps(list(toy.stages.values()), Selection()))
+    assert graph[0] == "graph LR"
+    assert "  s1 -->|model| s2" in graph
+    assert any("judge" in line and line.endswith(":::run") for line in graph)
+    assert '"' not in graph[2].split('["')[1].split('"]')[0]
+
+
+def test_variants_side_by_side(toy: Toy) -> None:
+    toy = Toy(toy.root)
+    shared = toy.add("data", kind="preprocess")
+    variants = []
+    for rate in (1, 2):
+        model = toy.add("model", "data", settings={"rate": rate}, label=f"rate={rate}")
+        judge = toy.add("judge", "model", kind="evaluate", label=f"rate={rate}")
+        variants.append(Variant(values={"rate": rate}, stages=[shared, model, judge]))
+
+    def measure(stage: Stage) -> None:
+        figures = {"nats_per_token": 1.5 / stage.settings["rate"], "same": 3, "text": "x"}
+        (stage.output / "result.json").write_bytes(json.dumps(figures).encode())
+
+    def fail(stage: Stage) -> None:
+        if stage.settings["rate"] == 2:
+            raise FloatingPointError("nan")
+
+    toy.actions["model"] = measure
+    record = run_variants(toy.config, toy.root, variants, Selection())
+    assert toy.calls == ["data", "model[rate=1]", "model[rate=2]", "judge[rate=1]", "judge[rate=2]"]
+    assert [row["nats_per_token"] for row in record.comparison] == [1.5, 0.75]
+    assert comparison_table(record.comparison, record.axes) == [
+        "| rate | nats_per_token |",
+        "| ---- | -------------- |",
+        "| 1    | 1.5            |",
+        "| 2    | 0.75           |",
+    ]
+    assert (
+        (record.folder / "comparison.csv").read_text().splitlines()[0].startswith("rate,nats_per")
+    )
+    assert (record.folder / "comparison.md").read_text().startswith("| rate |")
+    page = (record.folder / "comparison.html").read_text()
+    assert "2 variants side by side" in page
+    assert "<td" in page
+    assert "rate 2" in page
+    # One variant that diverges leaves the other its figures.
+    toy.actions["model"] = fail
+    selection = Selection(force=("model",))
+    with pytest.raises(FloatingPointError):
+        run_variants(toy.config, toy.root, variants, selection)
+    rows = toy.result_json()["comparison"]
+    assert rows[0].get("state") is None
+    assert rows[1]["state"] == "failed"
+
+
+def test_old_runs_are_removed(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "_KEPT_RUNS", 2)
+    for second in range(4):
+        monkeypatch.setattr(time, "time", lambda second=second: 1e9 + second)
+        kept = mirror_of(toy.run().folder)
+        kept.mkdir(parents=True, exist_ok=True)
+        (kept / "comparison.csv").write_text("")
+    here = [path.parent.parent for path in tmp_path.glob("machine-*/runs/**/comparison.csv")]
+    assert all(len(list(runs.iterdir())) <= 2 for runs in here)
+    names = [folder.name for folder in folders_in(toy.root / "toy" / "runs")]
+    assert [name.split("-")[0] for name in names] == ["20010909T014642", "20010909T014643"]
+
+
+def test_exit_codes_of_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(f"name: small\nroot: {tmp_path / 'out'}\n")
+    with alone(tmp_path / "out" / "small"):
+        assert pipeline_job.main(["run", str(path)]) == 4
+    assert "is under way" in capsys.readouterr().err
+    assert pipeline_job.main(["run", str(path), "--only", "tran"]) == 2
+    assert "--only tran: no such stage; did you mean 'train'?" in capsys.readouterr().err
+    assert pipeline_job.main(["plan", str(path), "--mermaid"]) == 0
+    assert capsys.readouterr().out.startswith("graph LR\n")
+    assert pipeline_job.main(["status", str(path)]) == 0
+    assert "no run yet" in capsys.readouterr().out
+    record = RunRecord(pipeline="small", folder=tmp_path, state="rejected")
+    monkeypatch.setattr("pipelines.runner.run_pipeline", lambda *args: record)
+    assert pipeline_job.main(["run", str(path), "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["state"] == "rejected"
+
+
+def test_secrets_are_in_no_record(tmp_path: Path) -> None:
+    config = Config(
+        name="toy",
+        tracking=TrackingConfig(enabled=False, uri="https://me:hunter2@host/store"),
+    )
+    record = RunRecord.begin(config, tmp_path, [])
+    written = "".join(path.read_text() for path in record.folder.iterdir())
+    assert "https://host/store" in written
+    assert "hunter2" not in written
+    hidden = {"api_key": "hunter2", "list": [{"password": "hunter2"}], "tokenizer": "bytes"}
+    assert without_secrets(hidden) == {"list": [{}], "tokenizer": "bytes"}

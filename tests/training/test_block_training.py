@@ -1,0 +1,261 @@
+"""Block objectives trained, resumed, saved, opened again, judged and certified; adapters too."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.builders import letter_tokenizer, random_rows, token_folder
+from tests.models.test_causal_denoiser import causal_model
+from tokendiff.artifacts.checkpoint import ADAPTERS, EMA_ADAPTERS
+from tokendiff.artifacts.noise_process import NoiseProcess
+from tokendiff.config.evaluate import EvaluateConfig
+from tokendiff.config.samplers import AncestralConfig
+from tokendiff.config.train import TrainConfig
+from tokendiff.data.rows import TokenData
+from tokendiff.errors import InputError
+from tokendiff.evaluation.evaluator import Evaluator
+from tokendiff.models.adapters import add_adapters, load_adapters, merged_model
+from tokendiff.models.checkpoints import load_for_inference
+from tokendiff.models.opening import builtin_config, load_causal_denoiser
+from tokendiff.models.sampling import build_sampler
+from tokendiff.training.run import TrainingRun, train_in_process
+from tokendiff.training.world import World
+from tokendiff.verification.checkpoints import verify_checkpoint
+
+LENGTH, EOS = 24, 2
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "block_diffusion": {"name": "block_diffusion", "block_length": 4, "alpha_schedule": "cosine"},
+    "2d": {"name": "block_refinement", "block_length": 6, "prompt_length": 3, "lambda_conf": 0.5},
+    "4d clean": {
+        "name": "block_refinement",
+        "block_length": 6,
+        "attention_mask_mode": "auto",
+        "clean_context": True,
+    },
+}
+
+
+def runs_of(row: Sequence[int]) -> list[int]:
+    """A row is three documents, the last of which it may cut off."""
+    return [7, 9, len(row) - 16] if len(row) > 16 else [len(row)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TokenData:
+    rows = random_rows(48, LENGTH)
+    for row in rows:
+        row[6] = row[15] = EOS
+    rows[-1] = rows[-1][:11]
+    folder = token_folder(
+        tmp_path_factory.mktemp("tokens") / "data",
+        files=[rows],
+        max_length=LENGTH,
+        tokenizer=letter_tokenizer(),
+        heldout=random_rows(10, LENGTH, seed=1),
+        runs_of=runs_of,
+    )
+    return TokenData.open(folder, split="train")
+
+
+def config(name: str, **changes: Any) -> TrainConfig:
+    fields = {
+        "model_name_or_path": "builtin:qwen3-tiny",
+        "max_train_steps": 4,
+        "global_batch_size": 6,
+        "per_device_train_batch_size": 6,
+        "learning_rate": 1e-3,
+        "ema_decay": 0.9,
+        "logging_steps": 1,
+        "checkpointing_steps": 2,
+        "objective": OBJECTIVES[name],
+    }
+    return TrainConfig.model_validate({**fields, **changes})
+
+
+def losses_of(cfg: TrainConfig, data: TokenData, folder: Path) -> list[float]:
+    losses: list[float] = []
+
+    def hear(event: str, **fields: Any) -> None:
+        if event == "metrics":
+            losses.append(fields["loss"])
+
+    train_in_process(cfg, data, folder, on_event=hear)
+    return losses
+
+
+def build_run(cfg: TrainConfig, data: TokenData, folder: Path) -> TrainingRun:
+    return TrainingRun.build(cfg, data, folder, world=World.current())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_block_objectives_train_resume_and_are_judged(
+    name: str, data: TokenData, tmp_path: Path
+) -> None:
+    losses = losses_of(config(name), data, tmp_path / "whole")
+    assert len(losses) == 4
+    (tmp_path / "cut").mkdir()
+    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "cut/checkpoint-2")
+    assert losses_of(config(name), data, tmp_path / "cut") == losses[2:]
+    parts = config(name, per_device_train_batch_size=2)
+    assert losses_of(parts, data, tmp_path / "parts") == pytest.approx(losses, rel=1e-5)
+
+    final = tmp_path / "whole/final"
+    scheduler = json.loads((final / "scheduler_config.json").read_text())
+    assert scheduler["_class_name"] == "BlockRefinementScheduler"
+    assert scheduler["block_length"] == OBJECTIVES[name]["block_length"]
+    assert scheduler["attention_mask_mode"] == ("2d" if name == "2d" else "4d")
+    assert scheduler["clean_context"] == (name != "2d")
+    process = load_for_inference(final)[2]
+    assert process == NoiseProcess.load(final)
+    assert (process.objective, process.eos_token_id) == (OBJECTIVES[name]["name"], EOS)
+    # A causal model that transformers opens and runs as one.
+    model = AutoModelForCausalLM.from_pretrained(final)
+    tokens = torch.tensor([random_rows(1, LENGTH)[0]])
+    other = tokens.clone()
+    other[0, 10:] = tokens[0, 9:-1]
+    with torch.no_grad():
+        logits = [model(input_ids=row).logits for row in (tokens, other)]
+    torch.testing.assert_close(logits[0][:, :10], logits[1][:, :10])
+
+    heldout = TokenData.open(data.folder, split="heldout")
+    evaluator = Evaluator(final, EvaluateConfig(batch_size=4), device="cpu")
+    figures = evaluator.bounds(heldout.read(np.zeros(10, int), np.arange(10)))
+    prompt = OBJECTIVES[name].get("prompt_length", 0)
+    assert set(figures["num_tokens"].tolist()) == {LENGTH - prompt}
+    assert np.all(np.isfinite(figures["nats"]))
+    assert np.all(figures["nats"] > 0)
+    assert bool(figures["num_bytes"].sum()) == (prompt == 0)
+
+    rows = data.read(np.zeros(4, int), np.arange(4))
+    failed = [c for c in verify_checkpoint(final, rows.tokens, rows.lengths) if not c.passed]
+    assert not failed, failed
+    with pytest.raises(InputError, match="decodes block by block; use sampler 'block_refinement'"):
+        build_sampler(AncestralConfig(), process)
+
+
+def test_models_that_attend_both_ways_are_no_causal_ones(data: TokenData, tmp_path: Path) -> None:
+    mdlm = {"objective": {"name": "mdlm"}, "max_train_steps": 1}
+    losses_of(config("2d", **mdlm), data, tmp_path / "mdlm")
+    for model in (str(tmp_path / "mdlm/final"), "builtin:bert-tiny"):
+        with pytest.raises(InputError, match="this objective takes a causal language model"):
+            losses_of(config("2d", model_name_or_path=model), data, tmp_path / "causal")
+    too_long = {"name": "block_refinement", "prompt_length": LENGTH}
+    with pytest.raises(InputError, match="prompt_length 24 leaves nothing of rows of 24 tokens"):
+        losses_of(config("2d", objective=too_long), data, tmp_path / "prompt")
+
+
+@pytest.mark.parametrize("padded_to", [20, 24])
+def test_an_added_mask_starts_at_the_mean_where_the_embedding_was_padded_too(
+    padded_to: int, tmp_path: Path
+) -> None:
+    """Rows that no token had were never trained: as they were drawn, or zero."""
+    own, ours = letter_tokenizer(20), letter_tokenizer(20)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        builtin_config("qwen3-tiny", vocab_size=padded_to, max_length=LENGTH, tokenizer=own)
+    )
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight[20:] = 0.0
+    mean = weight[:20].mean(0).detach()
+    model.save_pretrained(tmp_path)
+    own.save_pretrained(tmp_path)
+    ours.add_special_tokens({"mask_token": "<new mask>"})
+    said: list[str] = []
+    denoiser = load_causal_denoiser(
+        str(tmp_path), tokenizer=ours, max_length=LENGTH, warn=said.append
+    )
+    torch.testing.assert_close(denoiser.model.get_input_embeddings().weight[20].detach(), mean)
+    assert ours.mask_token_id == 20
+    assert "'<new mask>'; their embeddings start at the mean" in said[-1]
+    assert torch.equal(denoiser.model.get_input_embeddings().weight[:20], weight[:20])
+
+
+# Adapters.
+
+LORA = {"lora_rank": 3, "lora_alpha": 6.0, "lora_dropout": 0.1}
+
+
+def test_adapters_resume_exactly_and_are_merged_into_what_is_saved(
+    data: TokenData, tmp_path: Path
+) -> None:
+    cfg = config("block_diffusion", **LORA)
+    losses = losses_of(cfg, data, tmp_path / "whole")
+    (tmp_path / "cut").mkdir()
+    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "cut/checkpoint-2")
+    assert losses_of(cfg, data, tmp_path / "cut") == losses[2:]
+
+    tokens = torch.tensor(random_rows(2, LENGTH))
+    base = build_run(config("block_diffusion"), data, tmp_path).trainer.denoiser.model
+    with_adapters = build_run(cfg, data, tmp_path)
+    untrained = with_adapters.trainer.denoiser.model.eval()
+    assert torch.equal(untrained(input_ids=tokens).logits, base.eval()(input_ids=tokens).logits)
+    for folder, name in (("checkpoint-4", EMA_ADAPTERS), ("checkpoint-4", ADAPTERS)):
+        load_adapters(untrained, load_file(tmp_path / "whole" / folder / name))
+        if name == EMA_ADAPTERS:  # what final/ and sampling take
+            opened = [AutoModelForCausalLM.from_pretrained(tmp_path / "whole/final")]
+            opened.append(load_for_inference(tmp_path / "whole/checkpoint-4")[0].model)
+        else:
+            opened = [AutoModelForCausalLM.from_pretrained(tmp_path / "whole/checkpoint-4")]
+        tokens[0, 3] = 1  # a mask, whose embedding was trained
+        with torch.no_grad():
+            expected = untrained(input_ids=tokens).logits
+            for model in opened:
+                assert not any("lora" in name for name in model.state_dict())
+                ours = model(input_ids=tokens).logits
+                # The head is tied, so that the mask's own logit has another row now.
+                ours[..., 1] = expected[..., 1]
+                torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_alone_are_trained(data: TokenData, tmp_path: Path) -> None:
+    cfg = config("2d", **LORA, lora_target_modules=["q_proj", "down_proj"])
+    losses_of(cfg, data, tmp_path)
+    before = build_run(config("2d"), data, tmp_path).trainer.denoiser.model.state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4").state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    layers = {f"model.layers.{n}." for n in (0, 1)}
+    adapted = {
+        f"{at}{part}.weight" for at in layers for part in ("self_attn.q_proj", "mlp.down_proj")
+    }
+    assert changed == adapted | {"model.embed_tokens.weight", "lm_head.weight"}
+    rows = (before["model.embed_tokens.weight"] != after["model.embed_tokens.weight"]).any(1)
+    assert rows.nonzero()[:, 0].tolist() == [1], "only the mask's embedding"
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "qwen2", "olmo2"])
+def test_merged_adapters_of_other_architectures(model_type: str, tmp_path: Path) -> None:
+    model = causal_model(model_type)
+    tokens = torch.arange(2, 10)[None]
+    add_adapters(
+        model, rank=2, alpha=4.0, dropout=0.0, target_modules=(), trained_token_id=5, seed=0
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+        merged_model(model).save_pretrained(tmp_path)
+        opened = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        merged = opened(input_ids=tokens).logits
+        ours = model.eval()(input_ids=tokens).logits
+    merged[..., 5] = ours[..., 5]
+    torch.testing.assert_close(merged, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_that_cannot_be_are_refused(data: TokenData, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="lora_rank goes with objectives on causal"):
+        config("2d", objective={"name": "mdlm"}, lora_rank=2)
+    with pytest.raises(ValidationError, match=r"lora_alpha 2\.0 has no effect with lora_rank"):
+        config("2d", lora_alpha=2.0)
+    with pytest.raises(InputError, match=r"lora_target_modules \['proj'\] are no linear layers"):
+        build_run(config("2d", lora_rank=2, lora_target_modules=["proj"]), data, tmp_path)
+    assert not any(name.startswith("lora") for name in config("2d").result_fields())

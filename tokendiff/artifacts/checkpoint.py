@@ -1,0 +1,189 @@
+"""A checkpoint is a folder that other tools can open, and that counts only once its MANIFEST.json
+is written.
+
+    checkpoint-400/
+        config.json model.safetensors        transformers' from_pretrained opens it
+        tokenizer.json tokenizer_config.json
+        scheduler_config.json                the noise process, in the diffusers form, if any
+        ema.safetensors                      averaged weights, where the run keeps them
+        adapters.safetensors                 what is trained, where that is adapters, which the
+        ema_adapters.safetensors             weights above hold merged
+        optimizer.safetensors trainer_state.json
+        MANIFEST.json                        size and sha256 of every file, written last
+
+`final/` is the same without the training state; its weights are the averaged ones where the run
+keeps them.
+"""
+
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tokendiff.artifacts.locations import Location, location, remove
+from tokendiff.artifacts.manifest import (
+    MANIFEST_NAME,
+    commit,
+    fetch,
+    file_identity,
+    fingerprint,
+    is_committed,
+    load_manifest,
+    publish,
+    verify,
+)
+from tokendiff.artifacts.noise_process import SCHEDULER_CONFIG
+from tokendiff.errors import CorruptFileError, InputError
+
+KIND = "checkpoint"
+FINAL = "final"
+EMA_WEIGHTS = "ema.safetensors"
+ADAPTERS, EMA_ADAPTERS = "adapters.safetensors", "ema_adapters.safetensors"
+_PREFIX = "checkpoint-"
+
+
+def save_checkpoint(
+    output_dir: Location, name: str, write: Callable[[Path], None], *, metadata: dict[str, Any]
+) -> Location:
+    """Commit one checkpoint: `write` fills a temporary folder, which then takes its place, or is
+    copied there where that is remote.
+
+    A folder of that name that is already there (left by a run that was cut off, or damaged) is
+    replaced.
+    """
+    target = output_dir / name
+    beside = output_dir if isinstance(output_dir, Path) else Path(tempfile.gettempdir())
+    temporary = beside / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        commit(temporary, kind=KIND, metadata=metadata)
+        if not isinstance(target, Path):
+            publish(temporary, target)
+            return target
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def checkpoint_name(step: int) -> str:
+    return f"{_PREFIX}{step}"
+
+
+def step_of(folder: Location) -> int:
+    return int(folder.name.removeprefix(_PREFIX))
+
+
+def committed_checkpoints(output_dir: Location) -> list[Location]:
+    """The checkpoint-N folders with a manifest, oldest first."""
+    if not output_dir.is_dir():
+        return []
+    found: list[Location] = [
+        path
+        for path in output_dir.iterdir()
+        if re.fullmatch(rf"{_PREFIX}\d+", path.name) and is_committed(path)
+    ]
+    return sorted(found, key=step_of)
+
+
+def newest_sound_checkpoint(
+    output_dir: Location, *, warn: Callable[[str], None]
+) -> Location | None:
+    """The newest checkpoint whose every file matches its manifest; `warn` hears of those passed
+    over.
+    """
+    passed_over: CorruptFileError | None = None
+    for folder in reversed(committed_checkpoints(output_dir)):
+        try:
+            verify(folder, kind=KIND, hashes=isinstance(folder, Path))
+            fetch(folder)  # which checks what it copies
+        except CorruptFileError as error:
+            warn(f"checkpoint {error}; using the previous checkpoint")
+            passed_over = error
+            continue
+        return folder
+    if passed_over is not None:
+        warn(f"no sound checkpoint is left under {output_dir}; starting from step 0")
+    return None
+
+
+def remove_old_checkpoints(output_dir: Location, *, newest: int, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints up to step `newest`, which was just saved.
+
+    Later ones are damaged (or the run would have gone on from them), and are deleted too, as are
+    temporary folders that a killed run left.
+    """
+    folders = committed_checkpoints(output_dir)
+    sound = [folder for folder in folders if step_of(folder) <= newest][-keep:]
+    for folder in folders:
+        if folder not in sound:
+            # Without its manifest the folder no longer counts, however far the deletion gets.
+            remove(folder, first=MANIFEST_NAME)
+    if isinstance(output_dir, Path):
+        for leftover in output_dir.glob(".*.tmp"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def open_checkpoint(checkpoint_path: str | Location) -> Path:
+    """The verified folder behind `checkpoint_path`: a checkpoint, or an output_dir (its final/ or
+    newest one). A remote one is copied to this machine.
+
+    Raises:
+        InputError: nothing is there.
+        CorruptFileError: a file does not match the manifest.
+    """
+    return fetch(find_checkpoint(checkpoint_path))
+
+
+def find_checkpoint(checkpoint_path: str | Location) -> Location:
+    """What `open_checkpoint` opens, where it is: for another machine to open.
+
+    A local one is verified, a remote one when it is copied.
+    """
+    folder = location(checkpoint_path)
+    if isinstance(folder, Path):
+        folder = folder.resolve()
+    if not folder.is_dir():
+        raise InputError(f"checkpoint_path {checkpoint_path}: no such folder")
+    if isinstance(folder, Path) and is_foreign(folder):
+        return folder
+    if not is_committed(folder):
+        inner: list[Location] = [
+            path for path in [*committed_checkpoints(folder), folder / FINAL] if is_committed(path)
+        ]
+        if not inner:
+            raise InputError(
+                f"checkpoint_path {checkpoint_path}: no committed checkpoint there (no "
+                "MANIFEST.json)"
+            )
+        folder = inner[-1]
+    if isinstance(folder, Path):
+        verify(folder, kind=KIND)
+    else:
+        load_manifest(folder, kind=KIND)
+    return folder
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether the published scripts made this checkpoint: a model beside a scheduler_config.json
+    that names no objective, and no manifest. There is nothing to verify it by.
+    """
+    path = folder / SCHEDULER_CONFIG
+    if is_committed(folder) or not path.is_file() or not (folder / "config.json").is_file():
+        return False
+    return '"objective"' not in path.read_text()
+
+
+def checkpoint_identity(folder: Location) -> str:
+    """A digest of the content of a checkpoint that was found or opened."""
+    if isinstance(folder, Path) and is_foreign(folder):
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        return fingerprint([[path.name, file_identity(path)] for path in files])
+    return fingerprint(load_manifest(folder).files)

@@ -1,0 +1,58 @@
+"""What every section is: strict, frozen, and able to say which fields decide a result."""
+
+from typing import Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Strict: unknown fields and wrong types are errors; nothing is coerced or changes later."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+    def result_fields(self) -> dict[str, Any]:
+        """The fields that decide the result, as plain JSON: what a stage's key is made of."""
+        chosen = {}
+        for name, info in type(self).model_fields.items():
+            extra = info.json_schema_extra
+            if isinstance(extra, dict) and extra.get("affects_result") is False:
+                continue
+            value = getattr(self, name)
+            chosen[name] = value.result_fields() if isinstance(value, Section) else value
+        return chosen
+
+    def refuse_ignored(self, names: tuple[str, ...], beside: str) -> None:
+        """Nothing may be set in vain. A default may be given: it is how a file's value is undone.
+
+        Raises:
+            ValueError: one of these fields differs from its default.
+        """
+        for name in names:
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default:
+                raise ValueError(f"{name} {value!r} has no effect with {beside}; remove either")
+
+
+def operational(default: Any, **kwargs: Any) -> Any:
+    """A field that changes how a job runs, not what it makes: no part of a stage's key."""
+    return Field(default, json_schema_extra={"affects_result": False}, **kwargs)
+
+
+def named(default_name: str) -> BeforeValidator:
+    """`objective: mdlm` is short for `objective: {name: mdlm}`."""
+
+    def expand(value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and "name" not in value:
+            return {"name": default_name, **value}
+        return value
+
+    return BeforeValidator(expand)

@@ -1,0 +1,52 @@
+"""The section `cluster`: how the work is spread over a Ray cluster."""
+
+from pydantic import Field, model_validator
+
+from tokendiff.config.base import Section
+
+
+class ClusterConfig(Section):
+    """How the work is spread. Nothing here changes a result, or is part of a stage's key."""
+
+    address: str | None = Field(
+        None,
+        description="Ray: a running cluster; by default RAY_ADDRESS, else one on this machine",
+    )
+    num_workers: int = Field(1, ge=1, description="training workers")
+    cpus_per_worker: float = Field(1.0, gt=0.0, description="CPUs reserved by one worker or actor")
+    use_gpu: bool | None = Field(None, description="by default, whether the cluster has a GPU")
+    threads_per_worker: int | None = Field(
+        None,
+        ge=1,
+        description="torch threads on CPU; by default the machine's cores over its workers",
+    )
+    num_actors: int = Field(1, ge=1, description="actors that sample and evaluate, at most")
+    min_actors: int | None = Field(
+        None,
+        ge=1,
+        description="actors that sampling starts with; more come as the cluster has room for them; "
+        "by default num_actors",
+    )
+    gpus_per_actor: float = Field(
+        1.0, gt=0.0, description="GPUs of an actor that samples; 0.5 lets two share one"
+    )
+    max_failures: int = Field(
+        3, ge=0, description="lost workers that are survived before the job fails"
+    )
+    worker_start_timeout_s: float = Field(
+        600.0, gt=0.0, description="seconds to wait for the workers' resources"
+    )
+
+    @model_validator(mode="after")
+    def _actors_agree(self) -> "ClusterConfig":
+        if self.min_actors is not None and self.min_actors > self.num_actors:
+            raise ValueError(
+                f"min_actors {self.min_actors} exceeds num_actors {self.num_actors}; raise that"
+            )
+        if self.gpus_per_actor > 1.0 and self.gpus_per_actor % 1.0:
+            raise ValueError(
+                f"gpus_per_actor {self.gpus_per_actor:g}: above 1 it must be a whole number"
+            )
+        if self.use_gpu is False:
+            self.refuse_ignored(("gpus_per_actor",), "use_gpu false")
+        return self

@@ -1,0 +1,265 @@
+"""The field `train.objective`: one class per objective, told apart by `name`."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from tokendiff.config.base import Section, named
+
+
+class _AnyObjectiveConfig(Section):
+    """Fields that all objectives have."""
+
+    # Whether it trains a causal language model as one, or a denoiser that sees both ways.
+    is_causal: ClassVar[bool] = False
+
+    lambda_conf: float = Field(0.0, ge=0.0, description="weight of the confidence term")
+    conf_temperature: float = Field(
+        1.0, gt=0.0, description="temperature inside the confidence term"
+    )
+
+    @model_validator(mode="after")
+    def _confidence_is_used(self) -> "_AnyObjectiveConfig":
+        # A weight of 0 that somebody wrote down turns the term off, as one value of a sweep may.
+        is_off = "lambda_conf" in self.model_fields_set
+        if self.lambda_conf == 0.0 and self.conf_temperature != 1.0 and not is_off:
+            raise ValueError("conf_temperature has no effect while lambda_conf is 0")
+        return self
+
+    def process_fields(self) -> dict[str, Any]:
+        """What a checkpoint records of its noise process (`tokendiff.artifacts.noise_process`)."""
+        raise NotImplementedError
+
+
+class _ObjectiveConfig(_AnyObjectiveConfig):
+    """Objectives whose noise has a time."""
+
+    min_time: float = Field(1e-3, gt=0.0, lt=1.0, description="smallest time that is trained on")
+    max_loss_weight: float | None = Field(
+        None,
+        gt=0.0,
+        description="clip the loss weights, which grow without bound at the ends of time; "
+        "the reported bound is never clipped",
+    )
+
+
+class _ScheduledConfig(_ObjectiveConfig):
+    """Objectives whose kernel takes any noise schedule."""
+
+    alpha_schedule: Literal["log_linear", "linear", "cosine", "geometric"] = Field(
+        "log_linear", description="noise schedule alpha(t)"
+    )
+    eps: float = Field(1e-3, gt=0.0, lt=0.5, description="distance of alpha from its ends")
+    sigma_min: float = Field(1e-4, ge=1e-8, description="least noise of the geometric schedule")
+    sigma_max: float = Field(
+        20.0, gt=0.0, le=100.0, description="most noise of the geometric schedule"
+    )
+
+    @model_validator(mode="after")
+    def _schedule_is_used(self) -> "_ScheduledConfig":
+        geometric = self.alpha_schedule == "geometric"
+        idle = {"eps"} if geometric else {"sigma_min", "sigma_max"}
+        if given := sorted(idle & self.model_fields_set):
+            raise ValueError(
+                f"{', '.join(given)}: not used by alpha_schedule {self.alpha_schedule!r}"
+            )
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
+        return self
+
+    def _schedule_fields(self) -> dict[str, Any]:
+        names = ("alpha_schedule", "eps", "sigma_min", "sigma_max")
+        return {name: getattr(self, name) for name in names}
+
+
+class MDLMConfig(_ScheduledConfig):
+    """Masked (absorbing) diffusion, continuous time. Source: MDLM (arXiv 2406.07524)."""
+
+    name: Literal["mdlm"] = "mdlm"
+
+    def process_fields(self) -> dict[str, Any]:
+        return {"forward_process": "absorbing", "prediction": "loo", **self._schedule_fields()}
+
+
+LOSS_TYPE_HELP = (
+    "elbo trains what bound and sampler are built on; cross_entropy trains p(x_0 | x_t), "
+    "which they then convert"
+)
+
+
+class _TokenNoiseConfig(_ObjectiveConfig):
+    """Objectives whose noise is other tokens."""
+
+    min_time: float = Field(1e-4, gt=0.0, lt=1.0, description="smallest time that is trained on")
+    loss_type: Literal["elbo", "cross_entropy"] = Field("elbo", description=LOSS_TYPE_HELP)
+
+    @model_validator(mode="after")
+    def _weight_is_used(self) -> "_TokenNoiseConfig":
+        if self.loss_type == "cross_entropy":
+            self.refuse_ignored(("max_loss_weight",), "loss_type 'cross_entropy'")
+        return self
+
+    def _prediction(self) -> str:
+        return "loo" if self.loss_type == "elbo" else "posterior"
+
+
+class UDLMConfig(_TokenNoiseConfig, _ScheduledConfig):
+    """Uniform diffusion, continuous time. Source: UDLM (arXiv 2412.10193)."""
+
+    name: Literal["udlm"] = "udlm"
+    exclude_mask_from_uniform: bool = Field(
+        True, description="noise is any id but the mask; false: any id, the mask too"
+    )
+
+    def process_fields(self) -> dict[str, Any]:
+        return {
+            "forward_process": "uniform",
+            "prediction": self._prediction(),
+            "exclude_mask_from_uniform": self.exclude_mask_from_uniform,
+            **self._schedule_fields(),
+        }
+
+
+class HybridConfig(_TokenNoiseConfig):
+    """Masks and uniform noise in one process. Source: GIDD (arXiv 2503.04482)."""
+
+    name: Literal["hybrid"] = "hybrid"
+    p_uniform: float = Field(
+        0.1, ge=0.0, lt=1.0, description="share of tokens that are uniform noise at t = 1/2"
+    )
+    gamma: float = Field(
+        1.0,
+        ge=0.05,
+        le=2.0,
+        description="how uniform noise gathers around t = 1/2; above 2 rates would be negative",
+    )
+
+    def process_fields(self) -> dict[str, Any]:
+        return {
+            "forward_process": "hybrid",
+            "prediction": self._prediction(),
+            "p_uniform": self.p_uniform,
+            "gamma": self.gamma,
+        }
+
+
+class BlockDiffusionConfig(_ScheduledConfig):
+    """Masked diffusion block by block, on a causal model. Source: BD3-LM (arXiv 2503.09573)."""
+
+    is_causal: ClassVar[bool] = True
+
+    name: Literal["block_diffusion"] = "block_diffusion"
+    block_length: int = Field(4, ge=1, description="tokens of a block; 1 is autoregressive")
+    exact_mask_counts: bool = Field(
+        False,
+        description="draw how many tokens of a block are masked, each number as often, in place of "
+        "a time; the same bound with less variance",
+    )
+
+    @model_validator(mode="after")
+    def _times_are_used(self) -> "BlockDiffusionConfig":
+        if self.exact_mask_counts:
+            times = ("min_time", "alpha_schedule", "eps", "sigma_min", "sigma_max")
+            self.refuse_ignored(times, "exact_mask_counts true, which draws no times")
+        return self
+
+    def process_fields(self) -> dict[str, Any]:
+        return {
+            "forward_process": "absorbing",
+            "prediction": "loo",
+            "block_length": self.block_length,
+            "attention_mask_mode": "4d",
+            "clean_context": True,
+            **self._schedule_fields(),
+        }
+
+
+class BlockRefinementConfig(_AnyObjectiveConfig):
+    """Blocks of masks filled in by confidence, on a causal model. Source: LLaDA2.0."""
+
+    is_causal: ClassVar[bool] = True
+
+    name: Literal["block_refinement"] = "block_refinement"
+    block_length: int = Field(32, ge=1, description="tokens of a block")
+    prompt_length: int = Field(
+        0, ge=0, description="tokens at the start of each row that are never masked"
+    )
+    attention_mask_mode: Literal["2d", "4d", "auto"] = Field(
+        "2d",
+        description="2d: a position sees up to itself, as in the causal model; 4d: the rest of its "
+        "block too; auto: 4d, which every model that can be trained takes",
+    )
+    clean_context: bool = Field(
+        False,
+        description="earlier blocks are clean, as they are in decoding, for rows of twice the "
+        "length; false: as noisy as they were drawn, as published",
+    )
+
+    def process_fields(self) -> dict[str, Any]:
+        return {
+            "forward_process": "absorbing",
+            "prediction": "loo",
+            "alpha_schedule": "log_linear",
+            "block_length": self.block_length,
+            "prompt_length": self.prompt_length,
+            "attention_mask_mode": "2d" if self.attention_mask_mode == "2d" else "4d",
+            "clean_context": self.clean_context,
+        }
+
+
+class _NoiselessConfig(Section):
+    """Objectives of a model that is no diffusion model: nothing of a process is recorded."""
+
+    is_causal: ClassVar[bool] = True
+
+    def process_fields(self) -> None:
+        return None
+
+
+class AutoregressiveConfig(_NoiselessConfig):
+    """The plain next-token loss of a causal model."""
+
+    name: Literal["ar"] = "ar"
+
+
+class DFlashConfig(_NoiselessConfig):
+    """A draft of `target_model_id` for speculative decoding. Source: DFlash (arXiv 2602.06036)."""
+
+    name: Literal["dflash"] = "dflash"
+    num_anchors: int = Field(
+        64, ge=1, description="blocks drafted per row, behind tokens chosen at random"
+    )
+    decay_gamma: float | None = Field(
+        None,
+        gt=0.0,
+        description="the k-th drafted token weighs exp(-(k - 1) / decay_gamma); by default 7, 5, 4 "
+        "for blocks of 16, 10, 8 and a line between them",
+    )
+    draft_num_layers: int = Field(5, ge=1, description="layers of a new draft")
+    block_size: int = Field(16, ge=2, description="tokens of a new draft's block, its first given")
+    mask_token_id: int | None = Field(
+        None,
+        ge=0,
+        description="id of the target's embedding that stands for what a new draft is to fill in; "
+        "by default the tokenizer's mask token",
+    )
+    use_target_hidden_states: bool = Field(
+        True,
+        description="false: a new draft is told the target's embeddings of the text in their "
+        "place, to measure what they are worth",
+    )
+
+
+NEW_DRAFT_FIELDS = ("draft_num_layers", "block_size", "mask_token_id", "use_target_hidden_states")
+
+ObjectiveConfig = Annotated[
+    MDLMConfig
+    | UDLMConfig
+    | HybridConfig
+    | BlockRefinementConfig
+    | BlockDiffusionConfig
+    | AutoregressiveConfig
+    | DFlashConfig,
+    Field(discriminator="name"),
+    named("mdlm"),
+]

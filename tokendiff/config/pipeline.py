@@ -1,0 +1,151 @@
+"""A whole pipeline file: its sections, its stages, how it runs and where it is recorded."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from tokendiff.config.base import Section, operational
+from tokendiff.config.cluster import ClusterConfig
+from tokendiff.config.evaluate import EvaluateConfig
+from tokendiff.config.generate import GenerateConfig
+from tokendiff.config.preprocess import PreprocessConfig
+from tokendiff.config.promote import PromoteConfig
+from tokendiff.config.train import BUILTIN_MODEL_PREFIX, BUILTIN_MODELS, TrainConfig
+from tokendiff.errors import InputError
+
+
+class StageConfig(Section):
+    """One entry of `stages`; `tokendiff.config.stage_graph` knows which inputs each kind takes."""
+
+    kind: Literal["preprocess", "train", "regenerate", "generate", "evaluate", "promote"] = Field(
+        description="what the stage does"
+    )
+    inputs: dict[str, str] = Field({}, description="role of an input -> the stage that it is")
+    config: dict[str, Any] = Field(
+        {}, description="fields of the kind's section that differ in this stage"
+    )
+    max_retries: int | None = operational(None, ge=0, description="by default the runner's")
+    timeout_s: float | None = operational(None, gt=0.0, description="by default the runner's")
+
+
+class RunnerConfig(Section):
+    """How a pipeline runs its stages. Nothing here changes a result, or is part of a key."""
+
+    max_retries: int = Field(
+        2, ge=0, description="of a stage, after failures that may pass: a lost node, a network"
+    )
+    retry_wait_s: float = Field(10.0, ge=0.0, description="before a retry; doubles each time")
+    timeout_s: float | None = Field(None, gt=0.0, description="seconds that a stage may take")
+    max_parallel: int | None = Field(
+        None,
+        ge=1,
+        description="stages side by side; by default as many as the cluster has room for",
+    )
+
+
+class TrackingConfig(Section):
+    """Where runs are recorded, beside the run's own log."""
+
+    enabled: bool = Field(True, description="MLflow: mirror the log to it")
+    uri: str | None = Field(
+        None,
+        description="MLflow: its store; MLFLOW_TRACKING_URI goes first; by default sqlite in root",
+    )
+    experiment: str = Field("tokendiff", min_length=1, description="MLflow: the experiment")
+
+
+class Config(Section):
+    """A whole pipeline file. Each job reads the sections it needs, so one file serves them all."""
+
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the pipeline's name"
+    )
+    root: str = operational(
+        "output", min_length=1, description="folder or URI that everything is written under"
+    )
+    preprocess: PreprocessConfig = PreprocessConfig()
+    train: TrainConfig = TrainConfig()
+    generate: GenerateConfig | None = GenerateConfig()
+    evaluate: EvaluateConfig | None = EvaluateConfig()
+    promote: PromoteConfig = PromoteConfig()
+    stages: dict[str, StageConfig] = Field(
+        {},
+        description="by name, where preprocess, train, generate, evaluate in a row will not do; "
+        "the sections are then what stages of their kind have in common",
+    )
+    matrix: dict[str, list[Any]] = Field(
+        {}, description="section.field -> values: the pipeline runs for every combination"
+    )
+    runner: RunnerConfig = RunnerConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def tokenizer_name_or_path(self) -> str:
+        """What the tokenizer is, where the preprocess section leaves it open."""
+        if self.preprocess.tokenizer_name_or_path is not None:
+            return self.preprocess.tokenizer_name_or_path
+        model = self.train.target_model_id or self.train.model_name_or_path
+        return "bpe" if model.startswith(BUILTIN_MODEL_PREFIX) else model
+
+    def check_pipeline(self) -> None:
+        """What the sections must agree on where one pipeline uses them all; a job alone need not.
+
+        Raises:
+            InputError: listing all that cannot work, or not as it is set.
+        """
+        problems = [
+            *self.generate_problems(),
+            *self.evaluate_problems(),
+            *self.train_problems(),
+        ]
+        if problems:
+            raise InputError("\n".join(problems))
+
+    def generate_problems(self) -> list[str]:
+        """Why samples cannot be drawn from what these sections train."""
+        max_length = self.preprocess.max_length
+        if self.generate and self.generate.model_id is not None:
+            return ["generate.model_id: samples are drawn from what is trained here; remove it"]
+        if self.generate and (self.generate.seq_len or 0) > max_length:
+            return [
+                f"generate.seq_len {self.generate.seq_len} exceeds preprocess.max_length "
+                f"{max_length}, which the model is trained for; lower it, or raise max_length"
+            ]
+        return []
+
+    def evaluate_problems(self) -> list[str]:
+        """Why nothing can be evaluated on what these sections preprocess."""
+        is_on_heldout = self.evaluate is not None and self.evaluate.split == "heldout"
+        if is_on_heldout and self.preprocess.heldout_fraction == 0.0:
+            return [
+                "evaluate.split 'heldout': preprocess.heldout_fraction 0 keeps no rows for it; "
+                "raise that, or evaluate on split train"
+            ]
+        return []
+
+    def train_problems(self) -> list[str]:
+        """Why nothing can be trained on what these sections preprocess."""
+        problems = []
+        rows, max_length = self.train.rows_per_step, self.preprocess.max_length
+        prompt_length = getattr(self.train.objective, "prompt_length", 0)
+        if prompt_length >= max_length:
+            problems.append(
+                f"train.objective.prompt_length {prompt_length} leaves nothing of rows of "
+                f"{max_length} tokens to train on; lower it, or raise preprocess.max_length"
+            )
+        if self.preprocess.heldout_fraction == 1.0:
+            problems.append("preprocess.heldout_fraction 1.0 leaves nothing to train on; lower it")
+        if rows < self.cluster.num_workers:
+            problems.append(
+                f"cluster.num_workers {self.cluster.num_workers} exceeds the {rows} rows of a "
+                "training step; lower it, or raise train.global_batch_size"
+            )
+        model = self.train.model_name_or_path
+        names = [BUILTIN_MODEL_PREFIX + name for name in BUILTIN_MODELS]
+        if model.startswith(BUILTIN_MODEL_PREFIX) and model not in names:
+            problems.append(
+                f"train.model_name_or_path {model!r}: no such built-in model; "
+                f"there are {', '.join(names)}"
+            )
+        return problems

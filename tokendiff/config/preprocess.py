@@ -1,0 +1,95 @@
+"""The section `preprocess`: where the text comes from, and how it becomes packed rows."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tokendiff.config.base import Section, operational
+
+FILE_FORMATS = ("text", "jsonl", "parquet")
+SAMPLES = "samples"  # the folders that jobs.generate writes
+
+
+class PreprocessConfig(Section):
+    """Text to packed token rows."""
+
+    dataset_name: str = Field(
+        "builtin",
+        min_length=1,
+        description="builtin (CPython's own documentation), text | jsonl | parquet | samples "
+        "(what jobs.generate wrote; all with data_files), or a Hugging Face dataset: a hub name "
+        "or a local folder",
+    )
+    dataset_config_name: str | None = Field(
+        None, description="configuration of a Hugging Face dataset"
+    )
+    dataset_split: str = Field("train", description="split of a Hugging Face dataset")
+    data_files: list[str] = Field(
+        [], description="files or globs for text, jsonl and parquet; folders for samples"
+    )
+    text_column: str = Field("text", min_length=1, description="column that holds the text")
+    sample_by: Literal["line", "document"] = Field(
+        "line", description="what one document is in text files: a line or the whole file"
+    )
+    use_dummy_data: bool = Field(False, description="random tokens in place of a dataset")
+    num_dummy_samples: int = Field(2048, ge=1, description="rows of random tokens")
+    tokenizer_name_or_path: str | None = Field(
+        None,
+        description="bytes, bpe (trained on the corpus), or a transformers name or path; "
+        "by default the model's own, or bpe where the model is a built-in one",
+    )
+    vocab_size: int = Field(2048, ge=300, description="size of the bpe vocabulary")
+    max_length: int = Field(128, ge=2, description="tokens per packed row")
+    heldout_fraction: float = Field(
+        0.05,
+        ge=0.0,
+        le=1.0,
+        description="share of documents, chosen by hash, that is kept for evaluation",
+    )
+    partition_bytes: int = Field(
+        32 << 20, ge=1, description="input bytes packed by one task; also the unit of a shard"
+    )
+    new_since: str | None = Field(
+        None,
+        description="models:/NAME@ALIAS: files that this model was trained on give held-out rows "
+        "only, and its tokenizer is used; while there is no such model, all files are new",
+    )
+    output_dir: str | None = operational(None, description="folder for the shards")
+
+    @model_validator(mode="after")
+    def _files_where_they_belong(self) -> "PreprocessConfig":
+        if self.use_dummy_data:
+            self.refuse_ignored(("dataset_name",), "use_dummy_data")
+        takes_files = self.dataset_name in (*FILE_FORMATS, SAMPLES)
+        if takes_files and not self.data_files:
+            raise ValueError(
+                f"dataset_name {self.dataset_name!r} needs data_files: a list of files or globs"
+            )
+        if self.data_files and not takes_files:
+            raise ValueError(
+                "data_files goes with dataset_name text, jsonl, parquet or samples, not "
+                f"{self.dataset_name!r}"
+            )
+        if self.new_since is not None and self.dataset_name not in FILE_FORMATS:
+            raise ValueError(
+                "new_since tells files apart: it goes with dataset_name text, jsonl or parquet, "
+                f"not {self.dataset_name!r}"
+            )
+        if "num_dummy_samples" in self.model_fields_set and not self.use_dummy_data:
+            raise ValueError("num_dummy_samples goes with use_dummy_data")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> "PreprocessConfig":
+        beside = f"dataset_name {self.dataset_name!r}"
+        if self.dataset_name != "text":
+            self.refuse_ignored(("sample_by",), beside)
+        if self.dataset_name in ("builtin", SAMPLES, *FILE_FORMATS):
+            self.refuse_ignored(("dataset_config_name", "dataset_split"), beside)
+        if self.dataset_name == SAMPLES:
+            self.refuse_ignored(("text_column",), beside)
+        if self.tokenizer_name_or_path not in (None, "bpe"):
+            self.refuse_ignored(
+                ("vocab_size",), f"tokenizer_name_or_path {self.tokenizer_name_or_path!r}"
+            )
+        return self

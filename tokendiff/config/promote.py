@@ -1,0 +1,67 @@
+"""The section `promote`: the gate, and the alias that moves when it is passed."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from tokendiff.config.base import Section
+from tokendiff.config.evaluate import PAIRED_METRICS
+
+
+class GateConfig(Section):
+    """One thing that a candidate must show before it becomes the champion."""
+
+    metric: str = Field(min_length=1, description="a figure of the evaluation, nats_per_token")
+    direction: Literal["lower", "higher"] = Field(description="which is better")
+    margin: float = Field(
+        0.0,
+        description="how much better than the champion at least; below 0: how much worse at most",
+    )
+    min_standard_errors: float = Field(
+        0.0,
+        ge=0.0,
+        description="how many standard errors of the difference, paired by row, it must be better "
+        "than the champion by, besides; of many rows, 2 lets chance pass in one of 44 cases, of 10 "
+        "rows in one of 26, of 2 rows in one of 7; 0 leaves chance out",
+    )
+    limit: float | None = Field(
+        None, description="what it must reach in any case, with a champion or without"
+    )
+
+    @model_validator(mode="after")
+    def _chance_can_be_told(self) -> "GateConfig":
+        if not self.min_standard_errors:
+            return self
+        if self.metric not in PAIRED_METRICS:
+            raise ValueError(
+                f"min_standard_errors: an evaluation keeps no figures by row of {self.metric!r}, "
+                f"only of {', '.join(PAIRED_METRICS)}; remove it, or gate on one of these"
+            )
+        if self.margin < 0.0:
+            raise ValueError(
+                f"margin {self.margin:g} has no effect with min_standard_errors, which asks for "
+                "better; remove either"
+            )
+        return self
+
+    def result_fields(self) -> dict[str, Any]:
+        fields = super().result_fields()
+        if not self.min_standard_errors:  # the gate that it was before there was such a field
+            del fields["min_standard_errors"]
+        return fields
+
+
+class PromoteConfig(Section):
+    """A checkpoint that passes its gate becomes the champion of a registered model."""
+
+    registered_model: str = Field(
+        "tokendiff", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="MLflow: the model's name"
+    )
+    alias: str = Field(
+        "champion", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="MLflow: what is moved"
+    )
+    gate: list[GateConfig] = Field(
+        [GateConfig(metric="nats_per_token", direction="lower")],
+        min_length=1,
+        description="all must hold, against the champion on the same held-out rows",
+    )

@@ -1,0 +1,199 @@
+"""The field `generate.sampler`: one class per sampler, told apart by `name`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tokendiff.config.base import Section, named
+
+
+class _SamplerConfig(Section):
+    """Fields that all samplers have."""
+
+    temperature: float = Field(
+        1.0, ge=0.0, description="of the predicted distribution; 0 is argmax"
+    )
+    top_k: int | None = Field(None, ge=1, description="keep the k likeliest tokens")
+    top_p: float | None = Field(
+        None, gt=0.0, le=1.0, description="keep the likeliest tokens of this total"
+    )
+
+    @model_validator(mode="after")
+    def _filters_are_used(self) -> "_SamplerConfig":
+        if self.temperature == 0.0 and (self.top_k is not None or self.top_p is not None):
+            raise ValueError("top_k and top_p have no effect at temperature 0 (argmax)")
+        return self
+
+
+class _FixedLengthConfig(_SamplerConfig):
+    """Fields that all samplers have that fill rows of one length."""
+
+    guidance_scale: float = Field(
+        1.0,
+        ge=0.0,
+        description="classifier-free guidance towards the prompt; 1 is off, "
+        "others take two forward passes",
+    )
+
+
+class AncestralConfig(_FixedLengthConfig):
+    """Ancestral sampling on a uniform time grid, for every noise process."""
+
+    name: Literal["ancestral"] = "ancestral"
+    num_inference_steps: int = Field(128, ge=1, description="steps of the time grid")
+
+
+class BlockwiseConfig(_FixedLengthConfig):
+    """Ancestral sampling of one block after the other, from left to right."""
+
+    name: Literal["blockwise"] = "blockwise"
+    num_inference_steps: int = Field(64, ge=1, description="steps of the time grid, of each block")
+    block_size: int = Field(32, ge=1, description="tokens of a block")
+
+
+class RemaskingConfig(_FixedLengthConfig):
+    """Revealed tokens may be masked again. Source: ReMDM (arXiv 2503.00307)."""
+
+    name: Literal["remdm"] = "remdm"
+    num_inference_steps: int = Field(128, ge=1, description="steps of the time grid")
+    eta: float = Field(
+        0.02, ge=0.0, le=1.0, description="how much is masked again; 0 is the ancestral sampler"
+    )
+    remasking_schedule: Literal["cap", "rescale"] = Field(
+        "cap", description="sigma is at most eta, or eta times the most that is possible"
+    )
+
+
+class FirstHittingConfig(_FixedLengthConfig):
+    """One token per forward pass, exactly. Source: arXiv 2409.02908."""
+
+    name: Literal["first_hitting"] = "first_hitting"
+
+
+class _OpenEndedConfig(_SamplerConfig):
+    """Fields that all samplers have that continue a prompt until a stop token."""
+
+    stop_token_ids: list[int] = Field(
+        [],
+        description="ids that end a completion, beside the tokenizer's EOS and those of the "
+        "model's generation config",
+    )
+
+
+class AutoregressiveSamplerConfig(_OpenEndedConfig):
+    """Token after token, of any causal language model."""
+
+    name: Literal["ar"] = "ar"
+    max_new_tokens: int = Field(256, ge=1, description="tokens of a completion at most")
+
+
+class DFlashSamplerConfig(AutoregressiveSamplerConfig):
+    """The target's own text, in fewer of its passes. Source: DFlash (arXiv 2602.06036)."""
+
+    name: Literal["dflash"] = "dflash"  # type: ignore[assignment]
+    draft_temperature: float | None = Field(
+        None,
+        ge=0.0,
+        description="of the draft's proposals, by default temperature. Above 0 they are drawn and "
+        "judged by p/q: the text has the target's distribution. 0: its likeliest tokens, and the "
+        "text is that of sampler ar with the same seed, token for token",
+    )
+
+    @model_validator(mode="after")
+    def _proposals_can_be_judged(self) -> "DFlashSamplerConfig":
+        if self.temperature == 0.0:
+            self.refuse_ignored(("draft_temperature",), "temperature 0")
+        return self
+
+
+class SDARSamplerConfig(_OpenEndedConfig):
+    """Block diffusion with a cache of finished blocks. Source: SDAR (arXiv 2510.06303)."""
+
+    name: Literal["sdar"] = "sdar"
+    max_new_tokens: int = Field(256, ge=1, description="tokens of a completion at most")
+    block_length: int | None = Field(
+        None, ge=1, description="tokens of a block; by default as the model was trained, else 4"
+    )
+    denoising_steps: int = Field(4, ge=1, description="steps of a block at most")
+    remasking_strategy: Literal[
+        "sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded"
+    ] = Field("low_confidence_dynamic", description="which tokens of a block a step commits")
+    confidence_threshold: float = Field(
+        0.85, ge=0.0, description="low_confidence_dynamic commits all above this probability"
+    )
+    entropy_threshold: float = Field(
+        0.5, ge=0.0, description="nats; entropy_bounded commits tokens up to this total"
+    )
+
+    @model_validator(mode="after")
+    def _thresholds_are_used(self) -> "SDARSamplerConfig":
+        beside = f"remasking_strategy {self.remasking_strategy!r}"
+        if self.remasking_strategy != "low_confidence_dynamic":
+            self.refuse_ignored(("confidence_threshold",), beside)
+        if self.remasking_strategy != "entropy_bounded":
+            self.refuse_ignored(("entropy_threshold",), beside)
+        return self
+
+
+class BlockRefinementSamplerConfig(_OpenEndedConfig):
+    """Blocks filled in by confidence, and edited. Source: LLaDA2.0 and 2.1."""
+
+    name: Literal["block_refinement"] = "block_refinement"
+    temperature: float = Field(
+        0.0, ge=0.0, description="of the predicted distribution; 0 is argmax"
+    )
+    gen_length: int = Field(256, ge=1, description="tokens of a completion at most")
+    block_length: int | None = Field(
+        None, ge=1, description="tokens of a block; by default as the model was trained, else 32"
+    )
+    num_inference_steps: int = Field(32, ge=1, description="steps that a block is spread over")
+    threshold: float = Field(
+        0.7,
+        ge=0.0,
+        description="a step commits all candidates above this probability; above 1, none for that",
+    )
+    minimal_topk: int = Field(1, ge=1, description="tokens that a step commits at least")
+    editing_threshold: float | None = Field(
+        None,
+        gt=0.0,
+        description="committed tokens are replaced by others above this probability; "
+        "by default they stay",
+    )
+    max_post_steps: int = Field(
+        16, ge=0, description="steps of a block, at most, that only edit, after its last mask"
+    )
+    eos_early_stop: bool = Field(
+        True, description="false: stop tokens end nothing, gen_length tokens are written"
+    )
+    attention_mask_mode: Literal["2d", "4d", "auto"] = Field(
+        "auto",
+        description="2d: a causal model as it is; 4d: a block sees itself whole; auto: as the "
+        "model was trained",
+    )
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> "BlockRefinementSamplerConfig":
+        if self.editing_threshold is None:
+            self.refuse_ignored(("max_post_steps",), "editing_threshold null")
+        if not self.eos_early_stop:
+            self.refuse_ignored(("stop_token_ids",), "eos_early_stop false")
+        if self.minimal_topk > self.gen_length:
+            raise ValueError(
+                f"minimal_topk {self.minimal_topk} must not exceed gen_length {self.gen_length}"
+            )
+        return self
+
+
+# Rows of one length, filled in anywhere; and prompts that are continued until a stop token.
+FixedLengthSamplerConfig = AncestralConfig | BlockwiseConfig | RemaskingConfig | FirstHittingConfig
+OpenEndedSamplerConfig = (
+    AutoregressiveSamplerConfig
+    | BlockRefinementSamplerConfig
+    | SDARSamplerConfig
+    | DFlashSamplerConfig
+)
+SamplerConfig = Annotated[
+    FixedLengthSamplerConfig | OpenEndedSamplerConfig,
+    Field(discriminator="name"),
+    named("ancestral"),
+]

@@ -1,0 +1,171 @@
+"""The section `train`: the model, the objective, and the optimisation."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from tokendiff.config.base import Section, operational
+from tokendiff.config.objectives import NEW_DRAFT_FIELDS, DFlashConfig, MDLMConfig, ObjectiveConfig
+
+BUILTIN_MODEL_PREFIX = "builtin:"
+BUILTIN_MODELS = (
+    *("bert-tiny", "bert-mini", "bert-small", "bert-base"),
+    *("dit-tiny", "dit-mini", "dit-small", "dit-base"),
+    *("qwen3-tiny", "qwen3-mini", "qwen3-small", "qwen3-base"),
+)
+
+
+class TrainConfig(Section):
+    """Packed rows to a checkpoint."""
+
+    model_name_or_path: str = Field(
+        "builtin:bert-mini",
+        min_length=1,
+        description="transformers name or path, a checkpoint of ours, "
+        "or builtin:NAME (a small model, new weights)",
+    )
+    warm_start_from: str | None = Field(
+        None,
+        description="a checkpoint, or models:/NAME@ALIAS, whose weights are gone on from; "
+        "while there is no such model, model_name_or_path",
+    )
+    from_scratch: bool = Field(
+        False, description="take the model's config, but start from new weights"
+    )
+    target_model_id: str | None = Field(
+        None,
+        min_length=1,
+        description="objective dflash: the causal language model that the draft is for",
+    )
+    draft_model_id: str | None = Field(
+        None,
+        min_length=1,
+        description="objective dflash: a draft to go on with; by default a new one",
+    )
+    objective: ObjectiveConfig = Field(MDLMConfig(), description="what is trained")
+    data_path: str | None = operational(None, description="folder that jobs.preprocess wrote")
+    output_dir: str | None = operational(None, description="gets checkpoint-N/ and final/")
+
+    max_train_steps: int = Field(1000, ge=1, description="optimiser steps")
+    per_device_train_batch_size: int = operational(
+        8, ge=1, description="rows in one forward and backward pass of one worker, at most"
+    )
+    gradient_accumulation_steps: int = operational(1, ge=1, description="passes that make one step")
+    global_batch_size: int | None = operational(
+        None,
+        ge=1,
+        description="rows of one optimiser step, shared by all workers; "
+        "by default per_device_train_batch_size * gradient_accumulation_steps, "
+        "however many workers there are",
+    )
+    learning_rate: float = Field(1e-4, gt=0.0, description="peak learning rate of AdamW")
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = Field("cosine", description="a schedule of transformers.get_scheduler")
+    lr_warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.01, ge=0.0, description="AdamW's, on matrices only")
+    adam_beta1: float = Field(0.9, ge=0.0, lt=1.0, description="AdamW's decay of the first moment")
+    adam_beta2: float = Field(
+        0.999, ge=0.0, lt=1.0, description="AdamW's decay of the second moment"
+    )
+    adam_epsilon: float = Field(1e-8, gt=0.0, description="AdamW's denominator offset")
+    max_grad_norm: float = Field(1.0, gt=0.0, description="gradient norm is clipped to this")
+    ema_decay: float = Field(
+        0.0, ge=0.0, lt=1.0, description="moving average of the weights; 0 is off"
+    )
+    dropout: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="above 0, losses are repeatable only for the same number of workers",
+    )
+    lora_rank: int | None = Field(
+        None,
+        ge=1,
+        description="train low-rank adapters of this rank, which final/ holds merged, and leave "
+        "the model's own weights; needs peft (pip install 'tokendiff[lora]')",
+    )
+    lora_alpha: float = Field(
+        16.0, gt=0.0, description="what an adapter adds counts lora_alpha / lora_rank"
+    )
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout in front of the adapters")
+    lora_target_modules: list[str] = Field(
+        [], description="names of the layers that get adapters; by default all but the head"
+    )
+    mixed_precision: Literal["no", "bf16"] = Field(
+        "no", description="bf16 autocast; weights stay fp32"
+    )
+    gradient_checkpointing: bool = operational(
+        False, description="recompute activations, save memory"
+    )
+    compile: bool = operational(False, description="torch.compile the encoder")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="decides initial weights, order of rows and noise"
+    )
+
+    checkpointing_steps: int = operational(500, ge=1, description="steps between checkpoints")
+    checkpoints_total_limit: int = operational(
+        3, ge=1, description="newest checkpoints that are kept"
+    )
+    logging_steps: int = operational(10, ge=1, description="steps between log lines")
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> "TrainConfig":
+        if (
+            self.global_batch_size is not None
+            and "gradient_accumulation_steps" in self.model_fields_set
+        ):
+            raise ValueError(
+                "global_batch_size and gradient_accumulation_steps both set the rows of a step; "
+                "give one"
+            )
+        if self.warm_start_from is not None:
+            self.refuse_ignored(("from_scratch",), "warm_start_from")
+        if self.lr_warmup_steps > self.max_train_steps:
+            raise ValueError(
+                f"lr_warmup_steps {self.lr_warmup_steps} exceeds max_train_steps "
+                f"{self.max_train_steps}"
+            )
+        if self.lr_scheduler == "constant":
+            self.refuse_ignored(
+                ("lr_warmup_steps",), "lr_scheduler 'constant' (but with 'constant_with_warmup')"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _models_are_used(self) -> "TrainConfig":
+        beside = f"objective {self.objective.name!r}"
+        if not isinstance(self.objective, DFlashConfig):
+            self.refuse_ignored(("target_model_id", "draft_model_id"), beside)
+            return self
+        self.refuse_ignored(("model_name_or_path", "warm_start_from", "from_scratch"), beside)
+        if self.draft_model_id is not None:
+            self.objective.refuse_ignored(
+                NEW_DRAFT_FIELDS, f"draft_model_id {self.draft_model_id!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_are_used(self) -> "TrainConfig":
+        if self.lora_rank is None:
+            names = ("lora_alpha", "lora_dropout", "lora_target_modules")
+            self.refuse_ignored(names, "lora_rank null")
+        elif not self.objective.is_causal:
+            raise ValueError(
+                f"lora_rank goes with objectives on causal language models, not with "
+                f"{self.objective.name!r}; leave it out"
+            )
+        return self
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimiser step over all workers: the batch that the loss is a mean over."""
+        if self.global_batch_size is not None:
+            return self.global_batch_size
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def result_fields(self) -> dict[str, Any]:
+        fields = {**super().result_fields(), "rows_per_step": self.rows_per_step}
+        # A run without adapters is the one that it was before there were any.
+        idle = [name for name in fields if name.startswith("lora_") and self.lora_rank is None]
+        return {name: value for name, value in fields.items() if name not in idle}

@@ -1,0 +1,266 @@
+"""What objectives and samplers are given and give back; a model is known here only as what it is
+called by.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from tokendiff.diffusion.attention_masks import MaskRule
+from tokendiff.diffusion.random import RowGenerator
+
+
+class Denoiser(Protocol):
+    """A model in two parts, so that logits are computed only where they are needed."""
+
+    @property
+    def is_time_conditioned(self) -> bool:
+        """Whether `encode` reads the time; what it returns is otherwise good at any time."""
+        ...
+
+    def encode(self, tokens: Tensor, is_valid: Tensor, time: Tensor) -> Tensor:
+        """Hidden states [B, L, D] of noisy tokens [B, L] at times [B] in [0, 1]; positions outside
+        `is_valid` ([B, L]) are not seen.
+        """
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [N, V] of hidden states [N, D], over every id of the vocabulary, the mask
+        included.
+        """
+        ...
+
+
+class CausalDenoiser(Protocol):
+    """A causal language model that is told where each token stands and what it sees.
+
+    Its logits at a position are for the token at that position: nothing is shifted.
+    """
+
+    def encode(self, tokens: Tensor, positions: Tensor, rule: MaskRule) -> Tensor:
+        """Hidden states [B, Q, D] of tokens [B, Q] at positions [B, Q] (counted from 0), each
+        seeing what `rule` says (`tokendiff.diffusion.attention_masks`).
+        """
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [N, V] of hidden states [N, D], over every id of the vocabulary, the mask
+        included.
+        """
+        ...
+
+
+class DraftBesideTarget(Protocol):
+    """A draft that is trained, with the frozen causal language model whose tokens it drafts."""
+
+    def read(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """What the draft is told of each token: [B, L, C], without gradient.
+
+        Args:
+            positions: [B, L], counted from 0 in each document; documents do not see each other.
+        """
+        ...
+
+    def draft(self, tokens: Tensor, context: Tensor, positions: Tensor, rule: MaskRule) -> Tensor:
+        """Hidden states [B, Q, D] of blocks.
+
+        Args:
+            tokens: [B, Q] of the blocks, side by side.
+            context: [B, L, C] from `read`.
+            positions: [B, L + Q] of the context, then of the blocks.
+            rule: what the Q queries see of those L + Q keys.
+        """
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [N, V] of hidden states [N, D], by the target's head, which stays as it is."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """Rows of packed tokens.
+
+    Attributes:
+        tokens: [B, L] int64 clean tokens, padded at the right.
+        is_valid: [B, L] bool; False on padding.
+        document: [B, L] int64, which document of its row a position belongs to, counted from 0; -1
+            on padding. By default a row is one document.
+    """
+
+    tokens: Tensor
+    is_valid: Tensor
+    document: Tensor = field(default=cast(Tensor, None))
+
+    def __post_init__(self) -> None:
+        if self.document is None:
+            object.__setattr__(self, "document", self.is_valid.long() - 1)
+
+    @classmethod
+    def of_rows(cls, tokens: Tensor, lengths: Tensor, is_start: Tensor) -> "TokenBatch":
+        """Rows as shards hold them.
+
+        Args:
+            tokens: [B, L] ids, anything on padding.
+            lengths: [B] where padding begins.
+            is_start: [B, L] bool, where a document begins.
+        """
+        is_valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        document = (is_start.cumsum(1) - 1).masked_fill(~is_valid, -1)
+        return cls(tokens=tokens.long(), is_valid=is_valid, document=document)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """A sum and a count, so that the mean is taken once, over all workers and micro-batches.
+
+    Attributes:
+        loss_sum: scalar, nats, with gradient.
+        num_tokens: scalar count of valid tokens that `loss_sum / num_tokens` is a mean over.
+        metrics: name to (sum, count), scalars without gradient.
+    """
+
+    loss_sum: Tensor
+    num_tokens: Tensor
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    def loss(self, model: Any, batch: TokenBatch, generator: RowGenerator) -> LossOutput:
+        """Draw noise for the rows and take the loss; `model` is of the kind that the objective
+        trains, a `Denoiser` or a `CausalDenoiser`.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Finished sequences.
+
+    Attributes:
+        tokens: [B, L] int64, no mask among them.
+        num_model_calls: [B] int64, forward passes that the row took part in, those for guidance
+            included.
+    """
+
+    tokens: Tensor
+    num_model_calls: Tensor
+
+
+class DecodingCache(Protocol):
+    """Keys and values of rows that have their own lengths.
+
+    What a call encodes is written behind a row's end and is seen by that call alone, until `extend`
+    makes (some of) it stay.
+    """
+
+    @property
+    def lengths(self) -> Tensor:
+        """[R] int64, tokens that are kept per row; not to be written to."""
+        ...
+
+    def extend(self, rows: Tensor, counts: Tensor) -> None:
+        """Keep the first `counts` [n] of the tokens that the last call encoded for `rows` [n]."""
+        ...
+
+    def crop(self, rows: Tensor, lengths: Tensor) -> None:
+        """Cut rows [n] back to at most `lengths` [n] tokens; 0 frees a row for another text."""
+        ...
+
+    def move(self, source: int, target: int) -> None:
+        """Put the row `source` in place of the row `target`."""
+        ...
+
+
+class Decoder(Protocol):
+    """A causal language model that keeps what it has read.
+
+    Hidden states at position i are those of the token at i; whether they are read as logits for i
+    or for i + 1 is the sampler's business.
+    """
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def new_cache(self, num_rows: int) -> DecodingCache: ...
+
+    def encode(
+        self,
+        tokens: Tensor,
+        num_tokens: Tensor,
+        cache: DecodingCache,
+        rows: Tensor,
+        rule: MaskRule,
+    ) -> Tensor:
+        """Hidden states [n, N, D] of new tokens, which stand behind the kept ones of their rows.
+
+        Args:
+            tokens: [n, N] int64.
+            num_tokens: [n] int64, how many of a row's N are there; the others are padding, which
+                nothing sees.
+            rows: [n] int64, the cache's rows that they belong to, each at most once.
+            rule: what a token sees (`tokendiff.diffusion.attention_masks`), q and kv being
+                positions in the row, and b counting the n rows of this call.
+        """
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [n, V] of hidden states [n, D], over every id of the vocabulary."""
+        ...
+
+
+@runtime_checkable
+class DraftedDecoder(Decoder, Protocol):
+    """A decoder with a draft model beside it. The draft reads what `extend` keeps of a row."""
+
+    @property
+    def block_size(self) -> int:
+        """K, tokens of a block, at least 2: the anchor, and those that are drafted."""
+        ...
+
+    def draft(self, anchors: Tensor, cache: DecodingCache, rows: Tensor) -> Tensor:
+        """Hidden states [n, K - 1, D], for `head`, of the tokens behind an anchor ([n] int64) that
+        stands behind what is kept of each of `rows` [n].
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt to continue.
+
+    Attributes:
+        id: with the seed it decides the row's randomness.
+        prompt: token ids, at least one.
+    """
+
+    id: int
+    prompt: tuple[int, ...]
+
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A finished continuation.
+
+    Attributes:
+        tokens: new tokens, the stop token included where there is one.
+        finish_reason: "stop" at a stop token, "length" at the most tokens that were asked for.
+        num_model_calls: forward passes that the row took part in, those of its prompt included.
+        counts: what else a sampler counts, per row; a list is a histogram.
+    """
+
+    id: int
+    tokens: list[int]
+    finish_reason: FinishReason
+    num_model_calls: int
+    counts: dict[str, int | list[int]] = field(default_factory=dict)
+
+
+# Called after each step of a sampler with (time reached, x_t [B, L]); x_t must not be written to.
+StepCallback = Callable[[float, Tensor], None]

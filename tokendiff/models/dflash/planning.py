@@ -1,0 +1,273 @@
+"""Drafts by name, and whether one fits its target: all of it known from the two configs, before a
+weight is read.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tokendiff.artifacts.manifest import local_model
+from tokendiff.errors import InputError
+from tokendiff.models.dflash.model import (
+    EMBEDDING_OUTPUT,
+    DFlashDraftConfig,
+    DFlashDraftModel,
+    is_draft_config,
+    spread_layer_ids,
+)
+from tokendiff.models.opening import check_vocabulary
+
+if TYPE_CHECKING:
+    from tokendiff.config.train import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftPlan:
+    """A draft that fits its target, by their configs alone.
+
+    Attributes:
+        draft: the config of `draft_model_id`, or of a new draft.
+        target: the target's config.
+    """
+
+    draft: DFlashDraftConfig
+    target: Any
+    target_model_id: str
+    draft_model_id: str | None
+
+
+def plan_draft(config: "TrainConfig", *, tokenizer: Any, max_length: int) -> DraftPlan:
+    """What a training run of objective dflash works with; no weight is read.
+
+    Args:
+        tokenizer: the one that made the data.
+        max_length: tokens of a row.
+
+    Raises:
+        InputError: something is missing, or does not fit the target.
+    """
+    objective, name = config.objective, config.target_model_id
+    assert objective.name == "dflash"
+    if name is None:
+        raise InputError(
+            "objective dflash trains a draft for a causal language model: set target_model_id to "
+            "its name or path"
+        )
+    target = open_target_config(name)
+    longest = getattr(target.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and longest < max_length:
+        raise InputError(
+            f"target_model_id {name!r} takes at most {longest} tokens; the rows have {max_length}"
+        )
+    check_vocabulary(name, tokenizer, field="target_model_id")
+    if config.draft_model_id is not None:
+        draft = open_draft_config(config.draft_model_id)
+        check_fit(draft, target, draft_model_id=config.draft_model_id, target_model_id=name)
+    else:
+        mask = objective.mask_token_id
+        mask = tokenizer.mask_token_id if mask is None else mask
+        if mask is None:
+            raise InputError(
+                "the tokenizer has no mask token; set mask_token_id to an id of target_model_id "
+                f"{name!r} that no text has"
+            )
+        # Without the target's hidden states a draft has as many copies of its embeddings: the same
+        # size, and opened by everything that opens drafts.
+        count = objective.draft_num_layers
+        ids = None if objective.use_target_hidden_states else [EMBEDDING_OUTPUT] * count
+        draft = new_draft_config(
+            target,
+            target_model_id=name,
+            num_layers=count,
+            block_size=objective.block_size,
+            mask_token_id=mask,
+            target_layer_ids=ids,
+        )
+    if draft.block_size is not None and draft.block_size > max_length:
+        raise InputError(
+            f"a block of {draft.block_size} tokens does not fit rows of {max_length}; lower "
+            "block_size, or preprocess with a larger max_length"
+        )
+    return DraftPlan(
+        draft=draft, target=target, target_model_id=name, draft_model_id=config.draft_model_id
+    )
+
+
+def open_draft_config(draft_model_id: str) -> DFlashDraftConfig:
+    """The config of a published draft, or of one of ours.
+
+    Raises:
+        InputError: there is none, it is no DFlash draft, or one that this version cannot run.
+    """
+    from transformers import AutoConfig
+
+    try:
+        folder = local_model(draft_model_id)
+        plain = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if not is_draft_config(plain):
+            raise InputError(
+                f"draft_model_id {draft_model_id!r} is no DFlash draft (its config.json has "
+                f"architectures {plain.architectures}, not DFlashDraftModel)"
+            )
+        return DFlashDraftConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"draft_model_id {draft_model_id!r} cannot be opened ({_first_line(error)})"
+        ) from error
+
+
+def open_target_config(target_model_id: str) -> Any:
+    """The config of a causal language model of transformers.
+
+    Raises:
+        InputError: there is none, or it is not a causal language model.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        AutoConfig,
+    )
+
+    try:
+        config = AutoConfig.from_pretrained(local_model(target_model_id), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"target_model_id {target_model_id!r} cannot be opened ({_first_line(error)}); "
+            "give a folder with a config.json, or a hub name"
+        ) from error
+    if is_draft_config(config):
+        raise InputError(
+            f"target_model_id {target_model_id!r} is a DFlash draft; give the model it drafts for"
+        )
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and getattr(config, "is_causal", True)
+    # BERT and its kind are in both mappings.
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    if not is_causal or (is_encoder and not getattr(config, "is_decoder", False)):
+        raise InputError(
+            f"target_model_id {target_model_id!r} is of type {config.model_type!r}, not a causal "
+            "language model; a target gives the next token"
+        )
+    return config
+
+
+def check_fit(
+    draft: DFlashDraftConfig, target: Any, *, draft_model_id: str, target_model_id: str
+) -> None:
+    """Raise InputError, naming all that does not fit, where a draft is not one of the target."""
+    text = target.get_text_config()
+    layers = text.num_hidden_layers
+    problems = []
+    if draft.hidden_size != text.hidden_size:
+        problems.append(f"hidden_size {draft.hidden_size}, the target {text.hidden_size}")
+    if draft.vocab_size != text.vocab_size:
+        problems.append(f"vocab_size {draft.vocab_size}, the target {text.vocab_size}")
+    if draft.num_target_layers not in (None, layers):
+        problems.append(f"num_target_layers {draft.num_target_layers}, the target has {layers}")
+    elif max(draft.target_layer_ids) >= layers:
+        problems.append(
+            f"target_layer_ids {draft.target_layer_ids}, the target has layers 0..{layers - 1}"
+        )
+    if problems:
+        raise InputError(
+            f"draft_model_id {draft_model_id!r} is not a draft of target_model_id "
+            f"{target_model_id!r}: the draft has {'; '.join(problems)}"
+        )
+
+
+def new_draft_config(
+    target: Any,
+    *,
+    target_model_id: str,
+    num_layers: int,
+    block_size: int,
+    mask_token_id: int,
+    target_layer_ids: list[int] | None = None,
+) -> DFlashDraftConfig:
+    """The config of a new draft: layers as wide as the target's, and as many hidden states of it as
+    the draft has layers, which is how the published drafts are built.
+
+    Raises:
+        InputError: the target has too few layers, or cannot embed the mask.
+    """
+    text = target.get_text_config()
+    try:
+        ids = target_layer_ids or spread_layer_ids(text.num_hidden_layers, num_layers)
+    except ValueError as error:
+        raise InputError(
+            f"draft_num_layers {num_layers} and target_model_id {target_model_id!r}: {error}"
+        ) from error
+    if not 0 <= mask_token_id < text.vocab_size:
+        raise InputError(
+            f"the mask token has id {mask_token_id}, but target_model_id {target_model_id!r} is "
+            f"frozen and has {text.vocab_size} embeddings; set mask_token_id to one of its ids "
+            "that no text has"
+        )
+    heads = text.num_attention_heads
+    fields: dict[str, Any] = {
+        "architectures": ["DFlashDraftModel"],
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        "max_position_embeddings": text.max_position_embeddings,
+        "num_hidden_layers": num_layers,
+        "num_target_layers": text.num_hidden_layers,
+        "block_size": block_size,
+        "dflash_config": {"target_layer_ids": ids, "mask_token_id": mask_token_id},
+    }
+    rope = getattr(text, "rope_parameters", None)
+    optional = {
+        "rope_parameters": rope if isinstance(rope, dict) and "rope_type" in rope else None,
+        "rms_norm_eps": getattr(text, "rms_norm_eps", None),
+        "initializer_range": getattr(text, "initializer_range", None),
+        **{name: getattr(text, name, None) for name in ("pad_token_id", "bos_token_id")},
+        "eos_token_id": getattr(text, "eos_token_id", None),
+    }
+    fields |= {name: value for name, value in optional.items() if value is not None}
+    try:
+        return DFlashDraftConfig(**fields)
+    except ValueError as error:
+        raise InputError(f"a draft for {target_model_id!r}: {_first_line(error)}") from error
+
+
+def load_draft(draft_model_id: str, *, dtype: torch.dtype = torch.float32) -> DFlashDraftModel:
+    """A draft on the CPU, in eval mode.
+
+    Raises:
+        InputError: it cannot be opened, or its weights are not those that its config speaks of.
+    """
+    from safetensors import SafetensorError
+
+    config = open_draft_config(draft_model_id)
+    folder = local_model(draft_model_id)
+    if Path(folder).is_dir() and not any(Path(folder).glob("*.safetensors")):
+        raise InputError(f"draft_model_id {draft_model_id}: a config but no weights")
+    try:
+        model, info = DFlashDraftModel.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"draft_model_id {draft_model_id!r}: weights cannot be read ({_first_line(error)})"
+        ) from error
+    wrong = [
+        f"{kind.replace('_keys', '')} {sorted(map(str, info[kind]))[:3]}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[kind]
+    ]
+    if wrong:
+        raise InputError(
+            f"draft_model_id {draft_model_id!r}: its weights are not those of its config: "
+            f"{'; '.join(wrong)}"
+        )
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
