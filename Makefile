@@ -65,4 +65,4 @@ lock:  ## resolve pyproject.toml anew in a new .venv, and write requirements.loc
 
 clean:  ## remove .venv and caches; output/ is yours and stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist tokendiff.egg-info
-	find jobs pipelines tests tokendiff -name __pycache__ -type d -prune -exec rm -rf {} +
+	find benchmarks jobs pipelines tests tokendiff -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,9 @@
+"""What a person submits, one file per command: parse, validate, call, report. Read `train` first.
+
+For other rooms:
+    preprocess train generate evaluate pipeline
+                      python -m jobs.NAME
+
+Of this room alone:
+    cli               a config, overrides, a flag for every field, exit codes
+"""

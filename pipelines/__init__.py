@@ -1,0 +1,20 @@
+"""Pipelines: which stages there are, what will run and why, and running it. Read `stage` first.
+
+For other rooms:
+    builders          the stages of each kind, made from a config
+    runner            running a pipeline, or the stages of one job
+    schedule          what will run, and why
+    promotion         the gate, and the champion
+    registered        models:/NAME@ALIAS in the place of a path
+    record            what a run leaves behind: result.json
+    tables            what is printed of all this
+    paths             where output goes when a path is relative
+
+Of this room alone:
+    stage             what a stage is
+    graph             how the stages of a file hang together
+    execution         running one stage
+    attempts          trying again, and stopping what takes too long
+    lock              one run at a time
+    comparison        the table of a matrix
+"""

@@ -19,21 +19,17 @@ SOURCES = sorted(
 )
 
 # Every room has its floor; a new one is placed here deliberately. A room may import the floors
-# below its own, and others on its own floor unless that is in PEERS_APART.
+# below its own, and of its own floor what stands left of it unless that floor is in PEERS_APART.
 FLOORS = {
-    0: {"errors", "secrets"},
-    1: {"schedules", "kernels", "attention_masks", "random", "interfaces"},
-    2: {"objectives", "samplers"},
-    3: {
-        "models", "data", "checkpoint", "training", "evaluation",
-        "config", "config_loader", "stage_graph", "strict_yaml", "manifest",
-        "storage",
-    },
-    4: {"cluster", "tracking"},
-    5: {"jobs", "pipelines"},
-}  # fmt: skip
+    0: ["errors", "secrets"],
+    1: ["diffusion"],
+    2: ["objectives", "samplers"],
+    3: ["config", "artifacts", "data", "models", "evaluation", "training", "verification"],
+    4: ["cluster", "tracking"],
+    5: ["pipelines", "jobs"],
+}
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
-PEERS_APART = {2, 4}
+PEERS_APART = {0, 2, 4}
 COMPUTED_NAME = "<computed name>"  # an import path that the source does not spell out
 
 # Libraries beside the standard one: all that a floor may import, or what a room never may.
@@ -94,9 +90,12 @@ def objection(room: str | None, dotted: str) -> str | None:
     if target is not None:
         if target not in FLOOR_OF:
             return f"{target} stands on no floor"
-        above = FLOOR_OF[target] - floor
-        if above > 0 or (above == 0 and target != room and floor in PEERS_APART):
+        if FLOOR_OF[target] > floor:
             return f"{target} is on floor {FLOOR_OF[target]}"
+        if FLOOR_OF[target] == floor and room is not None and target != room:
+            peers = FLOORS[floor]
+            if floor in PEERS_APART or peers.index(target) > peers.index(room):
+                return f"{target} is on floor {floor} too, and not left of {room}"
     elif top not in {*sys.stdlib_module_names, "tokendiff"}:
         if top in NEVER_LIBRARIES.get(room or "", ()):
             return f"never {top}"
@@ -148,14 +147,16 @@ def test_every_import_keeps_its_floor() -> None:
         (
             "tokendiff/objectives/mdlm.py",
             "from tokendiff import samplers",
-            "samplers is on floor 2",
+            "samplers is on floor 2 too",
         ),
         (
             "tokendiff/samplers/a.py",
             "from ..objectives.mdlm import MDLM",
-            "objectives is on floor 2",
+            "objectives is on floor 2 too",
         ),
-        ("tokendiff/samplers/a.py", "from tokendiff import manifest", "manifest is on floor 3"),
+        ("tokendiff/samplers/a.py", "from tokendiff import artifacts", "artifacts is on floor 3"),
+        ("tokendiff/data/a.py", "from tokendiff.models import b", "and not left of data"),
+        ("pipelines/a.py", "from jobs import cli", "and not left of pipelines"),
         ("tokendiff/training/run.py", "def f():\n    import ray.train", "run.py:2: training may"),
         ("tokendiff/data/rows.py", "import os, mlflow", "never mlflow"),
         (
@@ -193,7 +194,7 @@ def test_violation_is_caught(path: str, source: str, wanted: str) -> None:
         ),
         (
             "tokendiff/models/a.py",
-            "import transformers\nfrom tokendiff import __version__, kernels",
+            "import transformers\nfrom tokendiff import __version__, artifacts",
         ),
         ("tokendiff/cluster/a.py", "import ray, torch\nfrom ..training import run"),
         ("jobs/pipeline.py", "import mlflow, ray\nfrom pipelines import runner\nimport tokendiff"),
@@ -205,12 +206,15 @@ def test_permitted_import_passes(path: str, source: str) -> None:
 
 def test_contributing_shows_the_same_floors() -> None:
     rows = re.findall(r"^\| (\d) \|([^|]*)\|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
-    shown = {int(floor): set(re.findall(r"`(\w+)`", rooms)) for floor, rooms in rows}
+    shown = {int(floor): re.findall(r"`(\w+)`", rooms) for floor, rooms in rows}
     assert shown == FLOORS
 
 
 # Rooms that a training box without these libraries must be able to open, and what they lack there.
-PORTABLE = ("objectives", "samplers", "models", "training", "checkpoint", "data.order", "data.rows")
+PORTABLE = (
+    *("diffusion", "objectives", "samplers", "artifacts", "models", "training"),
+    *("data.order", "data.rows"),
+)
 ABSENT = ("pydantic", "datasets", "ray", "mlflow")
 IMPORT_ALL = """
 import importlib, json, sys, traceback
@@ -281,3 +285,42 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
     assert done.returncode == 0, done.stderr
     return done
+
+
+# The docstring of a room is its map: lines that begin with four spaces and a name list
+# modules, and those under "Of this room alone:" are not for others.
+MAPS = {
+    path.parent.relative_to(ROOT): ast.get_docstring(ast.parse(path.read_text()), clean=False) or ""
+    for path in SOURCES
+    if path.name == "__init__.py" and path.parent != ROOT / "tokendiff"
+}
+
+
+def modules_in(map_text: str) -> list[str]:
+    lines = re.findall(r"^ {4}(\S.*?)(?: {2}.*)?$", map_text, re.MULTILINE)
+    return [name for line in lines for name in line.split()]
+
+
+@pytest.mark.parametrize("room", MAPS, ids=str)
+def test_a_room_is_mapped(room: Path) -> None:
+    files = {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__"}
+    rooms = {path.parent.name for path in (ROOT / room).glob("*/__init__.py")}
+    assert sorted(modules_in(MAPS[room])) == sorted(files | rooms)
+    assert re.findall(r"Read `(\w+)`", MAPS[room])[0] in files
+
+
+def test_rooms_import_what_maps_show() -> None:
+    private = {
+        ".".join([*room.parts, name]): room
+        for room, text in MAPS.items()
+        for name in modules_in(text.partition("Of this room alone:")[2])
+    }
+    assert private
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {dotted} is of its room alone"
+        for path in SOURCES
+        for line, dotted in imports(path.relative_to(ROOT), path.read_text(encoding="utf-8"))
+        for module, room in private.items()
+        if f"{dotted}.".startswith(f"{module}.") and not path.is_relative_to(ROOT / room)
+    ]
+    assert not found, "\n".join(found)

@@ -1,0 +1,9 @@
+"""The mathematics, with torch alone. Read `kernels` first: the rest serves it.
+
+For other rooms:
+    schedules         alpha(t) and its derivative
+    kernels           forward processes: corruption, reverse step, bound
+    attention_masks   which position sees which
+    random            noise that belongs to a row, whatever batch or worker it is in
+    interfaces        the protocols by which objectives and samplers call models
+"""

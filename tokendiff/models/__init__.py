@@ -1,0 +1,19 @@
+"""transformers models as denoisers and decoders. Read `opening` first, then `denoiser`.
+
+For other rooms:
+    opening           a denoiser by name
+    checkpoints       a checkpoint of ours, with its averaged weights
+    sampling          a checkpoint with its sampler, for rows of one length
+    completion        a causal model with its sampler, for prompts that are continued
+    causal            a causal model that decodes with a cache
+    denoiser          a model in two parts, encoder and head
+    adapters          low-rank adapters
+    ragged_cache      keys and values of rows with their own lengths
+    dflash            the draft: a room of its own
+
+Of this room alone:
+    causal_denoiser   a causal model under explicit masks and positions
+    tiled_attention   attention that computes only what a mask leaves
+    diffusion_transformer
+                      our own small architecture, which is told the time
+"""

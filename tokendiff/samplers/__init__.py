@@ -1,0 +1,17 @@
+"""Samplers. Read `ancestral` first for rows of one length, `sdar` for completions.
+
+For other rooms:
+    ancestral blockwise remasking first_hitting
+                      of one length, a sampler each
+    autoregressive block_refinement sdar dflash
+                      continue prompts, a sampler each
+    base open_ended   what the samplers of each kind share
+    batch             prompts of several lengths, laid out for a sampler of one length
+
+Of this room alone:
+    block_decoding    blocks behind a cache, which `sdar` and `block_refinement` share
+    commit_rules      which candidates a step commits
+    acceptance        which drafted tokens a target accepts
+    categorical       exact draws and filters
+    slots             rows in flight, for continuous batching
+"""

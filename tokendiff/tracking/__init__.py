@@ -1,0 +1,15 @@
+"""The run's own log, and its mirror in MLflow. Read `run_log` first.
+
+For other rooms:
+    run_log           log.jsonl, the truth of a run
+    progress          what a person sees of it while the run goes on
+    mlflow_mirror     the log in MLflow: a parent run, a child for each stage
+    mlflow_store mlflow_outbox
+                      where the store is; what it has yet to get
+    registry          registered models and their aliases
+
+Of this room alone:
+    mlflow_delivery mlflow_entities system_metrics
+                      bringing outboxes to MLflow; what it stores; the machine's load
+    served_model      a registered model as MLflow serves it
+"""

@@ -1,0 +1,11 @@
+"""A training run in one process or many, without Ray. Read `trainer` first, then `run`.
+
+For other rooms:
+    run               from config and data to `checkpoint-N/` and `final/`
+    trainer           the loop
+    world             the workers of a run, seen from one of them
+
+Of this room alone:
+    optimizer ema     AdamW with its schedule; averaged weights
+    heldout           what the run says of rows that it does not learn from
+"""

@@ -1,0 +1,8 @@
+"""The DFlash draft (arXiv 2602.06036). Read `model` first.
+
+For other rooms:
+    model             the draft's config and layers, which transformers opens
+    planning          drafts by name, and whether one fits its target
+    trainee           a draft beside its frozen target, in training
+    decoder           a target with its draft, in decoding
+"""
