@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.oracles import chi_square, entropy, leave_one_out, toy_language
 from tokendiff.diffusion.kernels import (
     LEAST_TIME,
     AbsorbingKernel,
@@ -23,6 +22,7 @@ from tokendiff.diffusion.schedules import (
     NoiseSchedule,
     make_schedule,
 )
+from tokendiff.verification.oracles import chi_square, entropy, leave_one_out, toy_language
 
 V, L, MASK = 4, 3, 2
 SCHEDULES: list[NoiseSchedule] = [LogLinear(), Linear(), Cosine(), Geometric()]

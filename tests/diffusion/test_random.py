@@ -1,8 +1,8 @@
 import numpy as np
 import torch
 
-from tests.oracles import chi_square
 from tokendiff.diffusion.random import RowGenerator, key_from, mix, permutation, strata_of
+from tokendiff.verification.oracles import chi_square
 
 
 def split_mix_64(seed: int, count: int) -> list[int]:

@@ -8,11 +8,17 @@ import pytest
 import torch
 
 from tests.builders import PairDenoiser, TableDenoiser
-from tests.oracles import conditional, entropy, least_bound, order_mean_nll, toy_language
 from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.diffusion.schedules import Cosine, Linear, LogLinear
 from tokendiff.evaluation.bound import row_bounds, summarize
+from tokendiff.verification.oracles import (
+    conditional,
+    entropy,
+    least_bound,
+    order_mean_nll,
+    toy_language,
+)
 
 V, L, MASK = 4, 3, 2
 

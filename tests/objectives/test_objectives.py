@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional
 
 from tests.builders import PairDenoiser, TableDenoiser
-from tests.oracles import entropy, toy_language
 from tokendiff.diffusion.interfaces import TokenBatch
 from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
 from tokendiff.diffusion.random import RowGenerator, key_from, strata_of
@@ -27,6 +26,7 @@ from tokendiff.objectives.chunked import (
 )
 from tokendiff.objectives.mdlm import MDLM
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion, nelbo_bracket
+from tokendiff.verification.oracles import entropy, toy_language
 
 V, L, MASK = 4, 3, 2
 SCHEDULES: list[NoiseSchedule] = [LogLinear(), Linear(), Cosine(), Geometric()]

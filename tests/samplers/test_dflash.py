@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from tests.builders import tiny_causal
-from tests.oracles import chi_square
 from tokendiff.diffusion.attention_masks import MaskRule, causal_by_position
 from tokendiff.diffusion.interfaces import Completion, Decoder, DecodingCache, Request
 from tokendiff.models.causal import CausalModel
@@ -26,6 +25,7 @@ from tokendiff.samplers.autoregressive import AutoregressiveSampler
 from tokendiff.samplers.categorical import draw
 from tokendiff.samplers.dflash import GAINS, DFlashSampler
 from tokendiff.samplers.open_ended import OpenEndedSampler
+from tokendiff.verification.oracles import chi_square
 
 # The target over three tokens, given the last two; eighths, so that every threshold that a uniform
 # number is compared with is a multiple of 1/120, and midpoints of that grid integrate exactly.

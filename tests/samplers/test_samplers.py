@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from tests.builders import ExactDenoiser, TableDenoiser
-from tests.oracles import chi_square, conditional, total_variation, toy_language
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.config.samplers import (
     AncestralConfig,
@@ -34,6 +33,7 @@ from tokendiff.samplers.blockwise import BlockwiseSampler
 from tokendiff.samplers.categorical import draw, filter_logits
 from tokendiff.samplers.first_hitting import FirstHittingSampler
 from tokendiff.samplers.remasking import RemaskingSampler
+from tokendiff.verification.oracles import chi_square, conditional, total_variation, toy_language
 
 V, L, MASK = 4, 3, 2
 ABSORBING = AbsorbingKernel(schedule=Cosine(), mask_token_id=MASK)
