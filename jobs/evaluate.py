@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(
             "--checkpoint_path is missing: a checkpoint-N or final folder of jobs.train"
         )
-    from pipelines.builders import evaluate_stage
+    from pipelines.builders import evaluate_stage, in_own_folder
     from pipelines.paths import input_path
     from pipelines.registered import checkpoint_folder
     from pipelines.runner import run_job
@@ -40,13 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tokendiff.artifacts.manifest import fetch
     from tokendiff.verification.certificate import failure, read_certificate
 
+    checkpoint = checkpoint_folder(config.checkpoint_path, args.config)
+    data = config.data_path and input_path(config.data_path, what="data_path")
+    samples = config.samples_path and input_path(config.samples_path, what="samples_path")
     stage = evaluate_stage(
         args.config,
         folder=config.output_dir or "evaluate-output",
-        checkpoint_path=checkpoint_folder(config.checkpoint_path, args.config),
-        data_path=config.data_path and input_path(config.data_path, what="data_path"),
-        samples_path=config.samples_path and input_path(config.samples_path, what="samples_path"),
+        checkpoint_path=checkpoint,
+        data_path=data,
+        samples_path=samples,
     )
+    if config.output_dir is None:
+        stage = in_own_folder(stage, checkpoint, data, samples)
     result = run_job([stage], args.config)
     checks = read_certificate(fetch(stage.output))
     if checks and not args.json:

@@ -38,18 +38,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             "samplers that continue prompts, --model_id: a causal language model; or, for sampler "
             "dflash, --target_model_id and --draft_model_id"
         )
-    from pipelines.builders import generate_stage
+    from pipelines.builders import generate_stage, in_own_folder
     from pipelines.registered import checkpoint_folder, with_models
     from pipelines.runner import run_job
     from pipelines.tables import printable
     from tokendiff.data.samples import first_records
 
+    checkpoint = config.checkpoint_path and checkpoint_folder(config.checkpoint_path, args.config)
     stage = generate_stage(
         with_models(args.config, ("generate",)),
         folder=config.output_dir or "generate-output",
-        checkpoint_path=config.checkpoint_path
-        and checkpoint_folder(config.checkpoint_path, args.config),
+        checkpoint_path=checkpoint,
     )
+    if config.output_dir is None:
+        stage = in_own_folder(stage, checkpoint)
     result = run_job([stage], args.config)
     if not args.json:
         for record in first_records(stage.output, 4):

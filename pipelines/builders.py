@@ -7,12 +7,13 @@ stage's key already.
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipelines.paths import model_path, output_path
 from pipelines.stage import Stage
-from tokendiff.artifacts.checkpoint import FINAL, find_checkpoint
+from tokendiff.artifacts.checkpoint import FINAL, locate_checkpoint
 from tokendiff.artifacts.locations import Location, location
 from tokendiff.artifacts.manifest import (
     MANIFEST_NAME,
@@ -220,6 +221,24 @@ def promote_stage(
     return _stage("promote", settings, folder, action, result, **{"needs_ray": False, **kwargs})
 
 
+def in_own_folder(
+    stage: Stage, checkpoint_path: str | None, *others: str | Location | None
+) -> Stage:
+    """The stage in a folder below its own that its key names, so that commands that leave
+    output_dir out do not meet in one; the same command finds its folder again.
+
+    Args:
+        others: paths of what it reads besides the checkpoint and what its settings hold.
+    """
+    checkpoint = checkpoint_path and str(locate_checkpoint(checkpoint_path))
+    names = [None if path is None else str(path) for path in (checkpoint, *others)]
+    return replace(
+        stage,
+        is_keyed=True,
+        settings={**stage.settings, "paths": names, "made_from": identity_of(*names)},
+    )
+
+
 def _stage(
     kind: str,
     settings: dict[str, Any],
@@ -235,7 +254,7 @@ def _stage(
 
 def _training_log(checkpoint_path: str) -> list[dict[str, Any]]:
     """The metrics of the run that made a checkpoint; none where there is no log beside it."""
-    return _metrics_in(find_checkpoint(checkpoint_path).parent / RECORD_FOLDER / LOG_NAME)
+    return _metrics_in(locate_checkpoint(checkpoint_path).parent / RECORD_FOLDER / LOG_NAME)
 
 
 def _metrics_in(path: Location) -> list[dict[str, Any]]:

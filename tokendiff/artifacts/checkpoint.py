@@ -147,6 +147,22 @@ def find_checkpoint(checkpoint_path: str | Location) -> Location:
 
     A local one is verified, a remote one when it is copied.
     """
+    folder = locate_checkpoint(checkpoint_path)
+    if isinstance(folder, Path) and is_foreign(folder):
+        return folder
+    if isinstance(folder, Path):
+        verify(folder, kind=KIND)
+    else:
+        load_manifest(folder, kind=KIND)
+    return folder
+
+
+def locate_checkpoint(checkpoint_path: str | Location) -> Location:
+    """What `find_checkpoint` finds, of which nothing is verified.
+
+    Raises:
+        InputError: nothing is there.
+    """
     folder = location(checkpoint_path)
     if isinstance(folder, Path):
         folder = folder.resolve()
@@ -164,10 +180,6 @@ def find_checkpoint(checkpoint_path: str | Location) -> Location:
                 "MANIFEST.json)"
             )
         folder = inner[-1]
-    if isinstance(folder, Path):
-        verify(folder, kind=KIND)
-    else:
-        load_manifest(folder, kind=KIND)
     return folder
 
 

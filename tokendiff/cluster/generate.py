@@ -195,6 +195,9 @@ def generate(
         manifest = load_manifest(output_dir, kind=KIND)
         _check_identity(manifest.metadata["identity"], identity, output_dir)
         return manifest
+    if isinstance(check, PromptCheck):
+        for note in check.notes:
+            on_event("warning", message=note)
     mark = _claim(output_dir, identity)
     parts = _Parts(index.num_rows, config)
     totals = _Totals(parts, config.max_errors, output_dir, on_event)

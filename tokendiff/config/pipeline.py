@@ -107,10 +107,15 @@ class Config(Section):
         max_length = self.preprocess.max_length
         if self.generate and self.generate.model_id is not None:
             return ["generate.model_id: samples are drawn from what is trained here; remove it"]
-        if self.generate and (self.generate.seq_len or 0) > max_length:
+        # Of other models only their own config tells, which is read when samples are drawn.
+        is_made_so_long = self.train.model_name_or_path.startswith(
+            tuple(f"{BUILTIN_MODEL_PREFIX}{family}-" for family in ("bert", "dit"))
+        )
+        if self.generate and is_made_so_long and (self.generate.seq_len or 0) > max_length:
             return [
                 f"generate.seq_len {self.generate.seq_len} exceeds preprocess.max_length "
-                f"{max_length}, which the model is trained for; lower it, or raise max_length"
+                f"{max_length}: {self.train.model_name_or_path} has positions for no more; lower "
+                "it, or raise max_length"
             ]
         return []
 

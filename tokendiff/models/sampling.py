@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from tokendiff.artifacts.noise_process import NoiseProcess
+from tokendiff.artifacts.noise_process import NoiseProcess, longest_row
 from tokendiff.data.prompts import GenerationRow, PromptEncoder, prompt_text
 from tokendiff.diffusion.interfaces import StepCallback
 from tokendiff.diffusion.random import RowGenerator, key_from
@@ -88,10 +88,15 @@ def check_sampler(
 
 @dataclass(frozen=True, kw_only=True)
 class PromptCheck:
-    """What of a row can be known without a model's weights."""
+    """What of a row can be known without a model's weights.
+
+    Attributes:
+        notes: what a person should know before samples are drawn.
+    """
 
     seq_len: int
     encoder: PromptEncoder
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, checkpoint: Path, config: "GenerateConfig") -> "PromptCheck":
@@ -101,14 +106,20 @@ class PromptCheck:
             InputError: process, sampler and lengths do not go together.
         """
         process = NoiseProcess.load(checkpoint)
-        seq_len = config.seq_len or process.max_length
-        if seq_len > process.max_length:
+        seq_len, longest = config.seq_len or process.max_length, longest_row(checkpoint)
+        if longest is not None and seq_len > longest:
             raise InputError(
-                f"seq_len {seq_len}: the checkpoint was trained on rows of {process.max_length} "
-                "tokens and knows no longer ones"
+                f"seq_len {seq_len}: the model has positions for {longest} tokens; lower seq_len"
             )
         check_sampler(_fixed_length(config), process, seq_len=seq_len)
-        return cls(seq_len=seq_len, encoder=prompt_encoder(load_tokenizer(checkpoint), config))
+        notes: tuple[str, ...] = ()
+        if seq_len > process.max_length:
+            notes = (
+                f"seq_len {seq_len} is longer than the {process.max_length} tokens of the rows "
+                "that the checkpoint was trained on; text behind them may be worse",
+            )
+        encoder = prompt_encoder(load_tokenizer(checkpoint), config)
+        return cls(seq_len=seq_len, encoder=encoder, notes=notes)
 
     def request(self, row: GenerationRow) -> list[int]:
         """Token ids of the row's prompt.
