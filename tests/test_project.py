@@ -46,7 +46,7 @@ def repository_files() -> list[Path]:
 
 
 def libraries_imported_by(paths: Iterable[Path]) -> set[str]:
-    ours = {"tokendiff", "tests", *FLOORS[5], *sys.stdlib_module_names}
+    ours = {"tokendiff", "tests", "benchmarks", *FLOORS[5], *sys.stdlib_module_names}
     found = {
         name.split(".")[0]
         for path in paths
@@ -70,8 +70,9 @@ def test_declared_dependencies_are_those_imported() -> None:
     assert [name for name, modules in declared.items() if not modules & imported] == []
 
 
-def test_tests_import_declared_dependencies() -> None:
-    imported = libraries_imported_by((ROOT / "tests").rglob("*.py"))
+def test_tests_and_benchmarks_import_declared_dependencies() -> None:
+    files = [path for top in ("tests", "benchmarks") for path in (ROOT / top).rglob("*.py")]
+    imported = libraries_imported_by(files)
     optional = {"diffusers"}  # what is held against it is left out where it is not installed
     declared = modules_of([*DECLARED, *OPTIONAL, *DEVELOPMENT])
     assert imported - optional <= set().union(*declared.values())

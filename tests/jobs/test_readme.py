@@ -1,0 +1,195 @@
+"""The commands of README, one behind the other as they are written, and those of the published
+examples that README does not have, in our spelling. Models and text of the hub are folders made
+here, and training ends after a few steps; nothing else is changed.
+"""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import evaluate, generate, pipeline, preprocess, train
+from tests import ROOT
+from tests.builders import tiny_causal
+from tokendiff.artifacts.locations import RemotePath, files_under, upload
+from tokendiff.models.dflash.model import DFlashDraftModel
+from tokendiff.models.dflash.planning import new_draft_config
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+MAIN = {
+    "jobs.evaluate": evaluate.main,
+    "jobs.generate": generate.main,
+    "jobs.pipeline": pipeline.main,
+    "jobs.preprocess": preprocess.main,
+    "jobs.train": train.main,
+}
+# What the README of the published examples does besides. Its run on random tokens replaces the one
+# before it; here a run may only go on, so it gets a folder of its own.
+PUBLISHED = """
+    python -m jobs.train --objective block_refinement --model_name_or_path Qwen/Qwen2.5-0.5B \\
+        --output_dir qwen-dummy-output --use_dummy_data --num_dummy_samples 2048 \\
+        --attention_mask_mode 2d
+    python -m jobs.generate --checkpoint_path qwen-dummy-output/final --sampler block_refinement \\
+        --prompt "Write a short paragraph about diffusion models." --gen_length 128
+"""
+FEW_STEPS = {
+    "jobs.train": ["--max_train_steps", "4"],
+    "jobs.pipeline": ["-o", "train.max_train_steps=4"],
+}
+TEXT = (ROOT / "LICENSE").read_text().split("\n\n")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words behind `python -m` of every job in a text's code blocks."""
+    blocks = re.findall(r"^ {4}python -m (jobs\.(?:.*\\\n)*.*)", text, re.MULTILINE)
+    return [shlex.split(block.replace("\\\n", " "), comments=True) for block in blocks]
+
+
+def save_causal(folder: Path, model_type: str, *, num_layers: int, mask: str | None = None) -> Any:
+    """A causal model with the kind of tokenizer that Qwen has: no mask token, and an embedding that
+    is padded beyond it.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *([mask] if mask else [])]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    wrapped.save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    model = tiny_causal(
+        model_type,
+        **{**sizes, "num_key_value_heads": 1, "num_hidden_layers": num_layers},
+        vocab_size=320,
+        max_position_embeddings=1024,
+        eos_token_id=wrapped.eos_token_id,
+    )
+    model.float().save_pretrained(folder)
+    return model.config
+
+
+def save_encoder(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    specials = {name: f"[{name[:3].upper()}]" for name in ("pad_token", "unk_token", "cls_token")}
+    specials |= {"sep_token": "[SEP]", "mask_token": "[MASK]"}
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=200, special_tokens=list(specials.values()), show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **specials)
+    wrapped.save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(wrapped),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=wrapped.pad_token_id,
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+
+
+def save_draft(folder: Path, target: Path, target_config: Any, *, mask_token_id: int) -> None:
+    config = new_draft_config(
+        target_config,
+        target_model_id=str(target),
+        num_layers=1,
+        block_size=16,
+        mask_token_id=mask_token_id,
+    )
+    DFlashDraftModel(config).save_pretrained(folder)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> dict[str, str]:
+    """What README names on the hub, and the folders that stand for it."""
+    folders = {
+        name: tmp_path / "hub" / name.replace("/", "--")
+        for name in (
+            *("bert-base-uncased", "wikitext", "Qwen/Qwen2.5-0.5B", "Qwen/Qwen3-4B"),
+            *("Qwen/Qwen3-8B", "JetLM/SDAR-1.7B-Chat", "z-lab/Qwen3-4B-DFlash-b16"),
+            "z-lab/Qwen3-8B-DFlash-b16",
+        )
+    }
+    save_encoder(folders["bert-base-uncased"])
+    save_causal(folders["Qwen/Qwen2.5-0.5B"], "qwen2", num_layers=1)
+    for size in ("4B", "8B"):
+        target = folders[f"Qwen/Qwen3-{size}"]
+        config = save_causal(target, "qwen3", num_layers=8)
+        draft = folders[f"z-lab/Qwen3-{size}-DFlash-b16"]
+        save_draft(draft, target, config, mask_token_id=310)
+    sdar = folders["JetLM/SDAR-1.7B-Chat"]
+    save_causal(sdar, "qwen3", num_layers=1, mask="<|MASK|>")
+    published = {"model_type": "sdar", "architectures": ["SDARForCausalLM"]}
+    config_path = sdar / "config.json"
+    config_path.write_text(json.dumps({**json.loads(config_path.read_text()), **published}))
+    wikitext = folders["wikitext"]
+    wikitext.mkdir()
+    pq.write_table(pa.table({"text": TEXT * 3}), wikitext / "train.parquet")
+    (wikitext / "README.md").write_text(
+        "---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n"
+        "  - split: train\n    path: train.parquet\n---\n"
+    )
+    return {name: str(folder) for name, folder in folders.items()}
+
+
+def test_the_commands_run_as_a_chain(
+    ray_session: None,
+    s3: str,
+    hub: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipelines").mkdir()
+    for path in (ROOT / "pipelines").glob("*.yaml"):
+        text = path.read_text()
+        for name in sorted(hub, key=len, reverse=True):
+            text = re.sub(rf"(?<=: ){re.escape(name)}$", hub[name], text, flags=re.MULTILINE)
+        (tmp_path / "pipelines" / path.name).write_text(text)
+    (tmp_path / "chats").mkdir()
+    messages = [[{"role": "user", "content": "Which licence is this?"}]]
+    pq.write_table(pa.table({"messages": messages}), tmp_path / "chats" / "one.parquet")
+    (RemotePath(s3) / "prompts" / "a.jsonl").write_bytes(b'{"prompt": "the work"}\n')
+    chain = commands((ROOT / "README.md").read_text()) + commands(PUBLISHED)
+    assert len(chain) > 20
+    for job, *flags in chain:
+        if "s3://bucket/mdlm/final" in flags:
+            final = tmp_path / "mdlm-output" / "final"
+            upload(final, RemotePath(s3) / "mdlm" / "final", list(files_under(final)))
+        import time
+        start = time.time()
+        status = MAIN[job]([*(hub.get(flag, flag) for flag in flags), *FEW_STEPS.get(job, ())])
+        with capsys.disabled():
+            print(f"\n{time.time() - start:.1f} s", job, *flags)
+        output = capsys.readouterr()
+        assert status == 0, f"{job} {shlex.join(flags)}\n{output.out[-2000:]}\n{output.err[-2000:]}"
