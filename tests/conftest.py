@@ -35,6 +35,7 @@ os.environ.update(
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process more for each run
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
@@ -135,10 +136,15 @@ def _no_processes_left_behind() -> Iterator[None]:
     import psutil
 
     yield
-    children = psutil.Process().children(recursive=True)
+    # Helpers of multiprocessing end with this process.
+    helpers = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+    children = [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if not any(helper in _command(child) for helper in helpers)
+    ]
     _, alive = psutil.wait_procs(children, timeout=10)
-    left = [name for name in map(_command, alive) if "resource_tracker" not in name]
-    assert not left, f"tests left processes running: {left}"
+    assert not alive, f"tests left processes running: {[_command(child) for child in alive]}"
 
 
 def _command(process: "psutil.Process") -> str:

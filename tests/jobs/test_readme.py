@@ -187,6 +187,7 @@ def test_the_commands_run_as_a_chain(
             final = tmp_path / "mdlm-output" / "final"
             upload(final, RemotePath(s3) / "mdlm" / "final", list(files_under(final)))
         import time
+
         start = time.time()
         status = MAIN[job]([*(hub.get(flag, flag) for flag in flags), *FEW_STEPS.get(job, ())])
         with capsys.disabled():

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from tests.builders import letter_tokenizer, random_rows, token_folder
-from tests.training.test_training import Losses, answer_of, run
+from tests.training.distributed import run_distributed
+from tests.training.test_training import run
 from tokendiff.artifacts.checkpoint import open_checkpoint
 from tokendiff.artifacts.manifest import verify
 from tokendiff.artifacts.noise_process import NoiseProcess, objective_of
@@ -92,34 +91,6 @@ def config(objective: str | dict[str, Any], **changes: Any) -> TrainConfig:
     if objective == "ar":
         fields["model_name_or_path"] = "builtin:qwen3-tiny"
     return TrainConfig.model_validate({**fields, **changes})
-
-
-def _one_of_many(
-    rank: int, size: int, jobs: list[tuple[TrainConfig, Path]], data: Path, queue: Any
-) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    meeting = f"file://{jobs[0][1]}.meeting"
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
-    losses = [run(cfg, TokenData.open(data, split="train"), out)[0] for cfg, out in jobs]
-    if rank == 0:
-        queue.put(losses)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def run_distributed(
-    jobs: list[tuple[TrainConfig, Path]], data: TokenData, size: int
-) -> list[Losses]:
-    """Several runs, one after the other, in the same workers."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    workers = [
-        context.Process(target=_one_of_many, args=(rank, size, jobs, data.folder, queue))
-        for rank in range(size)
-    ]
-    losses: list[Losses] = answer_of(workers, queue)
-    return losses
 
 
 def test_losses_do_not_depend_on_workers(data: TokenData, target: str, tmp_path: Path) -> None:

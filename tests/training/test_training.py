@@ -2,11 +2,7 @@
 
 import json
 import math
-import multiprocessing
-import os
 import shutil
-from collections.abc import Sequence
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ import pytest
 import torch
 
 from tests.builders import letter_tokenizer, random_rows, token_folder
+from tests.training.distributed import Losses, run_distributed
 from tokendiff.artifacts.checkpoint import (
     checkpoint_identity,
     committed_checkpoints,
@@ -39,7 +36,6 @@ from tokendiff.training.run import TrainingRun, train_in_process
 from tokendiff.training.world import World
 
 LENGTH, ROWS_PER_STEP = 12, 8
-Losses = dict[int, float]
 
 
 @pytest.fixture(scope="module")
@@ -144,45 +140,6 @@ def test_rows_arrive_as_written(data: TokenData) -> None:
 # The loop
 
 
-def _one_of_many(rank: int, size: int, cfg: TrainConfig, path: Path, out: Path, queue: Any) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    meeting = f"file://{out}.meeting"  # a port that is free now may be taken when it is listened to
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
-    losses, _ = run(cfg, TokenData.open(path, split="train"), out)
-    if rank == 0:
-        queue.put(losses)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def run_distributed(cfg: TrainConfig, data: TokenData, out: Path, size: int) -> Losses:
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    workers = [
-        context.Process(target=_one_of_many, args=(rank, size, cfg, data.folder, out, queue))
-        for rank in range(size)
-    ]
-    losses: Losses = answer_of(workers, queue)
-    return losses
-
-
-def answer_of(workers: Sequence[BaseProcess], queue: Any) -> Any:
-    """What workers put into the queue, once all have ended well; none outlives a failure."""
-    for worker in workers:
-        worker.start()
-    try:
-        answer = queue.get(timeout=300)
-        for worker in workers:
-            worker.join(timeout=60)
-            assert worker.exitcode == 0
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.join()
-    return answer
-
-
 def test_losses_do_not_depend_on_workers_or_micro_batches(data: TokenData, tmp_path: Path) -> None:
     alone, _ = run(config(), data, tmp_path / "1")
     assert sorted(alone) == [1, 2, 3, 4, 5, 6]
@@ -190,16 +147,16 @@ def test_losses_do_not_depend_on_workers_or_micro_batches(data: TokenData, tmp_p
     assert small_passes == pytest.approx(alone, rel=1e-5)
     for size in (2, 4):
         cfg = config(per_device_train_batch_size=1 if size == 2 else 2)
-        assert run_distributed(cfg, data, tmp_path / str(size), size) == pytest.approx(
-            alone, rel=1e-5
-        )
+        (shared,) = run_distributed([(cfg, tmp_path / str(size))], data, size)
+        assert shared == pytest.approx(alone, rel=1e-5)
 
 
 def test_uneven_shares_are_still_one_mean(data: TokenData, tmp_path: Path) -> None:
     """7 rows on 2 workers: 4 and 3; averaging the workers' means would be off."""
     cfg = config(global_batch_size=7, max_train_steps=3)
     alone, _ = run(cfg, data, tmp_path / "1")
-    assert run_distributed(cfg, data, tmp_path / "2", 2) == pytest.approx(alone, rel=1e-5)
+    (shared,) = run_distributed([(cfg, tmp_path / "2")], data, 2)
+    assert shared == pytest.approx(alone, rel=1e-5)
 
 
 def test_twice_is_identical_and_the_seed_matters(data: TokenData, tmp_path: Path) -> None:
@@ -557,9 +514,8 @@ def test_every_objective_trains_resumes_and_is_recorded(
     first, _ = run(cfg.model_copy(update={"max_train_steps": 2}), data, tmp_path / "parts")
     rest, _ = run(cfg, data, tmp_path / "parts")
     assert {**first, **rest} == whole
-    in_two = run_distributed(
-        cfg.model_copy(update={"per_device_train_batch_size": 3}), data, tmp_path / "two", 2
-    )
+    in_parts = cfg.model_copy(update={"per_device_train_batch_size": 3})
+    (in_two,) = run_distributed([(in_parts, tmp_path / "two")], data, 2)
     assert in_two == pytest.approx(whole, rel=1e-5)
     built = TrainingRun.build(cfg, data, tmp_path / "built", world=World.current("cpu"))
     objective = built.trainer._module.objective
