@@ -24,6 +24,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from tokendiff.cluster.stopping import is_stop_requested, sigterm_stops, words_of
 from tokendiff.config.loader import (
     TAG,
     alternatives,
@@ -82,11 +83,11 @@ def entry_point(main: Callable[[Sequence[str] | None], int | None]) -> Callable[
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
         try:
-            return main(argv) or EXIT_OK
+            with sigterm_stops():
+                return main(argv) or EXIT_OK
         except KeyboardInterrupt as interrupt:
-            # `tokendiff.cluster.stopping` says what stopped it; Ctrl-C says nothing.
-            print(str(interrupt) or "interrupted", file=sys.stderr)
-            return EXIT_STOPPED if str(interrupt) else EXIT_INTERRUPTED
+            print(words_of(interrupt) or "interrupted", file=sys.stderr)
+            return EXIT_STOPPED if is_stop_requested() else EXIT_INTERRUPTED
         except Exception as error:
             return _report(error)
 

@@ -2,13 +2,13 @@
 
 import errno
 import re
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from pipelines.interrupt import Interrupt
 from tokendiff.errors import CorruptFileError, InputError
 
 T = TypeVar("T")
@@ -126,10 +126,6 @@ class StageTimeout(TimeoutError):
     """A stage took longer than it may."""
 
 
-class _Expired(BaseException):
-    """Passes through `except Exception` on its way out of whatever the stage is waiting in."""
-
-
 @contextmanager
 def deadline(seconds: float | None, *, what: str) -> Iterator[None]:
     """Stop what runs in this block, on the main thread, after some time.
@@ -143,18 +139,26 @@ def deadline(seconds: float | None, *, what: str) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         raise InputError("timeout_s: only a run in a process's main thread can be timed out")
 
-    def expire(*_: object) -> None:
-        raise _Expired
+    is_up = threading.Event()
 
-    before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    def expire() -> None:
+        is_up.set()
+        interrupt.send()
+
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
     try:
-        yield
-    except _Expired:
+        with Interrupt() as interrupt:
+            timer.start()
+            try:
+                yield
+            finally:
+                timer.cancel()
+                timer.join()
+    except KeyboardInterrupt:
+        if not is_up.is_set():
+            raise
         raise StageTimeout(
             f"{what} took longer than timeout_s = {seconds:g}; raise it, or run the same command "
             "again: it goes on where it was stopped"
         ) from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

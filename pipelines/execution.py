@@ -21,6 +21,7 @@ from pipelines.stage import Stage, put_log, take_log
 from tokendiff.artifacts.locations import Location
 from tokendiff.artifacts.manifest import fetch, fingerprint, load_manifest
 from tokendiff.cluster.session import ray_session
+from tokendiff.cluster.stopping import sigterm_stops
 from tokendiff.config.pipeline import Config, RunnerConfig
 from tokendiff.tracking.mlflow_mirror import MirroredRun, MlflowMirror
 from tokendiff.tracking.progress import LogTailer, ProgressPrinter
@@ -189,8 +190,16 @@ class ChildStage:
         assert isinstance(answer, Outcome)
         return answer
 
-    def stop(self) -> None:
+    def ask_to_stop(self) -> None:
+        """It may save what it has first; `wait` says for how long."""
         self._process.terminate()
+
+    def kill(self) -> None:
+        """It writes nothing more, and Ray ends what it runs elsewhere."""
+        self._process.kill()
+
+    def wait(self) -> None:
+        """Return once it has ended, if need be by force."""
         self._process.join(_STOP_SECONDS)
         if self._process.is_alive():
             self._process.kill()
@@ -209,13 +218,14 @@ def _run_child(
     threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
     answer: Outcome | BaseException
     try:
-        stages = pipeline_stages(config, root / config.name, models)
-        stage = next(stage for stage in stages if stage.output == output)
-        with (
-            MlflowMirror.open(config.tracking, root, parent_run_id=parent_run_id) as mirror,
-            ray_session(config.cluster),
-        ):
-            answer = run_patiently(stage, mirror, config.runner, tags=tags, has_bar=False)
+        with sigterm_stops():
+            stages = pipeline_stages(config, root / config.name, models)
+            stage = next(stage for stage in stages if stage.output == output)
+            with (
+                MlflowMirror.open(config.tracking, root, parent_run_id=parent_run_id) as mirror,
+                ray_session(config.cluster),
+            ):
+                answer = run_patiently(stage, mirror, config.runner, tags=tags, has_bar=False)
     except KeyboardInterrupt:
         return
     except BaseException as error:
@@ -224,12 +234,10 @@ def _run_child(
 
 
 def _end_with_parent() -> None:
-    """As by `ChildStage.stop`: the lock of a parent that was killed is free for another run."""
+    """As by `ChildStage.kill`: the lock of a parent that was killed is free for another run."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_STOP_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import signal
 import socket
 import threading
 import time
@@ -22,15 +21,25 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tokendiff.artifacts.locations import Location, RemotePath, mirror_of
+from pipelines.interrupt import Interrupt
+from pipelines.paths import RUNS
+from tokendiff.artifacts.locations import (
+    Location,
+    RemotePath,
+    forbid_writes,
+    mirror_of,
+    permit_writes,
+)
 from tokendiff.artifacts.manifest import write_atomically
 
 _NAMESPACE = "tokendiff-locks"
 _ANSWER_SECONDS = 5.0
 _GLANCE_SECONDS = 1.0  # `is_held` has the lock for an instant, which refuses nobody
 _HOLDER = ".lock.holder"
+EXIT_LOCKED = 4
 RENEWAL_SECONDS = 10.0
 PAUSE_SECONDS = 1.0
+LAST_RESORT_SECONDS = 60.0
 _DEAD_AFTER = 4  # renewals that did not come
 logger = logging.getLogger(__name__)
 
@@ -41,20 +50,30 @@ class Hold:
 
     lost: BlockingIOError | None = None
 
+    def check(self) -> None:
+        """Raise BlockingIOError where the lease is lost."""
+        if self.lost is not None:
+            raise self.lost
+
     @contextmanager
     def told(self) -> Iterator[None]:
-        """In this block the interrupt that a lost lease is comes as what it is."""
+        """However this block ends once the lease is lost, it ends with that."""
         try:
             yield
-        except KeyboardInterrupt:
+        except BaseException:
             if self.lost is not None:
                 raise self.lost from None
             raise
+        self.check()
 
 
 @contextmanager
 def alone(
-    folder: Location, *, renewal_s: float | None = None, pause_s: float | None = None
+    folder: Location,
+    *,
+    over: Location | None = None,
+    renewal_s: float | None = None,
+    pause_s: float | None = None,
 ) -> Iterator[Hold]:
     """Hold the folder's lock.
 
@@ -70,11 +89,18 @@ def alone(
       not renewed within two renewals more, while this run looks, is taken over. So clocks may
       differ: a wrong one costs a wait, not the lease.
     - A holder that was only cut off from the store for that long, or suspended, finds another's
-      lease at its next renewal, and is interrupted as by Ctrl-C, which leaves this block as a
-      BlockingIOError. Until then both run, and may write the same files: what a manifest does not
-      vouch for then is made again.
+      lease at its next renewal. Until then both run, and may write the same files: what a manifest
+      does not vouch for then is made again.
+
+    From the moment that it finds the other's lease, this process can write nothing more under
+    `over`, and the block is interrupted, which leaves it as a BlockingIOError. A block that is not
+    left within LAST_RESORT_SECONDS, since it is not in the main thread or does not heed the
+    interrupt, takes the process with it, with exit code 4; so Ray's workers end too, at the latest
+    then.
 
     Args:
+        over: where only the holder may write, `runs/` apart, in which each run has a folder of its
+            own; `folder` itself by default.
         renewal_s, pause_s: of the lease; RENEWAL_SECONDS and PAUSE_SECONDS.
 
     Raises:
@@ -93,10 +119,12 @@ def alone(
                 if isinstance(folder, RemotePath):
                     renewal_s = RENEWAL_SECONDS if renewal_s is None else renewal_s
                     pause_s = PAUSE_SECONDS if pause_s is None else pause_s
-                    lease = _Lease(folder, me, renewal_s, hold)
+                    over = folder if over is None else over
+                    assert isinstance(over, RemotePath)
+                    lease = _Lease(folder, over, me, renewal_s, hold)
                     # One that died here left both; this machine's lock says that it is dead.
                     lease.take(is_dead=before.get("token"), pause_s=pause_s)
-                    with lease, hold.told():
+                    with hold.told(), Interrupt() as interrupt, lease.kept(interrupt):
                         yield hold
                 else:
                     yield hold
@@ -126,13 +154,17 @@ class _Lease:
     """An object in the store that says who has a folder, for as long as its thread renews it."""
 
     def __init__(
-        self, folder: RemotePath, holder: dict[str, Any], renewal_s: float, hold: Hold
+        self,
+        folder: RemotePath,
+        over: RemotePath,
+        holder: dict[str, Any],
+        renewal_s: float,
+        hold: Hold,
     ) -> None:
-        self._folder, self._path, self._hold = folder, folder / _HOLDER, hold
+        self._folder, self._path, self._over, self._hold = folder, folder / _HOLDER, over, hold
         self._holder, self._renewal_s = holder, renewal_s
         self._is_over = threading.Event()
         self.is_given_back = True
-        self._thread = threading.Thread(target=self._keep, name=f"lease {folder}", daemon=True)
 
     def take(self, *, is_dead: str | None, pause_s: float) -> None:
         """Write it where there is none that is alive.
@@ -171,13 +203,21 @@ class _Lease:
             if (now := _read(self._path)) and now != there:
                 raise _taken(self._folder, now)
 
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        self._thread.join()
-        self._give_back()
+    @contextmanager
+    def kept(self, interrupt: Interrupt) -> Iterator[None]:
+        """It is renewed while this block runs, and given back then; `interrupt` is sent when it is
+        found to be another's.
+        """
+        name = f"lease {self._folder}"
+        thread = threading.Thread(target=self._keep, args=(interrupt,), name=name, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._is_over.set()
+            thread.join()
+            permit_writes(self._over)
+            self._give_back()
 
     def _give_back(self) -> None:
         self.is_given_back = False
@@ -188,18 +228,24 @@ class _Lease:
         except Exception as error:  # the run is over; what is left goes dead by itself
             logger.warning("%s is left behind: %s", self._path, error)
 
-    def _keep(self) -> None:
+    def _keep(self, interrupt: Interrupt) -> None:
         while not self._is_over.wait(self._renewal_s):
             try:
                 there = _read(self._path)
                 if there and not self._is_ours(there):
-                    self._hold.lost = _taken(self._folder, there)
-                    logger.error("%s; this run is stopped", self._hold.lost)
-                    signal.pthread_kill(_main_thread_id(), signal.SIGINT)
-                    return
+                    break
                 self._write()
             except Exception as error:  # whatever the store's package raises: the next may succeed
                 logger.warning("%s is not renewed: %s", self._path, error)
+        else:
+            return
+        self._hold.lost = lost = _taken(self._folder, there)
+        forbid_writes(self._over, but_to=self._over / RUNS, why=str(lost))
+        logger.error("%s; this run is stopped", lost)
+        interrupt.send()
+        if not self._is_over.wait(LAST_RESORT_SECONDS):
+            logger.critical("%s; the process ends, since the run does not", lost)
+            os._exit(EXIT_LOCKED)
 
     def _write(self) -> None:
         fields = {**self._holder, "renewed": time.time(), "renewal_s": self._renewal_s}
@@ -216,12 +262,6 @@ def _fresh(lease: dict[str, Any]) -> bool:
     except (KeyError, TypeError):  # not a lease of ours
         return False
     return bool(abs(age) < _DEAD_AFTER * renewal_s)
-
-
-def _main_thread_id() -> int:
-    thread_id = threading.main_thread().ident
-    assert thread_id is not None
-    return thread_id
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from tokendiff.errors import InputError
 # Ray sets it in a submitted job, whose working directory is a temporary upload folder.
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 ROOT_VARIABLE = "TOKENDIFF_ROOT"
+RUNS = "runs"  # of a pipeline's folder: a folder for each run
 
 
 def output_path(path: str) -> Location:

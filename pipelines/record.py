@@ -17,7 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipelines.lock import is_held
+from pipelines.lock import EXIT_LOCKED, is_held
+from pipelines.paths import RUNS
 from tokendiff.artifacts.locations import Location, folders_in, mirror_of, remove
 from tokendiff.artifacts.manifest import write_atomically
 from tokendiff.config import strict_yaml
@@ -25,14 +26,14 @@ from tokendiff.config.pipeline import Config
 from tokendiff.config.stage_graph import set_fields
 from tokendiff.secrets import without_secrets
 
-RUNS, RESULT_NAME, CONFIG_NAME = "runs", "result.json", "config.yaml"
+RESULT_NAME, CONFIG_NAME = "result.json", "config.yaml"
 # How a run can end, and the exit code of the command that ran it.
 EXIT_CODES = {
     "succeeded": 0,
     "failed": 1,
     "bad input": 2,
     "rejected": 3,
-    "locked": 4,
+    "locked": EXIT_LOCKED,
     "stopped": 130,
 }
 EXIT_SIGTERM = 143  # stopped, but by SIGTERM

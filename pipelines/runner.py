@@ -13,7 +13,7 @@ from typing import Any
 from pipelines.comparison import comparison_rows, write_comparison
 from pipelines.execution import ChildStage, Outcome, figures_of, run_patiently, run_stage
 from pipelines.graph import Variant, pipeline_stages, pipeline_variants
-from pipelines.lock import alone, alone_on_cluster
+from pipelines.lock import Hold, alone, alone_on_cluster
 from pipelines.paths import output_path
 from pipelines.record import (
     EXIT_CODES,
@@ -29,6 +29,7 @@ from pipelines.stage import Stage, discard
 from tokendiff.artifacts.locations import Location, mirror_of
 from tokendiff.artifacts.manifest import RECORD_FOLDER
 from tokendiff.cluster.session import DATA_CPUS, is_shared, ray_session
+from tokendiff.cluster.stopping import check_stop, is_stop_requested, sigterm_stops, words_of
 from tokendiff.config.pipeline import Config
 from tokendiff.errors import InputError
 from tokendiff.tracking.mlflow_mirror import MlflowMirror
@@ -46,7 +47,7 @@ def run_job(stages: Sequence[Stage], config: Config) -> dict[str, Any]:
     output = stages[-1].output
     root = output_path(config.root)
     with (
-        alone(output / RECORD_FOLDER),
+        alone(output / RECORD_FOLDER, over=output),
         MlflowMirror.open(config.tracking, root) as mirror,
         ray_session(config.cluster),
     ):
@@ -120,7 +121,7 @@ def run_variants(
     """
     folder = root / config.name
     stages = list({s.output: s for variant in variants for s in variant.stages}.values())
-    with alone(folder) as hold, ExitStack() as stack:
+    with sigterm_stops(), alone(folder) as hold, ExitStack() as stack:
         steps = plan_steps(stages, selection)
         pinned = pinned or PinnedModels(models={}, inputs="")
         pinned.keep(folder)
@@ -134,6 +135,7 @@ def run_variants(
                 record=record,
                 mirror=mirror,
                 stack=stack,
+                hold=hold,
             )
             run.work_off(steps)
             record.axes = list(variants[0].values)
@@ -159,9 +161,10 @@ class _Run:
         record: RunRecord,
         mirror: MlflowMirror,
         stack: ExitStack,
+        hold: Hold,
     ) -> None:
         self._config, self._root, self._models = config, root, models
-        self._record, self._mirror, self._stack = record, mirror, stack
+        self._record, self._mirror, self._stack, self._hold = record, mirror, stack, hold
         self._pending: dict[str, Step] = {}
         self._running: dict[str, ChildStage] = {}
         self._lost: set[str] = set()
@@ -173,6 +176,9 @@ class _Run:
         self._pending = {step.stage.title: step for step in steps}
         try:
             while self._pending or self._running:
+                # Where a library kept the interrupt to itself.
+                self._hold.check()
+                check_stop()
                 ready = self._take_ready()
                 here = [step for step in ready if not step.stage.needs_ray]
                 is_free = bool(ready) and not here and not self._running
@@ -187,7 +193,12 @@ class _Run:
                 self._collect()
         finally:
             for child in self._running.values():
-                child.stop()
+                if self._hold.lost is None:
+                    child.ask_to_stop()
+                else:  # nothing may be saved any more
+                    child.kill()
+            for child in self._running.values():
+                child.wait()
 
     def _take_ready(self) -> list[Step]:
         """Steps that can start now; those with nothing to do are settled on the way."""
@@ -349,10 +360,10 @@ def _concluded(record: RunRecord) -> Iterator[None]:
             record.state = "locked"
         else:
             record.state = "failed" if isinstance(error, Exception) else "stopped"
-        record.error = str(error).strip() or type(error).__name__
+        record.error = words_of(error) or type(error).__name__
         raise
     finally:
-        is_sigterm = record.state == "stopped" and record.error != "KeyboardInterrupt"
+        is_sigterm = record.state == "stopped" and is_stop_requested()
         record.exit_code = EXIT_SIGTERM if is_sigterm else EXIT_CODES[record.state]
         record.seconds = round(time.monotonic() - started, 3)
         _keep(record)

@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -347,19 +346,3 @@ def test_evaluating_rows_of_another_tokenizer_is_refused(
             data=TokenData.open(other, split="heldout"),
             on_event=log.write,
         )
-
-
-def test_ray_train_s_exit_on_ctrl_c_is_an_interrupt() -> None:
-    """Its handler exits with code 0, and stays behind."""
-    from tokendiff.cluster.stopping import sigint_interrupts
-
-    before = signal.getsignal(signal.SIGINT)
-
-    def train() -> None:
-        with sigint_interrupts():
-            signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
-            signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        train()
-    assert signal.getsignal(signal.SIGINT) is before

@@ -2,8 +2,11 @@
 
 import functools
 import json
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -12,6 +15,7 @@ from pydantic import BeforeValidator, Field
 
 from jobs import cli
 from tests.builders import objective_configs, objective_names
+from tests.starts import STARTERS, started_by
 from tokendiff.config.base import Section
 from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.loader import load_model
@@ -324,6 +328,31 @@ def test_exit_codes(
 
     assert main([]) == code
     assert capsys.readouterr().err == stderr
+
+
+@pytest.mark.parametrize("starter", STARTERS)
+def test_sigterm_is_exit_code_143_whoever_started_the_process(
+    capsys: pytest.CaptureFixture[str], starter: str
+) -> None:
+    @cli.entry_point
+    def main(argv: Any) -> None:
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        time.sleep(10)
+
+    def interrupt(argv: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGTERM)
+    with started_by(starter):
+        assert main([]) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert cli.entry_point(interrupt)([]) == 130
+
+
+def test_ctrl_c_spares_what_was_started_in_the_background() -> None:
+    with started_by("a script, with &"):
+        assert cli.entry_point(lambda argv: signal.raise_signal(signal.SIGINT))([]) == 0
 
 
 def test_an_unforeseen_error_keeps_its_traceback_and_a_code_its_value(

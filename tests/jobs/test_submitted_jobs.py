@@ -223,27 +223,6 @@ def steps_in(log: Path) -> list[int]:
     return [event["step"] for event in read_events(log) if event["event"] == "metrics"]
 
 
-def test_sigterm_is_exit_code_143_where_there_is_nothing_to_save() -> None:
-    program = """
-import os, signal, sys, time
-from jobs import cli
-from tokendiff.cluster.stopping import sigterm_stops
-
-@cli.entry_point
-def main(argv=None):
-    with sigterm_stops():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
-
-sys.exit(main())
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 143
-    assert done.stderr == "stopped by SIGTERM\n"
-
-
 def test_only_the_token_opens_the_job_server(head: Head) -> None:
     with pytest.raises(urllib.error.HTTPError, match=r"40[13]"):
         head.request("/api/jobs/", token="0" * 64)

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import pytest
 
 from pipelines import lock
 from pipelines.lock import is_held
-from tokendiff.artifacts.locations import RemotePath
+from tests.starts import STARTERS, started_by
+from tokendiff.artifacts.locations import RemotePath, remove, upload
 
 RENEWAL, PAUSE = 0.2, 0.02
 HOLD = """
@@ -151,15 +152,99 @@ def test_of_two_that_start_at_once_the_later_writer_stays(
     assert read_lease(folder)["token"] == "other"
 
 
-def test_who_lost_the_lease_is_interrupted_and_leaves_it(folder: RemotePath, move: Move) -> None:
+@pytest.mark.parametrize("starter", STARTERS)
+def test_who_lost_the_lease_is_interrupted_and_leaves_it(
+    folder: RemotePath, move: Move, starter: str
+) -> None:
     def lose() -> None:
         with alone(folder):
             write_lease(folder)
             time.sleep(10)
 
-    with pytest.raises(BlockingIOError, match="process 7 on far"):
+    started = time.monotonic()
+    with started_by(starter), pytest.raises(BlockingIOError, match="process 7 on far"):
         lose()
+    assert time.monotonic() - started < 5
     assert read_lease(folder)["token"] == "other"
+
+
+def test_who_lost_the_lease_can_write_nothing_more(
+    folder: RemotePath, move: Move, tmp_path: Path
+) -> None:
+    """Though the interrupt is kept from it, as it may be by a library."""
+    (tmp_path / "part").write_text("")
+
+    def go_on() -> None:
+        with alone(folder):
+            write_lease(folder)
+            with suppress(KeyboardInterrupt):
+                time.sleep(10)
+            for write in (
+                lambda: (folder / "part").write_bytes(b""),
+                lambda: (folder / "old").unlink(),
+                lambda: remove(folder / "data"),
+                lambda: upload(tmp_path, folder / "data", ["part"]),
+            ):
+                with pytest.raises(BlockingIOError, match="process 7 on far"):
+                    write()
+            (folder / "runs" / "mine").write_bytes(b"")
+            (folder.parent / "toy2").write_bytes(b"")
+
+    (folder / "old").write_bytes(b"")
+    (folder / "data" / "kept").write_bytes(b"")
+    with pytest.raises(BlockingIOError, match="process 7 on far"):
+        go_on()
+    assert (folder / "old").exists()
+    assert (folder / "data" / "kept").exists()
+    assert not (folder / "part").exists()
+    (folder / "part").write_bytes(b"")  # of the next holder in this process
+
+
+def test_a_lease_that_is_lost_outside_of_the_main_thread_ends_the_run_at_its_next_write(
+    folder: RemotePath, move: Move
+) -> None:
+    ended_with: list[BaseException] = []
+
+    def lose() -> None:
+        try:
+            with alone(folder):
+                write_lease(folder)
+                while True:
+                    (folder / "part").write_bytes(b"")
+                    time.sleep(RENEWAL / 10)
+        except BaseException as error:
+            ended_with.append(error)
+
+    thread = threading.Thread(target=lose, daemon=True)
+    thread.start()
+    thread.join(10)  # in which this thread is not interrupted
+    assert isinstance(ended_with[0], BlockingIOError)
+    assert read_lease(folder)["token"] == "other"
+
+
+DEAF = """
+import time
+from pipelines import lock
+from tokendiff.artifacts.locations import RemotePath
+lock.LAST_RESORT_SECONDS = 0.2
+folder = RemotePath("memory://toy")
+with lock.alone(folder, renewal_s=0.1, pause_s=0.0):
+    (folder / ".lock.holder").write_bytes(b'{"token": "other"}')
+    while True:
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            pass
+"""
+
+
+def test_a_run_that_does_not_heed_the_interrupt_takes_the_process_with_it(move: Move) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", DEAF], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 4
+    assert "memory://toy: another run that writes there is under way" in done.stderr
+    assert done.stderr.rstrip().endswith("the process ends, since the run does not")
 
 
 def test_a_lease_that_was_deleted_is_written_again(folder: RemotePath, move: Move) -> None:

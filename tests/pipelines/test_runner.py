@@ -1,8 +1,10 @@
 """The runner with stages that are plain functions: what runs, why, how often, and what is told."""
 
+import contextlib
 import errno
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,17 +19,19 @@ import pytest
 from filelock import FileLock
 
 from jobs import pipeline as pipeline_job
-from pipelines import lock, tables
+from pipelines import lock, runner, tables
 from pipelines import record as records
 from pipelines.attempts import StageTimeout, deadline, may_pass, with_retries
 from pipelines.comparison import comparison_table
 from pipelines.graph import Variant
+from pipelines.interrupt import Interrupt
 from pipelines.lock import alone
 from pipelines.record import RunRecord, last_runs
 from pipelines.runner import run_variants
-from pipelines.schedule import Selection, plan_steps, read_facts
+from pipelines.schedule import Selection, plan_steps, read_facts, write_facts
 from pipelines.stage import Stage
 from tests import ROOT
+from tests.starts import STARTERS, started_by
 from tokendiff.artifacts.locations import Location, RemotePath, folders_in, mirror_of
 from tokendiff.artifacts.manifest import commit
 from tokendiff.config.pipeline import Config, RunnerConfig, TrackingConfig
@@ -67,8 +71,7 @@ class Toy:
             result=lambda stage: json.loads((stage.output / "result.json").read_text()),
             inputs={source: self.stages[source] for source in inputs},
             is_keyed=True,
-            needs_ray=False,
-            **fields,
+            **{"needs_ray": False, **fields},
         )
         self.stages[name] = stage
         return stage
@@ -425,12 +428,42 @@ def test_a_stage_that_takes_too_long_is_stopped_wherever_it_waits(toy: Toy) -> N
     assert toy.result_json()["state"] == "failed"
 
 
+@pytest.mark.parametrize("starter", STARTERS)
+def test_time_is_up_whoever_started_the_process(starter: str) -> None:
+    started = time.monotonic()
+    with (
+        started_by(starter),
+        pytest.raises(StageTimeout, match=r"x took longer than timeout_s = 0\.05"),
+        deadline(30.0, what="y"),
+        deadline(0.05, what="x"),
+    ):
+        time.sleep(10)
+    assert time.monotonic() - started < 5
+
+
 def test_a_deadline_that_is_kept_leaves_nothing_behind() -> None:
-    before = signal.getsignal(signal.SIGALRM)
+    before = signal.getsignal(signal.SIGURG)
+    num_threads = threading.active_count()
     with deadline(30.0, what="x"):
         pass
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getsignal(signal.SIGURG) is before
+    assert threading.active_count() == num_threads
+
+
+def test_an_interrupt_that_comes_too_late_does_nothing_and_one_to_an_outer_block_counts() -> None:
+    def send(interrupt: Interrupt) -> None:
+        interrupt.send()
+        time.sleep(10)
+
+    with Interrupt() as outer:
+        with Interrupt() as inner:
+            pass
+        inner.send()
+        with pytest.raises(KeyboardInterrupt), Interrupt():
+            send(outer)
+        inner.send()  # which does not raise again what was sent before
+    outer.send()
+    time.sleep(0.01)
 
 
 # The lock.
@@ -468,9 +501,12 @@ from pipelines import execution
 from tokendiff.config.pipeline import Config
 
 def stay(*_):
-    print("begun", flush=True)
-    time.sleep(15)
-    print("outlived", flush=True)
+    try:
+        print("begun", flush=True)
+        time.sleep(15)
+        print("outlived", flush=True)
+    except KeyboardInterrupt:
+        print("saved", flush=True)
     return []
 
 def child(sender):
@@ -562,26 +598,90 @@ def test_a_record_that_cannot_be_written_ends_no_run_and_hides_no_error(
         assert toy.calls == ["data", "model"]
 
 
-def test_a_run_whose_lease_was_taken_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    toy = Toy(RemotePath(f"memory://{tmp_path.name}"))
-
-    def lose(stage: Stage) -> None:
-        other = {"host": "far", "pid": "7", "since": "2026", "token": "other"}
-        (toy.root / "toy" / ".lock.holder").write_bytes(json.dumps(other).encode())
-        time.sleep(10)
-
+@pytest.fixture
+def remote_toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    """No stages yet; whether it has its lease is looked at often."""
     monkeypatch.setenv("TOKENDIFF_CACHE", str(tmp_path))
     monkeypatch.setattr(lock, "PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(lock, "RENEWAL_SECONDS", 0.1)
+    return Toy(RemotePath(f"memory://{tmp_path.name}"))
+
+
+def take_lease(toy: Toy) -> None:
+    other = {"host": "far", "pid": "7", "since": "2026", "token": "other"}
+    (toy.root / "toy" / ".lock.holder").write_bytes(json.dumps(other).encode())
+
+
+@pytest.mark.parametrize("starter", STARTERS)
+def test_a_run_whose_lease_was_taken_says_so(remote_toy: Toy, starter: str) -> None:
+    toy = remote_toy
+
+    def lose(stage: Stage) -> None:
+        take_lease(toy)
+        time.sleep(10)
+
     toy.add("data", kind="preprocess")
     toy.actions["data"] = lose
-    with pytest.raises(BlockingIOError, match="process 7 on far"):
+    with started_by(starter), pytest.raises(BlockingIOError, match="process 7 on far"):
         toy.run()
     result = toy.result_json()
     assert (result["state"], result["exit_code"]) == ("locked", 4)
     assert "process 7 on far" in result["error"]
+    assert result["stages"][0]["state"] == "stopped"
+    assert not (toy.stages["data"].output / "run" / "log.jsonl").exists()  # which is the other's
+
+
+def test_a_stage_that_is_deaf_to_the_loss_of_the_lease_is_the_last(
+    remote_toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = remote_toy
+
+    def lose(stage: Stage) -> None:
+        take_lease(toy)
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(10)
+
+    toy.add("data", kind="preprocess")
+    toy.actions["data"] = lose
+    for name in ("a", "b"):  # cut off before, they would go on in processes of their own
+        write_facts(toy.add(name, kind="preprocess", needs_ray=True))
+    monkeypatch.setattr(runner._Run, "_room_here", lambda run: 2)
+    monkeypatch.setattr(runner._Run, "_connect", lambda run: None)
+    monkeypatch.setattr(runner, "ChildStage", lambda stage, *_, **__: toy.calls.append(stage.title))
+    with pytest.raises(BlockingIOError, match="process 7 on far"):
+        toy.run()
+    assert toy.calls == ["data"]
+    assert not toy.stages["data"].is_done
+    assert toy.result_json()["state"] == "locked"
+
+
+@pytest.mark.parametrize(("is_lost", "told"), [(True, "kill"), (False, "ask_to_stop")])
+def test_stages_side_by_side_are_not_asked_to_save_once_the_lease_is_lost(
+    remote_toy: Toy, monkeypatch: pytest.MonkeyPatch, is_lost: bool, told: str
+) -> None:
+    toy, calls = remote_toy, []
+
+    class Child:
+        def __init__(self, stage: Stage, *_: object, **__: object) -> None:
+            self.title = stage.title
+            self.receiver, self._sender = multiprocessing.Pipe(duplex=False)
+            if stage.name == "b" and is_lost:
+                take_lease(toy)
+            elif stage.name == "b":
+                threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+        def __getattr__(self, name: str) -> Callable[[], None]:
+            return lambda: calls.append((self.title, name))
+
+    monkeypatch.setattr(runner, "ChildStage", Child)
+    monkeypatch.setattr(runner._Run, "_room_here", lambda run: 2)
+    monkeypatch.setattr(runner._Run, "_connect", lambda run: None)
+    for name in ("a", "b"):
+        toy.add(name, kind="preprocess", needs_ray=True)
+    with pytest.raises(BlockingIOError if is_lost else KeyboardInterrupt):
+        toy.run()
+    assert calls == [("a", told), ("b", told), ("a", "wait"), ("b", "wait")]
+    assert toy.result_json()["exit_code"] == (4 if is_lost else 143)
 
 
 def test_a_rejection_is_a_state_of_its_own_each_time(toy: Toy) -> None:

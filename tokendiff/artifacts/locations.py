@@ -30,6 +30,8 @@ _URI = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _ARROW_SCHEMES = ("s3", "gs", "gcs")
 _BUFFER_BYTES = 1 << 20
 _THREADS = 8
+# URI of a folder that this process may not write to -> (what in it it still may, why not).
+_forbidden: dict[str, tuple[str, str]] = {}
 
 
 @dataclass(frozen=True, order=True)
@@ -111,7 +113,7 @@ class RemotePath:
 
     def write_bytes(self, data: bytes) -> None:
         """The file is replaced as a whole or not at all."""
-        filesystem, path = _resolve(self.uri)
+        filesystem, path = _resolve_to_write(self.uri)
         with _named(self.uri):
             if filesystem.type_name.startswith("py::"):  # fsspec ones may want the folder first
                 filesystem.create_dir(path.rpartition("/")[0], recursive=True)
@@ -119,7 +121,7 @@ class RemotePath:
                 file.write(data)
 
     def unlink(self, *, missing_ok: bool = False) -> None:
-        filesystem, path = _resolve(self.uri)
+        filesystem, path = _resolve_to_write(self.uri)
         try:
             with _named(self.uri):
                 filesystem.delete_file(path)
@@ -232,7 +234,7 @@ def remove(folder: Location, *, first: str | None = None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         return
     _in_threads(lambda name: (folder / name).unlink(missing_ok=True), files_under(folder))
-    filesystem, path = _resolve(folder.uri)
+    filesystem, path = _resolve_to_write(folder.uri)
     if filesystem.type_name.startswith("py::"):  # fsspec ones may have folders without files
         with _named(folder.uri), contextlib.suppress(FileNotFoundError):
             filesystem.delete_dir(path)
@@ -244,12 +246,24 @@ def upload(source: Path, target: RemotePath, names: Iterable[str]) -> None:
 
 
 def upload_file(source: Path, target: RemotePath) -> None:
-    filesystem, path = _resolve(target.uri)
+    filesystem, path = _resolve_to_write(target.uri)
     with _named(target.uri), open(source, "rb") as file:
         if filesystem.type_name.startswith("py::"):
             filesystem.create_dir(path.rpartition("/")[0], recursive=True)
         with filesystem.open_output_stream(path, compression=None) as stream:
             shutil.copyfileobj(file, stream, _BUFFER_BYTES)
+
+
+def forbid_writes(folder: RemotePath, *, but_to: RemotePath, why: str) -> None:
+    """From now on whatever in this process would write or delete under `folder`, or goes on with
+    many files there, gets a BlockingIOError; what is under `but_to` stays open.
+    """
+    _forbidden[folder.uri] = (but_to.uri, why)
+
+
+def permit_writes(folder: RemotePath) -> None:
+    """Undo `forbid_writes`, if that was called."""
+    _forbidden.pop(folder.uri, None)
 
 
 def cache_folder() -> Path:
@@ -351,6 +365,13 @@ def _resolve(uri: str) -> tuple[Any, str]:
     scheme, _, rest = uri.partition("://")
     filesystem, prefix = _filesystem(scheme, rest.partition("/")[0], os.getpid())
     return filesystem, f"{prefix}{rest}"
+
+
+def _resolve_to_write(uri: str) -> tuple[Any, str]:
+    for folder, (but_to, why) in list(_forbidden.items()):
+        if f"{uri}/".startswith(f"{folder}/") and not f"{uri}/".startswith(f"{but_to}/"):
+            raise BlockingIOError(why)
+    return _resolve(uri)
 
 
 @functools.lru_cache(maxsize=64)

@@ -60,7 +60,19 @@ def ray_session(config: "ClusterConfig", *, side_by_side: int = 1) -> Iterator[N
     if ray.is_initialized():
         yield
         return
-    from tokendiff.cluster.stopping import sigterm_stops
+    from tokendiff.cluster.stopping import ray_starting, sigterm_stops
+
+    with ray_starting():
+        _start_or_join(config, side_by_side)
+    try:
+        with sigterm_stops():
+            yield
+    finally:
+        ray.shutdown()
+
+
+def _start_or_join(config: "ClusterConfig", side_by_side: int) -> None:
+    import ray
 
     # The controller looks at its workers this often; the default of 2 s is felt at every start and
     # end.
@@ -104,11 +116,6 @@ def ray_session(config: "ClusterConfig", *, side_by_side: int = 1) -> Iterator[N
             logging_level=logging.WARNING,
             _node_ip_address="127.0.0.1",
         )
-    try:
-        with sigterm_stops():
-            yield
-    finally:
-        ray.shutdown()
 
 
 def check_seen_by_all(config: "ClusterConfig", root: Location) -> None:

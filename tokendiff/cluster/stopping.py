@@ -1,5 +1,8 @@
 """Ending on SIGTERM, which `ray job stop`, Kubernetes and a spot market send before they kill.
 
+It ends a process whatever that was started with: one that inherits SIGTERM ignored or blocked too.
+SIGINT is left as it is, so that Ctrl-C spares what was started in the background.
+
 Most work is cut off at once, since what it has written counts and the same command goes on from
 there. Training first finishes its step and saves it; more SIGTERMs change nothing, since a process
 may well get several (its group's, its parent's).
@@ -13,59 +16,73 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
 STOPPED = "stopped by SIGTERM"
 
 _requested = threading.Event()
+_num_entered = 0  # blocks of `sigterm_stops`
 _is_held = False  # whether SIGTERM leaves it to the work to end
 
 
 def is_stop_requested() -> bool:
-    """Whether a SIGTERM has come to this process."""
+    """Whether a SIGTERM has come to this process: in, or before that was left, the last block of
+    `sigterm_stops`.
+    """
     return _requested.is_set()
+
+
+def words_of(error: BaseException) -> str:
+    """What an error says; of an interrupt whose words were lost on the way, what stopped it."""
+    is_wordless = isinstance(error, KeyboardInterrupt) and not str(error)
+    return STOPPED if is_wordless and is_stop_requested() else str(error).strip()
+
+
+def check_stop() -> None:
+    """Raise KeyboardInterrupt if a SIGTERM has come, whatever became of the one that it raised."""
+    if is_stop_requested():
+        raise KeyboardInterrupt(STOPPED)
 
 
 @contextmanager
 def sigterm_stops() -> Iterator[None]:
     """In this block SIGTERM raises KeyboardInterrupt in the main thread, as SIGINT does.
 
-    To be entered after `ray.init`, which sets a handler of its own. Outside of the main thread
-    signals are not ours to handle, and nothing happens.
+    Ray's calls drop what the exception says: `is_stop_requested` tells it from a Ctrl-C. Outside of
+    the main thread signals are not ours to handle, and nothing happens.
     """
+    global _num_entered
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _requested.clear()
+    if _num_entered == 0:
+        _requested.clear()
     before = signal.signal(signal.SIGTERM, _on_sigterm)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    _num_entered += 1
     try:
         yield
     finally:
+        _num_entered -= 1
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def ray_starting() -> Iterator[None]:
+    """For `ray.init`, which handles SIGTERM by an exit with another code, and leaves its handlers.
+
+    What Ray starts then has SIGTERM neither ignored nor blocked.
+    """
+    with sigterm_stops():
+        try:
+            yield
+        except SystemExit:
+            _requested.set()
+            raise KeyboardInterrupt(STOPPED) from None
 
 
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:
     _requested.set()
     if not _is_held:
         raise KeyboardInterrupt(STOPPED)
-
-
-@contextmanager
-def sigint_interrupts() -> Iterator[None]:
-    """SIGINT in this block, which lets Ray Train handle it, is a KeyboardInterrupt all the same.
-
-    Ray Train's handler aborts the run and exits with code 0, and stays when training is over: a
-    later Ctrl-C would then end another stage as if it had been done.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
 
 
 class _Messenger:
@@ -101,6 +118,8 @@ class DriverLink:
 
     def emit(self, event: str, /, **fields: Any) -> None:
         """Report an event where its log is on the driver's node alone; returns once it is there."""
+        import ray
+
         ray.get(self.actor.emit.remote(event, fields))
 
 
@@ -112,6 +131,9 @@ def saving_first(on_event: Callable[..., None]) -> Iterator[DriverLink]:
         on_event: called in another process of this node, by pickle.
     """
     global _is_held
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(_Messenger)
     actor = actor.options(num_cpus=0, scheduling_strategy=here).remote(on_event)

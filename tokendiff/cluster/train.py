@@ -7,6 +7,7 @@ every start, so a lost worker costs the steps since then.
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,6 @@ from tokendiff.cluster.stopping import (
     DriverLink,
     is_stop_requested,
     saving_first,
-    sigint_interrupts,
 )
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import CorruptFileError, InputError
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 _NEVER_RETRIED = (InputError, CorruptFileError, FloatingPointError)
 _MAX_READ_BLOCKS = 1000
+_ABORT_SECONDS = 10.0
 
 
 class _RankRows(DataConfig):
@@ -89,6 +90,28 @@ class _RankRows(DataConfig):
                 yield plan.read(data, *chunks[int(index)])
 
         return source.map_batches(read, batch_size=1, compute=ray.data.TaskPoolStrategy(size=2))
+
+
+class _Trainer(TorchTrainer):
+    """Ends its workers with whatever interrupts `fit`, and leaves SIGINT as it is.
+
+    Ray Train ends them on SIGINT alone, by a handler of its own. It exits with code 0, stays when
+    training is over, and is set where SIGINT was ignored too: in the background.
+    """
+
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+    def fit(self) -> ray.train.Result:
+        try:
+            return super().fit()
+        except KeyboardInterrupt:
+            if self._controller is not None:
+                with suppress(ray.exceptions.RayError):  # it ends with the call
+                    ray.get(self._controller.abort.remote(), timeout=_ABORT_SECONDS)
+            raise
 
 
 def train(
@@ -190,8 +213,8 @@ def _fit_once(
         run.fit(iter(batches), should_stop=driver.listen() if world.is_main else lambda: False)
 
     resources = {"CPU": cluster.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
-    with saving_first(on_event) as driver, sigint_interrupts():
-        TorchTrainer(
+    with saving_first(on_event) as driver:
+        _Trainer(
             lambda: work(driver),
             datasets={"train": ray.data.range(1)},
             dataset_config=_RankRows(data, config, first_step),

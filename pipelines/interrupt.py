@@ -1,0 +1,58 @@
+"""Stopping a block of code from another thread, whatever signals the process was started without.
+
+Which signals are ignored and blocked is inherited. SIGINT is ignored in what a script starts with
+`&`, and blocked in all that Ray starts, submitted jobs among them. So none that people send is used
+here, but SIGURG: nobody else needs it, and it does no harm where it comes too late.
+"""
+
+import signal
+import threading
+from typing import Self
+
+_SIGNAL = signal.SIGURG
+_entered: list["Interrupt"] = []
+
+
+class Interrupt:
+    """A block that other threads can interrupt.
+
+        with Interrupt() as interrupt:
+            threading.Timer(60.0, interrupt.send).start()
+            ...
+
+    What is raised in it is KeyboardInterrupt, without a word: Ray's calls let nothing else through.
+    So who sends one notes why, and says it outside of the block.
+
+    Only the main thread can be interrupted; of another one the block is entered, and `send` does
+    nothing.
+    """
+
+    def __init__(self) -> None:
+        self._is_sent = False
+        self._is_main = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> Self:
+        if self._is_main:
+            self._before = signal.signal(_SIGNAL, _raise_what_was_sent)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {_SIGNAL})
+            _entered.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_main:
+            _entered.remove(self)  # from here on nothing is raised
+            signal.signal(_SIGNAL, self._before)
+
+    def send(self) -> None:
+        """Raise KeyboardInterrupt in the block, if that is not over; for another thread to call."""
+        thread_id = threading.main_thread().ident
+        if self._is_main and thread_id is not None:
+            self._is_sent = True
+            signal.pthread_kill(thread_id, _SIGNAL)
+
+
+def _raise_what_was_sent(*_: object) -> None:
+    for interrupt in _entered:  # also what was sent to a block around the innermost
+        if interrupt._is_sent:
+            interrupt._is_sent = False
+            raise KeyboardInterrupt
