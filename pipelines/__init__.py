@@ -16,5 +16,6 @@ Of this room alone:
     execution         running one stage
     attempts          trying again, and stopping what takes too long
     lock              one run at a time
+    interrupt         stopping a block of code from another thread
     comparison        the table of a matrix
 """

@@ -4,7 +4,5 @@ For other rooms:
     session           a running cluster, or one started on this machine
     preprocess train generate evaluate
                       what each job does on a cluster
-
-Of this room alone:
     stopping          ending on SIGTERM
 """
