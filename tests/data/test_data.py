@@ -22,9 +22,9 @@ from tokendiff.config.preprocess import PreprocessConfig
 from tokendiff.data import lines, packing
 from tokendiff.data.lines import first_line, lines_in, num_lines_before
 from tokendiff.data.packing import PackedRows, Packer, TokenizedDocuments, tokenize_stream
-from tokendiff.data.partition import Piece, group_pieces
+from tokendiff.data.partition import Piece, even_pieces, group_pieces
 from tokendiff.data.rows import TokenData
-from tokendiff.data.sources import plan_partitions, read_documents
+from tokendiff.data.sources import plan_input, plan_partitions, read_documents
 from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.diffusion.interfaces import TokenBatch
 from tokendiff.errors import InputError
@@ -108,19 +108,69 @@ class CountingFile(io.BytesIO):
         return block
 
 
-def test_partitions_hold_about_partition_bytes_and_absolute_paths(
+def test_a_large_file_is_cut_into_equal_partitions_of_absolute_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "big.txt").write_text("0123456\n" * 100)
     monkeypatch.chdir(tmp_path)
     partitions = plan_partitions(text_config(Path("big.txt"), partition_bytes=300))
     assert [[(p.start, p.stop) for p in part.pieces] for part in partitions] == [
-        [(0, 300)],
-        [(300, 600)],
-        [(600, 800)],
+        [(0, 266)],
+        [(266, 533)],
+        [(533, 800)],
     ]
     assert [part.index for part in partitions] == [0, 1, 2]
     assert {p.path for part in partitions for p in part.pieces} == {str(tmp_path / "big.txt")}
+    # The key of a folder is made of what earlier versions cut: they know their folders again.
+    _, read = plan_input(text_config(Path("big.txt"), partition_bytes=300))
+    assert [(p.start, p.stop) for p in read] == [(0, 300), (300, 600), (600, 800)]
+
+
+def sizes(preprocess: PreprocessConfig) -> list[int]:
+    return [sum(p.num_bytes for p in part.pieces) for part in plan_partitions(preprocess)]
+
+
+def test_no_partition_is_left_over(tmp_path: Path) -> None:
+    """Files a little above partition_bytes, of every format that is cut, and one just below."""
+    for name in "abcd":
+        (tmp_path / f"{name}.txt").write_text("0123456\n" * 126)
+    texts = text_config(tmp_path / "*.txt", partition_bytes=1000)
+    assert sizes(texts) == [504] * 8
+    assert len(read_all(texts)) == 4 * 126
+    assert sizes(text_config(tmp_path / "*.txt", partition_bytes=1008)) == [1008] * 4
+    assert sizes(text_config(tmp_path / "*.txt", partition_bytes=504)) == [504] * 8  # as before
+
+    cells = ["0123456"] * 1000
+    path = tmp_path / "e.parquet"
+    table = pa.table({"text": cells})
+    pq.write_table(table, path, row_group_size=50, use_dictionary=False, compression=None)
+    total = sizes(parquet_config(path))[0]
+    smaller, larger = sizes(parquet_config(path, partition_bytes=total - 1))
+    assert larger == smaller  # 10 of 20 row groups each, where it was 19 and 1
+    pq.write_table(table, path, row_group_size=1000)
+    assert len(sizes(parquet_config(path, partition_bytes=10))) == 1  # a row group stays whole
+
+    from datasets import Dataset
+
+    folder = tmp_path / "saved"
+    Dataset.from_dict({"text": cells}).save_to_disk(str(folder))
+    total = sizes(config(dataset_name=str(folder)))[0]
+    rows = [
+        [(p.start, p.stop) for p in part.pieces]
+        for part in plan_partitions(config(dataset_name=str(folder), partition_bytes=total - 1))
+    ]
+    assert rows == [[(0, 500)], [(500, 1000)]]
+
+
+def test_what_is_no_large_file_is_cut_as_before() -> None:
+    def piece(path: str, start: int, stop: int, num_bytes: int) -> Piece:
+        return Piece(path=path, start=start, stop=stop, num_bytes=num_bytes)
+
+    documents = [piece("", index, index + 1, 40) for index in range(7)]  # builtin, dummy
+    packed = [piece("a.gz", 0, 1000, 1000), piece("b.txt", 0, 90, 90)]  # never cut
+    small = [piece("c.parquet", index, index + 1, 40) for index in range(2)]
+    for pieces in (documents, packed, small):
+        assert even_pieces(pieces, 100) == pieces
 
 
 def test_small_files_share_partitions_in_order(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tokendiff.artifacts.manifest import (
 )
 from tokendiff.cluster.session import data_context
 from tokendiff.config.preprocess import SAMPLES
-from tokendiff.data.partition import Partition
+from tokendiff.data.partition import Partition, Piece
 from tokendiff.data.preprocess import (
     SPLITS,
     PartitionStats,
@@ -28,7 +28,7 @@ from tokendiff.data.preprocess import (
     training_text,
 )
 from tokendiff.data.rows import KIND
-from tokendiff.data.sources import file_identities, plan_partitions
+from tokendiff.data.sources import file_identities, plan_input, plan_partitions
 from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.errors import InputError
 
@@ -65,10 +65,10 @@ def preprocess(
     output_dir = location(output_dir)
     if isinstance(output_dir, Path):
         output_dir = output_dir.absolute()
-    partitions = plan_partitions(config)
+    partitions, pieces = plan_input(config)
     if not partitions:
         raise InputError(f"dataset_name {config.dataset_name!r}: the corpus is empty (0 bytes)")
-    key = _key(config, tokenizer_name_or_path, partitions)
+    key = _key(config, tokenizer_name_or_path, pieces)
     if is_committed(output_dir):
         return _committed(output_dir, key)
     mark = _claim(output_dir)
@@ -90,17 +90,13 @@ def preprocess(
     return manifest
 
 
-def _key(config: "PreprocessConfig", tokenizer: str, partitions: Sequence[Partition]) -> str:
+def _key(config: "PreprocessConfig", tokenizer: str, pieces: Sequence[Piece]) -> str:
     """Changes with the config and with the input; the input may be moved as a whole."""
-    pieces = [
-        [Path(p.path).name, p.start, p.stop, p.num_bytes]
-        for part in partitions
-        for p in part.pieces
-    ]
-    paths = sorted({piece.path for part in partitions for piece in part.pieces if piece.path})
+    runs = [[Path(p.path).name, p.start, p.stop, p.num_bytes] for p in pieces]
+    paths = sorted({piece.path for piece in pieces if piece.path})
     files = [file_identity(path) for path in map(location, paths) if path.is_file()]
     return fingerprint(
-        {"config": config.result_fields(), "tokenizer": tokenizer, "pieces": pieces, "files": files}
+        {"config": config.result_fields(), "tokenizer": tokenizer, "pieces": runs, "files": files}
     )
 
 
