@@ -163,7 +163,7 @@ class ChildStage:
     ) -> None:
         import ray
 
-        self.title = stage.title
+        self.stage = stage
         cluster = {"address": ray.get_runtime_context().gcs_address}
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update=cluster)})
         context = multiprocessing.get_context("spawn")
@@ -180,7 +180,7 @@ class ChildStage:
         except EOFError:
             self._process.join()
             raise ChildProcessError(
-                f"{self.title}: its process ended with code {self._process.exitcode}; "
+                f"{self.stage.title}: its process ended with code {self._process.exitcode}; "
                 "run the same command again: it goes on where it was cut off"
             ) from None
         self._process.join()

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Toy:
         self.calls: list[str] = []
         self.actions: dict[str, Action] = {}
         self.stages: dict[str, Stage] = {}
+        self.manifests: dict[str, dict[str, Any]] = {}
         self.config = Config(
             name="toy",
             tracking=TrackingConfig(enabled=False),
@@ -78,7 +80,7 @@ class Toy:
         stage.output.mkdir(parents=True, exist_ok=True)
         (stage.output / "result.json").write_bytes(json.dumps({"value": 1}).encode())
         self.actions.get(stage.name, lambda stage: None)(stage)
-        commit(stage.result_folder, kind="toy")
+        commit(stage.result_folder, **self.manifests.get(stage.name, {"kind": "toy"}))
 
     def run(self, **selection: tuple[str, ...]) -> RunRecord:
         self.calls.clear()
@@ -279,6 +281,46 @@ def test_a_stage_with_nothing_to_do_and_what_is_made_from_it_are_left_out(tmp_pa
     assert toy.plan()["model"] == ("skip", "data is skipped")
     assert toy.run().state == "succeeded"
     assert toy.calls == ["champion", "promote"]
+
+
+def shards_of(heldout_rows: int, **fields: Any) -> dict[str, Any]:
+    """What a manifest of token shards says of them."""
+    splits = {"train": {"rows": 9, "documents": 4}, "heldout": {"rows": heldout_rows}}
+    return {"kind": "tokens", "metadata": {"splits": splits, "config": fields}}
+
+
+def test_rows_that_an_evaluation_will_lack_end_the_run_at_the_data(toy: Toy) -> None:
+    toy.manifests["data"] = shards_of(1, heldout_fraction=0.05)
+    data, judge = toy.stages["data"], toy.stages["judge"]
+    toy.stages["judge"] = replace(judge, judges=(data.result_folder, "heldout"))
+    said = (
+        r"judge: data_path .*/data-\w+: split 'heldout' has 1 row, and an evaluation takes at least "
+        r"2; raise preprocess.heldout_fraction \(it is 0.05\), or give more documents"
+    )
+    for calls in (["data"], []):  # it is made once, and the next run looks at what is there
+        with pytest.raises(InputError, match=said):
+            toy.run()
+        assert toy.calls == calls
+        record = toy.result_json()
+        states = {stage["stage"]: stage["state"] for stage in record["stages"]}
+        assert states == {"data": "failed", **dict.fromkeys(ALL[1:], "not reached")}
+        assert record["state"] == "bad input"
+    toy.run(only=("model",))  # without the evaluation it may train
+    assert toy.calls == ["model"]
+    toy.stages["judge"] = replace(judge, judges=(data.result_folder, "train"))
+    toy.run()
+    assert toy.calls == ["samples", "judge"]
+
+
+def test_data_from_elsewhere_is_looked_at_before_anything_runs(toy: Toy, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    commit(elsewhere, **shards_of(0))
+    toy.stages["judge"] = replace(toy.stages["judge"], judges=(elsewhere, "heldout"))
+    with pytest.raises(InputError, match="split 'heldout' has no rows"):
+        toy.run()
+    assert toy.calls == []
+    assert toy.result_json()["state"] == "bad input"
 
 
 def test_bad_input_in_a_stage_has_its_own_state(toy: Toy) -> None:

@@ -36,7 +36,7 @@ from tokendiff.cluster.session import (
 from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.samplers import AncestralConfig
 from tokendiff.data.prompts import GenerationRow
-from tokendiff.data.rows import TokenData, TokenRows
+from tokendiff.data.rows import TokenData, TokenRows, check_rows_to_judge
 from tokendiff.data.samples import num_new_tokens, read_samples
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.evaluation.acceptance import accepted_by_row
@@ -129,11 +129,6 @@ def judge_rows(
     A row's noise is keyed by its id, so the figures do not depend on the number of actors.
     """
     check_same_tokenizer(fetch(checkpoint), data)
-    if data.num_rows < 2:
-        raise InputError(
-            f"data_path {data.folder}: split {data.split!r} has {data.num_rows} row; a standard "
-            "error takes two: raise heldout_fraction, or give more text"
-        )
     groups, rows = evaluation_rows(data, seed=config.seed, max_rows=config.max_eval_rows)
     places = np.stack([groups, rows], axis=1)
     items = [
@@ -361,6 +356,7 @@ def evaluate(
     checkpoint = fetch(source)
     process = _process_of(config, checkpoint)
     data = TokenData.open(data_path or _trained_on(checkpoint), split=config.split)
+    check_rows_to_judge(data.folder, data.split)
     samples = [] if samples_path is None else _samples_of(checkpoint, location(samples_path))
     mark = claim_folder(output_dir, kind=KIND)
     for left_over in (MANIFEST_NAME, CERTIFICATE, SAMPLED_ROWS):  # of an earlier evaluation

@@ -27,10 +27,11 @@ from tokendiff.data.preprocess import (
     preprocess_partition,
     training_text,
 )
-from tokendiff.data.rows import KIND
+from tokendiff.data.rows import KIND, too_few_rows
 from tokendiff.data.sources import file_identities, plan_input, plan_partitions
 from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.errors import InputError
+from tokendiff.training.trainer import OnEvent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from tokendiff.config.preprocess import PreprocessConfig
 
 _MAX_BLOCKS = 1000
-OnProgress = Callable[[int, int], None]
 
 
 def preprocess(
@@ -46,7 +46,7 @@ def preprocess(
     *,
     tokenizer_name_or_path: str,
     output_dir: str | Location,
-    on_progress: OnProgress | None = None,
+    on_event: OnEvent = lambda event, **fields: None,
 ) -> Manifest:
     """Tokenize, pack and split the configured text on the connected Ray cluster.
 
@@ -56,7 +56,7 @@ def preprocess(
     Args:
         tokenizer_name_or_path: as `data.tokenizers.build_tokenizer` takes it.
         output_dir: a URI, or a folder that every node sees under the same path.
-        on_progress: called in this process with the number of partitions that are done, and of all.
+        on_event: hears "warning" and "progress", in this process.
 
     Raises:
         InputError: the input, the tokenizer or the folder cannot be used; nothing is committed.
@@ -77,14 +77,15 @@ def preprocess(
     stats = []
     for done in _run(config, partitions, output_dir, tokenizer_files):
         stats.append(done)
-        if on_progress is not None:
-            on_progress(len(stats), len(partitions))
+        on_event("progress", done=len(stats), total=len(partitions))
     stats.sort(key=lambda partition: partition.index)
     metadata = _metadata(config, tokenizer_name_or_path, tokenizer, stats)
-    notes += _check_corpus(config, metadata["splits"], metadata["dropped"])
+    warnings = _check_corpus(config, metadata)
+    for message in warnings:
+        on_event("warning", message=message)
     known_sha256 = {shard.path: shard.sha256 for part in stats for shard in part.shards.values()}
     _check_files(output_dir, known_sha256)
-    metadata |= {"key": key, "notes": notes, "trained_on": file_identities(config)}
+    metadata |= {"key": key, "notes": notes + warnings, "trained_on": file_identities(config)}
     manifest = commit(output_dir, kind=KIND, metadata=metadata, known_sha256=known_sha256)
     mark.unlink()
     return manifest
@@ -256,9 +257,10 @@ def _split_totals(stats: Sequence[PartitionStats], split: str) -> dict[str, Any]
 
 
 def _check_corpus(
-    config: "PreprocessConfig", splits: dict[str, Any], dropped: dict[str, int]
+    config: "PreprocessConfig", metadata: dict[str, Any]
 ) -> list[str]:
-    """Notes on a split that is empty by chance; an empty corpus is an error."""
+    """Warnings; a corpus that leaves nothing to train on is an error."""
+    splits, dropped = metadata["splits"], metadata["dropped"]
     train, heldout = splits["train"]["rows"], splits["heldout"]["rows"]
     if train + heldout == 0:
         raise InputError(
@@ -270,12 +272,9 @@ def _check_corpus(
             f"heldout_fraction {config.heldout_fraction} left no document for training, of "
             f"{splits['heldout']['documents']}; lower it, or give more documents"
         )
-    if heldout == 0 and config.heldout_fraction > 0.0:
-        return [
-            f"no document fell into the heldout split (heldout_fraction {config.heldout_fraction}, "
-            f"{splits['train']['documents']} documents)"
-        ]
-    return []
+    if config.heldout_fraction == 0.0:
+        return []
+    return [problem] if (problem := too_few_rows(metadata, "heldout")) else []
 
 
 def _check_files(output_dir: Location, known_sha256: dict[str, str]) -> None:
