@@ -64,13 +64,14 @@ def run_stage(
     take_log(stage)
     with (
         RunLog(stage.log_path) as log,
-        ProgressPrinter(stage.title, has_bar=has_bar) as printer,
+        ProgressPrinter(stage.title, log_path=stage.log_path, has_bar=has_bar) as printer,
         mirror.stage(stage.title, folder=stage.record, params=params, tags=own_tags) as run,
         run.system_metrics(),
     ):
         _log_data(stage, run)
         try:
-            with LogTailer(stage.log_path, [printer.consume, run.consume, keep_log]):
+            consumers = [printer.consume, run.consume, keep_log]
+            with LogTailer(stage.log_path, consumers, on_look=printer.look):
                 _act(stage, log)
         except BaseException:
             with contextlib.suppress(OSError):  # of two errors the first one counts

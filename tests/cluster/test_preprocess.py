@@ -259,7 +259,13 @@ def test_the_job_makes_the_shards_of_one_process(tmp_path: Path, ray_session: No
     )
     total = len(plan_partitions(config))
     assert total > 4
-    assert progress == [(i + 1, total) for i in range(total)]
+    progress = [fields for event, fields in events if event == "progress"]
+    sizes = [sum(p.num_bytes for p in part.pieces) for part in plan_partitions(config)]
+    assert {(p["unit"], p["total"]) for p in progress} == {("bytes", sum(sizes))}
+    assert [p["done"] for p in progress] == sorted(p["done"] for p in progress)
+    assert progress[-1]["done"] == sum(sizes)
+    assert progress[-1]["tokens"] == sum(s["tokens"] for s in manifest.metadata["splits"].values())
+    assert progress[-1]["rows"] == progress[-1]["tokens"] // config.max_length
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ray" / "tokenizer")
     stats = shards_of(config, tmp_path / "plain", tokenizer=tokenizer)
     assert contents(tmp_path / "ray") == contents(tmp_path / "plain")

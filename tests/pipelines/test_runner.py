@@ -294,8 +294,8 @@ def test_rows_that_an_evaluation_will_lack_end_the_run_at_the_data(toy: Toy) -> 
     data, judge = toy.stages["data"], toy.stages["judge"]
     toy.stages["judge"] = replace(judge, judges=(data.result_folder, "heldout"))
     said = (
-        r"judge: data_path .*/data-\w+: split 'heldout' has 1 row, and an evaluation takes at least "
-        r"2; raise preprocess.heldout_fraction \(it is 0.05\), or give more documents"
+        r"judge: data_path .*/data-\w+: split 'heldout' has 1 row, and an evaluation takes at "
+        r"least 2; raise preprocess.heldout_fraction \(it is 0.05\), or give more documents"
     )
     for calls in (["data"], []):  # it is made once, and the next run looks at what is there
         with pytest.raises(InputError, match=said):

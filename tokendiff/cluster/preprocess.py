@@ -18,8 +18,10 @@ from tokendiff.artifacts.manifest import (
     is_committed,
     verify,
 )
+from tokendiff.cluster.progress import JobProgress, Reporter
 from tokendiff.cluster.session import data_context
 from tokendiff.config.preprocess import SAMPLES
+from tokendiff.data.files import COMPRESSED_SUFFIXES
 from tokendiff.data.partition import Partition, Piece
 from tokendiff.data.preprocess import (
     SPLITS,
@@ -30,6 +32,7 @@ from tokendiff.data.preprocess import (
 from tokendiff.data.rows import KIND, too_few_rows
 from tokendiff.data.sources import file_identities, plan_input, plan_partitions
 from tokendiff.data.tokenizers import build_tokenizer
+from tokendiff.diffusion.interfaces import Figures, OnProgress
 from tokendiff.errors import InputError
 from tokendiff.training.trainer import OnEvent
 
@@ -72,12 +75,16 @@ def preprocess(
     if is_committed(output_dir):
         return _committed(output_dir, key)
     mark = _claim(output_dir)
-    tokenizer, notes = _make_tokenizer(config, tokenizer_name_or_path, partitions)
+    tokenizer, notes = _make_tokenizer(config, tokenizer_name_or_path, partitions, on_event)
     tokenizer_files = _save_tokenizer(tokenizer, output_dir)
     stats = []
-    for done in _run(config, partitions, output_dir, tokenizer_files):
-        stats.append(done)
-        on_event("progress", done=len(stats), total=len(partitions))
+    with JobProgress(on_event) as progress:
+        total = sum(map(_num_bytes, partitions))
+        progress.begin("bytes", total=total, tokens_per_row=config.max_length)
+        for done in _run(config, partitions, output_dir, tokenizer_files, progress.reporter):
+            stats.append(done)
+            num_tokens = sum(shard.tokens for shard in done.shards.values())
+            progress.finish(done.index, (_num_bytes(partitions[done.index]), num_tokens))
     stats.sort(key=lambda partition: partition.index)
     metadata = _metadata(config, tokenizer_name_or_path, tokenizer, stats)
     warnings = _check_corpus(config, metadata)
@@ -138,7 +145,10 @@ def _save_tokenizer(tokenizer: Any, output_dir: Location) -> dict[str, bytes]:
 
 
 def _make_tokenizer(
-    config: "PreprocessConfig", name_or_path: str, partitions: Sequence[Partition]
+    config: "PreprocessConfig",
+    name_or_path: str,
+    partitions: Sequence[Partition],
+    on_event: OnEvent,
 ) -> tuple["PreTrainedTokenizerBase", list[str]]:
     notes = []
     source = partitions
@@ -150,6 +160,8 @@ def _make_tokenizer(
             f"tokenizer_name_or_path {name_or_path!r}: samples are token ids; give the tokenizer "
             "of the model that wrote them, a transformers name or path"
         )
+    if name_or_path == "bpe":
+        on_event("doing", what=f"training a tokenizer of {config.vocab_size:,} tokens")
     documents = training_text(source, config.heldout_fraction)
     tokenizer, more = build_tokenizer(
         name_or_path, documents=documents, vocab_size=config.vocab_size
@@ -162,6 +174,7 @@ def _run(
     partitions: Sequence[Partition],
     output_dir: Location,
     tokenizer_files: dict[str, bytes],
+    reporter: Reporter,
 ) -> Iterator[PartitionStats]:
     """Preprocess the partitions in tasks of one CPU; yields them in the order of completion."""
     import ray.data
@@ -170,14 +183,22 @@ def _run(
     items = [{"partition": pickle.dumps(partition)} for partition in partitions]
     with data_context():
         source = ray.data.from_items(items, override_num_blocks=min(len(items), _MAX_BLOCKS))
-        for row in source.map(_task(config, output_dir, tokenizer_files)).iter_rows():
+        task = _task(config, output_dir, tokenizer_files, reporter)
+        for row in source.map(task).iter_rows():
             if row["error"]:
                 raise InputError(row["error"])
             yield pickle.loads(row["stats"])
 
 
+def _num_bytes(partition: Partition) -> int:
+    return sum(piece.num_bytes for piece in partition.pieces)
+
+
 def _task(
-    config: "PreprocessConfig", output_dir: Location, tokenizer_files: dict[str, bytes]
+    config: "PreprocessConfig",
+    output_dir: Location,
+    tokenizer_files: dict[str, bytes],
+    reporter: Reporter,
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
     max_length, heldout_fraction = config.max_length, config.heldout_fraction
 
@@ -185,14 +206,16 @@ def _task(
         from transformers import AutoTokenizer
 
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task owns one CPU
+        partition = pickle.loads(row["partition"])
         try:
             with _on_this_machine(output_dir, tokenizer_files) as folder:
                 stats = preprocess_partition(
-                    pickle.loads(row["partition"]),
+                    partition,
                     tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
                     max_length=max_length,
                     heldout_fraction=heldout_fraction,
                     output_dir=folder,
+                    on_progress=_of_partition(partition, reporter),
                 )
                 if not isinstance(output_dir, Path):
                     upload(folder, output_dir, [shard.path for shard in stats.shards.values()])
@@ -202,6 +225,25 @@ def _task(
         return {"stats": pickle.dumps(stats), "error": ""}
 
     return work
+
+
+def _of_partition(partition: Partition, reporter: Reporter) -> OnProgress:
+    """Counts text in the bytes that it takes in files; of packed ones nothing, until they are done:
+    how much text is in them is not known.
+    """
+    most = _num_bytes(partition)
+    if any(piece.path.endswith(COMPRESSED_SUFFIXES) for piece in partition.pieces):
+        most = 0
+    tell = reporter.of(partition.index)
+
+    def on_progress(figures: Callable[[], Figures]) -> None:
+        def in_files() -> Figures:
+            num_bytes, num_tokens = figures()
+            return min(num_bytes, most), num_tokens
+
+        tell(in_files)
+
+    return on_progress
 
 
 @contextmanager
@@ -256,9 +298,7 @@ def _split_totals(stats: Sequence[PartitionStats], split: str) -> dict[str, Any]
     }
 
 
-def _check_corpus(
-    config: "PreprocessConfig", metadata: dict[str, Any]
-) -> list[str]:
+def _check_corpus(config: "PreprocessConfig", metadata: dict[str, Any]) -> list[str]:
     """Warnings; a corpus that leaves nothing to train on is an error."""
     splits, dropped = metadata["splits"], metadata["dropped"]
     train, heldout = splits["train"]["rows"], splits["heldout"]["rows"]

@@ -11,6 +11,7 @@ import numpy as np
 from tokendiff.artifacts.locations import Location, local_copy, location
 from tokendiff.artifacts.manifest import Manifest, fetch, fingerprint, load_manifest, verify
 from tokendiff.data.order import RowOrder
+from tokendiff.diffusion.interfaces import Figures
 from tokendiff.errors import CorruptFileError, InputError
 
 KIND = "tokens"
@@ -71,6 +72,11 @@ class TokenRows:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def first(self, count: int) -> Figures:
+        """How many the first `count` rows are (fewer, where there are fewer), and their tokens."""
+        lengths = self.lengths[:count]
+        return len(lengths), int(lengths.sum())
 
     def take(self, index: np.ndarray | slice) -> "TokenRows":
         return TokenRows(
