@@ -119,7 +119,7 @@ def run_patiently(
             )
 
     def tell(reason: str, wait: float) -> None:
-        print(f"{stage.title}  failed ({reason}); once more in {wait:g} s", flush=True)
+        print(f"{stage.title}  failed ({reason}); trying again in {wait:g} s", flush=True)
 
     result, attempts = with_retries(
         once, max_retries=retries, wait_s=runner.retry_wait_s, on_retry=tell

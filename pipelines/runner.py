@@ -218,13 +218,13 @@ class _Run:
         stage = step.stage
         if step.state == "done":
             self._note(stage.title, state="done", why=step.why, result=stage.result(stage))
-            print(f"{stage.title}  {step.why}, in {stage.output.name}", flush=True)
+            print(f"{stage.title}  done ({step.why}, in {stage.output.name})", flush=True)
             self._check_followers(stage)
         else:
             is_done = stage.is_done
             result = stage.result(stage) if is_done else {}
             self._note(stage.title, state="skipped", why=step.why, result=result)
-            print(f"{stage.title}  skipped: {step.why}", flush=True)
+            print(f"{stage.title}  skipped ({step.why})", flush=True)
 
     def _run_here(self, step: Step) -> None:
         stage = step.stage
@@ -269,7 +269,8 @@ class _Run:
             self._connect()
         if step.state == "run":
             discard(stage)
-        print(f"{stage.title}  {step.state}s: {step.why}", flush=True)
+        verb = "goes on" if step.state == "resume" else "will run"
+        print(f"{stage.title}  {verb} ({step.why})", flush=True)
         self._note(stage.title, state="running", why=step.why)
 
     def _connect(self) -> None:

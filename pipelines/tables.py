@@ -119,7 +119,7 @@ def print_status(
     ]
     lines = figure_lines(records)
     if waiting := [f"{s.stage.title} ({s.why})" for s in steps if s.state in ("run", "resume")]:
-        lines.append(("to run", ", ".join(waiting)))
+        lines.append(("still to run", ", ".join(waiting)))
     if config.tracking.enabled:
         lines.append(("MLflow", store_command(config, root)))
     _print_lines(lines or [(config.name, "no stage is done yet")])

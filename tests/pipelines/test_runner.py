@@ -169,10 +169,10 @@ def test_a_wrong_name_is_told_with_the_nearest(toy: Toy) -> None:
 def test_a_forced_stage_takes_others_along_only_if_it_comes_out_different(toy: Toy) -> None:
     toy.run()
     assert toy.plan(force=("model",)) == {
-        "data": ("done", "done before"),
-        "model": ("run", "forced"),
-        "samples": ("check", "after model"),
-        "judge": ("check", "after model, samples"),
+        "data": ("done", "made by an earlier run"),
+        "model": ("run", "asked for with --force"),
+        "samples": ("check", "only if model comes out different"),
+        "judge": ("check", "only if model and samples come out different"),
     }
     (toy.stages["model"].output / "left").write_bytes(b"of before, which is begun anew")
     record = toy.run(force=("model",))
@@ -186,7 +186,7 @@ def test_a_forced_stage_takes_others_along_only_if_it_comes_out_different(toy: T
     toy.actions["model"] = lambda stage: (stage.output / "weights").write_bytes(b"third")
     toy.run(only=("data",), force=("model",))
     assert toy.calls == ["model"]
-    assert toy.plan()["judge"] == ("check", "after samples")
+    assert toy.plan()["judge"] == ("check", "only if samples comes out different")
     assert toy.plan()["samples"] == ("run", "model was made again")
     toy.run()
     assert toy.calls == ["samples", "judge"]
@@ -207,7 +207,7 @@ def test_a_run_that_was_cut_off_goes_on(toy: Toy) -> None:
         "stopped",
         "not reached",
     ]
-    assert toy.plan()["samples"] == ("resume", "was cut off")
+    assert toy.plan()["samples"] == ("resume", "it was interrupted")
     del toy.actions["samples"]
     kept = toy.stages["samples"].output / "kept"
     kept.write_bytes(b"")
@@ -224,8 +224,9 @@ def test_why_a_stage_runs_names_what_changed(toy: Toy) -> None:
     toy.add("model", "data", settings={"rate": 3.0, "objective": {"name": "b"}})
     toy.add("samples", "model")
     plan = toy.plan()
-    assert plan["model"] == ("run", 'rate 2.0 -> 3.0, objective.name "a" -> "b"')
-    assert plan["samples"] == ("run", "another model")
+    said = 'rate changed from 2.0 to 3.0, objective.name changed from "a" to "b"'
+    assert plan["model"] == ("run", said)
+    assert plan["samples"] == ("run", "the input 'model' changed")
     assert plan["data"][0] == "done"
 
 
@@ -243,7 +244,7 @@ def test_what_is_new_is_told_from_the_last_one_that_an_earlier_version_made(tmp_
             seconds = 2e9 if number == last else 1e9
             os.utime(path, (seconds, seconds))
         toy.add("model", "data", settings={"rate": 9})
-        assert toy.plan()["model"] == ("run", f"rate {last} -> 9")
+        assert toy.plan()["model"] == ("run", f"rate changed from {last} to 9")
 
 
 def test_a_file_that_is_gone_is_said_and_not_passed_over(toy: Toy) -> None:
@@ -640,9 +641,11 @@ def test_lines_tell_what_ran_and_what_did_not(toy: Toy, capsys: pytest.CaptureFi
     toy.run(end=("model",))
     record = toy.run(only=("samples",))
     printed = capsys.readouterr().out
-    assert f"model  done before, in {toy.stages['model'].output.name}" in printed
-    assert "samples  runs: never run" in printed
-    assert "judge  skipped: not selected" in printed
+    name = toy.stages["model"].output.name
+    assert "data  will run (no earlier result)" in printed
+    assert f"model  done (made by an earlier run, in {name})" in printed
+    assert "samples  will run (no earlier result)" in printed
+    assert "judge  skipped (not selected)" in printed
     lines = tables.stage_lines(record.stages)
     assert [line.split()[:2] for line in lines] == [
         ["stage", "state"],

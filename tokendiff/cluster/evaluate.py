@@ -28,6 +28,7 @@ from tokendiff.artifacts.manifest import (
     write_atomically,
 )
 from tokendiff.artifacts.noise_process import NoiseProcess, objective_of
+from tokendiff.cluster.console import without_restart_warning
 from tokendiff.cluster.progress import JobProgress, Reporter
 from tokendiff.cluster.session import (
     data_context,
@@ -149,7 +150,7 @@ def judge_rows(
     # Arrays, and one sum of the counts: of a million rows, tens of megabytes.
     columns: dict[str, list[np.ndarray]] = {}
     progress.begin("rows", total=len(places))
-    with data_context(preserve_order=True):
+    with data_context(preserve_order=True), without_restart_warning():
         dataset: ray.data.Dataset = ray.data.from_items(
             [{"unit": unit, "rows": json.dumps(item)} for unit, item in enumerate(items)],
             override_num_blocks=len(items),

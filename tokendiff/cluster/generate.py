@@ -34,6 +34,7 @@ from tokendiff.artifacts.manifest import (
     sha256_of,
     write_atomically,
 )
+from tokendiff.cluster.console import without_restart_warning
 from tokendiff.cluster.progress import JobProgress, Reporter
 from tokendiff.cluster.session import (
     data_context,
@@ -409,7 +410,7 @@ def _sample_parts(
         cluster, count=least, what="sampling actors", on_event=on_event, gpus=cluster.gpus_per_actor
     )
     on_event("doing", what=f"starting {least} sampling actor{'s' * (least > 1)}")
-    with data_context():
+    with data_context(), without_restart_warning():
         num_blocks = min(len(parts), _MAX_BLOCKS)
         dataset = ray.data.from_items(parts, override_num_blocks=num_blocks).map_batches(
             _PartSampler,
