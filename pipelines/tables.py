@@ -230,7 +230,10 @@ def _bound_lines(figures: Mapping[str, Any]) -> list[Line]:
             "likelihood" if "is_exact" in figures else "bound",
             f"{bound:.3f} ± {figures['standard_error']:.3f} nats per held-out token",
         ),
-        ("unigram", f"{unigram:.3f} nats, its entropy: the bound is {_apart(bound, unigram)}"),
+        (
+            "unigram",
+            f"{unigram:.3f} nats is the entropy of single tokens; {_apart(bound, unigram)}",
+        ),
     ]
     if figures["bits_per_byte"] is not None:
         unigram_bits = unigram * figures["num_tokens"] / figures["num_bytes"] / math.log(2.0)
@@ -276,7 +279,9 @@ def verified_lines(checks: Sequence[Check]) -> list[str]:
 
 def _apart(bound: float, unigram: float) -> str:
     share = 100 * (1 - bound / unigram) if unigram else 0.0
-    return f"{abs(share):.0f} % " + ("below" if share >= 0 else "above, so nothing is learnt yet")
+    if share < 0:
+        return f"the bound is {-share:.0f} % above it: nothing is learnt yet"
+    return f"the bound is {share:.0f} % below it"
 
 
 def _shortened(text: str) -> str:

@@ -25,17 +25,18 @@ def test_what_is_under_way_is_counted_until_it_is_whole() -> None:
     progress, told = watched()
     with progress:
         progress.begin("rows", total=100, done=40, errors=0)
+        progress._hear({(1, 3): (0, 0)})
         progress._hear({(1, 0): (2.5, 250), (1, 3): (1.5, 150)})
         progress._hear({(1, 0): (2.5, 250), (1, 3): (1.5, 150)})  # nothing new, nothing told
         progress.finish(0, (10, 1000), errors=2)
         progress._hear({(1, 0): (9.9, 990), (1, 3): (2.0, 200)})  # of a unit that is whole
         progress.finish(3, (50, 5000))
     assert places(told) == [
-        *((40, 0), (44, 400)),
+        *((40, 0), (40, 0), (44, 400)),
         *((51.5, 1150), (52, 1200)),
         (100, 6000),
     ]
-    assert [fields["errors"] for fields in told] == [0, 0, 2, 2, 2]
+    assert [fields["errors"] for fields in told] == [0, 0, 0, 2, 2, 2]
     assert {(fields["event"], fields["unit"], fields["total"]) for fields in told} == {
         ("progress", "rows", 100)
     }
@@ -65,6 +66,7 @@ def test_a_worker_is_asked_once_a_second_at_most(monkeypatch: pytest.MonkeyPatch
             remote = staticmethod(lambda *args: sent.append(args))
 
     tell = Reporter(board=Board(), phase=2).of(7)
+    assert sent == [((2, 7), (0, 0))]
     asked: list[float] = []
     for call in range(50):
         now[0] = 100.0 + call / 10
@@ -75,7 +77,7 @@ def test_a_worker_is_asked_once_a_second_at_most(monkeypatch: pytest.MonkeyPatch
 
         tell(figures)
     assert asked == pytest.approx([100.0, 101.0, 102.0, 103.0, 104.0])
-    assert [unit for unit, _ in sent] == [(2, 7)] * 5
+    assert [unit for unit, _ in sent] == [(2, 7)] * 6
 
 
 @pytest.mark.ray
@@ -106,4 +108,5 @@ def test_a_worker_is_heard_before_it_is_done(
         progress.begin("rows", total=1)
         ray.get(work.remote(progress.reporter))
         progress.finish(0, (1, 20))
-    assert places(told) == [(0, 0), (0.5, 10), (1, 20)]
+    assert places(told)[-2:] == [(0.5, 10), (1, 20)]
+    assert places(told)[0] == (0, 0)

@@ -330,6 +330,23 @@ def test_before_anything_is_counted_it_is_said_what_is_done(tmp_path: Path) -> N
     assert read_progress(path) is None
 
 
+def test_the_last_word_on_one_thing_is_not_lost_to_the_first_on_another(tmp_path: Path) -> None:
+    stream, path = io.StringIO(), tmp_path / LOG_NAME
+    with (
+        RunLog(path) as log,
+        ProgressPrinter("evaluate", log_path=path, stream=stream) as printer,
+        LogTailer(path, [printer.consume], on_look=printer.look, poll_seconds=0.05),
+    ):
+        log.write("progress", done=0, total=8, unit="rows", tokens=0)
+        wait_until(lambda: "0/8" in stream.getvalue())
+        log.write("progress", done=8, total=8, unit="rows", tokens=800)
+        log.write("progress", done=0, total=71, unit="checks", tokens=0)
+        wait_until(lambda: "0/71" in stream.getvalue())
+        log.write("progress", done=71, total=71, unit="checks", tokens=0)
+    places = [line.split("  ")[1] for line in stream.getvalue().splitlines()]
+    assert places == ["0/8 rows", "8/8 rows", "0/71 checks", "71/71 checks"]
+
+
 def test_progress_that_cannot_be_shown_ends_no_run(tmp_path: Path) -> None:
     (tmp_path / PROGRESS_NAME).mkdir()
     with RunLog(tmp_path / LOG_NAME) as log:

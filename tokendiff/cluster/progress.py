@@ -47,7 +47,12 @@ class Reporter:
     phase: int
 
     def of(self, unit: int) -> OnProgress:
-        """Hears how far a unit has got, and passes it on once a second."""
+        """Hears how far a unit has got, and passes it on once a second.
+
+        That it is begun is passed on at once: a speed is measured from there on, and not from when
+        weights began to be read.
+        """
+        self.board.write.remote((self.phase, unit), (0, 0))
         due = time.monotonic()
 
         def tell(figures: Callable[[], Figures]) -> None:
@@ -60,7 +65,7 @@ class Reporter:
 
 
 class JobProgress:
-    """Emits "progress" as units are finished, and every second in which something has moved.
+    """Emits "progress" as units are begun and finished, and every second in which one has moved.
 
     with JobProgress(on_event) as progress:
         progress.begin("rows", total=1_000_000)
@@ -76,7 +81,6 @@ class JobProgress:
         self._finished: Figures = (0, 0)
         self._under_way: dict[Unit, Figures] = {}
         self._over: set[Unit] = set()
-        self._told: Figures | None = None
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="job progress", daemon=True)
@@ -154,7 +158,7 @@ class JobProgress:
             self._tell()
 
     def _tell(self) -> None:
-        self._told = done, tokens = _sum([self._finished, *self._under_way.values()])
+        done, tokens = _sum([self._finished, *self._under_way.values()])
         rows = {} if self._tokens_per_row is None else {"rows": int(tokens // self._tokens_per_row)}
         self.on_event("progress", done=done, tokens=tokens, **rows, **self._fields)
 
@@ -166,12 +170,13 @@ class JobProgress:
     def _hear(self, said: dict[Unit, Figures]) -> None:
         with self._lock:
             # What a worker says of a unit may arrive behind the unit itself.
-            self._under_way = {
+            under_way = {
                 unit: figures
                 for unit, figures in said.items()
                 if unit[0] == self._phase and unit not in self._over
             }
-            if _sum([self._finished, *self._under_way.values()]) != self._told:
+            if under_way != self._under_way:
+                self._under_way = under_way
                 self._tell()
 
 

@@ -137,8 +137,7 @@ class ProgressPrinter:
 
     def consume(self, events: Events) -> None:
         for event in events:
-            # Of those the log keeps a few; all are looked at beside it.
-            if self._log_path is None or event["event"] != "progress":
+            if event["event"] != "progress" or self._is_for_the_log_to_tell(event):
                 self._show(event)
 
     def look(self) -> None:
@@ -151,6 +150,14 @@ class ProgressPrinter:
             silence = self._silence.format(_duration(now - self._news_time))
             self._print(f"{self._stage}  {self._status}  ({silence})")
             self._line_time = now
+
+    def _is_for_the_log_to_tell(self, event: dict[str, Any]) -> bool:
+        """Whether a "progress" of the log is to be shown: it keeps a few, and all are seen beside
+        it, but the last word on one thing may soon be replaced there by the first on another.
+        """
+        is_last_word = event["done"] >= event["total"]
+        is_new = event["time"] > self._progress.get("time", 0.0)
+        return self._log_path is None or (is_last_word and is_new)
 
     def _show(self, event: dict[str, Any]) -> None:
         match event["event"]:
