@@ -225,15 +225,14 @@ def _bound_lines(figures: Mapping[str, Any]) -> list[Line]:
         length = f"{figures['expected_acceptance_length']:.3f} ± {error:.3f}"
         return [("acceptance", f"{length} tokens a block expected on held-out text"), *lines]
     bound, unigram = figures["nats_per_token"], figures["unigram_entropy_nats"]
+    name = "likelihood" if "is_exact" in figures else "bound"
     shown = [
         (
-            "likelihood" if "is_exact" in figures else "bound",
+            name,
             f"{bound:.3f} ± {figures['standard_error']:.3f} nats per held-out token",
         ),
-        (
-            "unigram",
-            f"{unigram:.3f} nats is the entropy of single tokens; {_apart(bound, unigram)}",
-        ),
+        ("unigram", f"{unigram:.3f} nats is the entropy of single tokens"),
+        ("learnt", f"the {name} is {_apart(bound, unigram)}"),
     ]
     if figures["bits_per_byte"] is not None:
         unigram_bits = unigram * figures["num_tokens"] / figures["num_bytes"] / math.log(2.0)
@@ -280,8 +279,8 @@ def verified_lines(checks: Sequence[Check]) -> list[str]:
 def _apart(bound: float, unigram: float) -> str:
     share = 100 * (1 - bound / unigram) if unigram else 0.0
     if share < 0:
-        return f"the bound is {-share:.0f} % above it: nothing is learnt yet"
-    return f"the bound is {share:.0f} % below it"
+        return f"{-share:.0f} % above that entropy: nothing is learnt yet"
+    return f"{share:.0f} % below that entropy"
 
 
 def _shortened(text: str) -> str:
