@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from jobs import cli
 
 _COMMANDS = {
-    "run": "run every stage that is not done; resumes what was cut off",
+    "run": "run every stage that is not done; goes on with what was interrupted",
     "plan": "check the file and print the stages, their keys, what would run and why; run nothing",
     "promote": "run the promote stages alone: the gate, and the champion where it is passed",
     "rollback": "move the champion back to the version that it replaced",

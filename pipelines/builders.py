@@ -41,7 +41,7 @@ def preprocess_stage(
             config.preprocess,
             tokenizer_name_or_path=tokenizer,
             output_dir=stage.output,
-            on_progress=lambda done, total: log.write("progress", done=done, total=total),
+            on_event=log.write,
         )
 
     def result(stage: Stage) -> dict[str, Any]:
@@ -161,8 +161,14 @@ def evaluate_stage(
     data_path: str | Location | None,
     samples_path: str | Location | None,
     keyed: Config | None = None,
+    trained_on: Location | None = None,
     **kwargs: Any,
 ) -> Stage:
+    """
+    Args:
+        trained_on: the checkpoint's own data, where that is known: what is evaluated on without a
+            data_path.
+    """
     section, keyed_section = config.evaluate, (keyed or config).evaluate
     assert section is not None
     assert keyed_section is not None
@@ -198,7 +204,13 @@ def evaluate_stage(
     }
     given = {"evaluation": data_path, "samples": samples_path}
     reads = {context: location(path) for context, path in given.items() if path is not None}
-    return _stage("evaluate", settings, folder, action, result, **{"reads": reads, **kwargs})
+    judged = reads.get("evaluation", trained_on)
+    kwargs = {
+        "reads": reads,
+        "judges": None if judged is None else (judged, section.split),
+        **kwargs,
+    }
+    return _stage("evaluate", settings, folder, action, result, **kwargs)
 
 
 def promote_stage(

@@ -65,13 +65,14 @@ def run_stage(
     take_log(stage)
     with (
         RunLog(stage.log_path) as log,
-        ProgressPrinter(stage.title, has_bar=has_bar) as printer,
+        ProgressPrinter(stage.title, log_path=stage.log_path, has_bar=has_bar) as printer,
         mirror.stage(stage.title, folder=stage.record, params=params, tags=own_tags) as run,
         run.system_metrics(),
     ):
         _log_data(stage, run)
         try:
-            with LogTailer(stage.log_path, [printer.consume, run.consume, keep_log]):
+            consumers = [printer.consume, run.consume, keep_log]
+            with LogTailer(stage.log_path, consumers, on_look=printer.look):
                 _act(stage, log)
         except BaseException:
             with contextlib.suppress(OSError):  # of two errors the first one counts
@@ -119,7 +120,7 @@ def run_patiently(
             )
 
     def tell(reason: str, wait: float) -> None:
-        print(f"{stage.title}  failed ({reason}); once more in {wait:g} s", flush=True)
+        print(f"{stage.title}  failed ({reason}); trying again in {wait:g} s", flush=True)
 
     result, attempts = with_retries(
         once, max_retries=retries, wait_s=runner.retry_wait_s, on_retry=tell
@@ -164,7 +165,7 @@ class ChildStage:
     ) -> None:
         import ray
 
-        self.title = stage.title
+        self.stage = stage
         cluster = {"address": ray.get_runtime_context().gcs_address}
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update=cluster)})
         context = multiprocessing.get_context("spawn")
@@ -181,7 +182,7 @@ class ChildStage:
         except EOFError:
             self._process.join()
             raise ChildProcessError(
-                f"{self.title}: its process ended with code {self._process.exitcode}; "
+                f"{self.stage.title}: its process ended with code {self._process.exitcode}; "
                 "run the same command again: it goes on where it was cut off"
             ) from None
         self._process.join()

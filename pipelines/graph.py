@@ -234,12 +234,14 @@ def _promote(config: Config, section: Any, folder: Location, fields: dict[str, A
 
 
 def _evaluate(config: Config, section: Any, folder: Location, fields: dict[str, Any]) -> Stage:
+    trained = fields["inputs"].get("checkpoint")
     return evaluate_stage(
         config,
         folder,
         checkpoint_path=section.checkpoint_path,
         data_path=section.data_path,
         samples_path=section.samples_path,
+        trained_on=trained and trained.reads["training"],
         **fields,
     )
 

@@ -27,10 +27,11 @@ from pipelines.registered import Models, PinnedModels
 from pipelines.schedule import Selection, Step, plan_steps, recheck
 from pipelines.stage import Stage, discard
 from tokendiff.artifacts.locations import Location, mirror_of
-from tokendiff.artifacts.manifest import RECORD_FOLDER
+from tokendiff.artifacts.manifest import RECORD_FOLDER, is_committed
 from tokendiff.cluster.session import DATA_CPUS, is_shared, ray_session
 from tokendiff.cluster.stopping import check_stop, is_stop_requested, sigterm_stops, words_of
 from tokendiff.config.pipeline import Config
+from tokendiff.data.rows import check_rows_to_judge
 from tokendiff.errors import InputError
 from tokendiff.tracking.mlflow_mirror import MlflowMirror
 from tokendiff.tracking.mlflow_store import open_command, resolve_uri
@@ -174,6 +175,10 @@ class _Run:
 
     def work_off(self, steps: Sequence[Step]) -> None:
         self._pending = {step.stage.title: step for step in steps}
+        made_here = {step.stage.result_folder for step in steps}
+        for step in steps:
+            if step.stage.judges and step.stage.judges[0] not in made_here:
+                _check_judged(step)
         try:
             while self._pending or self._running:
                 # Where a library kept the interrupt to itself.
@@ -224,12 +229,13 @@ class _Run:
         stage = step.stage
         if step.state == "done":
             self._note(stage.title, state="done", why=step.why, result=stage.result(stage))
-            print(f"{stage.title}  {step.why}, in {stage.output.name}", flush=True)
+            print(f"{stage.title}  done ({step.why}, in {stage.output.name})", flush=True)
+            self._check_followers(stage)
         else:
             is_done = stage.is_done
             result = stage.result(stage) if is_done else {}
             self._note(stage.title, state="skipped", why=step.why, result=result)
-            print(f"{stage.title}  skipped: {step.why}", flush=True)
+            print(f"{stage.title}  skipped ({step.why})", flush=True)
 
     def _run_here(self, step: Step) -> None:
         stage = step.stage
@@ -245,7 +251,7 @@ class _Run:
             self._note(stage.title, state="stopped", seconds=time.monotonic() - started)
             raise
         else:
-            self._finish(stage.title, outcome)
+            self._finish(stage, outcome)
 
     def _start_child(self, step: Step) -> None:
         self._begin(step)
@@ -264,7 +270,7 @@ class _Run:
             title = receivers[receiver]  # type: ignore[index]
             child = self._running.pop(title)
             try:
-                self._finish(title, child.outcome())
+                self._finish(child.stage, child.outcome())
             except Exception as error:
                 self._fail(title, error, None)
 
@@ -274,7 +280,8 @@ class _Run:
             self._connect()
         if step.state == "run":
             discard(stage)
-        print(f"{stage.title}  {step.state}s: {step.why}", flush=True)
+        verb = "goes on" if step.state == "resume" else "will run"
+        print(f"{stage.title}  {verb} ({step.why})", flush=True)
         self._note(stage.title, state="running", why=step.why)
 
     def _connect(self) -> None:
@@ -293,7 +300,8 @@ class _Run:
             self._connect()
         return self._room or 1
 
-    def _finish(self, title: str, outcome: Outcome) -> None:
+    def _finish(self, stage: Stage, outcome: Outcome) -> None:
+        title = stage.title
         self._made.add(title)
         self._note(
             title,
@@ -303,6 +311,18 @@ class _Run:
             result=outcome.result,
         )
         print(f"{title}  done in {outcome.seconds:.0f} s", flush=True)
+        self._check_followers(stage)
+
+    def _check_followers(self, stage: Stage) -> None:
+        """Fail the stage, whose result stays, where a later one will not be able to judge it: what
+        is made from it, such as a training run of hours, would be made in vain.
+        """
+        try:
+            for step in self._pending.values():
+                if step.stage.judges and step.stage.judges[0] == stage.result_folder:
+                    _check_judged(step)
+        except InputError as error:
+            self._fail(stage.title, error, None)
 
     def _fail(self, title: str, error: Exception, seconds: float | None) -> None:
         self._lost.add(title)
@@ -317,6 +337,18 @@ class _Run:
         for name, value in changes.items():
             setattr(stage, name, value)
         _keep(self._record)
+
+
+def _check_judged(step: Step) -> None:
+    """Raise InputError where a stage that is to run has too few rows to evaluate on."""
+    if step.stage.judges is None or step.state in ("done", "skip"):
+        return
+    folder, split = step.stage.judges
+    if is_committed(folder):
+        try:
+            check_rows_to_judge(folder, split)
+        except InputError as error:
+            raise InputError(f"{step.stage.title}: {error}") from None
 
 
 def _keep(record: RunRecord) -> None:

@@ -68,7 +68,7 @@ def plan_steps(stages: Sequence[Stage], selection: Selection) -> list[Step]:
     for stage in stages:
         inputs = [steps[source.title] for source in stage.inputs.values()]
         if stage.title in forced and not _reason_to_skip(stage, inputs):
-            step = Step(stage=stage, state="run", why="forced")
+            step = Step(stage=stage, state="run", why="asked for with --force")
         else:
             step = _step(stage, inputs, stages)
         if step.state not in ("done", "skip") and stage.title not in chosen | forced:
@@ -92,9 +92,10 @@ def recheck(step: Step, ran: Iterable[str]) -> Step:
     if step.state == "check":
         stage = step.stage
         if changed := _changed_inputs(stage):
-            return replace(step, state="run", why=f"{_names(changed)} came out different")
-        made = [source.title for source in stage.inputs.values() if source.title in ran]
-        return replace(step, state="done", why=f"{_names(made)} came out the same")
+            return replace(step, state="run", why=f"{_clause(changed, 'came')} out different")
+        inputs = [source.title for source in stage.inputs.values()]
+        made = [title for title in inputs if title in ran] or inputs
+        return replace(step, state="done", why=f"{_clause(made, 'came')} out the same")
     return step
 
 
@@ -104,12 +105,14 @@ def _step(stage: Stage, inputs: list[Step], stages: Sequence[Stage]) -> Step:
     running = [step.stage.title for step in inputs if step.state not in ("done", "skip")]
     if is_sound(stage):
         if running:
-            return Step(stage=stage, state="check", why=f"after {_names(running)}")
+            why = f"only if {_clause(running, 'comes', 'come')} out different"
+            return Step(stage=stage, state="check", why=why)
         if changed := _changed_inputs(stage):
-            return Step(stage=stage, state="run", why=f"{_names(changed)} was made again")
-        return Step(stage=stage, state="done", why="done before")
+            why = f"{_clause(changed, 'was', 'were')} made again"
+            return Step(stage=stage, state="run", why=why)
+        return Step(stage=stage, state="done", why="made by an earlier run")
     if read_facts(stage).get("key") == stage.key and not _changed_inputs(stage):
-        return Step(stage=stage, state="resume", why="was cut off")
+        return Step(stage=stage, state="resume", why="it was interrupted")
     return Step(stage=stage, state="run", why=_what_is_new(stage, stages))
 
 
@@ -121,7 +124,7 @@ def _reason_to_skip(stage: Stage, inputs: list[Step]) -> str:
         for role, step in zip(stage.inputs, inputs, strict=True)
         if step.state == "skip" and step.why != "not selected" and role not in stage.optional
     ]
-    return f"{_names(left_out)} is skipped" if left_out else ""
+    return f"{_clause(left_out, 'is', 'are')} skipped" if left_out else ""
 
 
 def _selected(stages: Sequence[Stage], selection: Selection) -> set[str]:
@@ -235,16 +238,16 @@ def _what_is_new(stage: Stage, stages: Sequence[Stage]) -> str:
         and (facts := _facts_in(folder))
     ]
     if not others:
-        return "never run"
+        return "no earlier result"
     before = max(others, key=lambda facts: facts["time"])
     reasons = _differences(before.get("settings", {}), stage.settings)
     for role, source in stage.inputs.items():
         if before.get("inputs", {}).get(role) != source.key:
-            reasons.append(f"another {role}")
+            reasons.append(f"the input {role!r} changed")
     if before.get("code") != [tokendiff.__version__, stage.version]:
-        reasons.append("another version of tokendiff")
+        reasons.append("the version of tokendiff changed")
     if not reasons:
-        return "never run with these settings"
+        return "no earlier result with these settings"
     shown = reasons[:_MAX_REASONS]
     more = len(reasons) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
@@ -262,9 +265,12 @@ def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
         return []
     name = prefix.removesuffix(".")
     if name == "inputs" or isinstance(before, dict | list) or isinstance(now, dict | list):
-        return ["other input" if name == "inputs" else f"other {name}"]
-    return [f"{name} {json.dumps(before)} -> {json.dumps(now)}"]
+        return [f"{'the files that it reads' if name == 'inputs' else name} changed"]
+    return [f"{name} changed from {json.dumps(before)} to {json.dumps(now)}"]
 
 
-def _names(titles: Sequence[str]) -> str:
-    return ", ".join(titles)
+def _clause(titles: Sequence[str], one: str, many: str | None = None) -> str:
+    """The titles, and the verb that goes with one of them or with many."""
+    *others, last = titles
+    names = f"{', '.join(others)} and {last}" if others else last
+    return f"{names} {many or one if others else one}"

@@ -42,6 +42,8 @@ class Stage:
         inputs: by their role.
         result_subfolder: where in `output` the manifest stands that commits the stage.
         reads: committed folders that the stage reads as data, by what for: recorded in MLflow.
+        judges: token shards and their split that the stage evaluates on. The runner looks at them
+            as soon as they are there, so that too few rows end a run before it has trained.
         optional: roles of inputs that the stage does without where they are skipped.
         skip: why there is nothing to do; the stage, and what is made from it, is left out then.
         needs_ray: whether it works on a Ray cluster.
@@ -58,6 +60,7 @@ class Stage:
     inputs: Mapping[str, "Stage"] = field(default_factory=dict)
     label: str = ""
     reads: Mapping[str, Location] = field(default_factory=dict)
+    judges: tuple[Location, str] | None = None
     optional: frozenset[str] = frozenset()
     skip: str = ""
     needs_ray: bool = True

@@ -119,7 +119,7 @@ def print_status(
     ]
     lines = figure_lines(records)
     if waiting := [f"{s.stage.title} ({s.why})" for s in steps if s.state in ("run", "resume")]:
-        lines.append(("to run", ", ".join(waiting)))
+        lines.append(("still to run", ", ".join(waiting)))
     if config.tracking.enabled:
         lines.append(("MLflow", store_command(config, root)))
     _print_lines(lines or [(config.name, "no stage is done yet")])
@@ -225,12 +225,14 @@ def _bound_lines(figures: Mapping[str, Any]) -> list[Line]:
         length = f"{figures['expected_acceptance_length']:.3f} ± {error:.3f}"
         return [("acceptance", f"{length} tokens a block expected on held-out text"), *lines]
     bound, unigram = figures["nats_per_token"], figures["unigram_entropy_nats"]
+    name = "likelihood" if "is_exact" in figures else "bound"
     shown = [
         (
-            "likelihood" if "is_exact" in figures else "bound",
+            name,
             f"{bound:.3f} ± {figures['standard_error']:.3f} nats per held-out token",
         ),
-        ("unigram", f"{unigram:.3f} nats, its entropy: the bound is {_apart(bound, unigram)}"),
+        ("unigram", f"{unigram:.3f} nats is the entropy of single tokens"),
+        ("learnt", f"the {name} is {_apart(bound, unigram)}"),
     ]
     if figures["bits_per_byte"] is not None:
         unigram_bits = unigram * figures["num_tokens"] / figures["num_bytes"] / math.log(2.0)
@@ -276,7 +278,9 @@ def verified_lines(checks: Sequence[Check]) -> list[str]:
 
 def _apart(bound: float, unigram: float) -> str:
     share = 100 * (1 - bound / unigram) if unigram else 0.0
-    return f"{abs(share):.0f} % " + ("below" if share >= 0 else "above, so nothing is learnt yet")
+    if share < 0:
+        return f"{-share:.0f} % above that entropy: nothing is learnt yet"
+    return f"{share:.0f} % below that entropy"
 
 
 def _shortened(text: str) -> str:

@@ -330,6 +330,7 @@ def test_evaluating_rows_of_another_tokenizer_is_refused(
     ray_session: None, log: RunLog, tmp_path: Path, plain_run: tuple[dict[int, float], Path]
 ) -> None:
     from tokendiff.cluster.evaluate import evaluate_bound
+    from tokendiff.cluster.progress import JobProgress
 
     other = token_folder(
         tmp_path / "other",
@@ -344,5 +345,5 @@ def test_evaluating_rows_of_another_tokenizer_is_refused(
             ClusterConfig(),
             checkpoint=plain_run[1],
             data=TokenData.open(other, split="heldout"),
-            on_event=log.write,
+            progress=JobProgress(log.write),
         )

@@ -116,7 +116,15 @@ def test_both_sides_are_timed_on_the_same_rows(
     config = config_of(models, prompts=prompts, measure_speedup=True, sampler=sampler)
     rows = generation_rows(config)
     model = CompletionModel(config)
-    records, measured = model.measured(rows, is_target_first=is_target_first)
+    told: list[tuple[float, float]] = []
+    records, measured = model.measured(
+        rows,
+        is_target_first=is_target_first,
+        on_progress=lambda figures: told.append(figures()),
+    )
+    assert told == sorted(told)
+    assert told[-1] == (len(rows), measured["new_tokens"] + measured["new_tokens_alone"])
+    assert any(0 < done < len(rows) / 2 for done, _ in told)
     by_id = {record["id"]: record for record in records}
     timeless = [{**by_id[row.id], "seconds": 0} for row in rows]
     assert timeless == [{**record, "seconds": 0} for record in CompletionModel(config).sample(rows)]

@@ -250,16 +250,22 @@ def run(config: PreprocessConfig, output_dir: Path, **options: Any) -> Any:
 @pytest.mark.ray
 def test_the_job_makes_the_shards_of_one_process(tmp_path: Path, ray_session: None) -> None:
     config = PreprocessConfig(partition_bytes=60_000, vocab_size=400, heldout_fraction=0.1)
-    progress: list[tuple[int, int]] = []
+    events: list[tuple[str, dict[str, Any]]] = []
     manifest = run(
         config,
         tmp_path / "ray",
         tokenizer_name_or_path="bpe",
-        on_progress=lambda *counts: progress.append(counts),
+        on_event=lambda event, **fields: events.append((event, fields)),
     )
     total = len(plan_partitions(config))
     assert total > 4
-    assert progress == [(i + 1, total) for i in range(total)]
+    progress = [fields for event, fields in events if event == "progress"]
+    sizes = [sum(p.num_bytes for p in part.pieces) for part in plan_partitions(config)]
+    assert {(p["unit"], p["total"]) for p in progress} == {("bytes", sum(sizes))}
+    assert [p["done"] for p in progress] == sorted(p["done"] for p in progress)
+    assert progress[-1]["done"] == sum(sizes)
+    assert progress[-1]["tokens"] == sum(s["tokens"] for s in manifest.metadata["splits"].values())
+    assert progress[-1]["rows"] == progress[-1]["tokens"] // config.max_length
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ray" / "tokenizer")
     stats = shards_of(config, tmp_path / "plain", tokenizer=tokenizer)
     assert contents(tmp_path / "ray") == contents(tmp_path / "plain")
@@ -310,7 +316,8 @@ def test_bad_input_in_a_task_is_told_plainly(
     manifest = run(config, tmp_path / "out")
     assert not [name for name in manifest.files if "00099" in name]
     assert manifest.metadata["splits"]["train"]["documents"] == 10
-    assert "no document fell into the heldout split" in manifest.metadata["notes"][0]
+    notes = manifest.metadata["notes"]
+    assert ["split 'heldout' has no rows" in note for note in notes] == [True]
     (tmp_path / "a.jsonl").write_text('{"text": "more"}\n' * 11)
     with pytest.raises(InputError, match="other input"):
         run(config, tmp_path / "out")

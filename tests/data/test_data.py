@@ -2,8 +2,10 @@
 
 import bz2
 import gzip
+import io
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tests.builders import letter_tokenizer, token_folder
 from tokendiff.config.preprocess import PreprocessConfig
-from tokendiff.data import packing
+from tokendiff.data import lines, packing
+from tokendiff.data.lines import first_line, lines_in, num_lines_before
 from tokendiff.data.packing import PackedRows, Packer, TokenizedDocuments, tokenize_stream
-from tokendiff.data.partition import Piece, group_pieces
+from tokendiff.data.partition import Piece, even_pieces, group_pieces
 from tokendiff.data.rows import TokenData
-from tokendiff.data.sources import plan_partitions, read_documents
+from tokendiff.data.sources import plan_input, plan_partitions, read_documents
 from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.diffusion.interfaces import TokenBatch
 from tokendiff.errors import InputError
@@ -51,7 +54,7 @@ def text_config(path: Path, **fields: Any) -> PreprocessConfig:
 # Sources
 
 
-@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("last", ["", "\n"])
 def test_lines_come_once_and_in_order_wherever_the_file_is_cut(
     tmp_path: Path, ending: str, last: str
@@ -63,19 +66,111 @@ def test_lines_come_once_and_in_order_wherever_the_file_is_cut(
         assert read_all(text_config(path, partition_bytes=partition_bytes)) == lines
 
 
-def test_partitions_hold_about_partition_bytes_and_absolute_paths(
+@pytest.mark.parametrize("block_bytes", [1, 2, 3, 1 << 16])
+def test_lines_are_those_of_universal_newlines_wherever_the_file_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    """Python's own text files are the oracle, on ends of all kinds beside each other."""
+    monkeypatch.setattr(lines, "_BLOCK_BYTES", block_bytes)
+    path = tmp_path / "a.txt"
+    rng = random.Random(block_bytes)
+    for _ in range(30):
+        text = "".join(rng.choice(["\r", "\n", "\r\n", "a", "ü", " \u2028"]) for _ in range(12))
+        path.write_bytes(text.encode())
+        with path.open(encoding="utf-8", newline=None) as file:
+            expected = [line.removesuffix("\n") for line in file]
+        for partition_bytes in range(1, path.stat().st_size + 2):
+            assert read_all(text_config(path, partition_bytes=partition_bytes)) == expected
+        offset = 0
+        for number, line in enumerate(lines_in(io.BytesIO(text.encode()))):
+            assert num_lines_before(io.BytesIO(text.encode()), offset) == number
+            offset += len(line)
+
+
+def test_a_line_longer_than_memory_is_not_read_once_per_piece(tmp_path: Path) -> None:
+    """Nor is a file with the ends of old Macs, which is one line to readline."""
+    file = CountingFile(b"x" * 3_000_000 + b"\r" + b"y\r" * 500_000)
+    assert first_line(file, 1_000_000, 1_100_000) == 1_100_000
+    assert file.num_read <= 100_001
+    assert first_line(file, 3_000_000, 3_100_000) == 3_000_001
+    file.seek(3_000_001)
+    file.num_read = 0
+    assert next(lines_in(file)) == b"y\r"
+    assert file.num_read <= 1 << 16
+
+
+class CountingFile(io.BytesIO):
+    num_read = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        block = super().read(size)
+        self.num_read += len(block)
+        return block
+
+
+def test_a_large_file_is_cut_into_equal_partitions_of_absolute_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "big.txt").write_text("0123456\n" * 100)
     monkeypatch.chdir(tmp_path)
     partitions = plan_partitions(text_config(Path("big.txt"), partition_bytes=300))
     assert [[(p.start, p.stop) for p in part.pieces] for part in partitions] == [
-        [(0, 300)],
-        [(300, 600)],
-        [(600, 800)],
+        [(0, 266)],
+        [(266, 533)],
+        [(533, 800)],
     ]
     assert [part.index for part in partitions] == [0, 1, 2]
     assert {p.path for part in partitions for p in part.pieces} == {str(tmp_path / "big.txt")}
+    # The key of a folder is made of what earlier versions cut: they know their folders again.
+    _, read = plan_input(text_config(Path("big.txt"), partition_bytes=300))
+    assert [(p.start, p.stop) for p in read] == [(0, 300), (300, 600), (600, 800)]
+
+
+def sizes(preprocess: PreprocessConfig) -> list[int]:
+    return [sum(p.num_bytes for p in part.pieces) for part in plan_partitions(preprocess)]
+
+
+def test_no_partition_is_left_over(tmp_path: Path) -> None:
+    """Files a little above partition_bytes, of every format that is cut, and one just below."""
+    for name in "abcd":
+        (tmp_path / f"{name}.txt").write_text("0123456\n" * 126)
+    texts = text_config(tmp_path / "*.txt", partition_bytes=1000)
+    assert sizes(texts) == [504] * 8
+    assert len(read_all(texts)) == 4 * 126
+    assert sizes(text_config(tmp_path / "*.txt", partition_bytes=1008)) == [1008] * 4
+    assert sizes(text_config(tmp_path / "*.txt", partition_bytes=504)) == [504] * 8  # as before
+
+    cells = ["0123456"] * 1000
+    path = tmp_path / "e.parquet"
+    table = pa.table({"text": cells})
+    pq.write_table(table, path, row_group_size=50, use_dictionary=False, compression=None)
+    total = sizes(parquet_config(path))[0]
+    smaller, larger = sizes(parquet_config(path, partition_bytes=total - 1))
+    assert larger == smaller  # 10 of 20 row groups each, where it was 19 and 1
+    pq.write_table(table, path, row_group_size=1000)
+    assert len(sizes(parquet_config(path, partition_bytes=10))) == 1  # a row group stays whole
+
+    from datasets import Dataset
+
+    folder = tmp_path / "saved"
+    Dataset.from_dict({"text": cells}).save_to_disk(str(folder))
+    total = sizes(config(dataset_name=str(folder)))[0]
+    rows = [
+        [(p.start, p.stop) for p in part.pieces]
+        for part in plan_partitions(config(dataset_name=str(folder), partition_bytes=total - 1))
+    ]
+    assert rows == [[(0, 500)], [(500, 1000)]]
+
+
+def test_what_is_no_large_file_is_cut_as_before() -> None:
+    def piece(path: str, start: int, stop: int, num_bytes: int) -> Piece:
+        return Piece(path=path, start=start, stop=stop, num_bytes=num_bytes)
+
+    documents = [piece("", index, index + 1, 40) for index in range(7)]  # builtin, dummy
+    packed = [piece("a.gz", 0, 1000, 1000), piece("b.txt", 0, 90, 90)]  # never cut
+    small = [piece("c.parquet", index, index + 1, 40) for index in range(2)]
+    for pieces in (documents, packed, small):
+        assert even_pieces(pieces, 100) == pieces
 
 
 def test_small_files_share_partitions_in_order(tmp_path: Path) -> None:
@@ -180,10 +275,25 @@ def test_a_bad_jsonl_line_is_named(
         read_all(config(dataset_name="jsonl", data_files=files, partition_bytes=partition_bytes))
 
 
+def test_jsonl_of_an_old_mac_is_read_and_a_value_spread_over_lines_is_refused(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\r{"text": "two\\rtwo"}\r\r\n{"text": "three"}\r')
+    for partition_bytes in (1, 20, 1000):
+        preprocess = config(
+            dataset_name="jsonl", data_files=[str(path)], partition_bytes=partition_bytes
+        )
+        assert read_all(preprocess) == ["one", "two\rtwo", "three"]
+    path.write_bytes(b'{"text": "fine"}\r{"text":\r"white space to JSON"}\n')
+    with pytest.raises(InputError, match=r"a\.jsonl:2: not a JSON value .*one object a line"):
+        read_all(config(dataset_name="jsonl", data_files=[str(path)]))
+
+
 @pytest.mark.parametrize("sample_by", ["line", "document"])
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
 def test_text_in_another_encoding_is_refused(tmp_path: Path, sample_by: str, name: str) -> None:
-    data = b"eins\nzwei\ndrei\n" + "fünf\n".encode("latin-1")
+    data = b"eins\rzwei\r\ndrei\n" + "fünf\n".encode("latin-1")
     path = tmp_path / name
     path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     with pytest.raises(InputError, match=r"a\.txt(\.gz)?:4: not UTF-8 \(byte 0xfc.*iconv"):

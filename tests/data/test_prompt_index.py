@@ -78,10 +78,24 @@ def test_rows_read_in_runs_are_those_of_a_list(
 
 
 def test_places_are_those_an_editor_shows(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.txt", ["one", "", "two\r", " ", "three"])
+    path = write_lines(tmp_path / "a.txt", ["one", "", "two\r", " \rthree", "four"])
     index = PromptIndex.of(GenerateConfig(prompts=[path], num_samples=1))
-    found = [(row.place, row.row.prompt) for row in index.rows(0, 3)]
-    assert found == [(f"{path}:1", "one"), (f"{path}:3", "two"), (f"{path}:5", "three")]
+    found = [(row.place, row.row.prompt) for row in index.rows(0, 4)]
+    texts = {1: "one", 3: "two", 5: "three", 6: "four"}
+    assert found == [(f"{path}:{line}", text) for line, text in texts.items()]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_lines_may_end_as_on_any_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(prompt_index, "_MAX_MARKS", 3)
+    texts = [text for text in random_lines(60) if text.strip()]
+    lines = [json.dumps({"prompt": text}) for text in texts] if "json" in name else texts
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / name).write_bytes(end.join(lines).encode())
+        index = PromptIndex.of(GenerateConfig(prompts=[str(tmp_path / name)], num_samples=1))
+        assert [row.row.prompt for row in all_rows(index, 7)] == texts
 
 
 BAD_LINES = [

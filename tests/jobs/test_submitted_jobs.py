@@ -273,8 +273,8 @@ def test_a_stopped_pipeline_has_saved_its_step_and_goes_on_from_there(
     second = head.submit("second", *command, folder=tmp_path)
     code, output = second.finish()
     assert code == 0, output
-    assert "preprocess  done before" in output
-    assert f"resumed from step {stopped}" in output
+    assert "preprocess  done (made by an earlier run" in output
+    assert f"goes on from step {stopped}" in output
     assert head.request("/api/jobs/second")["status"] == "SUCCEEDED"
     (data,) = (tmp_path / "root/nightly").glob("preprocess-*")
     losses = {event["step"]: event["loss"] for event in metrics_by_step(log)}

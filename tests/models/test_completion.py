@@ -189,6 +189,29 @@ def test_records_of_continued_prompts(model_id: str) -> None:
     assert records[4]["tokens"][:1] == [2], "a row without a prompt begins where a text ended"
 
 
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        {"name": "ar", "max_new_tokens": 10, "stop_token_ids": [9]},
+        {"name": "sdar", "max_new_tokens": 10, "block_length": 4},
+        {"name": "block_refinement", "gen_length": 10, "block_length": 4},
+    ],
+    ids=["ar", "sdar", "block_refinement"],
+)
+def test_progress_goes_on_between_finished_rows(model_id: str, sampler: dict[str, Any]) -> None:
+    fields = {"model_id": model_id, "num_samples": 1, "batch_size": 2}
+    model = CompletionModel(GenerateConfig.model_validate({**fields, "sampler": sampler}))
+    told: list[tuple[float, float]] = []
+    rows = rows_of("a", "bcd", "ef")
+    watched = model.samples(rows, on_progress=lambda figures: told.append(figures()))
+    records = sorted(watched, key=lambda record: record["id"])
+    assert [r["tokens"] for r in records] == [r["tokens"] for r in model.sample(rows)]
+    assert told == sorted(told)
+    assert told[-1] == (3, sum(len(r["tokens"]) - r["num_prompt_tokens"] for r in records))
+    assert any(0 < done < 1 for done, _ in told)  # before the first is finished
+    assert len(told) >= max(r["num_model_calls"] for r in records)
+
+
 def test_rows_are_taken_as_slots_become_free_and_bf16_is_the_weights_own(model_id: str) -> None:
     model = CompletionModel(config_of(model_id, batch_size=2, mixed_precision="bf16"))
     taken: list[int] = []

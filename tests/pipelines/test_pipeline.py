@@ -194,7 +194,7 @@ def test_a_pipeline_from_file_to_report_and_again(
     untracked = ["-o", "tracking.enabled=false"]
     assert pipeline_job.main(["run", str(path), *untracked]) == 0
     again = capsys.readouterr().out
-    assert again.count("done before, in") == 4
+    assert again.count("  done (made by an earlier run, in ") == 4
     assert [e["step"] for e in metrics_by_step(stages["train"].log_path)] == [2, 4]
     assert pipeline_job.main(["plan", str(path), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["stages"]
@@ -207,7 +207,7 @@ def test_a_pipeline_from_file_to_report_and_again(
     # Another evaluation of the same model: only that stage runs.
     changed = ["-o", "evaluate.seed=1", *untracked]
     assert pipeline_job.main(["run", str(path), *changed]) == 0
-    assert capsys.readouterr().out.count("done before, in") == 3
+    assert capsys.readouterr().out.count("  done (made by an earlier run, in ") == 3
 
     # A finished stage whose file is gone is said, not passed over.
     (stages["generate"].folder / "part-00000.jsonl").unlink()

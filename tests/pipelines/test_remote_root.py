@@ -242,7 +242,7 @@ def test_a_pipeline_from_file_to_champion_and_again_from_another_machine(
     assert states == dict.fromkeys(SMALL["stages"], "done")
     assert not any(name.endswith("log.jsonl") for name in files_under(cache / "runs"))
     rows = {row["stage"]: row for row in json.loads(command("plan", "--json"))["stages"]}
-    assert {row["why"] for row in rows.values()} == {"done before"}
+    assert {row["why"] for row in rows.values()} == {"made by an earlier run"}
     assert rows["judge"]["folder"] == str(stages["judge"].output)
     status = json.loads(command("status", "--json"))
     results = {stage["stage"]: stage["result"] for stage in status["stages"]}
@@ -251,7 +251,7 @@ def test_a_pipeline_from_file_to_champion_and_again_from_another_machine(
     assert results["promote"]["version"] == 1
     assert [run["state"] for run in status["runs"]] == ["succeeded"] * 2
     assert "promoted" in command("status")
-    assert "promote  done before" in command("promote")
+    assert "promote  done (made by an earlier run" in command("promote")
     assert pipeline_job.main(["rollback", str(path)]) == 2
     assert "v1 replaced no other version" in capsys.readouterr().err
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Toy:
         self.calls: list[str] = []
         self.actions: dict[str, Action] = {}
         self.stages: dict[str, Stage] = {}
+        self.manifests: dict[str, dict[str, Any]] = {}
         self.config = Config(
             name="toy",
             tracking=TrackingConfig(enabled=False),
@@ -81,7 +83,7 @@ class Toy:
         stage.output.mkdir(parents=True, exist_ok=True)
         (stage.output / "result.json").write_bytes(json.dumps({"value": 1}).encode())
         self.actions.get(stage.name, lambda stage: None)(stage)
-        commit(stage.result_folder, kind="toy")
+        commit(stage.result_folder, **self.manifests.get(stage.name, {"kind": "toy"}))
 
     def run(self, **selection: tuple[str, ...]) -> RunRecord:
         self.calls.clear()
@@ -170,10 +172,10 @@ def test_a_wrong_name_is_told_with_the_nearest(toy: Toy) -> None:
 def test_a_forced_stage_takes_others_along_only_if_it_comes_out_different(toy: Toy) -> None:
     toy.run()
     assert toy.plan(force=("model",)) == {
-        "data": ("done", "done before"),
-        "model": ("run", "forced"),
-        "samples": ("check", "after model"),
-        "judge": ("check", "after model, samples"),
+        "data": ("done", "made by an earlier run"),
+        "model": ("run", "asked for with --force"),
+        "samples": ("check", "only if model comes out different"),
+        "judge": ("check", "only if model and samples come out different"),
     }
     (toy.stages["model"].output / "left").write_bytes(b"of before, which is begun anew")
     record = toy.run(force=("model",))
@@ -187,7 +189,7 @@ def test_a_forced_stage_takes_others_along_only_if_it_comes_out_different(toy: T
     toy.actions["model"] = lambda stage: (stage.output / "weights").write_bytes(b"third")
     toy.run(only=("data",), force=("model",))
     assert toy.calls == ["model"]
-    assert toy.plan()["judge"] == ("check", "after samples")
+    assert toy.plan()["judge"] == ("check", "only if samples comes out different")
     assert toy.plan()["samples"] == ("run", "model was made again")
     toy.run()
     assert toy.calls == ["samples", "judge"]
@@ -208,7 +210,7 @@ def test_a_run_that_was_cut_off_goes_on(toy: Toy) -> None:
         "stopped",
         "not reached",
     ]
-    assert toy.plan()["samples"] == ("resume", "was cut off")
+    assert toy.plan()["samples"] == ("resume", "it was interrupted")
     del toy.actions["samples"]
     kept = toy.stages["samples"].output / "kept"
     kept.write_bytes(b"")
@@ -225,8 +227,9 @@ def test_why_a_stage_runs_names_what_changed(toy: Toy) -> None:
     toy.add("model", "data", settings={"rate": 3.0, "objective": {"name": "b"}})
     toy.add("samples", "model")
     plan = toy.plan()
-    assert plan["model"] == ("run", 'rate 2.0 -> 3.0, objective.name "a" -> "b"')
-    assert plan["samples"] == ("run", "another model")
+    said = 'rate changed from 2.0 to 3.0, objective.name changed from "a" to "b"'
+    assert plan["model"] == ("run", said)
+    assert plan["samples"] == ("run", "the input 'model' changed")
     assert plan["data"][0] == "done"
 
 
@@ -244,7 +247,7 @@ def test_what_is_new_is_told_from_the_last_one_that_an_earlier_version_made(tmp_
             seconds = 2e9 if number == last else 1e9
             os.utime(path, (seconds, seconds))
         toy.add("model", "data", settings={"rate": 9})
-        assert toy.plan()["model"] == ("run", f"rate {last} -> 9")
+        assert toy.plan()["model"] == ("run", f"rate changed from {last} to 9")
 
 
 def test_a_file_that_is_gone_is_said_and_not_passed_over(toy: Toy) -> None:
@@ -282,6 +285,46 @@ def test_a_stage_with_nothing_to_do_and_what_is_made_from_it_are_left_out(tmp_pa
     assert toy.plan()["model"] == ("skip", "data is skipped")
     assert toy.run().state == "succeeded"
     assert toy.calls == ["champion", "promote"]
+
+
+def shards_of(heldout_rows: int, **fields: Any) -> dict[str, Any]:
+    """What a manifest of token shards says of them."""
+    splits = {"train": {"rows": 9, "documents": 4}, "heldout": {"rows": heldout_rows}}
+    return {"kind": "tokens", "metadata": {"splits": splits, "config": fields}}
+
+
+def test_rows_that_an_evaluation_will_lack_end_the_run_at_the_data(toy: Toy) -> None:
+    toy.manifests["data"] = shards_of(1, heldout_fraction=0.05)
+    data, judge = toy.stages["data"], toy.stages["judge"]
+    toy.stages["judge"] = replace(judge, judges=(data.result_folder, "heldout"))
+    said = (
+        r"judge: data_path .*/data-\w+: split 'heldout' has 1 row, and an evaluation takes at "
+        r"least 2; raise preprocess.heldout_fraction \(it is 0.05\), or give more documents"
+    )
+    for calls in (["data"], []):  # it is made once, and the next run looks at what is there
+        with pytest.raises(InputError, match=said):
+            toy.run()
+        assert toy.calls == calls
+        record = toy.result_json()
+        states = {stage["stage"]: stage["state"] for stage in record["stages"]}
+        assert states == {"data": "failed", **dict.fromkeys(ALL[1:], "not reached")}
+        assert record["state"] == "bad input"
+    toy.run(only=("model",))  # without the evaluation it may train
+    assert toy.calls == ["model"]
+    toy.stages["judge"] = replace(judge, judges=(data.result_folder, "train"))
+    toy.run()
+    assert toy.calls == ["samples", "judge"]
+
+
+def test_data_from_elsewhere_is_looked_at_before_anything_runs(toy: Toy, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    commit(elsewhere, **shards_of(0))
+    toy.stages["judge"] = replace(toy.stages["judge"], judges=(elsewhere, "heldout"))
+    with pytest.raises(InputError, match="split 'heldout' has no rows"):
+        toy.run()
+    assert toy.calls == []
+    assert toy.result_json()["state"] == "bad input"
 
 
 def test_bad_input_in_a_stage_has_its_own_state(toy: Toy) -> None:
@@ -698,9 +741,11 @@ def test_lines_tell_what_ran_and_what_did_not(toy: Toy, capsys: pytest.CaptureFi
     toy.run(end=("model",))
     record = toy.run(only=("samples",))
     printed = capsys.readouterr().out
-    assert f"model  done before, in {toy.stages['model'].output.name}" in printed
-    assert "samples  runs: never run" in printed
-    assert "judge  skipped: not selected" in printed
+    name = toy.stages["model"].output.name
+    assert "data  will run (no earlier result)" in printed
+    assert f"model  done (made by an earlier run, in {name})" in printed
+    assert "samples  will run (no earlier result)" in printed
+    assert "judge  skipped (not selected)" in printed
     lines = tables.stage_lines(record.stages)
     assert [line.split()[:2] for line in lines] == [
         ["stage", "state"],

@@ -56,6 +56,18 @@ def test_stages_run_behind_their_inputs_with_their_own_config(tmp_path: Path) ->
     assert judge.folder == tmp_path / "out" / f"judge-{judge.key}"
 
 
+def test_it_is_known_beforehand_which_rows_are_judged(tmp_path: Path) -> None:
+    """Without data of its own, an evaluation is on what the checkpoint was trained on."""
+    as_trained = NO_MATRIX.replace(", data: corpus}", "}")
+    trained_elsewhere = as_trained.replace("    inputs: {data: corpus}\n", "").replace(
+        "config:\n", f"config:\n      data_path: {tmp_path}\n"
+    )
+    for text, elsewhere in ((NO_MATRIX, None), (as_trained, None), (trained_elsewhere, tmp_path)):
+        stages = stages_of(tmp_path, text, "stages.judge.config.split=train")
+        folder = elsewhere or stages["corpus"].result_folder
+        assert stages["judge"].judges == (folder, "train")
+
+
 @pytest.mark.parametrize(
     ("own", "expected"),
     [

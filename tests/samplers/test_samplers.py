@@ -217,6 +217,21 @@ def of_size(kernel: ForwardKernel, size: int) -> ForwardKernel:
     return dataclasses.replace(kernel, vocab_size=size)
 
 
+@pytest.mark.parametrize("is_given", ["000000000000", "111110000011", "111111111100", "1" * 12])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_number_of_steps_is_known_beforehand(name: str, is_given: str) -> None:
+    """Of rows that differ: the second is given a whole block more."""
+    sampler = SAMPLERS[name](kernel=AbsorbingKernel(schedule=Cosine(), mask_token_id=49))
+    rows = (is_given, "1" * 5 + is_given[5:])
+    given = torch.tensor([[mark == "1" for mark in row] for row in rows])
+    frames: list[float] = []
+    sampler.sample(
+        MixingDenoiser(), torch.zeros(2, 12, dtype=torch.int64), given,
+        RowGenerator.for_rows(0, torch.arange(2)), on_step=lambda time, _: frames.append(time),
+    )  # fmt: skip
+    assert len(frames) - 1 == sampler.num_steps(given)
+
+
 @pytest.mark.parametrize(("name", "kernel"), CASES)
 def test_given_positions_stay_and_condition_the_rest(name: str, kernel: ForwardKernel) -> None:
     table = toy_language(V, L, MASK, seed=8)

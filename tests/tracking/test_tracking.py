@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ import time
 import traceback
 import urllib.request
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +36,12 @@ from tokendiff.tracking.mlflow_store import check_store, open_command, resolve_u
 from tokendiff.tracking.progress import LogTailer, ProgressPrinter
 from tokendiff.tracking.run_log import (
     LOG_NAME,
+    PROGRESS_NAME,
     RunLog,
     follow,
     metrics_by_step,
     read_events,
+    read_progress,
 )
 
 ON = TrackingConfig()
@@ -170,18 +174,23 @@ def at(time: float, event: str, **fields: Any) -> dict[str, Any]:
 
 
 def printed(stage: str, events: list[dict[str, Any]]) -> list[str]:
-    stream = io.StringIO()
-    with ProgressPrinter(stage, stream=stream) as printer:
+    """What is printed where each event is seen when it happens."""
+    stream, now = io.StringIO(), [0.0]
+    with ProgressPrinter(stage, stream=stream, clock=lambda: now[0]) as printer:
         for event in events:
+            now[0] = event["time"]
             printer.consume([event])
     return stream.getvalue().splitlines()
 
 
 def test_a_line_for_each_event() -> None:
     facts = {"lr": 3e-4, "tokens_per_second": 18_400.4, "data_wait_fraction": 0.0123}
+    shown = "lr 3.0e-04  18,400 tokens/s"
+    waiting = "1.2% of the time waiting for data"
     lines = printed(
         "train",
         [
+            at(0, "doing", what="starting 2 training workers"),
             at(0, "start", step=0, max_train_steps=400, num_workers=2, num_params=4_400_000),
             at(100, "metrics", step=10, loss=7.1, **facts),
             at(110, "metrics", step=20, loss=5.2134, grad_norm=1.0, **facts),
@@ -195,36 +204,155 @@ def test_a_line_for_each_event() -> None:
         ],
     )
     assert lines == [
-        "train  start  workers 2  parameters 4,400,000",
+        "train  starting 2 training workers",
+        "train  training starts: 2 workers, 4,400,000 parameters",
         # 100 s for 10 steps, start-up included: the best guess so far.
-        "train  step 10/400  loss 7.100  lr 3.0e-04  18,400 tokens/s  eta 1:05:00  data wait 1.2%",
+        f"train  step 10/400  loss 7.100  {shown}  1:05:00 left  {waiting}",
         # 1 s a step since the first report, then 15 s for 20 steps.
-        "train  step 20/400  loss 5.213  lr 3.0e-04  18,400 tokens/s  eta 6:20  data wait 1.2%",
-        "train  step 30/400  loss nan  lr 3.0e-04  18,400 tokens/s  eta 4:38  data wait 1.2%",
+        f"train  step 20/400  loss 5.213  {shown}  6:20 left  {waiting}",
+        f"train  step 30/400  loss nan  {shown}  4:38 left  {waiting}",
         "train  checkpoint at step 30: /out/checkpoint-30",
         "train  warning: worker 1 [died]",
-        "train  resumed from step 20",
-        "train  step 30/400  loss 5.000  eta 37:00",
-    ]
-
-
-def test_progress_lines() -> None:
-    lines = printed(
-        "generate",
-        [
-            at(0, "progress", done=0, total=64),
-            at(30, "progress", done=16, total=64),
-            at(90, "progress", done=64, total=64),
-            at(91, "error", message="boom"),
-        ],
-    )
-    assert lines == [
-        "generate  0/64",
-        "generate  16/64  eta 1:30",
-        "generate  64/64  eta 0:00",
-        "generate  error: boom",
+        "train  goes on from step 20",
+        "train  step 30/400  loss 5.000  37:00 left",
     ]
     assert printed("train", [at(0, "metrics", step=5, loss=1.0)]) == ["train  step 5  loss 1.000"]
+
+
+def progress(time: float, done: float, total: float, unit: str, **fields: Any) -> dict[str, Any]:
+    return at(time, "progress", done=done, total=total, unit=unit, **fields)
+
+
+def test_progress_is_counted_in_words_and_told_when_it_is_over() -> None:
+    rows = "generate  {}  {} unusable prompts  {} tokens/s  {} left"
+    assert printed(
+        "generate",
+        [
+            progress(0, 0, 6400, "rows", tokens=0, errors=0),
+            progress(30, 0, 6400, "rows", tokens=0, errors=0),  # weights are read
+            progress(40, 1600.5, 6400, "rows", tokens=64_020, errors=2),
+            progress(41, 1700, 6400, "rows", tokens=68_000, errors=2),  # one second later
+            progress(50, 3200, 6400, "rows", tokens=128_000, errors=2),
+            progress(51, 6400, 6400, "rows", tokens=256_000, errors=2),
+            at(52, "error", message="boom"),
+        ],
+    ) == [
+        "generate  0/6,400 rows",
+        "generate  0/6,400 rows",
+        rows.format("1,600/6,400 rows", 2, "6,402", "0:30"),
+        rows.format("3,200/6,400 rows", 2, "6,398", "0:20"),
+        "generate  6,400/6,400 rows  2 unusable prompts  17,453 tokens/s",
+        "generate  error: boom",
+    ]
+    assert printed(
+        "preprocess",
+        [
+            progress(0, 0, 33_600_000, "bytes", tokens=0, rows=0),
+            progress(10, 16_800_000, 33_600_000, "bytes", tokens=5_000_000, rows=39_062),
+        ],
+    ) == [
+        "preprocess  0.0/33.6 MB  0 rows",
+        "preprocess  16.8/33.6 MB  39,062 rows  500,000 tokens/s  0:10 left",
+    ]
+    # Another thing is counted, at another speed.
+    assert printed(
+        "evaluate",
+        [
+            progress(0, 0, 64, "rows", tokens=0),
+            progress(10, 64, 64, "rows", tokens=640),
+            progress(11, 0, 71, "checks", tokens=0),
+            progress(18, 7, 71, "checks", tokens=0),
+        ],
+    ) == [
+        "evaluate  0/64 rows",
+        "evaluate  64/64 rows  64 tokens/s",
+        "evaluate  0/71 checks",
+        "evaluate  7/71 checks  1:04 left",
+    ]
+
+
+def test_something_moves_at_least_every_ten_seconds_and_the_log_stays_short(
+    tmp_path: Path,
+) -> None:
+    """An hour in which a job tells of its progress every second, but for a minute of silence."""
+    now, stream = [0.0], io.StringIO()
+    path, times = tmp_path / LOG_NAME, []
+    with (
+        RunLog(path, clock=lambda: now[0]) as log,
+        ProgressPrinter("generate", log_path=path, stream=stream, clock=lambda: now[0]) as printer,
+    ):
+        for half_second in range(7200):
+            now[0] = half_second / 2
+            is_silent = 100 < now[0] < 160
+            if half_second % 2 == 0 and not is_silent:
+                done = now[0] * 500
+                log.write("progress", done=done, total=3e6, unit="rows", tokens=done * 100)
+            before = stream.tell()
+            printer.look()
+            if stream.tell() > before:
+                times.append(now[0])
+    lines = stream.getvalue().splitlines()
+    assert max(later - sooner for sooner, later in pairwise([*times, now[0]])) <= 10.0
+    assert len(lines) < 3600 / 6
+    moving = [line for line in lines if "nothing new" not in line]
+    assert len(set(moving)) == len(moving) > 400
+    assert moving[-1].startswith("generate  1,79")
+    assert re.search(r"rows  50,000 tokens/s  40:\d\d left$", moving[-1])
+    silent = [line for line in lines if "nothing new" in line]
+    assert re.search(
+        r"rows  50,000 tokens/s  1:3\d:\d\d left  \(nothing new for 0:\d\d\)$", silent[0]
+    )
+    assert len(silent) == 6
+    # 60 % were done: a line of the log for each, whatever the number of reports.
+    assert sum(event["event"] == "progress" for event in read_events(path)) == 60
+    assert read_progress(path) == read_events(path)[-1] | {
+        "time": 3599.0, "done": 1_799_500.0, "tokens": 179_950_000.0,
+    }  # fmt: skip
+
+
+def test_before_anything_is_counted_it_is_said_what_is_done(tmp_path: Path) -> None:
+    now, stream = [0.0], io.StringIO()
+    path = tmp_path / LOG_NAME
+    with RunLog(path) as log:
+        log.write("progress", done=5, total=10, unit="rows")  # of an attempt that was killed
+    with ProgressPrinter("train", log_path=path, stream=stream, clock=lambda: now[0]) as printer:
+        for now[0] in range(20):
+            if now[0] == 5:
+                printer.consume([at(5, "doing", what="starting 1 training worker")])
+            printer.look()
+    assert stream.getvalue().splitlines() == [
+        "train  starting 1 training worker",
+        "train  starting 1 training worker  (0:09 so far)",
+    ]
+    (tmp_path / PROGRESS_NAME).unlink()
+    assert read_progress(path) is None
+    (tmp_path / PROGRESS_NAME).write_text('{"time": 1, "even')
+    assert read_progress(path) is None
+
+
+def test_the_last_word_on_one_thing_is_not_lost_to_the_first_on_another(tmp_path: Path) -> None:
+    stream, path = io.StringIO(), tmp_path / LOG_NAME
+    with (
+        RunLog(path) as log,
+        ProgressPrinter("evaluate", log_path=path, stream=stream) as printer,
+        LogTailer(path, [printer.consume], on_look=printer.look, poll_seconds=0.05),
+    ):
+        log.write("progress", done=0, total=8, unit="rows", tokens=0)
+        wait_until(lambda: "0/8" in stream.getvalue())
+        log.write("progress", done=8, total=8, unit="rows", tokens=800)
+        log.write("progress", done=0, total=71, unit="checks", tokens=0)
+        wait_until(lambda: "0/71" in stream.getvalue())
+        log.write("progress", done=71, total=71, unit="checks", tokens=0)
+    places = [line.split("  ")[1] for line in stream.getvalue().splitlines()]
+    assert places == ["0/8 rows", "8/8 rows", "0/71 checks", "71/71 checks"]
+
+
+def test_progress_that_cannot_be_shown_ends_no_run(tmp_path: Path) -> None:
+    (tmp_path / PROGRESS_NAME).mkdir()
+    with RunLog(tmp_path / LOG_NAME) as log:
+        log.write("progress", done=1, total=2, unit="rows")
+    assert read_progress(tmp_path / LOG_NAME) is None
+    assert len(read_events(tmp_path / LOG_NAME)) == 1
 
 
 class Terminal(io.StringIO):
@@ -242,8 +370,8 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         printer.consume([at(1, "warning", message="[bold]kept as it is")])
     shown = stream.getvalue()
     assert "━" in shown
-    assert "40/400" in shown
-    assert "loss 5.250  eta 0:09" in shown
+    assert "step 40/400" in shown
+    assert "loss 5.250  0:09 left" in shown
     assert "train  warning: [bold]kept as it is" in shown
 
 

@@ -553,6 +553,23 @@ def _sample_with_gaps(*checkpoints: Path) -> None:
         assert kept == [token for token in given if token != mask]
         assert 0 < first["num_model_calls"] <= 5
         assert (first["gaps"], second["gaps"]) == ([2, 4, 5], [])
+        one_by_one = sampling.model_copy(update={"batch_size": 1})
+        told = _told_of(SamplingModel(checkpoint, one_by_one, device="cpu"), rows)
+        # Two batches of a row each, told of as they begin and after each of five steps.
+        open_tokens = (LENGTH - 3, LENGTH)
+        expected = [
+            (row + step / 5, row * open_tokens[0] + step / 5 * open_tokens[row])
+            for row in range(2)
+            for step in range(6)
+        ]
+        np.testing.assert_allclose(told, expected)
+
+
+def _told_of(model: SamplingModel, rows: list[GenerationRow]) -> list[tuple[float, float]]:
+    """How far the rows are said to have got, each time."""
+    told: list[tuple[float, float]] = []
+    list(model.samples(rows, on_progress=lambda figures: told.append(figures())))
+    return told
 
 
 # The noise process as other tools see it

@@ -5,6 +5,7 @@ tasks.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ from tokendiff.artifacts.manifest import (
     write_atomically,
 )
 from tokendiff.artifacts.noise_process import NoiseProcess, objective_of
+from tokendiff.cluster.console import without_restart_warning
+from tokendiff.cluster.progress import JobProgress, Reporter
 from tokendiff.cluster.session import (
     data_context,
     set_up_torch,
@@ -36,8 +39,9 @@ from tokendiff.cluster.session import (
 from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.samplers import AncestralConfig
 from tokendiff.data.prompts import GenerationRow
-from tokendiff.data.rows import TokenData, TokenRows
+from tokendiff.data.rows import TokenData, check_rows_to_judge
 from tokendiff.data.samples import num_new_tokens, read_samples
+from tokendiff.diffusion.interfaces import OnProgress
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.evaluation.acceptance import accepted_by_row
 from tokendiff.evaluation.bound import Bound, summarize
@@ -77,23 +81,25 @@ class _JudgingActor:
         data: TokenData,
         config: "EvaluateConfig",
         cluster: "ClusterConfig",
+        reporter: Reporter,
         use_gpu: bool,
         num_actors: int,
     ) -> None:
         device = set_up_torch(cluster, use_gpu=use_gpu, num_processes=num_actors)
-        self._data = data
+        self._data, self._reporter = data, reporter
         folder = fetch(checkpoint)
-        self._judge: Callable[[TokenRows], dict[str, np.ndarray]]
+        self._judge: Callable[..., dict[str, np.ndarray]]
         if is_draft_folder(folder):
             self._judge = DraftEvaluator(folder, config, device=device).acceptance
         else:
             self._judge = Evaluator(folder, config, device=device).bounds
 
     def __call__(self, items: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        for text in items["rows"]:
+        for unit, text in zip(items["unit"], items["rows"], strict=True):
             places = np.asarray(json.loads(text))
             rows = self._data.read(places[:, 0], places[:, 1])
-            figures = {ROW_ID: rows.row_ids, **self._judge(rows)}
+            judged = self._judge(rows, on_progress=self._reporter.of(int(unit)))
+            figures = {ROW_ID: rows.row_ids, "tokens": rows.lengths, **judged}
             yield {
                 "figures": [json.dumps({name: array.tolist() for name, array in figures.items()})]
             }
@@ -105,12 +111,12 @@ def evaluate_bound(
     *,
     checkpoint: Location,
     data: TokenData,
-    on_event: OnEvent,
+    progress: JobProgress,
 ) -> tuple[Bound, dict[str, np.ndarray], np.ndarray]:
     """The bound over the chosen rows, what it is by row, and how often each token id occurs in them
     ([V] int64).
     """
-    rows = judge_rows(config, cluster, checkpoint=checkpoint, data=data, on_event=on_event)
+    rows = judge_rows(config, cluster, checkpoint=checkpoint, data=data, progress=progress)
     token_counts = rows.pop("token_counts")[0]
     return summarize(rows["nats"], rows["num_tokens"], rows["num_bytes"]), rows, token_counts
 
@@ -121,7 +127,7 @@ def judge_rows(
     *,
     checkpoint: Location,
     data: TokenData,
-    on_event: OnEvent,
+    progress: JobProgress,
 ) -> dict[str, np.ndarray]:
     """What the evaluator of such a checkpoint says of the chosen rows, by row, and row_id [rows];
     token_counts [1, V], where it has them, are those of all rows.
@@ -129,11 +135,6 @@ def judge_rows(
     A row's noise is keyed by its id, so the figures do not depend on the number of actors.
     """
     check_same_tokenizer(fetch(checkpoint), data)
-    if data.num_rows < 2:
-        raise InputError(
-            f"data_path {data.folder}: split {data.split!r} has {data.num_rows} row; a standard "
-            "error takes two: raise heldout_fraction, or give more text"
-        )
     groups, rows = evaluation_rows(data, seed=config.seed, max_rows=config.max_eval_rows)
     places = np.stack([groups, rows], axis=1)
     items = [
@@ -141,42 +142,54 @@ def judge_rows(
     ]
     num_actors = min(cluster.num_actors, len(items))
     use_gpu = wants_gpu(cluster)
-    wait_for_resources(cluster, count=num_actors, what="evaluation actors", on_event=on_event)
+    wait_for_resources(
+        cluster, count=num_actors, what="evaluation actors", on_event=progress.on_event
+    )
+    actors = f"{num_actors} evaluation actor{'s' * (num_actors > 1)}"
+    progress.on_event("doing", what=f"starting {actors}")
     # Arrays, and one sum of the counts: of a million rows, tens of megabytes.
     columns: dict[str, list[np.ndarray]] = {}
-    done = 0
-    with data_context(preserve_order=True):
+    progress.begin("rows", total=len(places))
+    with data_context(preserve_order=True), without_restart_warning():
         dataset: ray.data.Dataset = ray.data.from_items(
-            [{"rows": json.dumps(item)} for item in items], override_num_blocks=len(items)
+            [{"unit": unit, "rows": json.dumps(item)} for unit, item in enumerate(items)],
+            override_num_blocks=len(items),
         )
         dataset = dataset.map_batches(
             _JudgingActor,
-            fn_constructor_args=(checkpoint, data, config, cluster, use_gpu, num_actors),
+            fn_constructor_args=(
+                *(checkpoint, data, config, cluster),
+                *(progress.reporter, use_gpu, num_actors),
+            ),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=num_actors),
             num_cpus=cluster.cpus_per_worker,
             num_gpus=1 if use_gpu else None,
         )
-        for row in dataset.iter_rows():
+        for unit, row in enumerate(dataset.iter_rows()):
             part = {name: np.asarray(value) for name, value in json.loads(row["figures"]).items()}
+            lengths = part.pop("tokens")
             for name, value in part.items():
                 if name == "token_counts" and name in columns:
                     columns[name][0] += value
                 else:
                     columns.setdefault(name, []).append(value)
-            done += len(part[ROW_ID])
-            on_event("progress", done=done, total=len(places))
+            progress.finish(unit, (len(part[ROW_ID]), int(lengths.sum())))
     return {name: np.concatenate(values) for name, values in columns.items()}
 
 
 def trace_sample(
-    config: "EvaluateConfig", cluster: "ClusterConfig", *, checkpoint: Location
+    config: "EvaluateConfig",
+    cluster: "ClusterConfig",
+    *,
+    checkpoint: Location,
+    progress: JobProgress,
 ) -> dict[str, Any]:
     """One sample being denoised: `frames` (x_t after each step), `times`, and the text of every id
     that occurs.
     """
 
-    def work(device: str) -> dict[str, Any]:
+    def work(device: str, on_progress: OnProgress) -> dict[str, Any]:
         from tokendiff.models.sampling import SamplingModel
 
         sampling = GenerateConfig(
@@ -190,7 +203,11 @@ def trace_sample(
             frames.append(x_t[0].tolist())
             times.append(time)
 
-        model.sample([GenerationRow(id=0, prompt=None)], on_step=keep)
+        model.sample(
+            [GenerationRow(id=0, prompt=None)],
+            on_step=keep,
+            on_progress=lambda figures: on_progress(lambda: (len(frames), figures()[1])),
+        )
         ids = sorted({token for frame in frames for token in frame})
         return {
             "frames": frames,
@@ -199,17 +216,24 @@ def trace_sample(
             "mask_token_id": model.process.mask_token_id,
         }
 
-    return _run_task(work, cluster, use_gpu=wants_gpu(cluster))
+    # Frames are what the sample begins with and what each step makes of it.
+    progress.begin("frames of a sample", total=_TRACE_STEPS + 1)
+    return _run_task(work, cluster, progress, use_gpu=wants_gpu(cluster))
 
 
 def score_with_reference(
-    config: "EvaluateConfig", cluster: "ClusterConfig", *, texts: list[str], max_length: int
+    config: "EvaluateConfig",
+    cluster: "ClusterConfig",
+    *,
+    texts: list[str],
+    max_length: int,
+    progress: JobProgress,
 ) -> dict[str, Any]:
     """Generative perplexity of the samples under the reference model."""
     reference = config.reference_model_name_or_path
     assert reference is not None
 
-    def work(device: str) -> dict[str, Any]:
+    def work(device: str, on_progress: OnProgress) -> dict[str, Any]:
         from tokendiff.evaluation.reference import generative_perplexity
 
         return generative_perplexity(
@@ -218,23 +242,41 @@ def score_with_reference(
             batch_size=config.batch_size,
             max_length=max_length,
             device=device,
+            on_progress=on_progress,
         )
 
-    return _run_task(work, cluster, use_gpu=wants_gpu(cluster))
+    progress.begin("samples read by the reference", total=len(texts))
+    return _run_task(work, cluster, progress, use_gpu=wants_gpu(cluster))
 
 
-def verify(cluster: "ClusterConfig", *, checkpoint: Location, data: TokenData) -> list[Check]:
+def verify(
+    cluster: "ClusterConfig",
+    *,
+    checkpoint: Location,
+    data: TokenData,
+    process: NoiseProcess,
+    progress: JobProgress,
+) -> list[Check]:
     """The installed code and the checkpoint, held against the oracles."""
+    from tokendiff.verification.checkpoints import (
+        NUM_ROWS,
+        num_checkpoint_checks,
+        verify_checkpoint,
+    )
+    from tokendiff.verification.installed_code import num_code_checks, verify_code
 
-    def work(device: str) -> list[Check]:
-        from tokendiff.verification.checkpoints import NUM_ROWS, verify_checkpoint
-        from tokendiff.verification.installed_code import verify_code
-
+    def work(device: str, on_progress: OnProgress) -> list[Check]:
         places = evaluation_rows(data, seed=0, max_rows=NUM_ROWS)
         rows = data.read(*places)
-        return [*verify_code(), *verify_checkpoint(fetch(checkpoint), rows.tokens, rows.lengths)]
+        checks: list[Check] = []
+        of_checkpoint = verify_checkpoint(fetch(checkpoint), rows.tokens, rows.lengths)
+        for check in chain(verify_code(), of_checkpoint):
+            checks.append(check)
+            on_progress(lambda: (len(checks), 0))
+        return checks
 
-    return _run_task(work, cluster, use_gpu=False)  # float64 is what it is about, not speed
+    progress.begin("checks", total=num_code_checks() + num_checkpoint_checks(process))
+    return _run_task(work, cluster, progress, use_gpu=False)  # float64 matters here, not speed
 
 
 def rows_identity(config: "EvaluateConfig", data: TokenData) -> str:
@@ -316,19 +358,46 @@ def _accepted_of(samples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     return {ROW_ID: np.array([record["id"] for record in samples]), **accepted_by_row(blocks)}
 
 
-def _run_task(work: Callable[[str], Any], cluster: "ClusterConfig", *, use_gpu: bool) -> Any:
-    """What `work(device)` returns on some worker."""
+def _sample_metrics(
+    samples: Sequence[Mapping[str, Any]], made: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What samples are like and what they cost.
 
-    def on_worker() -> Any:
-        return work(set_up_torch(cluster, use_gpu=use_gpu))
+    Args:
+        made: the metadata of their manifest.
+    """
+    metrics = generation_metrics([_generated(record) for record in samples])
+    metrics |= cost_metrics(
+        [num_new_tokens(record) for record in samples],
+        [record["num_model_calls"] for record in samples],
+        [record.get("finish_reason", "length") for record in samples],
+    )
+    if (speed := made["tokens_per_second"]) is not None:  # where parts were made, not found
+        metrics["sampled_tokens_per_second"] = speed
+    return {**metrics, **made.get("speculation", {})}  # of sampler dflash
+
+
+def _run_task(
+    work: Callable[[str, OnProgress], Any],
+    cluster: "ClusterConfig",
+    progress: JobProgress,
+    *,
+    use_gpu: bool,
+) -> Any:
+    """What `work(device, on_progress)` returns on some worker."""
+
+    def on_worker(reporter: Reporter) -> Any:
+        return work(set_up_torch(cluster, use_gpu=use_gpu), reporter.of(0))
 
     task = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=1 if use_gpu else 0)(on_worker)
     try:
-        return ray.get(task.remote())
+        answer = ray.get(task.remote(progress.reporter))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError | CorruptFileError):
             raise error.cause from None
         raise
+    progress.end()
+    return answer
 
 
 def evaluate(
@@ -361,47 +430,47 @@ def evaluate(
     checkpoint = fetch(source)
     process = _process_of(config, checkpoint)
     data = TokenData.open(data_path or _trained_on(checkpoint), split=config.split)
+    check_rows_to_judge(data.folder, data.split)
     samples = [] if samples_path is None else _samples_of(checkpoint, location(samples_path))
     mark = claim_folder(output_dir, kind=KIND)
     for left_over in (MANIFEST_NAME, CERTIFICATE, SAMPLED_ROWS):  # of an earlier evaluation
         (output_dir / left_over).unlink(missing_ok=True)
 
     bound: Bound | None = None
-    if is_draft_folder(checkpoint):
-        judged = judge_rows(config, cluster, checkpoint=source, data=data, on_event=on_event)
-        blocks = judged["blocks"]
-        rows = {ROW_ID: judged[ROW_ID], **accepted_by_row(blocks)}
-        metrics: dict[str, Any] = acceptance_figures(blocks)
-        kind = "DFlash draft"
-    else:
-        bound, rows, token_counts = evaluate_bound(
-            config, cluster, checkpoint=source, data=data, on_event=on_event
-        )
-        metrics = {**asdict(bound), "unigram_entropy_nats": unigram_entropy_nats(token_counts)}
-        kind = "autoregressive" if process is None else process.describe()
-        metrics |= {"is_exact": 1} if process is None else {}
-    made: dict[str, Any] = {}  # what the samples' manifest says
-    if samples:
-        metrics |= generation_metrics([_generated(record) for record in samples])
-        metrics |= cost_metrics(
-            [num_new_tokens(record) for record in samples],
-            [record["num_model_calls"] for record in samples],
-            [record.get("finish_reason", "length") for record in samples],
-        )
-        assert samples_path is not None
-        made = load_manifest(location(samples_path)).metadata
-        if (speed := made["tokens_per_second"]) is not None:  # where parts were made, not found
-            metrics["sampled_tokens_per_second"] = speed
-        metrics |= made.get("speculation", {})  # of sampler dflash
-        if config.reference_model_name_or_path is not None:
-            texts = [record["text"] for record in samples]
-            metrics |= score_with_reference(
-                config, cluster, texts=texts, max_length=data.max_length
+    with JobProgress(on_event) as progress:
+        if is_draft_folder(checkpoint):
+            judged = judge_rows(config, cluster, checkpoint=source, data=data, progress=progress)
+            blocks = judged["blocks"]
+            rows = {ROW_ID: judged[ROW_ID], **accepted_by_row(blocks)}
+            metrics: dict[str, Any] = acceptance_figures(blocks)
+            kind = "DFlash draft"
+        else:
+            bound, rows, token_counts = evaluate_bound(
+                config, cluster, checkpoint=source, data=data, progress=progress
             )
-    # A trace shows all positions at all times, which block by block there is none of.
-    has_times = process is not None and process.block_length is None
-    trace = trace_sample(config, cluster, checkpoint=source) if has_times else None
-    checks = verify(cluster, checkpoint=source, data=data) if config.verify else []
+            metrics = {**asdict(bound), "unigram_entropy_nats": unigram_entropy_nats(token_counts)}
+            kind = "autoregressive" if process is None else process.describe()
+            metrics |= {"is_exact": 1} if process is None else {}
+        made: dict[str, Any] = {}  # what the samples' manifest says
+        if samples:
+            assert samples_path is not None
+            made = load_manifest(location(samples_path)).metadata
+            metrics |= _sample_metrics(samples, made)
+            if config.reference_model_name_or_path is not None:
+                texts = [record["text"] for record in samples]
+                metrics |= score_with_reference(
+                    config, cluster, texts=texts, max_length=data.max_length, progress=progress
+                )
+        # A trace shows all positions at all times, which block by block there is none of.
+        trace: dict[str, Any] | None = None
+        if process is not None and process.block_length is None:
+            trace = trace_sample(config, cluster, checkpoint=source, progress=progress)
+        checks: list[Check] = []
+        if config.verify:
+            assert process is not None, "_process_of sees to it"
+            checks = verify(
+                cluster, checkpoint=source, data=data, process=process, progress=progress
+            )
     metrics |= counts(checks) if checks else {}
     report = make_report(
         title=title,

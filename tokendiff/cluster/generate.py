@@ -34,6 +34,8 @@ from tokendiff.artifacts.manifest import (
     sha256_of,
     write_atomically,
 )
+from tokendiff.cluster.console import without_restart_warning
+from tokendiff.cluster.progress import JobProgress, Reporter
 from tokendiff.cluster.session import (
     data_context,
     set_up_torch,
@@ -97,11 +99,12 @@ class _PartSampler:
         cluster: "ClusterConfig",
         index: PromptIndex,
         output_dir: Location,
+        reporter: Reporter,
         use_gpu: bool,
     ) -> None:
         device = set_up_torch(cluster, use_gpu=use_gpu, num_processes=cluster.num_actors)
         folder = None if checkpoint is None else fetch(checkpoint)
-        self._index, self._output_dir = index, output_dir
+        self._index, self._output_dir, self._reporter = index, output_dir, reporter
         self._parts = _Parts(index.num_rows, config)
         self._check = make_check(folder, config)
         self._measures = config.measure_speedup
@@ -119,7 +122,7 @@ class _PartSampler:
     def _sample(self, part: int) -> dict[str, Any]:
         start = time.perf_counter()
         rows, errors = usable_rows(self._index, *self._parts.rows(part), check=self._check)
-        records, measured = self._samples(rows, is_target_first=part % 2 == 0)
+        records, measured = self._samples(rows, part)
         records.sort(key=lambda record: record["id"])
         for record in records:
             del record["seconds"]  # the same row takes another time in another run
@@ -143,12 +146,14 @@ class _PartSampler:
         }
 
     def _samples(
-        self, rows: list[GenerationRow], *, is_target_first: bool
+        self, rows: list[GenerationRow], part: int
     ) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        on_progress = self._reporter.of(part)
         if not self._measures:
-            return list(self._model.samples(rows)), {}
+            return list(self._model.samples(rows, on_progress=on_progress)), {}
         assert isinstance(self._model, CompletionModel)
-        return self._model.measured(rows, is_target_first=is_target_first)
+        is_target_first = part % 2 == 0
+        return self._model.measured(rows, is_target_first=is_target_first, on_progress=on_progress)
 
 
 def generate(
@@ -201,10 +206,14 @@ def generate(
     mark = _claim(output_dir, identity)
     parts = _Parts(index.num_rows, config)
     totals = _Totals(parts, config.max_errors, output_dir, on_event)
-    missing = totals.count_finished()
+    missing, done = totals.count_finished()
     arguments = (found, config, cluster, index, output_dir)
-    for counts in _sample_parts(missing, arguments, cluster, on_event):
-        totals.add(counts)
+    with JobProgress(on_event) as progress:
+        progress.begin("rows", total=index.num_rows, done=done, errors=totals.num_errors)
+        for counts in _sample_parts(missing, arguments, cluster, on_event, progress):
+            totals.add(counts)
+            figures = (counts["rows"], counts["new_tokens"])
+            progress.finish(counts["part"], figures, errors=totals.num_errors)
     if totals.num_errors * config.num_samples >= index.num_rows:
         raise InputError(f"none of the prompts can be used; the first: {totals.first_error}")
     metadata = {
@@ -263,40 +272,40 @@ class _Totals:
     ) -> None:
         self._parts, self._max_errors, self._output_dir = parts, max_errors, output_dir
         self._on_event = on_event
-        self._done = 0
         self._sums = dict.fromkeys(("new_tokens", "model_calls", "seconds"), 0.0)
         self.measured: Counter[str] = Counter()
         self.num_errors = 0
         self.first_error = ""
         self.sha256: dict[str, str] = {}
 
-    def count_finished(self) -> list[int]:
-        """Count what an earlier attempt left; returns the parts that are still to be made."""
+    def count_finished(self) -> tuple[list[int], int]:
+        """Count what an earlier attempt left.
+
+        Returns:
+            the parts that are still to be made, and the rows of the others.
+        """
         names = files_under(self._output_dir) if self._output_dir.is_dir() else {}
-        missing = []
+        missing, num_rows = [], 0
         for part in range(len(self._parts)):
             if self._parts.file(part) not in names:
                 missing.append(part)
                 continue
-            self._done += self._parts.num_rows(part)
+            num_rows += self._parts.num_rows(part)
             if (errors := self._parts.errors_file(part)) in names:
                 lines = (self._output_dir / errors).read_bytes().splitlines()
                 first = json.loads(lines[0])
                 self._count_errors(len(lines), f"{first['place']}: {first['reason']}")
-        self._tell()
-        return missing
+        return missing, num_rows
 
     def add(self, counts: dict[str, Any]) -> None:
         for name in self._sums:
             self._sums[name] += counts[name]
         self.measured.update(json.loads(counts["measured"]))
-        self._done += counts["rows"]
         self.sha256[self._parts.file(counts["part"])] = counts["sha256"]
         names = ("rows", "errors", *self._sums)
         self._on_event("part", part=counts["part"], **{name: counts[name] for name in names})
         if counts["errors"]:
             self._count_errors(counts["errors"], counts["first_error"])
-        self._tell()
 
     def _count_errors(self, count: int, first: str) -> None:
         if not self.num_errors:
@@ -312,10 +321,6 @@ class _Totals:
                 f"{self._output_dir / _ERRORS} names them all; what was sampled is kept: raise "
                 "max_errors to go on, or mend the prompts and choose another output_dir"
             )
-
-    def _tell(self) -> None:
-        total = self._parts.rows(len(self._parts) - 1)[1]
-        self._on_event("progress", done=self._done, total=total, errors=self.num_errors)
 
     def figures(self) -> dict[str, Any]:
         """Of the parts that this run made."""
@@ -393,7 +398,11 @@ def _check_identity(there: str, here: str, output_dir: Location) -> None:
 
 
 def _sample_parts(
-    parts: list[int], arguments: tuple[Any, ...], cluster: "ClusterConfig", on_event: OnEvent
+    parts: list[int],
+    arguments: tuple[Any, ...],
+    cluster: "ClusterConfig",
+    on_event: OnEvent,
+    progress: JobProgress,
 ) -> Iterator[dict[str, Any]]:
     if not parts:
         return
@@ -403,11 +412,12 @@ def _sample_parts(
     wait_for_resources(
         cluster, count=least, what="sampling actors", on_event=on_event, gpus=cluster.gpus_per_actor
     )
-    with data_context():
+    on_event("doing", what=f"starting {least} sampling actor{'s' * (least > 1)}")
+    with data_context(), without_restart_warning():
         num_blocks = min(len(parts), _MAX_BLOCKS)
         dataset = ray.data.from_items(parts, override_num_blocks=num_blocks).map_batches(
             _PartSampler,
-            fn_constructor_args=(*arguments, use_gpu),
+            fn_constructor_args=(*arguments, progress.reporter, use_gpu),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
             num_cpus=cluster.cpus_per_worker,

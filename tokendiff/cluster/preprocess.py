@@ -18,19 +18,23 @@ from tokendiff.artifacts.manifest import (
     is_committed,
     verify,
 )
+from tokendiff.cluster.progress import JobProgress, Reporter
 from tokendiff.cluster.session import data_context
 from tokendiff.config.preprocess import SAMPLES
-from tokendiff.data.partition import Partition
+from tokendiff.data.files import COMPRESSED_SUFFIXES
+from tokendiff.data.partition import Partition, Piece
 from tokendiff.data.preprocess import (
     SPLITS,
     PartitionStats,
     preprocess_partition,
     training_text,
 )
-from tokendiff.data.rows import KIND
-from tokendiff.data.sources import file_identities, plan_partitions
+from tokendiff.data.rows import KIND, too_few_rows
+from tokendiff.data.sources import file_identities, plan_input, plan_partitions
 from tokendiff.data.tokenizers import build_tokenizer
+from tokendiff.diffusion.interfaces import Figures, OnProgress
 from tokendiff.errors import InputError
+from tokendiff.training.trainer import OnEvent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +42,6 @@ if TYPE_CHECKING:
     from tokendiff.config.preprocess import PreprocessConfig
 
 _MAX_BLOCKS = 1000
-OnProgress = Callable[[int, int], None]
 
 
 def preprocess(
@@ -46,7 +49,7 @@ def preprocess(
     *,
     tokenizer_name_or_path: str,
     output_dir: str | Location,
-    on_progress: OnProgress | None = None,
+    on_event: OnEvent = lambda event, **fields: None,
 ) -> Manifest:
     """Tokenize, pack and split the configured text on the connected Ray cluster.
 
@@ -56,7 +59,7 @@ def preprocess(
     Args:
         tokenizer_name_or_path: as `data.tokenizers.build_tokenizer` takes it.
         output_dir: a URI, or a folder that every node sees under the same path.
-        on_progress: called in this process with the number of partitions that are done, and of all.
+        on_event: hears "warning" and "progress", in this process.
 
     Raises:
         InputError: the input, the tokenizer or the folder cannot be used; nothing is committed.
@@ -65,42 +68,43 @@ def preprocess(
     output_dir = location(output_dir)
     if isinstance(output_dir, Path):
         output_dir = output_dir.absolute()
-    partitions = plan_partitions(config)
+    partitions, pieces = plan_input(config)
     if not partitions:
         raise InputError(f"dataset_name {config.dataset_name!r}: the corpus is empty (0 bytes)")
-    key = _key(config, tokenizer_name_or_path, partitions)
+    key = _key(config, tokenizer_name_or_path, pieces)
     if is_committed(output_dir):
         return _committed(output_dir, key)
     mark = _claim(output_dir)
-    tokenizer, notes = _make_tokenizer(config, tokenizer_name_or_path, partitions)
+    tokenizer, notes = _make_tokenizer(config, tokenizer_name_or_path, partitions, on_event)
     tokenizer_files = _save_tokenizer(tokenizer, output_dir)
     stats = []
-    for done in _run(config, partitions, output_dir, tokenizer_files):
-        stats.append(done)
-        if on_progress is not None:
-            on_progress(len(stats), len(partitions))
+    with JobProgress(on_event) as progress:
+        total = sum(map(_num_bytes, partitions))
+        progress.begin("bytes", total=total, tokens_per_row=config.max_length)
+        for done in _run(config, partitions, output_dir, tokenizer_files, progress.reporter):
+            stats.append(done)
+            num_tokens = sum(shard.tokens for shard in done.shards.values())
+            progress.finish(done.index, (_num_bytes(partitions[done.index]), num_tokens))
     stats.sort(key=lambda partition: partition.index)
     metadata = _metadata(config, tokenizer_name_or_path, tokenizer, stats)
-    notes += _check_corpus(config, metadata["splits"], metadata["dropped"])
+    warnings = _check_corpus(config, metadata)
+    for message in warnings:
+        on_event("warning", message=message)
     known_sha256 = {shard.path: shard.sha256 for part in stats for shard in part.shards.values()}
     _check_files(output_dir, known_sha256)
-    metadata |= {"key": key, "notes": notes, "trained_on": file_identities(config)}
+    metadata |= {"key": key, "notes": notes + warnings, "trained_on": file_identities(config)}
     manifest = commit(output_dir, kind=KIND, metadata=metadata, known_sha256=known_sha256)
     mark.unlink()
     return manifest
 
 
-def _key(config: "PreprocessConfig", tokenizer: str, partitions: Sequence[Partition]) -> str:
+def _key(config: "PreprocessConfig", tokenizer: str, pieces: Sequence[Piece]) -> str:
     """Changes with the config and with the input; the input may be moved as a whole."""
-    pieces = [
-        [Path(p.path).name, p.start, p.stop, p.num_bytes]
-        for part in partitions
-        for p in part.pieces
-    ]
-    paths = sorted({piece.path for part in partitions for piece in part.pieces if piece.path})
+    runs = [[Path(p.path).name, p.start, p.stop, p.num_bytes] for p in pieces]
+    paths = sorted({piece.path for piece in pieces if piece.path})
     files = [file_identity(path) for path in map(location, paths) if path.is_file()]
     return fingerprint(
-        {"config": config.result_fields(), "tokenizer": tokenizer, "pieces": pieces, "files": files}
+        {"config": config.result_fields(), "tokenizer": tokenizer, "pieces": runs, "files": files}
     )
 
 
@@ -141,7 +145,10 @@ def _save_tokenizer(tokenizer: Any, output_dir: Location) -> dict[str, bytes]:
 
 
 def _make_tokenizer(
-    config: "PreprocessConfig", name_or_path: str, partitions: Sequence[Partition]
+    config: "PreprocessConfig",
+    name_or_path: str,
+    partitions: Sequence[Partition],
+    on_event: OnEvent,
 ) -> tuple["PreTrainedTokenizerBase", list[str]]:
     notes = []
     source = partitions
@@ -153,6 +160,8 @@ def _make_tokenizer(
             f"tokenizer_name_or_path {name_or_path!r}: samples are token ids; give the tokenizer "
             "of the model that wrote them, a transformers name or path"
         )
+    if name_or_path == "bpe":
+        on_event("doing", what=f"training a tokenizer of {config.vocab_size:,} tokens")
     documents = training_text(source, config.heldout_fraction)
     tokenizer, more = build_tokenizer(
         name_or_path, documents=documents, vocab_size=config.vocab_size
@@ -165,6 +174,7 @@ def _run(
     partitions: Sequence[Partition],
     output_dir: Location,
     tokenizer_files: dict[str, bytes],
+    reporter: Reporter,
 ) -> Iterator[PartitionStats]:
     """Preprocess the partitions in tasks of one CPU; yields them in the order of completion."""
     import ray.data
@@ -173,14 +183,22 @@ def _run(
     items = [{"partition": pickle.dumps(partition)} for partition in partitions]
     with data_context():
         source = ray.data.from_items(items, override_num_blocks=min(len(items), _MAX_BLOCKS))
-        for row in source.map(_task(config, output_dir, tokenizer_files)).iter_rows():
+        task = _task(config, output_dir, tokenizer_files, reporter)
+        for row in source.map(task).iter_rows():
             if row["error"]:
                 raise InputError(row["error"])
             yield pickle.loads(row["stats"])
 
 
+def _num_bytes(partition: Partition) -> int:
+    return sum(piece.num_bytes for piece in partition.pieces)
+
+
 def _task(
-    config: "PreprocessConfig", output_dir: Location, tokenizer_files: dict[str, bytes]
+    config: "PreprocessConfig",
+    output_dir: Location,
+    tokenizer_files: dict[str, bytes],
+    reporter: Reporter,
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
     max_length, heldout_fraction = config.max_length, config.heldout_fraction
 
@@ -188,14 +206,16 @@ def _task(
         from transformers import AutoTokenizer
 
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task owns one CPU
+        partition = pickle.loads(row["partition"])
         try:
             with _on_this_machine(output_dir, tokenizer_files) as folder:
                 stats = preprocess_partition(
-                    pickle.loads(row["partition"]),
+                    partition,
                     tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
                     max_length=max_length,
                     heldout_fraction=heldout_fraction,
                     output_dir=folder,
+                    on_progress=_of_partition(partition, reporter),
                 )
                 if not isinstance(output_dir, Path):
                     upload(folder, output_dir, [shard.path for shard in stats.shards.values()])
@@ -205,6 +225,25 @@ def _task(
         return {"stats": pickle.dumps(stats), "error": ""}
 
     return work
+
+
+def _of_partition(partition: Partition, reporter: Reporter) -> OnProgress:
+    """Counts text in the bytes that it takes in files; of packed ones nothing, until they are done:
+    how much text is in them is not known.
+    """
+    most = _num_bytes(partition)
+    if any(piece.path.endswith(COMPRESSED_SUFFIXES) for piece in partition.pieces):
+        most = 0
+    tell = reporter.of(partition.index)
+
+    def on_progress(figures: Callable[[], Figures]) -> None:
+        def in_files() -> Figures:
+            num_bytes, num_tokens = figures()
+            return min(num_bytes, most), num_tokens
+
+        tell(in_files)
+
+    return on_progress
 
 
 @contextmanager
@@ -259,10 +298,9 @@ def _split_totals(stats: Sequence[PartitionStats], split: str) -> dict[str, Any]
     }
 
 
-def _check_corpus(
-    config: "PreprocessConfig", splits: dict[str, Any], dropped: dict[str, int]
-) -> list[str]:
-    """Notes on a split that is empty by chance; an empty corpus is an error."""
+def _check_corpus(config: "PreprocessConfig", metadata: dict[str, Any]) -> list[str]:
+    """Warnings; a corpus that leaves nothing to train on is an error."""
+    splits, dropped = metadata["splits"], metadata["dropped"]
     train, heldout = splits["train"]["rows"], splits["heldout"]["rows"]
     if train + heldout == 0:
         raise InputError(
@@ -274,12 +312,9 @@ def _check_corpus(
             f"heldout_fraction {config.heldout_fraction} left no document for training, of "
             f"{splits['heldout']['documents']}; lower it, or give more documents"
         )
-    if heldout == 0 and config.heldout_fraction > 0.0:
-        return [
-            f"no document fell into the heldout split (heldout_fraction {config.heldout_fraction}, "
-            f"{splits['train']['documents']} documents)"
-        ]
-    return []
+    if config.heldout_fraction == 0.0:
+        return []
+    return [problem] if (problem := too_few_rows(metadata, "heldout")) else []
 
 
 def _check_files(output_dir: Location, known_sha256: dict[str, str]) -> None:

@@ -152,10 +152,12 @@ def train(
     wait_for_resources(
         cluster, count=cluster.num_workers, what="training workers", on_event=on_event
     )
+    workers = f"{cluster.num_workers} training worker{'s' * (cluster.num_workers > 1)}"
     for attempt in range(cluster.max_failures + 1):
         checkpoint = newest_sound_checkpoint(output_dir, warn=warn)
         if checkpoint is not None:
             check_same_run(checkpoint, config, data)
+        on_event("doing", what=f"starting {workers}")
         try:
             _fit_once(config, cluster, data, output_dir, checkpoint, on_event)
             break

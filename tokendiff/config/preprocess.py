@@ -47,7 +47,10 @@ class PreprocessConfig(Section):
         description="share of documents, chosen by hash, that is kept for evaluation",
     )
     partition_bytes: int = Field(
-        32 << 20, ge=1, description="input bytes packed by one task; also the unit of a shard"
+        32 << 20,
+        ge=1,
+        description="input bytes packed by one task, at most: a larger file is cut into equal "
+        "parts; also the unit of a shard",
     )
     new_since: str | None = Field(
         None,

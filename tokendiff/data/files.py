@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import IO, Any
 
 from tokendiff.artifacts.locations import glob_files, is_uri, location, open_binary, size_of
+from tokendiff.data.lines import first_line, lines_in, num_lines_before
 from tokendiff.data.partition import Piece
 from tokendiff.errors import InputError
 
@@ -76,7 +77,11 @@ def read_whole(piece: Piece) -> Iterator[str]:
 
 
 def read_jsonl(piece: Piece, column: str) -> Iterator[Any]:
-    """The value under `column` in each line that begins inside the piece; blank lines are none."""
+    """The value under `column` in each line that begins inside the piece; blank lines are none.
+
+    A CR ends a line here too, though to JSON it is white space: strings spell it as an escape, so
+    that a raw one stands between two values, or in one that is spread over lines and thus refused.
+    """
     for offset, line in _lines(piece):
         if not line.strip():
             continue
@@ -141,14 +146,11 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
     with _opened(piece.path) as file:
         offset = piece.start
         if offset > 0:
-            # A line begins in the piece where one ends in it or right before it. Looking no further
-            # keeps a file of one huge line from being read once per piece.
-            file.seek(offset - 1)
-            before = file.readline(piece.stop - piece.start)
-            if not before.endswith(b"\n"):
-                return
-            offset += len(before) - 1
-        while offset < stop and (line := file.readline()):
+            # No further than the piece: a file of one huge line is not read once per piece.
+            offset = first_line(file, piece.start, piece.stop)
+            file.seek(offset)
+        lines = lines_in(file)
+        while offset < stop and (line := next(lines, b"")):
             text = line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
             yield offset, text.removesuffix(b"\n").removesuffix(b"\r")
             offset += len(line)
@@ -204,9 +206,5 @@ def _decode(data: bytes, path: str, offset: int) -> str:
 
 def _place(path: str, offset: int) -> str:
     """file:line of a byte, counted from the file's beginning: a piece starts anywhere."""
-    line, left = 1, offset
     with _opened(path) as file:
-        while left > 0 and (block := file.read(min(left, _BUFFER_BYTES))):
-            line += block.count(b"\n")
-            left -= len(block)
-    return f"{path}:{line}"
+        return f"{path}:{num_lines_before(file, offset) + 1}"

@@ -1,7 +1,8 @@
 """The unit of preprocessing: what one task reads, as a function of the input alone."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,3 +61,50 @@ def group_pieces(pieces: Iterable[Piece], max_bytes: int) -> list[tuple[Piece, .
         else:
             group.append(piece)
     return [tuple(group) for group in groups]
+
+
+def even_pieces(pieces: Iterable[Piece], max_bytes: int) -> list[Piece]:
+    """Pieces in order, those of every file that takes several partitions cut anew into as few
+    parts of one size as `max_bytes` allows: full ones and a rest would keep one core busy and leave
+    the others waiting.
+    """
+    even: list[Piece] = []
+    for path, neighbours in groupby(pieces, key=lambda piece: piece.path):
+        of_file = list(neighbours)
+        num_parts = -(-sum(piece.num_bytes for piece in of_file) // max_bytes)
+        # What is no file has no path, and one that cannot be cut is a single piece.
+        if not path or len(of_file) == 1 or num_parts <= 1:
+            even += of_file
+        elif all(piece.stop == piece.start + 1 for piece in of_file):
+            even += _equal_runs(of_file, num_parts)
+        else:
+            even += _equal_cuts(of_file, num_parts)
+    return even
+
+
+def _equal_cuts(of_file: Sequence[Piece], num_parts: int) -> list[Piece]:
+    """A file that may be cut anywhere."""
+    whole = _joined(of_file)
+    length = whole.stop - whole.start
+    cuts = sorted({whole.start + length * part // num_parts for part in range(num_parts + 1)})
+    return [
+        replace(whole, start=start, stop=stop, num_bytes=whole.num_bytes * (stop - start) // length)
+        for start, stop in pairwise(cuts)
+    ]
+
+
+def _equal_runs(of_file: Sequence[Piece], num_parts: int) -> list[Piece]:
+    """A file whose pieces, say row groups, stay whole: each goes where its middle lies."""
+    num_bytes = sum(piece.num_bytes for piece in of_file)
+    parts: dict[int, list[Piece]] = {}
+    before = 0
+    for piece in of_file:
+        part = int((before + piece.num_bytes / 2) * num_parts / num_bytes)
+        parts.setdefault(part, []).append(piece)
+        before += piece.num_bytes
+    return [_joined(run) for run in parts.values()]
+
+
+def _joined(neighbours: Sequence[Piece]) -> Piece:
+    num_bytes = sum(piece.num_bytes for piece in neighbours)
+    return replace(neighbours[0], stop=neighbours[-1].stop, num_bytes=num_bytes)

@@ -21,6 +21,7 @@ from tokendiff.data.packing import (
 )
 from tokendiff.data.partition import Partition
 from tokendiff.data.sources import dummy_rows, read_documents, sample_records
+from tokendiff.diffusion.interfaces import Figures, OnProgress, unwatched
 from tokendiff.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def preprocess_partition(
     heldout_fraction: float,
     output_dir: Path,
     batch_chars: int = BATCH_CHARS,
+    on_progress: OnProgress = unwatched,
 ) -> PartitionStats:
     """Stream a partition into `train/part-NNNNN.parquet` and `heldout/part-NNNNN.parquet`.
 
@@ -80,10 +82,18 @@ def preprocess_partition(
     doing it again replaces them. Equal documents fall on the same side of the split wherever they
     stand.
 
+    Args:
+        on_progress: told of bytes of text that are read, and their tokens.
+
     Raises:
         InputError: the input cannot be read as what it is said to be.
     """
     dropped: Counter[str] = Counter()
+    num_bytes = num_tokens = 0
+
+    def figures() -> Figures:
+        return num_bytes, num_tokens
+
     writers = {
         split: _ShardWriter(output_dir, split, partition.index, max_length) for split in SPLITS
     }
@@ -96,9 +106,15 @@ def preprocess_partition(
             held_fraction = None if partition.is_new else heldout_fraction
             batches = _text_documents(partition, tokenizer, dropped, batch_chars, held_fraction)
         for contents, documents in batches:
-            is_held = np.array([is_heldout(content, heldout_fraction) for content in contents])
+            held = []
+            for content in contents:
+                held.append(is_heldout(content, heldout_fraction))
+                num_bytes += len(content)
+            is_held = np.array(held)
+            num_tokens += len(documents.tokens)
             writers["train"].add(documents.select(~is_held))
             writers["heldout"].add(documents.select(is_held))
+            on_progress(figures)
         shards = {split: writer.finish() for split, writer in writers.items()}
     finally:
         for writer in writers.values():

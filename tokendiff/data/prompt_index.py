@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tokendiff.artifacts.locations import glob_files, is_uri, location, open_binary
 from tokendiff.artifacts.manifest import sha256_of
 from tokendiff.data.files import COMPRESSED_SUFFIXES
+from tokendiff.data.lines import lines_in
 from tokendiff.data.prompts import GenerationRow, Prompt, prompt_of_record
 from tokendiff.errors import InputError
 
@@ -91,7 +92,7 @@ class PromptFile:
         digest, offset, count, stride = hashlib.sha256(), 0, 0, 1
         marks: list[tuple[int, int]] = []
         with open_binary(location(path)) as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(lines_in(file), start=1):
                 digest.update(line)
                 if _is_prompt(line, offset):
                     if count % stride == 0:
@@ -122,7 +123,7 @@ class PromptFile:
         prompt_number = at * self.stride
         with open_binary(location(self.path)) as file:
             file.seek(offset)
-            for line in file:
+            for line in lines_in(file):
                 if prompt_number >= stop:
                     return
                 if _is_prompt(line, offset):

@@ -1,6 +1,6 @@
 """Reading packed token shards: in order (evaluation), or the rows of given steps (training)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,11 +9,46 @@ from typing import Any
 import numpy as np
 
 from tokendiff.artifacts.locations import Location, local_copy, location
-from tokendiff.artifacts.manifest import Manifest, fetch, fingerprint, verify
+from tokendiff.artifacts.manifest import Manifest, fetch, fingerprint, load_manifest, verify
 from tokendiff.data.order import RowOrder
+from tokendiff.diffusion.interfaces import Figures
 from tokendiff.errors import CorruptFileError, InputError
 
 KIND = "tokens"
+_LEAST_ROWS_TO_JUDGE = 2  # of fewer there is no standard error
+
+
+def check_rows_to_judge(folder: Location, split: str) -> None:
+    """Raise InputError where a split of committed token shards has too few rows to evaluate on."""
+    if problem := too_few_rows(load_manifest(folder, kind=KIND).metadata, split):
+        raise InputError(f"data_path {folder}: {problem}")
+
+
+def too_few_rows(metadata: Mapping[str, Any], split: str) -> str:
+    """Why a split cannot be evaluated on, and the remedy; empty where it can.
+
+    Args:
+        metadata: of the manifest of token shards.
+    """
+    rows = metadata["splits"][split]["rows"]
+    if rows >= _LEAST_ROWS_TO_JUDGE:
+        return ""
+    has = f"split {split!r} has {rows or 'no'} row{'s' * (rows != 1)}"
+    needs = f"an evaluation takes at least {_LEAST_ROWS_TO_JUDGE}"
+    return f"{has}, and {needs}; {_more_rows(metadata, split)}"
+
+
+def _more_rows(metadata: Mapping[str, Any], split: str) -> str:
+    """What gives a split of these token shards more rows."""
+    config = metadata.get("config", {})
+    documents = sum(part.get("documents", 0) for part in metadata["splits"].values())
+    if documents == 1 and config.get("sample_by") == "document":
+        return "all text is one document: make each of its lines one (sample_by line)"
+    if documents == 1:
+        return "all text is one document: give more of them"
+    change = "raise" if split == "heldout" else "lower"
+    now = f" (it is {config['heldout_fraction']:g})" if "heldout_fraction" in config else ""
+    return f"{change} preprocess.heldout_fraction{now}, or give more documents"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +72,11 @@ class TokenRows:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def first(self, count: int) -> Figures:
+        """How many the first `count` rows are (fewer, where there are fewer), and their tokens."""
+        lengths = self.lengths[:count]
+        return len(lengths), int(lengths.sum())
 
     def take(self, index: np.ndarray | slice) -> "TokenRows":
         return TokenRows(
@@ -80,9 +120,9 @@ class TokenData:
             ) from error
         data = cls(folder=path, split=split, manifest=manifest)
         if not data.row_group_sizes:
+            remedy = _more_rows(manifest.metadata, split)
             raise InputError(
-                f"data_path {folder}: split {split!r} has no rows; set preprocess.heldout_fraction "
-                "and preprocess again"
+                f"data_path {folder}: split {split!r} has no rows; {remedy}, and preprocess again"
             )
         return data
 

@@ -10,7 +10,7 @@ import numpy as np
 from tokendiff.artifacts.locations import location
 from tokendiff.artifacts.manifest import content_identity
 from tokendiff.data import files, hub
-from tokendiff.data.partition import Partition, Piece, group_pieces
+from tokendiff.data.partition import Partition, Piece, even_pieces, group_pieces
 from tokendiff.data.samples import find_sample_folders, read_part, sample_pieces
 from tokendiff.errors import InputError
 
@@ -23,18 +23,28 @@ _DUMMY_SEED = 0
 
 
 def plan_partitions(config: "PreprocessConfig") -> list[Partition]:
-    """Cut the input into partitions of about `partition_bytes`, the same ones on any cluster.
+    """Cut the input into partitions of `partition_bytes` at most, or about that, the same ones on
+    any cluster.
 
     Raises:
         InputError: a file, dataset, split or column is not there, or a Parquet file is not one.
     """
+    return plan_input(config)[0]
+
+
+def plan_input(config: "PreprocessConfig") -> tuple[list[Partition], list[Piece]]:
+    """`plan_partitions`, and what there is to be read, cut in another way: it stands in the keys of
+    folders, and folders of earlier versions, whose partitions were cut so, keep theirs.
+    """
     kind, found = _pieces(config)
     pieces, old, size = list(found), known_files(config), config.partition_bytes
-    groups = [
-        *((group, True) for group in group_pieces((p for p in pieces if p.path not in old), size)),
-        *((group, False) for group in group_pieces((p for p in pieces if p.path in old), size)),
-    ]
-    return [
+    read: list[Piece] = []
+    groups: list[tuple[tuple[Piece, ...], bool]] = []
+    for is_new in (True, False):
+        chosen = [piece for piece in pieces if (piece.path not in old) == is_new]
+        read += (piece for group in group_pieces(chosen, size) for piece in group)
+        groups += ((group, is_new) for group in group_pieces(even_pieces(chosen, size), size))
+    partitions = [
         Partition(
             index=index,
             format=kind,
@@ -47,6 +57,7 @@ def plan_partitions(config: "PreprocessConfig") -> list[Partition]:
         )
         for index, (group, is_new) in enumerate(groups)
     ]
+    return partitions, read
 
 
 def known_files(config: "PreprocessConfig") -> set[str]:

@@ -264,3 +264,13 @@ class Completion:
 
 # Called after each step of a sampler with (time reached, x_t [B, L]); x_t must not be written to.
 StepCallback = Callable[[float, Tensor], None]
+# How far some work has got: what is done of it, say rows, and its tokens. What is under way counts
+# in part.
+Figures = tuple[float, float]
+# Called in the course of the work, after every step of it, with a function that says how far it has
+# got. That may cost something, so it is asked only where somebody wants to know.
+OnProgress = Callable[[Callable[[], Figures]], None]
+
+
+def unwatched(figures: Callable[[], Figures]) -> None:
+    """The OnProgress of work that nobody watches."""

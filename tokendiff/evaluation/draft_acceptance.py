@@ -8,6 +8,7 @@ way, it is less. What decoding does accept is measured by sampling (`evaluation.
 """
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,12 @@ import torch
 
 from tokendiff.artifacts.manifest import is_committed, load_manifest
 from tokendiff.data.rows import TokenRows
-from tokendiff.diffusion.interfaces import DraftBesideTarget, TokenBatch
+from tokendiff.diffusion.interfaces import (
+    DraftBesideTarget,
+    OnProgress,
+    TokenBatch,
+    unwatched,
+)
 from tokendiff.diffusion.random import RowGenerator, key_from
 from tokendiff.errors import InputError
 from tokendiff.models.checkpoints import load_tokenizer, take_average
@@ -76,7 +82,9 @@ class DraftEvaluator:
             num_anchors=config.num_anchors,
         )
 
-    def acceptance(self, rows: TokenRows) -> dict[str, np.ndarray]:
+    def acceptance(
+        self, rows: TokenRows, *, on_progress: OnProgress = unwatched
+    ) -> dict[str, np.ndarray]:
         """Per row: blocks [rows, K], how many of its blocks have 1..K tokens accepted."""
         counts = []
         for at in range(0, len(rows), self._config.batch_size):
@@ -91,6 +99,7 @@ class DraftEvaluator:
             with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_bf16):
                 found = blocks_by_length(self._objective, self._trainee, batch, generator)
             counts.append(found.cpu().numpy())
+            on_progress(partial(rows.first, at + self._config.batch_size))
         return {"blocks": np.concatenate(counts)}
 
 

@@ -1,5 +1,6 @@
 """A checkpoint ready to be judged on rows: what an evaluation actor holds."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from tokendiff.artifacts.noise_process import NoiseProcess, objective_of
 from tokendiff.data.order import RowOrder
 from tokendiff.data.rows import TokenData, TokenRows
-from tokendiff.diffusion.interfaces import TokenBatch
+from tokendiff.diffusion.interfaces import OnProgress, TokenBatch, unwatched
 from tokendiff.diffusion.random import RowGenerator, key_from
 from tokendiff.evaluation.block_bound import block_row_bounds
 from tokendiff.evaluation.bound import row_bounds
@@ -31,7 +32,9 @@ class Evaluator:
         self._denoiser = denoiser.to(device)
         self._device, self._config = torch.device(device), config
 
-    def bounds(self, rows: TokenRows) -> dict[str, np.ndarray]:
+    def bounds(
+        self, rows: TokenRows, *, on_progress: OnProgress = unwatched
+    ) -> dict[str, np.ndarray]:
         """Per row: nats (float64; of objective ar no bound, but exact), num_tokens, num_bytes; and
         the token counts [1, V] of all rows together.
         """
@@ -49,6 +52,7 @@ class Evaluator:
                 row_nats, row_tokens = self._row_bounds(token_batch, generator)
             nats.append(row_nats.cpu().numpy())
             counts.append(row_tokens.cpu().numpy())
+            on_progress(partial(rows.first, at + self._config.batch_size))
         is_token = np.arange(rows.tokens.shape[1]) < rows.lengths[:, None]
         histogram = np.bincount(rows.tokens[is_token], minlength=len(self.tokenizer))
         num_tokens = np.concatenate(counts)

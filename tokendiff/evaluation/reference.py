@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokendiff.artifacts.manifest import local_model
+from tokendiff.diffusion.interfaces import Figures, OnProgress, unwatched
 from tokendiff.errors import InputError
 
 _PROBE_LENGTH = 4
@@ -21,6 +22,7 @@ def generative_perplexity(
     batch_size: int,
     max_length: int,
     device: str | torch.device,
+    on_progress: OnProgress = unwatched,
 ) -> dict[str, float]:
     """Score texts with a transformers causal LM and its own tokenizer, in float32.
 
@@ -33,6 +35,7 @@ def generative_perplexity(
             batch_size * max_length * vocabulary * 4 bytes.
         max_length: tokens of a text at most, BOS included; the rest is cut off. The model's own
             limit holds where it is lower.
+        on_progress: told of texts that are scored, and their tokens.
 
     Returns:
         generative_perplexity: exp of the next; both are absent if no token was scored.
@@ -57,11 +60,18 @@ def generative_perplexity(
     rows = [prefix + ids for ids in encoded]
     # Rows of similar length share a batch: less padding, and the sum is the same.
     scored = sorted((row[:limit] for row in rows if len(row) >= 2), key=len, reverse=True)
-    nats = 0.0
-    for at in range(0, len(scored), batch_size):
-        nats += _summed_nats(model, scored[at : at + batch_size], device)
+    nats, num_texts, num_tokens = 0.0, 0, 0
 
-    num_tokens = sum(len(row) - 1 for row in scored)
+    def figures() -> Figures:
+        return num_texts, num_tokens
+
+    for at in range(0, len(scored), batch_size):
+        batch = scored[at : at + batch_size]
+        nats += _summed_nats(model, batch, device)
+        num_texts += len(batch)
+        num_tokens += sum(len(row) - 1 for row in batch)
+        on_progress(figures)
+
     counts: dict[str, float] = {
         "num_scored_tokens": num_tokens,
         "num_texts_cut": sum(len(row) > limit for row in rows),

@@ -14,7 +14,15 @@ import torch
 from tokendiff.artifacts.manifest import local_model
 from tokendiff.artifacts.noise_process import SCHEDULER_CONFIG, NoiseProcess
 from tokendiff.data.prompts import GenerationRow, PromptEncoder, prompt_text
-from tokendiff.diffusion.interfaces import Completion, Decoder, Request
+from tokendiff.data.samples import num_new_tokens
+from tokendiff.diffusion.interfaces import (
+    Completion,
+    Decoder,
+    Figures,
+    OnProgress,
+    Request,
+    unwatched,
+)
 from tokendiff.diffusion.random import key_from
 from tokendiff.errors import InputError
 from tokendiff.models.causal import (
@@ -156,7 +164,9 @@ class CompletionModel:
         self._is_warm = False
         self._key, self._num_slots = key_from(config.seed, "sample"), config.batch_size
 
-    def samples(self, rows: Iterable[GenerationRow]) -> Iterator[dict[str, Any]]:
+    def samples(
+        self, rows: Iterable[GenerationRow], *, on_progress: OnProgress = unwatched
+    ) -> Iterator[dict[str, Any]]:
         """One record per row, in the order in which they are finished; rows are taken as slots
         become free.
 
@@ -175,7 +185,11 @@ class CompletionModel:
 
         sampler, model = self.setup.sampler, self._model
         for completion in sampler.complete(
-            model, requests(), key=self._key, num_slots=self._num_slots
+            model,
+            requests(),
+            key=self._key,
+            num_slots=self._num_slots,
+            on_progress=on_progress,
         ):
             yield self._record(completion, *taken.pop(completion.id))
 
@@ -185,12 +199,17 @@ class CompletionModel:
         return [by_id[row.id] for row in rows]
 
     def measured(
-        self, rows: list[GenerationRow], *, is_target_first: bool
+        self,
+        rows: list[GenerationRow],
+        *,
+        is_target_first: bool,
+        on_progress: OnProgress = unwatched,
     ) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """As `samples` with a draft, and besides what the target alone takes for the same rows.
 
         Args:
             is_target_first: callers take turns, so that neither side has the quieter machine.
+            on_progress: a row that one side has written counts half.
 
         Returns:
             records; and rows, new tokens and wall-clock seconds of both sides, and, where
@@ -208,17 +227,31 @@ class CompletionModel:
                 list(brief.complete(model, requests, key=self._key, num_slots=self._num_slots))
             self._is_warm = True
         records: list[dict[str, Any]] = []
+        texts: dict[int, list[int]] = {}
+
+        over: list[int] = []  # the tokens of a side that has written all rows
+
+        def tell(figures: Callable[[], Figures]) -> None:
+            def of_both() -> Figures:
+                num_rows, num_tokens = figures()
+                return (len(over) * len(rows) + num_rows) / 2, sum(over) + num_tokens
+
+            on_progress(of_both)
 
         def draft() -> None:
-            records.extend(self.samples(rows))
-
-        texts: dict[int, list[int]] = {}
+            records.extend(self.samples(rows, on_progress=tell))
+            over.append(sum(map(num_new_tokens, records)))
 
         def do_without() -> None:
             for completion in alone.complete(
-                self._target, requests, key=self._key, num_slots=self._num_slots
+                self._target,
+                requests,
+                key=self._key,
+                num_slots=self._num_slots,
+                on_progress=tell,
             ):
                 texts[completion.id] = completion.tokens
+            over.append(sum(map(len, texts.values())))
 
         sides = (do_without, draft) if is_target_first else (draft, do_without)
         seconds = {side: self._timed(side) for side in sides}

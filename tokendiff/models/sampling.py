@@ -3,7 +3,7 @@ notebook, holds. Samples here have one length; `tokendiff.models.completion` con
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,8 @@ import torch
 
 from tokendiff.artifacts.noise_process import NoiseProcess, longest_row
 from tokendiff.data.prompts import GenerationRow, PromptEncoder, prompt_text
-from tokendiff.diffusion.interfaces import StepCallback
+from tokendiff.data.samples import num_new_tokens
+from tokendiff.diffusion.interfaces import Figures, OnProgress, StepCallback, unwatched
 from tokendiff.diffusion.random import RowGenerator, key_from
 from tokendiff.errors import InputError
 from tokendiff.models.checkpoints import load_for_inference, load_tokenizer
@@ -147,16 +148,29 @@ class SamplingModel:
         self._sampler = build_sampler(_fixed_length(config), self.process, seq_len=self.seq_len)
         self._encoder = prompt_encoder(self.tokenizer, config)
 
-    def samples(self, rows: Iterable[GenerationRow]) -> Iterator[dict[str, Any]]:
+    def samples(
+        self, rows: Iterable[GenerationRow], *, on_progress: OnProgress = unwatched
+    ) -> Iterator[dict[str, Any]]:
         """One record per row, as `sample`, a batch after the other."""
         waiting = iter(rows)
+        num_rows = num_tokens = 0
         while batch := list(islice(waiting, self._config.batch_size)):
-            yield from self.sample(batch)
+            records = self.sample(batch, on_progress=_behind(num_rows, num_tokens, on_progress))
+            num_rows += len(records)
+            num_tokens += sum(map(num_new_tokens, records))
+            yield from records
 
     def sample(
-        self, rows: list[GenerationRow], *, on_step: StepCallback | None = None
+        self,
+        rows: list[GenerationRow],
+        *,
+        on_step: StepCallback | None = None,
+        on_progress: OnProgress = unwatched,
     ) -> list[dict[str, Any]]:
         """One record per row, as a part file holds it; the rows are sampled together.
+
+        Args:
+            on_progress: every row counts with the share of its steps that are taken.
 
         Returns:
             id; prompt; num_prompt_tokens; gaps (places in the prompt that were filled); tokens and
@@ -172,16 +186,23 @@ class SamplingModel:
         ids = torch.tensor([row.id for row in rows], dtype=torch.int64, device=self._device)
         generator = RowGenerator.for_rows(key_from(self._config.seed, "sample"), ids)
         is_bf16 = self._config.mixed_precision == "bf16"
+        num_open = (~is_given).sum(1).tolist()
+        watch = _StepWatch(
+            num_steps=self._sampler.num_steps(is_given),
+            num_rows=len(rows),
+            num_tokens=sum(num_open),
+            on_step=on_step,
+            on_progress=on_progress,
+        )
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_bf16):
             samples = self._sampler.sample(
                 self._denoiser,
                 tokens.to(self._device),
                 is_given.to(self._device),
                 generator,
-                on_step=on_step,
+                on_step=watch,
             )
         seconds = round(time.perf_counter() - start, 3)
-        num_open = (~is_given).sum(1).tolist()
         mask = self.process.mask_token_id
         return [
             {
@@ -208,6 +229,41 @@ class SamplingModel:
                 strict=True,
             )
         ]
+
+
+@dataclass(kw_only=True)
+class _StepWatch:
+    """Counts the steps of a batch, and tells of them."""
+
+    num_steps: int
+    num_rows: int
+    num_tokens: int
+    on_step: StepCallback | None
+    on_progress: OnProgress
+    _taken: int = -1  # the first call shows what the steps begin with
+
+    def __call__(self, time: float, x_t: torch.Tensor) -> None:
+        self._taken += 1
+        if self.on_step is not None:
+            self.on_step(time, x_t)
+        self.on_progress(self._figures)
+
+    def _figures(self) -> Figures:
+        share = self._taken / max(self.num_steps, 1)
+        return share * self.num_rows, share * self.num_tokens
+
+
+def _behind(num_rows: int, num_tokens: int, on_progress: OnProgress) -> OnProgress:
+    """Told of a batch, it counts in what was done before it."""
+
+    def tell(figures: Callable[[], Figures]) -> None:
+        def of_all() -> Figures:
+            rows, tokens = figures()
+            return num_rows + rows, num_tokens + tokens
+
+        on_progress(of_all)
+
+    return tell
 
 
 def prompt_encoder(tokenizer: Any, config: "GenerateConfig") -> PromptEncoder:

@@ -31,6 +31,9 @@ class AncestralSampler(Sampler):
                 f"num_inference_steps must be at least 1, got {self.num_inference_steps}"
             )
 
+    def num_steps(self, is_given: Tensor) -> int:
+        return self.num_inference_steps
+
     def _denoise(
         self,
         x_t: Tensor,

@@ -82,6 +82,10 @@ class Sampler(ABC):
         return Samples(tokens=x_0, num_model_calls=predictor.num_model_calls)
 
     @abstractmethod
+    def num_steps(self, is_given: Tensor) -> int:
+        """How many steps it takes to fill rows [B, L] where they are not given."""
+
+    @abstractmethod
     def _denoise(
         self,
         x_t: Tensor,

@@ -35,6 +35,10 @@ class BlockwiseSampler(AncestralSampler):
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {self.block_size}")
 
+    def num_steps(self, is_given: Tensor) -> int:
+        blocks = (~is_given).any(0).split(self.block_size)
+        return self.num_inference_steps * sum(bool(block.any()) for block in blocks)
+
     def _denoise(
         self,
         x_t: Tensor,

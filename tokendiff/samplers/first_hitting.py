@@ -24,6 +24,9 @@ class FirstHittingSampler(Sampler):
         super().__post_init__()
         check_absorbing(self.kernel, "only a mask is revealed once, and then stays as it is")
 
+    def num_steps(self, is_given: Tensor) -> int:
+        return max((~is_given).sum(1).tolist(), default=0)
+
     def _denoise(
         self,
         x_t: Tensor,
@@ -35,7 +38,7 @@ class FirstHittingSampler(Sampler):
         one = torch.ones(len(x_t), dtype=torch.float64, device=x_t.device)
         masked_share = 1.0 - self.kernel.alpha(one)
         is_masked = is_open
-        for step in range(max(is_open.sum(1).tolist(), default=0)):
+        for step in range(self.num_steps(~is_open)):
             hit, place, token = generator.fold_in(step).uniform(3).unbind(1)
             num_masked = is_masked.sum(1)
             # Each mask's own share at its reveal is uniform below this one: theirs is the largest.

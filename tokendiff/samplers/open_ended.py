@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from tokendiff.diffusion.attention_masks import MaskRule
-from tokendiff.diffusion.interfaces import Completion, Decoder, Request
+from tokendiff.diffusion.interfaces import (
+    Completion,
+    Decoder,
+    Figures,
+    OnProgress,
+    Request,
+    unwatched,
+)
 from tokendiff.samplers.categorical import check_filters, draw, filter_logits
 from tokendiff.samplers.slots import Slots
 
@@ -40,7 +47,13 @@ class OpenEndedSampler(ABC):
 
     @torch.no_grad()
     def complete(
-        self, model: Decoder, requests: Iterable[Request], *, key: int, num_slots: int
+        self,
+        model: Decoder,
+        requests: Iterable[Request],
+        *,
+        key: int,
+        num_slots: int,
+        on_progress: OnProgress = unwatched,
     ) -> Iterator[Completion]:
         """Completions in the order in which they are finished.
 
@@ -49,12 +62,23 @@ class OpenEndedSampler(ABC):
             key: with a request's id, decides the row's randomness. Its tokens depend on nothing
                 else: not on the rows beside it, its slot or the order.
             num_slots: rows in flight at most.
+            on_progress: a row in flight counts with the share of `max_new_tokens` that it has.
         """
         waiting = iter(requests)
         slots = self._slots(model, num_slots=num_slots, key=key)
+        num_rows = num_tokens = 0
+
+        def figures() -> Figures:
+            rows, tokens = slots.under_way()
+            return num_rows + rows, num_tokens + tokens
+
         while slots.fill(waiting):
             self._step(model, slots)
-            yield from slots.retire(*self._finished(slots), waiting)
+            for completion in slots.retire(*self._finished(slots), waiting):
+                num_rows += 1
+                num_tokens += len(completion.tokens)
+                yield completion
+            on_progress(figures)
 
     @abstractmethod
     def _slots(self, model: Decoder, *, num_slots: int, key: int) -> Slots: ...

@@ -11,7 +11,13 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from tokendiff.diffusion.interfaces import Completion, Decoder, FinishReason, Request
+from tokendiff.diffusion.interfaces import (
+    Completion,
+    Decoder,
+    Figures,
+    FinishReason,
+    Request,
+)
 from tokendiff.diffusion.random import RowGenerator
 
 _GROWTH = 256  # tokens
@@ -75,6 +81,13 @@ class Slots:
     def rows(self) -> Tensor:
         """[n] 0..n-1."""
         return torch.arange(self.num_rows, device=self._device)
+
+    def under_way(self) -> Figures:
+        """How far the rows in use have got: each counts with the share of its most tokens that are
+        settled.
+        """
+        num_new = int((self["length"] - self["prompt_length"]).clamp(min=0).sum())
+        return num_new / self._max_new_tokens, num_new
 
     @property
     def generator(self) -> RowGenerator:

@@ -1,19 +1,28 @@
-"""What a person sees of a running stage: its log, followed by a thread and printed as it grows."""
+"""What a person sees of a running stage: its log and its progress, followed by a thread and printed
+as they grow, so that something moves at least every ten seconds.
+"""
 
 import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from tokendiff.tracking.run_log import follow
+from tokendiff.tracking.run_log import follow, read_progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 Events = list[dict[str, Any]]
+# Without a bar: what is told within so many seconds of a line makes no line of its own, and where
+# nothing is told for so long that is said. With the seconds between two reports of a job, and those
+# between two looks, no more than ten pass between two lines.
+_LINE_SECONDS = 7.0
+_SILENT_SECONDS = 9.0
+_RATE_SECONDS = 60.0
 logger = logging.getLogger(__name__)
 
 
@@ -27,6 +36,9 @@ class LogTailer:
     attempt wrote is not told again. Leaving the block hands over everything written until then.
     A consumer that raises is reported once and called again with the next batch: what it does
     wrong never stops the run.
+
+    Args:
+        on_look: called after every look at the log, whether it has grown or not.
     """
 
     def __init__(
@@ -34,10 +46,12 @@ class LogTailer:
         path: Path,
         consumers: Sequence[Callable[[Events], None]],
         *,
+        on_look: Callable[[], None] = lambda: None,
         poll_seconds: float = 0.5,
     ) -> None:
         self._path = path
         self._consumers = consumers
+        self._on_look = on_look
         self._poll_seconds = poll_seconds
         self._offset = path.stat().st_size if path.exists() else 0
         self._stopped = threading.Event()
@@ -61,16 +75,16 @@ class LogTailer:
             except OSError as error:
                 self._warn_once(-1, f"{self._path} cannot be read: {error}; trying on")
                 continue
-            if events:
-                self._hand_over(events)
+            for index, consumer in enumerate(self._consumers if events else ()):
+                self._call(index, consumer, events)
+            self._call(len(self._consumers), self._on_look)
 
-    def _hand_over(self, events: Events) -> None:
-        for index, consumer in enumerate(self._consumers):
-            try:
-                consumer(events)
-            except Exception as error:
-                name = getattr(consumer, "__qualname__", consumer)
-                self._warn_once(index, f"{name} failed on events of {self._path}: {error!r}")
+    def _call(self, index: int, consumer: Callable[..., None], *events: Events) -> None:
+        try:
+            consumer(*events)
+        except Exception as error:
+            name = getattr(consumer, "__qualname__", consumer)
+            self._warn_once(index, f"{name} failed on events of {self._path}: {error!r}")
 
     def _warn_once(self, about: int, message: str) -> None:
         if about not in self._warned:
@@ -79,19 +93,38 @@ class LogTailer:
 
 
 class ProgressPrinter:
-    """Prints the events of one stage: a bar on a terminal, elsewhere a line for each.
+    """Prints the events of one stage: a bar on a terminal, elsewhere lines.
 
-    A context, since a bar must be taken off the screen again; `consume` is for a `LogTailer`.
+    A context, since a bar must be taken off the screen again; `consume` and `look` are for a
+    `LogTailer`.
+
+    Args:
+        log_path: the log beside which the job tells of its progress; without it, what `consume` is
+            given is all there is.
     """
 
-    def __init__(self, stage: str, *, stream: TextIO | None = None, has_bar: bool = True) -> None:
+    def __init__(
+        self,
+        stage: str,
+        *,
+        log_path: Path | None = None,
+        stream: TextIO | None = None,
+        has_bar: bool = True,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._stage = stage
+        self._log_path = log_path
         self._stream = stream or sys.stdout
-        self._total: int | None = None
+        self._clock = clock
+        self._line_time = self._news_time = clock()
+        self._status, self._silence = "at work", "{} so far"
+        self._progress: dict[str, Any] = {}  # the last of its events
+        self._of_before = log_path and read_progress(log_path)  # what an earlier attempt left
+        self._total: float | None = None
         self._rate = _Rate()
         has_bar = has_bar and self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._bar = _make_bar(self._stream) if has_bar else None
-        self._task = self._bar.add_task(stage, total=None, facts="") if self._bar else None
+        self._task = self._bar.add_task(stage, place="", facts="") if self._bar else None
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -104,30 +137,76 @@ class ProgressPrinter:
 
     def consume(self, events: Events) -> None:
         for event in events:
-            self._show(event)
+            if event["event"] != "progress" or self._is_for_the_log_to_tell(event):
+                self._show(event)
+
+    def look(self) -> None:
+        """Show what the job tells beside its log, or that it has told nothing for a while."""
+        progress = read_progress(self._log_path) if self._log_path else None
+        if progress is not None and progress not in (self._of_before, self._progress):
+            self._show(progress)
+        now = self._clock()
+        if not self._bar and now - self._line_time >= _SILENT_SECONDS:
+            silence = self._silence.format(_duration(now - self._news_time))
+            self._print(f"{self._stage}  {self._status}  ({silence})")
+            self._line_time = now
+
+    def _is_for_the_log_to_tell(self, event: dict[str, Any]) -> bool:
+        """Whether a "progress" of the log is to be shown: it keeps a few, and all are seen beside
+        it, but the last word on one thing may soon be replaced there by the first on another.
+        """
+        is_last_word = event["done"] >= event["total"]
+        is_new = event["time"] > self._progress.get("time", 0.0)
+        return self._log_path is None or (is_last_word and is_new)
 
     def _show(self, event: dict[str, Any]) -> None:
-        name = event["event"]
-        if name in ("start", "resume"):
-            self._total = event.get("max_train_steps", self._total)
-            self._rate.restart(event["time"], event.get("step", 0))
-        if name in ("metrics", "progress"):
-            done = event["step"] if name == "metrics" else event["done"]
-            self._total = event.get("total", self._total)
-            self._rate.update(event["time"], done)
-            self._show_progress(done, "step " if name == "metrics" else "", _facts(event))
-        elif text := _describe(event):
+        match event["event"]:
+            case "progress":
+                self._show_progress(event)
+            case "metrics":
+                self._rate.add(event["time"], event["step"])
+                self._show_place(event["step"], "steps", _facts(event), is_line=True)
+            case "start" | "resume":
+                self._total = event.get("max_train_steps", self._total)
+                self._rate = _Rate()
+                self._rate.add(event["time"], event.get("step", 0))
+            case "doing":
+                self._tell_status(event["what"], silence="{} so far")
+                self._line_time = self._clock()
+        if text := _describe(event):
             self._print(f"{self._stage}  {text}")
 
-    def _show_progress(self, done: int, unit: str, facts: dict[str, str]) -> None:
-        if self._total is not None and self._rate.is_known:
-            facts = {**facts, "eta": f"eta {_duration(self._rate.seconds_for(self._total - done))}"}
+    def _show_progress(self, event: dict[str, Any]) -> None:
+        before, self._progress = self._progress, event
+        done, self._total = event["done"], event["total"]
+        is_new = (event.get("unit"), self._total) != (before.get("unit"), before.get("total"))
+        if is_new or done < before["done"]:  # what was lost is done again
+            self._rate = _Rate()
+        self._rate.add(event["time"], done, event.get("tokens"))
+        facts = _facts(event)
+        if (speed := self._rate.tokens_per_second) is not None:
+            facts["tokens_per_second"] = f"{speed:,.0f} tokens/s"
+        is_over = done >= event["total"] and done != before.get("done")
+        self._show_place(done, event.get("unit"), facts, is_line=is_new or is_over)
+
+    def _show_place(
+        self, done: float, unit: str | None, facts: dict[str, str], *, is_line: bool
+    ) -> None:
+        left = 0.0 if self._total is None else self._total - done
+        if left > 0.0 and (seconds := self._rate.seconds_for(left)) is not None:
+            facts["left"] = f"{_duration(seconds)} left"
+        place = _place(done, self._total, unit)
         text = "  ".join(facts[key] for key in _ORDER if key in facts)
+        self._tell_status(f"{place}  {text}".rstrip(), silence="nothing new for {}")
         if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=done, total=self._total, facts=text)
-        else:
-            place = f"{unit}{done}" if self._total is None else f"{unit}{done}/{self._total}"
-            self._print(f"{self._stage}  {place}  {text}".rstrip())
+            self._bar.update(self._task, completed=done, total=self._total, place=place, facts=text)
+        elif is_line or self._clock() - self._line_time >= _LINE_SECONDS:
+            self._print(f"{self._stage}  {self._status}")
+            self._line_time = self._clock()
+
+    def _tell_status(self, status: str, *, silence: str) -> None:
+        """Keep what is shown again where nothing new is told, and how that is said."""
+        self._status, self._silence, self._news_time = status, silence, self._clock()
 
     def _print(self, line: str) -> None:
         if self._bar:
@@ -137,63 +216,91 @@ class ProgressPrinter:
 
 
 class _Rate:
-    """Steps per second of the present attempt, from the times in its events.
+    """How fast the present attempt goes: over its last minute, by the times in its events.
 
-    From the second report on it is measured since the first: before that lies start-up (workers,
-    compilation, the first batch), which would make every estimate too long.
+    What is not known yet is None. Before anything has moved lies start-up (workers, weights, the
+    first batch), which would make every estimate too long: from the second report on it is measured
+    since the first that has moved.
     """
 
     def __init__(self) -> None:
-        # (time, step) of the attempt's start, its first report and its latest.
-        self._points: list[tuple[float, int]] = []
+        self._points: list[tuple[float, float, float | None]] = []  # (time, done, tokens)
+        self._is_start_in = True
 
-    def restart(self, time: float, done: int) -> None:
-        self._points = [(time, done)]
+    def add(self, time: float, done: float, tokens: float | None = None) -> None:
+        points = self._points
+        has_moved = not points or done != points[-1][1] or (tokens or 0) > (points[-1][2] or 0)
+        if len(points) == 1 and not has_moved:
+            points.clear()
+        if has_moved or not points:
+            points.append((time, done, tokens))
+        if self._is_start_in and len(points) > 2:
+            self._is_start_in = False
+            del points[0]
+        while len(points) > 2 and points[1][0] <= time - _RATE_SECONDS:
+            del points[0]
 
-    def update(self, time: float, done: int) -> None:
-        self._points = [*self._points[:2], (time, done)]
+    def seconds_for(self, left: float) -> float | None:
+        (start_time, start, _), (time, done, _) = self._points[0], self._points[-1]
+        return left * (time - start_time) / (done - start) if done > start else None
 
     @property
-    def is_known(self) -> bool:
-        return len(self._points) > 1 and self._points[-1][1] > self._points[-2][1]
+    def tokens_per_second(self) -> float | None:
+        counted = [(time, tokens) for time, _, tokens in self._points if tokens is not None]
+        if len(counted) < 2:
+            return None
+        (start_time, start), (time, tokens) = counted[0], counted[-1]
+        return (tokens - start) / (time - start_time) if tokens > start else None
 
-    def seconds_for(self, steps: int) -> float:
-        (start_time, start), (time, done) = self._points[-2:]
-        return steps * (time - start_time) / (done - start)
+
+_ORDER = (
+    *("rows", "loss", "errors", "lr", "tokens_per_second"),
+    *("left", "data_wait_fraction"),
+)
+_SCALES = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 
 
-_START_FACTS = {
-    "num_workers": "workers",
-    "num_params": "parameters",
-    "rows": "rows",
-    "tokens_per_step": "tokens/step",
-}
-_ORDER = ("loss", "errors", "lr", "tokens_per_second", "eta", "data_wait_fraction")
+def _place(done: float, total: float | None, unit: str | None) -> str:
+    """How far it is, as in "step 3/400", "64/4,096 rows" or "1.2/33.6 MB"."""
+    if unit == "bytes" and total is not None:
+        name = next((name for name, size in _SCALES.items() if total >= size), "kB")
+        return f"{done / _SCALES[name]:,.1f}/{total / _SCALES[name]:,.1f} {name}"
+    count = f"{int(done):,}" if total is None else f"{int(done):,}/{int(total):,}"
+    if unit == "steps":
+        return f"step {count}"
+    return count if unit is None else f"{count} {unit}"
 
 
 def _facts(event: dict[str, Any]) -> dict[str, str]:
-    """What is shown of a metrics event, by its field; what the event lacks is left out."""
+    """What is shown of an event, by its field; what the event lacks is left out."""
     shown = {
+        "rows": "{:,} rows",
         "loss": "loss {:.3f}",
         "lr": "lr {:.1e}",
         "tokens_per_second": "{:,.0f} tokens/s",
-        "data_wait_fraction": "data wait {:.1%}",
+        "data_wait_fraction": "{:.1%} of the time waiting for data",
     }
     if event.get("errors"):
-        shown["errors"] = "unusable prompts {:,}"
+        shown["errors"] = "{:,} unusable prompts"
     return {key: form.format(event[key]) for key, form in shown.items() if key in event}
 
 
 def _describe(event: dict[str, Any]) -> str | None:
     """One line for an event that is not progress; None for those that a person need not see."""
     match event["event"]:
+        case "doing":
+            return str(event["what"])
         case "start":
-            shown = [key for key in _START_FACTS if key in event]
-            return "  ".join(["start", *(f"{_START_FACTS[key]} {event[key]:,}" for key in shown)])
+            shown = [
+                f"{event[key]:,} {one if event[key] == 1 else many}"
+                for key, (one, many) in _START_FACTS.items()
+                if key in event
+            ]
+            return f"training starts: {', '.join(shown)}" if shown else "training starts"
         case "checkpoint":
             return f"checkpoint at step {event['step']}: {event['path']}"
         case "resume":
-            return f"resumed from step {event['step']}"
+            return f"goes on from step {event['step']}"
         case "stopped":
             return f"stopped after step {event['step']}, which is saved"
         case "warning" | "error" as kind:
@@ -201,14 +308,23 @@ def _describe(event: dict[str, Any]) -> str | None:
     return None
 
 
+_START_FACTS = {
+    "num_workers": ("worker", "workers"),
+    "num_params": ("parameter", "parameters"),
+    "rows": ("row", "rows"),
+    "tokens_per_step": ("token a step", "tokens a step"),
+}
+
+
 def _make_bar(stream: TextIO) -> "Progress":
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[place]}"),
         TextColumn("{task.fields[facts]}"),
         console=Console(file=stream),
     )

@@ -5,7 +5,10 @@ Each line is `{"time": unix seconds, "event": name, ...fields}`. Events, and the
     start       step (0, or the one resumed from), max_train_steps, and facts of the run: rows,
                 tokens_per_step, num_params, num_workers
     metrics     step, loss, lr, grad_norm, tokens_per_second, data_wait_fraction, ...
-    progress    done, total; when sampling also errors, the prompts that could not be used
+    progress    done and total, counted in unit (rows, steps, bytes, ...), and tokens, those of this
+                attempt; parts of what is under way count. Preprocessing adds rows, sampling errors:
+                the prompts that could not be used
+    doing       what: something that takes a while was begun
     part        part, rows, errors, new_tokens, model_calls, seconds: one part file that was sampled
     checkpoint  step, path
     resume      step
@@ -13,6 +16,10 @@ Each line is `{"time": unix seconds, "event": name, ...fields}`. Events, and the
     warning     message
     error       message
     end
+
+Jobs tell of their progress every second or two, and a log must not grow with the time that a job
+takes: of one thing that is counted, a line is kept for each percent. The latest word always stands
+in `progress.json` beside the log, a file that is replaced.
 
 An attempt begins with "start" or "resume" at its step; metrics of later steps that earlier attempts
 wrote no longer count.
@@ -22,15 +29,18 @@ JSON has no NaN and no infinities: they are written as the strings "NaN", "Infin
 the standard library alone.
 """
 
+import contextlib
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
 LOG_NAME = "log.jsonl"
+PROGRESS_NAME = "progress.json"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -46,6 +56,8 @@ class RunLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._clock = clock
+        self._progress_lock = threading.Lock()
+        self._percent: tuple[Any, ...] = ()  # of the last "progress" that was kept
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def write(self, event: str, /, **fields: Any) -> None:
@@ -56,10 +68,24 @@ class RunLog:
         """
         record = _to_json({"time": self._clock(), "event": event, **fields})
         line = json.dumps(record, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        if event == "progress" and not self._keeps(line, **fields):
+            return
         if self._ends_in_torn_line():
             line = b"\n" + line
         while line:  # a full disk can cut a write short
             line = line[os.write(self._file, line) :]
+
+    def _keeps(self, line: bytes, *, done: float, total: float, **fields: Any) -> bool:
+        """Show a "progress" beside the log; whether it is one that the log keeps too."""
+        percent = (fields.get("unit"), total, int(100 * done / total) if total else 100)
+        with self._progress_lock:
+            path = self.path.with_name(PROGRESS_NAME)
+            temporary = path.with_name(f".{PROGRESS_NAME}.{os.getpid()}.tmp")
+            with contextlib.suppress(OSError):  # what is only looked at ends no run
+                temporary.write_bytes(line)
+                os.replace(temporary, path)
+            is_news, self._percent = percent != self._percent, percent
+        return is_news
 
     def close(self) -> None:
         os.close(self._file)
@@ -98,6 +124,16 @@ def follow(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     data = data[: data.rfind(b"\n") + 1]
     events = [event for line in data.split(b"\n") if (event := _parse(line)) is not None]
     return events, offset + len(data)
+
+
+def read_progress(path: Path) -> dict[str, Any] | None:
+    """The latest "progress" of the run whose log is at `path`; None where it has told of none,
+    or cannot be asked.
+    """
+    try:
+        return _parse(path.with_name(PROGRESS_NAME).read_bytes())
+    except OSError:
+        return None
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

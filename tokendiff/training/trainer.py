@@ -36,6 +36,7 @@ Batches = Iterator[dict[str, Any]]
 
 
 _STOP = "stop"  # beside the metrics' names: how many workers want to
+_TELL_SECONDS = 2.0
 
 
 class _LossModule(nn.Module):
@@ -57,7 +58,8 @@ class Trainer:
 
     Args:
         objective: gives sums; see `tokendiff.diffusion.interfaces.LossOutput`.
-        on_event: hears "metrics" every `logging_steps` steps.
+        on_event: hears "metrics" every `logging_steps` steps, and "progress" every two seconds,
+            between micro-batches too: parts of steps count.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class Trainer:
         )
         self.step = 0
         self._learning_rate = 0.0  # of the last step
+        self._num_tokens = 0.0  # that this process has seen the workers train on
+        self._tell_at = 0.0
         self._on_event = on_event
         self._since_log: dict[
             str, list[float]
@@ -115,6 +119,7 @@ class Trainer:
                 gradient is not finite.
         """
         clock = _Clock()
+        self._tell(0.0, 0.0)
         while self.step < self.config.max_train_steps:
             with clock.waiting():
                 batch = next(batches)
@@ -125,6 +130,8 @@ class Trainer:
             self._count(totals)
             clock.steps += 1
             clock.tokens += num_tokens
+            self._num_tokens += num_tokens
+            self._tell(0.0, 0.0)
             if (
                 self.step % self.config.logging_steps == 0
                 or self.step == self.config.max_train_steps
@@ -160,6 +167,9 @@ class Trainer:
                 ):
                     output = self._module(batch, generator)
                 output.loss_sum.backward()
+            if not is_last:
+                rows = (index + 1) * self.config.per_device_train_batch_size
+                self._tell((index + 1) / len(micro_batches), float(columns["length"][:rows].sum()))
             for name, (total, count) in _pairs(output, batch).items():
                 pair = torch.stack([total.detach().double(), count.double()])
                 sums[name] = sums.get(name, 0.0) + pair
@@ -237,6 +247,22 @@ class Trainer:
                 **clock.figures(),
                 **measure(),
             )
+
+    def _tell(self, share: float, num_tokens: float) -> None:
+        """Say how far the run is, unless it was said just now.
+
+        Args:
+            share: of the step under way, and this worker's tokens of it; others have as many.
+        """
+        if self.world.is_main and time.monotonic() >= self._tell_at:
+            self._on_event(
+                "progress",
+                unit="steps",
+                done=self.step + share,
+                total=self.config.max_train_steps,
+                tokens=self._num_tokens + num_tokens * self.world.size,
+            )
+            self._tell_at = time.monotonic() + _TELL_SECONDS
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Optimiser state by parameter name."""

@@ -107,6 +107,10 @@ class LoadedCheckpoint:
         return self.samples(sampler, self.model, torch.arange(len(self.tokens)))
 
 
+def num_checkpoint_checks(process: NoiseProcess) -> int:
+    return len(RULES if process.block_length is None else BLOCK_RULES)
+
+
 def verify_checkpoint(checkpoint: Path, tokens: np.ndarray, lengths: np.ndarray) -> Iterator[Check]:
     """Every rule for a checkpoint.
 

@@ -33,6 +33,10 @@ _QUADRATURE_NODES = 160
 _UNIFORM_GRID = 50_000
 
 
+def num_code_checks() -> int:
+    return len(TOYS) * len(RULES)
+
+
 def verify_code() -> Iterator[Check]:
     """Every rule for every kernel."""
     for name, toy in TOYS.items():

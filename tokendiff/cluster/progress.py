@@ -1,0 +1,184 @@
+"""How far a job is, counted together from its workers while they are at it.
+
+Work is handed out in units that count when they are whole: a part of 4,096 samples, a partition of
+32 MiB. Until then whoever is at one says now and then how far it has got, to an actor beside the
+driver, which asks it every second. Nobody waits for that: what a worker says is lost with it, and
+neither changes a result nor fails a job.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tokendiff.diffusion.interfaces import Figures, OnProgress
+from tokendiff.training.trainer import OnEvent
+
+_SECONDS = 1.0  # between two reports of a worker, and between two looks of the driver
+Unit = tuple[int, int]  # number of the phase, and of the unit in it
+
+
+class _Board:
+    """The actor: the latest figures of every unit that is under way."""
+
+    def __init__(self) -> None:
+        self._figures: dict[Unit, Figures] = {}
+
+    def write(self, unit: Unit, figures: Figures) -> None:
+        self._figures[unit] = figures
+
+    def wipe(self, unit: Unit) -> None:
+        self._figures.pop(unit, None)
+
+    def read(self) -> dict[Unit, Figures]:
+        return self._figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reporter:
+    """What a worker is given to tell of its units."""
+
+    board: Any
+    phase: int
+
+    def of(self, unit: int) -> OnProgress:
+        """Hears how far a unit has got, and passes it on once a second.
+
+        That it is begun is passed on at once: a speed is measured from there on, and not from when
+        weights began to be read.
+        """
+        self.board.write.remote((self.phase, unit), (0, 0))
+        due = time.monotonic()
+
+        def tell(figures: Callable[[], Figures]) -> None:
+            nonlocal due
+            if time.monotonic() >= due:
+                self.board.write.remote((self.phase, unit), figures())
+                due = time.monotonic() + _SECONDS
+
+        return tell
+
+
+class JobProgress:
+    """Emits "progress" as units are begun and finished, and every second in which one has moved.
+
+    with JobProgress(on_event) as progress:
+        progress.begin("rows", total=1_000_000)
+        ...  # workers get `progress.reporter`
+        progress.finish(unit, (4096, 524_288))
+    """
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self.on_event = on_event
+        self._phase = 0
+        self._fields: dict[str, Any] = {}
+        self._tokens_per_row: int | None = None
+        self._finished: Figures = (0, 0)
+        self._under_way: dict[Unit, Figures] = {}
+        self._over: set[Unit] = set()
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="job progress", daemon=True)
+        self._board: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stopped.set()
+        if self._board is not None:
+            ray.kill(self._board)  # who asks it is answered then
+            self._thread.join()
+
+    def begin(
+        self,
+        what: str,
+        *,
+        total: float,
+        done: float = 0,
+        tokens_per_row: int | None = None,
+        **fields: Any,
+    ) -> None:
+        """Count something from now on, in place of what was counted before.
+
+        Args:
+            what: the events' `unit`: what `done` and `total` count.
+            done: of it, what an earlier attempt did.
+            tokens_per_row: where rows are not what is counted, to say how many the tokens make.
+            fields: what else the events say.
+        """
+        with self._lock:
+            self._phase += 1
+            self._fields = {"unit": what, "total": total, **fields}
+            self._tokens_per_row = tokens_per_row
+            self._finished = (done, 0)
+            self._under_way = {}
+            self._over = set()
+            self._tell()
+
+    @property
+    def reporter(self) -> Reporter:
+        """For workers on any node; with it the driver begins to ask what they say."""
+        if self._board is None:
+            here = ray.get_runtime_context().get_node_id()
+            place = NodeAffinitySchedulingStrategy(here, soft=False)
+            board: Any = ray.remote(_Board)
+            self._board = board.options(num_cpus=0, scheduling_strategy=place).remote()
+            self._thread.start()
+        return Reporter(board=self._board, phase=self._phase)
+
+    def finish(self, unit: int, figures: Figures, **fields: Any) -> None:
+        """Count a unit that is whole.
+
+        Args:
+            figures: of all of it, done and tokens.
+            fields: what else the events say from now on.
+        """
+        here = (self._phase, unit)
+        with self._lock:
+            self._over.add(here)
+            self._under_way.pop(here, None)
+            self._finished = _sum([self._finished, figures])
+            self._fields |= fields
+            self._tell()
+        if self._board is not None:
+            self._board.wipe.remote(here)
+
+    def end(self) -> None:
+        """Count all of it as done, with as many tokens as workers have told of."""
+        with self._lock:
+            self._phase += 1
+            tokens = sum(tokens for _, tokens in [self._finished, *self._under_way.values()])
+            self._finished, self._under_way = (self._fields["total"], tokens), {}
+            self._tell()
+
+    def _tell(self) -> None:
+        done, tokens = _sum([self._finished, *self._under_way.values()])
+        rows = {} if self._tokens_per_row is None else {"rows": int(tokens // self._tokens_per_row)}
+        self.on_event("progress", done=done, tokens=tokens, **rows, **self._fields)
+
+    def _watch(self) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):  # then only what is whole is counted
+            while not self._stopped.wait(_SECONDS):
+                self._hear(ray.get(self._board.read.remote()))
+
+    def _hear(self, said: dict[Unit, Figures]) -> None:
+        with self._lock:
+            # What a worker says of a unit may arrive behind the unit itself.
+            under_way = {
+                unit: figures
+                for unit, figures in said.items()
+                if unit[0] == self._phase and unit not in self._over
+            }
+            if under_way != self._under_way:
+                self._under_way = under_way
+                self._tell()
+
+
+def _sum(figures: list[Figures]) -> Figures:
+    return sum(done for done, _ in figures), sum(tokens for _, tokens in figures)
