@@ -5,4 +5,8 @@ For other rooms:
     preprocess train generate evaluate
                       what each job does on a cluster
     stopping          ending on SIGTERM
+
+Of this room alone:
+    progress          how far a job is, counted together from its workers
+    console           keeping what means nothing to a user off the terminal
 """

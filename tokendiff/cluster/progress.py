@@ -11,13 +11,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tokendiff.diffusion.interfaces import Figures, OnProgress
-from tokendiff.training.trainer import OnEvent
+if TYPE_CHECKING:  # the actor's process imports this module, and need not import torch
+    from tokendiff.diffusion.interfaces import Figures, OnProgress
+    from tokendiff.training.trainer import OnEvent
 
 _SECONDS = 1.0  # between two reports of a worker, and between two looks of the driver
 Unit = tuple[int, int]  # number of the phase, and of the unit in it
@@ -29,13 +30,13 @@ class _Board:
     def __init__(self) -> None:
         self._figures: dict[Unit, Figures] = {}
 
-    def write(self, unit: Unit, figures: Figures) -> None:
+    def write(self, unit: Unit, figures: "Figures") -> None:
         self._figures[unit] = figures
 
     def wipe(self, unit: Unit) -> None:
         self._figures.pop(unit, None)
 
-    def read(self) -> dict[Unit, Figures]:
+    def read(self) -> "dict[Unit, Figures]":
         return self._figures
 
 
@@ -46,7 +47,7 @@ class Reporter:
     board: Any
     phase: int
 
-    def of(self, unit: int) -> OnProgress:
+    def of(self, unit: int) -> "OnProgress":
         """Hears how far a unit has got, and passes it on once a second.
 
         That it is begun is passed on at once: a speed is measured from there on, and not from when
@@ -55,7 +56,7 @@ class Reporter:
         self.board.write.remote((self.phase, unit), (0, 0))
         due = time.monotonic()
 
-        def tell(figures: Callable[[], Figures]) -> None:
+        def tell(figures: "Callable[[], Figures]") -> None:
             nonlocal due
             if time.monotonic() >= due:
                 self.board.write.remote((self.phase, unit), figures())
@@ -73,7 +74,7 @@ class JobProgress:
         progress.finish(unit, (4096, 524_288))
     """
 
-    def __init__(self, on_event: OnEvent) -> None:
+    def __init__(self, on_event: "OnEvent") -> None:
         self.on_event = on_event
         self._phase = 0
         self._fields: dict[str, Any] = {}
@@ -132,7 +133,7 @@ class JobProgress:
             self._thread.start()
         return Reporter(board=self._board, phase=self._phase)
 
-    def finish(self, unit: int, figures: Figures, **fields: Any) -> None:
+    def finish(self, unit: int, figures: "Figures", **fields: Any) -> None:
         """Count a unit that is whole.
 
         Args:
@@ -167,7 +168,7 @@ class JobProgress:
             while not self._stopped.wait(_SECONDS):
                 self._hear(ray.get(self._board.read.remote()))
 
-    def _hear(self, said: dict[Unit, Figures]) -> None:
+    def _hear(self, said: "dict[Unit, Figures]") -> None:
         with self._lock:
             # What a worker says of a unit may arrive behind the unit itself.
             under_way = {
@@ -180,5 +181,5 @@ class JobProgress:
                 self._tell()
 
 
-def _sum(figures: list[Figures]) -> Figures:
+def _sum(figures: "list[Figures]") -> "Figures":
     return sum(done for done, _ in figures), sum(tokens for _, tokens in figures)

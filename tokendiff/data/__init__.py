@@ -13,6 +13,7 @@ For other rooms:
     samples           files of samples, written and read back
 
 Of this room alone:
+    lines             where lines end
     hub               Hugging Face datasets
     packing           documents to ids, ids to rows of one length
 """
