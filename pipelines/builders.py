@@ -13,13 +13,9 @@ from typing import Any
 from pipelines.paths import model_path, output_path
 from pipelines.stage import Stage
 from tokendiff.artifacts.checkpoint import FINAL, find_checkpoint
+from tokendiff.artifacts.identity import identity_of
 from tokendiff.artifacts.locations import Location, location
-from tokendiff.artifacts.manifest import (
-    MANIFEST_NAME,
-    RECORD_FOLDER,
-    identity_of,
-    load_manifest,
-)
+from tokendiff.artifacts.manifest import MANIFEST_NAME, RECORD_FOLDER, load_manifest
 from tokendiff.config.pipeline import Config
 from tokendiff.config.preprocess import SAMPLES
 from tokendiff.data.prompt_index import prompt_paths

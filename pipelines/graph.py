@@ -15,8 +15,8 @@ from pipelines.builders import (
 )
 from pipelines.registered import MODEL_FIELDS, UNKNOWN_MODEL, Models, model_paths
 from pipelines.stage import Stage
+from tokendiff.artifacts.identity import identity_of
 from tokendiff.artifacts.locations import Location, location
-from tokendiff.artifacts.manifest import identity_of
 from tokendiff.config.loader import matrix_variants
 from tokendiff.config.pipeline import Config, StageConfig
 from tokendiff.config.preprocess import SAMPLES, PreprocessConfig

@@ -11,16 +11,16 @@ from typing import Any
 from pipelines.lock import alone
 from pipelines.paths import model_path
 from pipelines.stage import Stage
-from tokendiff.artifacts.checkpoint import checkpoint_identity
+from tokendiff.artifacts.identity import checkpoint_identity
 from tokendiff.artifacts.locations import Location, location
 from tokendiff.artifacts.manifest import (
     claim_folder,
     commit,
     fetch,
     load_manifest,
-    local_model,
     write_atomically,
 )
+from tokendiff.artifacts.model_folders import is_draft_folder, local_model
 from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.pipeline import Config
 from tokendiff.config.promote import GateConfig, PromoteConfig
@@ -232,7 +232,6 @@ def _served_with(
     """
     from tokendiff.evaluation.draft_acceptance import plan_of_checkpoint
     from tokendiff.models.completion import CompletionSetup
-    from tokendiff.models.dflash.model import is_draft_folder
     from tokendiff.models.sampling import PromptCheck
 
     opened = fetch(checkpoint)

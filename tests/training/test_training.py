@@ -16,11 +16,11 @@ import torch
 
 from tests.builders import letter_tokenizer, random_rows, token_folder
 from tokendiff.artifacts.checkpoint import (
-    checkpoint_identity,
     committed_checkpoints,
     newest_sound_checkpoint,
     open_checkpoint,
 )
+from tokendiff.artifacts.identity import checkpoint_identity
 from tokendiff.artifacts.manifest import verify
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.config.generate import GenerateConfig

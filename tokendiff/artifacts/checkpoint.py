@@ -28,14 +28,12 @@ from tokendiff.artifacts.manifest import (
     MANIFEST_NAME,
     commit,
     fetch,
-    file_identity,
-    fingerprint,
     is_committed,
     load_manifest,
     publish,
     verify,
 )
-from tokendiff.artifacts.noise_process import SCHEDULER_CONFIG
+from tokendiff.artifacts.model_folders import is_foreign
 from tokendiff.errors import CorruptFileError, InputError
 
 KIND = "checkpoint"
@@ -169,21 +167,3 @@ def find_checkpoint(checkpoint_path: str | Location) -> Location:
     else:
         load_manifest(folder, kind=KIND)
     return folder
-
-
-def is_foreign(folder: Path) -> bool:
-    """Whether the published scripts made this checkpoint: a model beside a scheduler_config.json
-    that names no objective, and no manifest. There is nothing to verify it by.
-    """
-    path = folder / SCHEDULER_CONFIG
-    if is_committed(folder) or not path.is_file() or not (folder / "config.json").is_file():
-        return False
-    return '"objective"' not in path.read_text()
-
-
-def checkpoint_identity(folder: Location) -> str:
-    """A digest of the content of a checkpoint that was found or opened."""
-    if isinstance(folder, Path) and is_foreign(folder):
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        return fingerprint([[path.name, file_identity(path)] for path in files])
-    return fingerprint(load_manifest(folder).files)

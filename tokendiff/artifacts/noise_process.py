@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tokendiff.artifacts.manifest import is_committed, load_manifest
+from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG, longest_row, read_config
 from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
 from tokendiff.diffusion.schedules import make_schedule
 from tokendiff.errors import InputError
-
-SCHEDULER_CONFIG = "scheduler_config.json"
 
 _NO_CONFIG = f"no {SCHEDULER_CONFIG}; checkpoint_path must be a checkpoint-N or final folder"
 _WITHOUT_NOISE: dict[str | None, str] = {
@@ -222,15 +221,12 @@ def _check_types(fields: dict[str, Any]) -> None:
 
 def _longest_row(folder: Path) -> int:
     """The most tokens that the model in a folder takes."""
-    config = json.loads((folder / "config.json").read_text())
-    longest = config.get("max_position_embeddings", config.get("n_positions"))
-    if not isinstance(longest, int):
+    longest = longest_row(read_config(folder))
+    if longest is None:
         raise InputError(
             "max_length is missing, and config.json has no max_position_embeddings; add max_length"
         )
-    # RoBERTa's positions start behind the padding id.
-    is_roberta = config.get("model_type") in ("roberta", "xlm-roberta", "camembert")
-    return longest - (config.get("pad_token_id") or 1) - 1 if is_roberta else longest
+    return longest
 
 
 def objective_of(folder: Path) -> str | None:

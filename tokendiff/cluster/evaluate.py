@@ -13,7 +13,8 @@ import ray
 import ray.data
 
 import tokendiff
-from tokendiff.artifacts.checkpoint import checkpoint_identity, find_checkpoint, is_foreign
+from tokendiff.artifacts.checkpoint import find_checkpoint
+from tokendiff.artifacts.identity import checkpoint_identity
 from tokendiff.artifacts.locations import Location, location
 from tokendiff.artifacts.manifest import (
     MANIFEST_NAME,
@@ -26,6 +27,7 @@ from tokendiff.artifacts.manifest import (
     load_manifest,
     write_atomically,
 )
+from tokendiff.artifacts.model_folders import is_draft_folder, is_foreign
 from tokendiff.artifacts.noise_process import NoiseProcess, objective_of
 from tokendiff.cluster.session import (
     data_context,
@@ -55,7 +57,6 @@ from tokendiff.evaluation.generation_metrics import (
 from tokendiff.evaluation.paired import ROW_ID, ROWS, SAMPLED_ROWS, write_rows
 from tokendiff.evaluation.report import write_report
 from tokendiff.evaluation.summary import make_report
-from tokendiff.models.dflash.model import is_draft_folder
 from tokendiff.training.trainer import OnEvent
 from tokendiff.verification.certificate import CERTIFICATE, Check, counts, tables, write_certificate
 

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import ray.data
 
-from tokendiff.artifacts.checkpoint import checkpoint_identity, find_checkpoint
-from tokendiff.artifacts.locations import Location, files_under, location
+from tokendiff.artifacts.checkpoint import find_checkpoint
+from tokendiff.artifacts.identity import checkpoint_identity, model_identity
+from tokendiff.artifacts.locations import Location, files_under
 from tokendiff.artifacts.manifest import (
     Manifest,
     claim_folder,
@@ -45,7 +46,6 @@ from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.samples import KIND, num_new_tokens, read_part, write_part
 from tokendiff.errors import InputError
 from tokendiff.evaluation.acceptance import acceptance_metrics, speedup_metrics
-from tokendiff.models.causal import causal_identity
 from tokendiff.models.completion import CompletionModel, CompletionSetup
 from tokendiff.models.sampling import PromptCheck, SamplingModel
 from tokendiff.training.trainer import OnEvent
@@ -182,7 +182,7 @@ def generate(
     _check_given(index, check)
     source, source_files = _source(checkpoint, config)
     rows = index.identity()
-    target = config.target_model_id and causal_identity(config.target_model_id)
+    target = config.target_model_id and model_identity(config.target_model_id, by_manifest=False)
     identity = fingerprint(
         {
             "config": config.result_fields(),
@@ -237,9 +237,7 @@ def _source(checkpoint: Path | None, config: "GenerateConfig") -> tuple[str, Any
         return str(checkpoint), checkpoint_identity(checkpoint)
     name = config.draft_model_id or config.model_id
     assert name is not None, "CompletionSetup sees to it"
-    folder = location(name)
-    is_ours = is_committed(folder)  # a draft that we trained, which jobs.evaluate opens
-    return name, checkpoint_identity(folder) if is_ours else causal_identity(name)
+    return name, model_identity(name)  # of a draft that we trained, that of its checkpoint
 
 
 def _draft_figures(

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from tokendiff.artifacts.manifest import local_model
+from tokendiff.artifacts.model_folders import local_model
 from tokendiff.errors import InputError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokendiff.artifacts.manifest import local_model
+from tokendiff.artifacts.model_folders import local_model
 from tokendiff.errors import InputError
 
 _PROBE_LENGTH = 4

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokendiff.artifacts.manifest import file_identity, fingerprint, local_model
+from tokendiff.artifacts.identity import file_identity
+from tokendiff.artifacts.manifest import fingerprint
+from tokendiff.artifacts.model_folders import local_model
 from tokendiff.diffusion.attention_masks import (
     MaskRule,
     block_causal_by_position,

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from tokendiff.artifacts.checkpoint import EMA_WEIGHTS, open_checkpoint
-from tokendiff.artifacts.noise_process import SCHEDULER_CONFIG, NoiseProcess
+from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG
+from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.errors import InputError
 from tokendiff.models.opening import load_causal_denoiser, load_denoiser
 

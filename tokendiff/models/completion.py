@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokendiff.artifacts.manifest import local_model
-from tokendiff.artifacts.noise_process import SCHEDULER_CONFIG, NoiseProcess
+from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG, local_model
+from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.prompts import GenerationRow, PromptEncoder, prompt_text
 from tokendiff.diffusion.interfaces import Completion, Decoder, Request
 from tokendiff.diffusion.random import key_from

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tokendiff.artifacts.manifest import local_model
+from tokendiff.artifacts.model_folders import local_model
 from tokendiff.errors import InputError
 from tokendiff.models.causal_denoiser import TransformersCausalDenoiser
 from tokendiff.models.denoiser import (

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 import tokendiff
-from tokendiff.artifacts.checkpoint import checkpoint_identity, find_checkpoint
+from tokendiff.artifacts.checkpoint import find_checkpoint
+from tokendiff.artifacts.identity import checkpoint_identity, model_identity
 from tokendiff.artifacts.locations import Location, files_under, folders_in, upload
-from tokendiff.artifacts.manifest import fetch, fingerprint, is_committed
+from tokendiff.artifacts.manifest import fetch, fingerprint
 from tokendiff.errors import InputError
 from tokendiff.secrets import without_credentials
 from tokendiff.tracking.mlflow_store import check_store, make_client, resolve_uri
@@ -129,7 +130,7 @@ class Registry:
             target: the folder of what a draft drafts for; None where `sampling` names it.
         """
         digest = checkpoint_identity(checkpoint)
-        served = fingerprint([dict(sampling), target and _target_identity(target)])
+        served = fingerprint([dict(sampling), target and model_identity(target)])
         for version in self._client.search_model_versions(f"name = '{name}'"):
             # Earlier versions of this file did not write down what it is served with.
             is_served_so = version.tags.get(_SERVED, served) == served
@@ -308,13 +309,6 @@ def save_model(
             pip_requirements=_requirements(),
             code_paths=[str(Path(tokendiff.__file__).parent)],
         )
-
-
-def _target_identity(target: Path) -> Any:
-    """Of one of ours, or of somebody else's, which has no manifest."""
-    from tokendiff.models.causal import causal_identity
-
-    return checkpoint_identity(target) if is_committed(target) else causal_identity(str(target))
 
 
 def _checkpoint_in(folder: Location) -> Location:

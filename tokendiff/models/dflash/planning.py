@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokendiff.artifacts.manifest import local_model
+from tokendiff.artifacts.model_folders import local_model
 from tokendiff.errors import InputError
 from tokendiff.models.dflash.model import (
     EMBEDDING_OUTPUT,

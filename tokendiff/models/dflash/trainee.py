@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 
-from tokendiff.artifacts.manifest import local_model
+from tokendiff.artifacts.model_folders import local_model
 from tokendiff.diffusion.attention_masks import MaskRule, dense, mask_mod
 from tokendiff.errors import InputError
 from tokendiff.models.dflash.model import DFlashDraftConfig, DFlashDraftModel
