@@ -32,8 +32,8 @@ from tokendiff.diffusion.kernels import HybridKernel, UniformKernel
 from tokendiff.diffusion.schedules import Cosine
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.models.checkpoints import load_for_inference
-from tokendiff.models.opening import check_vocabulary
 from tokendiff.models.sampling import SamplingModel
+from tokendiff.models.vocabulary import check_vocabulary
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
 from tokendiff.training.run import TrainingRun, train_in_process
 from tokendiff.training.world import World

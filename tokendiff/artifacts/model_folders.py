@@ -20,13 +20,15 @@ _WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
 def local_model(name: str) -> str:
-    """A model or tokenizer as transformers takes it: the name, or a copy of what a URI names.
+    """A model or tokenizer as transformers takes it: the absolute path of a folder, a copy of what
+    a URI names, or else the name.
 
     Raises:
         InputError: nothing was committed there.
     """
     if not is_uri(name):
-        return name
+        path = Path(name).expanduser()
+        return str(path.absolute()) if path.is_dir() else name
     folder = location(name)
     if isinstance(folder, Path):
         return str(folder)
@@ -87,6 +89,6 @@ def is_foreign(folder: Path) -> bool:
     return '"objective"' not in path.read_text()
 
 
-def lacks_weights(folder: Path, patterns: tuple[str, ...] = _WEIGHT_FILES) -> bool:
+def lacks_weights(folder: Path) -> bool:
     """Whether there is a folder, but none of the files in it that weights are kept in."""
-    return folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in patterns)
+    return folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES)

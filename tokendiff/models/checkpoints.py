@@ -6,18 +6,17 @@ from typing import Any
 from tokendiff.artifacts.checkpoint import EMA_WEIGHTS, open_checkpoint
 from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG
 from tokendiff.artifacts.noise_process import NoiseProcess
+from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.errors import InputError
 from tokendiff.models.opening import load_causal_denoiser, load_denoiser
 
 
 def load_tokenizer(checkpoint: Path) -> Any:
     """The tokenizer of an opened checkpoint."""
-    from transformers import AutoTokenizer
-
     # transformers looks at the model's type too, and warns of one that it does not know.
     import tokendiff.models.diffusion_transformer  # noqa: F401
 
-    return AutoTokenizer.from_pretrained(checkpoint)
+    return open_tokenizer(checkpoint, field="checkpoint_path")
 
 
 def load_for_inference(checkpoint_path: str | Path) -> tuple[Any, Any, NoiseProcess]:

@@ -17,16 +17,17 @@ from tokendiff.data.prompts import GenerationRow, PromptEncoder, prompt_text
 from tokendiff.diffusion.interfaces import Completion, Decoder, Request
 from tokendiff.diffusion.random import key_from
 from tokendiff.errors import InputError
-from tokendiff.models.causal import (
-    causal_config,
+from tokendiff.models.checkpoints import take_average
+from tokendiff.models.decoding import (
     find_mask_token,
     find_stop_tokens,
-    load_causal_tokenizer,
     open_causal,
+    open_causal_config,
 )
-from tokendiff.models.checkpoints import take_average
 from tokendiff.models.dflash.decoder import DraftedModel, check_drafted
 from tokendiff.models.dflash.planning import load_draft
+from tokendiff.models.families import family_of
+from tokendiff.models.pretrained import longest_input
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
 from tokendiff.samplers.block_refinement import BlockRefinementSampler
 from tokendiff.samplers.dflash import GAINS, DFlashSampler
@@ -45,7 +46,6 @@ OPEN_ENDED_SAMPLERS: dict[str, type[OpenEndedSampler]] = {
     "sdar": SDARSampler,
 }
 _WARM_UP_TOKENS = 8
-_SEES_BLOCKS_WHOLE = ("sdar", "llada2_moe")  # model types; others are causal unless ours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +54,13 @@ class CompletionSetup:
 
     Attributes:
         name: a folder or a hub name.
+        field: of the config, that it comes from.
         max_length: tokens that the model takes; None where its config does not say.
         start_token_id: what a row begins with that has no prompt.
     """
 
     name: str
+    field: str
     tokenizer: Any
     encoder: PromptEncoder
     sampler: OpenEndedSampler
@@ -73,12 +75,15 @@ class CompletionSetup:
         Raises:
             InputError: no such model, or one that the sampler does not go with.
         """
-        name = str(checkpoint) if checkpoint is not None else config.model_id
+        field, name = "model_id", config.model_id
+        if checkpoint is not None:
+            field, name = "checkpoint_path", str(checkpoint)
         if config.sampler.name == "dflash":
-            name = check_drafted(config)
+            field, name = "target_model_id", check_drafted(config)
         assert name is not None, "GenerateConfig asks for one of the two"
-        model_config = causal_config(name, trust_remote_code=config.trust_remote_code)
-        tokenizer = load_causal_tokenizer(name, trust_remote_code=config.trust_remote_code)
+        model_config, tokenizer = open_causal_config(
+            name, field=field, trust_remote_code=config.trust_remote_code
+        )
         process = None
         if checkpoint is not None and (checkpoint / SCHEDULER_CONFIG).is_file():
             process = NoiseProcess.load(checkpoint)
@@ -87,6 +92,7 @@ class CompletionSetup:
         starts = [None if checkpoint else tokenizer.bos_token_id, tokenizer.eos_token_id]
         return cls(
             name=name,
+            field=field,
             tokenizer=tokenizer,
             encoder=PromptEncoder(
                 tokenizer=tokenizer,
@@ -96,7 +102,7 @@ class CompletionSetup:
                 subject=name,
             ),
             sampler=_build_sampler(config, name, model_config, tokenizer, process),
-            max_length=_max_length(model_config),
+            max_length=longest_input(model_config),
             start_token_id=next((start for start in starts if start is not None), None),
         )
 
@@ -142,7 +148,10 @@ class CompletionModel:
         self.tokenizer = self.setup.tokenizer
         dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         model, _ = open_causal(
-            self.setup.name, dtype=dtype, trust_remote_code=config.trust_remote_code
+            self.setup.name,
+            field=self.setup.field,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
         )
         if checkpoint is not None:
             take_average(model.model, checkpoint)
@@ -355,9 +364,4 @@ def _block_fields(
 
 def _mode_of(model_config: Any) -> str:
     model_type = getattr(model_config, "published_model_type", model_config.model_type)
-    return "4d" if model_type in _SEES_BLOCKS_WHOLE else "2d"
-
-
-def _max_length(model_config: Any) -> int | None:
-    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) else None
+    return "4d" if family_of(model_type).sees_blocks_whole else "2d"

@@ -26,6 +26,7 @@ from tokendiff.artifacts.manifest import fetch, is_committed, load_manifest, ver
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.order import RowOrder
 from tokendiff.data.rows import StepPlan, TokenData, step_batches
+from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.diffusion.interfaces import Objective
 from tokendiff.diffusion.kernels import AbsorbingKernel
 from tokendiff.errors import CorruptFileError, InputError
@@ -40,7 +41,8 @@ from tokendiff.models.denoiser import ModelInTwoParts
 from tokendiff.models.dflash.model import DFlashDraftConfig
 from tokendiff.models.dflash.planning import plan_draft
 from tokendiff.models.dflash.trainee import DraftTrainee, load_trainee
-from tokendiff.models.opening import check_vocabulary, load_causal_denoiser, load_denoiser
+from tokendiff.models.opening import load_causal_denoiser, load_denoiser
+from tokendiff.models.vocabulary import check_vocabulary
 from tokendiff.objectives.autoregressive import Autoregressive
 from tokendiff.objectives.block_diffusion import BlockDiffusion
 from tokendiff.objectives.block_refinement import BlockRefinement
@@ -246,9 +248,7 @@ def finished_run(
 def check_inputs(config: "TrainConfig", data: TokenData) -> None:
     """Raise InputError for what is known to be wrong before a worker starts or a weight is read."""
     if config.objective.name == "dflash":
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
+        tokenizer = open_tokenizer(data.tokenizer_path, field="data_path")
         plan_draft(config, tokenizer=tokenizer, max_length=data.max_length)
 
 
@@ -282,9 +282,7 @@ class TrainingRun:
         world: World,
         on_event: OnEvent = lambda event, **fields: None,
     ) -> "TrainingRun":
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
+        tokenizer = open_tokenizer(data.tokenizer_path, field="data_path")
         denoiser, objective, process = _build(
             config,
             data,

@@ -3,13 +3,12 @@ weight is read.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokendiff.artifacts.model_folders import local_model
-from tokendiff.errors import InputError
+from tokendiff.artifacts.model_folders import DRAFT_ARCHITECTURE, local_model
+from tokendiff.errors import InputError, input_errors, reason_of
 from tokendiff.models.dflash.model import (
     EMBEDDING_OUTPUT,
     DFlashDraftConfig,
@@ -17,10 +16,14 @@ from tokendiff.models.dflash.model import (
     is_draft_config,
     spread_layer_ids,
 )
-from tokendiff.models.opening import check_vocabulary
+from tokendiff.models.pretrained import longest_input, open_config, open_weights
+from tokendiff.models.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     from tokendiff.config.train import TrainConfig
+
+_DRAFT = "draft_model_id"
+_DRAFT_REMEDY = "give the folder or hub name of a DFlash draft"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,7 @@ def plan_draft(config: "TrainConfig", *, tokenizer: Any, max_length: int) -> Dra
             "its name or path"
         )
     target = open_target_config(name)
-    longest = getattr(target.get_text_config(), "max_position_embeddings", None)
+    longest = longest_input(target)
     if longest is not None and longest < max_length:
         raise InputError(
             f"target_model_id {name!r} takes at most {longest} tokens; the rows have {max_length}"
@@ -101,23 +104,14 @@ def open_draft_config(draft_model_id: str) -> DFlashDraftConfig:
     Raises:
         InputError: there is none, it is no DFlash draft, or one that this version cannot run.
     """
-    from transformers import AutoConfig
-
-    try:
-        folder = local_model(draft_model_id)
-        plain = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if not is_draft_config(plain):
-            raise InputError(
-                f"draft_model_id {draft_model_id!r} is no DFlash draft (its config.json has "
-                f"architectures {plain.architectures}, not DFlashDraftModel)"
-            )
-        return DFlashDraftConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    plain = open_config(draft_model_id, field=_DRAFT, remedy=_DRAFT_REMEDY)
+    if not is_draft_config(plain):
         raise InputError(
-            f"draft_model_id {draft_model_id!r} cannot be opened ({_first_line(error)})"
-        ) from error
+            f"draft_model_id {draft_model_id!r} is no DFlash draft (its config.json has "
+            f"architectures {plain.architectures}, not {DRAFT_ARCHITECTURE})"
+        )
+    with input_errors(f"{_DRAFT} {draft_model_id!r} cannot be opened", _DRAFT_REMEDY):
+        return DFlashDraftConfig.from_pretrained(local_model(draft_model_id))
 
 
 def open_target_config(target_model_id: str) -> Any:
@@ -126,19 +120,10 @@ def open_target_config(target_model_id: str) -> Any:
     Raises:
         InputError: there is none, or it is not a causal language model.
     """
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_MASKED_LM_MAPPING,
-        AutoConfig,
-    )
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-    try:
-        config = AutoConfig.from_pretrained(local_model(target_model_id), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"target_model_id {target_model_id!r} cannot be opened ({_first_line(error)}); "
-            "give a folder with a config.json, or a hub name"
-        ) from error
+    remedy = "give a folder with a config.json, or a hub name"
+    config = open_config(target_model_id, field="target_model_id", remedy=remedy)
     if is_draft_config(config):
         raise InputError(
             f"target_model_id {target_model_id!r} is a DFlash draft; give the model it drafts for"
@@ -233,7 +218,7 @@ def new_draft_config(
     try:
         return DFlashDraftConfig(**fields)
     except ValueError as error:
-        raise InputError(f"a draft for {target_model_id!r}: {_first_line(error)}") from error
+        raise InputError(f"a draft for {target_model_id!r}: {reason_of(error)}") from error
 
 
 def load_draft(draft_model_id: str, *, dtype: torch.dtype = torch.float32) -> DFlashDraftModel:
@@ -242,32 +227,13 @@ def load_draft(draft_model_id: str, *, dtype: torch.dtype = torch.float32) -> DF
     Raises:
         InputError: it cannot be opened, or its weights are not those that its config speaks of.
     """
-    from safetensors import SafetensorError
-
     config = open_draft_config(draft_model_id)
-    folder = local_model(draft_model_id)
-    if Path(folder).is_dir() and not any(Path(folder).glob("*.safetensors")):
-        raise InputError(f"draft_model_id {draft_model_id}: a config but no weights")
-    try:
-        model, info = DFlashDraftModel.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"draft_model_id {draft_model_id!r}: weights cannot be read ({_first_line(error)})"
-        ) from error
-    wrong = [
-        f"{kind.replace('_keys', '')} {sorted(map(str, info[kind]))[:3]}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[kind]
-    ]
-    if wrong:
+    weights = open_weights(DFlashDraftModel, draft_model_id, config, field=_DRAFT, dtype=dtype)
+    wrong = {"missing": weights.missing, "unexpected": weights.unused}
+    if listed := [f"{kind} {names[:3]}" for kind, names in wrong.items() if names]:
         raise InputError(
             f"draft_model_id {draft_model_id!r}: its weights are not those of its config: "
-            f"{'; '.join(wrong)}"
+            f"{'; '.join(listed)}"
         )
-    return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    model: DFlashDraftModel = weights.model.eval()
+    return model
