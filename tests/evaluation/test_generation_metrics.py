@@ -221,6 +221,7 @@ def test_what_is_not_a_causal_lm_is_refused(tmp_path: Path) -> None:
             score(str(tmp_path / "good"), **wrong)
     headless = Qwen2Model(save_reference(tmp_path / "headless", "qwen2").config)  # type: ignore[arg-type]
     headless.save_pretrained(tmp_path / "headless")
+    save_tokenizer(tmp_path / "headless", "qwen2")
     with pytest.raises(InputError, match=r"headless.*no weights for lm_head.weight"):
         score(str(tmp_path / "headless"))
     weights = tmp_path / "good" / "model.safetensors"

@@ -9,7 +9,13 @@ from torch.nn import functional as F
 
 from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.errors import InputError
-from tokendiff.models.pretrained import longest_input, open_config, open_weights
+from tokendiff.models.pretrained import (
+    check_causal_model,
+    check_weights,
+    longest_input,
+    open_config,
+    open_weights,
+)
 
 _FIELD = "reference_model_name_or_path"
 _REMEDY = "give a hub name or a folder with config.json, weights and tokenizer"
@@ -80,13 +86,25 @@ def generative_perplexity(
     }
 
 
+def check_reference(name: str) -> tuple[Any, Any]:
+    """Config and tokenizer of a reference model; no weight is read.
+
+    Raises:
+        InputError: no such model, no tokenizer beside it, no weights, or not a causal LM.
+    """
+    config = open_config(name, field=_FIELD, remedy=_REMEDY)
+    check_causal_model(config, name, field=_FIELD)
+    check_weights(name, field=_FIELD)
+    return config, open_tokenizer(name, field=_FIELD)
+
+
 def _load(name: str) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM
 
-    config = open_config(name, field=_FIELD, remedy=_REMEDY)
+    config, tokenizer = check_reference(name)
     # float32, since bfloat16 rounds differently at different batch sizes.
     weights = open_weights(AutoModelForCausalLM, name, config, field=_FIELD, dtype=torch.float32)
-    return weights.complete().eval(), open_tokenizer(name, field=_FIELD)
+    return weights.complete().eval(), tokenizer
 
 
 def _check_causal(model: nn.Module, name: str, device: str | torch.device) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from tokendiff.errors import InputError
 
+MODEL_FIELD = "model_name_or_path"  # of the config, that names a model to train
 BUILTIN_PREFIX = "builtin:"
 _LEAST_CAUSAL_LENGTH = 4096
 
@@ -31,7 +32,7 @@ def check_builtin(name: str) -> None:
     """Raise InputError where there is no built-in model of a name that begins like one."""
     if name.removeprefix(BUILTIN_PREFIX) not in BUILTIN_SIZES:
         raise InputError(
-            f"model_name_or_path {name}: no such built-in model; there are {builtin_names()}"
+            f"{MODEL_FIELD} {name}: no such built-in model; there are {builtin_names()}"
         )
 
 

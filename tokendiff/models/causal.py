@@ -108,20 +108,31 @@ class CausalModel(nn.Module):
         masks = {"full_attention": is_seen}
         if window is not None:
             masks["sliding_attention"] = is_seen & (positions[:, :, None] - kv < window)
-        types = _layer_types(config)
-        if unknown := sorted(types - set(masks)):
-            raise InputError(
-                f"a model of type {config.model_type!r} has layers of {', '.join(unknown)}, whose "
-                "state is not plain keys and values per token; give another model"
-            )
+        check_layers(config)
         if config._attn_implementation == "eager":
             lowest = torch.finfo(self.model.dtype).min
             masks = {
                 name: torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, lowest)
                 for name, mask in masks.items()
             }
-        chosen = {name: masks[name][:, None] for name in types}
+        chosen = {name: masks[name][:, None] for name in _layer_types(config)}
         return chosen if len(chosen) > 1 else next(iter(chosen.values()))
+
+
+def check_layers(config: Any, *, origin: str = "") -> None:
+    """Raise InputError where a config speaks of layers that keep no keys and values per token.
+
+    Args:
+        origin: what the error begins with.
+    """
+    text = config.get_text_config()
+    has_window = getattr(text, "sliding_window", None) is not None
+    known = {"full_attention", *(["sliding_attention"] if has_window else [])}
+    if unknown := sorted(_layer_types(text) - known):
+        raise InputError(
+            f"{origin}a model of type {config.model_type!r} has layers of {', '.join(unknown)}, "
+            "whose state is not plain keys and values per token; give another model"
+        )
 
 
 def _has_plain_head(model: Any) -> bool:

@@ -19,6 +19,7 @@ from tokendiff.diffusion.random import key_from
 from tokendiff.errors import InputError
 from tokendiff.models.checkpoints import take_average
 from tokendiff.models.decoding import (
+    check_decoder,
     find_mask_token,
     find_stop_tokens,
     open_causal,
@@ -56,6 +57,7 @@ class CompletionSetup:
         name: a folder or a hub name.
         field: of the config, that it comes from.
         max_length: tokens that the model takes; None where its config does not say.
+        num_embeddings: ids that the model takes; None where its config does not say.
         start_token_id: what a row begins with that has no prompt.
     """
 
@@ -65,6 +67,7 @@ class CompletionSetup:
     encoder: PromptEncoder
     sampler: OpenEndedSampler
     max_length: int | None
+    num_embeddings: int | None
     start_token_id: int | None
 
     @classmethod
@@ -87,6 +90,8 @@ class CompletionSetup:
         process = None
         if checkpoint is not None and (checkpoint / SCHEDULER_CONFIG).is_file():
             process = NoiseProcess.load(checkpoint)
+            _check_process(config.sampler.name, name, process)
+        check_decoder(model_config, name, field=field)
         # What we train on is text and EOS alone; others' models are used to what their tokenizer
         # puts in front.
         starts = [None if checkpoint else tokenizer.bos_token_id, tokenizer.eos_token_id]
@@ -103,6 +108,7 @@ class CompletionSetup:
             ),
             sampler=_build_sampler(config, name, model_config, tokenizer, process),
             max_length=longest_input(model_config),
+            num_embeddings=getattr(model_config.get_text_config(), "vocab_size", None),
             start_token_id=next((start for start in starts if start is not None), None),
         )
 
@@ -126,6 +132,11 @@ class CompletionSetup:
             raise InputError(
                 f"{shown} holds the mask token {self.tokenizer.convert_ids_to_tokens(mask)!r}; "
                 "samplers that continue a prompt fill no gaps in it"
+            )
+        if self.num_embeddings is not None and (highest := max(ids)) >= self.num_embeddings:
+            raise InputError(
+                f"{shown} holds {self.tokenizer.convert_ids_to_tokens(highest)!r}, id {highest}; "
+                f"{self.name} has {self.num_embeddings} embeddings, fewer than its tokenizer tokens"
             )
         block = getattr(self.sampler, "block_length", 1)
         wanted = -(-(len(ids) + self.sampler.max_new_tokens) // block) * block
@@ -298,7 +309,6 @@ def _build_sampler(
     fields["stop_token_ids"] = tuple(sorted(stops))
     if "gen_length" in fields:
         fields["max_new_tokens"] = fields.pop("gen_length")
-    _check_process(section.name, name, process)
     if section.name not in ("ar", "dflash"):
         fields |= _block_fields(fields, name, model_config, tokenizer, process)
     given = {key: value for key, value in fields.items() if (key, value) != ("block_length", None)}
@@ -308,9 +318,7 @@ def _build_sampler(
         raise InputError(f"sampler {section.name!r}: {error}") from error
 
 
-def _check_process(sampler: str, name: str, process: NoiseProcess | None) -> None:
-    if process is None:
-        return
+def _check_process(sampler: str, name: str, process: NoiseProcess) -> None:
     if process.block_length is None:
         raise InputError(
             f"sampler {sampler!r}: {name} is a denoiser of whole rows (objective "

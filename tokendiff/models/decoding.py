@@ -10,9 +10,13 @@ from tokendiff.artifacts.model_folders import local_model
 from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.diffusion.attention_masks import block_causal_by_position, causal_by_position
 from tokendiff.errors import InputError, reason_of
-from tokendiff.models.causal import CausalModel
+from tokendiff.models.causal import CausalModel, check_layers
 from tokendiff.models.families import MASK_TOKENS
-from tokendiff.models.pretrained import open_config, open_weights
+from tokendiff.models.pretrained import (
+    check_causal_model,
+    open_config,
+    open_weights,
+)
 
 _REMEDY = "give the hub name or the folder of a causal language model with its tokenizer"
 _CHECK_LENGTH = 6
@@ -39,14 +43,15 @@ def open_causal(
     from transformers import AutoModelForCausalLM
 
     config, tokenizer = open_causal_config(name, field=field, trust_remote_code=trust_remote_code)
-    model = open_weights(
+    weights = open_weights(
         AutoModelForCausalLM,
         name,
         config,
         field=field,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
-    ).model
+    )
+    model = weights.complete()
     num_logits = int(model.get_output_embeddings().weight.shape[0])
     causal_model = CausalModel(model.eval(), vocab_size=min(len(tokenizer), num_logits))
     check_decoding(causal_model, name, field=field)
@@ -67,6 +72,13 @@ def open_causal_config(
         "trust_remote_code": trust_remote_code,
     }
     return open_config(name, **options), open_tokenizer(name, **options)
+
+
+def check_decoder(config: Any, name: str, *, field: str) -> None:
+    """Raise InputError where a model cannot be decoded with, by its config alone."""
+    # Blocks are decoded with masks of our own, whatever way the model attends by itself.
+    check_causal_model(config, name, field=field, is_one_way=False)
+    check_layers(config, origin=f"{field} {name!r}: ")
 
 
 def find_mask_token(config: Any, tokenizer: Any) -> int | None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from tokendiff.errors import InputError
 from tokendiff.models.builtin import (
     BUILTIN_PREFIX,
+    MODEL_FIELD,
     builtin_config,
     builtin_names,
     is_builtin,
@@ -20,14 +22,100 @@ from tokendiff.models.denoiser import (
     attend_without_window,
 )
 from tokendiff.models.families import CAUSAL_TYPES
-from tokendiff.models.pretrained import longest_input, open_config, open_weights
+from tokendiff.models.pretrained import (
+    check_length,
+    check_weights,
+    is_draft_config,
+    open_config,
+    open_weights,
+)
 from tokendiff.models.vocabulary import (
     check_mask_token,
     grow_embedding,
     start_unknown_tokens,
 )
 
-_FIELD = "model_name_or_path"
+_NO_WEIGHTS = "from_scratch starts from new ones"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPlan:
+    """A model that fits a tokenizer's rows, by its config alone.
+
+    Attributes:
+        field: of the config that gave the name.
+        config: of transformers, changed to what is wanted of the model.
+        auto_class: what makes a model of it.
+        vocab_size: ids that the tokenizer has.
+        is_new: whether it starts from new weights.
+    """
+
+    name: str
+    field: str
+    config: Any
+    auto_class: Any
+    vocab_size: int
+    is_new: bool
+
+
+def plan_model(
+    model_name_or_path: str,
+    *,
+    tokenizer: Any,
+    max_length: int,
+    is_causal: bool,
+    from_scratch: bool = False,
+    field: str = MODEL_FIELD,
+) -> ModelPlan:
+    """What `load_denoiser`, or `load_causal_denoiser` if `is_causal`, would load; no weight is
+    read.
+
+    Args:
+        field: of the config that gave the name.
+
+    Raises:
+        InputError: no such model, one that does not go with the tokenizer or the objective, or one
+            that is too short for max_length.
+    """
+    check_mask_token(tokenizer)
+    name, vocab_size = model_name_or_path, len(tokenizer)
+    if is_builtin(name):
+        config = builtin_config(
+            name, vocab_size=vocab_size, max_length=max_length, tokenizer=tokenizer
+        )
+        auto_class = _fitted(config, name, is_causal=is_causal, field=field)
+    else:
+        config, auto_class = open_trainable_config(name, is_causal=is_causal, field=field)
+        if from_scratch:
+            config.vocab_size = vocab_size
+            if tokenizer.pad_token_id is not None:  # another's may lie outside the vocabulary
+                config.pad_token_id = tokenizer.pad_token_id
+    is_new = from_scratch or is_builtin(name)
+    check_length(config, name, field=field, max_length=max_length)
+    if not is_new:
+        check_weights(name, field=field, remedy=_NO_WEIGHTS)
+    return ModelPlan(
+        name=name,
+        field=field,
+        config=config,
+        auto_class=auto_class,
+        vocab_size=vocab_size,
+        is_new=is_new,
+    )
+
+
+def open_trainable_config(
+    model_name_or_path: str, *, is_causal: bool, field: str = MODEL_FIELD
+) -> tuple[Any, Any]:
+    """The config of a model that is not built in, and the Auto class that opens it for such an
+    objective.
+
+    Raises:
+        InputError: no such model, or one of a type that does not go with the objective.
+    """
+    remedy = f"give a folder with a config.json, a hub name, or one of {builtin_names()}"
+    config = open_config(model_name_or_path, field=field, remedy=remedy)
+    return config, _fitted(config, model_name_or_path, is_causal=is_causal, field=field)
 
 
 def load_denoiser(
@@ -39,6 +127,8 @@ def load_denoiser(
     dropout: float | None = None,
     seed: int = 0,
     warn: Callable[[str], None] = warnings.warn,
+    allow_new_weights: bool = True,
+    field: str = MODEL_FIELD,
 ) -> TransformersDenoiser:
     """A denoiser in float32 on the CPU.
 
@@ -49,30 +139,26 @@ def load_denoiser(
         from_scratch: take the config of `model_name_or_path` and new weights.
         dropout: sets every dropout of the architecture; None leaves the config's.
         seed: decides new weights.
-        warn: hears that the embedding grew, and what is not trained.
+        warn: hears which weights are new, which are not used, that the embedding grew, and what is
+            not trained.
+        allow_new_weights: a model that is to be trained may lack some, such as a head; False: one
+            that is used as it is may not.
+        field: of the config that gave the name, for errors.
 
     Raises:
         InputError: no such model, neither a masked LM nor a causal one that can be made
-            bidirectional, too short for max_length, no usable mask token.
+            bidirectional, too short for max_length, no usable mask token, or weights are missing.
     """
-
-    def prepare(config: Any) -> Any:
-        auto_class = _auto_class(config, model_name_or_path)
-        if config.model_type in CAUSAL_TYPES:
-            attend_both_ways(config)
-        return auto_class
-
-    model, vocab_size = _open_model(
+    plan = plan_model(
         model_name_or_path,
-        prepare,
         tokenizer=tokenizer,
         max_length=max_length,
+        is_causal=False,
         from_scratch=from_scratch,
-        dropout=dropout,
-        seed=seed,
-        warn=warn,
+        field=field,
     )
-    denoiser = TransformersDenoiser(model, vocab_size=vocab_size)
+    model = _load(plan, tokenizer, dropout, seed, warn, allow_new_weights=allow_new_weights)
+    denoiser = TransformersDenoiser(model, vocab_size=plan.vocab_size)
     # The architectures that are split are known to use all they have.
     if not denoiser.is_split and (unused := denoiser.freeze_unused()):
         warn(f"{len(unused)} parameters do not lead to logits and stay as they are: {unused}")
@@ -88,96 +174,87 @@ def load_causal_denoiser(
     dropout: float | None = None,
     seed: int = 0,
     warn: Callable[[str], None] = warnings.warn,
+    allow_new_weights: bool = True,
+    field: str = MODEL_FIELD,
 ) -> TransformersCausalDenoiser:
     """A causal language model that stays one, to be told what each position sees.
 
     Args, and what is raised: as `load_denoiser`; a model that attends in both directions is
         refused.
     """
-
-    def prepare(config: Any) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        if config.model_type not in CAUSAL_TYPES or not getattr(config, "is_causal", True):
-            is_known = config.model_type in CAUSAL_TYPES
-            what = "but attends in both directions" if is_known else "and no causal one"
-            raise InputError(
-                f"model_name_or_path {model_name_or_path!r} is of type {config.model_type!r}, "
-                f"{what}; this objective takes a causal language model of type "
-                f"{', '.join(CAUSAL_TYPES)}, or {BUILTIN_PREFIX}qwen3-tiny | mini | small | base"
-            )
-        # What a position sees is said by masks alone, in training as in decoding.
-        attend_without_window(config)
-        return AutoModelForCausalLM
-
-    model, vocab_size = _open_model(
+    plan = plan_model(
         model_name_or_path,
-        prepare,
         tokenizer=tokenizer,
         max_length=max_length,
+        is_causal=True,
         from_scratch=from_scratch,
-        dropout=dropout,
-        seed=seed,
-        warn=warn,
+        field=field,
     )
-    return TransformersCausalDenoiser(model, vocab_size=vocab_size)
+    model = _load(plan, tokenizer, dropout, seed, warn, allow_new_weights=allow_new_weights)
+    return TransformersCausalDenoiser(model, vocab_size=plan.vocab_size)
 
 
-def _open_model(
-    model_name_or_path: str,
-    prepare: Callable[[Any], Any],
-    *,
+def _load(
+    plan: ModelPlan,
     tokenizer: Any,
-    max_length: int,
-    from_scratch: bool,
     dropout: float | None,
     seed: int,
     warn: Callable[[str], None],
-) -> tuple[Any, int]:
-    """A transformers model, and the ids that its tokenizer has.
-
-    Args:
-        prepare: changes the model's config to what is wanted of it and returns the Auto class.
-    """
-    check_mask_token(tokenizer)
-    vocab_size = len(tokenizer)
-    has_new_weights = from_scratch or is_builtin(model_name_or_path)
-    if is_builtin(model_name_or_path):
-        config = builtin_config(
-            model_name_or_path, vocab_size=vocab_size, max_length=max_length, tokenizer=tokenizer
-        )
-    else:
-        config = open_config(
-            model_name_or_path,
-            field=_FIELD,
-            remedy=f"give a folder with a config.json, a hub name, or one of {builtin_names()}",
-        )
-    auto_class = prepare(config)
-    if from_scratch and not is_builtin(model_name_or_path):
-        config.vocab_size = vocab_size
-        if tokenizer.pad_token_id is not None:  # another tokenizer's may lie outside the vocabulary
-            config.pad_token_id = tokenizer.pad_token_id
-    _check_length(config, model_name_or_path, max_length)
+    *,
+    allow_new_weights: bool,
+) -> Any:
+    """The transformers model of a plan, whose config it changes."""
     if dropout is not None:
-        _set_dropout(config, dropout)
+        _set_dropout(plan.config, dropout)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
-        if has_new_weights:
-            return auto_class.from_config(config, dtype=torch.float32), vocab_size
-        model = open_weights(
-            auto_class,
-            model_name_or_path,
-            config,
-            field=_FIELD,
+        if plan.is_new:
+            return plan.auto_class.from_config(plan.config, dtype=torch.float32)
+        weights = open_weights(
+            plan.auto_class,
+            plan.name,
+            plan.config,
+            field=plan.field,
             dtype=torch.float32,
-            remedy="from_scratch starts from new ones",
-        ).model
-        grow_embedding(model, vocab_size, warn)
-        start_unknown_tokens(model, model_name_or_path, tokenizer, warn)
-    return model, vocab_size
+            remedy=_NO_WEIGHTS,
+        )
+        model = weights.told(warn) if allow_new_weights else weights.complete()
+        grow_embedding(model, plan.vocab_size, warn)
+        start_unknown_tokens(model, plan.name, tokenizer, warn)
+    return model
 
 
-def _auto_class(config: Any, name: str) -> Any:
+def _fitted(config: Any, name: str, *, is_causal: bool, field: str) -> Any:
+    """Change a config to what is wanted of its model; returns the Auto class that makes one."""
+    from transformers import AutoModelForCausalLM
+
+    if is_draft_config(config):
+        raise InputError(
+            f"{field} {name!r} is a DFlash draft; give it as draft_model_id to objective 'dflash'"
+        )
+    if is_causal:
+        _check_causal(config, name, field)
+        # What a position sees is said by masks alone, in training as in decoding.
+        attend_without_window(config)
+        return AutoModelForCausalLM
+    auto_class = _auto_class(config, name, field)
+    if config.model_type in CAUSAL_TYPES:
+        attend_both_ways(config)
+    return auto_class
+
+
+def _check_causal(config: Any, name: str, field: str) -> None:
+    is_known = config.model_type in CAUSAL_TYPES
+    if not is_known or not getattr(config, "is_causal", True):
+        what = "but attends in both directions" if is_known else "and no causal one"
+        raise InputError(
+            f"{field} {name!r} is of type {config.model_type!r}, {what}; this objective takes a "
+            f"causal language model of type {', '.join(CAUSAL_TYPES)}, or "
+            f"{BUILTIN_PREFIX}qwen3-tiny | mini | small | base"
+        )
+
+
+def _auto_class(config: Any, name: str, field: str) -> Any:
     """The Auto class that opens a model of this config with its head."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -197,19 +274,10 @@ def _auto_class(config: Any, name: str) -> Any:
         else "which is no language model"
     )
     raise InputError(
-        f"model_name_or_path {name!r} is of type {config.model_type!r}, {reason}; give a masked "
+        f"{field} {name!r} is of type {config.model_type!r}, {reason}; give a masked "
         "language model (BERT, RoBERTa, ModernBERT, ...) or a causal one of type "
         f"{', '.join(CAUSAL_TYPES)}"
     )
-
-
-def _check_length(config: Any, name: str, max_length: int) -> None:
-    longest = longest_input(config)
-    if longest is not None and longest < max_length:
-        raise InputError(
-            f"model_name_or_path {name!r} takes at most {longest} tokens; max_length is "
-            f"{max_length}"
-        )
 
 
 def _set_dropout(config: Any, dropout: float) -> None:

@@ -5,17 +5,24 @@ tokenizer by `tokendiff.data.tokenizers.open_tokenizer`: every field takes the s
 named by the error where one cannot be opened.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokendiff.artifacts.model_folders import lacks_weights, local_model, longest_row
+from tokendiff.artifacts.model_folders import (
+    DRAFT_ARCHITECTURE,
+    lacks_weights,
+    local_model,
+    longest_row,
+)
 from tokendiff.errors import InputError, input_errors
 from tokendiff.models.families import family_of
 
 if TYPE_CHECKING:
     import torch
 
+_NO_WEIGHTS = "give a folder that holds them, or a hub name"
 _SHOWN = 3
 
 
@@ -51,6 +58,16 @@ def longest_input(config: Any) -> int | None:
     return longest_row(config.get_text_config().to_dict())
 
 
+def check_length(config: Any, name: str, *, field: str, max_length: int) -> None:
+    """Raise InputError where a model of this config cannot take rows of max_length tokens."""
+    longest = longest_input(config)
+    if longest is not None and longest < max_length:
+        raise InputError(
+            f"{field} {name!r} takes at most {longest} tokens; max_length is {max_length}: "
+            "preprocess with a lower one, or give another model"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     """A model, and what the name that it was opened by had no weights for.
@@ -69,15 +86,40 @@ class Weights:
     missing_share: float
 
     def complete(self) -> Any:
-        """The model, none of whose weights is new.
+        """The model, to be used as it is.
 
         Raises:
-            InputError: some are.
+            InputError: some of its weights are new.
         """
         if self.missing:
             raise InputError(
                 f"{self.origin} has no weights for {_listed(self.missing)}; give a model that has "
                 "all of the weights that its config speaks of"
+            )
+        return self.model
+
+    def told(self, warn: Callable[[str], None]) -> Any:
+        """The model, to be trained further; `warn` hears which weights are new, and which were not
+        used.
+
+        Raises:
+            InputError: more of it would be new than was read.
+        """
+        share = f"{100 * self.missing_share:.2g} % of the model"
+        if self.missing_share > 0.5:
+            raise InputError(
+                f"{self.origin} has no weights for {_listed(self.missing)}, {share}; give the "
+                "folder of the whole model, or from_scratch to start from new weights alone"
+            )
+        if self.missing:
+            warn(
+                f"{self.origin} has no weights for {_listed(self.missing)}; "
+                f"{len(self.missing)} parameters, {share}, start new and random"
+            )
+        if self.unused:
+            warn(
+                f"{self.origin}: {len(self.unused)} of its weights have no place in the model and "
+                f"are not used: {_listed(self.unused)}"
             )
         return self.model
 
@@ -89,7 +131,7 @@ def open_weights(
     *,
     field: str,
     dtype: "torch.dtype",
-    remedy: str = "give a folder that holds them, or a hub name",
+    remedy: str = _NO_WEIGHTS,
     trust_remote_code: bool = False,
 ) -> Weights:
     """A model of a config that `open_config` read, on the CPU, with the weights behind its name.
@@ -103,9 +145,8 @@ def open_weights(
         InputError: there are no weights, or they cannot be read, or have other shapes than the
             config says.
     """
+    check_weights(name, field=field, remedy=remedy)
     folder, origin = local_model(name), f"{field} {name!r}"
-    if lacks_weights(Path(folder)):
-        raise InputError(f"{origin}: a config but no weights; {remedy}")
     with input_errors(f"{origin}: weights cannot be read", "give files that are whole"):
         model, info = model_class.from_pretrained(
             folder,
@@ -131,6 +172,41 @@ def open_weights(
         unused=sorted(info["unexpected_keys"]),
         missing_share=sum(missing.values()) / max(total, 1),
     )
+
+
+def check_weights(name: str, *, field: str, remedy: str = _NO_WEIGHTS) -> None:
+    """Raise InputError where the name is that of a folder without weights; none is read."""
+    if lacks_weights(Path(local_model(name))):
+        raise InputError(f"{field} {name!r}: a config but no weights; {remedy}")
+
+
+def check_causal_model(config: Any, name: str, *, field: str, is_one_way: bool = True) -> None:
+    """Raise InputError where a config is not that of a causal language model.
+
+    Args:
+        is_one_way: refuse also one that was changed to attend in both directions, which does not
+            give the next token any more.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    if is_draft_config(config):
+        raise InputError(f"{field} {name!r} is a DFlash draft; give the model it drafts for")
+    has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or has_own_code
+    # BERT and its kind are in both mappings.
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    is_encoder = is_encoder and not getattr(config, "is_decoder", False)
+    sees_both_ways = is_one_way and not getattr(config, "is_causal", True)
+    if not is_causal or is_encoder or sees_both_ways:
+        raise InputError(
+            f"{field} {name!r} is of type {config.model_type!r}, not a causal language model, "
+            "which gives the next token; give a GPT-2, Qwen, Llama, ..."
+        )
+
+
+def is_draft_config(config: Any) -> bool:
+    """Whether a transformers config is that of a DFlash draft."""
+    return DRAFT_ARCHITECTURE in (getattr(config, "architectures", None) or [])
 
 
 def _distinct_parameters(model: Any, keys: set[str]) -> dict[str, int]:

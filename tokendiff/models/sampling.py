@@ -16,7 +16,7 @@ from tokendiff.data.prompts import GenerationRow, PromptEncoder, prompt_text
 from tokendiff.diffusion.interfaces import StepCallback
 from tokendiff.diffusion.random import RowGenerator, key_from
 from tokendiff.errors import InputError
-from tokendiff.models.checkpoints import load_for_inference, load_tokenizer
+from tokendiff.models.checkpoints import check_denoiser, load_for_inference
 from tokendiff.samplers.ancestral import AncestralSampler
 from tokendiff.samplers.base import Sampler
 from tokendiff.samplers.batch import prefix_batch
@@ -98,7 +98,7 @@ class PromptCheck:
         """Of an opened checkpoint.
 
         Raises:
-            InputError: process, sampler and lengths do not go together.
+            InputError: process, model, sampler and lengths do not go together.
         """
         process = NoiseProcess.load(checkpoint)
         seq_len = config.seq_len or process.max_length
@@ -108,7 +108,8 @@ class PromptCheck:
                 "tokens and knows no longer ones"
             )
         check_sampler(_fixed_length(config), process, seq_len=seq_len)
-        return cls(seq_len=seq_len, encoder=prompt_encoder(load_tokenizer(checkpoint), config))
+        tokenizer, _ = check_denoiser(checkpoint)
+        return cls(seq_len=seq_len, encoder=prompt_encoder(tokenizer, config))
 
     def request(self, row: GenerationRow) -> list[int]:
         """Token ids of the row's prompt.

@@ -9,12 +9,10 @@ import torch
 from tokendiff.artifacts.model_folders import local_model
 from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.errors import InputError
-from tokendiff.models.builtin import is_builtin
+from tokendiff.models.builtin import MODEL_FIELD, is_builtin
 
 
-def check_vocabulary(
-    model_name_or_path: str, tokenizer: Any, *, field: str = "model_name_or_path"
-) -> None:
+def check_vocabulary(model_name_or_path: str, tokenizer: Any, *, field: str = MODEL_FIELD) -> None:
     """Refuse data whose ids mean other tokens than the pretrained model learnt.
 
     Raises:
@@ -25,11 +23,12 @@ def check_vocabulary(
     here = tokenizer.get_vocab()
     differing = [token for token, index in own.items() if here.get(token) != index]
     if differing:
+        instead = ", or train from_scratch" if field == MODEL_FIELD else ""
         raise InputError(
             f"the data was not made with the tokenizer of {field} "
             f"{model_name_or_path!r} ({len(differing):,} of its {len(own):,} tokens have another "
             f"id, {differing[0]!r} for one); preprocess with tokenizer_name_or_path set to the "
-            "model, or train from_scratch"
+            f"model{instead}"
         )
 
 

@@ -3,7 +3,7 @@ that calls it.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,7 +151,7 @@ def _build(
         trainee = load_trainee(plan, device=device, seed=config.seed, dropout=config.dropout)
         return trainee, _build_dflash(config.objective, plan.draft), None
     load = load_causal_denoiser if config.objective.is_causal else load_denoiser
-    start = config.warm_start_from or config.model_name_or_path
+    field, start = starting_point(config)
     model: ModelInTwoParts = load(
         start,
         tokenizer=tokenizer,
@@ -160,33 +160,61 @@ def _build(
         dropout=config.dropout,
         seed=config.seed,
         warn=warn,
+        field=field,
     )
     if not config.from_scratch:
-        check_vocabulary(start, tokenizer)
-    fields = config.objective.process_fields()
+        check_vocabulary(start, tokenizer, field=field)
     if config.lora_rank is not None:
-        add_adapters(
-            model.model,
-            rank=config.lora_rank,
-            alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-            target_modules=config.lora_target_modules,
-            # Without noise there is no mask to be read.
-            trained_token_id=None if fields is None else tokenizer.mask_token_id,
-            seed=config.seed,
-        )
+        add_configured_adapters(config, model.model, tokenizer)
+    return model, *make_objective(config, tokenizer, max_length=data.max_length)
+
+
+def starting_point(config: "TrainConfig") -> tuple[str, str]:
+    """Field and name of the model that training starts from."""
+    field = "model_name_or_path" if config.warm_start_from is None else "warm_start_from"
+    return field, getattr(config, field)
+
+
+def add_configured_adapters(config: "TrainConfig", model: Any, tokenizer: Any) -> None:
+    """Put the adapters that a config asks for into a transformers model.
+
+    Raises:
+        InputError: peft is not installed, or the model has no such layers.
+    """
+    assert config.lora_rank is not None
+    has_noise = config.objective.process_fields() is not None  # without it no mask is read
+    add_adapters(
+        model,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        trained_token_id=tokenizer.mask_token_id if has_noise else None,
+        seed=config.seed,
+    )
+
+
+def make_objective(
+    config: "TrainConfig", tokenizer: Any, *, max_length: int
+) -> tuple[Objective, NoiseProcess | None]:
+    """The objective of a model that gives logits of the tokenizer's ids, and its noise process.
+
+    Raises:
+        InputError: the objective does not go with rows of that length.
+    """
+    fields = config.objective.process_fields()
     if fields is None:
-        return model, Autoregressive(), None
+        return Autoregressive(), None
     ends = {"eos_token_id": tokenizer.eos_token_id} if config.objective.is_causal else {}
     process = NoiseProcess(
         objective=config.objective.name,
-        vocab_size=model.vocab_size,
+        vocab_size=len(tokenizer),
         mask_token_id=tokenizer.mask_token_id,
-        max_length=data.max_length,
+        max_length=max_length,
         **fields,
         **ends,
     )
-    return model, OBJECTIVES[config.objective.name](config.objective, process), process
+    return OBJECTIVES[config.objective.name](config.objective, process), process
 
 
 def run_identity(config: "TrainConfig", data: TokenData) -> dict[str, Any]:
@@ -245,13 +273,6 @@ def finished_run(
     return final if load_manifest(final).metadata["step"] == config.max_train_steps else None
 
 
-def check_inputs(config: "TrainConfig", data: TokenData) -> None:
-    """Raise InputError for what is known to be wrong before a worker starts or a weight is read."""
-    if config.objective.name == "dflash":
-        tokenizer = open_tokenizer(data.tokenizer_path, field="data_path")
-        plan_draft(config, tokenizer=tokenizer, max_length=data.max_length)
-
-
 def step_plan(config: "TrainConfig", data: TokenData, *, rank: int, world_size: int) -> StepPlan:
     order = RowOrder(row_group_sizes=data.row_group_sizes, seed=config.seed)
     return StepPlan(
@@ -261,7 +282,11 @@ def step_plan(config: "TrainConfig", data: TokenData, *, rank: int, world_size: 
 
 @dataclass(kw_only=True)
 class TrainingRun:
-    """A trainer together with the folder that its checkpoints go to."""
+    """A trainer together with the folder that its checkpoints go to.
+
+    Attributes:
+        notes: what a user should know of the model that the run begins with.
+    """
 
     trainer: Trainer
     config: "TrainConfig"
@@ -271,6 +296,7 @@ class TrainingRun:
     tokenizer: Any
     on_event: OnEvent
     measure: Callable[[], dict[str, float]] = dict
+    notes: Sequence[str] = ()
 
     @classmethod
     def build(
@@ -283,12 +309,9 @@ class TrainingRun:
         on_event: OnEvent = lambda event, **fields: None,
     ) -> "TrainingRun":
         tokenizer = open_tokenizer(data.tokenizer_path, field="data_path")
+        notes: list[str] = []
         denoiser, objective, process = _build(
-            config,
-            data,
-            tokenizer,
-            device=world.device,
-            warn=lambda message: on_event("warning", message=message) if world.is_main else None,
+            config, data, tokenizer, device=world.device, warn=notes.append
         )
         trainer = Trainer(denoiser, objective, config, world, on_event=on_event)
         measure: Callable[[], dict[str, float]] = dict
@@ -296,6 +319,7 @@ class TrainingRun:
             measure = heldout_acceptance(trainer, objective, data)
         return cls(
             measure=measure,
+            notes=notes,
             trainer=trainer,
             config=config,
             data=data,
@@ -335,6 +359,9 @@ class TrainingRun:
             is then of the last step taken.
         """
         if self.trainer.world.is_main:
+            # What was new in the model when the run began is not new where it goes on.
+            for note in self.notes if self.trainer.step == 0 else ():
+                self.on_event("warning", message=note)
             self.on_event("start", **self._facts())
         self.trainer.run(
             batches,

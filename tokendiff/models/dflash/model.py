@@ -30,7 +30,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     rotate_half,
 )
 
-from tokendiff.artifacts.model_folders import DRAFT_ARCHITECTURE
+from tokendiff.models.pretrained import is_draft_config
 
 EMBEDDING_OUTPUT = -1  # as a target layer id: what the target's first layer is given
 _KNOWN_FIELDS = frozenset({"target_layer_ids", "mask_token_id", "block_size"})
@@ -315,11 +315,6 @@ class DFlashDraftAttention(nn.Module):
 
 def _rotate(vectors: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return vectors * cosine + rotate_half(vectors) * sine
-
-
-def is_draft_config(config: Any) -> bool:
-    """Whether a transformers config is that of a DFlash draft."""
-    return DRAFT_ARCHITECTURE in (getattr(config, "architectures", None) or [])
 
 
 def _as_draft_config(config: Any) -> Any:

@@ -13,10 +13,15 @@ from tokendiff.models.dflash.model import (
     EMBEDDING_OUTPUT,
     DFlashDraftConfig,
     DFlashDraftModel,
-    is_draft_config,
     spread_layer_ids,
 )
-from tokendiff.models.pretrained import longest_input, open_config, open_weights
+from tokendiff.models.pretrained import (
+    check_causal_model,
+    check_length,
+    is_draft_config,
+    open_config,
+    open_weights,
+)
 from tokendiff.models.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
@@ -51,24 +56,12 @@ def plan_draft(config: "TrainConfig", *, tokenizer: Any, max_length: int) -> Dra
     Raises:
         InputError: something is missing, or does not fit the target.
     """
+    target, draft = check_pair(config, max_length=max_length)
     objective, name = config.objective, config.target_model_id
     assert objective.name == "dflash"
-    if name is None:
-        raise InputError(
-            "objective dflash trains a draft for a causal language model: set target_model_id to "
-            "its name or path"
-        )
-    target = open_target_config(name)
-    longest = longest_input(target)
-    if longest is not None and longest < max_length:
-        raise InputError(
-            f"target_model_id {name!r} takes at most {longest} tokens; the rows have {max_length}"
-        )
+    assert name is not None
     check_vocabulary(name, tokenizer, field="target_model_id")
-    if config.draft_model_id is not None:
-        draft = open_draft_config(config.draft_model_id)
-        check_fit(draft, target, draft_model_id=config.draft_model_id, target_model_id=name)
-    else:
+    if draft is None:
         mask = objective.mask_token_id
         mask = tokenizer.mask_token_id if mask is None else mask
         if mask is None:
@@ -94,8 +87,32 @@ def plan_draft(config: "TrainConfig", *, tokenizer: Any, max_length: int) -> Dra
             "block_size, or preprocess with a larger max_length"
         )
     return DraftPlan(
-        draft=draft, target=target, target_model_id=name, draft_model_id=config.draft_model_id
+        draft=draft,
+        target=target,
+        target_model_id=name,
+        draft_model_id=config.draft_model_id,
     )
+
+
+def check_pair(config: "TrainConfig", *, max_length: int) -> tuple[Any, DFlashDraftConfig | None]:
+    """The configs of target and draft, where it is not a new one, whatever the tokenizer.
+
+    Raises:
+        InputError: one is missing, or they go neither together nor with rows of that length.
+    """
+    name = config.target_model_id
+    if name is None:
+        raise InputError(
+            "objective dflash trains a draft for a causal language model: set target_model_id to "
+            "its name or path"
+        )
+    target = open_target_config(name)
+    check_length(target, name, field="target_model_id", max_length=max_length)
+    if config.draft_model_id is None:
+        return target, None
+    draft = open_draft_config(config.draft_model_id)
+    check_fit(draft, target, draft_model_id=config.draft_model_id, target_model_id=name)
+    return target, draft
 
 
 def open_draft_config(draft_model_id: str) -> DFlashDraftConfig:
@@ -120,22 +137,9 @@ def open_target_config(target_model_id: str) -> Any:
     Raises:
         InputError: there is none, or it is not a causal language model.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
     remedy = "give a folder with a config.json, or a hub name"
     config = open_config(target_model_id, field="target_model_id", remedy=remedy)
-    if is_draft_config(config):
-        raise InputError(
-            f"target_model_id {target_model_id!r} is a DFlash draft; give the model it drafts for"
-        )
-    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and getattr(config, "is_causal", True)
-    # BERT and its kind are in both mappings.
-    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING
-    if not is_causal or (is_encoder and not getattr(config, "is_decoder", False)):
-        raise InputError(
-            f"target_model_id {target_model_id!r} is of type {config.model_type!r}, not a causal "
-            "language model; a target gives the next token"
-        )
+    check_causal_model(config, target_model_id, field="target_model_id")
     return config
 
 

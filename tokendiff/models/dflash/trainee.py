@@ -122,16 +122,16 @@ def load_trainee(
         draft.config.attention_dropout = dropout
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     name = plan.target_model_id
-    target = open_weights(
+    weights = open_weights(
         AutoModelForCausalLM,
         name,
         plan.target,
         field="target_model_id",
         dtype=torch.bfloat16 if has_bf16 else torch.float32,
-    ).model
+    )
     if plan.draft_model_id is None:
         draft = new_draft(plan.draft, seed=seed)
-    trainee = DraftTrainee(draft, target)
+    trainee = DraftTrainee(draft, weights.complete())
     check_target(trainee, name)
     return trainee
 
