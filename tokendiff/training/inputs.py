@@ -15,7 +15,7 @@ from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.errors import CorruptFileError
 from tokendiff.models.builtin import check_builtin, is_builtin
 from tokendiff.models.denoiser import ModelInTwoParts
-from tokendiff.models.dflash.planning import check_pair, plan_draft
+from tokendiff.models.dflash.planning import check_pair, check_rows, plan_draft
 from tokendiff.models.opening import ModelPlan, open_trainable_config, plan_model
 from tokendiff.models.pretrained import check_length, check_weights
 from tokendiff.models.vocabulary import check_vocabulary
@@ -70,6 +70,7 @@ def check_inputs(config: "TrainConfig", data: TokenData) -> None:
     tokenizer = open_tokenizer(data.tokenizer_path, field="data_path")
     if config.objective.name == "dflash":
         draft = plan_draft(config, tokenizer=tokenizer, max_length=data.max_length)
+        check_rows(data, draft.target, tokenizer, target_model_id=draft.target_model_id)
         check_weights(draft.target_model_id, field="target_model_id")
         if draft.draft_model_id is not None:
             check_weights(draft.draft_model_id, field="draft_model_id")

@@ -148,6 +148,8 @@ def _build(
     """What is trained, by what, and the noise process that the checkpoint records."""
     if config.objective.name == "dflash":
         plan = plan_draft(config, tokenizer=tokenizer, max_length=data.max_length)
+        for note in plan.notes:
+            warn(note)
         trainee = load_trainee(plan, device=device, seed=config.seed, dropout=config.dropout)
         return trainee, _build_dflash(config.objective, plan.draft), None
     load = load_causal_denoiser if config.objective.is_causal else load_denoiser
@@ -398,7 +400,17 @@ class TrainingRun:
             "step": self.trainer.step,
             "run": run_identity(self.config, self.data),
             "data_path": str(self.data.folder),
+            **self._mask_of_draft(),
         }
+
+    def _mask_of_draft(self) -> dict[str, Any]:
+        """Which id of the target a draft fills in; other objectives have a noise process to say."""
+        config = self.trainer.denoiser.model.config
+        if not isinstance(config, DFlashDraftConfig):
+            return {}
+        index = config.mask_token_id
+        token = self.tokenizer.convert_ids_to_tokens(index)
+        return {"mask": {"mask_token_id": index, "token": token}}
 
     def _last_good(self) -> Location | None:
         return newest_sound_checkpoint(self.output_dir, warn=lambda message: None)

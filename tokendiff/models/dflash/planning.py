@@ -9,6 +9,7 @@ import torch
 
 from tokendiff.artifacts.model_folders import DRAFT_ARCHITECTURE, local_model
 from tokendiff.errors import InputError, input_errors, reason_of
+from tokendiff.models.dflash.mask_token import choose_mask_token
 from tokendiff.models.dflash.model import (
     EMBEDDING_OUTPUT,
     DFlashDraftConfig,
@@ -26,6 +27,7 @@ from tokendiff.models.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     from tokendiff.config.train import TrainConfig
+    from tokendiff.data.rows import TokenData
 
 _DRAFT = "draft_model_id"
 _DRAFT_REMEDY = "give the folder or hub name of a DFlash draft"
@@ -38,12 +40,14 @@ class DraftPlan:
     Attributes:
         draft: the config of `draft_model_id`, or of a new draft.
         target: the target's config.
+        notes: what was chosen that nobody asked for.
     """
 
     draft: DFlashDraftConfig
     target: Any
     target_model_id: str
     draft_model_id: str | None
+    notes: tuple[str, ...] = ()
 
 
 def plan_draft(config: "TrainConfig", *, tokenizer: Any, max_length: int) -> DraftPlan:
@@ -61,14 +65,15 @@ def plan_draft(config: "TrainConfig", *, tokenizer: Any, max_length: int) -> Dra
     assert objective.name == "dflash"
     assert name is not None
     check_vocabulary(name, tokenizer, field="target_model_id")
+    notes: tuple[str, ...] = ()
     if draft is None:
         mask = objective.mask_token_id
         mask = tokenizer.mask_token_id if mask is None else mask
-        if mask is None:
-            raise InputError(
-                "the tokenizer has no mask token; set mask_token_id to an id of target_model_id "
-                f"{name!r} that no text has"
-            )
+        is_given = objective.mask_token_id is not None
+        # The mask token that jobs.preprocess adds to a tokenizer may lie beyond the embedding.
+        if mask is None or (not is_given and mask >= target.get_text_config().vocab_size):
+            mask, note = choose_mask_token(target, tokenizer, target_model_id=name)
+            notes = (note,)
         # Without the target's hidden states a draft has as many copies of its embeddings: the same
         # size, and opened by everything that opens drafts.
         count = objective.draft_num_layers
@@ -91,6 +96,7 @@ def plan_draft(config: "TrainConfig", *, tokenizer: Any, max_length: int) -> Dra
         target=target,
         target_model_id=name,
         draft_model_id=config.draft_model_id,
+        notes=notes,
     )
 
 
@@ -113,6 +119,25 @@ def check_pair(config: "TrainConfig", *, max_length: int) -> tuple[Any, DFlashDr
     draft = open_draft_config(config.draft_model_id)
     check_fit(draft, target, draft_model_id=config.draft_model_id, target_model_id=name)
     return target, draft
+
+
+def check_rows(data: "TokenData", target: Any, tokenizer: Any, *, target_model_id: str) -> None:
+    """Raise InputError where rows hold ids that a target, which is frozen, has no embedding for.
+
+    Its tokenizer may have more tokens than it has embeddings, and jobs.preprocess adds a mask token
+    and an EOS token to a tokenizer that has none.
+    """
+    size = target.get_text_config().vocab_size
+    if len(tokenizer) <= size:
+        return
+    highest = data.highest_token()
+    if highest is not None and highest >= size:
+        raise InputError(
+            f"data_path {data.folder} holds tokens up to id {highest} "
+            f"({tokenizer.convert_ids_to_tokens(highest)}), but target_model_id "
+            f"{target_model_id!r} is frozen and has {size} embeddings; leave such tokens out of "
+            "the text, or preprocess with a tokenizer whose EOS token the target has"
+        )
 
 
 def open_draft_config(draft_model_id: str) -> DFlashDraftConfig:
