@@ -31,6 +31,7 @@ from tokendiff.tracking.mlflow_store import check_store, make_client, resolve_ur
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.models import ModelSignature
 
     from tokendiff.config.pipeline import TrackingConfig
 
@@ -282,16 +283,7 @@ def save_model(
         target: of a draft, a folder that goes with it.
     """
     import mlflow.pyfunc
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-    signature = ModelSignature(
-        inputs=Schema([ColSpec(DataType.string, "prompt")]),
-        outputs=Schema(
-            [ColSpec(DataType.string, "text"), ColSpec(DataType.long, "num_model_calls")]
-        ),
-        params=ParamSchema([ParamSpec("seed", DataType.long, 0)]),
-    )
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*Add type hints", UserWarning)  # there is a signature
         files = Path(scratch) / TRAINED_ON
@@ -304,11 +296,28 @@ def save_model(
             python_model=str(Path(__file__).with_name("served_model.py")),
             artifacts=artifacts,
             model_config=dict(sampling),
-            signature=signature,
+            signature=model_signature(),
             input_example={"prompt": ["Once upon a time"]},
             pip_requirements=_requirements(),
             code_paths=[str(Path(tokendiff.__file__).parent)],
         )
+
+
+def model_signature() -> "ModelSignature":
+    """What a registered model takes and gives."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import AnyType
+
+    return ModelSignature(
+        # Of what comes in a column of strings MLflow makes strings, also of numbers and null: they
+        # would be sampled from as their digits and "None". `served_model` sees what was sent.
+        inputs=Schema([ColSpec(AnyType(), "prompt")]),
+        outputs=Schema(
+            [ColSpec(DataType.string, "text"), ColSpec(DataType.long, "num_model_calls")]
+        ),
+        params=ParamSchema([ParamSpec("seed", DataType.long, 0)]),
+    )
 
 
 def _checkpoint_in(folder: Location) -> Location:
