@@ -39,6 +39,12 @@ def preprocess_stage(
             on_progress=lambda done, total: log.write("progress", done=done, total=total),
         )
 
+    def check(stage: Stage) -> None:
+        from tokendiff.data.tokenizers import check_tokenizer
+
+        if stage.has_inputs and not stage.is_done:  # a tokenizer may be one of them
+            check_tokenizer(tokenizer)
+
     def result(stage: Stage) -> dict[str, Any]:
         metadata = load_manifest(stage.output).metadata
         counts = {
@@ -56,7 +62,7 @@ def preprocess_stage(
             *_data_files(keyed), keyed.tokenizer_name_or_path, keyed.preprocess.dataset_name
         ),
     }
-    return _stage("preprocess", settings, folder, action, result, **kwargs)
+    return _stage("preprocess", settings, folder, action, result, check=check, **kwargs)
 
 
 def train_stage(
@@ -64,10 +70,28 @@ def train_stage(
     folder: str | Location,
     *,
     data_path: str | Location,
+    planned_length: int | None = None,
     keyed: Config | None = None,
     **kwargs: Any,
 ) -> Stage:
+    """A stage that trains.
+
+    Args:
+        planned_length: tokens of a row, where an earlier stage is to make the rows.
+    """
     keyed = keyed or config
+
+    def check(stage: Stage) -> None:
+        from tokendiff.training.inputs import check_training
+
+        if all(source.is_done for role, source in stage.inputs.items() if role != "data"):
+            check_training(
+                config.train,
+                data_path=data_path,
+                output_dir=stage.output,
+                num_workers=config.cluster.num_workers,
+                planned_length=planned_length,
+            )
 
     def action(stage: Stage, log: RunLog) -> None:
         from tokendiff.cluster.train import train
@@ -98,7 +122,7 @@ def train_stage(
         ),
     }
     kwargs = {"reads": {"training": location(data_path)}, "result_subfolder": FINAL, **kwargs}
-    return _stage("train", settings, folder, action, result, **kwargs)
+    return _stage("train", settings, folder, action, result, check=check, **kwargs)
 
 
 def generate_stage(
@@ -116,6 +140,12 @@ def generate_stage(
     models = ("model_id", "target_model_id", "draft_model_id")
     found = {name: model_path(value) for name in models if (value := getattr(section, name))}
     section = section.model_copy(update=found)
+
+    def check(stage: Stage) -> None:
+        from tokendiff.models.requests import check_generation
+
+        if stage.has_inputs:
+            check_generation(section, checkpoint_path=checkpoint_path)
 
     def action(stage: Stage, log: RunLog) -> None:
         from tokendiff.cluster.generate import generate
@@ -145,7 +175,7 @@ def generate_stage(
     paths = prompt_paths(keyed_section.prompts)
     inputs = identity_of(*paths, *(getattr(keyed_section, name) for name in models))
     settings = {**keyed_section.result_fields(), "inputs": inputs}
-    return _stage(kind, settings, folder, action, result, **kwargs)
+    return _stage(kind, settings, folder, action, result, check=check, **kwargs)
 
 
 def evaluate_stage(
@@ -161,6 +191,21 @@ def evaluate_stage(
     section, keyed_section = config.evaluate, (keyed or config).evaluate
     assert section is not None
     assert keyed_section is not None
+
+    def check(stage: Stage) -> None:
+        from tokendiff.evaluation.inputs import EvaluationInputs
+        from tokendiff.evaluation.reference import check_reference
+
+        if stage.has_inputs:
+            EvaluationInputs.open(
+                section,
+                checkpoint_path=checkpoint_path,
+                data_path=data_path,
+                samples_path=samples_path,
+                hashes=False,
+            )
+        elif section.reference_model_name_or_path is not None:
+            check_reference(section.reference_model_name_or_path)
 
     def action(stage: Stage, log: RunLog) -> None:
         from tokendiff.cluster.evaluate import evaluate
@@ -193,7 +238,8 @@ def evaluate_stage(
     }
     given = {"evaluation": data_path, "samples": samples_path}
     reads = {context: location(path) for context, path in given.items() if path is not None}
-    return _stage("evaluate", settings, folder, action, result, **{"reads": reads, **kwargs})
+    kwargs = {"reads": reads, "check": check, **kwargs}
+    return _stage("evaluate", settings, folder, action, result, **kwargs)
 
 
 def promote_stage(

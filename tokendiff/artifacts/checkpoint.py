@@ -129,18 +129,21 @@ def remove_old_checkpoints(output_dir: Location, *, newest: int, keep: int) -> N
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-def open_checkpoint(checkpoint_path: str | Location) -> Path:
+def open_checkpoint(checkpoint_path: str | Location, *, hashes: bool = True) -> Path:
     """The verified folder behind `checkpoint_path`: a checkpoint, or an output_dir (its final/ or
     newest one). A remote one is copied to this machine.
+
+    Args:
+        hashes: False verifies presence and size of a local one's files only, not their content.
 
     Raises:
         InputError: nothing is there.
         CorruptFileError: a file does not match the manifest.
     """
-    return fetch(find_checkpoint(checkpoint_path))
+    return fetch(find_checkpoint(checkpoint_path, hashes=hashes))
 
 
-def find_checkpoint(checkpoint_path: str | Location) -> Location:
+def find_checkpoint(checkpoint_path: str | Location, *, hashes: bool = True) -> Location:
     """What `open_checkpoint` opens, where it is: for another machine to open.
 
     A local one is verified, a remote one when it is copied.
@@ -163,7 +166,7 @@ def find_checkpoint(checkpoint_path: str | Location) -> Location:
             )
         folder = inner[-1]
     if isinstance(folder, Path):
-        verify(folder, kind=KIND)
+        verify(folder, kind=KIND, hashes=hashes)
     else:
         load_manifest(folder, kind=KIND)
     return folder

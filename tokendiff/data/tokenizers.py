@@ -44,13 +44,23 @@ def build_tokenizer(
         return tokenizer, []
     tokenizer = open_tokenizer(name_or_path, field="tokenizer_name_or_path", remedy=_REMEDY)
     notes = _add_missing_tokens(tokenizer)
+    _check_gaps(tokenizer, name_or_path)
+    return tokenizer, notes
+
+
+def check_tokenizer(name_or_path: str) -> None:
+    """Raise InputError where `build_tokenizer` would, but for what depends on the documents."""
+    if name_or_path not in ("bytes", "bpe"):
+        build_tokenizer(name_or_path, documents=(), vocab_size=0)
+
+
+def _check_gaps(tokenizer: "PreTrainedTokenizerBase", name_or_path: str) -> None:
     highest = max(tokenizer.get_vocab().values())
     if highest >= len(tokenizer):
         raise InputError(
             f"tokenizer_name_or_path {name_or_path!r}: has {len(tokenizer)} tokens, but ids up to "
             f"{highest}; a vocabulary with gaps cannot be used"
         )
-    return tokenizer, notes
 
 
 def open_tokenizer(
