@@ -35,7 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         stages = [train_stage(config, folder=output_dir, data_path=data_path)]
     else:
         data = preprocess_stage(config, folder=config.preprocess.output_dir or f"{output_dir}/data")
-        stages = [data, train_stage(config, folder=output_dir, data_path=data.output)]
+        train = train_stage(
+            config,
+            folder=output_dir,
+            data_path=data.output,
+            planned_length=config.preprocess.max_length,
+        )
+        stages = [data, train]
     cli.print_result(run_job(stages, config), as_json=args.json)
     return cli.EXIT_OK
 

@@ -13,14 +13,10 @@ from typing import Any
 
 from pipelines.paths import model_path, output_path
 from pipelines.stage import Stage
-from tokendiff.artifacts.checkpoint import FINAL, locate_checkpoint
+from tokendiff.artifacts.checkpoint import FINAL, find_checkpoint
+from tokendiff.artifacts.identity import identity_of
 from tokendiff.artifacts.locations import Location, location
-from tokendiff.artifacts.manifest import (
-    MANIFEST_NAME,
-    RECORD_FOLDER,
-    identity_of,
-    load_manifest,
-)
+from tokendiff.artifacts.manifest import MANIFEST_NAME, RECORD_FOLDER, load_manifest
 from tokendiff.config.pipeline import Config
 from tokendiff.config.preprocess import SAMPLES
 from tokendiff.data.prompt_index import prompt_paths
@@ -44,6 +40,12 @@ def preprocess_stage(
             on_event=log.write,
         )
 
+    def check(stage: Stage) -> None:
+        from tokendiff.data.tokenizers import check_tokenizer
+
+        if stage.has_inputs and not stage.is_done:  # a tokenizer may be one of them
+            check_tokenizer(tokenizer)
+
     def result(stage: Stage) -> dict[str, Any]:
         metadata = load_manifest(stage.output).metadata
         counts = {
@@ -61,7 +63,7 @@ def preprocess_stage(
             *_data_files(keyed), keyed.tokenizer_name_or_path, keyed.preprocess.dataset_name
         ),
     }
-    return _stage("preprocess", settings, folder, action, result, **kwargs)
+    return _stage("preprocess", settings, folder, action, result, check=check, **kwargs)
 
 
 def train_stage(
@@ -69,10 +71,28 @@ def train_stage(
     folder: str | Location,
     *,
     data_path: str | Location,
+    planned_length: int | None = None,
     keyed: Config | None = None,
     **kwargs: Any,
 ) -> Stage:
+    """A stage that trains.
+
+    Args:
+        planned_length: tokens of a row, where an earlier stage is to make the rows.
+    """
     keyed = keyed or config
+
+    def check(stage: Stage) -> None:
+        from tokendiff.training.inputs import check_training
+
+        if all(source.is_done for role, source in stage.inputs.items() if role != "data"):
+            check_training(
+                config.train,
+                data_path=data_path,
+                output_dir=stage.output,
+                num_workers=config.cluster.num_workers,
+                planned_length=planned_length,
+            )
 
     def action(stage: Stage, log: RunLog) -> None:
         from tokendiff.cluster.train import train
@@ -103,7 +123,7 @@ def train_stage(
         ),
     }
     kwargs = {"reads": {"training": location(data_path)}, "result_subfolder": FINAL, **kwargs}
-    return _stage("train", settings, folder, action, result, **kwargs)
+    return _stage("train", settings, folder, action, result, check=check, **kwargs)
 
 
 def generate_stage(
@@ -121,6 +141,12 @@ def generate_stage(
     models = ("model_id", "target_model_id", "draft_model_id")
     found = {name: model_path(value) for name in models if (value := getattr(section, name))}
     section = section.model_copy(update=found)
+
+    def check(stage: Stage) -> None:
+        from tokendiff.models.requests import check_generation
+
+        if stage.has_inputs:
+            check_generation(section, checkpoint_path=checkpoint_path)
 
     def action(stage: Stage, log: RunLog) -> None:
         from tokendiff.cluster.generate import generate
@@ -150,7 +176,7 @@ def generate_stage(
     paths = prompt_paths(keyed_section.prompts)
     inputs = identity_of(*paths, *(getattr(keyed_section, name) for name in models))
     settings = {**keyed_section.result_fields(), "inputs": inputs}
-    return _stage(kind, settings, folder, action, result, **kwargs)
+    return _stage(kind, settings, folder, action, result, check=check, **kwargs)
 
 
 def evaluate_stage(
@@ -172,6 +198,21 @@ def evaluate_stage(
     section, keyed_section = config.evaluate, (keyed or config).evaluate
     assert section is not None
     assert keyed_section is not None
+
+    def check(stage: Stage) -> None:
+        from tokendiff.evaluation.inputs import EvaluationInputs
+        from tokendiff.evaluation.reference import check_reference
+
+        if stage.has_inputs:
+            EvaluationInputs.open(
+                section,
+                checkpoint_path=checkpoint_path,
+                data_path=data_path,
+                samples_path=samples_path,
+                hashes=False,
+            )
+        elif section.reference_model_name_or_path is not None:
+            check_reference(section.reference_model_name_or_path)
 
     def action(stage: Stage, log: RunLog) -> None:
         from tokendiff.cluster.evaluate import evaluate
@@ -207,6 +248,7 @@ def evaluate_stage(
     judged = reads.get("evaluation", trained_on)
     kwargs = {
         "reads": reads,
+        "check": check,
         "judges": None if judged is None else (judged, section.split),
         **kwargs,
     }
@@ -242,7 +284,7 @@ def in_own_folder(
     Args:
         others: paths of what it reads besides the checkpoint and what its settings hold.
     """
-    checkpoint = checkpoint_path and str(locate_checkpoint(checkpoint_path))
+    checkpoint = checkpoint_path and str(find_checkpoint(checkpoint_path, hashes=False))
     names = [None if path is None else str(path) for path in (checkpoint, *others)]
     return replace(
         stage,
@@ -266,7 +308,9 @@ def _stage(
 
 def _training_log(checkpoint_path: str) -> list[dict[str, Any]]:
     """The metrics of the run that made a checkpoint; none where there is no log beside it."""
-    return _metrics_in(locate_checkpoint(checkpoint_path).parent / RECORD_FOLDER / LOG_NAME)
+    return _metrics_in(
+        find_checkpoint(checkpoint_path, hashes=False).parent / RECORD_FOLDER / LOG_NAME
+    )
 
 
 def _metrics_in(path: Location) -> list[dict[str, Any]]:

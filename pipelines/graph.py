@@ -15,8 +15,8 @@ from pipelines.builders import (
 )
 from pipelines.registered import MODEL_FIELDS, UNKNOWN_MODEL, Models, model_paths
 from pipelines.stage import Stage
+from tokendiff.artifacts.identity import identity_of
 from tokendiff.artifacts.locations import Location, location
-from tokendiff.artifacts.manifest import identity_of
 from tokendiff.config.loader import matrix_variants
 from tokendiff.config.pipeline import Config, StageConfig
 from tokendiff.config.preprocess import SAMPLES, PreprocessConfig
@@ -214,7 +214,11 @@ def _preprocess(config: Config, section: Any, folder: Location, fields: dict[str
 
 
 def _train(config: Config, section: Any, folder: Location, fields: dict[str, Any]) -> Stage:
-    return train_stage(config, folder, data_path=section.data_path, **fields)
+    rows = fields["inputs"].get("data")
+    planned_length = None if rows is None else rows.settings["max_length"]
+    return train_stage(
+        config, folder, data_path=section.data_path, planned_length=planned_length, **fields
+    )
 
 
 def _generate(config: Config, section: Any, folder: Location, fields: dict[str, Any]) -> Stage:

@@ -11,16 +11,16 @@ from typing import Any
 from pipelines.lock import alone
 from pipelines.paths import model_path
 from pipelines.stage import Stage
-from tokendiff.artifacts.checkpoint import checkpoint_identity
+from tokendiff.artifacts.identity import checkpoint_identity
 from tokendiff.artifacts.locations import Location, location
 from tokendiff.artifacts.manifest import (
     claim_folder,
     commit,
     fetch,
     load_manifest,
-    local_model,
     write_atomically,
 )
+from tokendiff.artifacts.model_folders import is_draft_folder, local_model
 from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.pipeline import Config
 from tokendiff.config.promote import GateConfig, PromoteConfig
@@ -231,9 +231,7 @@ def _served_with(
         InputError: the section does not sample from such a checkpoint.
     """
     from tokendiff.evaluation.draft_acceptance import plan_of_checkpoint
-    from tokendiff.models.completion import CompletionSetup
-    from tokendiff.models.dflash.model import is_draft_folder
-    from tokendiff.models.sampling import PromptCheck
+    from tokendiff.models.requests import make_check
 
     opened = fetch(checkpoint)
     fields, is_draft = sampling_fields(section), is_draft_folder(opened)
@@ -246,10 +244,7 @@ def _served_with(
     if not is_draft:
         served = GenerateConfig.model_validate(fields)
         # What would go wrong when the model is loaded to be served; no weight is read.
-        if served.is_open_ended:
-            CompletionSetup.of(served, opened)
-        else:
-            PromptCheck.of(opened, served)
+        make_check(opened, served)
         return fields, None
     given = section.target_model_id and model_path(section.target_model_id)
     target = local_model(plan_of_checkpoint(opened, given).target_model_id)

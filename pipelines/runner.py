@@ -47,6 +47,8 @@ def run_job(stages: Sequence[Stage], config: Config) -> dict[str, Any]:
     """
     output = stages[-1].output
     root = output_path(config.root)
+    for stage in stages:  # Ray and MLflow take seconds to start, and nothing is left behind
+        stage.check(stage)
     with (
         alone(output / RECORD_FOLDER, over=output),
         MlflowMirror.open(config.tracking, root) as mirror,
@@ -128,6 +130,7 @@ def run_variants(
         pinned.keep(folder)
         record = RunRecord.begin(config, folder, [_record_of(step) for step in steps])
         with _concluded(record), hold.told():
+            _check(steps, record)
             mirror = stack.enter_context(_parent_run(config, root, record))
             run = _Run(
                 config=config,
@@ -148,6 +151,18 @@ def run_variants(
             if run.errors:
                 raise run.errors[0]
     return record
+
+
+def _check(steps: Sequence[Step], record: RunRecord) -> None:
+    """Raise InputError where a stage that is to run cannot, as far as that is known by now."""
+    for step in steps:
+        if step.state in ("run", "resume"):
+            try:
+                step.stage.check(step.stage)
+            except InputError as error:
+                record.of(step.stage.title).state = "failed"
+                record.of(step.stage.title).why = str(error).split("\n")[0]
+                raise
 
 
 class _Run:

@@ -27,6 +27,10 @@ from tokendiff.tracking.run_log import LOG_NAME, RunLog
 _KEY_LENGTH = 12
 
 
+def _nothing_to_check(stage: "Stage") -> None:
+    pass
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One step of the way from text to a report.
@@ -39,6 +43,8 @@ class Stage:
         base: where the result goes; in a pipeline the folder that `NAME-KEY` is made in.
         action: does the work; leaves `result_folder` committed, goes on where it was cut off.
         result: what the finished stage reports: figures for tables, the tracking and `--json`.
+        check: raises InputError for what is known to be wrong before anything starts; of a stage
+            whose inputs are still to be made, for what can be told without them.
         inputs: by their role.
         result_subfolder: where in `output` the manifest stands that commits the stage.
         reads: committed folders that the stage reads as data, by what for: recorded in MLflow.
@@ -57,6 +63,7 @@ class Stage:
     base: Location
     action: Callable[["Stage", RunLog], None]
     result: Callable[["Stage"], dict[str, Any]]
+    check: Callable[["Stage"], None] = _nothing_to_check
     inputs: Mapping[str, "Stage"] = field(default_factory=dict)
     label: str = ""
     reads: Mapping[str, Location] = field(default_factory=dict)
@@ -121,6 +128,11 @@ class Stage:
     @property
     def is_done(self) -> bool:
         return is_committed(self.result_folder)
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether all that it is made from is there."""
+        return all(source.is_done for source in self.inputs.values())
 
 
 def discard(stage: Stage) -> None:

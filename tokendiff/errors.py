@@ -1,5 +1,10 @@
 """The project's two exception classes. Each message names the place, the value and the remedy."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_REASON_CHARS = 300
+
 
 class InputError(ValueError):
     """What the user gave cannot be used as it stands: a config, a file, a column, a model.
@@ -10,3 +15,27 @@ class InputError(ValueError):
 
 class CorruptFileError(OSError):
     """A file does not match the manifest that vouches for it."""
+
+
+@contextmanager
+def input_errors(problem: str, remedy: str) -> Iterator[None]:
+    """What a library raises in this block, at a thing that the user named, becomes an InputError:
+    the problem, what the library said, the remedy.
+
+    Libraries that read models raise whatever comes of a file that is not what it should be: a
+    TypeError or AttributeError of their own code, and classes that nobody can list.
+    """
+    try:
+        yield
+    except (InputError, CorruptFileError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{problem} ({reason_of(error)}); {remedy}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """What an exception says, on one line and in short."""
+    text = " ".join(str(error).split())[:_REASON_CHARS]
+    # What these say is no sentence: "'added_tokens'".
+    is_bare = isinstance(error, KeyError | AttributeError | TypeError) or not text
+    return f"{type(error).__name__}: {text}".removesuffix(": ") if is_bare else text

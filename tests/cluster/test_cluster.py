@@ -324,26 +324,3 @@ def test_evaluation_is_that_of_one_process_and_writes_a_report(
     assert np.array_equal(by_row["num_tokens"], tokens)
     page = (out / "report" / "index.html").read_text()
     assert f"{expected.nats_per_token:.3f}" in page
-
-
-def test_evaluating_rows_of_another_tokenizer_is_refused(
-    ray_session: None, log: RunLog, tmp_path: Path, plain_run: tuple[dict[int, float], Path]
-) -> None:
-    from tokendiff.cluster.evaluate import evaluate_bound
-    from tokendiff.cluster.progress import JobProgress
-
-    other = token_folder(
-        tmp_path / "other",
-        files=[],
-        heldout=random_rows(4, LENGTH),
-        max_length=LENGTH,
-        tokenizer=letter_tokenizer(20),
-    )
-    with pytest.raises(InputError, match="made with another tokenizer"):
-        evaluate_bound(
-            EvaluateConfig(),
-            ClusterConfig(),
-            checkpoint=plain_run[1],
-            data=TokenData.open(other, split="heldout"),
-            progress=JobProgress(log.write),
-        )

@@ -58,7 +58,7 @@ def test_an_interrupted_training_ends_its_workers_and_leaves_ctrl_c_as_it_is(
 
     controller: Any = ray.remote(num_cpus=0)(Controller).remote()
     assert callable(TrainController.abort)
-    assert callable(TorchTrainer._register_sigint_handler)
+    assert callable(TorchTrainer._register_sigint_handler)  # type: ignore[attr-defined]
 
     def fit(trainer: Any) -> None:
         trainer._register_sigint_handler(controller)

@@ -642,9 +642,9 @@ def test_sections_that_go_together(overrides: list[str]) -> None:
 
 
 def test_builtin_models_are_those_that_can_be_built() -> None:
-    from tokendiff.models.opening import _BUILTIN_SIZES
+    from tokendiff.models.builtin import BUILTIN_SIZES
 
-    assert tuple(_BUILTIN_SIZES) == BUILTIN_MODELS
+    assert tuple(BUILTIN_SIZES) == BUILTIN_MODELS
 
 
 # Tagged unions.

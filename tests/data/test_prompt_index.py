@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -107,10 +108,24 @@ BAD_LINES = [
     ('{"prompt": "\\ud800"}', "not valid Unicode"),
     ("\ud800", "not UTF-8"),
     ('{"messages": [{"role": "user"}]}', 'needs the strings "role" and "content"'),
+    ("5", 'needs a field "prompt"'),
+    ('{"prompt": null}', 'needs a field "prompt"'),
+    *(
+        (f'{{"prompt": {value}}}', "must be a string")
+        for value in ("0", "1.5", "NaN", "true", "false", "[]", '["a"]', "{}", '{"a": 1}')
+    ),
+    *(
+        (f'{{"messages": {value}}}', "must be a list of at least one")
+        for value in ("5", "true", "NaN", '"hello"', "{}", '{"role": "user", "content": "a"}', "[]")
+    ),
+    *(
+        (f'{{"messages": [{value}]}}', 'needs the strings "role" and "content"')
+        for value in ("5", "null", '"a"', "[]", '{"role": 1, "content": "a"}', '{"content": "a"}')
+    ),
 ]
 
 
-@pytest.mark.parametrize(("line", "reason"), BAD_LINES, ids=[reason for _, reason in BAD_LINES])
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES, ids=[line[:40] for line, _ in BAD_LINES])
 def test_a_bad_line_is_an_error_in_its_place(tmp_path: Path, line: str, reason: str) -> None:
     good = '{"prompt": "good"}'
     path = write_lines(tmp_path / "a.jsonl", [good, line, good])
@@ -122,6 +137,37 @@ def test_a_bad_line_is_an_error_in_its_place(tmp_path: Path, line: str, reason: 
     assert str(rows[2].error).startswith(f"{path}:2")
     with pytest.raises(InputError, match=r":2: "):
         generation_rows(GenerateConfig(prompts=[path]))
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [5, 7],
+        [1.5, float("nan")],
+        [True, False],
+        [["a"], ["b"]],
+        [{"a": 1}, {"a": 2}],
+        [b"a", b"b"],
+    ],
+    ids=str,
+)
+def test_cells_that_are_no_texts_are_errors_in_their_place(
+    tmp_path: Path, cells: list[Any]
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for column, reason in (
+        ("prompt", '"prompt" must be a string, got'),
+        ("messages", '"messages" must be a list|needs the strings "role" and "content", got'),
+    ):
+        path = tmp_path / f"{column}.parquet"
+        pq.write_table(pa.table({column: cells}), path)
+        index = PromptIndex.of(GenerateConfig(prompts=[str(path)], num_samples=1))
+        rows = list(index.rows(0, 2))
+        assert [row.row.prompt for row in rows] == [None, None]
+        for number, row in enumerate(rows, start=1):
+            assert re.match(rf"{path}: row {number}: .*({reason})", str(row.error))
 
 
 def test_the_identity_changes_with_any_prompt(tmp_path: Path) -> None:

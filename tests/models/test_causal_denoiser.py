@@ -16,7 +16,8 @@ from tokendiff.diffusion.attention_masks import (
     positions_in_document,
 )
 from tokendiff.models.causal_denoiser import AttentionKernel, TransformersCausalDenoiser
-from tokendiff.models.denoiser import CAUSAL_TYPES, attend_without_window
+from tokendiff.models.denoiser import attend_without_window
+from tokendiff.models.families import CAUSAL_TYPES
 from tokendiff.models.tiled_attention import tiled_attention, tiles_of
 
 DOCUMENT = torch.tensor([[0] * 5 + [1] * (LENGTH - 5), [0] * (LENGTH - 2) + [-1] * 2])

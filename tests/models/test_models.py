@@ -21,7 +21,9 @@ from tokendiff.errors import InputError
 from tokendiff.models import denoiser as denoiser_module
 from tokendiff.models import diffusion_transformer as dit
 from tokendiff.models import opening as loading
-from tokendiff.models.denoiser import CAUSAL_TYPES, TransformersDenoiser, attend_both_ways
+from tokendiff.models.builtin import BUILTIN_PREFIX, builtin_config
+from tokendiff.models.denoiser import TransformersDenoiser, attend_both_ways
+from tokendiff.models.families import CAUSAL_TYPES
 
 MASKED_TYPES = (
     *("albert", "bert", "camembert", "distilbert", "electra", "modernbert", "roberta"),
@@ -383,9 +385,9 @@ def test_seed_decides_new_weights(name: str) -> None:
 def test_builtin_names_are_those_of_the_config() -> None:
     from tokendiff.config.train import BUILTIN_MODEL_PREFIX, BUILTIN_MODELS
 
-    assert loading.BUILTIN_PREFIX == BUILTIN_MODEL_PREFIX
+    assert BUILTIN_PREFIX == BUILTIN_MODEL_PREFIX
     for name in BUILTIN_MODELS:
-        config = loading.builtin_config(
+        config = builtin_config(
             name, vocab_size=16, max_length=LENGTH, tokenizer=letter_tokenizer()
         )
         family = {"tokendiff_dit": "dit", "modernbert": "bert"}

@@ -24,7 +24,7 @@ from pipelines.schedule import Selection
 from pipelines.stage import Stage
 from tests.builders import letter_tokenizer, random_rows, token_folder
 from tests.models.test_completion import block_checkpoint
-from tokendiff.artifacts.checkpoint import checkpoint_identity
+from tokendiff.artifacts.identity import checkpoint_identity
 from tokendiff.artifacts.locations import Location, RemotePath
 from tokendiff.artifacts.manifest import commit
 from tokendiff.config.generate import GenerateConfig

@@ -20,7 +20,8 @@ from pipelines.registered import PinnedModels
 from pipelines.runner import plan
 from pipelines.stage import Stage
 from tests import ROOT
-from tokendiff.artifacts.checkpoint import checkpoint_identity, open_checkpoint
+from tokendiff.artifacts.checkpoint import open_checkpoint
+from tokendiff.artifacts.identity import checkpoint_identity
 from tokendiff.artifacts.locations import RemotePath, files_under, mirror_of, size_of
 from tokendiff.artifacts.manifest import commit, verify
 from tokendiff.cluster.session import check_seen_by_all

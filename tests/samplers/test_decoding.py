@@ -14,8 +14,8 @@ from tests.builders import letter_tokenizer, tiny_causal
 from tokendiff.diffusion.attention_masks import block_causal_by_position, causal_by_position
 from tokendiff.diffusion.interfaces import Completion, Request
 from tokendiff.errors import InputError
-from tokendiff.models.causal import (
-    CausalModel,
+from tokendiff.models.causal import CausalModel
+from tokendiff.models.decoding import (
     check_decoding,
     find_mask_token,
     find_stop_tokens,

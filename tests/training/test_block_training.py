@@ -24,8 +24,9 @@ from tokendiff.data.rows import TokenData
 from tokendiff.errors import InputError
 from tokendiff.evaluation.evaluator import Evaluator
 from tokendiff.models.adapters import add_adapters, load_adapters, merged_model
+from tokendiff.models.builtin import builtin_config
 from tokendiff.models.checkpoints import load_for_inference
-from tokendiff.models.opening import builtin_config, load_causal_denoiser
+from tokendiff.models.opening import load_causal_denoiser
 from tokendiff.models.sampling import build_sampler
 from tokendiff.training.run import TrainingRun, train_in_process
 from tokendiff.training.world import World

@@ -12,16 +12,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
-from tests.builders import letter_tokenizer, random_rows, token_folder
+from tests.builders import letter_tokenizer, random_rows, tiny_causal, token_folder
 from tests.training.distributed import run_distributed
 from tests.training.test_training import run
 from tokendiff.artifacts.checkpoint import open_checkpoint
-from tokendiff.artifacts.manifest import verify
+from tokendiff.artifacts.manifest import load_manifest, verify
 from tokendiff.artifacts.noise_process import NoiseProcess, objective_of
 from tokendiff.config.cluster import ClusterConfig
 from tokendiff.config.evaluate import EvaluateConfig
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
+from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.diffusion.interfaces import TokenBatch
 from tokendiff.errors import InputError
 from tokendiff.evaluation.draft_acceptance import DraftEvaluator, acceptance_figures
@@ -29,8 +30,9 @@ from tokendiff.evaluation.evaluator import evaluation_rows
 from tokendiff.evaluation.paired import read_rows
 from tokendiff.models.checkpoints import load_autoregressive
 from tokendiff.models.dflash.model import DFlashDraftModel
+from tokendiff.models.dflash.planning import plan_draft
 from tokendiff.objectives.autoregressive import row_nats
-from tokendiff.training.run import check_inputs
+from tokendiff.training.inputs import check_inputs
 
 LENGTH = 16
 DRAFT = {"name": "dflash", "num_anchors": 3, "block_size": 4, "draft_num_layers": 2}
@@ -285,7 +287,7 @@ def test_ar_checkpoints_open_as_causal_models_and_have_no_noise(
         ),
         ({"target_model_id": "T", "objective": {**DRAFT, "mask_token_id": 20}}, "id 20.*frozen"),
         ({"target_model_id": "T", "draft_model_id": "T"}, "no DFlash draft"),
-        ({"target_model_id": "short"}, "takes at most 8 tokens; the rows have 16"),
+        ({"target_model_id": "short"}, "takes at most 8 tokens; max_length is 16"),
         ({"target_model_id": "other"}, "not made with the tokenizer of target_model_id"),
     ],
 )
@@ -303,6 +305,89 @@ def test_bad_input_is_named_before_a_weight_is_read(
         objective = "dflash"
     with pytest.raises(InputError, match=message):
         check_inputs(config(objective, **places), data)
+
+
+# A target without a mask token.
+
+
+def bare_target(folder: Path, num_embeddings: int) -> tuple[str, Any]:
+    """A target of 19 tokens, none of them a mask, and the tokenizer that jobs.preprocess makes."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {
+        token: index for index, token in enumerate(["[END]", "[UNK]", *"abcdefghijklmno"])
+    }
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    own = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[END]", unk_token="[UNK]")
+    own.add_tokens(["<repo>", "<file>"], special_tokens=True)
+    own.save_pretrained(folder)
+    model = tiny_causal(vocab_size=num_embeddings, num_hidden_layers=6, eos_token_id=0)
+    model.float().save_pretrained(folder)
+    tokenizer, notes = build_tokenizer(str(folder), documents=(), vocab_size=400)
+    assert notes == ["the tokenizer has no mask token; added [MASK] as id 19"]
+    return str(folder), tokenizer
+
+
+@pytest.mark.parametrize(
+    ("num_embeddings", "mask", "says"),
+    [
+        (24, 19, None),  # padded: what jobs.preprocess added has a row
+        (19, 17, "no mask token: id 17 (<repo>), a special token that has no part to play"),
+        (18, 17, "no mask token: id 17 (<repo>), a special token that has no part to play"),
+    ],
+)
+def test_a_draft_of_a_target_without_a_mask_token_trains(
+    num_embeddings: int, mask: int, says: str | None, tmp_path: Path
+) -> None:
+    name, tokenizer = bare_target(tmp_path / "target", num_embeddings)
+    rows = [[2 + token % 12 for token in row] for row in random_rows(16, LENGTH)]
+    folder = token_folder(tmp_path / "data", files=[rows], max_length=LENGTH, tokenizer=tokenizer)
+    data = TokenData.open(folder, split="train")
+    cfg = config(DRAFT, target_model_id=name, max_train_steps=2)
+    check_inputs(cfg, data)
+    losses, events = run(cfg, data, tmp_path / "run")
+    assert all(np.isfinite(loss) for loss in losses.values())
+    said = [event["message"] for event in events if event["event"] == "warning"]
+    assert len(said) == (says is not None)
+    assert all(str(says) in message for message in said)
+    final = open_checkpoint(tmp_path / "run/final")
+    fields = json.loads((final / "config.json").read_text())
+    assert fields["dflash_config"]["mask_token_id"] == mask
+    token = tokenizer.convert_ids_to_tokens(mask)
+    recorded = load_manifest(final).metadata["mask"]
+    assert recorded == {"mask_token_id": mask, "token": token}
+    _, events = run(cfg.model_copy(update={"max_train_steps": 3}), data, tmp_path / "run")
+    assert not [event for event in events if event["event"] == "warning"], "it is known by now"
+
+
+def test_an_id_that_was_asked_for_is_the_mask(tmp_path: Path) -> None:
+    name, tokenizer = bare_target(tmp_path, 19)
+    asked = config({**DRAFT, "mask_token_id": 5}, target_model_id=name)
+    plan = plan_draft(asked, tokenizer=tokenizer, max_length=LENGTH)
+    assert (plan.draft.mask_token_id, plan.notes) == (5, ())
+
+
+def test_rows_with_tokens_that_a_frozen_target_has_no_embedding_for_are_refused(
+    tmp_path: Path,
+) -> None:
+    """A text may hold what is written like the mask token that was added."""
+    name, tokenizer = bare_target(tmp_path / "target", 19)
+    rows = [tokenizer("abcdefgh[MASK]")["input_ids"] for _ in range(4)]
+    assert rows[0][-1] == 19
+    for split, train_rows, heldout in (("train", rows, []), ("heldout", [[3] * 9] * 4, rows)):
+        folder = token_folder(
+            tmp_path / split,
+            files=[train_rows],
+            heldout=heldout,
+            max_length=9,
+            tokenizer=tokenizer,
+        )
+        data = TokenData.open(folder, split="train")
+        assert data.highest_token() == 19
+        with pytest.raises(InputError, match=r"up to id 19 \(\[MASK\]\), but .* has 19 embeddings"):
+            check_inputs(config(DRAFT, target_model_id=name), data)
 
 
 # What jobs.evaluate says of such checkpoints.

@@ -13,11 +13,11 @@ import torch
 from tests.builders import letter_tokenizer, random_rows, token_folder
 from tests.training.distributed import Losses, run_distributed
 from tokendiff.artifacts.checkpoint import (
-    checkpoint_identity,
     committed_checkpoints,
     newest_sound_checkpoint,
     open_checkpoint,
 )
+from tokendiff.artifacts.identity import checkpoint_identity
 from tokendiff.artifacts.manifest import verify
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.config.generate import GenerateConfig
@@ -29,8 +29,8 @@ from tokendiff.diffusion.kernels import HybridKernel, UniformKernel
 from tokendiff.diffusion.schedules import Cosine
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.models.checkpoints import load_for_inference
-from tokendiff.models.opening import check_vocabulary
 from tokendiff.models.sampling import SamplingModel
+from tokendiff.models.vocabulary import check_vocabulary
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
 from tokendiff.training.run import TrainingRun, train_in_process
 from tokendiff.training.world import World

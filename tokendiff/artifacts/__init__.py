@@ -2,7 +2,9 @@
 
 For other rooms:
     locations         folders and files, here or behind URIs
-    manifest          a folder counts once its MANIFEST.json stands in it; identities of content
+    manifest          a folder counts once its MANIFEST.json stands in it
+    identity          what changes when the content of a file, a folder or a model does
+    model_folders     which folder a model's name stands for, and what its config says
     checkpoint        the folders of a training run: named, saved, found again, removed
     noise_process     scheduler_config.json: the noise that a model was trained under
 """

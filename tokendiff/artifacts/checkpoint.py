@@ -28,14 +28,12 @@ from tokendiff.artifacts.manifest import (
     MANIFEST_NAME,
     commit,
     fetch,
-    file_identity,
-    fingerprint,
     is_committed,
     load_manifest,
     publish,
     verify,
 )
-from tokendiff.artifacts.noise_process import SCHEDULER_CONFIG
+from tokendiff.artifacts.model_folders import is_foreign
 from tokendiff.errors import CorruptFileError, InputError
 
 KIND = "checkpoint"
@@ -131,37 +129,24 @@ def remove_old_checkpoints(output_dir: Location, *, newest: int, keep: int) -> N
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-def open_checkpoint(checkpoint_path: str | Location) -> Path:
+def open_checkpoint(checkpoint_path: str | Location, *, hashes: bool = True) -> Path:
     """The verified folder behind `checkpoint_path`: a checkpoint, or an output_dir (its final/ or
     newest one). A remote one is copied to this machine.
+
+    Args:
+        hashes: False verifies presence and size of a local one's files only, not their content.
 
     Raises:
         InputError: nothing is there.
         CorruptFileError: a file does not match the manifest.
     """
-    return fetch(find_checkpoint(checkpoint_path))
+    return fetch(find_checkpoint(checkpoint_path, hashes=hashes))
 
 
-def find_checkpoint(checkpoint_path: str | Location) -> Location:
+def find_checkpoint(checkpoint_path: str | Location, *, hashes: bool = True) -> Location:
     """What `open_checkpoint` opens, where it is: for another machine to open.
 
     A local one is verified, a remote one when it is copied.
-    """
-    folder = locate_checkpoint(checkpoint_path)
-    if isinstance(folder, Path) and is_foreign(folder):
-        return folder
-    if isinstance(folder, Path):
-        verify(folder, kind=KIND)
-    else:
-        load_manifest(folder, kind=KIND)
-    return folder
-
-
-def locate_checkpoint(checkpoint_path: str | Location) -> Location:
-    """What `find_checkpoint` finds, of which nothing is verified.
-
-    Raises:
-        InputError: nothing is there.
     """
     folder = location(checkpoint_path)
     if isinstance(folder, Path):
@@ -180,22 +165,8 @@ def locate_checkpoint(checkpoint_path: str | Location) -> Location:
                 "MANIFEST.json)"
             )
         folder = inner[-1]
+    if isinstance(folder, Path):
+        verify(folder, kind=KIND, hashes=hashes)
+    else:
+        load_manifest(folder, kind=KIND)
     return folder
-
-
-def is_foreign(folder: Path) -> bool:
-    """Whether the published scripts made this checkpoint: a model beside a scheduler_config.json
-    that names no objective, and no manifest. There is nothing to verify it by.
-    """
-    path = folder / SCHEDULER_CONFIG
-    if is_committed(folder) or not path.is_file() or not (folder / "config.json").is_file():
-        return False
-    return '"objective"' not in path.read_text()
-
-
-def checkpoint_identity(folder: Location) -> str:
-    """A digest of the content of a checkpoint that was found or opened."""
-    if isinstance(folder, Path) and is_foreign(folder):
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        return fingerprint([[path.name, file_identity(path)] for path in files])
-    return fingerprint(load_manifest(folder).files)

@@ -15,20 +15,15 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from tokendiff.artifacts.locations import (
     Location,
-    changed_ns,
     files_under,
-    is_uri,
     local_folder,
-    location,
     open_binary,
     remove,
-    size_of,
     upload,
 )
 from tokendiff.errors import CorruptFileError, InputError
@@ -37,7 +32,6 @@ MANIFEST_NAME = "MANIFEST.json"
 # A run's own log and tracking state, which go on being written after the result is committed.
 RECORD_FOLDER = "run"
 _READ_BYTES = 1 << 20
-_HASHED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,42 +59,6 @@ def fingerprint(value: Any) -> str:
     """Hex sha256 of a JSON value, the same for equal values whatever the order of their keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_identity(path: Location) -> list[Any]:
-    """What changes when a file's content does: name, size, and sha256, or time of change if it is
-    large or remote.
-
-    The sha256 stays the same when a file is copied, as it is with every job that is submitted; a
-    corpus that is too large for that is too large to be hashed at every start as well.
-    """
-    return [path.name, *content_identity(path)]
-
-
-def content_identity(path: Location) -> list[Any]:
-    """`file_identity` without the name: the same for a file that was moved."""
-    size, changed = size_of(path), changed_ns(path)
-    if size <= _HASHED_BYTES and isinstance(path, Path):
-        return [size, _remembered_sha256(path, size, changed)]
-    return [size, changed]
-
-
-@lru_cache(maxsize=1 << 16)
-def _remembered_sha256(path: Path, size: int, changed: int) -> str:
-    return sha256_of(path)
-
-
-def identity_of(*names: str | None) -> list[Any]:
-    """The content of whatever among `names` is on this machine: changed text is another input."""
-    found: list[Any] = []
-    for name in names:
-        path = location(name) if name else None
-        if path is not None and is_committed(path):
-            found.append(fingerprint(load_manifest(path).files))
-        elif path is not None and path.exists():
-            files = [path] if path.is_file() else [path / name for name in files_under(path)]
-            found.append([file_identity(file) for file in files])
-    return found
 
 
 def write_atomically(path: Location, data: bytes) -> None:
@@ -286,24 +244,3 @@ def fetch(folder: Location, *, under: str = "") -> Path:
     if not under and not is_committed(copy):
         write_atomically(copy / MANIFEST_NAME, (folder / MANIFEST_NAME).read_bytes())
     return copy
-
-
-def local_model(name: str) -> str:
-    """A model or tokenizer as transformers takes it: the name, or a copy of what a URI names.
-
-    Raises:
-        InputError: nothing was committed there.
-    """
-    if not is_uri(name):
-        return name
-    folder = location(name)
-    if isinstance(folder, Path):
-        return str(folder)
-    if is_committed(folder):
-        return str(fetch(folder))
-    if is_committed(folder.parent):  # the tokenizer/ of token shards
-        return str(fetch(folder.parent, under=f"{folder.name}/") / folder.name)
-    raise InputError(
-        f"{name}: no checkpoint and no tokenizer of ours there (no MANIFEST.json); copy another "
-        "model to a folder that every node sees"
-    )

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tokendiff.artifacts.manifest import is_committed, load_manifest
+from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG, longest_row, read_config
 from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
 from tokendiff.diffusion.schedules import make_schedule
 from tokendiff.errors import InputError
-
-SCHEDULER_CONFIG = "scheduler_config.json"
 
 _NO_CONFIG = f"no {SCHEDULER_CONFIG}; checkpoint_path must be a checkpoint-N or final folder"
 _WITHOUT_NOISE: dict[str | None, str] = {
@@ -200,7 +199,7 @@ class NoiseProcess:
         known |= {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
         try:
             if "max_length" not in known:
-                known["max_length"] = _trained_length(folder)
+                known["max_length"] = _longest_row(folder)
             _check_types(known)
             return cls(**known)
         except InputError as error:
@@ -220,27 +219,14 @@ def _check_types(fields: dict[str, Any]) -> None:
             raise InputError(f"{name} must be of type {wanted.__name__}, got {value!r}")
 
 
-def _trained_length(folder: Path) -> int:
-    """What stands for the length of the training rows where it is not recorded."""
-    longest = longest_row(folder)
+def _longest_row(folder: Path) -> int:
+    """The most tokens that the model in a folder takes."""
+    longest = longest_row(read_config(folder))
     if longest is None:
         raise InputError(
             "max_length is missing, and config.json has no max_position_embeddings; add max_length"
         )
     return longest
-
-
-def longest_row(folder: Path) -> int | None:
-    """The most tokens that the model in a folder has positions for; None where its config sets no
-    limit.
-    """
-    config = json.loads((folder / "config.json").read_text())
-    longest = config.get("max_position_embeddings", config.get("n_positions"))
-    if not isinstance(longest, int):
-        return None
-    # RoBERTa's positions start behind the padding id.
-    is_roberta = config.get("model_type") in ("roberta", "xlm-roberta", "camembert")
-    return longest - (config.get("pad_token_id") or 1) - 1 if is_roberta else longest
 
 
 def objective_of(folder: Path) -> str | None:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +13,6 @@ import ray
 import ray.data
 
 import tokendiff
-from tokendiff.artifacts.checkpoint import checkpoint_identity, find_checkpoint, is_foreign
 from tokendiff.artifacts.locations import Location, location
 from tokendiff.artifacts.manifest import (
     MANIFEST_NAME,
@@ -27,7 +25,8 @@ from tokendiff.artifacts.manifest import (
     load_manifest,
     write_atomically,
 )
-from tokendiff.artifacts.noise_process import NoiseProcess, objective_of
+from tokendiff.artifacts.model_folders import is_draft_folder
+from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.cluster.console import without_restart_warning
 from tokendiff.cluster.progress import JobProgress, Reporter
 from tokendiff.cluster.session import (
@@ -39,27 +38,23 @@ from tokendiff.cluster.session import (
 from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.samplers import AncestralConfig
 from tokendiff.data.prompts import GenerationRow
-from tokendiff.data.rows import TokenData, check_rows_to_judge
+from tokendiff.data.rows import TokenData
 from tokendiff.data.samples import num_new_tokens, read_samples
 from tokendiff.diffusion.interfaces import OnProgress
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.evaluation.acceptance import accepted_by_row
 from tokendiff.evaluation.bound import Bound, summarize
-from tokendiff.evaluation.draft_acceptance import (
-    DraftEvaluator,
-    acceptance_figures,
-    plan_of_checkpoint,
-)
+from tokendiff.evaluation.draft_acceptance import DraftEvaluator, acceptance_figures
 from tokendiff.evaluation.evaluator import Evaluator, evaluation_rows
 from tokendiff.evaluation.generation_metrics import (
     cost_metrics,
     generation_metrics,
     unigram_entropy_nats,
 )
+from tokendiff.evaluation.inputs import EvaluationInputs
 from tokendiff.evaluation.paired import ROW_ID, ROWS, SAMPLED_ROWS, write_rows
 from tokendiff.evaluation.report import write_report
 from tokendiff.evaluation.summary import make_report
-from tokendiff.models.dflash.model import is_draft_folder
 from tokendiff.training.trainer import OnEvent
 from tokendiff.verification.certificate import CERTIFICATE, Check, counts, tables, write_certificate
 
@@ -134,7 +129,6 @@ def judge_rows(
 
     A row's noise is keyed by its id, so the figures do not depend on the number of actors.
     """
-    check_same_tokenizer(fetch(checkpoint), data)
     groups, rows = evaluation_rows(data, seed=config.seed, max_rows=config.max_eval_rows)
     places = np.stack([groups, rows], axis=1)
     items = [
@@ -285,66 +279,6 @@ def rows_identity(config: "EvaluateConfig", data: TokenData) -> str:
     return fingerprint([data.fingerprint, *fields])
 
 
-def check_same_tokenizer(checkpoint: Path, data: TokenData) -> None:
-    """Ids mean the same to the checkpoint and to the data."""
-    name = "tokenizer.json"
-    ours, theirs = checkpoint / name, data.tokenizer_path / name
-    if ours.is_file() and theirs.is_file():
-        vocabularies = [
-            json.loads(path.read_text())["model"].get("vocab") for path in (ours, theirs)
-        ]
-        if vocabularies[0] != vocabularies[1]:
-            raise InputError(
-                f"data_path {data.folder} was made with another tokenizer than checkpoint "
-                f"{checkpoint}; "
-                "preprocess the text with the checkpoint's tokenizer (tokenizer_name_or_path)"
-            )
-
-
-def _samples_of(checkpoint: Path, folder: Location) -> list[dict[str, Any]]:
-    records = read_samples(folder)
-    metadata = load_manifest(folder).metadata
-    if metadata["checkpoint_files"] != checkpoint_identity(checkpoint):
-        raise InputError(
-            f"samples_path {folder} holds samples of {metadata['checkpoint']}, not of "
-            f"{checkpoint}; sample from the checkpoint that is evaluated"
-        )
-    return records
-
-
-def _process_of(config: "EvaluateConfig", checkpoint: Path) -> NoiseProcess | None:
-    """The noise process of a checkpoint, if it has any, after a look at what goes with it.
-
-    Raises:
-        InputError: the config asks for what such a checkpoint does not have, or a draft does not
-            fit its target.
-    """
-    is_draft = is_draft_folder(checkpoint)
-    if is_draft:
-        plan_of_checkpoint(checkpoint, config.target_model_id)
-    elif config.target_model_id is not None:
-        raise InputError(
-            f"target_model_id {config.target_model_id!r} goes with a DFlash draft, which "
-            f"checkpoint_path {checkpoint} is not; remove it"
-        )
-    if not is_draft and objective_of(checkpoint) != "ar":
-        return NoiseProcess.load(checkpoint)
-    if config.verify:
-        raise InputError(
-            f"verify proves a noise process, and checkpoint_path {checkpoint} has none; remove it"
-        )
-    return None
-
-
-def _trained_on(checkpoint: Path) -> str:
-    if is_foreign(checkpoint):
-        raise InputError(
-            f"checkpoint_path {checkpoint} does not say what it was trained on; give data_path, "
-            "a folder that jobs.preprocess wrote with its tokenizer"
-        )
-    return str(load_manifest(checkpoint).metadata["data_path"])
-
-
 def _generated(record: Mapping[str, Any]) -> list[int]:
     """The tokens that the model chose: in the gaps of the prompt, and behind it."""
     tokens = record["tokens"]
@@ -426,19 +360,18 @@ def evaluate(
     Raises:
         InputError: a path does not hold what it should, or the data has another tokenizer.
     """
-    source = find_checkpoint(checkpoint_path)
-    checkpoint = fetch(source)
-    process = _process_of(config, checkpoint)
-    data = TokenData.open(data_path or _trained_on(checkpoint), split=config.split)
-    check_rows_to_judge(data.folder, data.split)
-    samples = [] if samples_path is None else _samples_of(checkpoint, location(samples_path))
+    inputs = EvaluationInputs.open(
+        config, checkpoint_path=checkpoint_path, data_path=data_path, samples_path=samples_path
+    )
+    source, process, data = inputs.source, inputs.process, inputs.data
+    samples = [] if samples_path is None else read_samples(location(samples_path))
     mark = claim_folder(output_dir, kind=KIND)
     for left_over in (MANIFEST_NAME, CERTIFICATE, SAMPLED_ROWS):  # of an earlier evaluation
         (output_dir / left_over).unlink(missing_ok=True)
 
     bound: Bound | None = None
     with JobProgress(on_event) as progress:
-        if is_draft_folder(checkpoint):
+        if inputs.is_draft:
             judged = judge_rows(config, cluster, checkpoint=source, data=data, progress=progress)
             blocks = judged["blocks"]
             rows = {ROW_ID: judged[ROW_ID], **accepted_by_row(blocks)}
@@ -467,7 +400,7 @@ def evaluate(
             trace = trace_sample(config, cluster, checkpoint=source, progress=progress)
         checks: list[Check] = []
         if config.verify:
-            assert process is not None, "_process_of sees to it"
+            assert process is not None, "EvaluationInputs sees to it"
             checks = verify(
                 cluster, checkpoint=source, data=data, process=process, progress=progress
             )

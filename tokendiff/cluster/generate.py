@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import ray.data
 
-from tokendiff.artifacts.checkpoint import checkpoint_identity, find_checkpoint
-from tokendiff.artifacts.locations import Location, files_under, location
+from tokendiff.artifacts.checkpoint import find_checkpoint
+from tokendiff.artifacts.identity import checkpoint_identity, model_identity
+from tokendiff.artifacts.locations import Location, files_under
 from tokendiff.artifacts.manifest import (
     Manifest,
     claim_folder,
@@ -47,8 +48,8 @@ from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.samples import KIND, num_new_tokens, read_part, write_part
 from tokendiff.errors import InputError
 from tokendiff.evaluation.acceptance import acceptance_metrics, speedup_metrics
-from tokendiff.models.causal import causal_identity
-from tokendiff.models.completion import CompletionModel, CompletionSetup
+from tokendiff.models.completion import CompletionModel
+from tokendiff.models.requests import RowCheck, check_given, check_source, make_check
 from tokendiff.models.sampling import PromptCheck, SamplingModel
 from tokendiff.training.trainer import OnEvent
 
@@ -177,17 +178,15 @@ def generate(
         InputError: no such checkpoint, model or prompt file; a prompt of the command line does not
             fit; more than `max_errors` of the files' do not; or output_dir holds other samples.
     """
-    model_id = config.target_model_id or config.model_id
-    if (checkpoint_path is None) == (model_id is None):
-        raise InputError("give either a checkpoint_path or a model_id to sample from")
+    check_source(config, checkpoint_path)
     found = None if checkpoint_path is None else find_checkpoint(checkpoint_path)
     checkpoint = None if found is None else fetch(found)
     check = make_check(checkpoint, config)
     index = PromptIndex.of(config)
-    _check_given(index, check)
+    check_given(index.given, check)
     source, source_files = _source(checkpoint, config)
     rows = index.identity()
-    target = config.target_model_id and causal_identity(config.target_model_id)
+    target = config.target_model_id and model_identity(config.target_model_id, by_manifest=False)
     identity = fingerprint(
         {
             "config": config.result_fields(),
@@ -249,9 +248,7 @@ def _source(checkpoint: Path | None, config: "GenerateConfig") -> tuple[str, Any
         return str(checkpoint), checkpoint_identity(checkpoint)
     name = config.draft_model_id or config.model_id
     assert name is not None, "CompletionSetup sees to it"
-    folder = location(name)
-    is_ours = is_committed(folder)  # a draft that we trained, which jobs.evaluate opens
-    return name, checkpoint_identity(folder) if is_ours else causal_identity(name)
+    return name, model_identity(name)  # of a draft that we trained, that of its checkpoint
 
 
 def _draft_figures(
@@ -335,7 +332,7 @@ class _Totals:
 
 
 def usable_rows(
-    index: PromptIndex, first: int, stop: int, *, check: "PromptCheck | CompletionSetup"
+    index: PromptIndex, first: int, stop: int, *, check: RowCheck
 ) -> tuple[list[GenerationRow], list[dict[str, Any]]]:
     """Rows first..stop-1 that can be sampled, and a record of each prompt that cannot, once for all
     its rows.
@@ -351,32 +348,12 @@ def usable_rows(
     return rows, errors
 
 
-def _problem_of(item: IndexedRow, check: "PromptCheck | CompletionSetup") -> InputError | None:
+def _problem_of(item: IndexedRow, check: RowCheck) -> InputError | None:
     try:
         check.request(item.row)
     except InputError as error:
         return error
     return None
-
-
-def make_check(
-    checkpoint: Path | None, config: "GenerateConfig"
-) -> "PromptCheck | CompletionSetup":
-    """What says of a row whether it can be sampled, by its `request`.
-
-    Raises:
-        InputError: sampler, checkpoint and lengths do not go together.
-    """
-    if config.is_open_ended:
-        return CompletionSetup.of(config, checkpoint)
-    assert checkpoint is not None, "GenerateConfig sees to it"
-    return PromptCheck.of(checkpoint, config)
-
-
-def _check_given(index: PromptIndex, check: "PromptCheck | CompletionSetup") -> None:
-    """Prompts of the command line are few, and typed by someone who waits."""
-    for number, prompt in enumerate(index.given):
-        check.request(GenerationRow(id=number, prompt=prompt))
 
 
 def _claim(output_dir: Location, identity: str) -> Location:

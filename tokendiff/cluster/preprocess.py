@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokendiff.artifacts.identity import file_identity
 from tokendiff.artifacts.locations import Location, files_under, location, remove, upload
 from tokendiff.artifacts.manifest import (
     Manifest,
     claim_folder,
     commit,
-    file_identity,
     fingerprint,
     is_committed,
     verify,

@@ -32,9 +32,9 @@ from tokendiff.cluster.stopping import (
 )
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.training.inputs import check_inputs
 from tokendiff.training.run import (
     TrainingRun,
-    check_inputs,
     check_same_run,
     finished_run,
     step_plan,

@@ -241,7 +241,7 @@ class DFlashConfig(_NoiselessConfig):
         None,
         ge=0,
         description="id of the target's embedding that stands for what a new draft is to fill in; "
-        "by default the tokenizer's mask token",
+        "by default the tokenizer's mask token, else a reserved or unused one",
     )
     use_target_hidden_states: bool = Field(
         True,

@@ -117,20 +117,21 @@ def prompt_of_record(record: Any, place: str) -> Prompt:
     if messages is not None:
         return _checked_messages(messages, place)
     if not isinstance(prompt, str):
-        raise InputError(f'{place}: "prompt" must be a string, got {prompt!r}')
+        raise InputError(f'{place}: "prompt" must be a string, got {prompt!r:.80}')
     _check_unicode(prompt, place)
     return prompt
 
 
 def _checked_messages(messages: Any, place: str) -> list[Message]:
     if not isinstance(messages, list) or not messages:
-        raise InputError(f'{place}: "messages" must be a list of at least one, got {messages!r}')
+        shown = f"{messages!r:.80}"
+        raise InputError(f'{place}: "messages" must be a list of at least one, got {shown}')
     for number, message in enumerate(messages):
         for name in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(name), str):
                 raise InputError(
                     f'{place}: messages[{number}] needs the strings "role" and "content", got '
-                    f"{message!r}"
+                    f"{message!r:.80}"
                 )
             _check_unicode(message[name], place)
     # Parquet fills up fields that a message does not have.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tokendiff.artifacts.locations import Location, local_copy, location
+from tokendiff.artifacts.locations import Location, local_copy, location, open_binary
 from tokendiff.artifacts.manifest import Manifest, fetch, fingerprint, load_manifest, verify
 from tokendiff.data.order import RowOrder
 from tokendiff.diffusion.interfaces import Figures
@@ -154,6 +154,25 @@ class TokenData:
     def fingerprint(self) -> str:
         """Changes where any token of any shard does."""
         return fingerprint({name: entry["sha256"] for name, entry in self.manifest.files.items()})
+
+    def highest_token(self) -> int | None:
+        """The largest token id in the rows of all splits, by the statistics in the shards' footers;
+        no row is read. None where a shard has none.
+        """
+        import pyarrow.parquet as pq
+
+        highest = -1
+        for split in self.manifest.metadata["splits"].values():
+            for name in (file["path"] for file in split.get("files", [])):
+                with open_binary(self.folder / name) as file:
+                    footer = pq.read_metadata(file)
+                for group in range(footer.num_row_groups):
+                    columns = map(footer.row_group(group).column, range(footer.num_columns))
+                    column = next(c for c in columns if c.path_in_schema.startswith("tokens."))
+                    if column.statistics is None or not column.statistics.has_min_max:
+                        return None
+                    highest = max(highest, column.statistics.max)
+        return highest
 
     def read_group(self, group: int) -> TokenRows:
         """All rows of one row group, in order."""

@@ -4,7 +4,7 @@ as a source of text to train on.
 
 import glob
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def write_part(path: Location, records: list[dict[str, Any]]) -> None:
     write_atomically(path, sink.getvalue().to_pybytes())
 
 
-def num_new_tokens(record: dict[str, Any]) -> int:
+def num_new_tokens(record: Mapping[str, Any]) -> int:
     """Tokens of a record that were not given."""
     return len(record["tokens"]) - record["num_prompt_tokens"] + len(record["gaps"])
 
@@ -60,7 +60,7 @@ def read_samples(folder: Location) -> list[dict[str, Any]]:
         InputError: nothing was committed there.
         CorruptFileError: a part does not match the manifest.
     """
-    manifest = _verified(folder)
+    manifest = verified(folder)
     return [record for name in part_names(manifest) for record in read_part(folder / name)]
 
 
@@ -128,14 +128,23 @@ def sample_pieces(folder: Location) -> Iterator[Piece]:
         InputError: nothing was committed there.
         CorruptFileError: a part does not match the manifest.
     """
-    for name in part_names(_verified(folder)):
+    for name in part_names(verified(folder)):
         path = folder / name
         yield Piece(path=str(path), start=0, stop=1, num_bytes=size_of(path))
 
 
-def _verified(folder: Location) -> Manifest:
+def verified(folder: Location, *, hashes: bool = True) -> Manifest:
+    """The manifest of a samples folder, whose files are as it says.
+
+    Args:
+        hashes: False looks at presence and size only.
+
+    Raises:
+        InputError: nothing was committed there.
+        CorruptFileError: a part does not match the manifest.
+    """
     try:
-        return verify(folder, kind=KIND)
+        return verify(folder, kind=KIND, hashes=hashes)
     except FileNotFoundError as error:
         raise InputError(
             f"{folder}: no committed samples there (no MANIFEST.json); run jobs.generate"

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tokendiff.artifacts.identity import content_identity
 from tokendiff.artifacts.locations import location
-from tokendiff.artifacts.manifest import content_identity
 from tokendiff.data import files, hub
 from tokendiff.data.partition import Partition, Piece, even_pieces, group_pieces
 from tokendiff.data.samples import find_sample_folders, read_part, sample_pieces

@@ -3,18 +3,19 @@
 Whatever the tokenizer, what comes out has a mask, an EOS and a padding token.
 """
 
-import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokendiff.artifacts.manifest import local_model
-from tokendiff.errors import InputError
+from tokendiff.artifacts.model_folders import local_model
+from tokendiff.errors import InputError, input_errors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 PAD, MASK, EOS = "[PAD]", "[MASK]", "[EOS]"
+_REMEDY = "give bytes, bpe, a hub name, or a folder that holds a tokenizer"
 
 
 def build_tokenizer(
@@ -41,15 +42,56 @@ def build_tokenizer(
         if len(tokenizer) < vocab_size:
             return tokenizer, [f"bpe found {len(tokenizer)} tokens of the vocab_size {vocab_size}"]
         return tokenizer, []
-    tokenizer = _pretrained(name_or_path)
+    tokenizer = open_tokenizer(name_or_path, field="tokenizer_name_or_path", remedy=_REMEDY)
     notes = _add_missing_tokens(tokenizer)
+    _check_gaps(tokenizer, name_or_path)
+    return tokenizer, notes
+
+
+def check_tokenizer(name_or_path: str) -> None:
+    """Raise InputError where `build_tokenizer` would, but for what depends on the documents."""
+    if name_or_path not in ("bytes", "bpe"):
+        build_tokenizer(name_or_path, documents=(), vocab_size=0)
+
+
+def _check_gaps(tokenizer: "PreTrainedTokenizerBase", name_or_path: str) -> None:
     highest = max(tokenizer.get_vocab().values())
     if highest >= len(tokenizer):
         raise InputError(
             f"tokenizer_name_or_path {name_or_path!r}: has {len(tokenizer)} tokens, but ids up to "
             f"{highest}; a vocabulary with gaps cannot be used"
         )
-    return tokenizer, notes
+
+
+def open_tokenizer(
+    name: str | Path,
+    *,
+    field: str,
+    remedy: str = "save it beside the model",
+    trust_remote_code: bool = False,
+) -> Any:
+    """The tokenizer of transformers that a name stands for: of the hub, a folder, or one of ours
+    behind a URI.
+
+    Args:
+        field: of the config that gave the name.
+        remedy: what to do where there is none.
+        trust_remote_code: run code that comes with it.
+
+    Raises:
+        InputError: there is none, or transformers cannot read it.
+    """
+    from transformers import AutoTokenizer
+
+    place = f"{field} {str(name)!r}"
+    with input_errors(f"{place}: no tokenizer can be opened there", remedy):
+        tokenizer = AutoTokenizer.from_pretrained(
+            local_model(str(name)), trust_remote_code=trust_remote_code
+        )
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # transformers makes an empty tokenizer up where the folder has no files of one.
+        raise InputError(f"{place} holds no tokenizer; {remedy}")
+    return tokenizer
 
 
 def _byte_tokenizer() -> "Tokenizer":
@@ -87,22 +129,6 @@ def _wrapped(tokenizer: "Tokenizer") -> "PreTrainedTokenizerBase":
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, mask_token=MASK, eos_token=EOS
     )
-
-
-def _pretrained(name_or_path: str) -> Any:
-    from transformers import AutoTokenizer
-
-    folder = os.path.abspath(os.path.expanduser(local_model(name_or_path)))
-    try:
-        return AutoTokenizer.from_pretrained(
-            folder if os.path.isdir(folder) else name_or_path, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"tokenizer_name_or_path {name_or_path!r}: cannot be loaded ({reason}); "
-            "give bytes, bpe, a hub name, or a folder that holds a tokenizer"
-        ) from error
 
 
 def _add_missing_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:

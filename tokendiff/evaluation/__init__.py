@@ -1,6 +1,7 @@
 """What a checkpoint or its samples are worth. Read `evaluator` first, then `bound`.
 
 For other rooms:
+    inputs            what an evaluation is of, checked before a cluster starts
     evaluator         a checkpoint ready to be judged on rows
     bound block_bound
                       the bound on -ln p(x), whole or block by block

@@ -33,7 +33,7 @@ from tokendiff.models.dflash.planning import (
     open_target_config,
 )
 from tokendiff.models.dflash.trainee import load_trainee
-from tokendiff.models.opening import check_vocabulary
+from tokendiff.models.vocabulary import check_vocabulary
 from tokendiff.objectives.dflash import DFlash, draw_anchors
 
 if TYPE_CHECKING:

@@ -7,10 +7,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokendiff.artifacts.manifest import local_model
+from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.diffusion.interfaces import Figures, OnProgress, unwatched
 from tokendiff.errors import InputError
+from tokendiff.models.pretrained import (
+    check_causal_model,
+    check_weights,
+    longest_input,
+    open_config,
+    open_weights,
+)
 
+_FIELD = "reference_model_name_or_path"
+_REMEDY = "give a hub name or a folder with config.json, weights and tokenizer"
 _PROBE_LENGTH = 4
 
 
@@ -54,7 +63,7 @@ def generative_perplexity(
     model.to(device)
     _check_causal(model, model_name_or_path, device)
 
-    limit = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
+    limit = min(max_length, longest_input(model.config) or max_length)
     prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
     rows = [prefix + ids for ids in encoded]
@@ -87,44 +96,25 @@ def generative_perplexity(
     }
 
 
-def _load(name: str) -> tuple[nn.Module, Any]:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def check_reference(name: str) -> tuple[Any, Any]:
+    """Config and tokenizer of a reference model; no weight is read.
 
-    loader: Any = AutoModelForCausalLM  # its annotations leave output_loading_info out
-    try:
-        # float32, since bfloat16 rounds differently at different batch sizes.
-        model, loaded = loader.from_pretrained(
-            local_model(name),
-            dtype=torch.float32,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        # RuntimeError: the weights have other shapes than the config says.
-        raise InputError(
-            f"reference_model_name_or_path {name!r} cannot be opened as a causal language model "
-            f"({_first_line(error)}); give a hub name or a folder "
-            "with config.json, weights and tokenizer"
-        ) from error
-    if missing := sorted(loaded["missing_keys"]):
-        raise InputError(
-            f"reference_model_name_or_path {name!r} has no weights for {', '.join(missing[:3])}; "
-            "it is not a causal language model"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(local_model(name), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"reference_model_name_or_path {name!r}: its tokenizer cannot be opened "
-            f"({_first_line(error)}); save it beside the model"
-        ) from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        # transformers makes an empty tokenizer up where the folder has no files of one.
-        raise InputError(
-            f"reference_model_name_or_path {name!r} holds no tokenizer; save it beside the model"
-        )
-    return model.eval(), tokenizer
+    Raises:
+        InputError: no such model, no tokenizer beside it, no weights, or not a causal LM.
+    """
+    config = open_config(name, field=_FIELD, remedy=_REMEDY)
+    check_causal_model(config, name, field=_FIELD)
+    check_weights(name, field=_FIELD)
+    return config, open_tokenizer(name, field=_FIELD)
+
+
+def _load(name: str) -> tuple[nn.Module, Any]:
+    from transformers import AutoModelForCausalLM
+
+    config, tokenizer = check_reference(name)
+    # float32, since bfloat16 rounds differently at different batch sizes.
+    weights = open_weights(AutoModelForCausalLM, name, config, field=_FIELD, dtype=torch.float32)
+    return weights.complete().eval(), tokenizer
 
 
 def _check_causal(model: nn.Module, name: str, device: str | torch.device) -> None:
@@ -134,7 +124,7 @@ def _check_causal(model: nn.Module, name: str, device: str | torch.device) -> No
     first, second = model(input_ids=tokens).logits[:, :-1]
     if not torch.allclose(first, second, rtol=1e-4, atol=1e-4 * float(first.abs().max())):
         raise InputError(
-            f"reference_model_name_or_path {name!r} is not a causal language model: "
+            f"{_FIELD} {name!r} is not a causal language model: "
             "its predictions see the tokens that they predict; give a GPT-2, Qwen, Llama, ..."
         )
 
@@ -159,7 +149,3 @@ def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         tokens[i, : len(row)] = torch.tensor(row)
         attention_mask[i, : len(row)] = 1
     return tokens, attention_mask
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

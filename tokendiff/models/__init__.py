@@ -5,7 +5,13 @@ For other rooms:
     checkpoints       a checkpoint of ours, with its averaged weights
     sampling          a checkpoint with its sampler, for rows of one length
     completion        a causal model with its sampler, for prompts that are continued
-    causal            a causal model that decodes with a cache
+    requests          whether a row can be sampled, told before a weight is read
+    pretrained        configs and weights by name: one way for every field that names a model
+    builtin           small models that need no download
+    vocabulary        a model's vocabulary beside that of the tokenizer that made the data
+    families          what is known of a family that its config does not say
+    causal decoding
+                      a causal model that decodes with a cache; opening and trying one
     denoiser          a model in two parts, encoder and head
     adapters          low-rank adapters
     ragged_cache      keys and values of rows with their own lengths

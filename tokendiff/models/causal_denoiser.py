@@ -7,7 +7,8 @@ from torch import Tensor
 
 from tokendiff.diffusion.attention_masks import MaskRule, dense, mask_mod
 from tokendiff.models import tiled_attention
-from tokendiff.models.denoiser import CAUSAL_TYPES, ModelInTwoParts
+from tokendiff.models.denoiser import ModelInTwoParts
+from tokendiff.models.families import CAUSAL_TYPES
 
 AttentionKernel = Literal["flex", "tiles", "dense"]
 _IMPLEMENTATIONS = {"flex": "flex_attention", "tiles": tiled_attention.NAME, "dense": "sdpa"}

@@ -4,19 +4,21 @@ from pathlib import Path
 from typing import Any
 
 from tokendiff.artifacts.checkpoint import EMA_WEIGHTS, open_checkpoint
-from tokendiff.artifacts.noise_process import SCHEDULER_CONFIG, NoiseProcess
+from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG
+from tokendiff.artifacts.noise_process import NoiseProcess
+from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.errors import InputError
-from tokendiff.models.opening import load_causal_denoiser, load_denoiser
+from tokendiff.models.opening import load_causal_denoiser, load_denoiser, plan_model
+
+_FIELD = "checkpoint_path"
 
 
 def load_tokenizer(checkpoint: Path) -> Any:
     """The tokenizer of an opened checkpoint."""
-    from transformers import AutoTokenizer
-
     # transformers looks at the model's type too, and warns of one that it does not know.
     import tokendiff.models.diffusion_transformer  # noqa: F401
 
-    return AutoTokenizer.from_pretrained(checkpoint)
+    return open_tokenizer(checkpoint, field=_FIELD)
 
 
 def load_for_inference(checkpoint_path: str | Path) -> tuple[Any, Any, NoiseProcess]:
@@ -27,6 +29,41 @@ def load_for_inference(checkpoint_path: str | Path) -> tuple[Any, Any, NoiseProc
         where the process has a block_length.
     """
     folder = open_checkpoint(checkpoint_path)
+    tokenizer, process = open_process(folder)
+    load = load_denoiser if process.block_length is None else load_causal_denoiser
+    denoiser = load(
+        str(folder),
+        tokenizer=tokenizer,
+        max_length=process.max_length,
+        dropout=0.0,
+        allow_new_weights=False,
+        field=_FIELD,
+    )
+    take_average(denoiser.model, folder)
+    return denoiser.eval(), tokenizer, process
+
+
+def check_denoiser(folder: Path) -> tuple[Any, NoiseProcess]:
+    """Tokenizer and noise process of an opened checkpoint, after a look at its config: what
+    `load_for_inference` would raise of them is raised here, before a weight is read.
+    """
+    tokenizer, process = open_process(folder)
+    plan_model(
+        str(folder),
+        tokenizer=tokenizer,
+        max_length=process.max_length,
+        is_causal=process.block_length is not None,
+        field=_FIELD,
+    )
+    return tokenizer, process
+
+
+def open_process(folder: Path) -> tuple[Any, NoiseProcess]:
+    """Tokenizer and noise process of an opened checkpoint.
+
+    Raises:
+        InputError: one of them is missing, or they do not belong to each other.
+    """
     process = NoiseProcess.load(folder)
     tokenizer = load_tokenizer(folder)
     here = (len(tokenizer), tokenizer.mask_token_id)
@@ -36,10 +73,7 @@ def load_for_inference(checkpoint_path: str | Path) -> tuple[Any, Any, NoiseProc
             f"{process.mask_token_id} are not those of the tokenizer beside it, {here[0]} and "
             f"{here[1]}; one of the two belongs to another model"
         )
-    load = load_denoiser if process.block_length is None else load_causal_denoiser
-    denoiser = load(str(folder), tokenizer=tokenizer, max_length=process.max_length, dropout=0.0)
-    take_average(denoiser.model, folder)
-    return denoiser.eval(), tokenizer, process
+    return tokenizer, process
 
 
 def load_autoregressive(folder: Path) -> tuple[Any, Any]:
@@ -49,9 +83,22 @@ def load_autoregressive(folder: Path) -> tuple[Any, Any]:
         (causal denoiser on the CPU in float32 and eval mode, tokenizer).
     """
     tokenizer = load_tokenizer(folder)
-    denoiser = load_causal_denoiser(str(folder), tokenizer=tokenizer, max_length=1, dropout=0.0)
+    denoiser = load_causal_denoiser(
+        str(folder),
+        tokenizer=tokenizer,
+        max_length=1,
+        dropout=0.0,
+        allow_new_weights=False,
+        field=_FIELD,
+    )
     take_average(denoiser.model, folder)
     return denoiser.eval(), tokenizer
+
+
+def check_autoregressive(folder: Path) -> None:
+    """Raise what `load_autoregressive` would of tokenizer and config, before a weight is read."""
+    tokenizer = load_tokenizer(folder)
+    plan_model(str(folder), tokenizer=tokenizer, max_length=1, is_causal=True, field=_FIELD)
 
 
 def take_average(model: Any, folder: Path) -> None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokendiff.artifacts.manifest import local_model
-from tokendiff.artifacts.noise_process import SCHEDULER_CONFIG, NoiseProcess
+from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG, local_model
+from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.prompts import GenerationRow, PromptEncoder, prompt_text
 from tokendiff.data.samples import num_new_tokens
 from tokendiff.diffusion.interfaces import (
@@ -25,16 +25,18 @@ from tokendiff.diffusion.interfaces import (
 )
 from tokendiff.diffusion.random import key_from
 from tokendiff.errors import InputError
-from tokendiff.models.causal import (
-    causal_config,
+from tokendiff.models.checkpoints import take_average
+from tokendiff.models.decoding import (
+    check_decoder,
     find_mask_token,
     find_stop_tokens,
-    load_causal_tokenizer,
     open_causal,
+    open_causal_config,
 )
-from tokendiff.models.checkpoints import take_average
 from tokendiff.models.dflash.decoder import DraftedModel, check_drafted
 from tokendiff.models.dflash.planning import load_draft
+from tokendiff.models.families import family_of
+from tokendiff.models.pretrained import longest_input
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
 from tokendiff.samplers.block_refinement import BlockRefinementSampler
 from tokendiff.samplers.dflash import GAINS, DFlashSampler
@@ -53,7 +55,6 @@ OPEN_ENDED_SAMPLERS: dict[str, type[OpenEndedSampler]] = {
     "sdar": SDARSampler,
 }
 _WARM_UP_TOKENS = 8
-_SEES_BLOCKS_WHOLE = ("sdar", "llada2_moe")  # model types; others are causal unless ours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +63,19 @@ class CompletionSetup:
 
     Attributes:
         name: a folder or a hub name.
+        field: of the config, that it comes from.
         max_length: tokens that the model takes; None where its config does not say.
+        num_embeddings: ids that the model takes; None where its config does not say.
         start_token_id: what a row begins with that has no prompt.
     """
 
     name: str
+    field: str
     tokenizer: Any
     encoder: PromptEncoder
     sampler: OpenEndedSampler
     max_length: int | None
+    num_embeddings: int | None
     start_token_id: int | None
 
     @classmethod
@@ -81,20 +86,26 @@ class CompletionSetup:
         Raises:
             InputError: no such model, or one that the sampler does not go with.
         """
-        name = str(checkpoint) if checkpoint is not None else config.model_id
+        field, name = "model_id", config.model_id
+        if checkpoint is not None:
+            field, name = "checkpoint_path", str(checkpoint)
         if config.sampler.name == "dflash":
-            name = check_drafted(config)
+            field, name = "target_model_id", check_drafted(config)
         assert name is not None, "GenerateConfig asks for one of the two"
-        model_config = causal_config(name, trust_remote_code=config.trust_remote_code)
-        tokenizer = load_causal_tokenizer(name, trust_remote_code=config.trust_remote_code)
+        model_config, tokenizer = open_causal_config(
+            name, field=field, trust_remote_code=config.trust_remote_code
+        )
         process = None
         if checkpoint is not None and (checkpoint / SCHEDULER_CONFIG).is_file():
             process = NoiseProcess.load(checkpoint)
+            _check_process(config.sampler.name, name, process)
+        check_decoder(model_config, name, field=field)
         # What we train on is text and EOS alone; others' models are used to what their tokenizer
         # puts in front.
         starts = [None if checkpoint else tokenizer.bos_token_id, tokenizer.eos_token_id]
         return cls(
             name=name,
+            field=field,
             tokenizer=tokenizer,
             encoder=PromptEncoder(
                 tokenizer=tokenizer,
@@ -104,7 +115,8 @@ class CompletionSetup:
                 subject=name,
             ),
             sampler=_build_sampler(config, name, model_config, tokenizer, process),
-            max_length=_max_length(model_config),
+            max_length=longest_input(model_config),
+            num_embeddings=getattr(model_config.get_text_config(), "vocab_size", None),
             start_token_id=next((start for start in starts if start is not None), None),
         )
 
@@ -129,6 +141,11 @@ class CompletionSetup:
                 f"{shown} holds the mask token {self.tokenizer.convert_ids_to_tokens(mask)!r}; "
                 "samplers that continue a prompt fill no gaps in it"
             )
+        if self.num_embeddings is not None and (highest := max(ids)) >= self.num_embeddings:
+            raise InputError(
+                f"{shown} holds {self.tokenizer.convert_ids_to_tokens(highest)!r}, id {highest}; "
+                f"{self.name} has {self.num_embeddings} embeddings, fewer than its tokenizer tokens"
+            )
         block = getattr(self.sampler, "block_length", 1)
         wanted = -(-(len(ids) + self.sampler.max_new_tokens) // block) * block
         if self.max_length is not None and wanted > self.max_length:
@@ -150,7 +167,10 @@ class CompletionModel:
         self.tokenizer = self.setup.tokenizer
         dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         model, _ = open_causal(
-            self.setup.name, dtype=dtype, trust_remote_code=config.trust_remote_code
+            self.setup.name,
+            field=self.setup.field,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
         )
         if checkpoint is not None:
             take_average(model.model, checkpoint)
@@ -322,7 +342,6 @@ def _build_sampler(
     fields["stop_token_ids"] = tuple(sorted(stops))
     if "gen_length" in fields:
         fields["max_new_tokens"] = fields.pop("gen_length")
-    _check_process(section.name, name, process)
     if section.name not in ("ar", "dflash"):
         fields |= _block_fields(fields, name, model_config, tokenizer, process)
     given = {key: value for key, value in fields.items() if (key, value) != ("block_length", None)}
@@ -332,9 +351,7 @@ def _build_sampler(
         raise InputError(f"sampler {section.name!r}: {error}") from error
 
 
-def _check_process(sampler: str, name: str, process: NoiseProcess | None) -> None:
-    if process is None:
-        return
+def _check_process(sampler: str, name: str, process: NoiseProcess) -> None:
     if process.block_length is None:
         raise InputError(
             f"sampler {sampler!r}: {name} is a denoiser of whole rows (objective "
@@ -388,9 +405,4 @@ def _block_fields(
 
 def _mode_of(model_config: Any) -> str:
     model_type = getattr(model_config, "published_model_type", model_config.model_type)
-    return "4d" if model_type in _SEES_BLOCKS_WHOLE else "2d"
-
-
-def _max_length(model_config: Any) -> int | None:
-    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) else None
+    return "4d" if family_of(model_type).sees_blocks_whole else "2d"

@@ -9,11 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tokendiff.errors import InputError
-
-# Causal architectures that can be made bidirectional: attention is all that mixes their positions,
-# they honour the config's `is_causal`, and their logits are a linear map of the last hidden state
-# (no soft-capping, no scale).
-CAUSAL_TYPES = ("gpt2", "gpt_neox", "llama", "mistral", "olmo2", "qwen2", "qwen3")
+from tokendiff.models.families import CAUSAL_TYPES
 
 _FEW, _LARGE = 12, 2**20  # rows, weights
 

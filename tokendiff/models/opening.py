@@ -1,87 +1,121 @@
-"""Models by name: a transformers name or path, or a small built-in one with new weights."""
+"""Models to train, by name: a transformers name or path, or a small built-in one."""
 
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tokendiff.artifacts.manifest import local_model
 from tokendiff.errors import InputError
+from tokendiff.models.builtin import (
+    BUILTIN_PREFIX,
+    MODEL_FIELD,
+    builtin_config,
+    builtin_names,
+    is_builtin,
+)
 from tokendiff.models.causal_denoiser import TransformersCausalDenoiser
 from tokendiff.models.denoiser import (
-    CAUSAL_TYPES,
     TransformersDenoiser,
     attend_both_ways,
     attend_without_window,
 )
+from tokendiff.models.families import CAUSAL_TYPES
+from tokendiff.models.pretrained import (
+    check_length,
+    check_weights,
+    is_draft_config,
+    open_config,
+    open_weights,
+)
+from tokendiff.models.vocabulary import (
+    check_mask_token,
+    grow_embedding,
+    start_unknown_tokens,
+)
 
-BUILTIN_PREFIX = "builtin:"
-_LEAST_CAUSAL_LENGTH = 4096
-
-_SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2},
-    "mini": {"num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 2},
-    "small": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 6},
-    "base": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12},
-}
-_BUILTIN_SIZES = {
-    f"{family}-{name}": size for family in ("bert", "dit", "qwen3") for name, size in _SIZES.items()
-}
+_NO_WEIGHTS = "from_scratch starts from new ones"
 
 
-def builtin_config(name: str, *, vocab_size: int, max_length: int, tokenizer: Any) -> Any:
-    """The transformers config of `builtin:NAME`, for first runs and tests.
+@dataclass(frozen=True, kw_only=True)
+class ModelPlan:
+    """A model that fits a tokenizer's rows, by its config alone.
 
-    bert-* are ModernBERT-type encoders (rotary positions, pre-norm, GeGLU; arXiv 2412.13663), which
-    take no time; dit-* are diffusion transformers, which do; qwen3-* are causal language models.
+    Attributes:
+        field: of the config that gave the name.
+        config: of transformers, changed to what is wanted of the model.
+        auto_class: what makes a model of it.
+        vocab_size: ids that the tokenizer has.
+        is_new: whether it starts from new weights.
     """
-    from transformers import ModernBertConfig, Qwen3Config
 
-    from tokendiff.models.diffusion_transformer import DiffusionTransformerConfig
+    name: str
+    field: str
+    config: Any
+    auto_class: Any
+    vocab_size: int
+    is_new: bool
 
-    size = _BUILTIN_SIZES.get(name)
-    if size is None:
-        raise InputError(
-            f"model_name_or_path {BUILTIN_PREFIX}{name}: no such built-in model; there are "
-            f"{_builtin_names()}"
+
+def plan_model(
+    model_name_or_path: str,
+    *,
+    tokenizer: Any,
+    max_length: int,
+    is_causal: bool,
+    from_scratch: bool = False,
+    field: str = MODEL_FIELD,
+) -> ModelPlan:
+    """What `load_denoiser`, or `load_causal_denoiser` if `is_causal`, would load; no weight is
+    read.
+
+    Args:
+        field: of the config that gave the name.
+
+    Raises:
+        InputError: no such model, one that does not go with the tokenizer or the objective, or one
+            that is too short for max_length.
+    """
+    check_mask_token(tokenizer)
+    name, vocab_size = model_name_or_path, len(tokenizer)
+    if is_builtin(name):
+        config = builtin_config(
+            name, vocab_size=vocab_size, max_length=max_length, tokenizer=tokenizer
         )
-    if name.startswith("dit-"):
-        return DiffusionTransformerConfig(
-            **size,
-            intermediate_size=4 * size["hidden_size"],
-            vocab_size=vocab_size,
-            max_position_embeddings=max_length,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    if name.startswith("qwen3-"):
-        heads = size["num_attention_heads"]
-        return Qwen3Config(
-            **size,
-            intermediate_size=3 * size["hidden_size"],
-            num_key_value_heads=heads // 2,
-            head_dim=size["hidden_size"] // heads,
-            tie_word_embeddings=True,
-            vocab_size=vocab_size,
-            # Rotary positions have no end, and completions go on where training rows stop.
-            max_position_embeddings=max(max_length, _LEAST_CAUSAL_LENGTH),
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-        )
-    return ModernBertConfig(
-        **size,
-        intermediate_size=2 * size["hidden_size"],
+        auto_class = _fitted(config, name, is_causal=is_causal, field=field)
+    else:
+        config, auto_class = open_trainable_config(name, is_causal=is_causal, field=field)
+        if from_scratch:
+            config.vocab_size = vocab_size
+            if tokenizer.pad_token_id is not None:  # another's may lie outside the vocabulary
+                config.pad_token_id = tokenizer.pad_token_id
+    is_new = from_scratch or is_builtin(name)
+    check_length(config, name, field=field, max_length=max_length)
+    if not is_new:
+        check_weights(name, field=field, remedy=_NO_WEIGHTS)
+    return ModelPlan(
+        name=name,
+        field=field,
+        config=config,
+        auto_class=auto_class,
         vocab_size=vocab_size,
-        max_position_embeddings=max_length,
-        layer_types=["full_attention"] * size["num_hidden_layers"],
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        cls_token_id=tokenizer.cls_token_id,
-        sep_token_id=tokenizer.sep_token_id,
+        is_new=is_new,
     )
+
+
+def open_trainable_config(
+    model_name_or_path: str, *, is_causal: bool, field: str = MODEL_FIELD
+) -> tuple[Any, Any]:
+    """The config of a model that is not built in, and the Auto class that opens it for such an
+    objective.
+
+    Raises:
+        InputError: no such model, or one of a type that does not go with the objective.
+    """
+    remedy = f"give a folder with a config.json, a hub name, or one of {builtin_names()}"
+    config = open_config(model_name_or_path, field=field, remedy=remedy)
+    return config, _fitted(config, model_name_or_path, is_causal=is_causal, field=field)
 
 
 def load_denoiser(
@@ -93,6 +127,8 @@ def load_denoiser(
     dropout: float | None = None,
     seed: int = 0,
     warn: Callable[[str], None] = warnings.warn,
+    allow_new_weights: bool = True,
+    field: str = MODEL_FIELD,
 ) -> TransformersDenoiser:
     """A denoiser in float32 on the CPU.
 
@@ -103,30 +139,26 @@ def load_denoiser(
         from_scratch: take the config of `model_name_or_path` and new weights.
         dropout: sets every dropout of the architecture; None leaves the config's.
         seed: decides new weights.
-        warn: hears that the embedding grew, and what is not trained.
+        warn: hears which weights are new, which are not used, that the embedding grew, and what is
+            not trained.
+        allow_new_weights: a model that is to be trained may lack some, such as a head; False: one
+            that is used as it is may not.
+        field: of the config that gave the name, for errors.
 
     Raises:
         InputError: no such model, neither a masked LM nor a causal one that can be made
-            bidirectional, too short for max_length, no usable mask token.
+            bidirectional, too short for max_length, no usable mask token, or weights are missing.
     """
-
-    def prepare(config: Any) -> Any:
-        auto_class = _auto_class(config, model_name_or_path)
-        if config.model_type in CAUSAL_TYPES:
-            attend_both_ways(config)
-        return auto_class
-
-    model, vocab_size = _open_model(
+    plan = plan_model(
         model_name_or_path,
-        prepare,
         tokenizer=tokenizer,
         max_length=max_length,
+        is_causal=False,
         from_scratch=from_scratch,
-        dropout=dropout,
-        seed=seed,
-        warn=warn,
+        field=field,
     )
-    denoiser = TransformersDenoiser(model, vocab_size=vocab_size)
+    model = _load(plan, tokenizer, dropout, seed, warn, allow_new_weights=allow_new_weights)
+    denoiser = TransformersDenoiser(model, vocab_size=plan.vocab_size)
     # The architectures that are split are known to use all they have.
     if not denoiser.is_split and (unused := denoiser.freeze_unused()):
         warn(f"{len(unused)} parameters do not lead to logits and stay as they are: {unused}")
@@ -142,159 +174,87 @@ def load_causal_denoiser(
     dropout: float | None = None,
     seed: int = 0,
     warn: Callable[[str], None] = warnings.warn,
+    allow_new_weights: bool = True,
+    field: str = MODEL_FIELD,
 ) -> TransformersCausalDenoiser:
     """A causal language model that stays one, to be told what each position sees.
 
     Args, and what is raised: as `load_denoiser`; a model that attends in both directions is
         refused.
     """
-
-    def prepare(config: Any) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        if config.model_type not in CAUSAL_TYPES or not getattr(config, "is_causal", True):
-            is_known = config.model_type in CAUSAL_TYPES
-            what = "but attends in both directions" if is_known else "and no causal one"
-            raise InputError(
-                f"model_name_or_path {model_name_or_path!r} is of type {config.model_type!r}, "
-                f"{what}; this objective takes a causal language model of type "
-                f"{', '.join(CAUSAL_TYPES)}, or {BUILTIN_PREFIX}qwen3-tiny | mini | small | base"
-            )
-        # What a position sees is said by masks alone, in training as in decoding.
-        attend_without_window(config)
-        return AutoModelForCausalLM
-
-    model, vocab_size = _open_model(
+    plan = plan_model(
         model_name_or_path,
-        prepare,
         tokenizer=tokenizer,
         max_length=max_length,
+        is_causal=True,
         from_scratch=from_scratch,
-        dropout=dropout,
-        seed=seed,
-        warn=warn,
+        field=field,
     )
-    return TransformersCausalDenoiser(model, vocab_size=vocab_size)
+    model = _load(plan, tokenizer, dropout, seed, warn, allow_new_weights=allow_new_weights)
+    return TransformersCausalDenoiser(model, vocab_size=plan.vocab_size)
 
 
-def _open_model(
-    model_name_or_path: str,
-    prepare: Callable[[Any], Any],
-    *,
+def _load(
+    plan: ModelPlan,
     tokenizer: Any,
-    max_length: int,
-    from_scratch: bool,
     dropout: float | None,
     seed: int,
     warn: Callable[[str], None],
-) -> tuple[Any, int]:
-    """A transformers model, and the ids that its tokenizer has.
-
-    Args:
-        prepare: changes the model's config to what is wanted of it and returns the Auto class.
-    """
-    _check_mask_token(tokenizer)
-    vocab_size = len(tokenizer)
-    is_builtin = model_name_or_path.startswith(BUILTIN_PREFIX)
-    if is_builtin:
-        name = model_name_or_path.removeprefix(BUILTIN_PREFIX)
-        config = builtin_config(
-            name, vocab_size=vocab_size, max_length=max_length, tokenizer=tokenizer
-        )
-    else:
-        config = _pretrained_config(model_name_or_path)
-    auto_class = prepare(config)
-    if from_scratch and not is_builtin:
-        config.vocab_size = vocab_size
-        if tokenizer.pad_token_id is not None:  # another tokenizer's may lie outside the vocabulary
-            config.pad_token_id = tokenizer.pad_token_id
-    _check_length(config, model_name_or_path, max_length)
+    *,
+    allow_new_weights: bool,
+) -> Any:
+    """The transformers model of a plan, whose config it changes."""
     if dropout is not None:
-        _set_dropout(config, dropout)
+        _set_dropout(plan.config, dropout)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
-        if is_builtin or from_scratch:
-            return auto_class.from_config(config, dtype=torch.float32), vocab_size
-        model = _pretrained(auto_class, model_name_or_path, config)
-        _grow_embedding(model, vocab_size, warn)
-        _start_unknown_tokens(model, model_name_or_path, tokenizer, warn)
-    return model, vocab_size
+        if plan.is_new:
+            return plan.auto_class.from_config(plan.config, dtype=torch.float32)
+        weights = open_weights(
+            plan.auto_class,
+            plan.name,
+            plan.config,
+            field=plan.field,
+            dtype=torch.float32,
+            remedy=_NO_WEIGHTS,
+        )
+        model = weights.told(warn) if allow_new_weights else weights.complete()
+        grow_embedding(model, plan.vocab_size, warn)
+        start_unknown_tokens(model, plan.name, tokenizer, warn)
+    return model
 
 
-def check_vocabulary(
-    model_name_or_path: str, tokenizer: Any, *, field: str = "model_name_or_path"
-) -> None:
-    """Refuse data whose ids mean other tokens than the pretrained model learnt.
+def _fitted(config: Any, name: str, *, is_causal: bool, field: str) -> Any:
+    """Change a config to what is wanted of its model; returns the Auto class that makes one."""
+    from transformers import AutoModelForCausalLM
 
-    Raises:
-        InputError: `tokenizer` gives a token of the model's own tokenizer another id. It may add
-            tokens. A model that comes without a tokenizer is taken on trust.
-    """
-    own = (
-        {} if model_name_or_path.startswith(BUILTIN_PREFIX) else _vocabulary_of(model_name_or_path)
-    )
-    here = tokenizer.get_vocab()
-    differing = [token for token, index in own.items() if here.get(token) != index]
-    if differing:
+    if is_draft_config(config):
         raise InputError(
-            f"the data was not made with the tokenizer of {field} "
-            f"{model_name_or_path!r} ({len(differing):,} of its {len(own):,} tokens have another "
-            f"id, {differing[0]!r} for one); preprocess with tokenizer_name_or_path set to the "
-            "model, or train from_scratch"
+            f"{field} {name!r} is a DFlash draft; give it as draft_model_id to objective 'dflash'"
+        )
+    if is_causal:
+        _check_causal(config, name, field)
+        # What a position sees is said by masks alone, in training as in decoding.
+        attend_without_window(config)
+        return AutoModelForCausalLM
+    auto_class = _auto_class(config, name, field)
+    if config.model_type in CAUSAL_TYPES:
+        attend_both_ways(config)
+    return auto_class
+
+
+def _check_causal(config: Any, name: str, field: str) -> None:
+    is_known = config.model_type in CAUSAL_TYPES
+    if not is_known or not getattr(config, "is_causal", True):
+        what = "but attends in both directions" if is_known else "and no causal one"
+        raise InputError(
+            f"{field} {name!r} is of type {config.model_type!r}, {what}; this objective takes a "
+            f"causal language model of type {', '.join(CAUSAL_TYPES)}, or "
+            f"{BUILTIN_PREFIX}qwen3-tiny | mini | small | base"
         )
 
 
-def _vocabulary_of(model_name_or_path: str) -> dict[str, int]:
-    """Tokens and ids of the tokenizer that comes with a model; empty where there is none."""
-    from transformers import AutoTokenizer
-
-    name = local_model(model_name_or_path)
-    folder = Path(name)
-    # transformers makes an empty tokenizer up for some folders that have none.
-    if folder.is_dir() and not any(
-        any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "spiece*")
-    ):
-        return {}
-    try:
-        own = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, ImportError):
-        return {}
-    return dict(own.get_vocab())
-
-
-def _builtin_names() -> str:
-    return ", ".join(BUILTIN_PREFIX + name for name in _BUILTIN_SIZES)
-
-
-def _check_mask_token(tokenizer: Any) -> None:
-    mask = tokenizer.mask_token_id
-    if mask is None:
-        raise InputError(
-            "the tokenizer has no mask token; jobs.preprocess adds one to the tokenizer it saves"
-        )
-    if not 0 <= mask < len(tokenizer):
-        raise InputError(
-            f"the tokenizer's mask token {tokenizer.mask_token!r} has id {mask}, outside its "
-            f"vocabulary of {len(tokenizer)}; number the tokens from 0 without gaps"
-        )
-
-
-def _pretrained_config(name: str) -> Any:
-    from transformers import AutoConfig
-
-    # Registers our own architecture, which a checkpoint may be of.
-    import tokendiff.models.diffusion_transformer  # noqa: F401
-
-    try:
-        return AutoConfig.from_pretrained(local_model(name), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"model_name_or_path {name!r} cannot be opened ({_first_line(error)}); "
-            f"give a folder with a config.json, a hub name, or one of {_builtin_names()}"
-        ) from error
-
-
-def _auto_class(config: Any, name: str) -> Any:
+def _auto_class(config: Any, name: str, field: str) -> Any:
     """The Auto class that opens a model of this config with its head."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -314,84 +274,10 @@ def _auto_class(config: Any, name: str) -> Any:
         else "which is no language model"
     )
     raise InputError(
-        f"model_name_or_path {name!r} is of type {config.model_type!r}, {reason}; give a masked "
+        f"{field} {name!r} is of type {config.model_type!r}, {reason}; give a masked "
         "language model (BERT, RoBERTa, ModernBERT, ...) or a causal one of type "
         f"{', '.join(CAUSAL_TYPES)}"
     )
-
-
-def _pretrained(auto_class: Any, name: str, config: Any) -> Any:
-    from safetensors import SafetensorError
-
-    folder = Path(local_model(name))
-    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise InputError(
-            f"model_name_or_path {name}: a config but no weights; from_scratch starts from new ones"
-        )
-    try:
-        return auto_class.from_pretrained(local_model(name), config=config, dtype=torch.float32)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"model_name_or_path {name!r}: weights cannot be read ({_first_line(error)})"
-        ) from error
-
-
-def _grow_embedding(model: Any, vocab_size: int, warn: Callable[[str], None]) -> None:
-    size = model.get_input_embeddings().num_embeddings
-    if size >= vocab_size:
-        return
-    # transformers draws the new rows from a normal distribution around the mean of the old ones
-    # that is so narrow (1e-9 of their covariance) that they are that mean.
-    model.resize_token_embeddings(vocab_size, mean_resizing=True)
-    warn(
-        f"embedding resized from {size} to {vocab_size}: the tokenizer has {vocab_size - size} "
-        "tokens that the model does not know; theirs start at the mean of the others"
-    )
-
-
-@torch.no_grad()
-def _start_unknown_tokens(
-    model: Any, name: str, tokenizer: Any, warn: Callable[[str], None]
-) -> None:
-    """Give tokens that the model's own tokenizer does not have the mean embedding.
-
-    Models are padded to a round number of ids, so a mask token that was added to the tokenizer
-    often needs no new row: it gets one that was never trained, of a scale unlike all others (zero,
-    in some). The mean of what was trained says "some token" and no one in particular, which is what
-    a mask is; noise would be a token that the layers above take for content. One new token need not
-    be told apart from others, so the mean is not disturbed. With a tied head the mask's logit
-    becomes the mean of all logits; it is excluded wherever a mask could be predicted.
-    """
-    own = _vocabulary_of(name)
-    unknown = sorted(set(tokenizer.get_vocab().values()) - set(own.values()))
-    if not own or not unknown:
-        return
-    known = torch.tensor(sorted(own.values()))
-    heads = [model.get_input_embeddings().weight]
-    output = model.get_output_embeddings()
-    if output is not None and output.weight is not heads[0]:
-        heads.append(output.weight)
-    for weight in heads:
-        weight[unknown] = weight[known[known < len(weight)]].mean(0)
-    warn(
-        f"{len(unknown)} tokens of the tokenizer are not in the model's own, the first of them "
-        f"{tokenizer.convert_ids_to_tokens(unknown[0])!r}; their embeddings start at the mean"
-    )
-
-
-def _check_length(config: Any, name: str, max_length: int) -> None:
-    # RoBERTa's positions start behind the padding id.
-    offset = (
-        config.pad_token_id + 1
-        if config.model_type in ("roberta", "xlm-roberta", "camembert")
-        else 0
-    )
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and longest - offset < max_length:
-        raise InputError(
-            f"model_name_or_path {name!r} takes at most {longest - offset} tokens; max_length is "
-            f"{max_length}"
-        )
 
 
 def _set_dropout(config: Any, dropout: float) -> None:
@@ -400,7 +286,3 @@ def _set_dropout(config: Any, dropout: float) -> None:
         value = getattr(config, field)
         if isinstance(value, int | float) and not isinstance(value, bool):
             setattr(config, field, dropout)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

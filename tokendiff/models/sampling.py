@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from tokendiff.artifacts.noise_process import NoiseProcess, longest_row
+from tokendiff.artifacts.model_folders import longest_row, read_config
+from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.prompts import GenerationRow, PromptEncoder, prompt_text
 from tokendiff.data.samples import num_new_tokens
 from tokendiff.diffusion.interfaces import Figures, OnProgress, StepCallback, unwatched
 from tokendiff.diffusion.random import RowGenerator, key_from
 from tokendiff.errors import InputError
-from tokendiff.models.checkpoints import load_for_inference, load_tokenizer
+from tokendiff.models.checkpoints import check_denoiser, load_for_inference
 from tokendiff.samplers.ancestral import AncestralSampler
 from tokendiff.samplers.base import Sampler
 from tokendiff.samplers.batch import prefix_batch
@@ -104,10 +105,11 @@ class PromptCheck:
         """Of an opened checkpoint.
 
         Raises:
-            InputError: process, sampler and lengths do not go together.
+            InputError: process, model, sampler and lengths do not go together.
         """
         process = NoiseProcess.load(checkpoint)
-        seq_len, longest = config.seq_len or process.max_length, longest_row(checkpoint)
+        seq_len = config.seq_len or process.max_length
+        longest = longest_row(read_config(checkpoint))
         if longest is not None and seq_len > longest:
             raise InputError(
                 f"seq_len {seq_len}: the model has positions for {longest} tokens; lower seq_len"
@@ -119,7 +121,8 @@ class PromptCheck:
                 f"seq_len {seq_len} is longer than the {process.max_length} tokens of the rows "
                 "that the checkpoint was trained on; text behind them may be worse",
             )
-        encoder = prompt_encoder(load_tokenizer(checkpoint), config)
+        tokenizer, _ = check_denoiser(checkpoint)
+        encoder = prompt_encoder(tokenizer, config)
         return cls(seq_len=seq_len, encoder=encoder, notes=notes)
 
     def request(self, row: GenerationRow) -> list[int]:

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 import tokendiff
-from tokendiff.artifacts.checkpoint import checkpoint_identity, find_checkpoint
+from tokendiff.artifacts.checkpoint import find_checkpoint
+from tokendiff.artifacts.identity import checkpoint_identity, model_identity
 from tokendiff.artifacts.locations import Location, files_under, folders_in, upload
-from tokendiff.artifacts.manifest import fetch, fingerprint, is_committed
+from tokendiff.artifacts.manifest import fetch, fingerprint
 from tokendiff.errors import InputError
 from tokendiff.secrets import without_credentials
 from tokendiff.tracking.mlflow_store import check_store, make_client, resolve_uri
@@ -30,6 +31,7 @@ from tokendiff.tracking.mlflow_store import check_store, make_client, resolve_ur
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.models import ModelSignature
 
     from tokendiff.config.pipeline import TrackingConfig
 
@@ -129,7 +131,7 @@ class Registry:
             target: the folder of what a draft drafts for; None where `sampling` names it.
         """
         digest = checkpoint_identity(checkpoint)
-        served = fingerprint([dict(sampling), target and _target_identity(target)])
+        served = fingerprint([dict(sampling), target and model_identity(target)])
         for version in self._client.search_model_versions(f"name = '{name}'"):
             # Earlier versions of this file did not write down what it is served with.
             is_served_so = version.tags.get(_SERVED, served) == served
@@ -281,16 +283,7 @@ def save_model(
         target: of a draft, a folder that goes with it.
     """
     import mlflow.pyfunc
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-    signature = ModelSignature(
-        inputs=Schema([ColSpec(DataType.string, "prompt")]),
-        outputs=Schema(
-            [ColSpec(DataType.string, "text"), ColSpec(DataType.long, "num_model_calls")]
-        ),
-        params=ParamSchema([ParamSpec("seed", DataType.long, 0)]),
-    )
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*Add type hints", UserWarning)  # there is a signature
         files = Path(scratch) / TRAINED_ON
@@ -303,18 +296,28 @@ def save_model(
             python_model=str(Path(__file__).with_name("served_model.py")),
             artifacts=artifacts,
             model_config=dict(sampling),
-            signature=signature,
+            signature=model_signature(),
             input_example={"prompt": ["Once upon a time"]},
             pip_requirements=_requirements(),
             code_paths=[str(Path(tokendiff.__file__).parent)],
         )
 
 
-def _target_identity(target: Path) -> Any:
-    """Of one of ours, or of somebody else's, which has no manifest."""
-    from tokendiff.models.causal import causal_identity
+def model_signature() -> "ModelSignature":
+    """What a registered model takes and gives."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import AnyType
 
-    return checkpoint_identity(target) if is_committed(target) else causal_identity(str(target))
+    return ModelSignature(
+        # Of what comes in a column of strings MLflow makes strings, also of numbers and null: they
+        # would be sampled from as their digits and "None". `served_model` sees what was sent.
+        inputs=Schema([ColSpec(AnyType(), "prompt")]),
+        outputs=Schema(
+            [ColSpec(DataType.string, "text"), ColSpec(DataType.long, "num_model_calls")]
+        ),
+        params=ParamSchema([ParamSpec("seed", DataType.long, 0)]),
+    )
 
 
 def _checkpoint_in(folder: Location) -> Location:

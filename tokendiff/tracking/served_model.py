@@ -62,9 +62,11 @@ class PromptModel(PythonModel):
         if not 0 <= seed <= MAX_SEED:
             raise _refusal(f"seed must be from 0 to {MAX_SEED}, got {seed}")
         prompts = list(model_input["prompt"])
+        if len(prompts) == 1 and isinstance(prompts[0], list) and prompts[0]:
+            prompts = prompts[0]  # a column of texts, which MLflow hands over as one row
         for place, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
-                raise _refusal(f"prompt {place} must be a text, got {type(prompt).__name__}")
+                raise _refusal(f"prompt {place} must be a text, got {prompt!r:.80}")
         rows = [
             GenerationRow(id=(seed << _PLACE_BITS) + place, prompt=prompt)
             for place, prompt in enumerate(prompts)

@@ -1,6 +1,7 @@
 """A training run in one process or many, without Ray. Read `trainer` first, then `run`.
 
 For other rooms:
+    inputs            what a run starts from, checked before a cluster starts
     run               from config and data to `checkpoint-N/` and `final/`
     trainer           the loop
     world             the workers of a run, seen from one of them

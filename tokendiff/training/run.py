@@ -3,7 +3,7 @@ that calls it.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from tokendiff.artifacts.manifest import fetch, is_committed, load_manifest, ver
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.order import RowOrder
 from tokendiff.data.rows import StepPlan, TokenData, step_batches
+from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.diffusion.interfaces import Objective
 from tokendiff.diffusion.kernels import AbsorbingKernel
 from tokendiff.errors import CorruptFileError, InputError
@@ -40,7 +41,8 @@ from tokendiff.models.denoiser import ModelInTwoParts
 from tokendiff.models.dflash.model import DFlashDraftConfig
 from tokendiff.models.dflash.planning import plan_draft
 from tokendiff.models.dflash.trainee import DraftTrainee, load_trainee
-from tokendiff.models.opening import check_vocabulary, load_causal_denoiser, load_denoiser
+from tokendiff.models.opening import load_causal_denoiser, load_denoiser
+from tokendiff.models.vocabulary import check_vocabulary
 from tokendiff.objectives.autoregressive import Autoregressive
 from tokendiff.objectives.block_diffusion import BlockDiffusion
 from tokendiff.objectives.block_refinement import BlockRefinement
@@ -146,10 +148,12 @@ def _build(
     """What is trained, by what, and the noise process that the checkpoint records."""
     if config.objective.name == "dflash":
         plan = plan_draft(config, tokenizer=tokenizer, max_length=data.max_length)
+        for note in plan.notes:
+            warn(note)
         trainee = load_trainee(plan, device=device, seed=config.seed, dropout=config.dropout)
         return trainee, _build_dflash(config.objective, plan.draft), None
     load = load_causal_denoiser if config.objective.is_causal else load_denoiser
-    start = config.warm_start_from or config.model_name_or_path
+    field, start = starting_point(config)
     model: ModelInTwoParts = load(
         start,
         tokenizer=tokenizer,
@@ -158,33 +162,61 @@ def _build(
         dropout=config.dropout,
         seed=config.seed,
         warn=warn,
+        field=field,
     )
     if not config.from_scratch:
-        check_vocabulary(start, tokenizer)
-    fields = config.objective.process_fields()
+        check_vocabulary(start, tokenizer, field=field)
     if config.lora_rank is not None:
-        add_adapters(
-            model.model,
-            rank=config.lora_rank,
-            alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-            target_modules=config.lora_target_modules,
-            # Without noise there is no mask to be read.
-            trained_token_id=None if fields is None else tokenizer.mask_token_id,
-            seed=config.seed,
-        )
+        add_configured_adapters(config, model.model, tokenizer)
+    return model, *make_objective(config, tokenizer, max_length=data.max_length)
+
+
+def starting_point(config: "TrainConfig") -> tuple[str, str]:
+    """Field and name of the model that training starts from."""
+    field = "model_name_or_path" if config.warm_start_from is None else "warm_start_from"
+    return field, getattr(config, field)
+
+
+def add_configured_adapters(config: "TrainConfig", model: Any, tokenizer: Any) -> None:
+    """Put the adapters that a config asks for into a transformers model.
+
+    Raises:
+        InputError: peft is not installed, or the model has no such layers.
+    """
+    assert config.lora_rank is not None
+    has_noise = config.objective.process_fields() is not None  # without it no mask is read
+    add_adapters(
+        model,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        trained_token_id=tokenizer.mask_token_id if has_noise else None,
+        seed=config.seed,
+    )
+
+
+def make_objective(
+    config: "TrainConfig", tokenizer: Any, *, max_length: int
+) -> tuple[Objective, NoiseProcess | None]:
+    """The objective of a model that gives logits of the tokenizer's ids, and its noise process.
+
+    Raises:
+        InputError: the objective does not go with rows of that length.
+    """
+    fields = config.objective.process_fields()
     if fields is None:
-        return model, Autoregressive(), None
+        return Autoregressive(), None
     ends = {"eos_token_id": tokenizer.eos_token_id} if config.objective.is_causal else {}
     process = NoiseProcess(
         objective=config.objective.name,
-        vocab_size=model.vocab_size,
+        vocab_size=len(tokenizer),
         mask_token_id=tokenizer.mask_token_id,
-        max_length=data.max_length,
+        max_length=max_length,
         **fields,
         **ends,
     )
-    return model, OBJECTIVES[config.objective.name](config.objective, process), process
+    return OBJECTIVES[config.objective.name](config.objective, process), process
 
 
 def run_identity(config: "TrainConfig", data: TokenData) -> dict[str, Any]:
@@ -243,15 +275,6 @@ def finished_run(
     return final if load_manifest(final).metadata["step"] == config.max_train_steps else None
 
 
-def check_inputs(config: "TrainConfig", data: TokenData) -> None:
-    """Raise InputError for what is known to be wrong before a worker starts or a weight is read."""
-    if config.objective.name == "dflash":
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
-        plan_draft(config, tokenizer=tokenizer, max_length=data.max_length)
-
-
 def step_plan(config: "TrainConfig", data: TokenData, *, rank: int, world_size: int) -> StepPlan:
     order = RowOrder(row_group_sizes=data.row_group_sizes, seed=config.seed)
     return StepPlan(
@@ -261,7 +284,11 @@ def step_plan(config: "TrainConfig", data: TokenData, *, rank: int, world_size: 
 
 @dataclass(kw_only=True)
 class TrainingRun:
-    """A trainer together with the folder that its checkpoints go to."""
+    """A trainer together with the folder that its checkpoints go to.
+
+    Attributes:
+        notes: what a user should know of the model that the run begins with.
+    """
 
     trainer: Trainer
     config: "TrainConfig"
@@ -271,6 +298,7 @@ class TrainingRun:
     tokenizer: Any
     on_event: OnEvent
     measure: Callable[[], dict[str, float]] = dict
+    notes: Sequence[str] = ()
 
     @classmethod
     def build(
@@ -282,15 +310,10 @@ class TrainingRun:
         world: World,
         on_event: OnEvent = lambda event, **fields: None,
     ) -> "TrainingRun":
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
+        tokenizer = open_tokenizer(data.tokenizer_path, field="data_path")
+        notes: list[str] = []
         denoiser, objective, process = _build(
-            config,
-            data,
-            tokenizer,
-            device=world.device,
-            warn=lambda message: on_event("warning", message=message) if world.is_main else None,
+            config, data, tokenizer, device=world.device, warn=notes.append
         )
         trainer = Trainer(denoiser, objective, config, world, on_event=on_event)
         measure: Callable[[], dict[str, float]] = dict
@@ -298,6 +321,7 @@ class TrainingRun:
             measure = heldout_acceptance(trainer, objective, data)
         return cls(
             measure=measure,
+            notes=notes,
             trainer=trainer,
             config=config,
             data=data,
@@ -337,6 +361,9 @@ class TrainingRun:
             is then of the last step taken.
         """
         if self.trainer.world.is_main:
+            # What was new in the model when the run began is not new where it goes on.
+            for note in self.notes if self.trainer.step == 0 else ():
+                self.on_event("warning", message=note)
             self.on_event("start", **self._facts())
         self.trainer.run(
             batches,
@@ -373,7 +400,17 @@ class TrainingRun:
             "step": self.trainer.step,
             "run": run_identity(self.config, self.data),
             "data_path": str(self.data.folder),
+            **self._mask_of_draft(),
         }
+
+    def _mask_of_draft(self) -> dict[str, Any]:
+        """Which id of the target a draft fills in; other objectives have a noise process to say."""
+        config = self.trainer.denoiser.model.config
+        if not isinstance(config, DFlashDraftConfig):
+            return {}
+        index = config.mask_token_id
+        token = self.tokenizer.convert_ids_to_tokens(index)
+        return {"mask": {"mask_token_id": index, "token": token}}
 
     def _last_good(self) -> Location | None:
         return newest_sound_checkpoint(self.output_dir, warn=lambda message: None)

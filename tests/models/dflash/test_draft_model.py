@@ -20,11 +20,11 @@ from transformers import (
     Qwen3Model,
 )
 
+from tokendiff.artifacts.model_folders import is_draft_folder
 from tokendiff.errors import InputError
 from tokendiff.models.dflash.model import (
     DFlashDraftConfig,
     DFlashDraftModel,
-    is_draft_folder,
     spread_layer_ids,
 )
 from tokendiff.models.dflash.planning import (

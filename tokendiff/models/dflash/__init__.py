@@ -3,6 +3,7 @@
 For other rooms:
     model             the draft's config and layers, which transformers opens
     planning          drafts by name, and whether one fits its target
+    mask_token        the id that stands for what is to be filled in
     trainee           a draft beside its frozen target, in training
     decoder           a target with its draft, in decoding
 """

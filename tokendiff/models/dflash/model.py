@@ -12,8 +12,6 @@ embedding nor a head, which are the target's. `save_pretrained` writes the same 
 Source: DFlash (arXiv 2602.06036).
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +30,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
     rotate_half,
 )
 
-ARCHITECTURE = "DFlashDraftModel"
+from tokendiff.models.pretrained import is_draft_config
+
 EMBEDDING_OUTPUT = -1  # as a target layer id: what the target's first layer is given
 _KNOWN_FIELDS = frozenset({"target_layer_ids", "mask_token_id", "block_size"})
 
@@ -316,20 +315,6 @@ class DFlashDraftAttention(nn.Module):
 
 def _rotate(vectors: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return vectors * cosine + rotate_half(vectors) * sine
-
-
-def is_draft_config(config: Any) -> bool:
-    """Whether a transformers config is that of a DFlash draft."""
-    return ARCHITECTURE in (getattr(config, "architectures", None) or [])
-
-
-def is_draft_folder(folder: str | Path) -> bool:
-    """Whether a local folder holds a DFlash draft, by its config.json."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        return False
-    fields = json.loads(path.read_text())
-    return ARCHITECTURE in (fields.get("architectures") or [])
 
 
 def _as_draft_config(config: Any) -> Any:

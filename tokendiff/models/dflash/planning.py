@@ -3,24 +3,34 @@ weight is read.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokendiff.artifacts.manifest import local_model
-from tokendiff.errors import InputError
+from tokendiff.artifacts.model_folders import DRAFT_ARCHITECTURE, local_model
+from tokendiff.errors import InputError, input_errors, reason_of
+from tokendiff.models.dflash.mask_token import choose_mask_token
 from tokendiff.models.dflash.model import (
     EMBEDDING_OUTPUT,
     DFlashDraftConfig,
     DFlashDraftModel,
-    is_draft_config,
     spread_layer_ids,
 )
-from tokendiff.models.opening import check_vocabulary
+from tokendiff.models.pretrained import (
+    check_causal_model,
+    check_length,
+    is_draft_config,
+    open_config,
+    open_weights,
+)
+from tokendiff.models.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     from tokendiff.config.train import TrainConfig
+    from tokendiff.data.rows import TokenData
+
+_DRAFT = "draft_model_id"
+_DRAFT_REMEDY = "give the folder or hub name of a DFlash draft"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +40,14 @@ class DraftPlan:
     Attributes:
         draft: the config of `draft_model_id`, or of a new draft.
         target: the target's config.
+        notes: what was chosen that nobody asked for.
     """
 
     draft: DFlashDraftConfig
     target: Any
     target_model_id: str
     draft_model_id: str | None
+    notes: tuple[str, ...] = ()
 
 
 def plan_draft(config: "TrainConfig", *, tokenizer: Any, max_length: int) -> DraftPlan:
@@ -48,31 +60,20 @@ def plan_draft(config: "TrainConfig", *, tokenizer: Any, max_length: int) -> Dra
     Raises:
         InputError: something is missing, or does not fit the target.
     """
+    target, draft = check_pair(config, max_length=max_length)
     objective, name = config.objective, config.target_model_id
     assert objective.name == "dflash"
-    if name is None:
-        raise InputError(
-            "objective dflash trains a draft for a causal language model: set target_model_id to "
-            "its name or path"
-        )
-    target = open_target_config(name)
-    longest = getattr(target.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and longest < max_length:
-        raise InputError(
-            f"target_model_id {name!r} takes at most {longest} tokens; the rows have {max_length}"
-        )
+    assert name is not None
     check_vocabulary(name, tokenizer, field="target_model_id")
-    if config.draft_model_id is not None:
-        draft = open_draft_config(config.draft_model_id)
-        check_fit(draft, target, draft_model_id=config.draft_model_id, target_model_id=name)
-    else:
+    notes: tuple[str, ...] = ()
+    if draft is None:
         mask = objective.mask_token_id
         mask = tokenizer.mask_token_id if mask is None else mask
-        if mask is None:
-            raise InputError(
-                "the tokenizer has no mask token; set mask_token_id to an id of target_model_id "
-                f"{name!r} that no text has"
-            )
+        is_given = objective.mask_token_id is not None
+        # The mask token that jobs.preprocess adds to a tokenizer may lie beyond the embedding.
+        if mask is None or (not is_given and mask >= target.get_text_config().vocab_size):
+            mask, note = choose_mask_token(target, tokenizer, target_model_id=name)
+            notes = (note,)
         # Without the target's hidden states a draft has as many copies of its embeddings: the same
         # size, and opened by everything that opens drafts.
         count = objective.draft_num_layers
@@ -91,8 +92,52 @@ def plan_draft(config: "TrainConfig", *, tokenizer: Any, max_length: int) -> Dra
             "block_size, or preprocess with a larger max_length"
         )
     return DraftPlan(
-        draft=draft, target=target, target_model_id=name, draft_model_id=config.draft_model_id
+        draft=draft,
+        target=target,
+        target_model_id=name,
+        draft_model_id=config.draft_model_id,
+        notes=notes,
     )
+
+
+def check_pair(config: "TrainConfig", *, max_length: int) -> tuple[Any, DFlashDraftConfig | None]:
+    """The configs of target and draft, where it is not a new one, whatever the tokenizer.
+
+    Raises:
+        InputError: one is missing, or they go neither together nor with rows of that length.
+    """
+    name = config.target_model_id
+    if name is None:
+        raise InputError(
+            "objective dflash trains a draft for a causal language model: set target_model_id to "
+            "its name or path"
+        )
+    target = open_target_config(name)
+    check_length(target, name, field="target_model_id", max_length=max_length)
+    if config.draft_model_id is None:
+        return target, None
+    draft = open_draft_config(config.draft_model_id)
+    check_fit(draft, target, draft_model_id=config.draft_model_id, target_model_id=name)
+    return target, draft
+
+
+def check_rows(data: "TokenData", target: Any, tokenizer: Any, *, target_model_id: str) -> None:
+    """Raise InputError where rows hold ids that a target, which is frozen, has no embedding for.
+
+    Its tokenizer may have more tokens than it has embeddings, and jobs.preprocess adds a mask token
+    and an EOS token to a tokenizer that has none.
+    """
+    size = target.get_text_config().vocab_size
+    if len(tokenizer) <= size:
+        return
+    highest = data.highest_token()
+    if highest is not None and highest >= size:
+        raise InputError(
+            f"data_path {data.folder} holds tokens up to id {highest} "
+            f"({tokenizer.convert_ids_to_tokens(highest)}), but target_model_id "
+            f"{target_model_id!r} is frozen and has {size} embeddings; leave such tokens out of "
+            "the text, or preprocess with a tokenizer whose EOS token the target has"
+        )
 
 
 def open_draft_config(draft_model_id: str) -> DFlashDraftConfig:
@@ -101,23 +146,14 @@ def open_draft_config(draft_model_id: str) -> DFlashDraftConfig:
     Raises:
         InputError: there is none, it is no DFlash draft, or one that this version cannot run.
     """
-    from transformers import AutoConfig
-
-    try:
-        folder = local_model(draft_model_id)
-        plain = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if not is_draft_config(plain):
-            raise InputError(
-                f"draft_model_id {draft_model_id!r} is no DFlash draft (its config.json has "
-                f"architectures {plain.architectures}, not DFlashDraftModel)"
-            )
-        return DFlashDraftConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    plain = open_config(draft_model_id, field=_DRAFT, remedy=_DRAFT_REMEDY)
+    if not is_draft_config(plain):
         raise InputError(
-            f"draft_model_id {draft_model_id!r} cannot be opened ({_first_line(error)})"
-        ) from error
+            f"draft_model_id {draft_model_id!r} is no DFlash draft (its config.json has "
+            f"architectures {plain.architectures}, not {DRAFT_ARCHITECTURE})"
+        )
+    with input_errors(f"{_DRAFT} {draft_model_id!r} cannot be opened", _DRAFT_REMEDY):
+        return DFlashDraftConfig.from_pretrained(local_model(draft_model_id))
 
 
 def open_target_config(target_model_id: str) -> Any:
@@ -126,31 +162,9 @@ def open_target_config(target_model_id: str) -> Any:
     Raises:
         InputError: there is none, or it is not a causal language model.
     """
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_MASKED_LM_MAPPING,
-        AutoConfig,
-    )
-
-    try:
-        config = AutoConfig.from_pretrained(local_model(target_model_id), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"target_model_id {target_model_id!r} cannot be opened ({_first_line(error)}); "
-            "give a folder with a config.json, or a hub name"
-        ) from error
-    if is_draft_config(config):
-        raise InputError(
-            f"target_model_id {target_model_id!r} is a DFlash draft; give the model it drafts for"
-        )
-    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and getattr(config, "is_causal", True)
-    # BERT and its kind are in both mappings.
-    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING
-    if not is_causal or (is_encoder and not getattr(config, "is_decoder", False)):
-        raise InputError(
-            f"target_model_id {target_model_id!r} is of type {config.model_type!r}, not a causal "
-            "language model; a target gives the next token"
-        )
+    remedy = "give a folder with a config.json, or a hub name"
+    config = open_config(target_model_id, field="target_model_id", remedy=remedy)
+    check_causal_model(config, target_model_id, field="target_model_id")
     return config
 
 
@@ -233,7 +247,7 @@ def new_draft_config(
     try:
         return DFlashDraftConfig(**fields)
     except ValueError as error:
-        raise InputError(f"a draft for {target_model_id!r}: {_first_line(error)}") from error
+        raise InputError(f"a draft for {target_model_id!r}: {reason_of(error)}") from error
 
 
 def load_draft(draft_model_id: str, *, dtype: torch.dtype = torch.float32) -> DFlashDraftModel:
@@ -242,32 +256,13 @@ def load_draft(draft_model_id: str, *, dtype: torch.dtype = torch.float32) -> DF
     Raises:
         InputError: it cannot be opened, or its weights are not those that its config speaks of.
     """
-    from safetensors import SafetensorError
-
     config = open_draft_config(draft_model_id)
-    folder = local_model(draft_model_id)
-    if Path(folder).is_dir() and not any(Path(folder).glob("*.safetensors")):
-        raise InputError(f"draft_model_id {draft_model_id}: a config but no weights")
-    try:
-        model, info = DFlashDraftModel.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"draft_model_id {draft_model_id!r}: weights cannot be read ({_first_line(error)})"
-        ) from error
-    wrong = [
-        f"{kind.replace('_keys', '')} {sorted(map(str, info[kind]))[:3]}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[kind]
-    ]
-    if wrong:
+    weights = open_weights(DFlashDraftModel, draft_model_id, config, field=_DRAFT, dtype=dtype)
+    wrong = {"missing": weights.missing, "unexpected": weights.unused}
+    if listed := [f"{kind} {names[:3]}" for kind, names in wrong.items() if names]:
         raise InputError(
             f"draft_model_id {draft_model_id!r}: its weights are not those of its config: "
-            f"{'; '.join(wrong)}"
+            f"{'; '.join(listed)}"
         )
-    return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    model: DFlashDraftModel = weights.model.eval()
+    return model

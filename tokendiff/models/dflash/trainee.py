@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 
-from tokendiff.artifacts.manifest import local_model
 from tokendiff.diffusion.attention_masks import MaskRule, dense, mask_mod
-from tokendiff.errors import InputError
+from tokendiff.errors import InputError, reason_of
 from tokendiff.models.dflash.model import DFlashDraftConfig, DFlashDraftModel
 from tokendiff.models.dflash.planning import DraftPlan, load_draft
+from tokendiff.models.pretrained import open_weights
 
 AttentionKernel = Literal["flex", "dense"]
 # Scores of one head and row above which flex_attention, which skips what the mask leaves out, beats
@@ -114,7 +114,6 @@ def load_trainee(
     Raises:
         InputError: weights cannot be read, or the target cannot be used.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     plan.draft.attention_dropout = dropout
@@ -123,19 +122,16 @@ def load_trainee(
         draft.config.attention_dropout = dropout
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     name = plan.target_model_id
-    try:
-        target = AutoModelForCausalLM.from_pretrained(
-            local_model(name),
-            config=plan.target,
-            dtype=torch.bfloat16 if has_bf16 else torch.float32,
-            trust_remote_code=False,
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"target_model_id {name!r}: weights cannot be read ({reason})") from error
+    weights = open_weights(
+        AutoModelForCausalLM,
+        name,
+        plan.target,
+        field="target_model_id",
+        dtype=torch.bfloat16 if has_bf16 else torch.float32,
+    )
     if plan.draft_model_id is None:
         draft = new_draft(plan.draft, seed=seed)
-    trainee = DraftTrainee(draft, target)
+    trainee = DraftTrainee(draft, weights.complete())
     check_target(trainee, name)
     return trainee
 
@@ -164,10 +160,9 @@ def check_target(trainee: DraftTrainee, target_model_id: str) -> None:
         packed = trainee.read(tokens, positions.repeat(1, 2))
         alone = [trainee.read(part, positions) for part in tokens.chunk(2, dim=1)]
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"target_model_id {target_model_id!r}: a model of type {kind!r} does not give hidden "
-            f"states of its layers ({reason}); give another model"
+            f"states of its layers ({reason_of(error)}); give another model"
         ) from error
     difference = (packed - torch.cat(alone, dim=1)).abs().max()
     tolerance = 1e-3 if packed.dtype in (torch.float32, torch.float64) else 0.1

@@ -1,0 +1,97 @@
+"""What a served model answers, and refuses with 400, by MLflow's own parsing of requests."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tokendiff.data.prompts import GenerationRow
+from tokendiff.tracking.registry import model_signature
+
+
+class Echo:
+    """In place of a model that samples."""
+
+    def sample(self, rows: list[GenerationRow]) -> list[dict[str, Any]]:
+        return [{"text": f"{row.prompt}!", "num_model_calls": 1} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def ask() -> Callable[[Any], tuple[int, Any]]:
+    """Status and answer for a request to /invocations; no server, and no model that samples."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import Model
+    from mlflow.pyfunc import PyFuncModel
+    from mlflow.pyfunc.model import _PythonModelPyfuncWrapper
+    from mlflow.pyfunc.scoring_server import invocations
+
+    from tokendiff.tracking.served_model import PromptModel
+
+    prompt_model = PromptModel()
+    prompt_model._model, prompt_model._batch_size = Echo(), 2  # type: ignore[assignment]
+    signature = model_signature()
+    served = PyFuncModel(
+        Model(signature=signature, flavors={"python_function": {"loader_module": "none"}}),
+        _PythonModelPyfuncWrapper(prompt_model, None, signature),
+        predict_fn="predict",
+    )
+
+    def ask(request: Any) -> tuple[int, Any]:
+        body = json.dumps(request)
+        try:
+            answer = invocations(body, "application/json", served, signature.inputs)
+        except MlflowException as error:
+            return error.get_http_status_code(), str(error)
+        texts = [row["text"] for row in json.loads(answer.response)["predictions"]]
+        return answer.status, texts
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    "prompt", [5, 0, 1.5, float("nan"), True, None, [], ["a", 5], {"a": 1}, [["a"]]]
+)
+def test_what_is_no_text_is_refused_in_every_form(
+    ask: Callable[[Any], tuple[int, Any]], prompt: Any
+) -> None:
+    table = {"columns": ["prompt"], "data": [[prompt]]}
+    for request in (
+        {"inputs": [{"prompt": prompt}]},
+        {"inputs": {"prompt": [prompt]}},
+        {"dataframe_records": [{"prompt": prompt}]},
+        {"dataframe_split": table},
+        {"inputs": [{"prompt": "a"}, {"prompt": prompt}]},
+        {"dataframe_split": {**table, "data": [["a"], [prompt]]}},
+    ):
+        status, message = ask(request)
+        assert (status, "must be a text, got" in message) == (400, True), (request, message)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"inputs": [{"prompt": "a"}, {"prompt": "5"}]},
+        {"inputs": {"prompt": ["a", "5"]}},
+        {"inputs": ["a", "5"]},
+        {"instances": [{"prompt": "a"}, {"prompt": "5"}]},
+        {"dataframe_records": [{"prompt": "a"}, {"prompt": "5"}]},
+        {"dataframe_split": {"columns": ["prompt"], "data": [["a"], ["5"]]}},
+        {"inputs": [{"prompt": "a"}, {"prompt": "5"}], "params": {"seed": 3}},
+    ],
+)
+def test_texts_are_answered_in_every_form(
+    ask: Callable[[Any], tuple[int, Any]], request_: dict[str, Any]
+) -> None:
+    """The text "5" is one."""
+    assert ask(request_) == (200, ["a!", "5!"])
+
+
+def test_other_columns_and_seeds_are_refused(ask: Callable[[Any], tuple[int, Any]]) -> None:
+    for request in (
+        {"inputs": [{"text": "a"}]},
+        {"inputs": [{"messages": [{"role": "user", "content": "a"}]}]},
+        {"inputs": [{"prompt": "a"}], "params": {"seed": -1}},
+        {"inputs": [{"prompt": "a"}], "params": {"seed": "one"}},
+    ):
+        assert ask(request)[0] == 400, request

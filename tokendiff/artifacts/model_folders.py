@@ -1,0 +1,94 @@
+"""What can be told of a model by its name, without opening it: which folder that is, and what the
+files in it say.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokendiff.artifacts.locations import is_uri, location
+from tokendiff.artifacts.manifest import fetch, is_committed
+from tokendiff.errors import InputError
+
+CONFIG_NAME = "config.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
+DRAFT_ARCHITECTURE = "DFlashDraftModel"
+# Their positions start behind the padding id, which is 1 where the config does not say.
+_OFFSET_TYPES = ("roberta", "xlm-roberta", "camembert")
+_WEIGHT_FILES = ("*.safetensors", "*.bin")
+
+
+def local_model(name: str) -> str:
+    """A model or tokenizer as transformers takes it: the absolute path of a folder, a copy of what
+    a URI names, or else the name.
+
+    Raises:
+        InputError: nothing was committed there.
+    """
+    if not is_uri(name):
+        path = Path(name).expanduser()
+        return str(path.absolute()) if path.is_dir() else name
+    folder = location(name)
+    if isinstance(folder, Path):
+        return str(folder)
+    if is_committed(folder):
+        return str(fetch(folder))
+    if is_committed(folder.parent):  # the tokenizer/ of token shards
+        return str(fetch(folder.parent, under=f"{folder.name}/") / folder.name)
+    raise InputError(
+        f"{name}: no checkpoint and no tokenizer of ours there (no MANIFEST.json); copy another "
+        "model to a folder that every node sees"
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The fields of a folder's config.json.
+
+    Raises:
+        InputError: there is none, or it is not a JSON object.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: must hold a JSON object, got {fields!r:.80}")
+    return fields
+
+
+def longest_row(fields: Mapping[str, Any]) -> int | None:
+    """The most tokens that a model takes, by the fields of its config; None where they do not say.
+
+    The fields are those of the config.json, or of a transformers config's `to_dict()`.
+    """
+    longest = fields.get("max_position_embeddings", fields.get("n_positions"))
+    if not isinstance(longest, int):
+        return None
+    if fields.get("model_type") not in _OFFSET_TYPES:
+        return longest
+    padding = fields.get("pad_token_id")
+    return longest - (1 if padding is None else padding) - 1
+
+
+def is_draft_folder(folder: str | Path) -> bool:
+    """Whether a local folder holds a DFlash draft, by its config.json."""
+    if not (Path(folder) / CONFIG_NAME).is_file():
+        return False
+    return DRAFT_ARCHITECTURE in (read_config(Path(folder)).get("architectures") or [])
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether the published scripts made this checkpoint: a model beside a scheduler_config.json
+    that names no objective, and no manifest. There is nothing to verify it by.
+    """
+    path = folder / SCHEDULER_CONFIG
+    if is_committed(folder) or not path.is_file() or not (folder / CONFIG_NAME).is_file():
+        return False
+    return '"objective"' not in path.read_text()
+
+
+def lacks_weights(folder: Path) -> bool:
+    """Whether there is a folder, but none of the files in it that weights are kept in."""
+    return folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES)

@@ -1,0 +1,224 @@
+"""Models of transformers by name: of the hub, a folder, or a checkpoint of ours behind a URI.
+
+Whatever field of the config names a model, its config and its weights are read here, and its
+tokenizer by `tokendiff.data.tokenizers.open_tokenizer`: every field takes the same names, and is
+named by the error where one cannot be opened.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokendiff.artifacts.model_folders import (
+    DRAFT_ARCHITECTURE,
+    lacks_weights,
+    local_model,
+    longest_row,
+)
+from tokendiff.errors import InputError, input_errors
+from tokendiff.models.families import family_of
+
+if TYPE_CHECKING:
+    import torch
+
+_NO_WEIGHTS = "give a folder that holds them, or a hub name"
+_SHOWN = 3
+
+
+def open_config(name: str, *, field: str, remedy: str, trust_remote_code: bool = False) -> Any:
+    """The transformers config behind a name, of the architecture that the model is.
+
+    Args:
+        field: of the config that gave the name.
+        remedy: what to give in its place.
+        trust_remote_code: run code that comes with the model, where transformers has none for it.
+
+    Raises:
+        InputError: there is none, or transformers cannot read it.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    # Registers our own architecture, which a checkpoint may be of.
+    import tokendiff.models.diffusion_transformer  # noqa: F401
+
+    with input_errors(f"{field} {name!r} cannot be opened", remedy):
+        folder = local_model(name)
+        fields, _ = PreTrainedConfig.get_config_dict(folder)
+        known = family_of(fields.get("model_type")).same_as
+        if known is None:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        foreign = ("model_type", "architectures", "auto_map")
+        kept = {key: value for key, value in fields.items() if key not in foreign}
+        return AutoConfig.for_model(known, published_model_type=fields["model_type"], **kept)
+
+
+def longest_input(config: Any) -> int | None:
+    """The most tokens that a model of this config takes; None where it does not say."""
+    return longest_row(config.get_text_config().to_dict())
+
+
+def check_length(config: Any, name: str, *, field: str, max_length: int) -> None:
+    """Raise InputError where a model of this config cannot take rows of max_length tokens."""
+    longest = longest_input(config)
+    if longest is not None and longest < max_length:
+        raise InputError(
+            f"{field} {name!r} takes at most {longest} tokens; max_length is {max_length}: "
+            "preprocess with a lower one, or give another model"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A model, and what the name that it was opened by had no weights for.
+
+    Attributes:
+        origin: the field and the name, as errors begin.
+        missing: parameters that are new and random. A head that is tied to the embedding is none.
+        unused: weights that the model has no place for.
+        missing_share: of the model's numbers, those that are new.
+    """
+
+    model: Any
+    origin: str
+    missing: list[str]
+    unused: list[str]
+    missing_share: float
+
+    def complete(self) -> Any:
+        """The model, to be used as it is.
+
+        Raises:
+            InputError: some of its weights are new.
+        """
+        if self.missing:
+            raise InputError(
+                f"{self.origin} has no weights for {_listed(self.missing)}; give a model that has "
+                "all of the weights that its config speaks of"
+            )
+        return self.model
+
+    def told(self, warn: Callable[[str], None]) -> Any:
+        """The model, to be trained further; `warn` hears which weights are new, and which were not
+        used.
+
+        Raises:
+            InputError: more of it would be new than was read.
+        """
+        share = f"{100 * self.missing_share:.2g} % of the model"
+        if self.missing_share > 0.5:
+            raise InputError(
+                f"{self.origin} has no weights for {_listed(self.missing)}, {share}; give the "
+                "folder of the whole model, or from_scratch to start from new weights alone"
+            )
+        if self.missing:
+            warn(
+                f"{self.origin} has no weights for {_listed(self.missing)}; "
+                f"{len(self.missing)} parameters, {share}, start new and random"
+            )
+        if self.unused:
+            warn(
+                f"{self.origin}: {len(self.unused)} of its weights have no place in the model and "
+                f"are not used: {_listed(self.unused)}"
+            )
+        return self.model
+
+
+def open_weights(
+    model_class: Any,
+    name: str,
+    config: Any,
+    *,
+    field: str,
+    dtype: "torch.dtype",
+    remedy: str = _NO_WEIGHTS,
+    trust_remote_code: bool = False,
+) -> Weights:
+    """A model of a config that `open_config` read, on the CPU, with the weights behind its name.
+
+    Args:
+        model_class: an Auto class of transformers, or the class of a model.
+        field: of the config that gave the name.
+        remedy: what to do where there are no weights.
+
+    Raises:
+        InputError: there are no weights, or they cannot be read, or have other shapes than the
+            config says.
+    """
+    check_weights(name, field=field, remedy=remedy)
+    folder, origin = local_model(name), f"{field} {name!r}"
+    with input_errors(f"{origin}: weights cannot be read", "give files that are whole"):
+        model, info = model_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # said below, with the names
+        )
+    if mismatched := sorted(info["mismatched_keys"]):
+        key, there, here = mismatched[0]
+        raise InputError(
+            f"{origin}: {len(mismatched)} of its weights have another shape than its config says "
+            f"({key} is {list(there)}, not {list(here)}, for one); one of the two belongs to "
+            "another model"
+        )
+    missing = _distinct_parameters(model, info["missing_keys"])
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return Weights(
+        model=model,
+        origin=origin,
+        missing=list(missing),
+        unused=sorted(info["unexpected_keys"]),
+        missing_share=sum(missing.values()) / max(total, 1),
+    )
+
+
+def check_weights(name: str, *, field: str, remedy: str = _NO_WEIGHTS) -> None:
+    """Raise InputError where the name is that of a folder without weights; none is read."""
+    if lacks_weights(Path(local_model(name))):
+        raise InputError(f"{field} {name!r}: a config but no weights; {remedy}")
+
+
+def check_causal_model(config: Any, name: str, *, field: str, is_one_way: bool = True) -> None:
+    """Raise InputError where a config is not that of a causal language model.
+
+    Args:
+        is_one_way: refuse also one that was changed to attend in both directions, which does not
+            give the next token any more.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    if is_draft_config(config):
+        raise InputError(f"{field} {name!r} is a DFlash draft; give the model it drafts for")
+    has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or has_own_code
+    # BERT and its kind are in both mappings.
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    is_encoder = is_encoder and not getattr(config, "is_decoder", False)
+    sees_both_ways = is_one_way and not getattr(config, "is_causal", True)
+    if not is_causal or is_encoder or sees_both_ways:
+        raise InputError(
+            f"{field} {name!r} is of type {config.model_type!r}, not a causal language model, "
+            "which gives the next token; give a GPT-2, Qwen, Llama, ..."
+        )
+
+
+def is_draft_config(config: Any) -> bool:
+    """Whether a transformers config is that of a DFlash draft."""
+    return DRAFT_ARCHITECTURE in (getattr(config, "architectures", None) or [])
+
+
+def _distinct_parameters(model: Any, keys: set[str]) -> dict[str, int]:
+    """The parameters among `keys`, each once though it may have several names, with its size."""
+    found: dict[int, tuple[str, int]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in keys:
+            found.setdefault(id(parameter), (name, parameter.numel()))
+    return dict(found.values())
+
+
+def _listed(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,120 @@
+"""What can go wrong with a training run and is known before a worker starts or a weight is read:
+all that the config, the model's config, the tokenizer, and what is in the folders tell.
+"""
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tokendiff.artifacts.checkpoint import FINAL, committed_checkpoints
+from tokendiff.artifacts.locations import Location, location
+from tokendiff.artifacts.manifest import is_committed
+from tokendiff.data.rows import TokenData
+from tokendiff.data.tokenizers import open_tokenizer
+from tokendiff.errors import CorruptFileError
+from tokendiff.models.builtin import check_builtin, is_builtin
+from tokendiff.models.denoiser import ModelInTwoParts
+from tokendiff.models.dflash.planning import check_pair, check_rows, plan_draft
+from tokendiff.models.opening import ModelPlan, open_trainable_config, plan_model
+from tokendiff.models.pretrained import check_length, check_weights
+from tokendiff.models.vocabulary import check_vocabulary
+from tokendiff.training.run import (
+    add_configured_adapters,
+    check_same_run,
+    make_objective,
+    starting_point,
+    step_plan,
+)
+
+if TYPE_CHECKING:
+    from tokendiff.config.train import TrainConfig
+
+
+def check_training(
+    config: "TrainConfig",
+    *,
+    data_path: str | Location,
+    output_dir: Location,
+    num_workers: int,
+    planned_length: int | None = None,
+) -> None:
+    """Check a run before anything of it starts.
+
+    Args:
+        planned_length: tokens of the rows that an earlier stage is to make at data_path; None where
+            they must be there.
+
+    Raises:
+        InputError: it cannot be done.
+        CorruptFileError: a shard is missing or cut short.
+    """
+    if planned_length is not None and not is_committed(location(data_path)):
+        check_model(config, max_length=planned_length)
+        return
+    data = TokenData.open(data_path, split="train")
+    step_plan(config, data, rank=0, world_size=num_workers)
+    check_inputs(config, data)
+    final = output_dir / FINAL
+    for folder in [*committed_checkpoints(output_dir), *([final] if is_committed(final) else [])]:
+        with suppress(CorruptFileError):  # a damaged one is passed over, in its time
+            check_same_run(folder, config, data)
+
+
+def check_inputs(config: "TrainConfig", data: TokenData) -> None:
+    """Check model and objective against the rows and their tokenizer.
+
+    Raises:
+        InputError: they do not go together.
+    """
+    tokenizer = open_tokenizer(data.tokenizer_path, field="data_path")
+    if config.objective.name == "dflash":
+        draft = plan_draft(config, tokenizer=tokenizer, max_length=data.max_length)
+        check_rows(data, draft.target, tokenizer, target_model_id=draft.target_model_id)
+        check_weights(draft.target_model_id, field="target_model_id")
+        if draft.draft_model_id is not None:
+            check_weights(draft.draft_model_id, field="draft_model_id")
+        return
+    field, name = starting_point(config)
+    plan = plan_model(
+        name,
+        tokenizer=tokenizer,
+        max_length=data.max_length,
+        is_causal=config.objective.is_causal,
+        from_scratch=config.from_scratch,
+        field=field,
+    )
+    if not config.from_scratch:
+        check_vocabulary(name, tokenizer, field=field)
+    make_objective(config, tokenizer, max_length=data.max_length)
+    if config.lora_rank is not None or config.gradient_checkpointing:
+        _check_modules(config, plan, tokenizer)
+
+
+def check_model(config: "TrainConfig", *, max_length: int) -> None:
+    """Check the model where its rows, and so their tokenizer, are still to be made.
+
+    Raises:
+        InputError: there is none, or it goes neither with the objective nor with such rows.
+    """
+    if config.objective.name == "dflash":
+        check_pair(config, max_length=max_length)
+        return
+    field, name = starting_point(config)
+    if is_builtin(name):
+        check_builtin(name)
+        return
+    model, _ = open_trainable_config(name, is_causal=config.objective.is_causal, field=field)
+    check_length(model, name, field=field, max_length=max_length)
+    if not config.from_scratch:
+        check_weights(name, field=field)
+
+
+def _check_modules(config: "TrainConfig", plan: ModelPlan, tokenizer: Any) -> None:
+    """Check what depends on the layers that a model has, on one without weights."""
+    with torch.device("meta"):
+        model = plan.auto_class.from_config(plan.config)
+    if config.gradient_checkpointing:
+        ModelInTwoParts(model, vocab_size=plan.vocab_size).recompute_activations()
+    if config.lora_rank is not None:
+        add_configured_adapters(config, model, tokenizer)
