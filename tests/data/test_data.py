@@ -1,9 +1,7 @@
 """Sources, tokenizers and packing, in one process."""
 
-import bz2
 import gzip
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -118,26 +116,6 @@ def test_a_pattern_without_files_is_refused(tmp_path: Path, pattern: str, said: 
     assert str(tmp_path) in str(caught.value)
 
 
-def compressed(path: Path, data: bytes) -> Path:
-    if path.suffix == ".gz":  # two members: what `cat a.gz b.gz` gives
-        path.write_bytes(gzip.compress(data[:10]) + gzip.compress(data[10:]))
-    elif path.suffix == ".bz2":
-        path.write_bytes(bz2.compress(data))
-    else:
-        with pa.output_stream(str(path), compression="zstd") as file:
-            file.write(data)
-    return path
-
-
-@pytest.mark.parametrize("suffix", ["gz", "bz2", "zst"])
-def test_compressed_files_read_like_plain_ones(tmp_path: Path, suffix: str) -> None:
-    lines = [f"line {i} ü" for i in range(1000)]
-    path = compressed(tmp_path / f"a.txt.{suffix}", "\n".join(lines).encode())
-    preprocess = text_config(path, partition_bytes=100)
-    assert len(plan_partitions(preprocess)) == 1
-    assert read_all(preprocess) == lines
-
-
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo", encoding="utf-8-sig")
     assert read_all(text_config(tmp_path / "a.txt")) == ["one", "two"]
@@ -188,13 +166,6 @@ def test_text_in_another_encoding_is_refused(tmp_path: Path, sample_by: str, nam
     path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     with pytest.raises(InputError, match=r"a\.txt(\.gz)?:4: not UTF-8 \(byte 0xfc.*iconv"):
         read_all(text_config(path, sample_by=sample_by))
-
-
-@pytest.mark.parametrize("data", [b"no gzip", gzip.compress(os.urandom(10_000))[:5000]])
-def test_a_broken_archive_is_refused(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "a.txt.gz").write_bytes(data)
-    with pytest.raises(InputError, match=r"a\.txt\.gz: cannot be read"):
-        read_all(text_config(tmp_path / "a.txt.gz"))
 
 
 def parquet_config(path: Path, **fields: Any) -> PreprocessConfig:

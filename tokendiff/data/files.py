@@ -2,20 +2,23 @@
 
 import codecs
 import glob
-import io
 import json
 import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import IO, Any
+from typing import Any
 
 from tokendiff.artifacts.locations import glob_files, is_uri, location, open_binary, size_of
 from tokendiff.data.partition import Piece
+from tokendiff.data.streams import (
+    BUFFER_BYTES,
+    is_compressed,
+    open_stream,
+    refuse_unreadable,
+)
 from tokendiff.errors import InputError
 
-COMPRESSED_SUFFIXES = (".gz", ".bz2", ".zst")
-_BUFFER_BYTES = 1 << 20
 _PARQUET_BATCH_ROWS = 256  # rows in memory at once; a row may be a whole book
 
 
@@ -23,7 +26,7 @@ def find_files(patterns: Sequence[str]) -> list[str]:
     """Absolute paths or URIs of the files and globs, each once, sorted.
 
     Raises:
-        InputError: a pattern matches no file.
+        InputError: a pattern matches no file, or one that nothing here reads.
     """
     found: set[str] = set()
     for pattern in patterns:
@@ -40,6 +43,8 @@ def find_files(patterns: Sequence[str]) -> list[str]:
         if not files:
             raise InputError(f"data_files {pattern!r} matches no file (looked for {path})")
         found.update(files)
+    for path in found:
+        refuse_unreadable(path)
     return sorted(found)
 
 
@@ -56,7 +61,7 @@ def _remote_files(pattern: str) -> list[str]:
 def text_pieces(path: str, *, max_bytes: int | None) -> Iterator[Piece]:
     """Byte ranges of a text or jsonl file; a single one without `max_bytes`, or if compressed."""
     size = size_of(location(path))
-    step = size if max_bytes is None or _is_compressed(path) else max_bytes
+    step = size if max_bytes is None or is_compressed(path) else max_bytes
     for start in range(0, size, max(step, 1)):
         stop = min(start + step, size)
         yield Piece(path=path, start=start, stop=stop, num_bytes=stop - start)
@@ -70,7 +75,7 @@ def read_lines(piece: Piece) -> Iterator[str]:
 
 def read_whole(piece: Piece) -> Iterator[str]:
     """The file as one document."""
-    with _opened(piece.path) as file:
+    with open_stream(piece.path) as file:
         data = file.read()
     yield _decode(data.removeprefix(codecs.BOM_UTF8), piece.path, 0)
 
@@ -130,15 +135,11 @@ def missing_column(place: str, column: str, columns: Any) -> InputError:
     )
 
 
-def _is_compressed(path: str) -> bool:
-    return path.endswith(COMPRESSED_SUFFIXES)
-
-
 def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
     """(offset, line) of every line that begins in [start, stop); a range may begin in mid-line."""
     # The sizes that ranges are made of are those of the compressed bytes; such a file is one range.
-    stop = math.inf if _is_compressed(piece.path) else piece.stop
-    with _opened(piece.path) as file:
+    stop = math.inf if is_compressed(piece.path) else piece.stop
+    with open_stream(piece.path) as file:
         offset = piece.start
         if offset > 0:
             # A line begins in the piece where one ends in it or right before it. Looking no further
@@ -155,27 +156,6 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[IO[bytes]]:
-    """A binary file, decompressed on the way."""
-    try:
-        if _is_compressed(path):
-            import pyarrow as pa
-
-            kind = pa.Codec.detect(path).name
-            with (
-                open_binary(location(path)) as packed,
-                pa.CompressedInputStream(packed, kind) as stream,
-                io.BufferedReader(stream, _BUFFER_BYTES) as file,
-            ):
-                yield file
-        else:
-            with open_binary(location(path), buffer_bytes=_BUFFER_BYTES) as file:
-                yield file
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-
-
-@contextmanager
 def _opened_parquet(path: str) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -184,7 +164,7 @@ def _opened_parquet(path: str) -> Iterator[Any]:
         # By default the whole column of the row groups asked for is read at once.
         with (
             open_binary(location(path)) if is_uri(path) else nullcontext(path) as source,
-            pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file,
+            pq.ParquetFile(source, pre_buffer=False, buffer_size=BUFFER_BYTES) as file,
         ):
             yield file
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
@@ -205,8 +185,8 @@ def _decode(data: bytes, path: str, offset: int) -> str:
 def _place(path: str, offset: int) -> str:
     """file:line of a byte, counted from the file's beginning: a piece starts anywhere."""
     line, left = 1, offset
-    with _opened(path) as file:
-        while left > 0 and (block := file.read(min(left, _BUFFER_BYTES))):
+    with open_stream(path) as file:
+        while left > 0 and (block := file.read(min(left, BUFFER_BYTES))):
             line += block.count(b"\n")
             left -= len(block)
     return f"{path}:{line}"
