@@ -20,6 +20,7 @@ from tokendiff.artifacts.manifest import (
 )
 from tokendiff.cluster.session import data_context
 from tokendiff.config.preprocess import SAMPLES
+from tokendiff.data.bad_rows import ERRORS, ErrorCount, bad_rows_in_words
 from tokendiff.data.partition import Partition
 from tokendiff.data.preprocess import (
     SPLITS,
@@ -59,7 +60,8 @@ def preprocess(
         on_progress: called in this process with the number of partitions that are done, and of all.
 
     Raises:
-        InputError: the input, the tokenizer or the folder cannot be used; nothing is committed.
+        InputError: the input, the tokenizer or the folder cannot be used, or more than max_errors
+            rows cannot; nothing is committed.
         CorruptFileError: the folder was committed, but a file is missing or cut short.
     """
     output_dir = location(output_dir)
@@ -74,17 +76,26 @@ def preprocess(
     mark = _claim(output_dir)
     tokenizer, notes = _make_tokenizer(config, tokenizer_name_or_path, partitions)
     tokenizer_files = _save_tokenizer(tokenizer, output_dir)
+    errors = ErrorCount(
+        config.max_errors,
+        what="rows",
+        folder=output_dir / ERRORS,
+        remedy="mend them, or raise max_errors to leave them out",
+    )
     stats = []
     for done in _run(config, partitions, output_dir, tokenizer_files):
         stats.append(done)
+        if done.errors is not None:
+            errors.add(done.index, done.errors.num_rows, done.errors.first)
         if on_progress is not None:
             on_progress(len(stats), len(partitions))
     stats.sort(key=lambda partition: partition.index)
     metadata = _metadata(config, tokenizer_name_or_path, tokenizer, stats)
-    notes += _check_corpus(config, metadata["splits"], metadata["dropped"])
-    known_sha256 = {shard.path: shard.sha256 for part in stats for shard in part.shards.values()}
+    notes += _check_corpus(config, metadata["splits"], metadata["dropped"], errors)
+    known_sha256 = {file.path: file.sha256 for part in stats for file in part.files}
     _check_files(output_dir, known_sha256)
     metadata |= {"key": key, "notes": notes, "trained_on": file_identities(config)}
+    metadata["errors"] = errors.num_rows
     manifest = commit(output_dir, kind=KIND, metadata=metadata, known_sha256=known_sha256)
     mark.unlink()
     return manifest
@@ -122,7 +133,7 @@ def _claim(output_dir: Location) -> Location:
         the folder is committed.
     """
     mark = claim_folder(output_dir, kind=KIND)
-    for name in (*SPLITS, "tokenizer"):
+    for name in (*SPLITS, ERRORS, "tokenizer"):
         remove(output_dir / name)
     return mark
 
@@ -183,6 +194,7 @@ def _task(
     config: "PreprocessConfig", output_dir: Location, tokenizer_files: dict[str, bytes]
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
     max_length, heldout_fraction = config.max_length, config.heldout_fraction
+    max_errors = config.max_errors
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
         from transformers import AutoTokenizer
@@ -196,9 +208,10 @@ def _task(
                     max_length=max_length,
                     heldout_fraction=heldout_fraction,
                     output_dir=folder,
+                    max_errors=max_errors,
                 )
                 if not isinstance(output_dir, Path):
-                    upload(folder, output_dir, [shard.path for shard in stats.shards.values()])
+                    upload(folder, output_dir, [file.path for file in stats.files])
         except InputError as error:
             # As a value: Ray would log and wrap an exception, and bad input is no crash.
             return {"stats": b"", "error": str(error)}
@@ -260,33 +273,43 @@ def _split_totals(stats: Sequence[PartitionStats], split: str) -> dict[str, Any]
 
 
 def _check_corpus(
-    config: "PreprocessConfig", splits: dict[str, Any], dropped: dict[str, int]
+    config: "PreprocessConfig",
+    splits: dict[str, Any],
+    dropped: dict[str, int],
+    errors: ErrorCount,
 ) -> list[str]:
-    """Notes on a split that is empty by chance; an empty corpus is an error."""
+    """Notes on rows that are left out, and on a split that is empty by chance; an empty corpus is
+    an error.
+    """
     train, heldout = splits["train"]["rows"], splits["heldout"]["rows"]
     if train + heldout == 0:
         raise InputError(
             f"dataset_name {config.dataset_name!r}: the corpus is empty ({dropped['empty']} empty "
-            f"cells and {dropped['not_text']} that are not text); check the data and text_column"
+            f"cells and {dropped['not_text']} that are not text; "
+            f"{bad_rows_in_words(errors.num_rows, errors.first)}); check the data and text_column"
         )
     if train == 0 and config.heldout_fraction < 1.0:
         raise InputError(
             f"heldout_fraction {config.heldout_fraction} left no document for training, of "
             f"{splits['heldout']['documents']}; lower it, or give more documents"
         )
+    notes = []
+    if errors.num_rows:
+        told = bad_rows_in_words(errors.num_rows, errors.first)
+        notes.append(f"left out, see {ERRORS}/: {told}")
     if heldout == 0 and config.heldout_fraction > 0.0:
-        return [
+        notes.append(
             f"no document fell into the heldout split (heldout_fraction {config.heldout_fraction}, "
             f"{splits['train']['documents']} documents)"
-        ]
-    return []
+        )
+    return notes
 
 
 def _check_files(output_dir: Location, known_sha256: dict[str, str]) -> None:
-    """Leave the shards of these tasks alone in the folder; all of them must have arrived there."""
+    """Leave the files of these tasks alone in the folder; all of them must have arrived there."""
     names = files_under(output_dir)
     for name in names:
-        if name.split("/")[0] in SPLITS and name not in known_sha256:
+        if name.split("/")[0] in (*SPLITS, ERRORS) and name not in known_sha256:
             (output_dir / name).unlink()  # the temporary file of a task whose worker was lost
     if known_sha256.keys() - names.keys():
         raise InputError(_not_shared(output_dir))

@@ -1,15 +1,32 @@
-"""Text, JSON Lines and Parquet files: found, cut into pieces, and read piece by piece."""
+"""Text, JSON Lines and Parquet files: found, cut into pieces, and read piece by piece.
+
+A reader yields a row's texts, or a `BadRow` in place of a row that has none to give; what is wrong
+with a file as a whole it raises.
+"""
 
 import codecs
 import glob
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from tokendiff.artifacts.locations import glob_files, is_uri, location, open_binary, size_of
+from tokendiff.data.bad_rows import BadRow, Document
+from tokendiff.data.columns import (
+    Row,
+    arrow_cells,
+    arrow_path,
+    documents_in,
+    not_utf8,
+    shown,
+    texts_of,
+)
 from tokendiff.data.partition import Piece
 from tokendiff.data.streams import (
     BUFFER_BYTES,
@@ -19,6 +36,8 @@ from tokendiff.data.streams import (
 )
 from tokendiff.errors import InputError
 
+_ARRAY = re.compile(rb"\s*\[\s*\{")
+_LINES = "a jsonl file holds one object a line"
 _PARQUET_BATCH_ROWS = 256  # rows in memory at once; a row may be a whole book
 
 
@@ -67,49 +86,93 @@ def text_pieces(path: str, *, max_bytes: int | None) -> Iterator[Piece]:
         yield Piece(path=path, start=start, stop=stop, num_bytes=stop - start)
 
 
-def read_lines(piece: Piece) -> Iterator[str]:
+def read_lines(piece: Piece) -> Iterator[Document]:
     """The lines that begin inside the piece, without their line ends."""
-    for offset, line in _lines(piece):
-        yield _decode(line, piece.path, offset)
+    lines = _PlacedLines(piece)
+    for number, line in lines:
+        text = _decode(line)
+        if isinstance(text, str):
+            yield text
+        else:
+            yield BadRow(place=lines.place(number), reason=not_utf8(text), row=shown(line))
 
 
-def read_whole(piece: Piece) -> Iterator[str]:
+def read_whole(piece: Piece) -> Iterator[Document]:
     """The file as one document."""
     with open_stream(piece.path) as file:
         data = file.read()
-    yield _decode(data.removeprefix(codecs.BOM_UTF8), piece.path, 0)
+    text = _decode(data.removeprefix(codecs.BOM_UTF8))
+    if isinstance(text, str):
+        yield text
+        return
+    offset = text.start + len(data) - len(text.object)
+    place = f"{piece.path}:{_line_number(piece.path, offset)}"
+    yield BadRow(place=place, reason=not_utf8(text), row=shown(data))
 
 
-def read_jsonl(piece: Piece, column: str) -> Iterator[Any]:
-    """The value under `column` in each line that begins inside the piece; blank lines are none."""
-    for offset, line in _lines(piece):
+def read_jsonl(piece: Piece, column: str) -> Iterator[Document]:
+    """What stands under `column` in each line that begins inside the piece; blank lines are none.
+
+    Raises:
+        InputError: no row of the file has the column, or the file is one JSON array.
+    """
+
+    def all_rows() -> Iterator[Row]:
+        size = size_of(location(piece.path))
+        return _json_rows(_PlacedLines(replace(piece, start=0, stop=size)))
+
+    lines = _PlacedLines(piece)
+    return documents_in(
+        _json_rows(lines), column, path=piece.path, place=lines.place, all_rows=all_rows
+    )
+
+
+def _json_rows(lines: "_PlacedLines") -> Iterator[Row]:
+    has_bad = False
+    for number, line in lines:
         if not line.strip():
             continue
-        try:
-            row = json.loads(_decode(line, piece.path, offset))
-        except InputError:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{_place(piece.path, offset)}: not a JSON value ({error}); "
-                "a jsonl file holds one object a line"
-            ) from error
-        if not isinstance(row, dict):
-            raise InputError(
-                f"{_place(piece.path, offset)}: expected an object like {{{column!r}: ...}}, "
-                f"got {type(row).__name__} {line[:40]!r}"
-            )
-        if column not in row:
-            raise missing_column(_place(piece.path, offset), column, row)
-        yield row[column]
+        row, reason = _json_row(line)
+        if row is not None:
+            yield number, row
+            continue
+        if not has_bad:
+            refuse_array(lines.path)
+            has_bad = True
+        yield number, BadRow(place=lines.place(number), reason=reason, row=shown(line))
+
+
+def _json_row(line: bytes) -> tuple[dict[str, Any] | None, str]:
+    """The object of a line, or None and why there is none."""
+    text = _decode(line)
+    if not isinstance(text, str):
+        return None, not_utf8(text)
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        return None, f"not a JSON value ({error.msg}: column {error.colno}); {_LINES}"
+    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
+        return None, f"not a JSON value ({error}); {_LINES}"
+    if not isinstance(row, dict):
+        return None, f"expected an object like {{...}}, got {type(row).__name__} {shown(row)}"
+    return row, ""
+
+
+def refuse_array(path: str) -> None:
+    """Raise InputError where a file that should hold an object a line is one JSON array."""
+    with open_stream(path) as file:
+        head = file.read(BUFFER_BYTES).removeprefix(codecs.BOM_UTF8)
+    if _ARRAY.match(head):
+        raise InputError(
+            f"{path}: is one JSON array, not an object a line; data_files take it with "
+            "dataset_name json, prompts once it is converted: jq -c '.[]' FILE.json > FILE.jsonl"
+        )
 
 
 def parquet_pieces(path: str, column: str) -> Iterator[Piece]:
     """One piece per row group, sized by the text column alone."""
     with _opened_parquet(path) as file:
-        names = file.schema_arrow.names
-        if column not in names:
-            raise missing_column(path, column, names)
+        arrow_path(file.schema_arrow, column, path)
         leaves = [file.schema.column(i).path for i in range(len(file.schema))]
         of_column = [
             i for i, leaf in enumerate(leaves) if leaf == column or leaf.startswith(f"{column}.")
@@ -120,19 +183,53 @@ def parquet_pieces(path: str, column: str) -> Iterator[Piece]:
             yield Piece(path=path, start=group, stop=group + 1, num_bytes=num_bytes)
 
 
-def read_parquet(piece: Piece, column: str) -> Iterator[Any]:
+def read_parquet(piece: Piece, column: str) -> Iterator[Document]:
     """The cells of `column` in the piece's row groups."""
+
+    def place(row: int) -> str:
+        return f"{piece.path}: row {row}"
+
     with _opened_parquet(piece.path) as file:
+        names = arrow_path(file.schema_arrow, column, piece.path)
+        number = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
         groups = list(range(piece.start, piece.stop))
         for batch in file.iter_batches(_PARQUET_BATCH_ROWS, row_groups=groups, columns=[column]):
-            yield from batch.column(0).to_pylist()
+            at = batch.schema.names.index(names[0])
+            for cell in arrow_cells(batch.column(at), names):
+                number += 1
+                yield from texts_of(cell, column, number, place=place)
 
 
-def missing_column(place: str, column: str, columns: Any) -> InputError:
-    there = ", ".join(repr(str(name)) for name in list(columns)[:20]) or "none"
-    return InputError(
-        f"{place}: no column {column!r}; set text_column to one of those there: {there}"
-    )
+class _PlacedLines:
+    """The lines that begin inside a piece, numbered from 0, and where they stand in the file."""
+
+    def __init__(self, piece: Piece) -> None:
+        self.path = piece.path
+        self._piece = piece
+        self._first_offset = 0
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        for number, (offset, line) in enumerate(_lines(self._piece)):
+            if number == 0:
+                self._first_offset = offset
+            yield number, line
+
+    def place(self, number: int) -> str:
+        return f"{self.path}:{self._first_line + number}"
+
+    @cached_property
+    def _first_line(self) -> int:
+        return _line_number(self.path, self._first_offset)
+
+
+def _line_number(path: str, offset: int) -> int:
+    """Of the line that a byte is in, counted from the file's beginning: a piece starts anywhere."""
+    line, left = 1, offset
+    with open_stream(path) as file:
+        while left > 0 and (block := file.read(min(left, BUFFER_BYTES))):
+            line += block.count(b"\n")
+            left -= len(block)
+    return line
 
 
 def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
@@ -171,22 +268,8 @@ def _opened_parquet(path: str) -> Iterator[Any]:
         raise InputError(f"{path}: not a readable parquet file ({error})") from error
 
 
-def _decode(data: bytes, path: str, offset: int) -> str:
+def _decode(data: bytes) -> str | UnicodeDecodeError:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        place = _place(path, offset + error.start)
-        raise InputError(
-            f"{place}: not UTF-8 (byte {data[error.start]:#04x}: {error.reason}); "
-            "convert the file, for example with iconv -f latin1 -t utf-8"
-        ) from error
-
-
-def _place(path: str, offset: int) -> str:
-    """file:line of a byte, counted from the file's beginning: a piece starts anywhere."""
-    line, left = 1, offset
-    with open_stream(path) as file:
-        while left > 0 and (block := file.read(min(left, BUFFER_BYTES))):
-            line += block.count(b"\n")
-            left -= len(block)
-    return f"{path}:{line}"
+        return error

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokendiff.artifacts.locations import glob_files, is_uri, location, open_binary
 from tokendiff.artifacts.manifest import sha256_of
+from tokendiff.data.bad_rows import SHOWN_CHARS
+from tokendiff.data.files import refuse_array
 from tokendiff.data.prompts import GenerationRow, Prompt, prompt_of_record
 from tokendiff.data.streams import go_to, open_stream, plain_name, refuse_unreadable
 from tokendiff.errors import InputError
@@ -29,7 +31,6 @@ _MAX_MARKS = 2048
 _BOM = b"\xef\xbb\xbf"
 _PARQUET_COLUMNS = ("prompt", "messages")
 _PARQUET_BATCH_ROWS = 256
-_SHOWN_CHARS = 200
 _JSON_SUFFIXES = (".jsonl", ".json")
 
 
@@ -72,7 +73,7 @@ class PromptFile:
         """Read a file once.
 
         Raises:
-            InputError: it cannot be read, or is Parquet without a prompt column.
+            InputError: it cannot be read, is one JSON array, or is Parquet without a prompt column.
         """
         refuse_unreadable(path)
         try:
@@ -80,6 +81,8 @@ class PromptFile:
                 with _parquet(path) as file:
                     num_rows = file.metadata.num_rows
                 return cls(path=path, num_prompts=num_rows, sha256=sha256_of(location(path)))
+            if plain_name(path).endswith(_JSON_SUFFIXES):
+                refuse_array(path)
             return cls._index_lines(path)
         except OSError as error:
             raise InputError(f"prompts {path}: cannot be read ({error})") from error
@@ -239,7 +242,7 @@ def error_record(item: IndexedRow, error: InputError, *, num_samples: int) -> di
         "num_samples": num_samples,
         "place": item.place,
         "reason": str(error).removeprefix(f"{item.place}: "),
-        "prompt": prompt[:_SHOWN_CHARS] if isinstance(prompt, str) else prompt,
+        "prompt": prompt[:SHOWN_CHARS] if isinstance(prompt, str) else prompt,
     }
 
 

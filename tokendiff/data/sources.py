@@ -9,7 +9,9 @@ import numpy as np
 
 from tokendiff.artifacts.locations import location
 from tokendiff.artifacts.manifest import content_identity
+from tokendiff.config.preprocess import FILE_FORMATS
 from tokendiff.data import files, hub
+from tokendiff.data.bad_rows import Document
 from tokendiff.data.partition import Partition, Piece, group_pieces
 from tokendiff.data.samples import find_sample_folders, read_part, sample_pieces
 from tokendiff.errors import InputError
@@ -17,7 +19,6 @@ from tokendiff.errors import InputError
 if TYPE_CHECKING:
     from tokendiff.config.preprocess import PreprocessConfig
 
-_FILE_FORMATS = ("text", "jsonl", "parquet")
 _BUILTIN_DOCUMENT_CHARS = 2000
 _DUMMY_SEED = 0
 
@@ -26,7 +27,8 @@ def plan_partitions(config: "PreprocessConfig") -> list[Partition]:
     """Cut the input into partitions of about `partition_bytes`, the same ones on any cluster.
 
     Raises:
-        InputError: a file, dataset, split or column is not there, or a Parquet file is not one.
+        InputError: a file, dataset, split or column is not there, or a file is not what it is said
+            to be.
     """
     kind, found = _pieces(config)
     pieces, old, size = list(found), known_files(config), config.partition_bytes
@@ -77,18 +79,18 @@ def trained_on(config: "PreprocessConfig") -> list[list[Any]]:
 
 def file_identities(config: "PreprocessConfig") -> list[list[Any]]:
     """What a model that is trained on this data was trained on, with what it started from."""
-    is_of_files = config.dataset_name in _FILE_FORMATS
+    is_of_files = config.dataset_name in FILE_FORMATS
     paths = files.find_files(config.data_files) if is_of_files else []
     here = [content_identity(location(path)) for path in paths]
     unique = {json.dumps(identity): identity for identity in [*trained_on(config), *here]}
     return [unique[key] for key in sorted(unique)]
 
 
-def read_documents(partition: Partition) -> Iterator[Any]:
-    """Stream the raw cells of a partition of text, whatever they hold.
+def read_documents(partition: Partition) -> Iterator[Document]:
+    """Stream the texts of a partition, or what stands in the place of one that is none.
 
     Raises:
-        InputError: naming file and line, where the input cannot be read as what it is said to be.
+        InputError: a file cannot be read as what it is said to be, or no row of it has the column.
     """
     for piece in partition.pieces:
         yield from _read_piece(partition, piece)
@@ -136,7 +138,7 @@ def _pieces(config: "PreprocessConfig") -> tuple[str, Iterator[Piece]]:
     )
 
 
-def _read_piece(partition: Partition, piece: Piece) -> Iterator[Any]:
+def _read_piece(partition: Partition, piece: Piece) -> Iterator[Document]:
     match partition.format:
         case "builtin":
             return iter(_builtin_documents()[piece.start : piece.stop])
