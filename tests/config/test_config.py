@@ -502,7 +502,7 @@ def test_url_logins_are_dropped(text: str, shown: str) -> None:
                 f"preprocess: dataset_name={name} data_files=[a] dataset_split=test",
                 f"dataset_split 'test' has no effect with dataset_name '{name}'",
             )
-            for name in ("text", "jsonl", "parquet")
+            for name in ("text", "jsonl", "csv", "parquet")
         ),
         (
             "preprocess: use_dummy_data=true dataset_name=wikitext",

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from tokendiff.config.base import Section, operational
 
-FILE_FORMATS = ("text", "jsonl", "parquet")
+FILE_FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet")
 SAMPLES = "samples"  # the folders that jobs.generate writes
 
 
@@ -16,9 +16,9 @@ class PreprocessConfig(Section):
     dataset_name: str = Field(
         "builtin",
         min_length=1,
-        description="builtin (CPython's own documentation); text, jsonl (an object a line), "
-        "parquet or samples (what jobs.generate wrote), all with data_files; or"
-        " a Hugging Face dataset: a hub name or a local folder",
+        description="builtin (CPython's own documentation); text, jsonl (an object a line), json "
+        "(one array), csv, tsv, parquet or samples (what jobs.generate wrote), all with "
+        "data_files; or a Hugging Face dataset: a hub name or a local folder",
     )
     dataset_config_name: str | None = Field(
         None, description="configuration of a Hugging Face dataset"

@@ -10,7 +10,7 @@ import numpy as np
 from tokendiff.artifacts.locations import location
 from tokendiff.artifacts.manifest import content_identity
 from tokendiff.config.preprocess import FILE_FORMATS
-from tokendiff.data import files, hub
+from tokendiff.data import files, hub, tables
 from tokendiff.data.bad_rows import Document
 from tokendiff.data.partition import Partition, Piece, group_pieces
 from tokendiff.data.samples import find_sample_folders, read_part, sample_pieces
@@ -128,6 +128,16 @@ def _pieces(config: "PreprocessConfig") -> tuple[str, Iterator[Piece]]:
             for path in files.find_files(config.data_files)
             for p in files.parquet_pieces(path, column)
         )
+    if name in ("csv", "tsv"):
+        return name, (
+            p
+            for path in files.find_files(config.data_files)
+            for p in tables.csv_pieces(path, name, column)
+        )
+    if name == "json":
+        return name, (
+            p for path in files.find_files(config.data_files) for p in tables.whole_piece(path)
+        )
     if name in ("text", "jsonl"):
         is_whole = name == "text" and config.sample_by == "document"
         max_bytes = None if is_whole else config.partition_bytes
@@ -148,6 +158,10 @@ def _read_piece(partition: Partition, piece: Piece) -> Iterator[Document]:
             return files.read_lines(piece)
         case "jsonl":
             return files.read_jsonl(piece, partition.text_column)
+        case "json":
+            return tables.read_json(piece, partition.text_column)
+        case "csv" | "tsv" as kind:
+            return tables.read_csv(piece, kind, partition.text_column)
         case "parquet":
             return files.read_parquet(piece, partition.text_column)
         case "datasets":
