@@ -1,7 +1,8 @@
 """Text to packed token shards.
 
 Reads files, a Hugging Face dataset or the built-in corpus, tokenizes, packs documents into rows of
-max_length, keeps a part for evaluation, and writes Parquet shards with a manifest.
+max_length, keeps a part for evaluation, and writes Parquet shards with a manifest. Rows that cannot
+be used are left out and named in errors/; more than max_errors of them fail the job.
 
     python -m jobs.preprocess --dataset_name text --data_files 'corpus/*.txt' \\
         --output_dir corpus-output

@@ -19,6 +19,7 @@ from tokendiff.artifacts.locations import Location, location
 from tokendiff.artifacts.manifest import MANIFEST_NAME, RECORD_FOLDER, load_manifest
 from tokendiff.config.pipeline import Config
 from tokendiff.config.preprocess import SAMPLES
+from tokendiff.data.bad_rows import ERRORS
 from tokendiff.data.prompt_index import prompt_paths
 from tokendiff.tracking.run_log import LOG_NAME, RunLog, metrics_by_step
 from tokendiff.verification.certificate import CERTIFICATE
@@ -54,7 +55,10 @@ def preprocess_stage(
             for name in ("documents", "rows", "tokens")
         }
         dropped = {f"dropped_{name}": count for name, count in metadata["dropped"].items()}
-        return {**counts, **dropped, "padded_fraction": metadata["padded_fraction"]}
+        result = {**counts, **dropped, "padded_fraction": metadata["padded_fraction"]}
+        if num_errors := metadata.get("errors", 0):  # a folder of an earlier version has no count
+            result["errors_dir"] = str(stage.output / ERRORS)
+        return {**result, "errors": num_errors}
 
     settings = {
         **keyed.preprocess.result_fields(),

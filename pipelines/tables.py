@@ -193,7 +193,10 @@ def _data_lines(data: Mapping[str, Any]) -> list[Line]:
         f"{data['train_tokens']:,} training tokens in {data['train_rows']:,} rows, "
         f"{data['heldout_tokens']:,} held out, {100 * data['padded_fraction']:.2f} % padding"
     )
-    return [("data", text)]
+    lines = [("data", text)]
+    if data.get("errors"):
+        lines.append(("left out", f"{data['errors']:,} bad rows, named in {data['errors_dir']}"))
+    return lines
 
 
 def _training_lines(train: Mapping[str, Any]) -> list[Line]:

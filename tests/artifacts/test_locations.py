@@ -215,7 +215,7 @@ def test_text_is_read_in_place(remote: RemotePath, tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": lines}), sink, row_group_size=30)
     (remote / "in" / "rows.parquet").write_bytes(sink.getvalue().to_pybytes())
 
-    def documents(name: str, pattern: str) -> list[str]:
+    def documents(name: str, pattern: str) -> list[Any]:
         config = PreprocessConfig.model_validate(
             {"dataset_name": name, "data_files": [pattern], "partition_bytes": 500}
         )

@@ -1,5 +1,6 @@
 """Shards of one partition, and the job that makes them on Ray Data."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.builders import letter_tokenizer
+from tokendiff.artifacts.locations import RemotePath, location
 from tokendiff.artifacts.manifest import MANIFEST_NAME, commit, sha256_of, verify
 from tokendiff.config.preprocess import PreprocessConfig
+from tokendiff.data.partition import Partition
 from tokendiff.data.preprocess import is_heldout, preprocess_partition, training_text
 from tokendiff.data.rows import TokenData
 from tokendiff.data.samples import read_samples, write_part
@@ -39,10 +42,15 @@ def shards_of(config: PreprocessConfig, output_dir: Path, **options: Any) -> lis
             max_length=config.max_length,
             heldout_fraction=config.heldout_fraction,
             output_dir=output_dir,
+            max_errors=options.get("max_errors"),
             batch_chars=options.get("batch_chars", 1 << 20),
         )
         for partition in plan_partitions(config)
     ]
+
+
+def texts_in(partition: Partition) -> list[str]:
+    return [document for document in read_documents(partition) if isinstance(document, str)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -68,7 +76,7 @@ def test_the_rows_of_a_split_are_its_documents_end_to_end(tmp_path: Path) -> Non
     all_stats = shards_of(config, tmp_path)
     assert len(all_stats) > 1
     for partition, stats in zip(plan_partitions(config), all_stats, strict=True):
-        texts = list(read_documents(partition))
+        texts = texts_in(partition)
         for split, shard in stats.shards.items():
             of_split = [t for t in texts if is_heldout(t.encode(), 0.3) == (split == "heldout")]
             file = pq.ParquetFile(tmp_path / shard.path)
@@ -126,15 +134,86 @@ def test_equal_documents_fall_on_the_same_side_and_the_share_is_kept(tmp_path: P
     assert abs(len(sides["heldout"]) - 500) < 4 * (2000 * 0.25 * 0.75) ** 0.5
 
 
-def test_what_is_no_text_is_dropped_and_counted(tmp_path: Path) -> None:
-    files = jsonl(tmp_path / "a.jsonl", ["a", "", " \n\t", None, 3, ["x"], "\ud800", "b"])
+def errors_of(folder: Path) -> list[dict[str, str]]:
+    """The records of all errors files, in their order."""
+    paths = sorted((folder / "errors").glob("*"))
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+def test_a_row_without_text_is_dropped_and_counted(tmp_path: Path) -> None:
+    files = jsonl(tmp_path / "a.jsonl", ["a", "", " \n\t", None, ["x", None, ""], "b"])
     config = PreprocessConfig(dataset_name="jsonl", data_files=files, heldout_fraction=0.0)
     (stats,) = shards_of(config, tmp_path)
-    assert (stats.dropped_empty, stats.dropped_not_text) == (2, 4)
+    assert (stats.dropped_empty, stats.dropped_not_text) == (3, 2)
+    assert stats.errors is None
+    assert not (tmp_path / "errors").exists()
     assert stats.shards.keys() == {"train"}
-    assert stats.shards["train"].documents == 2
+    assert stats.shards["train"].documents == 3
     rows = pq.read_table(tmp_path / "train/part-00000.parquet").to_pydict()
-    assert [BYTES.decode(ids[:-1]) for ids in documents_of(rows)] == ["a", "b"]
+    assert [BYTES.decode(ids[:-1]) for ids in documents_of(rows)] == ["a", "x", "b"]
+
+
+BAD_LINES = [b'{"text": "cut off', b'{"body": 1}', b'{"text": 3}', b'{"text": "caf\xe9"}', b"\xff"]
+
+
+def with_bad_lines(path: Path, cells: list[str]) -> tuple[list[str], list[int]]:
+    """A file with a bad line behind every fifth good one, and the numbers of those."""
+    lines: list[bytes] = []
+    bad: list[int] = []
+    for index, cell in enumerate(cells):
+        lines.append(json.dumps({"text": cell}).encode())
+        if index % 5 == 4:
+            lines.append(BAD_LINES[len(bad) % len(BAD_LINES)])
+            bad.append(len(lines))
+    path.write_bytes(b"\n".join(lines))
+    return [str(path)], bad
+
+
+def test_shards_are_those_of_the_good_rows_and_the_bad_are_named(tmp_path: Path) -> None:
+    cells = [f"document {index} " * (index % 9) + "." for index in range(100)]
+    files, bad = with_bad_lines(tmp_path / "a.jsonl", cells)
+    config = PreprocessConfig(dataset_name="jsonl", data_files=files, heldout_fraction=0.3)
+    (dirty,) = shards_of(config, tmp_path / "dirty")
+    clean = config.model_copy(update={"data_files": jsonl(tmp_path / "clean.jsonl", cells)})
+    (expected,) = shards_of(clean, tmp_path / "clean")
+    assert contents(tmp_path / "dirty") == contents(tmp_path / "clean")
+    assert dirty.shards == expected.shards
+
+    errors = errors_of(tmp_path / "dirty")
+    assert [error["place"] for error in errors] == [f"{files[0]}:{number}" for number in bad]
+    assert errors[0]["reason"].startswith("not a JSON value")
+    assert errors[0]["row"] == '{"text": "cut off'
+    assert errors[3]["row"] == '{"text": "caf\ufffd"}'
+    assert dirty.errors.num_rows == len(bad) == 20
+    assert dirty.errors.sha256 == sha256_of(tmp_path / "dirty" / dirty.errors.path)
+    assert dirty.errors.first[0].startswith(f"{files[0]}:{bad[0]}: not a JSON value")
+    for partition_bytes in (1, 100, 1000):  # however it is cut
+        cut = config.model_copy(update={"partition_bytes": partition_bytes})
+        shards_of(cut, tmp_path / str(partition_bytes))
+        assert errors_of(tmp_path / str(partition_bytes)) == errors
+
+
+def test_a_partition_with_too_many_bad_rows_is_given_up(tmp_path: Path) -> None:
+    cells = [f"document {index} " * 100 for index in range(300)]
+    files, bad = with_bad_lines(tmp_path / "a.jsonl", cells)
+    config = PreprocessConfig(dataset_name="jsonl", data_files=files)
+    (stats,) = shards_of(config, tmp_path / "out", max_errors=len(bad))
+    assert (stats.errors.num_rows, stats.shards.keys()) == (60, {"train", "heldout"})
+    (stats,) = shards_of(config, tmp_path / "less", max_errors=39, batch_chars=1000)
+    assert (stats.errors.num_rows, stats.shards) == (40, {})
+    assert (tmp_path / "less" / "train").is_dir()  # it had begun to write
+    assert contents(tmp_path / "less") == {}
+    assert errors_of(tmp_path / "less") == errors_of(tmp_path / "out")[:40]
+
+
+def test_a_tokenizer_learns_from_the_good_rows(tmp_path: Path) -> None:
+    files, _ = with_bad_lines(tmp_path / "a.jsonl", [f"document {n}" for n in range(50)])
+    config = PreprocessConfig(dataset_name="jsonl", data_files=files, partition_bytes=100)
+    expected = [f"document {n}" for n in range(50)]
+    assert list(training_text(plan_partitions(config), 0.0)) == expected
+    (tmp_path / "a.jsonl").write_text("bad\n" * 20)
+    with pytest.raises(InputError, match=r"no training text .* bad rows, the first: .*:1: not a J"):
+        list(training_text(plan_partitions(config), 0.0))
 
 
 def test_a_text_without_tokens_counts_as_empty(tmp_path: Path) -> None:
@@ -169,19 +248,22 @@ def test_dummy_rows_are_full_of_ordinary_tokens_and_decided_by_their_number(tmp_
 
 
 def test_a_partition_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    good = "\n".join(json.dumps({"text": "fine " * 100}) for _ in range(2000))
-    (tmp_path / "a.jsonl").write_text(good + "\nbad")
-    files = [str(tmp_path / "a.jsonl")]
+    lines = "\n".join(["bad", *(json.dumps({"text": f"fine {n} " * 100}) for n in range(2000))])
+    packed = gzip.compress(lines.encode())
+    (tmp_path / "a.jsonl.gz").write_bytes(packed[:-100])  # an archive that is cut off
+    files = [str(tmp_path / "a.jsonl.gz")]
     config = PreprocessConfig(dataset_name="jsonl", data_files=files)
-    with pytest.raises(InputError, match=r"a\.jsonl:2001"):
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz: cannot be read"):
         shards_of(config, tmp_path / "out", batch_chars=1000)
     assert (tmp_path / "out" / "train").is_dir()  # it had begun to write
+    assert (tmp_path / "out" / "errors").is_dir()
     assert contents(tmp_path / "out") == {}
+    assert list((tmp_path / "out" / "errors").iterdir()) == []
 
 
 def test_a_tokenizer_is_trained_on_the_training_side_of_all_partitions() -> None:
     partitions = plan_partitions(PreprocessConfig(partition_bytes=50_000))
-    texts = [text for part in partitions for text in read_documents(part)]
+    texts = [text for part in partitions for text in texts_in(part)]
     expected = [text for text in texts if not is_heldout(text.encode(), 0.4)]
     assert list(training_text(partitions, 0.4)) == expected
     with pytest.raises(InputError, match=f"{len(texts)} held-out documents"):
@@ -240,7 +322,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
 # On Ray
 
 
-def run(config: PreprocessConfig, output_dir: Path, **options: Any) -> Any:
+def run(config: PreprocessConfig, output_dir: "Path | RemotePath", **options: Any) -> Any:
     from tokendiff.cluster.preprocess import preprocess
 
     options = {"tokenizer_name_or_path": "bytes", **options}
@@ -300,27 +382,68 @@ def test_the_job_makes_the_shards_of_one_process(tmp_path: Path, ray_session: No
 def test_bad_input_in_a_task_is_told_plainly(
     tmp_path: Path, ray_session: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 10 + "bad\n")
+    (tmp_path / "a.jsonl").write_text('{"body": "fine"}\n' * 10)
     files = [str(tmp_path / "a.jsonl")]
     config = PreprocessConfig(dataset_name="jsonl", data_files=files, partition_bytes=40)
     with pytest.raises(InputError) as caught:
         run(config, tmp_path / "out")
-    assert str(caught.value).startswith(f"{tmp_path}/a.jsonl:11: not a JSON value")
+    assert str(caught.value).startswith(f"{tmp_path}/a.jsonl: no column 'text'")
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()
     assert "Traceback" not in capfd.readouterr().err
 
     # The same folder, once the file is mended; of the attempt that failed, nothing stays.
-    (tmp_path / "out" / "train").mkdir(exist_ok=True)
-    (tmp_path / "out" / "train" / "part-00099.parquet").write_bytes(b"stale")
+    for name in ("train/part-00099.parquet", "errors/part-00099.jsonl"):
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_bytes(b"stale")
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 10)
     manifest = run(config, tmp_path / "out")
     assert not [name for name in manifest.files if "00099" in name]
     assert manifest.metadata["splits"]["train"]["documents"] == 10
+    assert manifest.metadata["errors"] == 0
     notes = manifest.metadata["notes"]
     assert ["split 'heldout' has no rows" in note for note in notes] == [True]
     (tmp_path / "a.jsonl").write_text('{"text": "more"}\n' * 11)
     with pytest.raises(InputError, match="other input"):
         run(config, tmp_path / "out")
+
+
+@pytest.mark.ray
+def test_bad_rows_fail_a_job_only_where_they_are_too_many(
+    tmp_path: Path, ray_session: None, s3: str
+) -> None:
+    files, bad = with_bad_lines(tmp_path / "a.jsonl", [f"document {n}" for n in range(60)])
+    config = PreprocessConfig(
+        dataset_name="jsonl", data_files=files, partition_bytes=500, max_errors=len(bad) - 1
+    )
+    out = tmp_path / "out"
+    with pytest.raises(InputError) as caught:
+        run(config, out)
+    said = str(caught.value)
+    assert said.startswith(f"{len(bad)} rows cannot be used, more than max_errors {len(bad) - 1}; ")
+    assert said.count(f"{files[0]}:") == 3
+    assert f"; the first: {files[0]}:{bad[0]}: not a JSON value" in said
+    assert f"{out}/errors names them; mend them, or raise max_errors" in said
+    assert not (out / MANIFEST_NAME).exists()
+    assert errors_of(out)
+
+    # The same folder goes on with a larger limit: what one process makes, named by the manifest.
+    enough = config.model_copy(update={"max_errors": len(bad)})
+    manifest = run(enough, out)
+    shards_of(enough, tmp_path / "plain")
+    assert contents(out) == contents(tmp_path / "plain")
+    assert errors_of(out) == errors_of(tmp_path / "plain")
+    verify(out, kind="tokens")
+    errors = {name for name in manifest.files if name.startswith("errors/")}
+    assert errors == {f"errors/{path.name}" for path in (tmp_path / "plain" / "errors").iterdir()}
+    assert len(errors) > 2
+    assert manifest.metadata["errors"] == len(bad)
+    assert manifest.metadata["notes"][0].startswith(f"left out, see errors/: {len(bad)} bad rows")
+    assert run(config, out).files == manifest.files  # it is finished, whatever the limit
+
+    remote = location(f"{s3}/bad-rows")
+    there = run(enough, remote)
+    assert {name for name in there.files if name.startswith("errors/")} == errors
+    assert all((remote / name).read_bytes() == (out / name).read_bytes() for name in errors)
 
 
 @pytest.mark.ray
@@ -338,6 +461,7 @@ def test_a_folder_with_files_of_others_is_left_alone(tmp_path: Path, ray_session
     [
         ([None, "", " "], {}, "corpus is empty.*2 empty cells and 1 that are not text"),
         ([], {}, "corpus is empty"),
+        ([3, ["a", 4]], {}, "corpus is empty.*2 bad rows, the first: .*a.jsonl:1: 'text' must be"),
         (["only one"], {"heldout_fraction": 0.999999}, "left no document for training, of 1"),
     ],
 )

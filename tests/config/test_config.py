@@ -493,12 +493,16 @@ def test_url_logins_are_dropped(text: str, shown: str) -> None:
             "preprocess: dataset_config_name=en",
             "dataset_config_name 'en' has no effect with dataset_name 'builtin'",
         ),
+        (
+            "preprocess: dataset_name=samples data_files=[a] max_errors=5",
+            "max_errors 5 has no effect with dataset_name 'samples'",
+        ),
         *(
             (
                 f"preprocess: dataset_name={name} data_files=[a] dataset_split=test",
                 f"dataset_split 'test' has no effect with dataset_name '{name}'",
             )
-            for name in ("text", "jsonl", "parquet")
+            for name in ("text", "jsonl", "csv", "parquet")
         ),
         (
             "preprocess: use_dummy_data=true dataset_name=wikitext",
@@ -518,6 +522,7 @@ def test_a_field_without_effect_is_refused(line: str, problem: str) -> None:
         "dataset_config_name": "null",
         "dataset_split": "train",
         "dataset_name": "builtin",
+        "max_errors": "100",
     }
     load_config(None, [*overrides, f"{section.removesuffix(':')}.{name}={default[name]}"])
 
@@ -528,6 +533,7 @@ def test_a_field_without_effect_is_refused(line: str, problem: str) -> None:
         ["train.lr_scheduler=constant_with_warmup", "train.lr_warmup_steps=5"],
         ["preprocess.tokenizer_name_or_path=bpe", "preprocess.vocab_size=400"],
         ["preprocess.vocab_size=400"],
+        ["preprocess.dataset_name=a/b", "preprocess.max_errors=5"],
         ["preprocess={dataset_name: text, data_files: [a], sample_by: document}"],
         ["preprocess={dataset_name: a/b, dataset_config_name: en, dataset_split: test}"],
     ],

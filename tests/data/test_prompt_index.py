@@ -190,12 +190,12 @@ def test_files_that_are_of_no_use_are_refused(tmp_path: Path) -> None:
 
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes(b"not Parquet")
-    (tmp_path / "c.jsonl.gz").write_bytes(b"")
+    (tmp_path / "c.jsonl").write_text('[\n  {"prompt": "a"}\n]')
     (tmp_path / "d.txt").write_bytes(b" \n\n")
     cases = {
         "a.parquet": 'needs a column "prompt" or "messages"; it has text',
         "b.parquet": "cannot be read as Parquet",
-        "c.jsonl.gz": "compressed files cannot be read from the middle",
+        "c.jsonl": "is one JSON array, not an object a line; .* jq -c",
         "d.txt": "the files hold no prompt",
         "e.txt": "no such file",
     }

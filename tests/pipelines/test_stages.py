@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 
 from pipelines.graph import pipeline_stages, pipeline_variants
+from pipelines.record import StageRecord
 from pipelines.stage import Stage
+from pipelines.tables import figure_lines
+from tokendiff.artifacts.manifest import commit
 from tokendiff.config.loader import load_config, to_yaml
 from tokendiff.errors import InputError
 
@@ -406,3 +409,31 @@ stages:
   own: {kind: preprocess, inputs: {text: written}, config: {tokenizer_name_or_path: Qwen/Qwen3-4B}}
 """
     assert list(stages_of(tmp_path, text)) == ["written", "own"]
+
+
+def test_bad_rows_are_counted_where_a_person_looks_and_change_no_key(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    own = ("preprocess.dataset_name=text", f"preprocess.data_files=[{tmp_path}/a.txt]")
+    more = (*own, "preprocess.max_errors=5")
+    assert keys(tmp_path, "name: toy", *more) == keys(tmp_path, "name: toy", *own)
+    stage = stages_of(tmp_path, "name: toy")["preprocess"]
+    split = {"documents": 1, "rows": 2, "tokens": 1234}
+    metadata: dict[str, Any] = {
+        "splits": {"train": split, "heldout": split},
+        "dropped": {"empty": 0, "not_text": 0},
+        "padded_fraction": 0.0,
+    }
+
+    def shown(**more: int) -> list[tuple[str, str]]:
+        commit(stage.output, kind="tokens", metadata={**metadata, **more})
+        record = StageRecord(
+            stage="a", kind="preprocess", key="", folder="", result=stage.result(stage)
+        )
+        return figure_lines([record])
+
+    stage.output.mkdir(parents=True)
+    alone = ("data", "1,234 training tokens in 2 rows, 1,234 held out, 0.00 % padding")
+    assert shown() == [alone]  # an earlier version's
+    assert shown(errors=0) == [alone]
+    assert shown(errors=3) == [alone, ("left out", f"3 bad rows, named in {stage.output}/errors")]
+    assert stage.result(stage)["errors"] == 3

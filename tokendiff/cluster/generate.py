@@ -43,6 +43,7 @@ from tokendiff.cluster.session import (
     wait_for_resources,
     wants_gpu,
 )
+from tokendiff.data.bad_rows import ERRORS, ErrorCount, error_line, errors_file
 from tokendiff.data.prompt_index import IndexedRow, PromptIndex, error_record
 from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.samples import KIND, num_new_tokens, read_part, write_part
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
 _MAX_PARTS = 256
 _MAX_BATCHES_PER_PART = 64
 _MAX_BLOCKS = 4096
-_ERRORS = "errors"
 
 
 class _Parts:
@@ -87,7 +87,7 @@ class _Parts:
         return f"part-{part:0{self._digits}}.{self._suffix}"
 
     def errors_file(self, part: int) -> str:
-        return f"{_ERRORS}/part-{part:0{self._digits}}.jsonl"
+        return errors_file(part, digits=self._digits)
 
 
 class _PartSampler:
@@ -129,10 +129,9 @@ class _PartSampler:
             del record["seconds"]  # the same row takes another time in another run
         name, errors_name = self._parts.file(part), self._parts.errors_file(part)
         if errors:
-            lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
             path = self._output_dir / errors_name
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lines.encode("utf-8", "replace"))
+            write_atomically(path, b"".join(map(error_line, errors)))
         write_part(self._output_dir / name, records)
         return {
             "part": part,
@@ -208,22 +207,23 @@ def generate(
     missing, done = totals.count_finished()
     arguments = (found, config, cluster, index, output_dir)
     with JobProgress(on_event) as progress:
-        progress.begin("rows", total=index.num_rows, done=done, errors=totals.num_errors)
+        progress.begin("rows", total=index.num_rows, done=done, errors=totals.errors.num_rows)
         for counts in _sample_parts(missing, arguments, cluster, on_event, progress):
             totals.add(counts)
             figures = (counts["rows"], counts["new_tokens"])
-            progress.finish(counts["part"], figures, errors=totals.num_errors)
-    if totals.num_errors * config.num_samples >= index.num_rows:
-        raise InputError(f"none of the prompts can be used; the first: {totals.first_error}")
+            progress.finish(counts["part"], figures, errors=totals.errors.num_rows)
+    num_errors = totals.errors.num_rows
+    if num_errors * config.num_samples >= index.num_rows:
+        raise InputError(f"none of the prompts can be used; the first: {totals.errors.first}")
     metadata = {
         "identity": identity,
         "conditions": _conditions(config, rows, target),
         "config": config.result_fields(),
         "checkpoint": source if found is None else str(found),
         "checkpoint_files": source_files,
-        "rows": index.num_rows - totals.num_errors * config.num_samples,
+        "rows": index.num_rows - num_errors * config.num_samples,
         "seq_len": check.seq_len if isinstance(check, PromptCheck) else None,
-        "errors": totals.num_errors,
+        "errors": num_errors,
         **totals.figures(),
         **_draft_figures(config, [output_dir / parts.file(n) for n in range(len(parts))], totals),
     }
@@ -267,12 +267,17 @@ class _Totals:
     def __init__(
         self, parts: _Parts, max_errors: int, output_dir: Location, on_event: OnEvent
     ) -> None:
-        self._parts, self._max_errors, self._output_dir = parts, max_errors, output_dir
+        self._parts, self._output_dir = parts, output_dir
         self._on_event = on_event
         self._sums = dict.fromkeys(("new_tokens", "model_calls", "seconds"), 0.0)
         self.measured: Counter[str] = Counter()
-        self.num_errors = 0
-        self.first_error = ""
+        self.errors = ErrorCount(
+            max_errors,
+            what="prompts",
+            folder=output_dir / ERRORS,
+            remedy="what was sampled is kept: raise max_errors to go on, or mend the prompts and "
+            "choose another output_dir",
+        )
         self.sha256: dict[str, str] = {}
 
     def count_finished(self) -> tuple[list[int], int]:
@@ -291,7 +296,7 @@ class _Totals:
             if (errors := self._parts.errors_file(part)) in names:
                 lines = (self._output_dir / errors).read_bytes().splitlines()
                 first = json.loads(lines[0])
-                self._count_errors(len(lines), f"{first['place']}: {first['reason']}")
+                self._count_errors(part, len(lines), f"{first['place']}: {first['reason']}")
         return missing, num_rows
 
     def add(self, counts: dict[str, Any]) -> None:
@@ -302,22 +307,14 @@ class _Totals:
         names = ("rows", "errors", *self._sums)
         self._on_event("part", part=counts["part"], **{name: counts[name] for name in names})
         if counts["errors"]:
-            self._count_errors(counts["errors"], counts["first_error"])
+            self._count_errors(counts["part"], counts["errors"], counts["first_error"])
 
-    def _count_errors(self, count: int, first: str) -> None:
-        if not self.num_errors:
-            self.first_error = first
+    def _count_errors(self, part: int, count: int, first: str) -> None:
+        if not self.errors.num_rows:
             self._on_event(
-                "warning", message=f"not sampled, see {self._output_dir / _ERRORS}: {first}"
+                "warning", message=f"not sampled, see {self._output_dir / ERRORS}: {first}"
             )
-        self.num_errors += count
-        if self.num_errors > self._max_errors:
-            raise InputError(
-                f"{self.num_errors} prompts cannot be used, more than max_errors "
-                f"{self._max_errors}; the first: {self.first_error}. "
-                f"{self._output_dir / _ERRORS} names them all; what was sampled is kept: raise "
-                "max_errors to go on, or mend the prompts and choose another output_dir"
-            )
+        self.errors.add(part, count, [first])
 
     def figures(self) -> dict[str, Any]:
         """Of the parts that this run made."""

@@ -21,7 +21,7 @@ from tokendiff.artifacts.manifest import (
 from tokendiff.cluster.progress import JobProgress, Reporter
 from tokendiff.cluster.session import data_context
 from tokendiff.config.preprocess import SAMPLES
-from tokendiff.data.files import COMPRESSED_SUFFIXES
+from tokendiff.data.bad_rows import ERRORS, ErrorCount, bad_rows_in_words
 from tokendiff.data.partition import Partition, Piece
 from tokendiff.data.preprocess import (
     SPLITS,
@@ -31,6 +31,7 @@ from tokendiff.data.preprocess import (
 )
 from tokendiff.data.rows import KIND, too_few_rows
 from tokendiff.data.sources import file_identities, plan_input, plan_partitions
+from tokendiff.data.streams import is_compressed
 from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.diffusion.interfaces import Figures, OnProgress
 from tokendiff.errors import InputError
@@ -62,7 +63,8 @@ def preprocess(
         on_event: hears "warning" and "progress", in this process.
 
     Raises:
-        InputError: the input, the tokenizer or the folder cannot be used; nothing is committed.
+        InputError: the input, the tokenizer or the folder cannot be used, or more than max_errors
+            rows cannot; nothing is committed.
         CorruptFileError: the folder was committed, but a file is missing or cut short.
     """
     output_dir = location(output_dir)
@@ -77,22 +79,32 @@ def preprocess(
     mark = _claim(output_dir)
     tokenizer, notes = _make_tokenizer(config, tokenizer_name_or_path, partitions, on_event)
     tokenizer_files = _save_tokenizer(tokenizer, output_dir)
+    errors = ErrorCount(
+        config.max_errors,
+        what="rows",
+        folder=output_dir / ERRORS,
+        remedy="mend them, or raise max_errors to leave them out",
+    )
     stats = []
     with JobProgress(on_event) as progress:
         total = sum(map(_num_bytes, partitions))
         progress.begin("bytes", total=total, tokens_per_row=config.max_length)
         for done in _run(config, partitions, output_dir, tokenizer_files, progress.reporter):
             stats.append(done)
+            if done.errors is not None:
+                errors.add(done.index, done.errors.num_rows, done.errors.first)
             num_tokens = sum(shard.tokens for shard in done.shards.values())
-            progress.finish(done.index, (_num_bytes(partitions[done.index]), num_tokens))
+            figures = (_num_bytes(partitions[done.index]), num_tokens)
+            progress.finish(done.index, figures, errors=errors.num_rows)
     stats.sort(key=lambda partition: partition.index)
     metadata = _metadata(config, tokenizer_name_or_path, tokenizer, stats)
-    warnings = _check_corpus(config, metadata)
+    warnings = _check_corpus(config, metadata, errors)
     for message in warnings:
         on_event("warning", message=message)
-    known_sha256 = {shard.path: shard.sha256 for part in stats for shard in part.shards.values()}
+    known_sha256 = {file.path: file.sha256 for part in stats for file in part.files}
     _check_files(output_dir, known_sha256)
     metadata |= {"key": key, "notes": notes + warnings, "trained_on": file_identities(config)}
+    metadata["errors"] = errors.num_rows
     manifest = commit(output_dir, kind=KIND, metadata=metadata, known_sha256=known_sha256)
     mark.unlink()
     return manifest
@@ -126,7 +138,7 @@ def _claim(output_dir: Location) -> Location:
         the folder is committed.
     """
     mark = claim_folder(output_dir, kind=KIND)
-    for name in (*SPLITS, "tokenizer"):
+    for name in (*SPLITS, ERRORS, "tokenizer"):
         remove(output_dir / name)
     return mark
 
@@ -201,6 +213,7 @@ def _task(
     reporter: Reporter,
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
     max_length, heldout_fraction = config.max_length, config.heldout_fraction
+    max_errors = config.max_errors
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
         from transformers import AutoTokenizer
@@ -215,10 +228,11 @@ def _task(
                     max_length=max_length,
                     heldout_fraction=heldout_fraction,
                     output_dir=folder,
+                    max_errors=max_errors,
                     on_progress=_of_partition(partition, reporter),
                 )
                 if not isinstance(output_dir, Path):
-                    upload(folder, output_dir, [shard.path for shard in stats.shards.values()])
+                    upload(folder, output_dir, [file.path for file in stats.files])
         except InputError as error:
             # As a value: Ray would log and wrap an exception, and bad input is no crash.
             return {"stats": b"", "error": str(error)}
@@ -232,7 +246,7 @@ def _of_partition(partition: Partition, reporter: Reporter) -> OnProgress:
     how much text is in them is not known.
     """
     most = _num_bytes(partition)
-    if any(piece.path.endswith(COMPRESSED_SUFFIXES) for piece in partition.pieces):
+    if any(is_compressed(piece.path) for piece in partition.pieces):
         most = 0
     tell = reporter.of(partition.index)
 
@@ -298,30 +312,37 @@ def _split_totals(stats: Sequence[PartitionStats], split: str) -> dict[str, Any]
     }
 
 
-def _check_corpus(config: "PreprocessConfig", metadata: dict[str, Any]) -> list[str]:
+def _check_corpus(
+    config: "PreprocessConfig", metadata: dict[str, Any], errors: ErrorCount
+) -> list[str]:
     """Warnings; a corpus that leaves nothing to train on is an error."""
     splits, dropped = metadata["splits"], metadata["dropped"]
     train, heldout = splits["train"]["rows"], splits["heldout"]["rows"]
     if train + heldout == 0:
         raise InputError(
             f"dataset_name {config.dataset_name!r}: the corpus is empty ({dropped['empty']} empty "
-            f"cells and {dropped['not_text']} that are not text); check the data and text_column"
+            f"cells and {dropped['not_text']} that are not text; "
+            f"{bad_rows_in_words(errors.num_rows, errors.first)}); check the data and text_column"
         )
     if train == 0 and config.heldout_fraction < 1.0:
         raise InputError(
             f"heldout_fraction {config.heldout_fraction} left no document for training, of "
             f"{splits['heldout']['documents']}; lower it, or give more documents"
         )
-    if config.heldout_fraction == 0.0:
-        return []
-    return [problem] if (problem := too_few_rows(metadata, "heldout")) else []
+    warnings = []
+    if errors.num_rows:
+        told = bad_rows_in_words(errors.num_rows, errors.first)
+        warnings.append(f"left out, see {ERRORS}/: {told}")
+    if config.heldout_fraction > 0.0 and (problem := too_few_rows(metadata, "heldout")):
+        warnings.append(problem)
+    return warnings
 
 
 def _check_files(output_dir: Location, known_sha256: dict[str, str]) -> None:
-    """Leave the shards of these tasks alone in the folder; all of them must have arrived there."""
+    """Leave the files of these tasks alone in the folder; all of them must have arrived there."""
     names = files_under(output_dir)
     for name in names:
-        if name.split("/")[0] in SPLITS and name not in known_sha256:
+        if name.split("/")[0] in (*SPLITS, ERRORS) and name not in known_sha256:
             (output_dir / name).unlink()  # the temporary file of a task whose worker was lost
     if known_sha256.keys() - names.keys():
         raise InputError(_not_shared(output_dir))

@@ -37,7 +37,7 @@ class GenerateConfig(Section):
     prompts: list[str] = Field(
         [],
         description="prompt files or globs: .txt (a prompt a line), .jsonl or .parquet (prompt, or "
-        "messages of a chat)",
+        "messages of a chat); .txt and .jsonl also compressed",
     )
     use_chat_template: bool = Field(
         False, description="prompts are what a user says, written out by the chat template"

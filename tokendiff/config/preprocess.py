@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from tokendiff.config.base import Section, operational
 
-FILE_FORMATS = ("text", "jsonl", "parquet")
+FILE_FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet")
 SAMPLES = "samples"  # the folders that jobs.generate writes
 
 
@@ -16,18 +16,24 @@ class PreprocessConfig(Section):
     dataset_name: str = Field(
         "builtin",
         min_length=1,
-        description="builtin (CPython's own documentation), text | jsonl | parquet | samples "
-        "(what jobs.generate wrote; all with data_files), or a Hugging Face dataset: a hub name "
-        "or a local folder",
+        description="builtin (CPython's own documentation); text, jsonl (an object a line), json "
+        "(one array), csv, tsv, parquet or samples (what jobs.generate wrote), all with "
+        "data_files; or a Hugging Face dataset: a hub name or a local folder",
     )
     dataset_config_name: str | None = Field(
         None, description="configuration of a Hugging Face dataset"
     )
     dataset_split: str = Field("train", description="split of a Hugging Face dataset")
     data_files: list[str] = Field(
-        [], description="files or globs for text, jsonl and parquet; folders for samples"
+        [],
+        description="files or globs, those of text also compressed (.gz .bz2 .xz .zst .lz4 .br); "
+        "folders for samples",
     )
-    text_column: str = Field("text", min_length=1, description="column that holds the text")
+    text_column: str = Field(
+        "text",
+        min_length=1,
+        description="column that holds texts or lists of them; doc.text is a field in a column",
+    )
     sample_by: Literal["line", "document"] = Field(
         "line", description="what one document is in text files: a line or the whole file"
     )
@@ -58,6 +64,12 @@ class PreprocessConfig(Section):
         "only, and its tokenizer is used; while there is no such model, all files are new",
     )
     output_dir: str | None = operational(None, description="folder for the shards")
+    max_errors: int = operational(
+        100,
+        ge=0,
+        description="rows that may be of no use (cut off, no text, no UTF-8) before the job "
+        "fails; errors/ names them",
+    )
 
     @model_validator(mode="after")
     def _files_where_they_belong(self) -> "PreprocessConfig":
@@ -70,13 +82,13 @@ class PreprocessConfig(Section):
             )
         if self.data_files and not takes_files:
             raise ValueError(
-                "data_files goes with dataset_name text, jsonl, parquet or samples, not "
+                f"data_files goes with dataset_name {', '.join(FILE_FORMATS)} or {SAMPLES}, not "
                 f"{self.dataset_name!r}"
             )
         if self.new_since is not None and self.dataset_name not in FILE_FORMATS:
             raise ValueError(
-                "new_since tells files apart: it goes with dataset_name text, jsonl or parquet, "
-                f"not {self.dataset_name!r}"
+                "new_since tells files apart: it goes with dataset_name "
+                f"{', '.join(FILE_FORMATS)}, not {self.dataset_name!r}"
             )
         if "num_dummy_samples" in self.model_fields_set and not self.use_dummy_data:
             raise ValueError("num_dummy_samples goes with use_dummy_data")
@@ -91,6 +103,8 @@ class PreprocessConfig(Section):
             self.refuse_ignored(("dataset_config_name", "dataset_split"), beside)
         if self.dataset_name == SAMPLES:
             self.refuse_ignored(("text_column",), beside)
+        if self.dataset_name in ("builtin", SAMPLES):  # dummy data too, which has no dataset_name
+            self.refuse_ignored(("max_errors",), beside)
         if self.tokenizer_name_or_path not in (None, "bpe"):
             self.refuse_ignored(
                 ("vocab_size",), f"tokenizer_name_or_path {self.tokenizer_name_or_path!r}"

@@ -11,8 +11,12 @@ For other rooms:
     prompts           what a prompt may be, and its token ids
     prompt_index      prompts of any number, in files
     samples           files of samples, written and read back
+    bad_rows          rows that cannot be used: named in errors/, counted, and refused if too many
+    streams           files of text as bytes, decompressed on the way
 
 Of this room alone:
+    columns           where a text stands in a row
+    tables            csv, tsv, and one JSON array
     lines             where lines end
     hub               Hugging Face datasets
     packing           documents to ids, ids to rows of one length

@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tokendiff.data.files import missing_column
+from tokendiff.config.preprocess import FILE_FORMATS
+from tokendiff.data.bad_rows import Document
+from tokendiff.data.columns import arrow_cells, arrow_path, texts_of
 from tokendiff.data.partition import Piece
 from tokendiff.errors import InputError
 
@@ -25,8 +27,8 @@ def open_dataset(name: str, config_name: str | None, split: str) -> "Dataset":
 
     if os.path.isfile(name):
         raise InputError(
-            f"dataset_name {name!r} is a file; give it as data_files, "
-            "with dataset_name text, jsonl or parquet"
+            f"dataset_name {name!r} is a file; give it as data_files, with dataset_name "
+            f"{', '.join(FILE_FORMATS)}"
         )
     try:
         if _was_saved_to_disk(name):
@@ -56,11 +58,9 @@ def dataset_pieces(
         else name
     )
     dataset = open_dataset(path, config_name, split)
-    if column not in dataset.column_names:
-        raise missing_column(
-            f"dataset_name {name!r}, split {split!r}", column, dataset.column_names
-        )
-    num_bytes = max(dataset.data.column(column).nbytes, 1)
+    place = f"dataset_name {name!r}, split {split!r}"
+    outer = arrow_path(dataset.features.arrow_schema, column, place)[0]
+    num_bytes = max(dataset.data.column(outer).nbytes, 1)
     step = max(1, max_bytes * len(dataset) // num_bytes)
     for start in range(0, len(dataset), step):
         stop = min(start + step, len(dataset))
@@ -69,16 +69,26 @@ def dataset_pieces(
         )
 
 
-def read_dataset(piece: Piece, config_name: str | None, split: str, column: str) -> Iterator[Any]:
+def read_dataset(
+    piece: Piece, config_name: str | None, split: str, column: str
+) -> Iterator[Document]:
     """The cells of `column` in the piece's rows."""
-    dataset = open_dataset(piece.path, config_name, split).select_columns([column])
+
+    def place(row: int) -> str:
+        return f"dataset_name {piece.path!r}, split {split!r}: row {row}"
+
+    dataset = open_dataset(piece.path, config_name, split)
+    names = arrow_path(dataset.features.arrow_schema, column, place(1))
+    dataset = dataset.select_columns(names[:1]).with_format("arrow")
     if len(dataset) < piece.stop:
         raise InputError(
             f"dataset_name {piece.path!r}: has {len(dataset)} rows on this node, but more than "
             f"{piece.stop - 1} where the job was started; every node must see the same version"
         )
     for start in range(piece.start, piece.stop, _SLICE_ROWS):
-        yield from dataset[start : min(start + _SLICE_ROWS, piece.stop)][column]
+        table = dataset[start : min(start + _SLICE_ROWS, piece.stop)]
+        for number, cell in enumerate(arrow_cells(table.column(0), names), start=start + 1):
+            yield from texts_of(cell, column, number, place=place)
 
 
 def _was_saved_to_disk(folder: str) -> bool:
@@ -105,8 +115,12 @@ def _load_from_disk(folder: str, config_name: str | None, split: str) -> "Datase
 
 
 def _remedy(error: Exception) -> str:
+    from datasets.exceptions import DatasetGenerationError
+
     if isinstance(error, ConnectionError):
         return "; give a local folder, or load the dataset once while the hub can be reached"
     if isinstance(error, FileNotFoundError):
         return "; give a hub name or a folder with data files"
+    if isinstance(error, DatasetGenerationError):
+        return "; data_files, with dataset_name jsonl, json, csv or parquet, leave bad rows out"
     return ""

@@ -28,8 +28,7 @@ class Partition:
     Attributes:
         index: place in the corpus; shards are named and rows numbered by it.
         is_new: whether it is trained on; the text of others gives held-out rows only.
-        format: what reads the pieces: text, jsonl, parquet, samples, datasets, builtin or
-            dummy.
+        format: what reads the pieces: one of FILE_FORMATS, samples, datasets, builtin or dummy.
     """
 
     index: int

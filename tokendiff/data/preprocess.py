@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokendiff.artifacts.manifest import sha256_of
+from tokendiff.data.bad_rows import BadRowFile, BadRowSieve, ErrorStats, bad_rows_in_words
 from tokendiff.data.packing import (
     BATCH_CHARS,
     PackedRows,
@@ -58,12 +59,25 @@ class ShardStats:
 
 @dataclass(frozen=True, kw_only=True)
 class PartitionStats:
-    """What became of one partition; a split that got nothing is not in `shards`."""
+    """What became of one partition; a split that got nothing is not in `shards`.
+
+    Attributes:
+        dropped_empty: texts without tokens.
+        dropped_not_text: null cells.
+        errors: its bad rows; None where there are none.
+    """
 
     index: int
     shards: dict[str, ShardStats]
     dropped_empty: int
     dropped_not_text: int
+    errors: ErrorStats | None
+
+    @property
+    def files(self) -> list[ShardStats | ErrorStats]:
+        """All that it wrote."""
+        errors = [] if self.errors is None else [self.errors]
+        return [*self.shards.values(), *errors]
 
 
 def preprocess_partition(
@@ -73,6 +87,7 @@ def preprocess_partition(
     max_length: int,
     heldout_fraction: float,
     output_dir: Path,
+    max_errors: int | None = None,
     batch_chars: int = BATCH_CHARS,
     on_progress: OnProgress = unwatched,
 ) -> PartitionStats:
@@ -80,9 +95,10 @@ def preprocess_partition(
 
     The files' bytes depend on the partition, the tokenizer, max_length and heldout_fraction alone;
     doing it again replaces them. Equal documents fall on the same side of the split wherever they
-    stand.
+    stand. Bad rows are left out, and named in `errors/part-NNNNN.jsonl`.
 
     Args:
+        max_errors: with more bad rows than this the partition is given up and leaves no shards.
         on_progress: told of bytes of text that are read, and their tokens.
 
     Raises:
@@ -97,6 +113,7 @@ def preprocess_partition(
     writers = {
         split: _ShardWriter(output_dir, split, partition.index, max_length) for split in SPLITS
     }
+    bad_rows = BadRowFile(output_dir, partition.index, max_errors=max_errors)
     try:
         if partition.format == "dummy":
             batches = _dummy_documents(partition, tokenizer, max_length)
@@ -104,7 +121,8 @@ def preprocess_partition(
             batches = _sample_documents(partition, tokenizer, dropped)
         else:
             held_fraction = None if partition.is_new else heldout_fraction
-            batches = _text_documents(partition, tokenizer, dropped, batch_chars, held_fraction)
+            texts = _texts(bad_rows.sift(read_documents(partition)), dropped)
+            batches = _text_documents(texts, tokenizer, dropped, batch_chars, held_fraction)
         for contents, documents in batches:
             held = []
             for content in contents:
@@ -115,8 +133,11 @@ def preprocess_partition(
             writers["train"].add(documents.select(~is_held))
             writers["heldout"].add(documents.select(is_held))
             on_progress(figures)
-        shards = {split: writer.finish() for split, writer in writers.items()}
+        finished = {} if bad_rows.is_too_many else writers
+        shards = {split: writer.finish() for split, writer in finished.items()}
+        errors = bad_rows.finish()
     finally:
+        bad_rows.close()
         for writer in writers.values():
             writer.close()
     return PartitionStats(
@@ -124,6 +145,7 @@ def preprocess_partition(
         shards={split: shard for split, shard in shards.items() if shard is not None},
         dropped_empty=dropped["empty"],
         dropped_not_text=dropped["not text"],
+        errors=errors,
     )
 
 
@@ -145,9 +167,10 @@ def training_text(partitions: Sequence[Partition], heldout_fraction: float) -> I
     chosen = np.unique(places.round().astype(int))
     share = _TRAINING_TEXT_BYTES // len(chosen)
     seen: Counter[str] = Counter()
+    bad = BadRowSieve()
     for index in chosen:
         left = share
-        for document in _texts(read_documents(partitions[index]), seen):
+        for document in _texts(bad.sift(read_documents(partitions[index])), seen):
             content = document.encode()
             is_kept = not is_heldout(content, heldout_fraction)
             seen["training" if is_kept else "held-out"] += 1
@@ -160,12 +183,14 @@ def training_text(partitions: Sequence[Partition], heldout_fraction: float) -> I
         raise InputError(
             "the corpus has no training text to make a tokenizer from "
             f"({seen['empty']} empty cells, {seen['not text']} that are not text, "
-            f"{seen['held-out']} held-out documents); check the data, text_column, heldout_fraction"
+            f"{seen['held-out']} held-out documents, "
+            f"{bad_rows_in_words(bad.num_rows, ''.join(bad.first[:1]))}); check the data, "
+            "text_column, heldout_fraction"
         )
 
 
 def _text_documents(
-    partition: Partition,
+    texts: Iterator[str],
     tokenizer: "PreTrainedTokenizerBase",
     dropped: Counter[str],
     batch_chars: int,
@@ -176,7 +201,6 @@ def _text_documents(
     Args:
         held_fraction: leave out the documents that are not held out at this fraction.
     """
-    texts = _texts(read_documents(partition), dropped)
     if held_fraction is not None:
         texts = (text for text in texts if is_heldout(text.encode(), held_fraction))
     for batch, documents in tokenize_stream(tokenizer, texts, batch_chars=batch_chars):
@@ -231,24 +255,15 @@ def _sample_documents(
         )
 
 
-def _texts(cells: Iterable[Any], dropped: Counter[str]) -> Iterator[str]:
-    """The cells that are text; the others are counted."""
-    for cell in cells:
-        if not isinstance(cell, str) or not _is_unicode(cell):
+def _texts(documents: Iterable[str | None], dropped: Counter[str]) -> Iterator[str]:
+    """The documents that say something; the others are counted."""
+    for document in documents:
+        if document is None:
             dropped["not text"] += 1
-        elif not cell or cell.isspace():
+        elif not document or document.isspace():
             dropped["empty"] += 1
         else:
-            yield cell
-
-
-def _is_unicode(text: str) -> bool:
-    """False where there are lone surrogates, which JSON can spell ("\\ud800") and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+            yield document
 
 
 class _ShardWriter:

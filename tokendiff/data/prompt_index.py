@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from tokendiff.artifacts.locations import glob_files, is_uri, location, open_binary
 from tokendiff.artifacts.manifest import sha256_of
-from tokendiff.data.files import COMPRESSED_SUFFIXES
+from tokendiff.data.bad_rows import SHOWN_CHARS
+from tokendiff.data.files import refuse_array
 from tokendiff.data.lines import lines_in
 from tokendiff.data.prompts import GenerationRow, Prompt, prompt_of_record
+from tokendiff.data.streams import go_to, open_stream, plain_name, refuse_unreadable
 from tokendiff.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ _MAX_MARKS = 2048
 _BOM = b"\xef\xbb\xbf"
 _PARQUET_COLUMNS = ("prompt", "messages")
 _PARQUET_BATCH_ROWS = 256
-_SHOWN_CHARS = 200
+_JSON_SUFFIXES = (".jsonl", ".json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class PromptFile:
     Attributes:
         path: absolute path or URI.
         stride: prompts from one mark to the next.
-        marks: (byte, line number) of every stride-th prompt in a file of lines.
+        marks: (byte, line number) of every stride-th prompt in a file of lines, as unpacked.
     """
 
     path: str
@@ -72,17 +74,16 @@ class PromptFile:
         """Read a file once.
 
         Raises:
-            InputError: it cannot be read, is compressed, or is Parquet without a prompt column.
+            InputError: it cannot be read, is one JSON array, or is Parquet without a prompt column.
         """
-        if path.endswith(COMPRESSED_SUFFIXES):
-            raise InputError(
-                f"prompts {path}: compressed files cannot be read from the middle; unpack it"
-            )
+        refuse_unreadable(path)
         try:
             if path.endswith(".parquet"):
                 with _parquet(path) as file:
                     num_rows = file.metadata.num_rows
                 return cls(path=path, num_prompts=num_rows, sha256=sha256_of(location(path)))
+            if plain_name(path).endswith(_JSON_SUFFIXES):
+                refuse_array(path)
             return cls._index_lines(path)
         except OSError as error:
             raise InputError(f"prompts {path}: cannot be read ({error})") from error
@@ -91,7 +92,7 @@ class PromptFile:
     def _index_lines(cls, path: str) -> "PromptFile":
         digest, offset, count, stride = hashlib.sha256(), 0, 0, 1
         marks: list[tuple[int, int]] = []
-        with open_binary(location(path)) as file:
+        with open_stream(path) as file:
             for number, line in enumerate(lines_in(file), start=1):
                 digest.update(line)
                 if _is_prompt(line, offset):
@@ -121,8 +122,8 @@ class PromptFile:
         at = first // self.stride
         offset, line_number = self.marks[at]
         prompt_number = at * self.stride
-        with open_binary(location(self.path)) as file:
-            file.seek(offset)
+        with open_stream(self.path) as file:
+            go_to(file, self.path, offset)
             for line in lines_in(file):
                 if prompt_number >= stop:
                     return
@@ -242,7 +243,7 @@ def error_record(item: IndexedRow, error: InputError, *, num_samples: int) -> di
         "num_samples": num_samples,
         "place": item.place,
         "reason": str(error).removeprefix(f"{item.place}: "),
-        "prompt": prompt[:_SHOWN_CHARS] if isinstance(prompt, str) else prompt,
+        "prompt": prompt[:SHOWN_CHARS] if isinstance(prompt, str) else prompt,
     }
 
 
@@ -282,7 +283,7 @@ def _line_prompt(line: bytes, path: str, number: int) -> tuple[str, "Prompt | In
     except UnicodeDecodeError as error:
         return place, InputError(f"{place}: not UTF-8 ({error.reason})")
     text = text.removesuffix("\n").removesuffix("\r")
-    if not path.endswith((".jsonl", ".json")):
+    if not plain_name(path).endswith(_JSON_SUFFIXES):
         return place, text
     try:
         record = json.loads(text)

@@ -9,7 +9,9 @@ import numpy as np
 
 from tokendiff.artifacts.identity import content_identity
 from tokendiff.artifacts.locations import location
-from tokendiff.data import files, hub
+from tokendiff.config.preprocess import FILE_FORMATS
+from tokendiff.data import files, hub, tables
+from tokendiff.data.bad_rows import Document
 from tokendiff.data.partition import Partition, Piece, even_pieces, group_pieces
 from tokendiff.data.samples import find_sample_folders, read_part, sample_pieces
 from tokendiff.errors import InputError
@@ -17,7 +19,6 @@ from tokendiff.errors import InputError
 if TYPE_CHECKING:
     from tokendiff.config.preprocess import PreprocessConfig
 
-_FILE_FORMATS = ("text", "jsonl", "parquet")
 _BUILTIN_DOCUMENT_CHARS = 2000
 _DUMMY_SEED = 0
 
@@ -27,7 +28,8 @@ def plan_partitions(config: "PreprocessConfig") -> list[Partition]:
     any cluster.
 
     Raises:
-        InputError: a file, dataset, split or column is not there, or a Parquet file is not one.
+        InputError: a file, dataset, split or column is not there, or a file is not what it is said
+            to be.
     """
     return plan_input(config)[0]
 
@@ -88,18 +90,18 @@ def trained_on(config: "PreprocessConfig") -> list[list[Any]]:
 
 def file_identities(config: "PreprocessConfig") -> list[list[Any]]:
     """What a model that is trained on this data was trained on, with what it started from."""
-    is_of_files = config.dataset_name in _FILE_FORMATS
+    is_of_files = config.dataset_name in FILE_FORMATS
     paths = files.find_files(config.data_files) if is_of_files else []
     here = [content_identity(location(path)) for path in paths]
     unique = {json.dumps(identity): identity for identity in [*trained_on(config), *here]}
     return [unique[key] for key in sorted(unique)]
 
 
-def read_documents(partition: Partition) -> Iterator[Any]:
-    """Stream the raw cells of a partition of text, whatever they hold.
+def read_documents(partition: Partition) -> Iterator[Document]:
+    """Stream the texts of a partition, or what stands in the place of one that is none.
 
     Raises:
-        InputError: naming file and line, where the input cannot be read as what it is said to be.
+        InputError: a file cannot be read as what it is said to be, or no row of it has the column.
     """
     for piece in partition.pieces:
         yield from _read_piece(partition, piece)
@@ -137,6 +139,16 @@ def _pieces(config: "PreprocessConfig") -> tuple[str, Iterator[Piece]]:
             for path in files.find_files(config.data_files)
             for p in files.parquet_pieces(path, column)
         )
+    if name in ("csv", "tsv"):
+        return name, (
+            p
+            for path in files.find_files(config.data_files)
+            for p in tables.csv_pieces(path, name, column)
+        )
+    if name == "json":
+        return name, (
+            p for path in files.find_files(config.data_files) for p in tables.whole_piece(path)
+        )
     if name in ("text", "jsonl"):
         is_whole = name == "text" and config.sample_by == "document"
         max_bytes = None if is_whole else config.partition_bytes
@@ -147,7 +159,7 @@ def _pieces(config: "PreprocessConfig") -> tuple[str, Iterator[Piece]]:
     )
 
 
-def _read_piece(partition: Partition, piece: Piece) -> Iterator[Any]:
+def _read_piece(partition: Partition, piece: Piece) -> Iterator[Document]:
     match partition.format:
         case "builtin":
             return iter(_builtin_documents()[piece.start : piece.stop])
@@ -157,6 +169,10 @@ def _read_piece(partition: Partition, piece: Piece) -> Iterator[Any]:
             return files.read_lines(piece)
         case "jsonl":
             return files.read_jsonl(piece, partition.text_column)
+        case "json":
+            return tables.read_json(piece, partition.text_column)
+        case "csv" | "tsv" as kind:
+            return tables.read_csv(piece, kind, partition.text_column)
         case "parquet":
             return files.read_parquet(piece, partition.text_column)
         case "datasets":
