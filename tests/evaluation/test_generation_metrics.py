@@ -192,7 +192,7 @@ def test_texts_with_nothing_to_score_are_skipped(tmp_path: Path) -> None:
 
 def test_what_is_not_a_causal_lm_is_refused(tmp_path: Path) -> None:
     def score(name: str, **changed: int) -> dict[str, float]:
-        sizes = {"batch_size": 2, "max_length": 8} | changed
+        sizes: dict[str, Any] = {"batch_size": 2, "max_length": 8} | changed
         return generative_perplexity(TEXTS, name, device="cpu", **sizes)
 
     with pytest.raises(InputError, match=r"no-such-folder.*cannot be opened"):
