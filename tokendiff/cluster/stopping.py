@@ -103,6 +103,10 @@ class DriverLink:
         """Report an event where its log is on the driver's node alone; returns once it is there."""
         ray.get(self.actor.emit.remote(event, fields))
 
+    def tell(self, event: str, /, **fields: Any) -> None:
+        """Report what nobody needs to wait for, and what may be lost."""
+        self.actor.emit.remote(event, fields)
+
 
 @contextmanager
 def saving_first(on_event: Callable[..., None]) -> Iterator[DriverLink]:
