@@ -1,5 +1,6 @@
 """Shards of one partition, and the job that makes them on Ray Data."""
 
+import dataclasses
 import gzip
 import json
 import subprocess
@@ -17,7 +18,7 @@ from tests.builders import letter_tokenizer
 from tokendiff.artifacts.locations import RemotePath, location
 from tokendiff.artifacts.manifest import MANIFEST_NAME, commit, sha256_of, verify
 from tokendiff.config.preprocess import PreprocessConfig
-from tokendiff.data.partition import Partition
+from tokendiff.data.partition import Partition, Piece
 from tokendiff.data.preprocess import is_heldout, preprocess_partition, training_text
 from tokendiff.data.rows import TokenData
 from tokendiff.data.samples import read_samples, write_part
@@ -111,6 +112,42 @@ def test_shards_do_not_depend_on_the_batches_of_the_tokenizer(tmp_path: Path) ->
     assert shards_of(config, tmp_path / "two", batch_chars=1) == stats
     assert shards_of(config, tmp_path / "two", batch_chars=5000) == stats  # replaces them
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_partition_tells_how_far_it_is(tmp_path: Path) -> None:
+    (partition,) = plan_partitions(PreprocessConfig())
+    told: list[tuple[float, float]] = []
+    stats = preprocess_partition(
+        partition,
+        tokenizer=BYTES,
+        max_length=128,
+        heldout_fraction=0.1,
+        output_dir=tmp_path,
+        batch_chars=50_000,
+        on_progress=lambda figures: told.append(figures()),
+    )
+    assert len(told) > 5
+    assert told == sorted(set(told))
+    num_tokens = sum(shard.tokens for shard in stats.shards.values())
+    assert told[-1] == (sum(piece.num_bytes for piece in partition.pieces), num_tokens)
+
+
+@pytest.mark.parametrize(("suffix", "bytes_told"), [("", 90), (".gz", 0)])
+def test_text_counts_in_the_bytes_of_its_files(suffix: str, bytes_told: int) -> None:
+    """Never more than they hold; in packed ones, nobody knows how much there is."""
+    from tokendiff.cluster.preprocess import _of_partition
+
+    told: list[Any] = []
+
+    class Silent:
+        def of(self, unit: int) -> Any:
+            return lambda figures: told.append((unit, figures()))
+
+    piece = Piece(path=f"a.txt{suffix}", start=0, stop=90, num_bytes=90)
+    (partition,) = plan_partitions(PreprocessConfig())
+    partition = dataclasses.replace(partition, index=3, pieces=(piece,))
+    _of_partition(partition, Silent())(lambda: (200, 50))  # type: ignore[arg-type]
+    assert told == [(3, (bytes_told, 50))]
 
 
 def test_equal_documents_fall_on_the_same_side_and_the_share_is_kept(tmp_path: Path) -> None:

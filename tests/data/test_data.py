@@ -121,8 +121,8 @@ def test_a_large_file_is_cut_into_equal_partitions_of_absolute_paths(
     assert [part.index for part in partitions] == [0, 1, 2]
     assert {p.path for part in partitions for p in part.pieces} == {str(tmp_path / "big.txt")}
     # The key of a folder is made of what earlier versions cut: they know their folders again.
-    _, read = plan_input(text_config(Path("big.txt"), partition_bytes=300))
-    assert [(p.start, p.stop) for p in read] == [(0, 300), (300, 600), (600, 800)]
+    _, as_before = plan_input(text_config(Path("big.txt"), partition_bytes=300))
+    assert [(p.start, p.stop) for p in as_before] == [(0, 300), (300, 600), (600, 800)]
 
 
 def sizes(preprocess: PreprocessConfig) -> list[int]:

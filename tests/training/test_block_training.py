@@ -129,7 +129,10 @@ def test_block_objectives_train_resume_and_are_judged(
 
     heldout = TokenData.open(data.folder, split="heldout")
     evaluator = Evaluator(final, EvaluateConfig(batch_size=4), device="cpu")
-    figures = evaluator.bounds(heldout.read(np.zeros(10, int), np.arange(10)))
+    rows = heldout.read(np.zeros(10, int), np.arange(10))
+    told: list[tuple[float, float]] = []
+    figures = evaluator.bounds(rows, on_progress=lambda figures: told.append(figures()))
+    assert told == [(count, rows.lengths[:count].sum()) for count in (4, 8, 10)]
     prompt = OBJECTIVES[name].get("prompt_length", 0)
     assert set(figures["num_tokens"].tolist()) == {LENGTH - prompt}
     assert np.all(np.isfinite(figures["nats"]))

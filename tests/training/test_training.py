@@ -32,7 +32,7 @@ from tokendiff.models.checkpoints import load_for_inference
 from tokendiff.models.sampling import SamplingModel
 from tokendiff.models.vocabulary import check_vocabulary
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
-from tokendiff.training.run import TrainingRun, train_in_process
+from tokendiff.training.run import TrainingRun, step_plan, train_in_process
 from tokendiff.training.world import World
 
 LENGTH, ROWS_PER_STEP = 12, 8
@@ -254,6 +254,31 @@ def test_another_configuration_is_refused_and_nothing_is_lost(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_progress_is_told_within_steps_and_changes_no_loss(
+    data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of many micro-batches may take minutes; resumed, it goes on where it was."""
+    cfg = config(per_device_train_batch_size=3, max_train_steps=2, logging_steps=2)
+    monkeypatch.setattr("tokendiff.training.trainer._TELL_SECONDS", math.inf)
+    quiet, events = run(cfg, data, tmp_path / "quiet")
+    assert sum(event["event"] == "progress" for event in events) == 1
+    monkeypatch.setattr("tokendiff.training.trainer._TELL_SECONDS", 0.0)
+    told, events = run(cfg, data, tmp_path / "told")
+    assert told == quiet
+    progress = [event for event in events if event["event"] == "progress"]
+    parts = [0, 1 / 3, 2 / 3]
+    assert [event["done"] for event in progress] == pytest.approx(
+        [*parts, *(1 + part for part in parts), 2]
+    )
+    assert {(event["total"], event["unit"]) for event in progress} == {(2, "steps")}
+    tokens = [event["tokens"] for event in progress]
+    plan = step_plan(cfg, data, rank=0, world_size=1)
+    lengths = next(step_batches(data, plan, 0, 2))["length"]
+    assert tokens[:4] == [0, *np.cumsum(lengths)[[2, 5, 7]]]
+    _, events = run(cfg.model_copy(update={"max_train_steps": 3}), data, tmp_path / "told")
+    assert next(e for e in events if e["event"] == "progress")["done"] == 2
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_before_the_optimiser_step(
     data: TokenData, tmp_path: Path, poison: float
@@ -268,7 +293,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimiser_step(
             model = training["run"].trainer.denoiser.model
             next(model.parameters()).data[:] = poison
 
-    from tokendiff.training.run import step_plan
     from tokendiff.training.world import World
 
     built = TrainingRun.build(

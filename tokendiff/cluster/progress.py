@@ -93,7 +93,8 @@ class JobProgress:
     def __exit__(self, *exception: object) -> None:
         self._stopped.set()
         if self._board is not None:
-            ray.kill(self._board)  # who asks it is answered then
+            with contextlib.suppress(ray.exceptions.RayError):  # where the cluster is lost
+                ray.kill(self._board)  # who asks it is answered then
             self._thread.join()
 
     def begin(

@@ -122,6 +122,10 @@ class DriverLink:
 
         ray.get(self.actor.emit.remote(event, fields))
 
+    def tell(self, event: str, /, **fields: Any) -> None:
+        """Report what nobody needs to wait for, and what may be lost."""
+        self.actor.emit.remote(event, fields)
+
 
 @contextmanager
 def saving_first(on_event: Callable[..., None]) -> Iterator[DriverLink]:

@@ -204,8 +204,13 @@ def _fit_once(
 
             torch.set_num_threads(threads_on_this_node(cluster, context.get_local_world_size()))
         world = World.current(device)
-        # A log beside a remote result is on the driver's node; else all nodes see it.
-        report = on_event if isinstance(output_dir, Path) else driver.emit
+        # A log beside a remote result is on the driver's node; else all nodes see it. Progress is
+        # written there by the driver's own: shared storage may show it much later.
+        keep = on_event if isinstance(output_dir, Path) else driver.emit
+
+        def report(event: str, **fields: Any) -> None:
+            (driver.tell if event == "progress" else keep)(event, **fields)
+
         run = TrainingRun.build(config, data, output_dir, world=world, on_event=report)
         if checkpoint is not None:
             run.resume(checkpoint)

@@ -24,8 +24,7 @@ _DUMMY_SEED = 0
 
 
 def plan_partitions(config: "PreprocessConfig") -> list[Partition]:
-    """Cut the input into partitions of `partition_bytes` at most, or about that, the same ones on
-    any cluster.
+    """Cut the input into partitions of `partition_bytes` or less, about; the same on any cluster.
 
     Raises:
         InputError: a file, dataset, split or column is not there, or a file is not what it is said
@@ -35,16 +34,16 @@ def plan_partitions(config: "PreprocessConfig") -> list[Partition]:
 
 
 def plan_input(config: "PreprocessConfig") -> tuple[list[Partition], list[Piece]]:
-    """`plan_partitions`, and what there is to be read, cut in another way: it stands in the keys of
-    folders, and folders of earlier versions, whose partitions were cut so, keep theirs.
+    """`plan_partitions`, and the same input as earlier versions cut it: the keys of committed
+    folders are made of that, so that theirs are known again.
     """
     kind, found = _pieces(config)
     pieces, old, size = list(found), known_files(config), config.partition_bytes
-    read: list[Piece] = []
+    as_before: list[Piece] = []
     groups: list[tuple[tuple[Piece, ...], bool]] = []
     for is_new in (True, False):
         chosen = [piece for piece in pieces if (piece.path not in old) == is_new]
-        read += (piece for group in group_pieces(chosen, size) for piece in group)
+        as_before += (piece for group in group_pieces(chosen, size) for piece in group)
         groups += ((group, is_new) for group in group_pieces(even_pieces(chosen, size), size))
     partitions = [
         Partition(
@@ -59,7 +58,7 @@ def plan_input(config: "PreprocessConfig") -> tuple[list[Partition], list[Piece]
         )
         for index, (group, is_new) in enumerate(groups)
     ]
-    return partitions, read
+    return partitions, as_before
 
 
 def known_files(config: "PreprocessConfig") -> set[str]:

@@ -117,7 +117,7 @@ class ProgressPrinter:
         self._stream = stream or sys.stdout
         self._clock = clock
         self._line_time = self._news_time = clock()
-        self._status, self._silence = "at work", "{} so far"
+        self._status, self._silence, self._is_told = "at work", "{} so far", True
         self._progress: dict[str, Any] = {}  # the last of its events
         self._of_before = log_path and read_progress(log_path)  # what an earlier attempt left
         self._total: float | None = None
@@ -146,10 +146,10 @@ class ProgressPrinter:
         if progress is not None and progress not in (self._of_before, self._progress):
             self._show(progress)
         now = self._clock()
-        if not self._bar and now - self._line_time >= _SILENT_SECONDS:
-            silence = self._silence.format(_duration(now - self._news_time))
-            self._print(f"{self._stage}  {self._status}  ({silence})")
-            self._line_time = now
+        if self._bar is None and not self._is_told and now - self._line_time >= _LINE_SECONDS:
+            self._print_status()
+        elif self._bar is None and now - self._line_time >= _SILENT_SECONDS:
+            self._print_status(f"  ({self._silence.format(_duration(now - self._news_time))})")
 
     def _is_for_the_log_to_tell(self, event: dict[str, Any]) -> bool:
         """Whether a "progress" of the log is to be shown: it keeps a few, and all are seen beside
@@ -171,8 +171,8 @@ class ProgressPrinter:
                 self._rate = _Rate()
                 self._rate.add(event["time"], event.get("step", 0))
             case "doing":
-                self._tell_status(event["what"], silence="{} so far")
-                self._line_time = self._clock()
+                self._keep_status(event["what"], silence="{} so far")
+                self._print_status()
         if text := _describe(event):
             self._print(f"{self._stage}  {text}")
 
@@ -197,16 +197,21 @@ class ProgressPrinter:
             facts["left"] = f"{_duration(seconds)} left"
         place = _place(done, self._total, unit)
         text = "  ".join(facts[key] for key in _ORDER if key in facts)
-        self._tell_status(f"{place}  {text}".rstrip(), silence="nothing new for {}")
+        self._keep_status(f"{place}  {text}".rstrip(), silence="nothing new for {}")
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=done, total=self._total, place=place, facts=text)
         elif is_line or self._clock() - self._line_time >= _LINE_SECONDS:
-            self._print(f"{self._stage}  {self._status}")
-            self._line_time = self._clock()
+            self._print_status()
 
-    def _tell_status(self, status: str, *, silence: str) -> None:
-        """Keep what is shown again where nothing new is told, and how that is said."""
+    def _keep_status(self, status: str, *, silence: str) -> None:
+        """Keep what is shown soon, and again where nothing new is told, and how that is said."""
+        self._is_told = status == self._status
         self._status, self._silence, self._news_time = status, silence, self._clock()
+
+    def _print_status(self, silence: str = "") -> None:
+        self._is_told = True
+        self._line_time = self._clock()
+        self._print(f"{self._stage}  {self._status}{silence}")
 
     def _print(self, line: str) -> None:
         if self._bar:
@@ -288,8 +293,6 @@ def _facts(event: dict[str, Any]) -> dict[str, str]:
 def _describe(event: dict[str, Any]) -> str | None:
     """One line for an event that is not progress; None for those that a person need not see."""
     match event["event"]:
-        case "doing":
-            return str(event["what"])
         case "start":
             shown = [
                 f"{event[key]:,} {one if event[key] == 1 else many}"
