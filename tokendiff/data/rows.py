@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from tokendiff.artifacts.locations import Location, local_copy, location
 from tokendiff.artifacts.manifest import Manifest, fetch, fingerprint, verify
 from tokendiff.data.order import RowOrder
 from tokendiff.errors import CorruptFileError, InputError
+
+if TYPE_CHECKING:
+    from tokendiff.config.train import TrainConfig
 
 KIND = "tokens"
 
@@ -212,6 +215,13 @@ class StepPlan:
             "row_id": read.row_ids,
             "epoch": epochs[chosen].astype(np.int64),
         }
+
+
+def step_plan(config: "TrainConfig", data: TokenData, *, rank: int, world_size: int) -> StepPlan:
+    order = RowOrder(row_group_sizes=data.row_group_sizes, seed=config.seed)
+    return StepPlan(
+        order=order, rows_per_step=config.rows_per_step, rank=rank, world_size=world_size
+    )
 
 
 def step_batches(

@@ -24,8 +24,7 @@ from tokendiff.artifacts.checkpoint import (
 from tokendiff.artifacts.locations import Location
 from tokendiff.artifacts.manifest import fetch, is_committed, load_manifest, verify
 from tokendiff.artifacts.noise_process import NoiseProcess
-from tokendiff.data.order import RowOrder
-from tokendiff.data.rows import StepPlan, TokenData, step_batches
+from tokendiff.data.rows import TokenData, step_batches, step_plan
 from tokendiff.diffusion.interfaces import Objective
 from tokendiff.diffusion.kernels import AbsorbingKernel
 from tokendiff.errors import CorruptFileError, InputError
@@ -250,13 +249,6 @@ def check_inputs(config: "TrainConfig", data: TokenData) -> None:
 
         tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
         plan_draft(config, tokenizer=tokenizer, max_length=data.max_length)
-
-
-def step_plan(config: "TrainConfig", data: TokenData, *, rank: int, world_size: int) -> StepPlan:
-    order = RowOrder(row_group_sizes=data.row_group_sizes, seed=config.seed)
-    return StepPlan(
-        order=order, rows_per_step=config.rows_per_step, rank=rank, world_size=world_size
-    )
 
 
 @dataclass(kw_only=True)
