@@ -35,6 +35,7 @@ os.environ.update(
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process of each training
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
