@@ -60,7 +60,11 @@ Main = Callable[[Sequence[str]], int]
             "neither its config nor its tokenizer names a mask token",
         ),
         (generate.main, "--model_id bert --sampler ar --prompt abc", "not a causal language model"),
-        (generate.main, "--checkpoint_path mdlm --seq_len 999", "the model has positions for 512 tokens"),
+        (
+            generate.main,
+            "--checkpoint_path mdlm --seq_len 999",
+            "the model has positions for 512 tokens",
+        ),
         (
             generate.main,
             "--sampler dflash --target_model_id maskless --draft_model_id bert",

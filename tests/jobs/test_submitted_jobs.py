@@ -25,7 +25,6 @@ import pytest
 import yaml
 
 from tests import ROOT
-from tests.builders import letter_tokenizer, random_rows, token_folder
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
 from tokendiff.tracking.run_log import metrics_by_step, read_events
@@ -34,16 +33,14 @@ from tokendiff.training.run import train_in_process
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-LENGTH = 12
 TRAIN: dict[str, Any] = {
     "model_name_or_path": "builtin:bert-tiny",
     "max_train_steps": 400,
     "per_device_train_batch_size": 8,
     "logging_steps": 1,
-    "checkpointing_steps": 100,
+    "checkpointing_steps": 20,
     "learning_rate": 1e-3,
 }
-CLUSTER = {"cpus_per_worker": 0.5, "threads_per_worker": 1, "use_gpu": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,17 +192,6 @@ def worker_node(head: Head) -> Iterator["subprocess.Popen[bytes]"]:
         yield process
 
 
-@pytest.fixture(scope="module")
-def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = random_rows(70, LENGTH)
-    return token_folder(
-        tmp_path_factory.mktemp("tokens") / "data",
-        files=[rows],
-        max_length=LENGTH,
-        tokenizer=letter_tokenizer(),
-    )
-
-
 def losses_alone(data_path: Path, folder: Path) -> dict[int, float]:
     """Losses of the same training in this process, without Ray, never interrupted."""
     losses: dict[int, float] = {}
@@ -228,28 +214,53 @@ def test_only_the_token_opens_the_job_server(head: Head) -> None:
         head.request("/api/jobs/", token="0" * 64)
 
 
-def test_a_config_that_cannot_work_fails_the_job_with_code_2(head: Head, tmp_path: Path) -> None:
-    job = head.submit("bad-config", "jobs.train", "--max_train_stepz", "3", folder=tmp_path)
-    code, output = job.finish()
+@pytest.fixture(scope="module")
+def refused(
+    head: Head, worker_node: object, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Submission]:
+    """Jobs that cannot work, side by side: nearly all that they do is start."""
+    folder = tmp_path_factory.mktemp("refused")
+    # It is another folder in every process, as a local disk is on every node.
+    path = folder / "local.yaml"
+    path.write_text("name: local\nroot: /proc/self/cwd\npreprocess: {use_dummy_data: true}\n")
+    commands = {
+        "bad-config": ["jobs.train", "--max_train_stepz", "3"],
+        "plan": ["jobs.pipeline", "plan", str(path)],
+    }
+    return {name: head.submit(name, *words, folder=folder) for name, words in commands.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("bad-config", "did you mean --max_train_steps?"),
+        ("plan", "root /proc/self/cwd is not seen by 1 of the cluster's 2 nodes"),
+    ],
+)
+def test_a_job_that_cannot_work_fails_with_code_2(
+    head: Head, refused: dict[str, Submission], name: str, says: str
+) -> None:
+    code, output = refused[name].finish()
     assert code == 1  # all that `ray job submit` says of a failure
-    assert "did you mean --max_train_steps?" in output
-    answer = head.request("/api/jobs/bad-config")
+    assert says in output
+    answer = head.request(f"/api/jobs/{name}")
     assert answer["status"] == "FAILED"
     assert answer["driver_exit_code"] == 2
 
 
-def test_a_stopped_pipeline_has_saved_its_step_and_goes_on_from_there(
-    head: Head, worker_node: object, tmp_path: Path
+def test_a_stopped_pipeline_has_saved_its_step_and_goes_on_also_when_it_loses_a_node(
+    head: Head, worker_node: "subprocess.Popen[bytes]", tmp_path: Path
 ) -> None:
+    """One training, stopped, gone on with, and moved to another node: as if left alone."""
     config = {
         "name": "nightly",
         "root": str(tmp_path / "root"),
-        "preprocess": {"use_dummy_data": True, "num_dummy_samples": 64, "max_length": LENGTH,
+        "preprocess": {"use_dummy_data": True, "num_dummy_samples": 64, "max_length": 12,
                        "tokenizer_name_or_path": "bytes"},
         "train": TRAIN,
         "generate": None,
         "evaluate": None,
-        "cluster": CLUSTER,
+        "cluster": {"cpus_per_worker": 0.5, "threads_per_worker": 1, "use_gpu": False},
         "tracking": {"enabled": False},
     }  # fmt: skip
     path = tmp_path / "nightly.yaml"
@@ -267,58 +278,27 @@ def test_a_stopped_pipeline_has_saved_its_step_and_goes_on_from_there(
     assert head.request("/api/jobs/first")["status"] == "STOPPED"
     (stopped,) = [event["step"] for event in read_events(log) if event["event"] == "stopped"]
     assert stopped == steps_in(log)[-1] < TRAIN["max_train_steps"]
-    assert (log.parent.parent / f"checkpoint-{stopped}" / "MANIFEST.json").is_file()
+    checkpoints = log.parent.parent
+    assert (checkpoints / f"checkpoint-{stopped}" / "MANIFEST.json").is_file()
     assert "stopped by SIGTERM" in output
 
     second = head.submit("second", *command, folder=tmp_path)
-    code, output = second.finish()
-    assert code == 0, output
-    assert "preprocess  done (made by an earlier run" in output
-    assert f"goes on from step {stopped}" in output
-    assert head.request("/api/jobs/second")["status"] == "SUCCEEDED"
-    (data,) = (tmp_path / "root/nightly").glob("preprocess-*")
-    losses = {event["step"]: event["loss"] for event in metrics_by_step(log)}
-    assert losses == losses_alone(data, tmp_path / "alone")
-
-
-def test_a_root_that_other_nodes_do_not_see_is_refused_at_plan(
-    head: Head, worker_node: object, tmp_path: Path
-) -> None:
-    """/proc/self/cwd is another folder in every process, as a local disk is on every node."""
-    path = tmp_path / "local.yaml"
-    path.write_text("name: local\nroot: /proc/self/cwd\npreprocess: {use_dummy_data: true}\n")
-    job = head.submit("plan", "jobs.pipeline", "plan", str(path), folder=tmp_path)
-    code, output = job.finish()
-    assert code == 1
-    assert "root /proc/self/cwd is not seen by 1 of the cluster's 2 nodes" in output
-    assert head.request("/api/jobs/plan")["driver_exit_code"] == 2
-
-
-def test_a_run_whose_node_is_lost_finishes_on_another(
-    head: Head,
-    worker_node: "subprocess.Popen[bytes]",
-    data_path: Path,
-    tmp_path: Path,
-) -> None:
-    out = tmp_path / "out"
-    flags = [f"--{name}={value}" for name, value in {**TRAIN, **CLUSTER}.items()]
-    job = head.submit(
-        "lost-node",
-        *["jobs.train", f"--data_path={data_path}", f"--output_dir={out}", *flags],
-        *["--enabled=false", "--checkpointing_steps=20"],
-        folder=tmp_path,
-    )
-    log = out / "run" / "log.jsonl"
-    job.wait_for(lambda: max(steps_in(log), default=0) > 20, seconds=300)
+    enough = stopped + TRAIN["checkpointing_steps"]
+    second.wait_for(lambda: max(steps_in(log)) > enough, seconds=300)
     kill_tree(worker_node.pid)
     lost = max(steps_in(log))
     assert lost < TRAIN["max_train_steps"]
     with head.node():
-        code, output = job.finish()
-        assert code == 0, output
+        code, output = second.finish()
+    assert code == 0, output
+    assert "preprocess  done (made by an earlier run" in output
+    assert f"goes on from step {stopped}" in output
     assert "was lost" in output
-    (resumed,) = [event["step"] for event in read_events(log) if event["event"] == "resume"]
-    assert 20 <= resumed <= lost
-    assert (out / "final" / "MANIFEST.json").is_file()
+    resumed = [event["step"] for event in read_events(log) if event["event"] == "resume"]
+    assert resumed[0] == stopped < resumed[1] <= lost
+    assert len(resumed) == 2
+    assert head.request("/api/jobs/second")["status"] == "SUCCEEDED"
+    assert (checkpoints / "final" / "MANIFEST.json").is_file()
+    (data,) = (tmp_path / "root/nightly").glob("preprocess-*")
     losses = {event["step"]: event["loss"] for event in metrics_by_step(log)}
-    assert losses == losses_alone(data_path, tmp_path / "alone")
+    assert losses == losses_alone(data, tmp_path / "alone")

@@ -108,6 +108,8 @@ def _start_or_join(config: "ClusterConfig", side_by_side: int) -> None:
         # Ray's workers are nice to all else by 15: Linux weighs them at a thirtieth of any other
         # program, which is nothing for the user who waits for this very job.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        # One machine has no nodes that are taken away, which a process of each training looks for.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         ray.init(
             address="local",  # not one that happens to run here, whose CPUs are not ours to set
             num_cpus=max(os.cpu_count() or 1, needed),

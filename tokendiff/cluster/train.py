@@ -6,20 +6,19 @@ every start, so a lost worker costs the steps since then.
 """
 
 import os
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray.data
 import ray.train
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from tokendiff.artifacts.checkpoint import newest_sound_checkpoint, step_of
 from tokendiff.artifacts.locations import Location, remove
+from tokendiff.cluster.rank_rows import RankRows
 from tokendiff.cluster.session import (
-    data_context,
     threads_on_this_node,
     wait_for_resources,
     wants_gpu,
@@ -30,14 +29,13 @@ from tokendiff.cluster.stopping import (
     is_stop_requested,
     saving_first,
 )
-from tokendiff.data.rows import TokenData
+from tokendiff.data.rows import TokenData, step_plan
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.training.inputs import check_inputs
 from tokendiff.training.run import (
     TrainingRun,
     check_same_run,
     finished_run,
-    step_plan,
 )
 from tokendiff.training.trainer import OnEvent
 from tokendiff.training.world import World
@@ -47,49 +45,7 @@ if TYPE_CHECKING:
     from tokendiff.config.train import TrainConfig
 
 _NEVER_RETRIED = (InputError, CorruptFileError, FloatingPointError)
-_MAX_READ_BLOCKS = 1000
 _ABORT_SECONDS = 10.0
-
-
-class _RankRows(DataConfig):
-    """Gives each worker its own stream of rows, read in the order of the steps.
-
-    Ray Data's own splitting hands blocks to whoever asks first; which rows make a global batch
-    would then depend on timing and on the number of workers.
-    """
-
-    def __init__(self, data: TokenData, config: "TrainConfig", first_step: int) -> None:
-        super().__init__(datasets_to_split=[])
-        self._data, self._config, self._first_step = data, config, first_step
-
-    def configure(
-        self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any
-    ) -> list[dict[str, Any]]:
-        plan = step_plan(self._config, self._data, rank=0, world_size=world_size)
-        # No chunk at all where a run was cut off between its last checkpoint and final/.
-        num_chunks = len(plan.chunks(self._first_step, self._config.max_train_steps))
-        with data_context(preserve_order=True):
-            # Numbers that are there already. `ray.data.range` would make a task of each block and
-            # run them all at once, and Ray Data's loop, which keeps up with them, is a thread of
-            # the training worker.
-            source = ray.data.from_items(
-                list(range(num_chunks)), override_num_blocks=_MAX_READ_BLOCKS
-            )
-            return [
-                {"train": self._rows_of(rank, world_size, source).iterator()}
-                for rank in range(world_size)
-            ]
-
-    def _rows_of(self, rank: int, world_size: int, source: ray.data.Dataset) -> ray.data.Dataset:
-        plan = step_plan(self._config, self._data, rank=rank, world_size=world_size)
-        chunks = plan.chunks(self._first_step, self._config.max_train_steps)
-        data = self._data
-
-        def read(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-            for index in batch["item"]:
-                yield plan.read(data, *chunks[int(index)])
-
-        return source.map_batches(read, batch_size=1, compute=ray.data.TaskPoolStrategy(size=2))
 
 
 class _Trainer(TorchTrainer):
@@ -224,7 +180,7 @@ def _fit_once(
         _Trainer(
             lambda: work(driver),
             datasets={"train": ray.data.range(1)},
-            dataset_config=_RankRows(data, config, first_step),
+            dataset_config=RankRows(data, config, first_step),
             scaling_config=ScalingConfig(
                 num_workers=cluster.num_workers, use_gpu=use_gpu, resources_per_worker=resources
             ),

@@ -11,8 +11,6 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from tokendiff.diffusion.random import key_from, permutation
-
 
 @dataclass(frozen=True, kw_only=True)
 class RowOrder:
@@ -78,7 +76,7 @@ def _permuted_groups(
     sizes: tuple[int, ...], per_window: int, seed: int, epoch: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Row groups in the epoch's order, and the place at which each window of them ends."""
-    groups = permutation(key_from(seed, "row groups", epoch), len(sizes)).numpy()
+    groups = _permutation(len(sizes), seed, "row groups", epoch)
     group_stops = np.cumsum(np.asarray(sizes, dtype=np.int64)[groups])
     last_of_window = np.minimum(
         np.arange(per_window - 1, len(sizes) + per_window - 1, per_window), len(sizes) - 1
@@ -93,5 +91,13 @@ def _shuffled_window(
     counts = np.asarray([sizes[group] for group in groups], dtype=np.int64)
     group_of_row = np.repeat(np.asarray(groups, dtype=np.int64), counts)
     row_in_group = np.concatenate([np.arange(count) for count in counts])
-    shuffled = permutation(key_from(seed, "rows", epoch, window), len(group_of_row)).numpy()
+    shuffled = _permutation(len(group_of_row), seed, "rows", epoch, window)
     return group_of_row[shuffled], row_in_group[shuffled]
+
+
+def _permutation(n: int, *key: int | str) -> np.ndarray:
+    # Here, since Ray Train's processes plan steps for others, and torch takes seconds to import.
+    from tokendiff.diffusion.random import key_from, permutation
+
+    permuted: np.ndarray = permutation(key_from(*key), n).numpy()
+    return permuted

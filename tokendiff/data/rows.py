@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from tokendiff.artifacts.manifest import Manifest, fetch, fingerprint, load_mani
 from tokendiff.data.order import RowOrder
 from tokendiff.diffusion.interfaces import Figures
 from tokendiff.errors import CorruptFileError, InputError
+
+if TYPE_CHECKING:
+    from tokendiff.config.train import TrainConfig
 
 KIND = "tokens"
 _LEAST_ROWS_TO_JUDGE = 2  # of fewer there is no standard error
@@ -271,6 +274,13 @@ class StepPlan:
             "row_id": read.row_ids,
             "epoch": epochs[chosen].astype(np.int64),
         }
+
+
+def step_plan(config: "TrainConfig", data: TokenData, *, rank: int, world_size: int) -> StepPlan:
+    order = RowOrder(row_group_sizes=data.row_group_sizes, seed=config.seed)
+    return StepPlan(
+        order=order, rows_per_step=config.rows_per_step, rank=rank, world_size=world_size
+    )
 
 
 def step_batches(

@@ -24,8 +24,7 @@ from tokendiff.artifacts.checkpoint import (
 from tokendiff.artifacts.locations import Location
 from tokendiff.artifacts.manifest import fetch, is_committed, load_manifest, verify
 from tokendiff.artifacts.noise_process import NoiseProcess
-from tokendiff.data.order import RowOrder
-from tokendiff.data.rows import StepPlan, TokenData, step_batches
+from tokendiff.data.rows import TokenData, step_batches, step_plan
 from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.diffusion.interfaces import Objective
 from tokendiff.diffusion.kernels import AbsorbingKernel
@@ -273,13 +272,6 @@ def finished_run(
         return None
     check_same_run(final, config, data)
     return final if load_manifest(final).metadata["step"] == config.max_train_steps else None
-
-
-def step_plan(config: "TrainConfig", data: TokenData, *, rank: int, world_size: int) -> StepPlan:
-    order = RowOrder(row_group_sizes=data.row_group_sizes, seed=config.seed)
-    return StepPlan(
-        order=order, rows_per_step=config.rows_per_step, rank=rank, world_size=world_size
-    )
 
 
 @dataclass(kw_only=True)
