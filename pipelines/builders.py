@@ -16,7 +16,12 @@ from pipelines.stage import Stage
 from tokendiff.artifacts.checkpoint import FINAL, find_checkpoint
 from tokendiff.artifacts.identity import identity_of
 from tokendiff.artifacts.locations import Location, location
-from tokendiff.artifacts.manifest import MANIFEST_NAME, RECORD_FOLDER, load_manifest
+from tokendiff.artifacts.manifest import (
+    MANIFEST_NAME,
+    RECORD_FOLDER,
+    check_claim,
+    load_manifest,
+)
 from tokendiff.config.pipeline import Config
 from tokendiff.config.preprocess import SAMPLES
 from tokendiff.data.bad_rows import ERRORS
@@ -42,8 +47,11 @@ def preprocess_stage(
         )
 
     def check(stage: Stage) -> None:
+        from tokendiff.data.rows import KIND
         from tokendiff.data.tokenizers import check_tokenizer
 
+        if not stage.is_keyed:  # a pipeline empties the folders of its stages
+            check_claim(stage.output, kind=KIND)
         if stage.has_inputs and not stage.is_done:  # a tokenizer may be one of them
             check_tokenizer(tokenizer)
 
@@ -147,8 +155,11 @@ def generate_stage(
     section = section.model_copy(update=found)
 
     def check(stage: Stage) -> None:
+        from tokendiff.data.samples import KIND
         from tokendiff.models.requests import check_generation
 
+        if not stage.is_keyed:  # a pipeline empties the folders of its stages
+            check_claim(stage.output, kind=KIND)
         if stage.has_inputs:
             check_generation(section, checkpoint_path=checkpoint_path)
 
@@ -204,9 +215,11 @@ def evaluate_stage(
     assert keyed_section is not None
 
     def check(stage: Stage) -> None:
-        from tokendiff.evaluation.inputs import EvaluationInputs
+        from tokendiff.evaluation.inputs import KIND, EvaluationInputs
         from tokendiff.evaluation.reference import check_reference
 
+        if not stage.is_keyed:  # a pipeline empties the folders of its stages
+            check_claim(stage.output, kind=KIND)
         if stage.has_inputs:
             EvaluationInputs.open(
                 section,

@@ -86,6 +86,8 @@ Main = Callable[[Sequence[str]], int]
             "target_model_id",
         ),
         (preprocess.main, "--tokenizer_name_or_path /nowhere", "no tokenizer can be opened there"),
+        (preprocess.main, "--output_dir bert", "holds other files (config.json, model.safetens"),
+        (generate.main, "--checkpoint_path mdlm --output_dir rows", "rows holds tokens; choose"),
         (
             evaluate.main,
             "--checkpoint_path mdlm --data_path other",

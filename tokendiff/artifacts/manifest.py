@@ -115,22 +115,31 @@ def claim_folder(folder: Location, *, kind: str) -> Location:
     Raises:
         InputError: the folder holds another kind of result, or files that no attempt of ours left.
     """
-    mark = folder / RECORD_FOLDER / f"{kind}.unfinished"
+    check_claim(folder, kind=kind)
+    mark = _mark_of(folder, kind)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    if not mark.exists():
+        mark.write_bytes(b"")
+    return mark
+
+
+def check_claim(folder: Location, *, kind: str) -> None:
+    """Raise what `claim_folder` would; nothing is written."""
     if is_committed(folder):
         if (there := load_manifest(folder).kind) != kind:
             raise InputError(f"output_dir {folder} holds {there}; choose another output_dir")
     else:
         there_already = folder.iterdir() if folder.is_dir() else ()
         others = sorted(path.name for path in there_already if path.name != RECORD_FOLDER)
-        if others and not mark.exists():
+        if others and not _mark_of(folder, kind).exists():
             raise InputError(
                 f"output_dir {folder} holds other files ({', '.join(others[:3])}); "
                 "choose a folder that is empty or does not exist"
             )
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    if not mark.exists():
-        mark.write_bytes(b"")
-    return mark
+
+
+def _mark_of(folder: Location, kind: str) -> Location:
+    return folder / RECORD_FOLDER / f"{kind}.unfinished"
 
 
 def remove_committed(folder: Location, result_folder: Location) -> None:

@@ -51,7 +51,7 @@ from tokendiff.evaluation.generation_metrics import (
     generation_metrics,
     unigram_entropy_nats,
 )
-from tokendiff.evaluation.inputs import EvaluationInputs
+from tokendiff.evaluation.inputs import KIND, EvaluationInputs
 from tokendiff.evaluation.paired import ROW_ID, ROWS, SAMPLED_ROWS, write_rows
 from tokendiff.evaluation.report import write_report
 from tokendiff.evaluation.summary import make_report
@@ -62,7 +62,6 @@ if TYPE_CHECKING:
     from tokendiff.config.cluster import ClusterConfig
     from tokendiff.config.evaluate import EvaluateConfig
 
-KIND = "evaluation"
 _ROWS_PER_TASK = 256
 _TRACE_STEPS = 64
 

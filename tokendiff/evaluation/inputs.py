@@ -25,6 +25,8 @@ from tokendiff.models.pretrained import check_weights
 if TYPE_CHECKING:
     from tokendiff.config.evaluate import EvaluateConfig
 
+KIND = "evaluation"
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationInputs:

@@ -8,7 +8,8 @@ from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.errors import InputError
-from tokendiff.models.opening import load_causal_denoiser, load_denoiser, plan_model
+from tokendiff.models.opening import load_causal_denoiser, load_denoiser
+from tokendiff.models.plans import plan_model
 
 _FIELD = "checkpoint_path"
 

@@ -107,9 +107,10 @@ class Weights:
         """
         share = f"{100 * self.missing_share:.2g} % of the model"
         if self.missing_share > 0.5:
+            idle = f", and others that it does not use: {_listed(self.unused)}" * bool(self.unused)
             raise InputError(
-                f"{self.origin} has no weights for {_listed(self.missing)}, {share}; give the "
-                "folder of the whole model, or from_scratch to start from new weights alone"
+                f"{self.origin} has no weights for {_listed(self.missing)}, {share}{idle}; give "
+                "the folder of the whole model, or from_scratch to start from new weights alone"
             )
         if self.missing:
             warn(

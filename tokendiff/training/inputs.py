@@ -16,7 +16,7 @@ from tokendiff.errors import CorruptFileError
 from tokendiff.models.builtin import check_builtin, is_builtin
 from tokendiff.models.denoiser import ModelInTwoParts
 from tokendiff.models.dflash.planning import check_pair, check_rows, plan_draft
-from tokendiff.models.opening import ModelPlan, open_trainable_config, plan_model
+from tokendiff.models.plans import ModelPlan, open_trainable_config, plan_model
 from tokendiff.models.pretrained import check_length, check_weights
 from tokendiff.models.vocabulary import check_vocabulary
 from tokendiff.training.run import (
