@@ -1,7 +1,7 @@
 # Two commands for a new checkout: make quickstart, make test. `make help` lists the others.
 
 PYTHON ?= python3
-TEST_WORKERS ?= 2
+TEST_WORKERS ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -35,7 +35,7 @@ quickstart: setup  ## train, sample and evaluate a small model: minutes on two c
 	$(BIN)/python -m jobs.pipeline run pipelines/quickstart.yaml
 
 # Here and not in pyproject.toml, so that a single test runs in one process, at once and with --pdb.
-test: setup  ## the test suite on TEST_WORKERS=2 processes; PYTEST_ARGS="-m 'not slow'" for a part of it
+test: setup  ## the test suite on TEST_WORKERS=4 processes; PYTEST_ARGS="-m 'not slow'" for a part of it
 	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
 
 lint: setup  ## ruff and mypy

@@ -8,5 +8,6 @@ For other rooms:
 
 Of this room alone:
     progress          how far a job is, counted together from its workers
+    rank_rows         the rows of each worker, for Ray Data
     console           keeping what means nothing to a user off the terminal
 """

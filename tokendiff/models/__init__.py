@@ -6,6 +6,7 @@ For other rooms:
     sampling          a checkpoint with its sampler, for rows of one length
     completion        a causal model with its sampler, for prompts that are continued
     requests          whether a row can be sampled, told before a weight is read
+    plans             a model and its tokenizer, planned together before a weight is read
     pretrained        configs and weights by name: one way for every field that names a model
     builtin           small models that need no download
     vocabulary        a model's vocabulary beside that of the tokenizer that made the data

@@ -10,7 +10,7 @@ import torch
 from tokendiff.artifacts.checkpoint import FINAL, committed_checkpoints
 from tokendiff.artifacts.locations import Location, location
 from tokendiff.artifacts.manifest import is_committed
-from tokendiff.data.rows import TokenData
+from tokendiff.data.rows import TokenData, step_plan
 from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.errors import CorruptFileError
 from tokendiff.models.builtin import check_builtin, is_builtin
@@ -24,7 +24,6 @@ from tokendiff.training.run import (
     check_same_run,
     make_objective,
     starting_point,
-    step_plan,
 )
 
 if TYPE_CHECKING:
