@@ -186,11 +186,6 @@ def test_the_commands_run_as_a_chain(
         if "s3://bucket/mdlm/final" in flags:
             final = tmp_path / "mdlm-output" / "final"
             upload(final, RemotePath(s3) / "mdlm" / "final", list(files_under(final)))
-        import time
-
-        start = time.time()
         status = MAIN[job]([*(hub.get(flag, flag) for flag in flags), *FEW_STEPS.get(job, ())])
-        with capsys.disabled():
-            print(f"\n{time.time() - start:.1f} s", job, *flags)
         output = capsys.readouterr()
         assert status == 0, f"{job} {shlex.join(flags)}\n{output.out[-2000:]}\n{output.err[-2000:]}"
