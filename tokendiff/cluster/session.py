@@ -47,13 +47,19 @@ def is_shared(config: "ClusterConfig") -> bool:
 
 
 @contextmanager
-def ray_session(config: "ClusterConfig", *, side_by_side: int = 1) -> Iterator[None]:
+def ray_session(
+    config: "ClusterConfig",
+    *,
+    side_by_side: int = 1,
+    tell: Callable[[str], None] = lambda message: None,
+) -> Iterator[None]:
     """Ray is connected inside this block, and SIGTERM ends it in order (`cluster.stopping`).
 
     A session that is already there is used, and left as it is.
 
     Args:
         side_by_side: how many stages a cluster that is started here must have room for at once.
+        tell: hears what is about to take some seconds.
     """
     import ray
 
@@ -73,6 +79,7 @@ def ray_session(config: "ClusterConfig", *, side_by_side: int = 1) -> Iterator[N
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address is not None:
+        tell(f"joining the Ray cluster at {address}")
         try:
             ray.init(
                 address=address,
@@ -96,6 +103,7 @@ def ray_session(config: "ClusterConfig", *, side_by_side: int = 1) -> Iterator[N
         # Ray's workers are nice to all else by 15: Linux weighs them at a thirtieth of any other
         # program, which is nothing for the user who waits for this very job.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        tell("starting Ray on this machine")
         ray.init(
             address="local",  # not one that happens to run here, whose CPUs are not ours to set
             num_cpus=max(os.cpu_count() or 1, needed),
