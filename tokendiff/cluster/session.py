@@ -103,10 +103,14 @@ def ray_session(
         # Ray's workers are nice to all else by 15: Linux weighs them at a thirtieth of any other
         # program, which is nothing for the user who waits for this very job.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        # By the machine's cores Ray would take the processes that CPUs which are only counts let it
+        # start for far too many, and warn each driver of it again and again.
+        num_cpus = max(os.cpu_count() or 1, needed)
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(num_cpus))
         tell("starting Ray on this machine")
         ray.init(
             address="local",  # not one that happens to run here, whose CPUs are not ours to set
-            num_cpus=max(os.cpu_count() or 1, needed),
+            num_cpus=num_cpus,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
