@@ -52,13 +52,17 @@ def run_job(stages: Sequence[Stage], config: Config) -> dict[str, Any]:
     with (
         alone(output / RECORD_FOLDER, over=output),
         MlflowMirror.open(config.tracking, root) as mirror,
-        ray_session(config.cluster),
+        ray_session(config.cluster, tell=_say),
     ):
         tags = run_facts(config)
         for stage in stages:
             result = run_stage(stage, mirror, tags=tags)
     tracked = {"MLflow": store_command(config, root)} if config.tracking.enabled else {}
     return {"output_dir": str(output), **result, **tracked}
+
+
+def _say(message: str) -> None:
+    print(message, flush=True)
 
 
 def store_command(config: Config, root: Location) -> str:
@@ -303,7 +307,7 @@ class _Run:
         config = self._config
         is_on_others = is_shared(config.cluster)
         self._stack.enter_context(
-            ray_session(config.cluster, side_by_side=config.runner.max_parallel or 1)
+            ray_session(config.cluster, side_by_side=config.runner.max_parallel or 1, tell=_say)
         )
         if is_on_others:
             self._stack.enter_context(alone_on_cluster(self._root / config.name))

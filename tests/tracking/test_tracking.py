@@ -254,6 +254,7 @@ def test_progress_is_counted_in_words_and_told_when_it_is_over() -> None:
         "preprocess  0.0/33.6 MB  0 rows",
         "preprocess  16.8/33.6 MB  39,062 rows  500,000 tokens/s  0:10 left",
     ]
+    assert printed("x", [progress(0, 39, 40, "bytes")]) == ["x  39/40 bytes"]
     # Another thing is counted, at another speed.
     assert printed(
         "evaluate",

@@ -47,13 +47,19 @@ def is_shared(config: "ClusterConfig") -> bool:
 
 
 @contextmanager
-def ray_session(config: "ClusterConfig", *, side_by_side: int = 1) -> Iterator[None]:
+def ray_session(
+    config: "ClusterConfig",
+    *,
+    side_by_side: int = 1,
+    tell: Callable[[str], None] = lambda message: None,
+) -> Iterator[None]:
     """Ray is connected inside this block, and SIGTERM ends it in order (`cluster.stopping`).
 
     A session that is already there is used, and left as it is.
 
     Args:
         side_by_side: how many stages a cluster that is started here must have room for at once.
+        tell: hears what is about to take some seconds.
     """
     import ray
 
@@ -63,7 +69,7 @@ def ray_session(config: "ClusterConfig", *, side_by_side: int = 1) -> Iterator[N
     from tokendiff.cluster.stopping import ray_starting, sigterm_stops
 
     with ray_starting():
-        _start_or_join(config, side_by_side)
+        _start_or_join(config, side_by_side, tell)
     try:
         with sigterm_stops():
             yield
@@ -71,7 +77,7 @@ def ray_session(config: "ClusterConfig", *, side_by_side: int = 1) -> Iterator[N
         ray.shutdown()
 
 
-def _start_or_join(config: "ClusterConfig", side_by_side: int) -> None:
+def _start_or_join(config: "ClusterConfig", side_by_side: int, tell: Callable[[str], None]) -> None:
     import ray
 
     # The controller looks at its workers this often; the default of 2 s is felt at every start and
@@ -85,6 +91,7 @@ def _start_or_join(config: "ClusterConfig", side_by_side: int) -> None:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address is not None:
+        tell(f"joining the Ray cluster at {address}")
         try:
             ray.init(
                 address=address,
@@ -110,9 +117,14 @@ def _start_or_join(config: "ClusterConfig", side_by_side: int) -> None:
         os.environ.setdefault("RAY_worker_niceness", "0")
         # One machine has no nodes that are taken away, which a process of each training looks for.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # By the machine's cores Ray would take the processes that CPUs which are only counts let it
+        # start for far too many, and warn each driver of it again and again.
+        num_cpus = max(os.cpu_count() or 1, needed)
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(num_cpus))
+        tell("starting Ray on this machine")
         ray.init(
             address="local",  # not one that happens to run here, whose CPUs are not ours to set
-            num_cpus=max(os.cpu_count() or 1, needed),
+            num_cpus=num_cpus,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,

@@ -48,7 +48,7 @@ def _more_rows(metadata: Mapping[str, Any], split: str) -> str:
     if documents == 1 and config.get("sample_by") == "document":
         return "all text is one document: make each of its lines one (sample_by line)"
     if documents == 1:
-        return "all text is one document: give more of them"
+        return "all text is one document: give more documents"
     change = "raise" if split == "heldout" else "lower"
     now = f" (it is {config['heldout_fraction']:g})" if "heldout_fraction" in config else ""
     return f"{change} preprocess.heldout_fraction{now}, or give more documents"

@@ -268,8 +268,9 @@ _SCALES = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 def _place(done: float, total: float | None, unit: str | None) -> str:
     """How far it is, as in "step 3/400", "64/4,096 rows" or "1.2/33.6 MB"."""
     if unit == "bytes" and total is not None:
-        name = next((name for name, size in _SCALES.items() if total >= size), "kB")
-        return f"{done / _SCALES[name]:,.1f}/{total / _SCALES[name]:,.1f} {name}"
+        for name, size in _SCALES.items():
+            if total >= size:
+                return f"{done / size:,.1f}/{total / size:,.1f} {name}"
     count = f"{int(done):,}" if total is None else f"{int(done):,}/{int(total):,}"
     if unit == "steps":
         return f"step {count}"
