@@ -38,7 +38,7 @@ def places(folder: Path) -> dict[str, str]:
     saved(folder / "maskless", causal, without_mask())
     saved(folder / "bert", bert)
     checkpoint(folder / "mdlm", bert)
-    rows = {"files": [random_rows(4, 8)], "heldout": random_rows(4, 8), "max_length": 8}
+    rows: Any = {"files": [random_rows(4, 8)], "heldout": random_rows(4, 8), "max_length": 8}
     token_folder(folder / "rows", tokenizer=letter_tokenizer(30), **rows)
     token_folder(folder / "other", tokenizer=letter_tokenizer(16), **rows)
     return {path.name: str(path) for path in folder.iterdir()}

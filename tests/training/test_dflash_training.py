@@ -405,9 +405,11 @@ def test_rows_with_tokens_that_a_frozen_target_has_no_embedding_for_are_refused(
     name, tokenizer = bare_target(tmp_path / "target", 19)
     rows = [tokenizer("abcdefgh[MASK]")["input_ids"] for _ in range(4)]
     assert rows[0][-1] == 19
-    for split, place in (("train", {"files": [rows]}), ("heldout", {"files": [[[3] * 9] * 4]})):
-        held = {"heldout": rows} if split == "heldout" else {}
-        folder = token_folder(tmp_path / split, **place, **held, max_length=9, tokenizer=tokenizer)
+    good = [[3] * 9] * 4
+    for split, train, heldout in (("train", rows, []), ("heldout", good, rows)):
+        folder = token_folder(
+            tmp_path / split, files=[train], heldout=heldout, max_length=9, tokenizer=tokenizer
+        )
         data = TokenData.open(folder, split="train")
         assert data.highest_token() == 19
         with pytest.raises(InputError, match=r"up to id 19 \(\[MASK\]\), but .* has 19 embeddings"):
