@@ -14,6 +14,7 @@ from tokendiff.errors import CorruptFileError, InputError
 T = TypeVar("T")
 
 _LONGEST_WAIT_SECONDS = 600.0
+_RESEND_SECONDS = 10.0
 # What no other attempt would get around, however it is wrapped.
 _LASTING = (InputError, CorruptFileError, FloatingPointError, MemoryError, PermissionError)
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -139,22 +140,25 @@ def deadline(seconds: float | None, *, what: str) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         raise InputError("timeout_s: only a run in a process's main thread can be timed out")
 
-    is_up = threading.Event()
+    is_up, is_over = threading.Event(), threading.Event()
 
     def expire() -> None:
+        if is_over.wait(seconds):
+            return
         is_up.set()
-        interrupt.send()
+        while not is_over.is_set():  # again, where a library kept the first one to itself
+            interrupt.send()
+            is_over.wait(_RESEND_SECONDS)
 
-    timer = threading.Timer(seconds, expire)
-    timer.daemon = True
+    clock = threading.Thread(target=expire, name=f"deadline of {what}", daemon=True)
     try:
         with Interrupt() as interrupt:
-            timer.start()
+            clock.start()
             try:
                 yield
             finally:
-                timer.cancel()
-                timer.join()
+                is_over.set()
+                clock.join()
     except KeyboardInterrupt:
         if not is_up.is_set():
             raise

@@ -101,7 +101,8 @@ def train_stage(
             check_training(
                 config.train,
                 data_path=data_path,
-                output_dir=stage.output,
+                # What a pipeline is about to make again is not held against the result before.
+                output_dir=None if stage.is_keyed else stage.output,
                 num_workers=config.cluster.num_workers,
                 planned_length=planned_length,
             )

@@ -178,6 +178,7 @@ class _Lease:
         there = _read(self._path)
         if there and there.get("token") != is_dead:
             self._see_it_dead(there)
+        self.is_given_back = False
         try:
             self._write()
             time.sleep(pause_s)
@@ -215,12 +216,13 @@ class _Lease:
             yield
         finally:
             self._is_over.set()
-            thread.join()
-            permit_writes(self._over)
-            self._give_back()
+            try:
+                thread.join()  # which an interrupt may cut short
+            finally:
+                permit_writes(self._over)
+                self._give_back()
 
     def _give_back(self) -> None:
-        self.is_given_back = False
         try:
             if self._is_ours(_read(self._path)):
                 self._path.unlink(missing_ok=True)
@@ -245,6 +247,7 @@ class _Lease:
         interrupt.send()
         if not self._is_over.wait(LAST_RESORT_SECONDS):
             logger.critical("%s; the process ends, since the run does not", lost)
+            time.sleep(PAUSE_SECONDS)  # stderr may be passed on by a thread of this process
             os._exit(EXIT_LOCKED)
 
     def _write(self) -> None:

@@ -29,10 +29,16 @@ from pipelines.stage import Stage, discard
 from tokendiff.artifacts.locations import Location, mirror_of
 from tokendiff.artifacts.manifest import RECORD_FOLDER, is_committed
 from tokendiff.cluster.session import DATA_CPUS, is_shared, ray_session
-from tokendiff.cluster.stopping import check_stop, is_stop_requested, sigterm_stops, words_of
+from tokendiff.cluster.stopping import (
+    check_stop,
+    is_stop_requested,
+    sigterm_held,
+    sigterm_stops,
+    words_of,
+)
 from tokendiff.config.pipeline import Config
 from tokendiff.data.rows import check_rows_to_judge
-from tokendiff.errors import InputError
+from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.tracking.mlflow_mirror import MlflowMirror
 from tokendiff.tracking.mlflow_store import open_command, resolve_uri
 
@@ -163,7 +169,7 @@ def _check(steps: Sequence[Step], record: RunRecord) -> None:
         if step.state in ("run", "resume"):
             try:
                 step.stage.check(step.stage)
-            except InputError as error:
+            except (InputError, CorruptFileError) as error:
                 record.of(step.stage.title).state = "failed"
                 record.of(step.stage.title).why = str(error).split("\n")[0]
                 raise
@@ -216,13 +222,14 @@ class _Run:
                 self._pending = {**{step.stage.title: step for step in ready}, **self._pending}
                 self._collect()
         finally:
-            for child in self._running.values():
-                if self._hold.lost is None:
-                    child.ask_to_stop()
-                else:  # nothing may be saved any more
-                    child.kill()
-            for child in self._running.values():
-                child.wait()
+            with sigterm_held():
+                for child in self._running.values():
+                    if self._hold.lost is None:
+                        child.ask_to_stop()
+                    else:  # nothing may be saved any more
+                        child.kill()
+                for child in self._running.values():
+                    child.wait()
 
     def _take_ready(self) -> list[Step]:
         """Steps that can start now; those with nothing to do are settled on the way."""

@@ -38,7 +38,7 @@ class Stage:
     Attributes:
         name: as the pipeline's file has it.
         label: what sets it apart from others of its name that a matrix made.
-        kind: of the closed set of `tokendiff.config.StageConfig`.
+        kind: of the closed set of `tokendiff.config.pipeline.StageConfig`.
         settings: fields that decide the result, plain JSON.
         base: where the result goes; in a pipeline the folder that `NAME-KEY` is made in.
         action: does the work; leaves `result_folder` committed, goes on where it was cut off.

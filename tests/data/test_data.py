@@ -675,3 +675,22 @@ def test_rows_know_where_their_documents_begin(tmp_path: Path) -> None:
         expected = [index for index, length in enumerate(runs[row]) for _ in range(length)]
         assert document == expected + [-1] * (8 - len(expected))
     assert torch.equal(batch.is_valid, batch.document >= 0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted"),
+    [
+        ([60, 60, 60], [60, 60, 60]),
+        ([20] * 10, [100, 100]),
+        ([1] * 101, [51, 50]),
+        ([120, 10, 10], [120, 20]),
+    ],
+)
+def test_whole_row_groups_are_spread_evenly_below_the_limit(
+    sizes: list[int], wanted: list[int]
+) -> None:
+    pieces = [
+        Piece(path="a", start=at, stop=at + 1, num_bytes=size) for at, size in enumerate(sizes)
+    ]
+    groups = group_pieces(even_pieces(pieces, 100), 100)
+    assert [sum(piece.num_bytes for piece in group) for group in groups] == wanted

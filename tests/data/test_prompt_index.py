@@ -243,3 +243,19 @@ def test_remote_prompts_are_read_in_place(s3: str, tmp_path: Path) -> None:
     assert [row.row.prompt for row in all_rows(index, 9)] == texts * 2
     with pytest.raises(InputError, match="no such file"):
         prompt_paths([f"{s3}/prompts/*.jsonl"])
+
+
+def test_a_prompt_not_utf8_in_parquet_costs_no_other(tmp_path: Path) -> None:
+    """As pyarrow reads it: bytes in a column of text are looked at when they become Python's."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    cells = pa.array([b"one", b"caf\xe9", b"three"], pa.binary()).view(pa.string())
+    path = tmp_path / "not_utf8_in_parquet.parquet"
+    pq.write_table(pa.table({"prompt": cells}), path)
+    index = PromptFile.index(str(path))
+    (_, one), (place, bad), (_, three) = index.read(0, 3)
+    assert (one, three) == ("one", "three")
+    assert place == f"{path}: row 2"
+    assert isinstance(bad, InputError)
+    assert "not UTF-8 (byte 0xe9" in str(bad)

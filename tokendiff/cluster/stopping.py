@@ -66,6 +66,17 @@ def sigterm_stops() -> Iterator[None]:
 
 
 @contextmanager
+def sigterm_held() -> Iterator[None]:
+    """In this block, which waits for others to stop, one more SIGTERM changes nothing."""
+    global _is_held
+    before, _is_held = _is_held, True
+    try:
+        yield
+    finally:
+        _is_held = before
+
+
+@contextmanager
 def ray_starting() -> Iterator[None]:
     """For `ray.init`, which handles SIGTERM by an exit with another code, and leaves its handlers.
 

@@ -75,7 +75,7 @@ def even_pieces(pieces: Iterable[Piece], max_bytes: int) -> list[Piece]:
         if not path or len(of_file) == 1 or num_parts <= 1:
             even += of_file
         elif all(piece.stop == piece.start + 1 for piece in of_file):
-            even += _equal_runs(of_file, num_parts)
+            even += _equal_runs(of_file, max_bytes)
         else:
             even += _equal_cuts(of_file, num_parts)
     return even
@@ -92,16 +92,20 @@ def _equal_cuts(of_file: Sequence[Piece], num_parts: int) -> list[Piece]:
     ]
 
 
-def _equal_runs(of_file: Sequence[Piece], num_parts: int) -> list[Piece]:
-    """A file whose pieces, say row groups, stay whole: each goes where its middle lies."""
-    num_bytes = sum(piece.num_bytes for piece in of_file)
-    parts: dict[int, list[Piece]] = {}
-    before = 0
-    for piece in of_file:
-        part = int((before + piece.num_bytes / 2) * num_parts / num_bytes)
-        parts.setdefault(part, []).append(piece)
-        before += piece.num_bytes
-    return [_joined(run) for run in parts.values()]
+def _equal_runs(of_file: Sequence[Piece], max_bytes: int) -> list[Piece]:
+    """A file whose pieces, say row groups, stay whole: as few runs as `max_bytes` allows, the
+    largest of them as small as that number allows.
+    """
+    num_runs = len(group_pieces(of_file, max_bytes))
+    largest = max(piece.num_bytes for piece in of_file)
+    low, high = largest, max(max_bytes, largest)
+    while low < high:
+        middle = (low + high) // 2
+        if len(group_pieces(of_file, middle)) <= num_runs:
+            high = middle
+        else:
+            low = middle + 1
+    return [_joined(run) for run in group_pieces(of_file, low)]
 
 
 def _joined(neighbours: Sequence[Piece]) -> Piece:

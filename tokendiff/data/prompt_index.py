@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tokendiff.artifacts.locations import glob_files, is_uri, location, open_binary
 from tokendiff.artifacts.manifest import sha256_of
 from tokendiff.data.bad_rows import SHOWN_CHARS
+from tokendiff.data.columns import not_utf8
 from tokendiff.data.files import refuse_array
 from tokendiff.data.lines import lines_in
 from tokendiff.data.prompts import GenerationRow, Prompt, prompt_of_record
@@ -146,10 +147,9 @@ class PromptFile:
             batches = file.iter_batches(_PARQUET_BATCH_ROWS, row_groups=groups, columns=columns)
             for batch in batches:
                 if row + len(batch) > first and row < stop:
-                    for index, record in enumerate(batch.to_pylist(), start=row):
-                        if first <= index < stop:
-                            place = f"{self.path}: row {index + 1}"
-                            yield place, _prompt_or_error(record, place)
+                    for index in range(max(first, row), min(stop, row + len(batch))):
+                        place = f"{self.path}: row {index + 1}"
+                        yield place, _row_prompt(batch.slice(index - row, 1), place)
                 row += len(batch)
 
 
@@ -290,6 +290,15 @@ def _line_prompt(line: bytes, path: str, number: int) -> tuple[str, "Prompt | In
     except (ValueError, RecursionError) as error:
         return place, InputError(f"{place}: not a JSON line ({error})")
     return place, _prompt_or_error(record, place)
+
+
+def _row_prompt(row: Any, place: str) -> "Prompt | InputError":
+    """The prompt of a record batch of one row."""
+    try:
+        (record,) = row.to_pylist()
+    except UnicodeDecodeError as error:
+        return InputError(f"{place}: {not_utf8(error)}")
+    return _prompt_or_error(record, place)
 
 
 def _prompt_or_error(record: Any, place: str) -> "Prompt | InputError":

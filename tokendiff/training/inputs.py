@@ -2,6 +2,7 @@
 all that the config, the model's config, the tokenizer, and what is in the folders tell.
 """
 
+import copy
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +35,14 @@ def check_training(
     config: "TrainConfig",
     *,
     data_path: str | Location,
-    output_dir: Location,
+    output_dir: Location | None,
     num_workers: int,
     planned_length: int | None = None,
 ) -> None:
     """Check a run before anything of it starts.
 
     Args:
+        output_dir: what is there must be of the same run; None where it is to be made again.
         planned_length: tokens of the rows that an earlier stage is to make at data_path; None where
             they must be there.
 
@@ -54,6 +56,8 @@ def check_training(
     data = TokenData.open(data_path, split="train")
     step_plan(config, data, rank=0, world_size=num_workers)
     check_inputs(config, data)
+    if output_dir is None:
+        return
     final = output_dir / FINAL
     for folder in [*committed_checkpoints(output_dir), *([final] if is_committed(final) else [])]:
         with suppress(CorruptFileError):  # a damaged one is passed over, in its time
@@ -111,8 +115,11 @@ def check_model(config: "TrainConfig", *, max_length: int) -> None:
 
 def _check_modules(config: "TrainConfig", plan: ModelPlan, tokenizer: Any) -> None:
     """Check what depends on the layers that a model has, on one without weights."""
+    config_of_model = copy.deepcopy(plan.config)
+    text = config_of_model.get_text_config()
+    text.vocab_size = max(text.vocab_size, plan.vocab_size)  # as the embedding will have grown
     with torch.device("meta"):
-        model = plan.auto_class.from_config(plan.config)
+        model = plan.auto_class.from_config(config_of_model)
     if config.gradient_checkpointing:
         ModelInTwoParts(model, vocab_size=plan.vocab_size).recompute_activations()
     if config.lora_rank is not None:
