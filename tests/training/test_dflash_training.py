@@ -95,6 +95,7 @@ def config(objective: str | dict[str, Any], **changes: Any) -> TrainConfig:
     return TrainConfig.model_validate({**fields, **changes})
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_workers(data: TokenData, target: str, tmp_path: Path) -> None:
     def both(**changes: Any) -> list[TrainConfig]:
         few = {"max_train_steps": 3, **changes}
@@ -158,6 +159,7 @@ def test_resuming_is_exact_and_a_draft_goes_on(
         torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_draft_learns(data: TokenData, target: str, tmp_path: Path) -> None:
     learning = config(
         {**DRAFT, "num_anchors": 8},

@@ -140,6 +140,7 @@ def test_rows_arrive_as_written(data: TokenData) -> None:
 # The loop
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_workers_or_micro_batches(data: TokenData, tmp_path: Path) -> None:
     alone, _ = run(config(), data, tmp_path / "1")
     assert sorted(alone) == [1, 2, 3, 4, 5, 6]
@@ -317,6 +318,7 @@ def test_options_that_save_memory_change_nothing(data: TokenData, tmp_path: Path
     assert {p.dtype for p in weights.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path: Path) -> None:
     folder = token_folder(
         tmp_path / "data",
@@ -523,6 +525,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_trains_resumes_and_is_recorded(
     name: str, data: TokenData, tmp_path: Path

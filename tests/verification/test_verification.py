@@ -89,6 +89,7 @@ def failed_code(*names: str, rules: tuple[Rule[Any], ...] = verification.RULES) 
     return failed(checks)
 
 
+@pytest.mark.slow
 def test_the_installed_code_passes() -> None:
     checks = list(verification.verify_code())
     assert failed(checks) == set()
