@@ -110,7 +110,7 @@ class PromptCheck:
         process = NoiseProcess.load(checkpoint)
         seq_len = config.seq_len or process.max_length
         longest = longest_row(read_config(checkpoint))
-        if longest is not None and seq_len > longest:
+        if config.seq_len is not None and longest is not None and seq_len > longest:
             raise InputError(
                 f"seq_len {seq_len}: the model has positions for {longest} tokens; lower seq_len"
             )

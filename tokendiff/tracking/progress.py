@@ -287,7 +287,9 @@ def _facts(event: dict[str, Any]) -> dict[str, str]:
         "data_wait_fraction": "{:.1%} of the time waiting for data",
     }
     if event.get("errors"):
-        shown["errors"] = "{:,} bad rows" if event.get("unit") == "bytes" else "{:,} bad prompts"
+        shown["errors"] = (
+            "{:,} unusable rows" if event.get("unit") == "bytes" else "{:,} unusable prompts"
+        )
     return {key: form.format(event[key]) for key, form in shown.items() if key in event}
 
 
