@@ -20,7 +20,7 @@ from tokendiff.artifacts.locations import RemotePath, files_under, upload
 from tokendiff.models.dflash.model import DFlashDraftModel
 from tokendiff.models.dflash.planning import new_draft_config
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 MAIN = {
     "jobs.evaluate": evaluate.main,
