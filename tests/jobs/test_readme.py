@@ -4,6 +4,7 @@ here, and training ends after a few steps; nothing else is changed.
 """
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -20,7 +21,15 @@ from tokendiff.artifacts.locations import RemotePath, files_under, upload
 from tokendiff.models.dflash.model import DFlashDraftModel
 from tokendiff.models.dflash.planning import new_draft_config
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(
+        "README_CHAIN" not in os.environ,
+        reason="takes as long as half the suite; README_CHAIN=1 runs it",
+    ),
+]
 
 MAIN = {
     "jobs.evaluate": evaluate.main,
