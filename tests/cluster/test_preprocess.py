@@ -496,7 +496,7 @@ def test_a_folder_with_files_of_others_is_left_alone(tmp_path: Path, ray_session
 @pytest.mark.parametrize(
     ("cells", "fields", "said"),
     [
-        ([None, "", " "], {}, "corpus is empty.*2 empty cells and 1 that are not text"),
+        ([None, "", " "], {}, "corpus is empty.*2 empty and 1 null cells"),
         ([], {}, "corpus is empty"),
         ([3, ["a", 4]], {}, "corpus is empty.*2 bad rows, the first: .*a.jsonl:1: 'text' must be"),
         (["only one"], {"heldout_fraction": 0.999999}, "left no document for training, of 1"),

@@ -233,7 +233,7 @@ def test_a_pipeline_from_file_to_champion_and_again_from_another_machine(
     assert top == {"a", "mlflow.db", "small.yaml"}
     assert {entry.name for entry in cache.iterdir()} <= {"runs", "files", "folders"}
     here = {name.rpartition("/")[2] for name in files_under(cache / "runs")}
-    assert here <= {"log.jsonl", "mlflow.json", ".lock"}
+    assert here <= {"log.jsonl", "progress.json", "mlflow.json", ".lock"}
     assert mirror_of(root) == cache / "runs" / "s3" / "bucket" / "root"
     assert not (root / "small" / ".lock.holder").exists()
 

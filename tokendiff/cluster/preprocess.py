@@ -321,7 +321,7 @@ def _check_corpus(
     if train + heldout == 0:
         raise InputError(
             f"dataset_name {config.dataset_name!r}: the corpus is empty ({dropped['empty']} empty "
-            f"cells and {dropped['not_text']} null ones; "
+            f"and {dropped['not_text']} null cells; "
             f"{bad_rows_in_words(errors.num_rows, errors.first)}); check the data and text_column"
         )
     if train == 0 and config.heldout_fraction < 1.0:
