@@ -122,13 +122,13 @@ class Effort:
 
 # For a test: enough to see that each objective learns the chain, not how well it can.
 SHORT = Effort(
-    steps=500,
-    rows_per_step=64,
+    steps=400,
+    rows_per_step=48,
     learning_rate=2e-3,  # from 5e-3 on, rounding alone decides how well it ends
-    eval_rows=512,
-    noise_levels=16,
-    samples=1000,
-    inference_steps=32,
+    eval_rows=256,
+    noise_levels=8,
+    samples=500,
+    inference_steps=24,
 )
 
 

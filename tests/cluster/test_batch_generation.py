@@ -48,21 +48,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """180 prompts in two files, 4 of them of no use: too long, cut off, not text, no prompt."""
+    """90 prompts in two files, 4 of them of no use: too long, cut off, not text, no prompt."""
     folder = tmp_path_factory.mktemp("prompts")
-    texts = ["abc"[: 1 + number % 3] for number in range(90)]
+    texts = ["abc"[: 1 + number % 3] for number in range(45)]
     texts[7] = "abcdefghijkla"
     lines = [json.dumps({"prompt": text}).encode() for text in texts]
     lines[30] = b'{"prompt": "ab'
-    lines[60] = b'{"prompt": null}'
+    lines[40] = b'{"prompt": null}'
     (folder / "a.jsonl").write_bytes(b"\n".join(lines))
-    words = [b"de"] * 90
-    words[89] = b"d\xff"
+    words = [b"de"] * 45
+    words[44] = b"d\xff"
     (folder / "b.txt").write_bytes(b"\n".join(words))
     return [str(folder / "*")]
 
 
-BAD_IDS = [7, 30, 60, 179]  # of the prompts
+BAD_IDS = [7, 30, 40, 89]  # of the prompts
 
 
 def config_of(prompts: list[str], **changes: Any) -> GenerateConfig:
@@ -71,7 +71,7 @@ def config_of(prompts: list[str], **changes: Any) -> GenerateConfig:
             "prompts": prompts,
             "num_samples": NUM_SAMPLES,
             "batch_size": BATCH_SIZE,
-            "sampler": {"num_inference_steps": 100},
+            "sampler": {"num_inference_steps": 30},
             **changes,
         }
     )
@@ -105,7 +105,7 @@ def test_every_row_is_in_the_samples_or_among_the_errors(
     ray_session: None, uninterrupted: Path
 ) -> None:
     records = read_samples(uninterrupted)
-    good = [number for number in range(180) if number not in BAD_IDS]
+    good = [number for number in range(90) if number not in BAD_IDS]
     assert [r["id"] for r in records] == [2 * n + sample for n in good for sample in range(2)]
     assert all("seconds" not in record for record in records)
     errors = [
@@ -115,16 +115,16 @@ def test_every_row_is_in_the_samples_or_among_the_errors(
     ]
     assert [(e["id"], e["num_samples"]) for e in errors] == [(2 * n, 2) for n in BAD_IDS]
     places = [Path(e["place"]).name for e in errors]
-    assert places == ["a.jsonl:8", "a.jsonl:31", "a.jsonl:61", "b.txt:90"]
+    assert places == ["a.jsonl:8", "a.jsonl:31", "a.jsonl:41", "b.txt:45"]
     wanted = ["has 13 tokens; it must fit seq_len 12", "not a JSON line", "needs a field", "UTF-8"]
     assert all(text in e["reason"] for text, e in zip(wanted, errors, strict=True))
     assert errors[0]["prompt"] == "abcdefghijkla"
     metadata = load_manifest(uninterrupted).metadata
-    assert (metadata["rows"], metadata["errors"]) == (352, 4)
+    assert (metadata["rows"], metadata["errors"]) == (172, 4)
     progress = [
         e for e in read_events(uninterrupted / "run" / "log.jsonl") if e["event"] == "progress"
     ]
-    assert (progress[-1]["done"], progress[-1]["total"], progress[-1]["errors"]) == (360, 360, 4)
+    assert (progress[-1]["done"], progress[-1]["total"], progress[-1]["errors"]) == (180, 180, 4)
 
 
 def test_killed_twice_it_ends_with_the_files_of_the_run_that_was_not(
@@ -137,7 +137,7 @@ def test_killed_twice_it_ends_with_the_files_of_the_run_that_was_not(
     command = [
         *[sys.executable, "-m", "jobs.generate", f"--checkpoint_path={checkpoint}"],
         *[f"--prompts={prompts[0]}", f"--num_samples={NUM_SAMPLES}", f"--batch_size={BATCH_SIZE}"],
-        *["--num_inference_steps=100", f"--output_dir={out}", "--cpus_per_worker=0.5"],
+        *["--num_inference_steps=30", f"--output_dir={out}", "--cpus_per_worker=0.5"],
         *["--threads_per_worker=1", "--enabled=false", "--json"],
     ]
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
@@ -161,7 +161,7 @@ def test_killed_twice_it_ends_with_the_files_of_the_run_that_was_not(
         command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True
     )
     assert done.stderr == ""  # nothing of Ray's that means nothing to a user
-    assert json.loads(done.stdout.splitlines()[-1])["rows"] == 352
+    assert json.loads(done.stdout.splitlines()[-1])["rows"] == 172
     assert contents(out) == expected
     assert read_samples(out) == read_samples(uninterrupted)
     # An actor of the killed job may have ended its part after `before` was taken, never again.
@@ -204,7 +204,7 @@ def test_too_many_errors_stop_it_and_to_a_uri_it_writes_the_same(
     assert made
     assert "MANIFEST.json" not in files_under(out)
     events = run(4)
-    assert dict(events)["progress"]["done"] == 360
+    assert dict(events)["progress"]["done"] == 180
     local = contents(uninterrupted)
     remote = contents(out)
     assert remote.keys() == local.keys()

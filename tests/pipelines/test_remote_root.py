@@ -259,10 +259,10 @@ def test_a_pipeline_from_file_to_champion_and_again_from_another_machine(
     # Another rate: what changed is known from what the other machine made.
     changed = plan(load_config(path, ["train.learning_rate=0.002"]), root)
     assert {step.stage.name: step.why for step in changed if step.state == "run"} == {
-        "model": "learning_rate 0.001 -> 0.002",
-        "samples": "another checkpoint",
-        "judge": "another checkpoint, another samples",
-        "promote": "another candidate",
+        "model": "learning_rate changed from 0.001 to 0.002",
+        "samples": "the input 'checkpoint' changed",
+        "judge": "the input 'checkpoint' changed, the input 'samples' changed",
+        "promote": "the input 'candidate' changed",
     }
 
     # The registered model is copied under the root, where every node finds it, and pinned there.
