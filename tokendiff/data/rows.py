@@ -1,17 +1,18 @@
 """Reading packed token shards: in order (evaluation), or the rows of given steps (training)."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from tokendiff.artifacts.locations import Location, local_copy, location, open_binary
 from tokendiff.artifacts.manifest import Manifest, fetch, fingerprint, load_manifest, verify
 from tokendiff.data.order import RowOrder
-from tokendiff.diffusion.interfaces import Figures
+from tokendiff.diffusion.interfaces import Figures, TokenBatch
 from tokendiff.errors import CorruptFileError, InputError
 
 if TYPE_CHECKING:
@@ -63,15 +64,20 @@ class TokenRows:
             begins.
         lengths: [n] int32.
         is_start: [n, max_length] bool, where a document begins; what a row continues begins at 0.
+        is_target: [n, max_length] bool, tokens that are learnt and judged; False on padding.
         row_ids: [n] int64, stable across runs.
-        num_bytes: [n] int32, UTF-8 bytes of source text that the row stands for.
+        num_bytes: [n] int32, UTF-8 bytes of source text that the row stands for: of its targets,
+            where those are told apart.
+        isolates_documents: as in TokenBatch.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     is_start: np.ndarray
+    is_target: np.ndarray
     row_ids: np.ndarray
     num_bytes: np.ndarray
+    isolates_documents: bool
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -82,13 +88,18 @@ class TokenRows:
         return len(lengths), int(lengths.sum())
 
     def take(self, index: np.ndarray | slice) -> "TokenRows":
-        return TokenRows(
-            tokens=self.tokens[index],
-            lengths=self.lengths[index],
-            is_start=self.is_start[index],
-            row_ids=self.row_ids[index],
-            num_bytes=self.num_bytes[index],
+        return replace(self, **{name: getattr(self, name)[index] for name in _ARRAYS})
+
+    def batch(self, device: torch.device | str = "cpu") -> TokenBatch:
+        """All of them as an objective takes them."""
+        columns = (self.tokens, self.lengths, self.is_start, self.is_target)
+        return TokenBatch.of_rows(
+            *(torch.as_tensor(column, device=device) for column in columns),
+            isolates_documents=self.isolates_documents,
         )
+
+
+_ARRAYS = ("tokens", "lengths", "is_start", "is_target", "row_ids", "num_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +161,11 @@ class TokenData:
         return int(self.manifest.metadata["max_length"])
 
     @property
+    def isolates_documents(self) -> bool:
+        """Whether the documents of a row must not see each other, in whatever model."""
+        return bool(self.manifest.metadata.get("isolate_documents", False))
+
+    @property
     def tokenizer_path(self) -> Path:
         return fetch(self.folder, under="tokenizer/") / "tokenizer"
 
@@ -190,8 +206,12 @@ class TokenData:
                 f"{self.folder}: {name} cannot be read ({error}); run jobs.preprocess again"
             ) from error
         lengths, values = _lists(table.column("tokens"))
+        is_token = np.arange(self.max_length) < lengths[:, None]
         tokens = np.zeros((rows, self.max_length), dtype=np.int32)
-        tokens[np.arange(self.max_length) < lengths[:, None]] = values
+        tokens[is_token] = values
+        is_target = is_token.copy()
+        if "is_target" in table.column_names:  # of text all tokens are targets
+            is_target[is_token] = _lists(table.column("is_target"))[1]
         runs_of_row, run_lengths = _lists(table.column("document_lengths"))
         # Runs lie end to end as tokens do: where each begins, less where its row begins.
         starts = np.cumsum(run_lengths) - run_lengths
@@ -202,6 +222,8 @@ class TokenData:
             tokens=tokens,
             lengths=lengths,
             is_start=is_start,
+            is_target=is_target,
+            isolates_documents=self.isolates_documents,
             # Arrow's memory is read-only, which torch takes amiss.
             row_ids=np.array(table.column("row_id")),
             num_bytes=np.array(table.column("num_bytes")),
@@ -213,10 +235,8 @@ class TokenData:
         loaded = [self.read_group(int(group)) for group in needed]
         starts = np.cumsum([0, *(len(part) for part in loaded)])[:-1]
         everything = TokenRows(
-            **{
-                name: np.concatenate([getattr(part, name) for part in loaded])
-                for name in ("tokens", "lengths", "is_start", "row_ids", "num_bytes")
-            }
+            **{name: np.concatenate([getattr(part, name) for part in loaded]) for name in _ARRAYS},
+            isolates_documents=self.isolates_documents,
         )
         return everything.take(starts[which] + rows)
 
@@ -224,7 +244,7 @@ class TokenData:
 def _lists(column: Any) -> tuple[np.ndarray, np.ndarray]:
     """Lengths [n] int32 of the lists in a Parquet column, and their values end to end."""
     lists = column.combine_chunks()
-    offsets, values = lists.offsets.to_numpy(), lists.values.to_numpy()
+    offsets, values = lists.offsets.to_numpy(), lists.values.to_numpy(zero_copy_only=False)
     return np.diff(offsets).astype(np.int32), values[offsets[0] : offsets[-1]]
 
 
@@ -271,6 +291,7 @@ class StepPlan:
             "tokens": read.tokens,
             "length": read.lengths,
             "is_start": read.is_start,
+            "is_target": read.is_target,
             "row_id": read.row_ids,
             "epoch": epochs[chosen].astype(np.int64),
         }

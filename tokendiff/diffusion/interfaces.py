@@ -21,9 +21,15 @@ class Denoiser(Protocol):
         """Whether `encode` reads the time; what it returns is otherwise good at any time."""
         ...
 
-    def encode(self, tokens: Tensor, is_valid: Tensor, time: Tensor) -> Tensor:
+    def encode(
+        self, tokens: Tensor, is_valid: Tensor, time: Tensor, document: Tensor | None = None
+    ) -> Tensor:
         """Hidden states [B, L, D] of noisy tokens [B, L] at times [B] in [0, 1]; positions outside
         `is_valid` ([B, L]) are not seen.
+
+        Args:
+            document: [B, L] as in TokenBatch: a position sees those of its own document alone, and
+                positions are counted anew in each. None takes a row for one document.
         """
         ...
 
@@ -89,28 +95,56 @@ class TokenBatch:
         is_valid: [B, L] bool; False on padding.
         document: [B, L] int64, which document of its row a position belongs to, counted from 0; -1
             on padding. By default a row is one document.
+        is_target: [B, L] bool, what the loss and the bound are of: in chats the answers, whose
+            prompts are given. By default all that is valid.
+        isolates_documents: whether the documents of a row are hidden from each other also in models
+            that see whole rows; in causal ones they always are.
     """
 
     tokens: Tensor
     is_valid: Tensor
     document: Tensor = field(default=cast(Tensor, None))
+    is_target: Tensor = field(default=cast(Tensor, None))
+    isolates_documents: bool = False
 
     def __post_init__(self) -> None:
         if self.document is None:
             object.__setattr__(self, "document", self.is_valid.long() - 1)
+        if self.is_target is None:
+            object.__setattr__(self, "is_target", self.is_valid)
+
+    @property
+    def isolated(self) -> Tensor | None:
+        """What `Denoiser.encode` is told of documents."""
+        return self.document if self.isolates_documents else None
 
     @classmethod
-    def of_rows(cls, tokens: Tensor, lengths: Tensor, is_start: Tensor) -> "TokenBatch":
+    def of_rows(
+        cls,
+        tokens: Tensor,
+        lengths: Tensor,
+        is_start: Tensor,
+        is_target: Tensor | None = None,
+        *,
+        isolates_documents: bool = False,
+    ) -> "TokenBatch":
         """Rows as shards hold them.
 
         Args:
             tokens: [B, L] ids, anything on padding.
             lengths: [B] where padding begins.
             is_start: [B, L] bool, where a document begins.
+            is_target: [B, L] bool, anything on padding; None for all tokens.
         """
         is_valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         document = (is_start.cumsum(1) - 1).masked_fill(~is_valid, -1)
-        return cls(tokens=tokens.long(), is_valid=is_valid, document=document)
+        return cls(
+            tokens=tokens.long(),
+            is_valid=is_valid,
+            document=document,
+            is_target=is_valid if is_target is None else is_valid & is_target,
+            isolates_documents=isolates_documents,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,10 +89,7 @@ class DraftEvaluator:
         counts = []
         for at in range(0, len(rows), self._config.batch_size):
             part = rows.take(slice(at, at + self._config.batch_size))
-            columns = (part.tokens, part.lengths, part.is_start)
-            batch = TokenBatch.of_rows(
-                *(torch.as_tensor(column, device=self._device) for column in columns)
-            )
+            batch = part.batch(self._device)
             ids = torch.as_tensor(part.row_ids, device=self._device)
             generator = RowGenerator.for_rows(key_from(self._config.seed, "evaluate"), ids)
             is_bf16 = self._config.mixed_precision == "bf16"

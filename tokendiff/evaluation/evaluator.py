@@ -41,10 +41,7 @@ class Evaluator:
         nats, counts = [], []
         for at in range(0, len(rows), self._config.batch_size):
             batch = rows.take(slice(at, at + self._config.batch_size))
-            columns = (batch.tokens, batch.lengths, batch.is_start)
-            token_batch = TokenBatch.of_rows(
-                *(torch.as_tensor(column, device=self._device) for column in columns)
-            )
+            token_batch = batch.batch(self._device)
             ids = torch.as_tensor(batch.row_ids, device=self._device)
             generator = RowGenerator.for_rows(key_from(self._config.seed, "evaluate"), ids)
             is_bf16 = self._config.mixed_precision == "bf16"

@@ -7,7 +7,6 @@ from typing import cast
 import torch
 
 from tokendiff.data.rows import TokenData
-from tokendiff.diffusion.interfaces import TokenBatch
 from tokendiff.diffusion.random import RowGenerator, key_from
 from tokendiff.evaluation.draft_acceptance import acceptance_figures, blocks_by_length
 from tokendiff.evaluation.evaluator import evaluation_rows
@@ -29,8 +28,7 @@ def heldout_acceptance(
         return dict
     seed, device = trainer.config.seed, trainer.world.device
     rows = heldout.read(*evaluation_rows(heldout, seed=seed, max_rows=_ROWS))
-    columns = (rows.tokens, rows.lengths, rows.is_start)
-    batch = TokenBatch.of_rows(*(torch.as_tensor(column, device=device) for column in columns))
+    batch = rows.batch(device)
     ids = torch.as_tensor(rows.row_ids, device=device)
     generator = RowGenerator.for_rows(key_from(seed, "evaluate"), ids)
 

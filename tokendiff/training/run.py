@@ -307,7 +307,14 @@ class TrainingRun:
         denoiser, objective, process = _build(
             config, data, tokenizer, device=world.device, warn=notes.append
         )
-        trainer = Trainer(denoiser, objective, config, world, on_event=on_event)
+        trainer = Trainer(
+            denoiser,
+            objective,
+            config,
+            world,
+            isolates_documents=data.isolates_documents,
+            on_event=on_event,
+        )
         measure: Callable[[], dict[str, float]] = dict
         if isinstance(objective, DFlash) and world.is_main:
             measure = heldout_acceptance(trainer, objective, data)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _TOKENS = "tokens read"  # of a step: what the speed is counted in, whatever the loss is a mean over
 
 OnEvent = Callable[..., None]  # (event name, **fields), called on the main worker only
-# One per step: tokens [b, L], length [b], is_start [b, L], row_id [b], epoch [b].
+# One per step: tokens, is_start, is_target [b, L]; length, row_id, epoch [b].
 Batches = Iterator[dict[str, Any]]
 
 
@@ -58,6 +58,7 @@ class Trainer:
 
     Args:
         objective: gives sums; see `tokendiff.diffusion.interfaces.LossOutput`.
+        isolates_documents: of the rows; see `tokendiff.diffusion.interfaces.TokenBatch`.
         on_event: hears "metrics" every `logging_steps` steps, and "progress" every two seconds,
             between micro-batches too: parts of steps count.
     """
@@ -69,8 +70,10 @@ class Trainer:
         config: "TrainConfig",
         world: World,
         *,
+        isolates_documents: bool = False,
         on_event: OnEvent = lambda event, **fields: None,
     ) -> None:
+        self._isolates_documents = isolates_documents
         self.config = config
         self.world = world
         self.denoiser = denoiser.to(world.device).train()
@@ -196,8 +199,8 @@ class Trainer:
 
     def _micro_batches(self, columns: dict[str, Any]) -> Iterator[tuple[TokenBatch, RowGenerator]]:
         device, seed = self.world.device, self.config.seed
-        names = ("tokens", "length", "is_start", "row_id", "epoch")
-        tokens, length, is_start, row_id, epoch = (
+        names = ("tokens", "length", "is_start", "is_target", "row_id", "epoch")
+        tokens, length, is_start, is_target, row_id, epoch = (
             torch.as_tensor(columns[name], device=device) for name in names
         )
         positions = torch.arange(
@@ -210,7 +213,13 @@ class Trainer:
         for rows in torch.arange(len(tokens), device=device).split(
             self.config.per_device_train_batch_size
         ):
-            batch = TokenBatch.of_rows(tokens[rows], length[rows], is_start[rows])
+            batch = TokenBatch.of_rows(
+                tokens[rows],
+                length[rows],
+                is_start[rows],
+                is_target[rows],
+                isolates_documents=self._isolates_documents,
+            )
             yield batch, generator.select(rows)
 
     def _seed_dropout(self, micro_batch: int) -> None:
