@@ -11,13 +11,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from tests.builders import letter_tokenizer, tiny_causal
+from tests.builders import generation_rows, letter_tokenizer, tiny_causal
 from tokendiff.artifacts.checkpoint import open_checkpoint
 from tokendiff.artifacts.manifest import commit
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.config.cluster import ClusterConfig
 from tokendiff.config.generate import GenerateConfig
-from tokendiff.data.prompt_index import generation_rows
 from tokendiff.data.prompts import GenerationRow, PromptEncoder
 from tokendiff.errors import InputError
 from tokendiff.models.completion import CompletionModel, CompletionSetup
