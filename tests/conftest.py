@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.in_this_process import in_this_process  # noqa: F401  # a fixture
+
 if TYPE_CHECKING:
     import psutil
 

@@ -3,33 +3,25 @@ examples that README does not have, in our spelling. Models and text of the hub 
 here, the built-in model is the smallest, and training ends after a few steps; nothing else is
 changed.
 
-What Ray would start a process for is done in this one, which takes a fifth of the time; other tests
-show that Ray changes no result. README_ON_RAY=1 leaves it to Ray.
+What Ray would start a process for is done in this one; see `tests.in_this_process`.
 """
 
 import json
-import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from jobs import evaluate, generate, pipeline, preprocess, train
 from tests import ROOT
 from tests.builders import tiny_causal
 from tokendiff.artifacts.locations import RemotePath, files_under, upload
-from tokendiff.data.rows import TokenData, step_batches, step_plan
 from tokendiff.models.dflash.model import DFlashDraftModel
 from tokendiff.models.dflash.planning import new_draft_config
-from tokendiff.training.run import TrainingRun
-from tokendiff.training.world import World
 
 pytestmark = [
     pytest.mark.ray,
@@ -68,57 +60,6 @@ def commands(text: str) -> list[list[str]]:
     """The words behind `python -m` of every job in a text's code blocks."""
     blocks = re.findall(r"^ {4}python -m (jobs\.(?:.*\\\n)*.*)", text, re.MULTILINE)
     return [shlex.split(block.replace("\\\n", " "), comments=True) for block in blocks]
-
-
-class RowsHere:
-    """As much of `ray.data.Dataset` as the jobs use, in this process."""
-
-    def __init__(self, rows: Iterable[dict[str, Any]]) -> None:
-        self._rows = rows
-
-    @classmethod
-    def from_items(cls, items: list[Any], **kwargs: Any) -> "RowsHere":
-        return cls(item if isinstance(item, dict) else {"item": item} for item in items)
-
-    def map(self, task: Callable[[dict[str, Any]], dict[str, Any]]) -> "RowsHere":
-        return RowsHere(map(task, self._rows))
-
-    def map_batches(
-        self, actor: Callable[..., Any], *, fn_constructor_args: tuple[Any, ...], **kwargs: Any
-    ) -> "RowsHere":
-        return RowsHere(self._by(actor(*fn_constructor_args)))
-
-    def _by(self, actor: Callable[..., Iterable[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-        for row in self._rows:
-            for batch in actor({name: np.array([value]) for name, value in row.items()}):
-                for values in zip(*batch.values(), strict=True):
-                    yield dict(zip(batch, values, strict=True))
-
-    def iter_rows(self) -> Iterator[dict[str, Any]]:
-        return iter(self._rows)
-
-
-def fit_here(
-    config: Any, cluster: Any, data: TokenData, folder: Any, checkpoint: Any, on_event: Any
-) -> None:
-    """As `tokendiff.cluster.train._fit_once`, in this process."""
-    run = TrainingRun.build(config, data, folder, world=World.current("cpu"), on_event=on_event)
-    if checkpoint is not None:
-        run.resume(checkpoint)
-    plan = step_plan(config, data, rank=0, world_size=1)
-    run.fit(step_batches(data, plan, run.trainer.step, config.max_train_steps))
-
-
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if "README_ON_RAY" in os.environ:
-        yield
-        return
-    threads = torch.get_num_threads()
-    monkeypatch.setattr("ray.data.from_items", RowsHere.from_items)
-    monkeypatch.setattr("tokendiff.cluster.train._fit_once", fit_here)
-    yield
-    torch.set_num_threads(threads)
 
 
 def save_causal(folder: Path, model_type: str, *, num_layers: int, mask: str | None = None) -> Any:
