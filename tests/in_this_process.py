@@ -6,10 +6,13 @@ no result. TESTS_ON_RAY=1 leaves it to Ray all the same.
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+
+_NODE_ID = "0" * 56
 
 
 class RowsHere:
@@ -55,15 +58,57 @@ def fit_here(
     run.fit(step_batches(data, plan, run.trainer.step, config.max_train_steps))
 
 
+class RemoteHere:
+    """A function or class behind `ray.remote`, called in this process."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def options(self, **kwargs: Any) -> "RemoteHere":
+        return self
+
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
+        made = self._call(*args, **kwargs)
+        return ActorHere(made) if isinstance(self._call, type) else made
+
+
+class ActorHere:
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def __getattr__(self, name: str) -> RemoteHere:
+        return RemoteHere(getattr(self._actor, name))
+
+
+def remote_here(*args: Any, **kwargs: Any) -> Any:
+    """`ray.remote(thing)`, or `ray.remote(num_cpus=1)(thing)`."""
+    return RemoteHere(*args) if args else RemoteHere
+
+
 @pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_this_process(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     if "TESTS_ON_RAY" in os.environ:
+        request.getfixturevalue("ray_session")
         yield
         return
     import torch
 
+    node = {"Alive": True, "NodeID": _NODE_ID, "NodeManagerAddress": "127.0.0.1"}
+    stand_ins = {
+        "ray.cluster_resources": lambda: {"CPU": 4.0},
+        "ray.data.from_items": RowsHere.from_items,
+        "ray.get": lambda answer, timeout=None: answer,
+        "ray.get_runtime_context": lambda: SimpleNamespace(get_node_id=lambda: _NODE_ID),
+        "ray.is_initialized": lambda: True,
+        "ray.kill": lambda actor: None,
+        "ray.nodes": lambda: [node],
+        "ray.remote": remote_here,
+        "tokendiff.cluster.train._fit_once": fit_here,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(name, stand_in)
     threads = torch.get_num_threads()
-    monkeypatch.setattr("ray.data.from_items", RowsHere.from_items)
-    monkeypatch.setattr("tokendiff.cluster.train._fit_once", fit_here)
     yield
     torch.set_num_threads(threads)

@@ -24,7 +24,6 @@ from tokendiff.models.dflash.model import DFlashDraftModel
 from tokendiff.models.dflash.planning import new_draft_config
 
 pytestmark = [
-    pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.timeout(1500),
 ]
@@ -169,7 +168,6 @@ def hub(tmp_path: Path) -> dict[str, str]:
 
 
 def test_the_commands_run_as_a_chain(
-    ray_session: None,
     in_this_process: None,
     s3: str,
     hub: dict[str, str],

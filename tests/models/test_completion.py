@@ -449,9 +449,8 @@ def test_averaged_weights_are_those_that_are_decoded_with(tmp_path: Path) -> Non
 # The job.
 
 
-@pytest.mark.ray
 def test_the_job_continues_prompts_with_any_causal_model(
-    ray_session: None, in_this_process: None, tmp_path: Path, model_id: str
+    in_this_process: None, tmp_path: Path, model_id: str
 ) -> None:
     from tokendiff.cluster.generate import generate
     from tokendiff.data.samples import read_samples

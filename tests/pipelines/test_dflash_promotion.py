@@ -134,10 +134,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("bench"))
 
 
-@pytest.mark.ray
 def test_a_draft_is_judged_beside_the_champion_and_served_with_its_target(
     bench: Bench,
-    ray_session: None,
     in_this_process: None,
     load_served: Callable[[str, str], Any],
 ) -> None:

@@ -271,9 +271,8 @@ def test_train_from_flags_preprocesses_first_and_resumes(
     assert [event["step"] for event in log] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.ray
 def test_the_other_jobs_by_hand(
-    ray_session: None, in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     assert train_job.main(train_flags(tmp_path, steps=2)) == 0
