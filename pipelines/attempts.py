@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from pipelines.interrupt import Interrupt
-from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.errors import CorruptFileError, InputError, first_line
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ def with_retries(
             if attempt == max_retries or not may_pass(error):
                 raise
             wait = min(wait_s * 2**attempt, _LONGEST_WAIT_SECONDS)
-            on_retry(_first_line(error), wait)
+            on_retry(first_line(error), wait)
             sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 
@@ -117,10 +117,6 @@ def _causes(error: BaseException) -> list[BaseException]:
                 *getattr(current, "worker_failures", {}).values(),
             ]
     return found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
 
 
 class StageTimeout(TimeoutError):

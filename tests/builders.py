@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,6 +10,10 @@ from torch import Tensor
 
 from tokendiff.artifacts.manifest import commit, is_committed
 from tokendiff.diffusion.kernels import ForwardKernel
+
+if TYPE_CHECKING:
+    from tokendiff.config.generate import GenerateConfig
+    from tokendiff.data.prompts import GenerationRow
 
 
 def objective_configs() -> list[Any]:
@@ -270,3 +274,16 @@ def tiny_causal(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+
+
+def generation_rows(config: "GenerateConfig") -> "list[GenerationRow]":
+    """All rows of a config. Raises InputError where a prompt is none."""
+    from tokendiff.data.prompt_index import PromptIndex
+
+    index = PromptIndex.of(config)
+    rows = []
+    for item in index.rows(0, index.num_rows):
+        if item.error is not None:
+            raise item.error
+        rows.append(item.row)
+    return rows

@@ -33,6 +33,11 @@ def input_errors(problem: str, remedy: str) -> Iterator[None]:
         raise InputError(f"{problem} ({reason_of(error)}); {remedy}") from error
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, in short; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:_REASON_CHARS]
+
+
 def reason_of(error: Exception) -> str:
     """What an exception says, on one line and in short."""
     text = " ".join(str(error).split())[:_REASON_CHARS]

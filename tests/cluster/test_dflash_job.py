@@ -8,12 +8,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from tests.builders import letter_tokenizer, tiny_causal
+from tests.builders import generation_rows, letter_tokenizer, tiny_causal
 from tokendiff.artifacts.locations import RemotePath
 from tokendiff.artifacts.manifest import commit, publish
 from tokendiff.config.cluster import ClusterConfig
 from tokendiff.config.generate import GenerateConfig
-from tokendiff.data.prompt_index import generation_rows
 from tokendiff.data.samples import read_samples
 from tokendiff.errors import InputError
 from tokendiff.evaluation.acceptance import speedup_metrics

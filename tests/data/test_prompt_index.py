@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from tests.builders import generation_rows
 from tokendiff.config.generate import GenerateConfig
 from tokendiff.data import prompt_index
 from tokendiff.data.prompt_index import (
     IndexedRow,
     PromptFile,
     PromptIndex,
-    generation_rows,
     prompt_paths,
 )
 from tokendiff.errors import InputError

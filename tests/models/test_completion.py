@@ -11,13 +11,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from tests.builders import letter_tokenizer, tiny_causal
+from tests.builders import generation_rows, letter_tokenizer, tiny_causal
 from tokendiff.artifacts.checkpoint import open_checkpoint
 from tokendiff.artifacts.manifest import commit
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.config.cluster import ClusterConfig
 from tokendiff.config.generate import GenerateConfig
-from tokendiff.data.prompt_index import generation_rows
 from tokendiff.data.prompts import GenerationRow, PromptEncoder
 from tokendiff.errors import InputError
 from tokendiff.models.completion import CompletionModel, CompletionSetup
@@ -450,9 +449,8 @@ def test_averaged_weights_are_those_that_are_decoded_with(tmp_path: Path) -> Non
 # The job.
 
 
-@pytest.mark.ray
 def test_the_job_continues_prompts_with_any_causal_model(
-    ray_session: None, tmp_path: Path, model_id: str
+    in_this_process: None, tmp_path: Path, model_id: str
 ) -> None:
     from tokendiff.cluster.generate import generate
     from tokendiff.data.samples import read_samples

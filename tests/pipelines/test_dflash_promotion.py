@@ -134,9 +134,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("bench"))
 
 
-@pytest.mark.ray
 def test_a_draft_is_judged_beside_the_champion_and_served_with_its_target(
-    bench: Bench, ray_session: None, load_served: Callable[[str, str], Any]
+    bench: Bench,
+    in_this_process: None,
+    load_served: Callable[[str, str], Any],
 ) -> None:
     first, second = bench.draft(seed=0, steps=1), bench.draft(seed=1, steps=1)
     assert bench.crown(first)["version"] == 1

@@ -243,34 +243,40 @@ def test_variants_run_side_by_side_in_processes_of_their_own(
     assert max(run["start"] for run in starts) < min(run["end"] for run in starts)
 
 
+def train_flags(folder: Path, *, steps: int) -> list[str]:
+    """Flags that train on a text written to `folder`, into `folder/out`."""
+    (folder / "corpus.txt").write_text("".join(f"line {n} of the text\n" for n in range(300)))
+    return [
+        *("--objective", "mdlm", "--lambda_conf", "0.1", "--dataset_name", "text"),
+        *("--data_files", str(folder / "*.txt"), "--tokenizer_name_or_path", "bytes"),
+        *("--max_length", "32", "--model_name_or_path", "builtin:bert-tiny"),
+        *("--output_dir", str(folder / "out"), "--max_train_steps", str(steps)),
+        *("--logging_steps", "1", "--checkpointing_steps", "2", "--enabled", "false"),
+        *("--cpus_per_worker", "0.5", "--threads_per_worker", "1", "--json"),
+    ]
+
+
 @pytest.mark.ray
 def test_train_from_flags_preprocesses_first_and_resumes(
     ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "corpus.txt").write_text("".join(f"line {n} of the text\n" for n in range(300)))
     out = tmp_path / "out"
-
-    def command(steps: int) -> list[str]:
-        return [
-            *("--objective", "mdlm", "--lambda_conf", "0.1", "--dataset_name", "text"),
-            *("--data_files", str(tmp_path / "*.txt"), "--tokenizer_name_or_path", "bytes"),
-            *("--max_length", "32", "--model_name_or_path", "builtin:bert-tiny"),
-            *("--output_dir", str(out), "--max_train_steps", str(steps), "--logging_steps", "1"),
-            *("--checkpointing_steps", "2", "--enabled", "false", "--cpus_per_worker", "0.5"),
-            *("--threads_per_worker", "1", "--json"),
-        ]
-
-    assert train_job.main(command(3)) == 0
+    assert train_job.main(train_flags(tmp_path, steps=3)) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["step"] == 3
     assert (out / "final" / "MANIFEST.json").is_file()
     assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
-    assert train_job.main(command(5)) == 0
+    assert train_job.main(train_flags(tmp_path, steps=5)) == 0
     log = metrics_by_step(out / "run" / "log.jsonl")
     assert [event["step"] for event in log] == [1, 2, 3, 4, 5]
-    capsys.readouterr()
 
-    # The other jobs, by hand, on what that made.
+
+def test_the_other_jobs_by_hand(
+    in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert train_job.main(train_flags(tmp_path, steps=2)) == 0
+    capsys.readouterr()
     common = ["--cpus_per_worker", "0.5", "--threads_per_worker", "1", "--enabled", "false"]
     checkpoint = ["--checkpoint_path", str(out / "final")]
     samples, evaluation = str(out / "samples"), str(out / "evaluation")

@@ -274,6 +274,9 @@ def test_stop_tokens_are_those_of_tokenizer_and_generation_config(tmp_path: Path
     assert find_stop_tokens(name, config, tokenizer) == (2, 5)
     tokenizer.eos_token = config.eos_token_id = None
     assert find_stop_tokens(name, config, tokenizer) == ()
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9,')
+    with pytest.raises(InputError, match=r"generation_config.json cannot be read \(.*; mend"):
+        find_stop_tokens(name, config, tokenizer)
 
 
 class _Deaf(CausalModel):

@@ -25,7 +25,7 @@ from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, HybridKe
 from tokendiff.diffusion.random import RowGenerator, key_from
 from tokendiff.diffusion.schedules import Cosine, LogLinear
 from tokendiff.errors import InputError
-from tokendiff.models.sampling import build_sampler, check_sampler
+from tokendiff.models.sampling import build_sampler
 from tokendiff.samplers import categorical
 from tokendiff.samplers.ancestral import AncestralSampler
 from tokendiff.samplers.base import Sampler
@@ -691,4 +691,4 @@ def test_a_sampler_that_the_checkpoint_does_not_go_with_is_refused(
     config: Any, forward_process: str, seq_len: int | None, says: str
 ) -> None:
     with pytest.raises(InputError, match=says):
-        check_sampler(config, process_of(forward_process), seq_len=seq_len)
+        build_sampler(config, process_of(forward_process), seq_len=seq_len)

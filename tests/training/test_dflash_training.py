@@ -395,9 +395,8 @@ def test_rows_with_tokens_that_a_frozen_target_has_no_embedding_for_are_refused(
 # What jobs.evaluate says of such checkpoints.
 
 
-@pytest.mark.ray
 def test_ar_checkpoints_and_drafts_are_judged_and_reported(
-    ray_session: None, data: TokenData, target: str, tmp_path: Path
+    in_this_process: None, data: TokenData, target: str, tmp_path: Path
 ) -> None:
     from tokendiff.cluster.evaluate import evaluate
 

@@ -448,6 +448,9 @@ def test_data_of_another_tokenizer_than_the_pretrained_model(
     check_vocabulary(str(tmp_path / "model" / "final"), other)
     with pytest.raises(InputError, match=r"not made with the tokenizer of model_name_or_path"):
         check_vocabulary(str(tmp_path / "model" / "final"), shifted_tokenizer())
+    (tmp_path / "model" / "final" / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match=r"model_name_or_path .*: no tokenizer can be opened"):
+        check_vocabulary(str(tmp_path / "model" / "final"), other)
 
 
 def test_a_folder_without_its_manifest_does_not_count(data: TokenData, tmp_path: Path) -> None:

@@ -378,10 +378,9 @@ def test_a_certificate_says_what_failed_and_survives_the_file(tmp_path: Path) ->
     ]
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 def test_the_job_certifies_and_fails_on_a_break(
-    ray_session: None,
+    in_this_process: None,
     checkpoints: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

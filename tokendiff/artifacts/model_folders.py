@@ -52,7 +52,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
+        raise InputError(
+            f"{path}: cannot be read ({error}); give a folder that save_pretrained wrote"
+        ) from error
     if not isinstance(fields, dict):
         raise InputError(f"{path}: must hold a JSON object, got {fields!r:.80}")
     return fields

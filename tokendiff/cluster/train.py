@@ -30,7 +30,7 @@ from tokendiff.cluster.stopping import (
     saving_first,
 )
 from tokendiff.data.rows import TokenData, step_plan
-from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.errors import CorruptFileError, InputError, first_line
 from tokendiff.training.inputs import check_inputs
 from tokendiff.training.run import (
     TrainingRun,
@@ -204,7 +204,7 @@ def _reason_to_retry(error: ray.train.TrainingFailedError) -> str:
         cause = _cause(error.controller_failure)
         if isinstance(cause, _NEVER_RETRIED):
             raise cause
-        return f"the workers could not be started ({_first_line(cause)})"
+        return f"the workers could not be started ({first_line(cause)})"
     failures = {
         rank: _cause(failure) for rank, failure in getattr(error, "worker_failures", {}).items()
     }
@@ -214,9 +214,9 @@ def _reason_to_retry(error: ray.train.TrainingFailedError) -> str:
         if not _is_loss(failure):
             raise failure from None
     if not failures:
-        return f"the workers were preempted ({_first_line(error)})"
+        return f"the workers were preempted ({first_line(error)})"
     rank, failure = min(failures.items())
-    return f"worker {rank} was lost ({_first_line(failure)})"
+    return f"worker {rank} was lost ({first_line(failure)})"
 
 
 def _cause(failure: Exception) -> Exception:
@@ -236,7 +236,3 @@ def _is_loss(failure: Exception) -> bool:
         return True
     # gloo reports a lost peer as a bare RuntimeError.
     return isinstance(failure, RuntimeError) and "gloo" in str(failure)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200]

@@ -87,7 +87,10 @@ class PromptFile:
                 refuse_array(path)
             return cls._index_lines(path)
         except OSError as error:
-            raise InputError(f"prompts {path}: cannot be read ({error})") from error
+            raise InputError(
+                f"prompts {path}: cannot be read ({error}); copy the file here again, or leave "
+                "it out"
+            ) from error
 
     @classmethod
     def _index_lines(cls, path: str) -> "PromptFile":
@@ -218,21 +221,6 @@ class PromptIndex:
             if begin < end:
                 yield from ((file.name, *found) for found in file.read(begin, end))
             before += file.num_prompts
-
-
-def generation_rows(config: "GenerateConfig") -> list[GenerationRow]:
-    """All rows of a config as a list, where they are few.
-
-    Raises:
-        InputError: a prompt is none.
-    """
-    index = PromptIndex.of(config)
-    rows = []
-    for item in index.rows(0, index.num_rows):
-        if item.error is not None:
-            raise item.error
-        rows.append(item.row)
-    return rows
 
 
 def error_record(item: IndexedRow, error: InputError, *, num_samples: int) -> dict[str, Any]:

@@ -98,7 +98,9 @@ def open_stream(path: str) -> Iterator["io.BufferedReader[Any]"]:
             _refuse_no_text(_head_of(file, path), path)
             yield file
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
+        raise InputError(
+            f"{path}: cannot be read ({error}); copy the file here again, or leave it out"
+        ) from error
 
 
 def go_to(file: IO[bytes], path: str, offset: int) -> None:

@@ -3,7 +3,9 @@
 Whatever the tokenizer, what comes out has a mask, an EOS and a padding token.
 """
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +86,7 @@ def open_tokenizer(
     from transformers import AutoTokenizer
 
     place = f"{field} {str(name)!r}"
-    with input_errors(f"{place}: no tokenizer can be opened there", remedy):
+    with input_errors(f"{place}: no tokenizer can be opened there", remedy), _quiet_configs():
         tokenizer = AutoTokenizer.from_pretrained(
             local_model(str(name)), trust_remote_code=trust_remote_code
         )
@@ -92,6 +94,20 @@ def open_tokenizer(
         # transformers makes an empty tokenizer up where the folder has no files of one.
         raise InputError(f"{place} holds no tokenizer; {remedy}")
     return tokenizer
+
+
+@contextmanager
+def _quiet_configs() -> Iterator[None]:
+    """Within it transformers does not warn that the model beside a tokenizer is of a type that it
+    does not know: whether the model can be opened is seen where it is.
+    """
+    logger = logging.getLogger("transformers.configuration_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _byte_tokenizer() -> "Tokenizer":

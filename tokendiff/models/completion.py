@@ -152,7 +152,8 @@ class CompletionSetup:
             blocks = f", in whole blocks of {block}," if block > 1 else ""
             raise InputError(
                 f"{shown} has {len(ids):,} tokens; with {self.sampler.max_new_tokens:,} new ones"
-                f"{blocks} that exceeds the {self.max_length:,} that the model takes"
+                f"{blocks} that exceeds the {self.max_length:,} that the model takes; shorten the "
+                "prompt, or lower the number of new tokens"
             )
         return Request(id=row.id, prompt=tuple(ids))
 

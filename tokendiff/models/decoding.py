@@ -1,6 +1,7 @@
 """A causal language model by name, opened for decoding with a cache, and tried."""
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from tokendiff.artifacts.model_folders import local_model
 from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.diffusion.attention_masks import block_causal_by_position, causal_by_position
-from tokendiff.errors import InputError, reason_of
+from tokendiff.errors import InputError, input_errors, reason_of
 from tokendiff.models.causal import CausalModel, check_layers
 from tokendiff.models.families import MASK_TOKENS
 from tokendiff.models.pretrained import (
@@ -95,11 +96,19 @@ def find_mask_token(config: Any, tokenizer: Any) -> int | None:
 def find_stop_tokens(name: str, config: Any, tokenizer: Any) -> tuple[int, ...]:
     """Ids that end a text: the tokenizer's EOS, and those of the model's generation config, or of
     its own config where there is none.
+
+    Raises:
+        InputError: the model's folder has a generation config that cannot be read.
     """
     from transformers import GenerationConfig
 
-    with suppress(OSError):
-        config = GenerationConfig.from_pretrained(local_model(name))
+    path = Path(local_model(name)) / "generation_config.json"
+    if path.is_file():
+        with input_errors(f"{path} cannot be read", "mend or delete it"):
+            config = GenerationConfig.from_pretrained(path.parent)
+    elif not path.parent.is_dir():
+        with suppress(OSError):  # the hub has none
+            config = GenerationConfig.from_pretrained(name)
     found = [tokenizer.eos_token_id, getattr(config, "eos_token_id", None)]
     listed = [value if isinstance(value, list | tuple) else [value] for value in found]
     return tuple(sorted({index for values in listed for index in values if index is not None}))

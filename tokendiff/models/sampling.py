@@ -81,13 +81,6 @@ def build_sampler(
         ) from error
 
 
-def check_sampler(
-    config: "FixedLengthSamplerConfig", process: NoiseProcess, *, seq_len: int | None = None
-) -> None:
-    """Raise what `build_sampler` would: for a job, before any model is loaded."""
-    build_sampler(config, process, seq_len=seq_len)
-
-
 @dataclass(frozen=True, kw_only=True)
 class PromptCheck:
     """What of a row can be known without a model's weights.
@@ -114,7 +107,7 @@ class PromptCheck:
             raise InputError(
                 f"seq_len {seq_len}: the model has positions for {longest} tokens; lower seq_len"
             )
-        check_sampler(_fixed_length(config), process, seq_len=seq_len)
+        build_sampler(_fixed_length(config), process, seq_len=seq_len)
         notes: tuple[str, ...] = ()
         if seq_len > process.max_length:
             notes = (

@@ -17,9 +17,11 @@ def check_vocabulary(model_name_or_path: str, tokenizer: Any, *, field: str = MO
 
     Raises:
         InputError: `tokenizer` gives a token of the model's own tokenizer another id. It may add
-            tokens. A model that comes without a tokenizer is taken on trust.
+            tokens. A model that comes without a tokenizer is taken on trust. Or that tokenizer is
+            in the model's folder, and cannot be opened.
     """
-    own = {} if is_builtin(model_name_or_path) else _vocabulary_of(model_name_or_path)
+    is_ours = is_builtin(model_name_or_path)
+    own = {} if is_ours else _vocabulary_of(model_name_or_path, field=field)
     here = tokenizer.get_vocab()
     differing = [token for token, index in own.items() if here.get(token) != index]
     if differing:
@@ -32,8 +34,12 @@ def check_vocabulary(model_name_or_path: str, tokenizer: Any, *, field: str = MO
         )
 
 
-def _vocabulary_of(model_name_or_path: str) -> dict[str, int]:
-    """Tokens and ids of the tokenizer that comes with a model; empty where there is none."""
+def _vocabulary_of(model_name_or_path: str, *, field: str = MODEL_FIELD) -> dict[str, int]:
+    """Tokens and ids of the tokenizer that comes with a model; empty where there is none.
+
+    Raises:
+        InputError: the model's folder has one that cannot be opened.
+    """
     folder = Path(local_model(model_name_or_path))
     # transformers makes an empty tokenizer up for some folders that have none.
     if folder.is_dir() and not any(
@@ -41,9 +47,11 @@ def _vocabulary_of(model_name_or_path: str) -> dict[str, int]:
     ):
         return {}
     try:
-        return dict(open_tokenizer(model_name_or_path, field="model").get_vocab())
+        return dict(open_tokenizer(model_name_or_path, field=field).get_vocab())
     except InputError:
-        return {}
+        if folder.is_dir():
+            raise
+        return {}  # of a hub name it cannot be told whether there is none
 
 
 def check_mask_token(tokenizer: Any) -> None:
