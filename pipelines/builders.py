@@ -26,6 +26,7 @@ from tokendiff.config.pipeline import Config
 from tokendiff.config.preprocess import SAMPLES
 from tokendiff.data.bad_rows import ERRORS
 from tokendiff.data.prompt_index import prompt_paths
+from tokendiff.data.sources import holds_chats
 from tokendiff.tracking.run_log import LOG_NAME, RunLog, metrics_by_step
 from tokendiff.verification.certificate import CERTIFICATE
 
@@ -43,6 +44,7 @@ def preprocess_stage(
             config.preprocess,
             tokenizer_name_or_path=tokenizer,
             output_dir=stage.output,
+            fill_answers=config.fill_answers,
             on_event=log.write,
         )
 
@@ -66,6 +68,9 @@ def preprocess_stage(
         result = {**counts, **dropped, "padded_fraction": metadata["padded_fraction"]}
         if num_errors := metadata.get("errors", 0):  # a folder of an earlier version has no count
             result["errors_dir"] = str(stage.output / ERRORS)
+        if chats := metadata.get("chats"):
+            names = ("dataset_format", "num_too_long", "num_cut", "example")
+            result |= {name: chats[name] for name in names}
         return {**result, "errors": num_errors}
 
     settings = {
@@ -74,8 +79,19 @@ def preprocess_stage(
         "inputs": identity_of(
             *_data_files(keyed), keyed.tokenizer_name_or_path, keyed.preprocess.dataset_name
         ),
+        **_of_chats(keyed),
     }
     return _stage("preprocess", settings, folder, action, result, check=check, **kwargs)
+
+
+def _of_chats(config: Config) -> dict[str, Any]:
+    """What else decides the shards of conversations: nothing where rows are text, so that the keys
+    of text are what they always were.
+    """
+    if not holds_chats(config.preprocess):
+        return {}
+    template = config.preprocess.chat_template
+    return {"fill_answers": config.fill_answers, "chat_template": identity_of(template)}
 
 
 def train_stage(

@@ -20,8 +20,9 @@ from tokendiff.artifacts.manifest import (
 )
 from tokendiff.cluster.progress import JobProgress, Reporter
 from tokendiff.cluster.session import data_context
-from tokendiff.config.preprocess import SAMPLES
+from tokendiff.config.preprocess import SAMPLES, TEXT
 from tokendiff.data.bad_rows import ERRORS, ErrorCount, bad_rows_in_words
+from tokendiff.data.chat_documents import ChatOptions
 from tokendiff.data.partition import Partition, Piece
 from tokendiff.data.preprocess import (
     SPLITS,
@@ -32,6 +33,7 @@ from tokendiff.data.preprocess import (
 from tokendiff.data.rows import KIND, too_few_rows
 from tokendiff.data.sources import file_identities, plan_input, plan_partitions
 from tokendiff.data.streams import is_compressed
+from tokendiff.data.templates import ChatRenderer, read_template
 from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.diffusion.interfaces import Figures, OnProgress
 from tokendiff.errors import InputError
@@ -50,6 +52,7 @@ def preprocess(
     *,
     tokenizer_name_or_path: str,
     output_dir: str | Location,
+    fill_answers: bool = False,
     on_event: OnEvent = lambda event, **fields: None,
 ) -> Manifest:
     """Tokenize, pack and split the configured text on the connected Ray cluster.
@@ -60,6 +63,8 @@ def preprocess(
     Args:
         tokenizer_name_or_path: as `data.tokenizers.build_tokenizer` takes it.
         output_dir: a URI, or a folder that every node sees under the same path.
+        fill_answers: of conversations, where the config leaves it open; see
+            `tokendiff.data.chat_documents.ChatOptions`.
         on_event: hears "warning" and "progress", in this process.
 
     Raises:
@@ -73,11 +78,14 @@ def preprocess(
     partitions, pieces = plan_input(config)
     if not partitions:
         raise InputError(f"dataset_name {config.dataset_name!r}: the corpus is empty (0 bytes)")
-    key = _key(config, tokenizer_name_or_path, pieces)
+    chats = _chat_options(config, partitions[0].dataset_format, fill_answers)
+    key = _key(config, tokenizer_name_or_path, pieces, chats)
     if is_committed(output_dir):
         return _committed(output_dir, key)
     mark = _claim(output_dir)
     tokenizer, notes = _make_tokenizer(config, tokenizer_name_or_path, partitions, on_event)
+    if chats is not None:
+        ChatRenderer(tokenizer=tokenizer, train_on=chats.train_on).check(chats.dataset_format)
     tokenizer_files = _save_tokenizer(tokenizer, output_dir)
     errors = ErrorCount(
         config.max_errors,
@@ -89,7 +97,7 @@ def preprocess(
     with JobProgress(on_event) as progress:
         total = sum(map(_num_bytes, partitions))
         progress.begin("bytes", total=total, tokens_per_row=config.max_length)
-        for done in _run(config, partitions, output_dir, tokenizer_files, progress.reporter):
+        for done in _run(config, partitions, chats, output_dir, tokenizer_files, progress.reporter):
             stats.append(done)
             if done.errors is not None:
                 errors.add(done.index, done.errors.num_rows, done.errors.first)
@@ -97,7 +105,7 @@ def preprocess(
             figures = (_num_bytes(partitions[done.index]), num_tokens)
             progress.finish(done.index, figures, errors=errors.num_rows)
     stats.sort(key=lambda partition: partition.index)
-    metadata = _metadata(config, tokenizer_name_or_path, tokenizer, stats)
+    metadata = _metadata(config, tokenizer_name_or_path, tokenizer, stats, chats)
     warnings = _check_corpus(config, metadata, errors)
     for message in warnings:
         on_event("warning", message=message)
@@ -110,13 +118,40 @@ def preprocess(
     return manifest
 
 
-def _key(config: "PreprocessConfig", tokenizer: str, pieces: Sequence[Piece]) -> str:
+def _chat_options(
+    config: "PreprocessConfig", dataset_format: str, fill_answers: bool
+) -> ChatOptions | None:
+    """None where the rows are text."""
+    if dataset_format == TEXT:
+        return None
+    return ChatOptions(
+        dataset_format=dataset_format,
+        train_on=config.train_on,
+        too_long=config.too_long,
+        fills_answers=fill_answers if config.fill_answers is None else config.fill_answers,
+    )
+
+
+def _key(
+    config: "PreprocessConfig",
+    tokenizer: str,
+    pieces: Sequence[Piece],
+    chats: ChatOptions | None,
+) -> str:
     """Changes with the config and with the input; the input may be moved as a whole."""
     runs = [[Path(p.path).name, p.start, p.stop, p.num_bytes] for p in pieces]
     paths = sorted({piece.path for piece in pieces if piece.path})
     files = [file_identity(path) for path in map(location, paths) if path.is_file()]
+    of_chats: dict[str, Any] = {}
+    if chats is not None:
+        of_chats["chats"] = vars(chats)
+        if config.chat_template is not None:
+            of_chats["chat_template"] = file_identity(location(config.chat_template))
     return fingerprint(
-        {"config": config.result_fields(), "tokenizer": tokenizer, "pieces": runs, "files": files}
+        {
+            **{"config": config.result_fields(), "tokenizer": tokenizer, "pieces": runs},
+            **{"files": files, **of_chats},
+        }
     )
 
 
@@ -178,12 +213,15 @@ def _make_tokenizer(
     tokenizer, more = build_tokenizer(
         name_or_path, documents=documents, vocab_size=config.vocab_size
     )
+    if config.chat_template is not None:
+        tokenizer.chat_template = read_template(config.chat_template)
     return tokenizer, notes + more
 
 
 def _run(
     config: "PreprocessConfig",
     partitions: Sequence[Partition],
+    chats: ChatOptions | None,
     output_dir: Location,
     tokenizer_files: dict[str, bytes],
     reporter: Reporter,
@@ -195,7 +233,7 @@ def _run(
     items = [{"partition": pickle.dumps(partition)} for partition in partitions]
     with data_context():
         source = ray.data.from_items(items, override_num_blocks=min(len(items), _MAX_BLOCKS))
-        task = _task(config, output_dir, tokenizer_files, reporter)
+        task = _task(config, chats, output_dir, tokenizer_files, reporter)
         for row in source.map(task).iter_rows():
             if row["error"]:
                 raise InputError(row["error"])
@@ -208,6 +246,7 @@ def _num_bytes(partition: Partition) -> int:
 
 def _task(
     config: "PreprocessConfig",
+    chats: ChatOptions | None,
     output_dir: Location,
     tokenizer_files: dict[str, bytes],
     reporter: Reporter,
@@ -229,6 +268,7 @@ def _task(
                     heldout_fraction=heldout_fraction,
                     output_dir=folder,
                     max_errors=max_errors,
+                    chats=chats,
                     on_progress=_of_partition(partition, reporter),
                 )
                 if not isinstance(output_dir, Path):
@@ -280,6 +320,7 @@ def _metadata(
     tokenizer_name_or_path: str,
     tokenizer: "PreTrainedTokenizerBase",
     stats: Sequence[PartitionStats],
+    chats: ChatOptions | None,
 ) -> dict[str, Any]:
     splits = {split: _split_totals(stats, split) for split in SPLITS}
     num_tokens = sum(split["tokens"] for split in splits.values())
@@ -298,6 +339,23 @@ def _metadata(
             "not_text": sum(partition.dropped_not_text for partition in stats),
         },
         "splits": splits,
+        **({"isolate_documents": True} if config.isolate_documents else {}),
+        **({} if chats is None else _of_chats(config, stats, chats)),
+    }
+
+
+def _of_chats(
+    config: "PreprocessConfig", stats: Sequence[PartitionStats], chats: ChatOptions
+) -> dict[str, Any]:
+    isolate = config.isolate_documents
+    return {
+        "chats": {
+            **vars(chats),
+            "num_too_long": sum(partition.dropped_too_long for partition in stats),
+            "num_cut": sum(partition.cut for partition in stats),
+            "example": next((part.example for part in stats if part.example), ""),
+        },
+        "isolate_documents": True if isolate is None else isolate,
     }
 
 

@@ -25,6 +25,12 @@ class Section(BaseModel):
             if isinstance(extra, dict) and extra.get("affects_result") is False:
                 continue
             value = getattr(self, name)
+            if (
+                isinstance(extra, dict)
+                and extra.get("in_key") == "if set"
+                and value == info.default
+            ):
+                continue
             chosen[name] = value.result_fields() if isinstance(value, Section) else value
         return chosen
 
@@ -43,6 +49,13 @@ class Section(BaseModel):
 def operational(default: Any, **kwargs: Any) -> Any:
     """A field that changes how a job runs, not what it makes: no part of a stage's key."""
     return Field(default, json_schema_extra={"affects_result": False}, **kwargs)
+
+
+def added(default: Any, **kwargs: Any) -> Any:
+    """A field that came later: part of a stage's key only where it differs from its default, so
+    that older keys stay.
+    """
+    return Field(default, json_schema_extra={"in_key": "if set"}, **kwargs)
 
 
 def named(default_name: str) -> BeforeValidator:

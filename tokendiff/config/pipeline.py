@@ -88,6 +88,11 @@ class Config(Section):
         model = self.train.target_model_id or self.train.model_name_or_path
         return "bpe" if model.startswith(BUILTIN_MODEL_PREFIX) else model
 
+    @property
+    def fill_answers(self) -> bool:
+        """Whether answers are filled up, where the preprocess section leaves it open."""
+        return self.train.objective.name in ("mdlm", "udlm", "hybrid")
+
     def check_pipeline(self) -> None:
         """What the sections must agree on where one pipeline uses them all; a job alone need not.
 

@@ -4,10 +4,14 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tokendiff.config.base import Section, operational
+from tokendiff.config.base import Section, added, operational
 
 FILE_FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet")
+TEXT = "text"
+CHAT_FORMATS = ("messages", "sharegpt", "prompt_completion", "alpaca")
 SAMPLES = "samples"  # the folders that jobs.generate writes
+
+_CHATS_ONLY = ("chat_template", "train_on", "too_long", "fill_answers")
 
 
 class PreprocessConfig(Section):
@@ -33,6 +37,39 @@ class PreprocessConfig(Section):
         "text",
         min_length=1,
         description="column that holds texts or lists of them; doc.text is a field in a column",
+    )
+    dataset_format: (
+        Literal["text", "messages", "sharegpt", "prompt_completion", "alpaca"] | None
+    ) = added(
+        None,
+        description="what a row is: text, or a conversation as messages (role, content), "
+        "sharegpt (conversations: from, value), prompt_completion or alpaca (instruction, "
+        "input, output); by default found by its columns",
+    )
+    chat_template: str | None = added(
+        None,
+        min_length=1,
+        description="file with the Jinja template that writes conversations out; by default the "
+        "tokenizer's own",
+    )
+    train_on: Literal["answers", "last_answer", "all"] = added(
+        "answers", description="tokens of a conversation that are learnt"
+    )
+    too_long: Literal["cut", "drop"] = added(
+        "cut",
+        description="what becomes of a conversation longer than max_length: its end is cut off, "
+        "or it is left out",
+    )
+    fill_answers: bool | None = added(
+        None,
+        description="fill last answers up with EOS to a drawn length, as a model that denoises "
+        "whole rows must learn to end inside a slot; by default where the objective is mdlm, udlm "
+        "or hybrid",
+    )
+    isolate_documents: bool | None = added(
+        None,
+        description="hide the documents of a row from each other also in models that see whole "
+        "rows; by default on for conversations, off for text",
     )
     sample_by: Literal["line", "document"] = Field(
         "line", description="what one document is in text files: a line or the whole file"
@@ -103,6 +140,16 @@ class PreprocessConfig(Section):
             self.refuse_ignored(("dataset_config_name", "dataset_split"), beside)
         if self.dataset_name == SAMPLES:
             self.refuse_ignored(("text_column",), beside)
+        if self.dataset_format in (None, TEXT):
+            chats_only = () if self.dataset_format is None else _CHATS_ONLY
+            self.refuse_ignored(chats_only, "dataset_format text")
+        elif self.use_dummy_data or self.dataset_name in ("builtin", "text", SAMPLES):
+            raise ValueError(
+                f"dataset_format {self.dataset_format!r} goes with dataset_name jsonl, json, csv, "
+                f"tsv, parquet or a Hugging Face dataset, not {self.dataset_name!r}"
+            )
+        else:
+            self.refuse_ignored(("text_column",), f"dataset_format {self.dataset_format!r}")
         if self.dataset_name in ("builtin", SAMPLES):  # dummy data too, which has no dataset_name
             self.refuse_ignored(("max_errors",), beside)
         if self.tokenizer_name_or_path not in (None, "bpe"):

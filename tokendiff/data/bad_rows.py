@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from tokendiff.artifacts.locations import Location
 from tokendiff.artifacts.manifest import sha256_of
@@ -73,6 +73,9 @@ def bad_rows_in_words(num_rows: int, first: str) -> str:
     return f"{num_rows} bad rows" + (f", the first: {first}" if num_rows else "")
 
 
+_Good = TypeVar("_Good")
+
+
 class BadRowSieve:
     """Holds back the bad rows among documents, and counts them."""
 
@@ -84,15 +87,19 @@ class BadRowSieve:
     def is_too_many(self) -> bool:
         return False
 
-    def sift(self, documents: Iterable[Document]) -> Iterator[str | None]:
+    def sift(self, documents: Iterable[_Good | BadRow]) -> Iterator[_Good]:
         """The documents without the bad rows; they end where those are too many."""
         for document in documents:
-            if not isinstance(document, BadRow):
-                yield document
-                continue
-            self._add(document)
+            if isinstance(document, BadRow):
+                self.refuse(document)
             if self.is_too_many:
                 return
+            if not isinstance(document, BadRow):
+                yield document
+
+    def refuse(self, bad: BadRow) -> None:
+        """Count a row that turned out to be bad."""
+        self._add(bad)
 
     def _add(self, bad: BadRow) -> None:
         self.num_rows += 1

@@ -22,6 +22,11 @@ _MAX_NAMES = 20
 _CONVERT = "convert the file, for example with iconv -f latin1 -t utf-8"
 
 
+def row_place(path: str, row: int) -> str:
+    """Where a row stands in a file that has no lines, or in a dataset."""
+    return f"{path}: row {row}"
+
+
 def missing_column(place: str, column: str, columns: Iterable[Any]) -> InputError:
     return InputError(
         f"{place}: no column {column!r}; set text_column to one of those there: {_names(columns)}"

@@ -10,10 +10,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from tokendiff.artifacts.locations import glob_files, is_uri, location, open_binary, size_of
@@ -24,6 +24,7 @@ from tokendiff.data.columns import (
     arrow_path,
     documents_in,
     not_utf8,
+    row_place,
     shown,
     texts_of,
 )
@@ -131,6 +132,32 @@ def read_jsonl(piece: Piece, column: str) -> Iterator[Document]:
     )
 
 
+def jsonl_rows(piece: Piece) -> Iterator[tuple[Callable[[], str], dict[str, Any] | BadRow]]:
+    """The objects in the lines that begin inside the piece, each with what says its place."""
+    lines = _PlacedLines(piece)
+    for number, row in _json_rows(lines):
+        yield partial(lines.place, number), row
+
+
+def parquet_columns(path: str) -> list[str]:
+    with _opened_parquet(path) as file:
+        return list(file.schema_arrow.names)
+
+
+def parquet_rows(
+    piece: Piece, columns: Sequence[str]
+) -> Iterator[tuple[Callable[[], str], dict[str, Any]]]:
+    """The rows in the piece's row groups, of those columns that are there."""
+    with _opened_parquet(piece.path) as file:
+        there = [name for name in columns if name in file.schema_arrow.names]
+        number = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
+        groups = list(range(piece.start, piece.stop))
+        for batch in file.iter_batches(_PARQUET_BATCH_ROWS, row_groups=groups, columns=there):
+            for row in batch.to_pylist():
+                number += 1
+                yield partial(row_place, piece.path, number), row
+
+
 def _json_rows(lines: "_PlacedLines") -> Iterator[Row]:
     has_bad = False
     for number, line in lines:
@@ -173,13 +200,21 @@ def refuse_array(path: str) -> None:
         )
 
 
-def parquet_pieces(path: str, column: str) -> Iterator[Piece]:
-    """One piece per row group, sized by the text column alone."""
+def parquet_pieces(path: str, *columns: str, holds_text: bool = True) -> Iterator[Piece]:
+    """One piece per row group, sized by these columns alone.
+
+    Args:
+        holds_text: of the one column, which must be there.
+    """
     with _opened_parquet(path) as file:
-        arrow_path(file.schema_arrow, column, path)
+        if holds_text:
+            (column,) = columns
+            arrow_path(file.schema_arrow, column, path)
         leaves = [file.schema.column(i).path for i in range(len(file.schema))]
         of_column = [
-            i for i, leaf in enumerate(leaves) if leaf == column or leaf.startswith(f"{column}.")
+            i
+            for i, leaf in enumerate(leaves)
+            if any(leaf == column or leaf.startswith(f"{column}.") for column in columns)
         ]
         for group in range(file.num_row_groups):
             metadata = file.metadata.row_group(group)
@@ -190,9 +225,7 @@ def parquet_pieces(path: str, column: str) -> Iterator[Piece]:
 def read_parquet(piece: Piece, column: str) -> Iterator[Document]:
     """The cells of `column` in the piece's row groups."""
 
-    def place(row: int) -> str:
-        return f"{piece.path}: row {row}"
-
+    place = partial(row_place, piece.path)
     with _opened_parquet(piece.path) as file:
         names = arrow_path(file.schema_arrow, column, piece.path)
         number = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))

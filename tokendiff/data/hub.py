@@ -1,12 +1,13 @@
 """Hugging Face datasets: a name on the hub, a local folder, or one that `save_to_disk` wrote."""
 
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from tokendiff.config.preprocess import FILE_FORMATS
 from tokendiff.data.bad_rows import Document
-from tokendiff.data.columns import arrow_cells, arrow_path, texts_of
+from tokendiff.data.columns import arrow_cells, arrow_path, row_place, texts_of
 from tokendiff.data.partition import Piece
 from tokendiff.errors import InputError
 
@@ -44,23 +45,39 @@ def open_dataset(name: str, config_name: str | None, split: str) -> "Dataset":
         ) from error
 
 
+def dataset_columns(name: str, config_name: str | None, split: str) -> list[str]:
+    """
+    Raises:
+        InputError: as `open_dataset`.
+    """
+    return list(open_dataset(_local_path(name), config_name, split).column_names)
+
+
 def dataset_pieces(
-    name: str, config_name: str | None, split: str, column: str, max_bytes: int
+    name: str,
+    config_name: str | None,
+    split: str,
+    columns: Sequence[str],
+    max_bytes: int,
+    *,
+    holds_text: bool = True,
 ) -> Iterator[Piece]:
-    """Runs of rows that hold about `max_bytes` of text each.
+    """Runs of rows that hold about `max_bytes` in these columns each.
+
+    Args:
+        holds_text: of the one column, which must be there.
 
     Raises:
         InputError: as `open_dataset`, or no such column.
     """
-    path = (
-        os.path.abspath(os.path.expanduser(name))
-        if os.path.exists(os.path.expanduser(name))
-        else name
-    )
+    path = _local_path(name)
     dataset = open_dataset(path, config_name, split)
     place = f"dataset_name {name!r}, split {split!r}"
-    outer = arrow_path(dataset.features.arrow_schema, column, place)[0]
-    num_bytes = max(dataset.data.column(outer).nbytes, 1)
+    outer = [column for column in columns if column in dataset.column_names]
+    if holds_text:
+        (column,) = columns
+        outer = arrow_path(dataset.features.arrow_schema, column, place)[:1]
+    num_bytes = max(sum(dataset.data.column(name).nbytes for name in outer), 1)
     step = max(1, max_bytes * len(dataset) // num_bytes)
     for start in range(0, len(dataset), step):
         stop = min(start + step, len(dataset))
@@ -74,21 +91,43 @@ def read_dataset(
 ) -> Iterator[Document]:
     """The cells of `column` in the piece's rows."""
 
-    def place(row: int) -> str:
-        return f"dataset_name {piece.path!r}, split {split!r}: row {row}"
-
+    place = partial(row_place, f"dataset_name {piece.path!r}, split {split!r}")
     dataset = open_dataset(piece.path, config_name, split)
     names = arrow_path(dataset.features.arrow_schema, column, place(1))
     dataset = dataset.select_columns(names[:1]).with_format("arrow")
+    _check_length(dataset, piece)
+    for start in range(piece.start, piece.stop, _SLICE_ROWS):
+        table = dataset[start : min(start + _SLICE_ROWS, piece.stop)]
+        for number, cell in enumerate(arrow_cells(table.column(0), names), start=start + 1):
+            yield from texts_of(cell, column, number, place=place)
+
+
+def dataset_rows(
+    piece: Piece, config_name: str | None, split: str, columns: Sequence[str]
+) -> Iterator[tuple[Callable[[], str], dict[str, Any]]]:
+    """The piece's rows, of those columns that are there, each with what says its place."""
+    dataset = open_dataset(piece.path, config_name, split)
+    there = [name for name in columns if name in dataset.column_names]
+    dataset = dataset.select_columns(there).with_format("arrow")
+    _check_length(dataset, piece)
+    name = f"dataset_name {piece.path!r}, split {split!r}"
+    for start in range(piece.start, piece.stop, _SLICE_ROWS):
+        table = dataset[start : min(start + _SLICE_ROWS, piece.stop)]
+        for number, row in enumerate(table.to_pylist(), start=start + 1):
+            yield partial(row_place, name, number), row
+
+
+def _check_length(dataset: "Dataset", piece: Piece) -> None:
     if len(dataset) < piece.stop:
         raise InputError(
             f"dataset_name {piece.path!r}: has {len(dataset)} rows on this node, but more than "
             f"{piece.stop - 1} where the job was started; every node must see the same version"
         )
-    for start in range(piece.start, piece.stop, _SLICE_ROWS):
-        table = dataset[start : min(start + _SLICE_ROWS, piece.stop)]
-        for number, cell in enumerate(arrow_cells(table.column(0), names), start=start + 1):
-            yield from texts_of(cell, column, number, place=place)
+
+
+def _local_path(name: str) -> str:
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if os.path.exists(path) else name
 
 
 def _was_saved_to_disk(folder: str) -> bool:

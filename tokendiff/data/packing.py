@@ -27,11 +27,15 @@ class TokenizedDocuments:
         num_bytes: [sum of lengths] int32, UTF-8 bytes of text that each token stands for: those of
             a document's tokens sum to all of its bytes; EOS has none.
         lengths: [D] int64; 0 where the tokenizer makes nothing of a text.
+        is_target: [sum of lengths] bool, what is learnt of conversations; None where that is all.
+        num_filler: [D] int64, EOS that fills a conversation's last answer up; None without targets.
     """
 
     tokens: np.ndarray
     num_bytes: np.ndarray
     lengths: np.ndarray
+    is_target: np.ndarray | None = None
+    num_filler: np.ndarray | None = None
 
     def select(self, is_chosen: np.ndarray) -> "TokenizedDocuments":
         """The documents for which `is_chosen` ([D] bool) holds."""
@@ -40,6 +44,8 @@ class TokenizedDocuments:
             tokens=self.tokens[of_chosen],
             num_bytes=self.num_bytes[of_chosen],
             lengths=self.lengths[is_chosen],
+            is_target=None if self.is_target is None else self.is_target[of_chosen],
+            num_filler=None if self.num_filler is None else self.num_filler[is_chosen],
         )
 
 
@@ -54,6 +60,7 @@ class PackedRows:
             inside a row; they sum to the row's length.
         documents_per_row: [R]
         num_bytes: [R] int32, UTF-8 bytes of source text.
+        is_target, num_filler: as in TokenizedDocuments; num_filler [R] int32 by row.
     """
 
     tokens: np.ndarray
@@ -61,6 +68,8 @@ class PackedRows:
     document_lengths: np.ndarray
     documents_per_row: np.ndarray
     num_bytes: np.ndarray
+    is_target: np.ndarray | None = None
+    num_filler: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.row_lengths)

@@ -29,6 +29,7 @@ class Partition:
         index: place in the corpus; shards are named and rows numbered by it.
         is_new: whether it is trained on; the text of others gives held-out rows only.
         format: what reads the pieces: one of FILE_FORMATS, samples, datasets, builtin or dummy.
+        dataset_format: what their rows are: text, or one of `tokendiff.data.chats.FORMATS`.
     """
 
     index: int
@@ -39,6 +40,7 @@ class Partition:
     dataset_config_name: str | None
     dataset_split: str
     is_new: bool = True
+    dataset_format: str = "text"
 
 
 def group_pieces(pieces: Iterable[Piece], max_bytes: int) -> list[tuple[Piece, ...]]:

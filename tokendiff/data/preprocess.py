@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokendiff.artifacts.manifest import sha256_of
-from tokendiff.data.bad_rows import BadRowFile, BadRowSieve, ErrorStats, bad_rows_in_words
+from tokendiff.data.bad_rows import BadRow, BadRowFile, BadRowSieve, ErrorStats, bad_rows_in_words
+from tokendiff.data.chat_documents import ChatDocuments, ChatOptions, marked
+from tokendiff.data.chats import Conversation
+from tokendiff.data.fitting import Fitter
 from tokendiff.data.packing import (
     BATCH_CHARS,
     PackedRows,
@@ -21,7 +24,12 @@ from tokendiff.data.packing import (
     tokenize_stream,
 )
 from tokendiff.data.partition import Partition
-from tokendiff.data.sources import dummy_rows, read_documents, sample_records
+from tokendiff.data.sources import (
+    dummy_rows,
+    read_conversations,
+    read_documents,
+    sample_records,
+)
 from tokendiff.diffusion.interfaces import Figures, OnProgress, unwatched
 from tokendiff.errors import InputError
 
@@ -64,6 +72,8 @@ class PartitionStats:
     Attributes:
         dropped_empty: texts without tokens.
         dropped_not_text: null cells.
+        dropped_too_long, cut: conversations longer than a row that were left out, or cut.
+        example: the first conversation that is trained on, its answers marked; "" of text.
         errors: its bad rows; None where there are none.
     """
 
@@ -71,7 +81,10 @@ class PartitionStats:
     shards: dict[str, ShardStats]
     dropped_empty: int
     dropped_not_text: int
-    errors: ErrorStats | None
+    dropped_too_long: int = 0
+    cut: int = 0
+    example: str = ""
+    errors: ErrorStats | None = None
 
     @property
     def files(self) -> list[ShardStats | ErrorStats]:
@@ -88,6 +101,7 @@ def preprocess_partition(
     heldout_fraction: float,
     output_dir: Path,
     max_errors: int | None = None,
+    chats: ChatOptions | None = None,
     batch_chars: int = BATCH_CHARS,
     on_progress: OnProgress = unwatched,
 ) -> PartitionStats:
@@ -98,6 +112,7 @@ def preprocess_partition(
     stand. Bad rows are left out, and named in `errors/part-NNNNN.jsonl`.
 
     Args:
+        chats: of a partition of conversations, which are packed whole (`tokendiff.data.fitting`).
         max_errors: with more bad rows than this the partition is given up and leaves no shards.
         on_progress: told of bytes of text that are read, and their tokens.
 
@@ -110,15 +125,24 @@ def preprocess_partition(
     def figures() -> Figures:
         return num_bytes, num_tokens
 
+    packer = Packer if chats is None else Fitter
     writers = {
-        split: _ShardWriter(output_dir, split, partition.index, max_length) for split in SPLITS
+        split: _ShardWriter(output_dir, split, partition.index, packer(max_length, ROW_GROUP_ROWS))
+        for split in SPLITS
     }
+    example = ""
     bad_rows = BadRowFile(output_dir, partition.index, max_errors=max_errors)
     try:
         if partition.format == "dummy":
             batches = _dummy_documents(partition, tokenizer, max_length)
         elif partition.format == "samples":
             batches = _sample_documents(partition, tokenizer, dropped)
+        elif chats is not None:
+            conversations = _conversations(partition, bad_rows, heldout_fraction)
+            documents_of = ChatDocuments(
+                tokenizer=tokenizer, options=chats, max_length=max_length, dropped=dropped
+            )
+            batches = documents_of.of(conversations, bad_rows.refuse)
         else:
             held_fraction = None if partition.is_new else heldout_fraction
             texts = _texts(bad_rows.sift(read_documents(partition)), dropped)
@@ -129,6 +153,8 @@ def preprocess_partition(
                 held.append(is_heldout(content, heldout_fraction))
                 num_bytes += len(content)
             is_held = np.array(held)
+            if chats is not None and not example and not is_held.all():
+                example = marked(tokenizer, documents.select(~is_held))
             num_tokens += len(documents.tokens)
             writers["train"].add(documents.select(~is_held))
             writers["heldout"].add(documents.select(is_held))
@@ -145,6 +171,9 @@ def preprocess_partition(
         shards={split: shard for split, shard in shards.items() if shard is not None},
         dropped_empty=dropped["empty"],
         dropped_not_text=dropped["not text"],
+        dropped_too_long=dropped["too long"],
+        cut=dropped["cut"],
+        example=example,
         errors=errors,
     )
 
@@ -170,7 +199,7 @@ def training_text(partitions: Sequence[Partition], heldout_fraction: float) -> I
     bad = BadRowSieve()
     for index in chosen:
         left = share
-        for document in _texts(bad.sift(read_documents(partitions[index])), seen):
+        for document in _texts(bad.sift(_learnable(partitions[index])), seen):
             content = document.encode()
             is_kept = not is_heldout(content, heldout_fraction)
             seen["training" if is_kept else "held-out"] += 1
@@ -187,6 +216,18 @@ def training_text(partitions: Sequence[Partition], heldout_fraction: float) -> I
             f"{bad_rows_in_words(bad.num_rows, ''.join(bad.first[:1]))}); check the data, "
             "text_column, heldout_fraction"
         )
+
+
+def _learnable(partition: Partition) -> Iterator[str | BadRow | None]:
+    """What a tokenizer learns from: texts, or all that is said in conversations."""
+    if partition.dataset_format == "text":
+        yield from read_documents(partition)
+        return
+    for conversation in read_conversations(partition):
+        if isinstance(conversation, BadRow):
+            yield conversation
+        else:
+            yield "\n".join(message.content for message in conversation.messages)
 
 
 def _text_documents(
@@ -206,6 +247,17 @@ def _text_documents(
     for batch, documents in tokenize_stream(tokenizer, texts, batch_chars=batch_chars):
         dropped["empty"] += int((documents.lengths == 0).sum())
         yield (text.encode() for text in batch), documents
+
+
+def _conversations(
+    partition: Partition, bad_rows: BadRowFile, heldout_fraction: float
+) -> Iterator[Conversation]:
+    for conversation in bad_rows.sift(read_conversations(partition)):
+        is_wanted = partition.is_new or is_heldout(
+            conversation.prompt.encode("utf-8", "replace"), heldout_fraction
+        )
+        if is_wanted:
+            yield conversation
 
 
 def _dummy_documents(
@@ -269,8 +321,8 @@ def _texts(documents: Iterable[str | None], dropped: Counter[str]) -> Iterator[s
 class _ShardWriter:
     """Packs the documents of one split and writes full row groups as they come."""
 
-    def __init__(self, output_dir: Path, split: str, index: int, max_length: int) -> None:
-        self._packer = Packer(max_length, ROW_GROUP_ROWS)
+    def __init__(self, output_dir: Path, split: str, index: int, packer: Packer | Fitter) -> None:
+        self._packer = packer
         self._name = f"{split}/part-{index:05d}.parquet"
         self._path = output_dir / self._name
         # Its own name for every attempt: a task that is thought lost may still be writing.
@@ -317,14 +369,16 @@ class _ShardWriter:
 
         row_ids = np.arange(self._next_row_id, self._next_row_id + len(rows), dtype=np.int64)
         self._next_row_id += len(rows)
-        table = pa.table(
-            {
-                "row_id": pa.array(row_ids),
-                "tokens": _list_array(rows.tokens, rows.row_lengths),
-                "document_lengths": _list_array(rows.document_lengths, rows.documents_per_row),
-                "num_bytes": pa.array(rows.num_bytes),
-            }
-        )
+        columns = {
+            "row_id": pa.array(row_ids),
+            "tokens": _list_array(rows.tokens, rows.row_lengths),
+            "document_lengths": _list_array(rows.document_lengths, rows.documents_per_row),
+            "num_bytes": pa.array(rows.num_bytes),
+        }
+        if rows.is_target is not None:
+            columns["is_target"] = _list_array(rows.is_target, rows.row_lengths)
+            columns["num_filler"] = pa.array(rows.num_filler)
+        table = pa.table(columns)
         if self._writer is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._writer = pq.ParquetWriter(

@@ -1,17 +1,21 @@
 """Where text comes from: the plan of what each task reads, and the reading."""
 
 import json
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tokendiff.artifacts.identity import content_identity
-from tokendiff.artifacts.locations import location
+from tokendiff.artifacts.locations import location, size_of
 from tokendiff.config.preprocess import FILE_FORMATS
 from tokendiff.data import files, hub, tables
-from tokendiff.data.bad_rows import Document
+from tokendiff.data.bad_rows import BadRow, Document
+from tokendiff.data.chats import FORMATS, Conversation, check_format, find_format
+from tokendiff.data.columns import row_place, shown
 from tokendiff.data.partition import Partition, Piece, even_pieces, group_pieces
 from tokendiff.data.samples import find_sample_folders, read_part, sample_pieces
 from tokendiff.errors import InputError
@@ -37,7 +41,8 @@ def plan_input(config: "PreprocessConfig") -> tuple[list[Partition], list[Piece]
     """`plan_partitions`, and the same input as earlier versions cut it: the keys of committed
     folders are made of that, so that theirs are known again.
     """
-    kind, found = _pieces(config)
+    rows_are = find_dataset_format(config)
+    kind, found = _pieces(config, rows_are)
     pieces, old, size = list(found), known_files(config), config.partition_bytes
     as_before: list[Piece] = []
     groups: list[tuple[tuple[Piece, ...], bool]] = []
@@ -55,6 +60,7 @@ def plan_input(config: "PreprocessConfig") -> tuple[list[Partition], list[Piece]
             dataset_config_name=config.dataset_config_name,
             dataset_split=config.dataset_split,
             is_new=is_new,
+            dataset_format=rows_are,
         )
         for index, (group, is_new) in enumerate(groups)
     ]
@@ -106,6 +112,114 @@ def read_documents(partition: Partition) -> Iterator[Document]:
         yield from _read_piece(partition, piece)
 
 
+def read_conversations(partition: Partition) -> Iterator[Conversation | BadRow]:
+    """Stream the conversations of a partition, or what stands in the place of one that is none.
+
+    Raises:
+        InputError: a file cannot be read as what it is said to be.
+    """
+    form = FORMATS[partition.dataset_format]
+    for piece in partition.pieces:
+        for place, row in _read_rows(partition, piece, form.columns):
+            if isinstance(row, BadRow):
+                yield row
+                continue
+            try:
+                if not form.is_in(row):
+                    raise ValueError(
+                        f"no {partition.dataset_format} row: it has the columns "
+                        f"{', '.join(map(repr, row)) or 'none'}"
+                    )
+                conversation = form.read(row)
+            except ValueError as error:
+                yield BadRow(place=place(), reason=str(error), row=shown(row))
+            else:
+                yield replace(conversation, place=place)
+
+
+def find_dataset_format(config: "PreprocessConfig") -> str:
+    """What the rows are: text, or one of `tokendiff.data.chats.FORMATS`, by the config or else by
+    their columns.
+
+    Raises:
+        InputError: the columns are not those of the format that the config names, or cannot be
+            read.
+    """
+    takes_rows = config.dataset_name not in ("builtin", "text", "samples")
+    is_text = config.dataset_format == "text" or "text_column" in config.model_fields_set
+    if config.use_dummy_data or not takes_rows or is_text:
+        return "text"
+    columns = _columns(config)
+    if config.dataset_format is not None:
+        if columns:
+            check_format(
+                config.dataset_format, columns, place=f"dataset_name {config.dataset_name!r}"
+            )
+        return config.dataset_format
+    return "text" if config.text_column in columns else find_format(columns) or "text"
+
+
+def holds_chats(config: "PreprocessConfig") -> bool:
+    """Whether the rows are known to be conversations: by the config, or by files that are there.
+    A dataset of the hub is not asked.
+    """
+    if config.dataset_format is not None or config.dataset_name not in FILE_FORMATS:
+        return config.dataset_format not in (None, "text")
+    with suppress(InputError):
+        return find_dataset_format(config) != "text"
+    return False
+
+
+def _columns(config: "PreprocessConfig") -> list[str]:
+    """The columns of the first file that has rows, or of the dataset."""
+    name = config.dataset_name
+    if name not in FILE_FORMATS:
+        return hub.dataset_columns(name, config.dataset_config_name, config.dataset_split)
+    for path in files.find_files(config.data_files):
+        if name == "parquet":
+            return files.parquet_columns(path)
+        if name in ("csv", "tsv"):
+            columns = tables.csv_columns(path, name)
+        elif name == "json":
+            columns = _first_names(row for _, row in tables.json_rows(path)) if _size(path) else []
+        else:
+            whole = Piece(path=path, start=0, stop=_size(path), num_bytes=0)
+            columns = _first_names(row for _, row in files.jsonl_rows(whole))
+        if columns:
+            return columns
+    return []
+
+
+def _size(path: str) -> int:
+    return size_of(location(path))
+
+
+def _first_names(rows: Iterator[dict[str, Any] | BadRow]) -> list[str]:
+    return next((list(row) for row in rows if not isinstance(row, BadRow)), [])
+
+
+def _read_rows(
+    partition: Partition, piece: Piece, columns: Sequence[str]
+) -> Iterator[tuple[Callable[[], str], Any]]:
+    """Rows as objects, of which these columns are wanted, each with what says its place."""
+    match partition.format:
+        case "jsonl":
+            return files.jsonl_rows(piece)
+        case "json":
+            rows = tables.json_rows(piece.path)
+            return ((partial(row_place, piece.path, number), row) for number, row in rows)
+        case "csv" | "tsv" as kind:
+            rows = tables.csv_rows(piece.path, kind)
+            return ((partial(tables.line_place, piece.path, line), row) for line, row in rows)
+        case "parquet":
+            return files.parquet_rows(piece, columns)
+        case "datasets":
+            return hub.dataset_rows(
+                piece, partition.dataset_config_name, partition.dataset_split, columns
+            )
+    raise AssertionError(f"no reader of rows for format {partition.format!r}")
+
+
 def sample_records(partition: Partition) -> Iterator[dict[str, Any]]:
     """The records of a partition of samples, in the order of their ids."""
     for piece in partition.pieces:
@@ -122,8 +236,9 @@ def dummy_rows(
             yield generator.choice(token_ids, max_length).astype(np.int32)
 
 
-def _pieces(config: "PreprocessConfig") -> tuple[str, Iterator[Piece]]:
-    name, column = config.dataset_name, config.text_column
+def _pieces(config: "PreprocessConfig", rows_are: str) -> tuple[str, Iterator[Piece]]:
+    name, is_text = config.dataset_name, rows_are == "text"
+    columns = (config.text_column,) if is_text else FORMATS[rows_are].columns
     if config.use_dummy_data:
         row_bytes = 4 * config.max_length
         return "dummy", _one_by_one([row_bytes] * config.num_dummy_samples)
@@ -136,13 +251,17 @@ def _pieces(config: "PreprocessConfig") -> tuple[str, Iterator[Piece]]:
         return name, (
             p
             for path in files.find_files(config.data_files)
-            for p in files.parquet_pieces(path, column)
+            for p in files.parquet_pieces(path, *columns, holds_text=is_text)
         )
     if name in ("csv", "tsv"):
         return name, (
             p
             for path in files.find_files(config.data_files)
-            for p in tables.csv_pieces(path, name, column)
+            for p in (
+                tables.csv_pieces(path, name, config.text_column)
+                if is_text
+                else tables.whole_piece(path)
+            )
         )
     if name == "json":
         return name, (
@@ -154,7 +273,12 @@ def _pieces(config: "PreprocessConfig") -> tuple[str, Iterator[Piece]]:
         paths = files.find_files(config.data_files)
         return name, (p for path in paths for p in files.text_pieces(path, max_bytes=max_bytes))
     return "datasets", hub.dataset_pieces(
-        name, config.dataset_config_name, config.dataset_split, column, config.partition_bytes
+        name,
+        config.dataset_config_name,
+        config.dataset_split,
+        columns,
+        config.partition_bytes,
+        holds_text=is_text,
     )
 
 

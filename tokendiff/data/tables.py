@@ -10,11 +10,19 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TextIO
 
 from tokendiff.artifacts.locations import location, size_of
 from tokendiff.data.bad_rows import BadRow, Document
-from tokendiff.data.columns import Row, documents_in, missing_column, shown, texts_of
+from tokendiff.data.columns import (
+    Row,
+    documents_in,
+    missing_column,
+    row_place,
+    shown,
+    texts_of,
+)
 from tokendiff.data.partition import Piece
 from tokendiff.data.streams import open_stream
 from tokendiff.errors import InputError
@@ -39,8 +47,7 @@ def csv_pieces(path: str, kind: str, column: str) -> Iterator[Piece]:
     Raises:
         InputError: it does not.
     """
-    with _opened(path) as file:
-        _, header, _ = next(_csv_rows(file, _DELIMITERS[kind]), (1, [], ""))
+    header = csv_columns(path, kind)
     if header and column not in header:
         raise missing_column(path, column, header)
     if header:
@@ -50,21 +57,39 @@ def csv_pieces(path: str, kind: str, column: str) -> Iterator[Piece]:
 def read_csv(piece: Piece, kind: str, column: str) -> Iterator[Document]:
     """The fields of `column`, as csv.writer, pandas and spreadsheets write them."""
 
-    def place(line: int) -> str:
-        return f"{piece.path}:{line}"
+    place = partial(line_place, piece.path)
+    for line, row in csv_rows(piece.path, kind):
+        if isinstance(row, BadRow):
+            yield row
+        else:
+            yield from texts_of(row[column], column, line, place=place)
 
-    with _opened(piece.path) as file:
+
+def line_place(path: str, line: int) -> str:
+    return f"{path}:{line}"
+
+
+def csv_columns(path: str, kind: str) -> list[str]:
+    """The names in the first row; none where the file is empty."""
+    with _opened(path) as file:
+        _, header, _ = next(_csv_rows(file, _DELIMITERS[kind]), (1, [], ""))
+    return header
+
+
+def csv_rows(path: str, kind: str) -> Iterator[Row]:
+    """The rows behind the first, as objects of its names, each with the line that it begins in."""
+    with _opened(path) as file:
         rows = _csv_rows(file, _DELIMITERS[kind])
         _, header, _ = next(rows)
-        at = header.index(column)
         for line, fields, reason in rows:
             if not reason and len(fields) != len(header):
                 reason = f"has {len(fields)} fields, but the first row names {len(header)}"
             if reason:
                 row = shown(_DELIMITERS[kind].join(fields))
-                yield BadRow(place=place(line), reason=reason, row=row)
+                yield line, BadRow(place=line_place(path, line), reason=reason, row=row)
             else:
-                yield from texts_of(fields[at], column, line, place=place)
+                # Of two columns of one name the first is meant.
+                yield line, dict(zip(reversed(header), reversed(fields), strict=True))
 
 
 def read_json(piece: Piece, column: str) -> Iterator[Document]:
@@ -75,18 +100,27 @@ def read_json(piece: Piece, column: str) -> Iterator[Document]:
             column.
     """
 
-    def rows() -> Iterator[Row]:
-        for number, item in _array_items(piece.path):
-            if isinstance(item, dict):
-                yield number, item
-                continue
-            reason = f"expected an object like {{...}}, got {type(item).__name__} {shown(item)}"
-            yield number, BadRow(place=place(number), reason=reason, row=shown(item))
+    return documents_in(
+        json_rows(piece.path),
+        column,
+        path=piece.path,
+        place=partial(row_place, piece.path),
+        all_rows=partial(json_rows, piece.path),
+    )
 
-    def place(row: int) -> str:
-        return f"{piece.path}: row {row}"
 
-    return documents_in(rows(), column, path=piece.path, place=place, all_rows=rows)
+def json_rows(path: str) -> Iterator[Row]:
+    """The objects of the array that a file is, numbered from 1.
+
+    Raises:
+        InputError: it is no such array, or is no JSON from some place on.
+    """
+    for number, item in _array_items(path):
+        if isinstance(item, dict):
+            yield number, item
+            continue
+        reason = f"expected an object like {{...}}, got {type(item).__name__} {shown(item)}"
+        yield number, BadRow(place=row_place(path, number), reason=reason, row=shown(item))
 
 
 @contextmanager
