@@ -12,9 +12,13 @@ For other rooms:
     prompt_index      prompts of any number, in files
     samples           files of samples, written and read back
     bad_rows          rows that cannot be used: named in errors/, counted, and refused if too many
+    templates         conversations to tokens by a chat template, answers told apart
+    chat_documents    conversations as documents that fit in a row
     streams           files of text as bytes, decompressed on the way
 
 Of this room alone:
+    chats             formats of conversations
+    fitting           whole documents into rows
     columns           where a text stands in a row
     tables            csv, tsv, and one JSON array
     lines             where lines end

@@ -186,7 +186,7 @@ def _text(value: Any, place: str) -> str:
     if isinstance(value, list):
         parts = []
         for number, part in enumerate(value):
-            if not isinstance(part, dict) or part.get("type", "text") != "text":
+            if not isinstance(part, dict) or (part.get("type") or "text") != "text":
                 raise ValueError(f"{place}[{number}] must be a part of text, got {shown(part)}")
             parts.append(_text(part.get("text"), f"{place}[{number}].text"))
         return "".join(parts)

@@ -165,7 +165,8 @@ class ChatRenderer:
         decoder = self.tokenizer.added_tokens_decoder
         special = np.isin(tokens, [index for index, token in decoder.items() if token.special])
         places = np.concatenate([[0], np.cumsum([len(char.encode()) for char in text])])
-        sizes = places[offsets[:, 1]] - places[offsets[:, 0]]
+        # Up to where the next one begins: of the tokens of one character the last has its bytes.
+        sizes = np.diff(places[offsets[:, 0]], append=places[-1])
         return np.where(is_target & ~special, sizes, 0).astype(np.int32)
 
     def _written(self, messages: Sequence[Message], *, ask: bool = False) -> str:

@@ -1,0 +1,442 @@
+"""Conversations: the formats they come in, their tokens and targets, and whole ones in rows."""
+
+import csv
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tokendiff.config.preprocess import PreprocessConfig
+from tokendiff.data.chat_documents import ChatDocuments, ChatOptions
+from tokendiff.data.chats import FORMATS, Conversation, Message
+from tokendiff.data.fitting import Fitter, fit
+from tokendiff.data.packing import PackedRows, TokenizedDocuments
+from tokendiff.data.preprocess import PartitionStats, preprocess_partition
+from tokendiff.data.rows import TokenData
+from tokendiff.data.sources import find_dataset_format, plan_partitions, read_conversations
+from tokendiff.data.templates import ChatRenderer, RenderError, read_template
+from tokendiff.data.tokenizers import build_tokenizer
+from tokendiff.errors import InputError
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TAGGED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}<<SYS>>{{ m.content }}"
+    "<</SYS>>{% elif m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]{% else %}"
+    " {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+TEMPLATES = {"chatml": CHATML, "tagged": TAGGED, "llama": LLAMA}
+# Earlier answers lose what they thought once a new question follows.
+FORGETFUL = (
+    "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' and not loop.last %}"
+    "{{ m.content.split('>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def chat_tokenizer(template: str | None) -> Any:
+    tokenizer = build_tokenizer("bytes", documents=(), vocab_size=300)[0]
+    tokenizer.add_special_tokens(
+        {"bos_token": "<s>", "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def conversation(*contents: str, system: str | None = None) -> Conversation:
+    """Turns of the user and the assistant."""
+    roles = ("user", "assistant")
+    first = [] if system is None else [Message(role="system", content=system)]
+    turns = [Message(role=roles[n % 2], content=text) for n, text in enumerate(contents)]
+    return Conversation(messages=(*first, *turns))
+
+
+TALKS = [
+    conversation("Hi", "Hello"),
+    conversation("Größe?", "25 € - ja", "und\njetzt", "nein  ", system="Sei kurz."),
+    conversation("a" * 40, " b", "c", "d\n\ne", "f", "g<h"),
+]
+
+
+@pytest.mark.parametrize("talk", TALKS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_tokens_are_those_of_the_template_and_targets_the_answers(
+    name: str, talk: Conversation
+) -> None:
+    tokenizer = chat_tokenizer(TEMPLATES[name])
+    messages = [{"role": m.role, "content": m.content} for m in talk.messages]
+    rendered = ChatRenderer(tokenizer=tokenizer)(talk)
+    whole = tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]
+    assert rendered.tokens.tolist() == whole
+    # Bytes are tokens here: what the answers say, one after the other, and what ends each turn.
+    end = " [EOS]" if name == "llama" else "<|im_end|>"
+    answers = [m.content for m in talk.messages if m.role == "assistant"]
+    said = [text.strip() if name == "llama" else text for text in answers]
+    start = " " if name == "llama" else ""
+    expected = "".join(f"{start}{text}{end}" for text in said)
+    assert tokenizer.decode(rendered.tokens[rendered.is_target]) == expected
+    text_bytes = len(expected.replace("<|im_end|>", "").replace("[EOS]", "").encode())
+    assert rendered.num_bytes.sum() == text_bytes
+    assert not rendered.num_bytes[~rendered.is_target].any()
+
+
+def test_the_last_answer_or_all_tokens_can_be_the_targets() -> None:
+    tokenizer = chat_tokenizer(CHATML)
+    last = ChatRenderer(tokenizer=tokenizer, train_on="last_answer")(TALKS[1])
+    assert tokenizer.decode(last.tokens[last.is_target]) == "nein  <|im_end|>"
+    everything = ChatRenderer(tokenizer=tokenizer, train_on="all")(TALKS[1])
+    assert everything.is_target.all()
+
+
+def test_a_template_that_rewrites_earlier_turns_takes_last_answers_alone() -> None:
+    tokenizer = chat_tokenizer(FORGETFUL)
+    talk = conversation("a", "hm>b", "c", "ha>d")
+    with pytest.raises(RenderError, match=r"up to message 1 otherwise.*last_answer.*generation"):
+        ChatRenderer(tokenizer=tokenizer)(talk)
+    rendered = ChatRenderer(tokenizer=tokenizer, train_on="last_answer")(talk)
+    assert tokenizer.decode(rendered.tokens[rendered.is_target]) == "ha>d<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "talk", "says"),
+    [
+        ("{{ raise_exception('no system here') }}", TALKS[0], "refuses it.*no system here"),
+        ("{{ messages[0].content.nothing() }}", TALKS[0], "the chat template refuses it"),
+        ("", TALKS[1], "no chat template, and more than one turn"),
+        ("{% if false %}{{ messages }}{% endif %}", TALKS[0], "renders to nothing"),
+        (CHATML, conversation("a <|im_end|>", "b"), "message 0 spells .*'<|im_end|>'"),
+        (CHATML, conversation("a", "[EOS]"), "message 1 spells .*EOS"),
+    ],
+)
+def test_what_cannot_be_rendered_says_why(template: str, talk: Conversation, says: str) -> None:
+    with pytest.raises(RenderError, match=says):
+        ChatRenderer(tokenizer=chat_tokenizer(template))(talk)
+
+
+def test_a_tokenizer_without_a_template_takes_single_turns_alone() -> None:
+    renderer = ChatRenderer(tokenizer=chat_tokenizer(None))
+    with pytest.raises(InputError, match=r"dataset_format messages: .* no chat template; give one"):
+        renderer.check("messages")
+    renderer.check("alpaca")
+    row = {"prompt": "1 + 1 = ", "completion": "2"}
+    rendered = renderer(FORMATS["prompt_completion"].read(row))
+    assert renderer.tokenizer.decode(rendered.tokens) == "1 + 1 = 2"
+    assert rendered.is_target.tolist() == [False] * 8 + [True]
+    alpaca = FORMATS["alpaca"].read({"instruction": "Add.", "input": "1, 2", "output": "3"})
+    text = renderer.tokenizer.decode(renderer(alpaca).tokens)
+    assert text.endswith("### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n3")
+    broken = ChatRenderer(tokenizer=chat_tokenizer("{% for m in messages %}"))
+    with pytest.raises(InputError, match=r"chat template cannot be used: .*refuses it"):
+        broken.check("messages")
+
+
+# Formats
+
+SAID = conversation("Hi", "Hello")
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "messages": [
+        {
+            "messages": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Hello"},
+            ]
+        },
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "H"}, {"text": "i"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "Hello"}]},
+                {"role": "user", "content": [{"type": "text", "text": "never answered"}]},
+            ]
+        },
+    ],
+    "sharegpt": [
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+    ],
+    "prompt_completion": [
+        {"prompt": "Hi", "completion": "Hello"},
+        {"prompt": "Hi", "response": "Hello"},
+        {
+            "prompt": [{"role": "user", "content": "Hi"}],
+            "answer": [{"role": "assistant", "content": "Hello"}],
+        },
+    ],
+    "alpaca": [{"instruction": "Hi", "input": "", "output": "Hello"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "row"), [(name, row) for name, rows in ROWS.items() for row in rows]
+)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "csv", "datasets"])
+def test_each_format_is_found_in_each_kind_of_file(
+    name: str, row: dict[str, Any], kind: str, tmp_path: Path
+) -> None:
+    if kind == "csv" and not all(isinstance(value, str) for value in row.values()):
+        pytest.skip("a field of csv is a text")
+    path = write(tmp_path, kind, [{"id": "x", **row}] * 2)
+    source = {"dataset_name": kind, "data_files": [path]}
+    config = PreprocessConfig.model_validate(
+        {"dataset_name": path} if kind == "datasets" else source
+    )
+    assert find_dataset_format(config) == name
+    (partition,) = plan_partitions(config)
+    found = list(read_conversations(partition))
+    assert [item.messages for item in found if isinstance(item, Conversation)] == [
+        SAID.messages
+    ] * 2
+
+
+def write(folder: Path, kind: str, rows: list[dict[str, Any]]) -> str:
+    path = folder / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        folder = folder / "data"
+        folder.mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+        return str(folder / "train.parquet" if kind == "parquet" else folder)
+    return str(path)
+
+
+def test_a_text_column_that_is_there_or_named_means_text(tmp_path: Path) -> None:
+    row = {"text": "a", "prompt": "b", "completion": "c"}
+    files = {"dataset_name": "jsonl", "data_files": [write(tmp_path, "jsonl", [row])]}
+
+    def found(**fields: str) -> str:
+        return find_dataset_format(PreprocessConfig.model_validate({**files, **fields}))
+
+    assert found() == "text"
+    assert found(text_column="prompt") == "text"
+    assert found(dataset_format="prompt_completion") == "prompt_completion"
+    with pytest.raises(InputError, match=r"messages needs the columns 'messages', but .*'prompt'"):
+        found(dataset_format="messages")
+
+
+def user(content: Any = "a") -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: Any = "b") -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([user()], "no message of the assistant"),
+        ([], "a list of at least one message"),
+        ([user(), assistant(" ")], "message 1 is an empty answer"),
+        ([user(), user(), assistant()], "message 1 is of the user, where one of the assistant"),
+        ([assistant(), user()], "message 0 is of the assistant, where one of the user"),
+        ([user(), {"role": "system", "content": "s"}, assistant()], "message 1 is of the system"),
+        ([user(), {"role": "tool", "content": "s"}], r"messages\[1\]: role must be one of .* tool"),
+        ('[{"role": "user"}]', "is a text, .*, not a list of messages; .*fromjson"),
+        ([user(3), assistant()], r"messages\[0\].content must be a text, got 3"),
+        ([user([{"type": "image"}]), assistant()], r"content\[0\] must be a part of text"),
+        ([user("\ud800"), assistant()], "not valid Unicode"),
+        (None, "a list of at least one message"),
+        (["a"], r"messages\[0\] must be an object"),
+    ],
+)
+def test_a_row_of_no_use_is_named_with_its_reason(messages: Any, says: str, tmp_path: Path) -> None:
+    good = {"messages": [user(), assistant()]}
+    stats, _ = packed(tmp_path, [good, {"messages": messages}], max_errors=1)
+    assert stats.errors is not None
+    (error,) = map(json.loads, (tmp_path / "out" / stats.errors.path).read_text().splitlines())
+    assert error["place"].endswith("a.jsonl:2")
+    assert re.search(says, error["reason"]), error["reason"]
+    assert stats.shards["train"].documents == 1
+
+
+# Rows
+
+
+def packed(
+    folder: Path, rows: list[dict[str, Any]], *, max_length: int = 64, **options: Any
+) -> tuple[PartitionStats, Path]:
+    """Rows of messages, tokenized as bytes with CHATML, in shards."""
+    path = write(folder, "jsonl", rows)
+    config = PreprocessConfig(dataset_name="jsonl", data_files=[path], max_length=max_length)
+    (partition,) = plan_partitions(config)
+    max_errors = options.pop("max_errors", 0)
+    stats = preprocess_partition(
+        partition,
+        tokenizer=chat_tokenizer(CHATML),
+        max_length=max_length,
+        heldout_fraction=0.0,
+        output_dir=folder / "out",
+        max_errors=max_errors,
+        chats=ChatOptions(dataset_format="messages", **options),
+    )
+    return stats, folder / "out"
+
+
+def test_conversations_stay_whole_and_end_with_their_last_answer(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(CHATML)
+    eos = tokenizer.eos_token_id
+    talks = [[user("q" * n), assistant("a" * (n % 7 + 1))] for n in range(1, 25)]
+    stats, folder = packed(tmp_path, [{"messages": talk} for talk in talks])
+    table = pq.read_table(folder / stats.shards["train"].path).to_pylist()
+    documents, num_bytes = [], 0
+    for row in table:
+        assert len(row["tokens"]) == len(row["is_target"]) <= 64
+        stops = np.cumsum(row["document_lengths"]).tolist()
+        assert stops[-1] == len(row["tokens"])
+        for start, stop in zip([0, *stops], stops, strict=False):
+            documents.append((row["tokens"][start:stop], row["is_target"][start:stop]))
+        num_bytes += row["num_bytes"]
+    expected = []
+    for talk in talks:
+        ids = tokenizer.apply_chat_template(talk, tokenize=True)["input_ids"]
+        answer = len(talk[1]["content"]) + 1
+        ids = [*ids[:-1], eos]  # the line end behind the turn's end is nobody's context
+        expected.append((ids, [False] * (len(ids) - answer - 1) + [True] * (answer + 1)))
+    assert sorted(documents) == sorted(expected)
+    assert num_bytes == sum(len(talk[1]["content"]) for talk in talks)
+
+
+@pytest.mark.parametrize("too_long", ["cut", "drop"])
+def test_one_longer_than_a_row_is_cut_at_its_end_or_dropped_and_counted(
+    too_long: str, tmp_path: Path
+) -> None:
+    rows = [
+        {"messages": [user("a"), assistant("b" * 90)]},
+        {"messages": [user("a" * 90), assistant("b")]},  # cut, it would have no answer
+        {"messages": [user("a"), assistant("b")]},
+    ]
+    stats, folder = packed(tmp_path, rows, too_long=too_long)
+    cut, dropped = (1, 1) if too_long == "cut" else (0, 2)
+    assert (stats.cut, stats.dropped_too_long) == (cut, dropped)
+    table = pq.read_table(folder / stats.shards["train"].path)
+    lengths = sorted(length for row in table.to_pylist() for length in row["document_lengths"])
+    assert lengths == [23, 64][: 1 + cut]
+
+
+def test_answers_are_filled_up_to_a_drawn_length(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(CHATML)
+    options = ChatOptions(dataset_format="messages", fills_answers=True)
+    documents = ChatDocuments(
+        tokenizer=tokenizer, options=options, max_length=512, dropped=Counter()
+    )
+    talks = [conversation(f"{n}", "abcdefgh") for n in range(2000)]
+    parts = [tokens for _, tokens in documents.of(talks, lambda bad: None)]
+    fillers = np.concatenate([part.num_filler for part in parts])
+    lengths = np.concatenate([part.lengths for part in parts])
+    for part in parts:
+        stops = np.cumsum(part.lengths)
+        for stop, filler in zip(stops, part.num_filler, strict=True):
+            assert (part.tokens[stop - filler - 1 : stop] == tokenizer.eos_token_id).all()
+            assert part.is_target[stop - filler - 1 : stop].all()
+            assert part.num_bytes[stop - filler - 1 : stop].sum() == 0
+    assert lengths.max() <= 512
+    # Log-uniform between 10 tokens, the answer with its two ends, and what is left of 512.
+    most = 512 - (lengths - fillers - 10)
+    level = np.log((fillers + 10) / 10) / np.log(most / 10)
+    assert abs(level.mean() - 0.5) < 0.03
+    assert abs((level < 0.25).mean() - 0.25) < 0.04
+    again = [tokens for _, tokens in documents.of(reversed(talks), lambda bad: None)]
+    assert sorted(np.concatenate([part.num_filler for part in again])) == sorted(fillers)
+
+
+def documents_of(lengths: np.ndarray, first: int = 0) -> TokenizedDocuments:
+    """Documents whose tokens all are their number."""
+    tokens = np.repeat(np.arange(first, first + len(lengths), dtype=np.int32), lengths)
+    return TokenizedDocuments(
+        tokens=tokens,
+        num_bytes=np.ones_like(tokens),
+        lengths=lengths,
+        is_target=tokens % 2 == 0,
+        num_filler=lengths % 3,
+    )
+
+
+def test_fitting_loses_nothing_and_fills_rows() -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(100), 0.8, 12_000).astype(np.int64), 3, 512)
+    fitter, rows = Fitter(512, 64), []
+    for at in range(0, len(lengths), 50):
+        if (full := fitter.add(documents_of(lengths[at : at + 50], first=at))) is not None:
+            assert len(full) % 64 == 0
+            rows.append(full)
+    filled = np.concatenate([part.row_lengths for part in rows])
+    assert filled.mean() > 0.99 * 512
+    last = fitter.flush()
+    assert last is not None
+    rows.append(last)
+    seen: Counter[int] = Counter()
+    for part in rows:
+        check(part, lengths)
+        seen.update(part.tokens.tolist())
+    assert seen == dict(enumerate(lengths.tolist()))
+
+
+def check(part: PackedRows, lengths: np.ndarray) -> None:
+    assert part.is_target is not None
+    assert part.num_filler is not None
+    starts = np.cumsum(part.document_lengths) - part.document_lengths
+    numbers = part.tokens[starts]  # of each document
+    assert (part.document_lengths == lengths[numbers]).all()
+    assert (part.tokens == np.repeat(numbers, part.document_lengths)).all()
+    assert (part.is_target == (part.tokens % 2 == 0)).all()
+    of_row = np.repeat(np.arange(len(part)), part.documents_per_row)
+    sums = np.bincount(of_row, weights=part.document_lengths)
+    assert (sums == part.row_lengths).all()
+    assert sums.max() <= 512
+    assert (np.bincount(of_row, weights=lengths[numbers] % 3) == part.num_filler).all()
+    assert (part.num_bytes == part.row_lengths).all()
+
+
+def test_fit_is_best_fit() -> None:
+    """Against the definition: the fullest row that has room, by looking at all of them."""
+    lengths = np.random.default_rng(1).integers(1, 40, size=300)
+    rows: list[list[int]] = []
+    for document in np.argsort(-lengths, kind="stable").tolist():
+        left = [40 - lengths[row].sum() for row in rows]
+        fitting = [(room, index) for index, room in enumerate(left) if room >= lengths[document]]
+        if fitting:
+            rows[min(fitting)[1]].append(document)
+        else:
+            rows.append([document])
+    assert sorted(fit(lengths, 40)) == sorted(rows)
+
+
+def test_shards_are_read_with_their_targets(tmp_path: Path) -> None:
+    from tokendiff.artifacts.manifest import commit
+
+    stats, folder = packed(tmp_path, [{"messages": [user(), assistant("bc")]}])
+    shard = stats.shards["train"]
+    splits = {"train": {"rows": 1, "files": [{"path": shard.path, "row_groups": [1]}]}}
+    metadata = {"splits": splits, "max_length": 64, "isolate_documents": True}
+    commit(folder, kind="tokens", metadata=metadata)
+    data = TokenData.open(folder, split="train")
+    batch = data.read_group(0).batch()
+    assert batch.isolates_documents
+    assert batch.is_target.sum() == 4  # two bytes, and the ends of turn and document
+    assert batch.is_target[0, : batch.is_valid.sum()].tolist()[-4:] == [True] * 4
+
+
+def test_a_template_comes_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jinja").write_text(CHATML)
+    assert read_template(str(tmp_path / "a.jinja")) == CHATML
+    with pytest.raises(InputError, match=r"chat_template .*b.jinja: cannot be read"):
+        read_template(str(tmp_path / "b.jinja"))
