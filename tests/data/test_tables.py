@@ -179,13 +179,15 @@ def test_an_array_in_place_of_lines_is_told_at_once(tmp_path: Path) -> None:
     for indent in (None, 2):
         path.write_text(json.dumps([{"text": "a"}] * 50, indent=indent))
         for partition_bytes in (40, 1 << 20):
-            partitions = plan_partitions(
-                PreprocessConfig(
-                    dataset_name="jsonl", data_files=[str(path)], partition_bytes=partition_bytes
-                )
+            config = PreprocessConfig(
+                dataset_name="jsonl", data_files=[str(path)], partition_bytes=partition_bytes
             )
-            with pytest.raises(InputError, match=r"is one JSON array.*dataset_name json, .*jq -c"):
-                list(read_documents(partitions[0]))
+            told = pytest.raises(InputError, match=r"is one JSON array.*dataset_name json, .*jq -c")
+            with told:
+                plan_partitions(config)
+            (first, *_) = plan_partitions(config.model_copy(update={"dataset_format": "text"}))
+            with told:
+                list(read_documents(first))
 
 
 def test_an_error_in_an_array_is_found_without_reading_on(
