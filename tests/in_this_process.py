@@ -93,8 +93,6 @@ def in_this_process(
         request.getfixturevalue("ray_session")
         yield
         return
-    import torch
-
     node = {"Alive": True, "NodeID": _NODE_ID, "NodeManagerAddress": "127.0.0.1"}
     stand_ins = {
         "ray.cluster_resources": lambda: {"CPU": 4.0},
@@ -106,9 +104,9 @@ def in_this_process(
         "ray.nodes": lambda: [node],
         "ray.remote": remote_here,
         "tokendiff.cluster.train._fit_once": fit_here,
+        # Threads that spin take the cores from the tests beside this one.
+        "torch.set_num_threads": lambda num_threads: None,
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(name, stand_in)
-    threads = torch.get_num_threads()
     yield
-    torch.set_num_threads(threads)
