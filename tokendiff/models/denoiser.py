@@ -137,7 +137,9 @@ class TransformersDenoiser(ModelInTwoParts):
     def is_time_conditioned(self) -> bool:
         return getattr(self.model.config, "is_time_conditioned", False)
 
-    def encode(self, tokens: Tensor, is_valid: Tensor, time: Tensor) -> Tensor:
+    def encode(
+        self, tokens: Tensor, is_valid: Tensor, time: Tensor, document: Tensor | None = None
+    ) -> Tensor:
         # Packed rows are rarely padded, and attention without a mask is the faster kernel.
         attention_mask = None if bool(is_valid.all()) else is_valid.to(torch.int64)
         condition = {"time": time} if self.is_time_conditioned else {}
