@@ -214,7 +214,9 @@ class _GivenHidden:
     head: nn.Linear
     is_time_conditioned: bool = False
 
-    def encode(self, tokens: Tensor, is_valid: Tensor, time: Tensor) -> Tensor:
+    def encode(
+        self, tokens: Tensor, is_valid: Tensor, time: Tensor, document: Tensor | None = None
+    ) -> Tensor:
         return self.hidden
 
 
@@ -355,7 +357,9 @@ class _GivenLogits:
     logits: Tensor
     is_time_conditioned: bool = False
 
-    def encode(self, tokens: Tensor, is_valid: Tensor, time: Tensor) -> Tensor:
+    def encode(
+        self, tokens: Tensor, is_valid: Tensor, time: Tensor, document: Tensor | None = None
+    ) -> Tensor:
         return torch.arange(tokens.shape[1]).expand(len(tokens), -1)[..., None]
 
     def head(self, hidden: Tensor) -> Tensor:

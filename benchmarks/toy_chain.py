@@ -24,6 +24,7 @@ import torch
 from tests.builders import letter_tokenizer, token_folder
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
+from tokendiff.diffusion.interfaces import TokenBatch
 from tokendiff.diffusion.random import RowGenerator, key_from
 from tokendiff.evaluation.bound import row_bounds
 from tokendiff.models.checkpoints import load_for_inference
@@ -226,8 +227,7 @@ def _bounds(
         [
             row_bounds(
                 denoiser,
-                tokens[part],
-                torch.ones_like(tokens[part], dtype=torch.bool),
+                TokenBatch(tokens=tokens[part], is_valid=torch.ones_like(tokens[part]).bool()),
                 generator.select(part),
                 kernel=process.kernel(),
                 prediction=process.prediction,

@@ -124,7 +124,9 @@ class TableDenoiser:
         self.num_encoded_rows = 0
         self._known_rows: dict[tuple[int, ...], Tensor] = {}
 
-    def encode(self, tokens: Tensor, is_valid: Tensor, time: Tensor) -> Tensor:
+    def encode(
+        self, tokens: Tensor, is_valid: Tensor, time: Tensor, document: Tensor | None = None
+    ) -> Tensor:
         self.num_encoded_rows += len(tokens)
         return torch.stack([self._row(tuple(row)) for row in tokens.tolist()])
 
@@ -178,7 +180,9 @@ class ExactDenoiser:
         self.is_posterior = prediction == "posterior"
         self._tables: dict[float, Tensor] = {}
 
-    def encode(self, tokens: Tensor, is_valid: Tensor, time: Tensor) -> Tensor:
+    def encode(
+        self, tokens: Tensor, is_valid: Tensor, time: Tensor, document: Tensor | None = None
+    ) -> Tensor:
         hidden = torch.empty(*tokens.shape, self.probabilities.shape[0], dtype=torch.float64)
         for t in time.unique().tolist():
             if t not in self._tables:
@@ -229,7 +233,9 @@ class PairDenoiser:
         self.kernel = kernel
         self.is_posterior = prediction == "posterior"
 
-    def encode(self, tokens: Tensor, is_valid: Tensor, time: Tensor) -> Tensor:
+    def encode(
+        self, tokens: Tensor, is_valid: Tensor, time: Tensor, document: Tensor | None = None
+    ) -> Tensor:
         one_hot = torch.eye(len(self.table), dtype=torch.float64).expand(len(tokens), -1, -1)
         q = self.kernel.marginal(one_hot, time)
         first, second = (

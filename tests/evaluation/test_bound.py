@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.builders import PairDenoiser, TableDenoiser
+from tokendiff.diffusion.interfaces import TokenBatch
 from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.diffusion.schedules import Cosine, Linear, LogLinear
@@ -28,6 +29,10 @@ def rows_of(table: np.ndarray) -> torch.Tensor:
     return torch.tensor([r for r in itertools.product(*map(range, table.shape)) if table[r] > 0])
 
 
+def whole(tokens: torch.Tensor) -> TokenBatch:
+    return TokenBatch(tokens=tokens, is_valid=torch.ones_like(tokens, dtype=torch.bool))
+
+
 def test_bound_is_the_mean_over_all_orders() -> None:
     """With the model off the truth too: the oracle scores the model's table, not the language's."""
     length = 4
@@ -38,8 +43,7 @@ def test_bound_is_the_mean_over_all_orders() -> None:
     tokens = rows.repeat_interleave(copies, 0)
     nats, num_tokens = row_bounds(
         model,
-        tokens,
-        torch.ones_like(tokens, dtype=torch.bool),
+        whole(tokens),
         RowGenerator.for_rows(0, torch.arange(len(tokens))),
         kernel=AbsorbingKernel(schedule=LogLinear(), mask_token_id=MASK),
         num_mask_samples=length,
@@ -59,10 +63,8 @@ def test_bound_of_padded_rows_counts_valid_tokens_alone() -> None:
     is_valid = torch.tensor([[True, False, False]])
     nats, num_tokens = row_bounds(
         model,
-        tokens.where(
-            is_valid, MASK
-        ),  # the toy model has no attention mask to leave padding out with
-        is_valid,
+        # The toy model has no attention mask to leave padding out with.
+        TokenBatch(tokens=tokens.where(is_valid, MASK), is_valid=is_valid),
         RowGenerator.for_rows(0, torch.arange(1)),
         kernel=AbsorbingKernel(schedule=LogLinear(), mask_token_id=MASK),
         num_mask_samples=3,
@@ -109,8 +111,7 @@ def test_bound_of_the_exact_denoiser_is_the_entropy(name: str, prediction: str) 
         tokens = rows.repeat_interleave(copies, 0)
         nats, num_tokens = row_bounds(
             PairDenoiser(table, kernel, prediction=prediction),
-            tokens,
-            torch.ones_like(tokens, dtype=torch.bool),
+            whole(tokens),
             RowGenerator.for_rows(0, torch.arange(len(tokens))),
             kernel=kernel,
             prediction=told,
@@ -136,7 +137,11 @@ def test_a_time_conditioned_model_sees_the_time_of_its_noise() -> None:
         is_time_conditioned = True
 
         def encode(
-            self, tokens: torch.Tensor, is_valid: torch.Tensor, time: torch.Tensor
+            self,
+            tokens: torch.Tensor,
+            is_valid: torch.Tensor,
+            time: torch.Tensor,
+            document: torch.Tensor | None = None,
         ) -> torch.Tensor:
             seen.extend(zip((tokens == MASK).sum(1).tolist(), time.tolist(), strict=True))
             return super().encode(tokens, is_valid, time)
@@ -146,8 +151,7 @@ def test_a_time_conditioned_model_sees_the_time_of_its_noise() -> None:
     tokens = torch.zeros(3000, length, dtype=torch.int64)
     row_bounds(
         model,
-        tokens,
-        torch.ones_like(tokens, dtype=torch.bool),
+        whole(tokens),
         RowGenerator.for_rows(0, torch.arange(3000)),
         kernel=AbsorbingKernel(schedule=schedule, mask_token_id=MASK),
         num_mask_samples=1,

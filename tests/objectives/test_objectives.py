@@ -68,7 +68,11 @@ def test_padding_and_literal_masks_are_neither_noised_nor_counted(name: str) -> 
 
     class Spy(LinearDenoiser):
         def encode(
-            self, tokens: torch.Tensor, is_valid: torch.Tensor, time: torch.Tensor
+            self,
+            tokens: torch.Tensor,
+            is_valid: torch.Tensor,
+            time: torch.Tensor,
+            document: torch.Tensor | None = None,
         ) -> torch.Tensor:
             seen.append(tokens)
             return super().encode(tokens, is_valid, time)
@@ -152,7 +156,11 @@ class LinearDenoiser(torch.nn.Module):
         self.linear = torch.nn.Linear(width, vocab_size)
 
     def encode(
-        self, tokens: torch.Tensor, is_valid: torch.Tensor, time: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        is_valid: torch.Tensor,
+        time: torch.Tensor,
+        document: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return self.embedding(tokens) + self.embedding(tokens).mean(1, keepdim=True)
 

@@ -98,7 +98,9 @@ class IndependentDenoiser:
         self.logits = torch.tensor(logits)
         self.is_time_conditioned = is_time_conditioned
 
-    def encode(self, tokens: Tensor, is_valid: Tensor, time: Tensor) -> Tensor:
+    def encode(
+        self, tokens: Tensor, is_valid: Tensor, time: Tensor, document: Tensor | None = None
+    ) -> Tensor:
         return self.logits.expand(*tokens.shape, -1)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -121,7 +123,9 @@ class MixingDenoiser:
         self.num_encoded_rows = self.num_head_positions = 0
         self.times: list[Tensor] = []
 
-    def encode(self, tokens: Tensor, is_valid: Tensor, time: Tensor) -> Tensor:
+    def encode(
+        self, tokens: Tensor, is_valid: Tensor, time: Tensor, document: Tensor | None = None
+    ) -> Tensor:
         self.num_encoded_rows += len(tokens)
         self.times.append(time)
         return torch.tanh(self.mixing @ self.embedding[tokens])

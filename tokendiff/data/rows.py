@@ -68,6 +68,7 @@ class TokenRows:
         row_ids: [n] int64, stable across runs.
         num_bytes: [n] int32, UTF-8 bytes of source text that the row stands for: of its targets,
             where those are told apart.
+        num_filler: [n] int32, targets that answers were filled up with, which are no text.
         isolates_documents: as in TokenBatch.
     """
 
@@ -77,6 +78,7 @@ class TokenRows:
     is_target: np.ndarray
     row_ids: np.ndarray
     num_bytes: np.ndarray
+    num_filler: np.ndarray
     isolates_documents: bool
 
     def __len__(self) -> int:
@@ -99,7 +101,7 @@ class TokenRows:
         )
 
 
-_ARRAYS = ("tokens", "lengths", "is_start", "is_target", "row_ids", "num_bytes")
+_ARRAYS = ("tokens", "lengths", "is_start", "is_target", "row_ids", "num_bytes", "num_filler")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +229,7 @@ class TokenData:
             # Arrow's memory is read-only, which torch takes amiss.
             row_ids=np.array(table.column("row_id")),
             num_bytes=np.array(table.column("num_bytes")),
+            num_filler=_column_or_zeros(table, "num_filler"),
         )
 
     def read(self, groups: np.ndarray, rows: np.ndarray) -> TokenRows:
@@ -239,6 +242,13 @@ class TokenData:
             isolates_documents=self.isolates_documents,
         )
         return everything.take(starts[which] + rows)
+
+
+def _column_or_zeros(table: Any, name: str) -> np.ndarray:
+    """A column of int32 that shards of plain text lack."""
+    if name not in table.column_names:
+        return np.zeros(len(table), dtype=np.int32)
+    return np.array(table.column(name))
 
 
 def _lists(column: Any) -> tuple[np.ndarray, np.ndarray]:

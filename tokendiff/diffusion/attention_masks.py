@@ -45,6 +45,11 @@ def positions_in_document(document: Tensor) -> Tensor:
     return place - place.masked_fill(~is_start, 0).cummax(dim=1).values
 
 
+def whole_documents(document: Tensor) -> MaskRule:
+    """A position sees all of its document, and nothing else of the row."""
+    return lambda b, q, kv: document[b, q] == document[b, kv]
+
+
 def causal(document: Tensor) -> MaskRule:
     """A position sees its document up to itself."""
     return lambda b, q, kv: (document[b, q] == document[b, kv]) & (kv <= q)

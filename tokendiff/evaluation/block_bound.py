@@ -12,6 +12,9 @@ Both block objectives are judged under the attention that decoding uses: earlier
 whatever they were in training, and the block itself seen up to each position (2d) or whole (4d).
 In mode 4d the block that a text ends in is filled up with EOS, as decoding meets it. Its likelihood
 is part of the nats, and it is no token: p(text) >= p(text and filling).
+
+Where only some tokens are targets, each term is of the targets of its block, given its other tokens
+and the blocks before it.
 """
 
 import math
@@ -50,8 +53,8 @@ def block_row_bounds(
         num_mask_samples: draws per block, their numbers of masks stratified.
 
     Returns:
-        nats [B] float64 of the whole row, and the number of tokens [B] int64 that they are the
-        bound of.
+        nats [B] float64 of all targets of the row, and the number of tokens [B] int64 that they are
+        the bound of.
     """
     rows, is_target = target_rows(batch, process)
     stratum = generator.fold_in(_STRATUM).uniform(1) + rows.ordinal * _GOLDEN
@@ -67,7 +70,8 @@ def block_row_bounds(
 
 
 def target_rows(batch: TokenBatch, process: NoiseProcess) -> tuple[BlockRows, Tensor]:
-    """Rows in blocks, and [B, W] what the bound is of: neither padding, prompt nor a literal mask.
+    """Rows in blocks, and [B, W] what the bound is of: the targets, but for the prompt and a
+    literal mask.
 
     Raises:
         ValueError: the process has no blocks.
@@ -77,7 +81,7 @@ def target_rows(batch: TokenBatch, process: NoiseProcess) -> tuple[BlockRows, Te
     fill = process.eos_token_id if process.attention_mask_mode == "4d" else None
     rows = block_rows(batch, block_length=process.block_length, fill_token_id=fill)
     is_prompt = rows.is_text & (rows.source < process.prompt_length)
-    return rows, rows.is_valid & ~is_prompt & (rows.tokens != process.mask_token_id)
+    return rows, rows.is_target & ~is_prompt & (rows.tokens != process.mask_token_id)
 
 
 def _nats(

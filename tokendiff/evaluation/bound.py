@@ -14,16 +14,20 @@ numbers, of which masking takes the l smallest.
 Uniform and hybrid noise. The integrand of `tokendiff.diffusion.kernels.ForwardKernel.nelbo` at
 times that are stratified within the row and crowd where it is large, with the prior and the
 reconstruction.
+
+Where only some tokens are targets, all of this is of p(targets | the other tokens): the others are
+never noised and never counted. An answer that preprocessing filled up with EOS is judged with its
+filling: p(answer) >= p(answer and filling), so the nats stay a bound.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokendiff.diffusion.interfaces import Denoiser
+from tokendiff.diffusion.interfaces import Denoiser, TokenBatch
 from tokendiff.diffusion.kernels import LEAST_TIME, AbsorbingKernel, ForwardKernel
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.objectives.chunked import (
@@ -40,8 +44,7 @@ _STRATUM, _END = -1, -2  # what a row's random numbers are for, beside the sampl
 @torch.no_grad()
 def row_bounds(
     model: Denoiser,
-    x_0: Tensor,
-    is_valid: Tensor,
+    batch: TokenBatch,
     generator: RowGenerator,
     *,
     kernel: ForwardKernel,
@@ -51,47 +54,45 @@ def row_bounds(
     """One estimate of the bound per row.
 
     Args:
-        x_0: [B, L] clean tokens.
-        is_valid: [B, L]; padding is neither seen nor counted, a literal mask is not counted.
+        batch: padding is neither seen nor counted, a literal mask is not counted.
         prediction: what the model gives, "loo" or "posterior"; `NoiseProcess` explains them.
         num_mask_samples: noise levels per row, stratified within the row.
 
     Returns:
-        nats [B] float64 of the whole row, and the number of tokens [B] int64 that they are the
-        bound of.
+        nats [B] float64 of all targets of the row, and the number of tokens [B] int64 that they are
+        the bound of.
     """
-    is_target = is_valid & (x_0 != kernel.mask_token_id)
+    batch = replace(batch, is_target=batch.is_target & (batch.tokens != kernel.mask_token_id))
+    length = batch.tokens.shape[1]
     stratum = generator.fold_in(_STRATUM).uniform(1)[:, 0]
-    total = torch.zeros(x_0.shape[0], dtype=torch.float64, device=x_0.device)
+    total = torch.zeros(len(batch.tokens), dtype=torch.float64, device=batch.tokens.device)
     for sample in range(num_mask_samples):
         level = torch.remainder((stratum + sample) / num_mask_samples, 1.0)
-        noise = generator.fold_in(sample).uniform(x_0.shape[1])
+        noise = generator.fold_in(sample).uniform(length)
         if isinstance(kernel, AbsorbingKernel):
-            total += _masked_nats(model, x_0, is_valid, is_target, level, noise, kernel)
+            total += _masked_nats(model, batch, level, noise, kernel)
         else:
-            total += _noisy_nats(model, x_0, is_valid, is_target, level, noise, kernel, prediction)
+            total += _noisy_nats(model, batch, level, noise, kernel, prediction)
     total /= num_mask_samples
-    num_tokens = is_target.sum(1)
+    num_tokens = batch.is_target.sum(1)
     if not isinstance(kernel, AbsorbingKernel):
         total += kernel.prior_nats() * num_tokens
         least = torch.full((1,), LEAST_TIME, dtype=torch.float64)
         if 1.0 - float(kernel.alpha(least)) > _NEGLIGIBLE:
-            noise = generator.fold_in(_END).uniform(x_0.shape[1])
-            total += _end_nats(model, x_0, is_valid, is_target, noise, kernel, prediction)
+            noise = generator.fold_in(_END).uniform(length)
+            total += _end_nats(model, batch, noise, kernel, prediction)
     return total, num_tokens
 
 
 def _masked_nats(
     model: Denoiser,
-    x_0: Tensor,
-    is_valid: Tensor,
-    is_target: Tensor,
+    batch: TokenBatch,
     level: Tensor,
     noise: Tensor,
     kernel: AbsorbingKernel,
 ) -> Tensor:
     """[B] nats with a number of masked positions drawn by `level` [B] in [0, 1)."""
-    mask = kernel.mask_token_id
+    x_0, is_target, mask = batch.tokens, batch.is_target, kernel.mask_token_id
     num_tokens = is_target.sum(1)
     num_masked = 1 + (level * num_tokens).long()  # uniform on 1..n
     score = noise.masked_fill(~is_target, torch.inf)
@@ -100,7 +101,8 @@ def _masked_nats(
     is_masked = is_target & (rank < num_masked[:, None])
     masked_share = ordered.gather(1, (num_masked - 1).clamp(max=x_0.shape[1] - 1)[:, None])[:, 0]
     time = kernel.schedule.time(1.0 - masked_share.clamp(max=1.0))
-    hidden = model.encode(x_0.masked_fill(is_masked, mask), is_valid, time)[is_masked]
+    x_t = x_0.masked_fill(is_masked, mask)
+    hidden = model.encode(x_t, batch.is_valid, time, batch.isolated)[is_masked]
     nll = predict_through_head(
         model.head,
         hidden,
@@ -113,15 +115,14 @@ def _masked_nats(
 
 def _noisy_nats(
     model: Denoiser,
-    x_0: Tensor,
-    is_valid: Tensor,
-    is_target: Tensor,
+    batch: TokenBatch,
     level: Tensor,
     noise: Tensor,
     kernel: ForwardKernel,
     prediction: str,
 ) -> Tensor:
     """[B] nats at the time that belongs to `level` [B] in [0, 1)."""
+    x_0, is_target = batch.tokens, batch.is_target
     t, slope = kernel.warped_time(level)
     x_t = kernel.corrupt(x_0, t, uniform=noise, is_noisable=is_target)
     row = is_target.nonzero()[:, 0]
@@ -132,7 +133,7 @@ def _noisy_nats(
         nats = weight * nelbo_bracket(kernel, logits, x_0, x_t, t)
         return torch.where(weight > 0.0, nats, torch.zeros_like(nats))
 
-    hidden = model.encode(x_t, is_valid, t)[is_target]
+    hidden = model.encode(x_t, batch.is_valid, t, batch.isolated)[is_target]
     columns = (x_0[is_target], x_t[is_target], t[row])
     nats = predict_through_head(model.head, hidden, columns, integrand)
     return _sum_by_row(nats * slope[row], is_target)
@@ -140,15 +141,14 @@ def _noisy_nats(
 
 def _end_nats(
     model: Denoiser,
-    x_0: Tensor,
-    is_valid: Tensor,
-    is_target: Tensor,
+    batch: TokenBatch,
     noise: Tensor,
     kernel: ForwardKernel,
     prediction: str,
 ) -> Tensor:
     """[B] nats of the reconstruction from the least time."""
-    t = torch.full((x_0.shape[0],), LEAST_TIME, dtype=torch.float64, device=x_0.device)
+    x_0, is_target = batch.tokens, batch.is_target
+    t = torch.full((len(x_0),), LEAST_TIME, dtype=torch.float64, device=x_0.device)
     x_t = kernel.corrupt(x_0, t, uniform=noise, is_noisable=is_target)
 
     def reconstruction(logits: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def _end_nats(
         of_x_0, of_x_t = (belief.gather(-1, x[:, None])[:, 0] for x in (x_0, x_t))
         return kernel.reconstruction_nats(of_x_0, of_x_t, x_0, x_t, t)
 
-    hidden = model.encode(x_t, is_valid, t)[is_target]
+    hidden = model.encode(x_t, batch.is_valid, t, batch.isolated)[is_target]
     columns = (x_0[is_target], x_t[is_target], t[is_target.nonzero()[:, 0]])
     nats = predict_through_head(model.head, hidden, columns, reconstruction)
     return _sum_by_row(nats, is_target)

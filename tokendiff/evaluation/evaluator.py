@@ -36,7 +36,10 @@ class Evaluator:
         self, rows: TokenRows, *, on_progress: OnProgress = unwatched
     ) -> dict[str, np.ndarray]:
         """Per row: nats (float64; of objective ar no bound, but exact), num_tokens, num_bytes; and
-        the token counts [1, V] of all rows together.
+        the token counts [1, V] of the targets of all rows together.
+
+        What answers were filled up with is part of the nats, but neither of the tokens nor of the
+        counts: p(answer) >= p(answer and filling).
         """
         nats, counts = [], []
         for at in range(0, len(rows), self._config.batch_size):
@@ -50,9 +53,10 @@ class Evaluator:
             nats.append(row_nats.cpu().numpy())
             counts.append(row_tokens.cpu().numpy())
             on_progress(partial(rows.first, at + self._config.batch_size))
-        is_token = np.arange(rows.tokens.shape[1]) < rows.lengths[:, None]
-        histogram = np.bincount(rows.tokens[is_token], minlength=len(self.tokenizer))
-        num_tokens = np.concatenate(counts)
+        histogram = np.bincount(rows.tokens[rows.is_target], minlength=len(self.tokenizer))
+        if num_filler := int(rows.num_filler.sum()):
+            histogram[self.tokenizer.eos_token_id] -= num_filler
+        num_tokens = np.concatenate(counts) - rows.num_filler
         return {
             "nats": np.concatenate(nats),
             "num_tokens": num_tokens,
@@ -65,7 +69,7 @@ class Evaluator:
         num_bytes = rows.num_bytes.astype(np.int64)
         if self.process is None:
             # The first token of a document is given; it stands for as many bytes as the others do.
-            share = num_tokens / np.maximum(rows.lengths, 1)
+            share = num_tokens / np.maximum(rows.is_target.sum(1) - rows.num_filler, 1)
             return (num_bytes * share).round().astype(np.int64)
         # What a prompt is given stands for bytes that the bound is not of.
         return num_bytes * (self.process.prompt_length == 0)
@@ -84,8 +88,7 @@ class Evaluator:
             )
         return row_bounds(
             self._denoiser,
-            batch.tokens,
-            batch.is_valid,
+            batch,
             generator,
             kernel=self.process.kernel(),
             prediction=self.process.prediction,

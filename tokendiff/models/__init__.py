@@ -20,6 +20,7 @@ For other rooms:
 
 Of this room alone:
     causal_denoiser   a causal model under explicit masks and positions
+    masked_attention  what computes attention under a rule
     tiled_attention   attention that computes only what a mask leaves
     diffusion_transformer
                       our own small architecture, which is told the time

@@ -8,8 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tokendiff.diffusion.attention_masks import positions_in_document, whole_documents
 from tokendiff.errors import InputError
+from tokendiff.models import tiled_attention
 from tokendiff.models.families import CAUSAL_TYPES
+from tokendiff.models.masked_attention import (
+    IMPLEMENTATIONS,
+    AttentionKernel,
+    best_kernel,
+    under_rule,
+)
 
 _FEW, _LARGE = 12, 2**20  # rows, weights
 
@@ -26,6 +34,25 @@ _HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "xlm-roberta": lambda model, hidden: model.lm_head(hidden),
     **dict.fromkeys(CAUSAL_TYPES, lambda model, hidden: model.get_output_embeddings()(hidden)),
 }
+
+
+# Of those, the ones that count the positions of tokens from behind the id of padding.
+_POSITIONS_BEHIND_PADDING = ("camembert", "roberta", "xlm-roberta")
+
+
+def check_isolation(config: Any, *, origin: str) -> None:
+    """Raise InputError where a model of this config cannot hide the documents of a row from each
+    other.
+
+    Args:
+        origin: what the error begins with.
+    """
+    if config.model_type not in _HEADS:
+        raise InputError(
+            f"{origin} is of type {config.model_type!r}, which is not known to take positions and "
+            "masks by document; preprocess with isolate_documents false, or give a model of type "
+            f"{', '.join(sorted(_HEADS))}"
+        )
 
 
 def attend_both_ways(config: Any) -> None:
@@ -122,28 +149,68 @@ class TransformersDenoiser(ModelInTwoParts):
     Args:
         model: from AutoModelForMaskedLM; or from AutoModelForCausalLM with a config that
             `attend_both_ways` has changed.
+        attention_kernel: what computes attention between isolated documents, with the same numbers
+            to rounding; see `TransformersCausalDenoiser`. Rows that are one document each are left
+            to the model's own attention.
 
     Raises:
         ValueError: the model is still causal.
     """
 
-    def __init__(self, model: Any, *, vocab_size: int) -> None:
+    def __init__(
+        self, model: Any, *, vocab_size: int, attention_kernel: AttentionKernel | None = None
+    ) -> None:
         super().__init__(model, vocab_size=vocab_size)
         model_type = model.config.model_type
         if model_type in CAUSAL_TYPES and getattr(model.config, "is_causal", True):
             raise ValueError(f"the {model_type} model is causal; build it with attend_both_ways")
+        tiled_attention.register()
+        self._kernel = attention_kernel
+        self._own_attention = self._attention = model.config._attn_implementation
 
     @property
     def is_time_conditioned(self) -> bool:
         return getattr(self.model.config, "is_time_conditioned", False)
 
-    def encode(self, tokens: Tensor, is_valid: Tensor, time: Tensor) -> Tensor:
-        # Packed rows are rarely padded, and attention without a mask is the faster kernel.
-        attention_mask = None if bool(is_valid.all()) else is_valid.to(torch.int64)
+    def encode(
+        self, tokens: Tensor, is_valid: Tensor, time: Tensor, document: Tensor | None = None
+    ) -> Tensor:
+        if document is not None and bool((document != document[:, :1]).any()):
+            inputs = self._isolating(document)
+        else:
+            # Packed rows are rarely padded, and attention without a mask is the faster kernel.
+            mask = None if bool(is_valid.all()) else is_valid.to(torch.int64)
+            inputs = {"attention_mask": mask}
+            self._attend_by(self._own_attention)
         condition = {"time": time} if self.is_time_conditioned else {}
         encoder = self.model if self._head is None else self.model.base_model
-        output = encoder(input_ids=tokens, attention_mask=attention_mask, **condition)
+        output = encoder(input_ids=tokens, **inputs, **condition)
         return output.logits if self._head is None else output.last_hidden_state
+
+    def _isolating(self, document: Tensor) -> dict[str, Any]:
+        """What the model is given where rows hold several documents [B, L]."""
+        config = self.model.config
+        check_isolation(config, origin="the model")
+        kernel = self._kernel or best_kernel(self.model, document.device)
+        self._attend_by(IMPLEMENTATIONS[kernel])
+        has_window = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+        inputs = under_rule(
+            whole_documents(document),
+            kernel,
+            batch_size=len(document),
+            length=document.shape[1],
+            device=document.device,
+            window=config.sliding_window if has_window else None,
+        )
+        is_behind = config.model_type in _POSITIONS_BEHIND_PADDING
+        first = config.pad_token_id + 1 if is_behind else 0
+        return {"position_ids": positions_in_document(document) + first, **inputs}
+
+    def _attend_by(self, implementation: str) -> None:
+        """Set one of transformers' attention functions."""
+        if implementation != self._attention:
+            self.model.set_attn_implementation(implementation)
+            self._attention = implementation
 
     def freeze_unused(self) -> list[str]:
         """Exclude from training what no logit depends on, such as a pooler; returns the names.

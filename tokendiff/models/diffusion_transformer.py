@@ -23,7 +23,9 @@ from transformers import (
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+_OWN_ATTENTION = ("sdpa", "eager")  # both are torch's scaled_dot_product_attention
 _NUM_SINUSOIDS = 256
 _TIME_SCALE = 1000.0  # the sinusoids are spaced for step numbers, and t is in [0, 1]
 
@@ -70,6 +72,8 @@ class DiffusionTransformerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["DiffusionTransformerBlock"]  # noqa: RUF012
     _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -104,6 +108,8 @@ class DiffusionTransformerModel(DiffusionTransformerPreTrainedModel):
         attention_mask: Tensor | None = None,
         time: Tensor | None = None,
         output_hidden_states: bool = False,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutput:
         """See `DiffusionTransformerForMaskedLM.forward`."""
         rows, length = input_ids.shape
@@ -116,12 +122,16 @@ class DiffusionTransformerModel(DiffusionTransformerPreTrainedModel):
                 given = None if time is None else list(time.shape)
                 raise ValueError(f"time must have shape [{rows}], one per row; got {given}")
             condition = self.embed_time(time)
-        is_seen = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-        rotation = _rotation(length, self.config, input_ids.device)
+        is_seen = attention_mask
+        if attention_mask is not None and len(attention_mask.shape) == 2:
+            is_seen = attention_mask.bool()[:, None, None, :]
+        if position_ids is None:
+            position_ids = torch.arange(length, device=input_ids.device)
+        rotation = _rotation(position_ids, self.config)
         hidden = self.embed_tokens(input_ids)
         states = [hidden]
         for layer in self.layers:
-            hidden = layer(hidden, condition, rotation, is_seen)
+            hidden = layer(hidden, condition, rotation, is_seen, **kwargs)
             states.append(hidden)
         hidden = self.norm(hidden, condition)
         return BaseModelOutput(
@@ -145,17 +155,24 @@ class DiffusionTransformerForMaskedLM(DiffusionTransformerPreTrainedModel):
         attention_mask: Tensor | None = None,
         time: Tensor | None = None,
         output_hidden_states: bool = False,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
     ) -> MaskedLMOutput:
         """Logits [B, L, V] of tokens [B, L].
 
         Args:
-            attention_mask: [B, L]; positions where it is 0 are not attended to.
+            attention_mask: [B, L]; positions where it is 0 are not attended to. Or what each
+                position sees: [B, 1, L, L] bool, or a BlockMask of flex_attention.
             time: [B] in [0, 1]; exactly where the config says `is_time_conditioned`.
+            position_ids: [B, L]; by default 0..L-1.
+            kwargs: for the attention function, where the config has one that is not torch's own.
 
         Raises:
             ValueError: a time that is missing, of another shape, or not wanted.
         """
-        output = self.model(input_ids, attention_mask, time, output_hidden_states)
+        output = self.model(
+            input_ids, attention_mask, time, output_hidden_states, position_ids, **kwargs
+        )
         return MaskedLMOutput(
             logits=self.lm_head(output.last_hidden_state), hidden_states=output.hidden_states
         )
@@ -172,9 +189,10 @@ class DiffusionTransformerBlock(GradientCheckpointingLayer):
         hidden: Tensor,
         condition: Tensor | None,
         rotation: tuple[Tensor, Tensor],
-        is_seen: Tensor | None,
+        is_seen: Any,
+        **kwargs: Any,
     ) -> Tensor:
-        hidden = self.attention(hidden, condition, rotation, is_seen)
+        hidden = self.attention(hidden, condition, rotation, is_seen, **kwargs)
         return self.mlp(hidden, condition)
 
 
@@ -190,11 +208,13 @@ class _Residual(nn.Module):
         self.branch = branch
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden: Tensor, condition: Tensor | None, *arguments: Any) -> Tensor:
+    def forward(
+        self, hidden: Tensor, condition: Tensor | None, *arguments: Any, **kwargs: Any
+    ) -> Tensor:
         if self.modulation is None:
-            return hidden + self.dropout(self.branch(self.norm(hidden), *arguments))
+            return hidden + self.dropout(self.branch(self.norm(hidden), *arguments, **kwargs))
         shift, scale, gate = self.modulation(condition)[:, None].chunk(3, dim=-1)
-        branch = self.branch(self.norm(hidden) * (1 + scale) + shift, *arguments)
+        branch = self.branch(self.norm(hidden) * (1 + scale) + shift, *arguments, **kwargs)
         return hidden + gate * self.dropout(branch)
 
 
@@ -214,19 +234,25 @@ class _FinalNorm(nn.Module):
 class _Attention(nn.Module):
     def __init__(self, config: DiffusionTransformerConfig) -> None:
         super().__init__()
+        self.config = config
         self.num_heads = config.num_attention_heads
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
-        self, hidden: Tensor, rotation: tuple[Tensor, Tensor], is_seen: Tensor | None
+        self, hidden: Tensor, rotation: tuple[Tensor, Tensor], is_seen: Any, **kwargs: Any
     ) -> Tensor:
         qkv = self.qkv(hidden).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = qkv.transpose(1, 3).unbind(2)  # each [B, heads, L, head size]
-        attended = F.scaled_dot_product_attention(
-            _rotate(query, rotation), _rotate(key, rotation), value, attn_mask=is_seen
-        )
-        return self.output(attended.transpose(1, 2).flatten(2))
+        query, key = _rotate(query, rotation), _rotate(key, rotation)
+        implementation = self.config._attn_implementation
+        if implementation in _OWN_ATTENTION:
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=is_seen)
+            return self.output(attended.transpose(1, 2).flatten(2))
+        # transformers reads this very call in the source to see that the function can be set.
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
+        attended, _ = attend(self, query, key, value, is_seen, **kwargs)  # [B, L, heads, head size]
+        return self.output(attended.flatten(2))
 
 
 class _MLP(nn.Module):
@@ -266,14 +292,19 @@ def _modulation(config: DiffusionTransformerConfig, *, parts: int) -> "_ZeroLine
     return _ZeroLinear(config.time_embedding_size, parts * config.hidden_size)
 
 
-def _rotation(
-    length: int, config: DiffusionTransformerConfig, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [L, half a head] of rotary positions (arXiv 2104.09864)."""
+def _rotation(positions: Tensor, config: DiffusionTransformerConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions (arXiv 2104.09864), for every head alike.
+
+    Args:
+        positions: [L], or [B, L].
+
+    Returns:
+        [L, half a head], or [B, 1, L, half a head].
+    """
     half = config.hidden_size // config.num_attention_heads // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=device) / half
-    positions = torch.arange(length, dtype=torch.float32, device=device)
-    angles = positions[:, None] * config.rope_theta**-exponents
+    exponents = torch.arange(half, dtype=torch.float32, device=positions.device) / half
+    angles = positions.float()[..., None] * config.rope_theta**-exponents
+    angles = angles if positions.dim() == 1 else angles[:, None]
     return angles.cos(), angles.sin()
 
 

@@ -11,7 +11,11 @@ from tokendiff.models.builtin import (
     builtin_names,
     is_builtin,
 )
-from tokendiff.models.denoiser import attend_both_ways, attend_without_window
+from tokendiff.models.denoiser import (
+    attend_both_ways,
+    attend_without_window,
+    check_isolation,
+)
 from tokendiff.models.families import CAUSAL_TYPES
 from tokendiff.models.pretrained import (
     check_length,
@@ -51,17 +55,19 @@ def plan_model(
     max_length: int,
     is_causal: bool,
     from_scratch: bool = False,
+    isolates_documents: bool = False,
     field: str = MODEL_FIELD,
 ) -> ModelPlan:
     """What `load_denoiser`, or `load_causal_denoiser` if `is_causal`, would load; no weight is
     read.
 
     Args:
+        isolates_documents: of the rows; every causal model hides their documents from each other.
         field: of the config that gave the name.
 
     Raises:
-        InputError: no such model, one that does not go with the tokenizer or the objective, or one
-            that is too short for max_length.
+        InputError: no such model, one that does not go with the tokenizer, the objective or rows of
+            isolated documents, or one that is too short for max_length.
     """
     check_mask_token(tokenizer)
     name, vocab_size = model_name_or_path, len(tokenizer)
@@ -78,6 +84,8 @@ def plan_model(
                 config.pad_token_id = tokenizer.pad_token_id
     is_new = from_scratch or is_builtin(name)
     check_length(config, name, field=field, max_length=max_length)
+    if isolates_documents and not is_causal:
+        check_isolation(config, origin=f"{field} {name!r}")
     if not is_new:
         check_weights(name, field=field, remedy=NO_WEIGHTS)
     return ModelPlan(

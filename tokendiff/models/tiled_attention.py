@@ -65,6 +65,8 @@ def tiled_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     tiles: tuple[Tile, ...] = (),
+    window_tiles: tuple[Tile, ...] = (),
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention in the form that transformers calls it by (`ALL_ATTENTION_FUNCTIONS`).
@@ -74,10 +76,13 @@ def tiled_attention(
         key, value: [B, key heads, KV, D].
         attention_mask: not read; the model is given one so that it makes none of its own.
         tiles: from `tiles_of`, a keyword argument of the model's forward.
+        window_tiles: the same for its layers with a `sliding_window`, where they have other masks.
 
     Returns:
         [B, Q, heads, D], and no weights.
     """
+    if window_tiles and sliding_window is not None:
+        tiles = window_tiles
     # Only a mask-free kernel takes grouped keys on every device.
     groups = query.shape[1] // key.shape[1]
     if groups > 1:

@@ -1,9 +1,10 @@
 """The plain next-token loss of a causal language model.
 
-    L = sum over documents and i of -ln p(x_{i+1} | x_1 .. x_i)
+    L = sum over documents and targets x_{i+1} of -ln p(x_{i+1} | x_1 .. x_i)
 
 The first token of a document (or of the row, where the row goes on with one) is told from nothing
 and is not counted. This is the one objective whose logits at a position are for the next token.
+Where only answers are targets, the sum is exactly -ln p(answers | what stands before each).
 """
 
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Autoregressive:
 
 @torch.no_grad()
 def row_nats(model: CausalDenoiser, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """The negative log-likelihood of each row.
+    """The negative log-likelihood of each row's targets, given what stands before each.
 
     Returns:
         nats [B] float64, and the number of tokens [B] int64 that they are of.
@@ -61,10 +62,10 @@ def row_nats(model: CausalDenoiser, batch: TokenBatch) -> tuple[Tensor, Tensor]:
 
 
 def _next_tokens(model: CausalDenoiser, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states [N, D] of the tokens that have a next one in their document, those next ones
-    [N], and the rows [N] they are in.
+    """Hidden states [N, D] of the tokens whose next one in their document is a target, those next
+    ones [N], and the rows [N] they are in.
     """
     document = batch.document
     hidden = model.encode(batch.tokens, positions_in_document(document), causal(document))
-    has_next = (document[:, 1:] == document[:, :-1]) & batch.is_valid[:, 1:]
-    return hidden[:, :-1][has_next], batch.tokens[:, 1:][has_next], has_next.nonzero()[:, 0]
+    is_counted = (document[:, 1:] == document[:, :-1]) & batch.is_target[:, 1:]
+    return hidden[:, :-1][is_counted], batch.tokens[:, 1:][is_counted], is_counted.nonzero()[:, 0]

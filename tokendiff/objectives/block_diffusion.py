@@ -77,7 +77,7 @@ class BlockDiffusion:
 
     def _is_target(self, rows: BlockRows) -> Tensor:
         # A literal mask token in the text is context, never a target.
-        return rows.is_valid & (rows.tokens != self.kernel.mask_token_id)
+        return rows.is_target & (rows.tokens != self.kernel.mask_token_id)
 
     def loss_at(
         self, model: CausalDenoiser, rows: BlockRows, is_masked: Tensor, t: Tensor

@@ -68,9 +68,9 @@ class BlockRefinement:
         return block_rows(batch, block_length=self.block_length, fill_token_id=fill)
 
     def is_target(self, rows: BlockRows) -> Tensor:
-        """[B, W] what is trained on: all but padding, the prompt, and a literal mask token."""
+        """[B, W] what is trained on: the targets, but for the prompt and a literal mask token."""
         is_prompt = rows.is_text & (rows.source < self.prompt_length)
-        return rows.is_valid & ~is_prompt & (rows.tokens != self.mask_token_id)
+        return rows.is_target & ~is_prompt & (rows.tokens != self.mask_token_id)
 
     def loss(self, model: CausalDenoiser, batch: TokenBatch, generator: RowGenerator) -> LossOutput:
         rows = self.rows(batch)

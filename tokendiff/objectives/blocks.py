@@ -4,7 +4,8 @@ Decoding starts a document at position 0 and goes on block after block of the sa
 that a document ends in is full of masks all the same. So positions and blocks start anew with each
 document of a row, and its last block is filled up with EOS: a model that only ever saw as many
 masks there as there were tokens left would have learnt to read the end of a text off their number.
-What a row cuts off has no end, and is not filled up.
+What a row cuts off has no end, and is not filled up. The filling is a target where the document's
+last token is one: behind the end of an answer, but not behind a question that nothing answers.
 """
 
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class BlockRows:
         block: [B, W] which block of its document a position is in.
         ordinal: [B, W] which block of the row.
         source: [B, W] place in the row that was given; -1 for filling and padding.
+        is_target: [B, W] as in TokenBatch; False on padding.
     """
 
     tokens: Tensor
@@ -38,6 +40,7 @@ class BlockRows:
     block: Tensor
     ordinal: Tensor
     source: Tensor
+    is_target: Tensor
 
     @property
     def is_valid(self) -> Tensor:
@@ -68,11 +71,11 @@ def block_rows(batch: TokenBatch, *, block_length: int, fill_token_id: int | Non
     """
     document, tokens = batch.document, batch.tokens
     place = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    source = place.masked_fill(~batch.is_valid, -1)
+    source, is_target = place.masked_fill(~batch.is_valid, -1), batch.is_target
     if fill_token_id is not None:
-        document, source = _filled(batch, block_length, fill_token_id)
-        taken = tokens.gather(1, source.clamp(min=0))
-        tokens = torch.where(source >= 0, taken, fill_token_id)
+        document, source, nearest = _filled(batch, block_length, fill_token_id)
+        tokens = torch.where(source >= 0, tokens.gather(1, nearest), fill_token_id)
+        is_target = is_target.gather(1, nearest) & (document >= 0)
     position = positions_in_document(document)
     is_start = (position % block_length == 0) & (document >= 0)
     return BlockRows(
@@ -82,6 +85,7 @@ def block_rows(batch: TokenBatch, *, block_length: int, fill_token_id: int | Non
         block=position // block_length,
         ordinal=(is_start.cumsum(1) - 1).clamp(min=0),
         source=source,
+        is_target=is_target,
     )
 
 
@@ -109,8 +113,10 @@ def mask_exactly(
     return is_masked, in_block.double() / num_masked.double()
 
 
-def _filled(batch: TokenBatch, block_length: int, eos: int) -> tuple[Tensor, Tensor]:
-    """Document and source of each place once last blocks are filled up."""
+def _filled(batch: TokenBatch, block_length: int, eos: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Document and source of each place once last blocks are filled up; and the place whose token
+    it is, which on filling is that of the document's last token.
+    """
     document, is_valid = batch.document, batch.is_valid
     index = document.clamp(min=0)
     counts = torch.zeros(len(document), int(document.max()) + 1, dtype=torch.long)
@@ -128,6 +134,9 @@ def _filled(batch: TokenBatch, block_length: int, eos: int) -> tuple[Tensor, Ten
     is_padding = found == stops.shape[1]
     found = found.clamp(max=stops.shape[1] - 1)
     position = place - (stops - filled).gather(1, found)
-    is_text = ~is_padding & (position < lengths.gather(1, found))
-    source = (lengths.cumsum(1) - lengths).gather(1, found) + position
-    return found.masked_fill(is_padding, -1), source.masked_fill(~is_text, -1)
+    size = lengths.gather(1, found)
+    is_text = ~is_padding & (position < size)
+    first = (lengths.cumsum(1) - lengths).gather(1, found)
+    nearest = first + torch.minimum(position, size - 1)
+    source = nearest.masked_fill(~is_text, -1)
+    return found.masked_fill(is_padding, -1), source, nearest.clamp(min=0)

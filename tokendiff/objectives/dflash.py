@@ -43,7 +43,8 @@ class Blocks:
         tokens: [B, A K] the anchor's token, then masks, for each of A anchors.
         positions: [B, L + A K] in the document: of the row's tokens, then of the blocks'.
         targets: [B, A, K - 1] the tokens behind the anchor; anything where there is none.
-        is_target: [B, A, K - 1] whether the text goes on that far.
+        is_target: [B, A, K - 1] whether the text, or the answer that the block is in, goes on that
+            far.
     """
 
     tokens: Tensor
@@ -149,7 +150,7 @@ class DFlash:
         is_target = (
             is_anchor[:, :, None]
             & (places < length)
-            & batch.is_valid[row, within]
+            & batch.is_target[row, within]
             & (batch.document[row, within] == batch.document[row, anchors[:, :, None]])
         )
         text = batch.tokens[row, within]
@@ -161,7 +162,8 @@ class DFlash:
             tokens=tokens.flatten(1),
             positions=torch.cat([position, of_blocks.flatten(1)], dim=1),
             targets=text[:, :, 1:],
-            is_target=is_target[:, :, 1:],
+            # What follows an answer is not drafted, nor is what lies behind that.
+            is_target=is_target[:, :, 1:].long().cumprod(-1).bool(),
         )
 
     def _hidden(
@@ -184,18 +186,18 @@ def draw_anchors(
 ) -> tuple[Tensor, Tensor]:
     """Places for anchors, without repetition, uniform over those of the row that can be one.
 
-    An anchor has a token before it (decoding starts from a prompt) and one behind it, both of its
-    document. A row draws from its own generator, so its anchors do not depend on the rows beside
-    it.
+    An anchor has a token before it (decoding starts from a prompt) and a target behind it, both of
+    its document: in chats the last token of a question can be an anchor, the last of an answer
+    cannot. A row draws from its own generator, so its anchors do not depend on the rows beside it.
 
     Returns:
         anchors [B, A] in rising order, and [B, A] whether there is one: a row that has fewer than
         the others is filled up with 0. A is at least 1.
     """
     document, length = batch.document, batch.tokens.shape[1]
-    same_as_next = torch.zeros_like(batch.is_valid)
-    same_as_next[:, :-1] = (document[:, 1:] == document[:, :-1]) & batch.is_valid[:, 1:]
-    can_be = same_as_next & (positions_in_document(document) > 0)
+    has_target = torch.zeros_like(batch.is_valid)
+    has_target[:, :-1] = (document[:, 1:] == document[:, :-1]) & batch.is_target[:, 1:]
+    can_be = has_target & (positions_in_document(document) > 0)
     counts = can_be.sum(1).clamp(max=num_anchors)
     most = max(1, int(counts.max()))
     score = generator.uniform(length).masked_fill(~can_be, torch.inf)

@@ -47,21 +47,21 @@ class MDLM:
         uniform = generator.uniform(batch.tokens.shape[1])
         # A literal mask token in the text has no likelihood under SUBS: it is context, never a
         # target.
-        is_target = batch.is_valid & (batch.tokens != self.kernel.mask_token_id)
+        is_target = batch.is_target & (batch.tokens != self.kernel.mask_token_id)
         x_t = self.kernel.corrupt(batch.tokens, t, uniform=uniform, is_noisable=is_target)
         return self.loss_at(model, batch, x_t, t)
 
     def loss_at(self, model: Denoiser, batch: TokenBatch, x_t: Tensor, t: Tensor) -> LossOutput:
         """The loss at given times t [B] and noisy tokens x_t [B, L]; nothing is drawn here."""
         x_0, mask = batch.tokens, self.kernel.mask_token_id
-        is_target = batch.is_valid & (x_0 != mask)
+        is_target = batch.is_target & (x_0 != mask)
         is_masked = is_target & (x_t == mask)
         at = is_masked.nonzero(as_tuple=True)
         share = 1.0 - self.min_time
         return masked_loss(
             model.head,
             MaskedTokens(
-                hidden=model.encode(x_t, batch.is_valid, t)[at],
+                hidden=model.encode(x_t, batch.is_valid, t, batch.isolated)[at],
                 targets=x_0[at],
                 row=at[0],
                 weight=share * self.kernel.masked_loss_weight(t)[at[0]],

@@ -80,7 +80,7 @@ class TokenNoiseDiffusion:
             t, slope = self.kernel.warped_time(u, min_time=self.min_time)
         else:
             t, slope = self.min_time + (1.0 - self.min_time) * u, torch.ones_like(u)
-        is_target = batch.is_valid & (batch.tokens != self.kernel.mask_token_id)
+        is_target = batch.is_target & (batch.tokens != self.kernel.mask_token_id)
         uniform = generator.uniform(batch.tokens.shape[1])
         x_t = self.kernel.corrupt(batch.tokens, t, uniform=uniform, is_noisable=is_target)
         return self.loss_at(model, batch, x_t, t, slope)
@@ -95,10 +95,10 @@ class TokenNoiseDiffusion:
                 an integral and leaves it out.
         """
         mask = self.kernel.mask_token_id
-        is_target = batch.is_valid & (batch.tokens != mask)
+        is_target = batch.is_target & (batch.tokens != mask)
         at = is_target.nonzero(as_tuple=True)
         row = at[0]
-        hidden = model.encode(x_t, batch.is_valid, t)[at]
+        hidden = model.encode(x_t, batch.is_valid, t, batch.isolated)[at]
         x_0, z = batch.tokens[at], x_t[at]
         columns = [x_0, z, t[row], slope[row]]
         if self.lambda_conf > 0.0:

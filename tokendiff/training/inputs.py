@@ -85,6 +85,7 @@ def check_inputs(config: "TrainConfig", data: TokenData) -> None:
         max_length=data.max_length,
         is_causal=config.objective.is_causal,
         from_scratch=config.from_scratch,
+        isolates_documents=data.isolates_documents,
         field=field,
     )
     if not config.from_scratch:

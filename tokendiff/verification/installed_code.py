@@ -230,8 +230,7 @@ def estimate(toy: ToyLanguage) -> float:
     rows = toy.clean.repeat_interleave(num_points, 0)
     nats, _ = row_bounds(
         ExactDenoiser(toy),
-        rows,
-        torch.ones_like(rows).bool(),
+        TokenBatch(tokens=rows, is_valid=torch.ones_like(rows).bool()),
         _EvenNumbers(
             keys=torch.zeros(len(rows), dtype=torch.int64),
             points=(points + 0.5 / num_points).repeat(len(toy.clean), 1),
@@ -298,7 +297,9 @@ class _LogitsDenoiser:
     def __init__(self, logits: Tensor) -> None:
         self._logits = logits
 
-    def encode(self, tokens: Tensor, is_valid: Tensor, time: Tensor) -> Tensor:
+    def encode(
+        self, tokens: Tensor, is_valid: Tensor, time: Tensor, document: Tensor | None = None
+    ) -> Tensor:
         return self._logits
 
     def head(self, hidden: Tensor) -> Tensor:

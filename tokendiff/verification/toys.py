@@ -83,7 +83,9 @@ class ExactDenoiser:
     def __init__(self, toy: ToyLanguage) -> None:
         self._toy = toy
 
-    def encode(self, tokens: Tensor, is_valid: Tensor, time: Tensor) -> Tensor:
+    def encode(
+        self, tokens: Tensor, is_valid: Tensor, time: Tensor, document: Tensor | None = None
+    ) -> Tensor:
         hidden = torch.empty(*tokens.shape, VOCAB_SIZE, dtype=torch.float64)
         times, which = time.unique(return_inverse=True)
         for index, t in enumerate(times.tolist()):
