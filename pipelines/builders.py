@@ -49,6 +49,7 @@ def preprocess_stage(
         )
 
     def check(stage: Stage) -> None:
+        from tokendiff.data.preprocess import check_chats
         from tokendiff.data.rows import KIND
         from tokendiff.data.tokenizers import check_tokenizer
 
@@ -56,6 +57,7 @@ def preprocess_stage(
             check_claim(stage.output, kind=KIND)
         if stage.has_inputs and not stage.is_done:  # a tokenizer may be one of them
             check_tokenizer(tokenizer)
+            check_chats(config.preprocess, tokenizer)
 
     def result(stage: Stage) -> dict[str, Any]:
         metadata = load_manifest(stage.output).metadata

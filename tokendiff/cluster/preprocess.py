@@ -63,8 +63,8 @@ def preprocess(
     Args:
         tokenizer_name_or_path: as `data.tokenizers.build_tokenizer` takes it.
         output_dir: a URI, or a folder that every node sees under the same path.
-        fill_answers: of conversations, where the config leaves it open; see
-            `tokendiff.data.chat_documents.ChatOptions`.
+        fill_answers: of conversations; see `tokendiff.data.chat_documents.ChatOptions`. The config
+            says so too, where it is not left open for the objective to decide.
         on_event: hears "warning" and "progress", in this process.
 
     Raises:
@@ -128,7 +128,7 @@ def _chat_options(
         dataset_format=dataset_format,
         train_on=config.train_on,
         too_long=config.too_long,
-        fills_answers=fill_answers if config.fill_answers is None else config.fill_answers,
+        fills_answers=fill_answers,
     )
 
 

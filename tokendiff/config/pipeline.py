@@ -90,7 +90,9 @@ class Config(Section):
 
     @property
     def fill_answers(self) -> bool:
-        """Whether answers are filled up, where the preprocess section leaves it open."""
+        """Whether answers are filled up: as the preprocess section or else the objective has it."""
+        if self.preprocess.fill_answers is not None:
+            return self.preprocess.fill_answers
         return self.train.objective.name in ("mdlm", "udlm", "hybrid")
 
     def check_pipeline(self) -> None:

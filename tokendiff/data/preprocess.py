@@ -26,15 +26,21 @@ from tokendiff.data.packing import (
 from tokendiff.data.partition import Partition
 from tokendiff.data.sources import (
     dummy_rows,
+    find_dataset_format,
+    holds_chats,
     read_conversations,
     read_documents,
     sample_records,
 )
+from tokendiff.data.templates import ChatRenderer, read_template
+from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.diffusion.interfaces import Figures, OnProgress, unwatched
 from tokendiff.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from tokendiff.config.preprocess import PreprocessConfig
 
 SPLITS = ("train", "heldout")
 ROW_GROUP_ROWS = 512
@@ -182,6 +188,23 @@ def is_heldout(content: bytes, heldout_fraction: float) -> bool:
     """Whether a document is kept for evaluation, by the hash of what it says."""
     digest = hashlib.blake2b(content, digest_size=8).digest()
     return int.from_bytes(digest, "big") < heldout_fraction * 2**64
+
+
+def check_chats(config: "PreprocessConfig", tokenizer_name_or_path: str) -> None:
+    """Check, before anything starts, that conversations can be written out.
+
+    Raises:
+        InputError: there is no such template, it does not work, or there is none.
+    """
+    template = None if config.chat_template is None else read_template(config.chat_template)
+    if not holds_chats(config):
+        return
+    name = tokenizer_name_or_path
+    if name == "bpe":  # is trained on the conversations; its words have no part in this
+        name = "bytes"
+    tokenizer, _ = build_tokenizer(name, documents=(), vocab_size=config.vocab_size)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    ChatRenderer(tokenizer=tokenizer).check(find_dataset_format(config))
 
 
 def training_text(partitions: Sequence[Partition], heldout_fraction: float) -> Iterator[str]:

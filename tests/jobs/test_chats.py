@@ -1,0 +1,148 @@
+"""Instruction tuning by the jobs: chats to shards, each objective trained and judged on answers."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobs import evaluate, generate, pipeline, preprocess, train
+from tests import ROOT
+from tests.builders import objective_names
+from tokendiff.artifacts.manifest import load_manifest
+from tokendiff.data.rows import TokenData
+
+TEMPLATE = ["--chat_template", str(ROOT / "pipelines" / "chat.jinja")]
+BYTES = ["--tokenizer_name_or_path", "bytes", "--max_length", "64"]
+MODELS = {
+    "mdlm": "builtin:bert-tiny",
+    "udlm": "builtin:dit-tiny",
+    "hybrid": "builtin:bert-tiny",
+}
+
+
+def write_chats(folder: Path, count: int = 120) -> list[str]:
+    lines = []
+    for number in range(count):
+        user = {"role": "user", "content": f"{number}"}
+        said = {"role": "assistant", "content": f"{number % 10}"}
+        lines.append(json.dumps({"messages": [user, said]}))
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    return ["--dataset_name", "jsonl", "--data_files", str(folder / "*.jsonl")]
+
+
+def result_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return result
+
+
+@pytest.mark.parametrize("objective", [name for name in objective_names() if name != "dflash"])
+def test_every_objective_learns_answers_and_is_judged_by_them(
+    objective: str,
+    in_this_process: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    common = ["--enabled", "false", "--json"]
+    out = tmp_path / "out"
+    model = MODELS.get(objective, "builtin:qwen3-tiny")
+    steps = ["--max_train_steps", "4", "--logging_steps", "2", "--output_dir", str(out)]
+    flags = ["--objective", objective, "--model_name_or_path", model, *BYTES, *TEMPLATE]
+    assert train.main([*flags, *write_chats(tmp_path), *steps, *common]) == 0
+    data = TokenData.open(out / "data", split="heldout")
+    rows = data.read_group(0)
+    fills = objective in MODELS
+    chats = load_manifest(out / "data").metadata["chats"]
+    assert (chats["dataset_format"], chats["fills_answers"]) == ("messages", fills)
+    assert data.isolates_documents
+    assert (rows.num_filler.sum() > 0) == fills
+    capsys.readouterr()
+    judge = ["--checkpoint_path", str(out / "final"), "--output_dir", str(tmp_path / "judged")]
+    assert evaluate.main([*judge, "--num_mask_samples", "1", *common]) == 0
+    judged = result_of(capsys)
+    assert np.isfinite(judged["nats_per_token"])
+    # Of each answer a digit, and EOS; all else is given, or fills up.
+    assert judged["num_tokens"] == 2 * data.manifest.metadata["splits"]["heldout"]["documents"]
+
+
+def test_answers_are_drawn_by_the_template_that_was_trained(
+    in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    flags = ["--objective", "ar", "--model_name_or_path", "builtin:qwen3-tiny", *BYTES, *TEMPLATE]
+    steps = ["--max_train_steps", "2", "--output_dir", str(out), "--enabled", "false"]
+    assert train.main([*flags, *write_chats(tmp_path), *steps]) == 0
+    chat = ["--use_chat_template", "--add_generation_prompt", "--prompt", "7"]
+    drawn = [
+        *("--sampler", "ar", "--max_new_tokens", "4", "--num_samples", "1"),
+        *("--output_dir", str(tmp_path / "drawn")),
+    ]
+    assert generate.main(["--checkpoint_path", str(out / "final"), *chat, *drawn]) == 0
+    (record,) = map(json.loads, next((tmp_path / "drawn").glob("part-*")).read_text().splitlines())
+    assert record["num_prompt_tokens"] == len("user: 7\nassistant: ")
+
+
+def test_preprocessing_shows_the_format_and_an_example(
+    in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*write_chats(tmp_path), *BYTES, *TEMPLATE, "--enabled", "false"]
+    assert preprocess.main([*flags, "--output_dir", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"dataset_format +messages\n", printed)
+    assert "user: 0\nassistant: [[0[EOS]]]" in printed
+    (tmp_path / "other.jinja").write_text("{{ messages[0].content }}")
+    other = [*flags[: -len(TEMPLATE) - 2], "--chat_template", str(tmp_path / "other.jinja")]
+    again = [*other, "--enabled", "false", "--output_dir", str(tmp_path / "out")]
+    assert preprocess.main(again) == 2
+    assert "of another config or of other input" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], "dataset_format messages: the tokenizer has no chat template; give one"),
+        (["--chat_template", "nowhere.jinja"], "chat_template nowhere.jinja: cannot be read"),
+        (["--dataset_format", "alpaca"], "alpaca needs the columns 'instruction', 'output', but"),
+        (["--dataset_format", "text", "--train_on", "all"], "train_on 'all' has no effect with"),
+        (["--dataset_format", "sharegpt", "--text_column", "a"], "text_column 'a' has no effect"),
+    ],
+)
+def test_what_chats_cannot_be_made_of_is_told(
+    flags: list[str],
+    says: str,
+    in_this_process: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = [*write_chats(tmp_path), *BYTES, *flags, "--output_dir", str(tmp_path / "out")]
+    assert preprocess.main([*command, "--enabled", "false"]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_key_changes_with_what_decides_the_rows_of_chats_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = write_chats(tmp_path)[-1]
+    (tmp_path / "chat.jinja").write_text(Path(TEMPLATE[1]).read_text())
+
+    def key(*changes: str, template: str = "chat.jinja") -> str:
+        overrides = [
+            *("name=x", f"root={tmp_path}/root", "preprocess.dataset_name=jsonl"),
+            *(f"preprocess.data_files=[{files}]", "preprocess.dataset_split=train"),
+            f"preprocess.chat_template={tmp_path / template}",
+            *("preprocess.tokenizer_name_or_path=bytes", "train.lora_rank=null", *changes),
+            "train.model_name_or_path=builtin:qwen3-tiny",
+        ]
+        words = [word for text in overrides for word in ("-o", text)]
+        assert pipeline.main(["plan", "pipelines/instruct.yaml", *words, "--json"]) == 0
+        stages = result_of(capsys)["stages"]
+        return str(next(stage["key"] for stage in stages if stage["stage"] == "preprocess"))
+
+    first = key()
+    assert key("train.max_train_steps=999") == first
+    assert key("preprocess.train_on=all") != first
+    assert key("preprocess.fill_answers=true") != first
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    assert key() != first
