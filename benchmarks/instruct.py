@@ -96,6 +96,7 @@ def answers(name: str, folder: Path, questions: list[str]) -> list[str]:
         "generate",
         *("--checkpoint_path", str(folder / name / "after" / "final"), *sampler),
         *("--prompts", str(prompts), "--num_samples", "1", "--max_new_tokens", "64"),
+        *("--temperature", "0"),
         *("--use_chat_template", "--add_generation_prompt", "--output_dir", str(out)),
     )
     lines = [line for path in sorted(out.glob("part-*")) for line in path.read_text().splitlines()]

@@ -23,7 +23,7 @@ def save_real_model(folder: Path) -> None:
     Raises:
         ModuleNotFoundError: a package is missing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     spec = importlib.util.find_spec(PACKAGES[0])
     if spec is None or spec.origin is None:
@@ -31,7 +31,7 @@ def save_real_model(folder: Path) -> None:
     source = Path(spec.origin).parent
     quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=_NAME, dtype=torch.float32)
     # What was opened from GGUF refuses to be saved: its config says that it is quantized.
-    config = type(quantized.config)(
+    config = LlamaConfig(
         **{
             name: value
             for name, value in quantized.config.to_dict().items()

@@ -343,6 +343,8 @@ def test_answers_are_filled_up_to_a_drawn_length(tmp_path: Path) -> None:
     fillers = np.concatenate([part.num_filler for part in parts])
     lengths = np.concatenate([part.lengths for part in parts])
     for part in parts:
+        assert part.is_target is not None
+        assert part.num_filler is not None
         stops = np.cumsum(part.lengths)
         for stop, filler in zip(stops, part.num_filler, strict=True):
             assert (part.tokens[stop - filler - 1 : stop] == tokenizer.eos_token_id).all()

@@ -186,6 +186,14 @@ def test_the_commands_run_as_a_chain(
     (tmp_path / "chats").mkdir()
     messages = [[{"role": "user", "content": "Which licence is this?"}]]
     pq.write_table(pa.table({"messages": messages}), tmp_path / "chats" / "one.parquet")
+    talks = [(f"What is said {number}th?", text) for number, text in enumerate(TEXT)]
+    chats = [
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        for asked, said in talks
+    ]
+    lines = [json.dumps({"messages": chat}) for chat in chats]
+    (tmp_path / "chats" / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "questions.jsonl").write_text('{"prompt": "Which licence is this?"}\n')
     (RemotePath(s3) / "prompts" / "a.jsonl").write_bytes(b'{"prompt": "the work"}\n')
     (tmp_path / "corpus").mkdir()
     for number, text in enumerate(TEXT):

@@ -538,7 +538,7 @@ def test_isolated_documents_are_what_each_is_alone(model_type: str, kernel: Any)
     """
     if (model_type, kernel) == ("gpt2", "flex"):
         pytest.skip("transformers gives GPT-2 no flex_attention; on CUDA it attends by tiles")
-    fields = {"local_attention": 4} if model_type == "modernbert" else {}
+    fields: dict[str, Any] = {"local_attention": 4} if model_type == "modernbert" else {}
     model = tiny_model(model_type, **fields)
     denoiser = TransformersDenoiser(model, vocab_size=VOCAB, attention_kernel=kernel)
     tokens, document, time = packed_rows()

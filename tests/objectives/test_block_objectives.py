@@ -352,12 +352,11 @@ def test_packed_documents_do_not_see_each_other(name: str) -> None:
 def test_the_loss_does_not_depend_on_how_rows_are_spread(name: str) -> None:
     objective, model = OBJECTIVES[name], tiny_model().double()
     first = packed_batch()
-    batch = TokenBatch(
-        **{
-            field: torch.cat([getattr(first, field), getattr(first, field).roll(1, 0)])
-            for field in ("tokens", "is_valid", "document")
-        }
+    tokens, is_valid, document = (
+        torch.cat([field, field.roll(1, 0)])
+        for field in (first.tokens, first.is_valid, first.document)
     )
+    batch = TokenBatch(tokens=tokens, is_valid=is_valid, document=document)
     strata = strata_of(5, torch.arange(4), 4)
     generator = RowGenerator.for_rows(0, torch.arange(4), strata=strata)
 

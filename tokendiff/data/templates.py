@@ -214,7 +214,8 @@ class ChatRenderer:
         )
         if rendered[0] != text:
             raise RenderError("the chat template writes it otherwise with its answers marked")
-        return [self._with_end(text, start, stop) for start, stop in spans[0]]
+        answers: Any = spans[0]
+        return [self._with_end(text, start, stop) for start, stop in answers]
 
     def _with_end(self, text: str, start: int, stop: int) -> tuple[int, int]:
         """The span of an answer, with the special token behind it: what ends the turn."""

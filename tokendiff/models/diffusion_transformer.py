@@ -250,7 +250,7 @@ class _Attention(nn.Module):
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=is_seen)
             return self.output(attended.transpose(1, 2).flatten(2))
         # transformers reads this very call in the source to see that the function can be set.
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)  # type: ignore[arg-type]
         attended, _ = attend(self, query, key, value, is_seen, **kwargs)  # [B, L, heads, head size]
         return self.output(attended.flatten(2))
 
