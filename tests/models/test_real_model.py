@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_nats_of_the_answers_are_those_of_transformers(model: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
     messages = [{"role": role, "content": content} for role, content in TALK]
     whole = tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]
     talk = Conversation(messages=tuple(Message(role=r, content=c) for r, c in TALK))

@@ -206,7 +206,8 @@ class ChatRenderer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         plain = [{"role": message.role, "content": message.content} for message in messages]
-        rendered, spans = render_jinja_template(
+        render: Any = render_jinja_template  # its annotation names the first of two results
+        rendered, spans = render(
             conversations=[plain],
             chat_template=self.tokenizer.get_chat_template(),
             return_assistant_tokens_mask=True,
@@ -214,8 +215,7 @@ class ChatRenderer:
         )
         if rendered[0] != text:
             raise RenderError("the chat template writes it otherwise with its answers marked")
-        answers: Any = spans[0]
-        return [self._with_end(text, start, stop) for start, stop in answers]
+        return [self._with_end(text, start, stop) for start, stop in spans[0]]
 
     def _with_end(self, text: str, start: int, stop: int) -> tuple[int, int]:
         """The span of an answer, with the special token behind it: what ends the turn."""
