@@ -12,7 +12,7 @@ from benchmarks.real_model import is_installed, save_real_model
 from tokendiff.data.chats import Conversation, Message
 from tokendiff.data.templates import ChatRenderer
 from tokendiff.diffusion.interfaces import TokenBatch
-from tokendiff.models.opening import load_causal_denoiser
+from tokendiff.models.causal_denoiser import TransformersCausalDenoiser
 from tokendiff.objectives.autoregressive import row_nats
 
 pytestmark = [
@@ -53,9 +53,7 @@ def test_nats_of_the_answers_are_those_of_transformers(model: Path) -> None:
     with torch.no_grad():
         labels = tokens.masked_fill(~is_target, -100)
         expected = float(reference(tokens, labels=labels).loss) * int(is_target.sum())
-    ours = load_causal_denoiser(
-        str(model), tokenizer=tokenizer, max_length=len(whole), from_scratch=False, dropout=0.0
-    )
+    ours = TransformersCausalDenoiser(reference, vocab_size=len(tokenizer))
     batch = TokenBatch(tokens=tokens, is_valid=torch.ones_like(is_target), is_target=is_target)
     nats, num_tokens = row_nats(ours, batch)
     assert int(num_tokens) == int(is_target.sum())
