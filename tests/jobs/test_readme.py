@@ -186,7 +186,7 @@ def test_the_commands_run_as_a_chain(
     (tmp_path / "chats").mkdir()
     messages = [[{"role": "user", "content": "Which licence is this?"}]]
     pq.write_table(pa.table({"messages": messages}), tmp_path / "chats" / "one.parquet")
-    talks = [(f"What is said {number}th?", text) for number, text in enumerate(TEXT)]
+    talks = [(f"What is said {number}th?", text) for number, text in enumerate(TEXT * 4)]
     chats = [
         [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
         for asked, said in talks
