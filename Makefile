@@ -46,6 +46,7 @@ lint: setup  ## ruff and mypy
 bench: setup  ## speed and memory against the published formulation; decoding; what Ray costs
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.isolation
 	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.dflash
 	$(BIN)/python -m benchmarks.overhead

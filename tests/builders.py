@@ -250,6 +250,44 @@ class PairDenoiser:
         return hidden
 
 
+class AnswerDenoiser:
+    """The exact x_theta of the first and the last of three tokens under any noise, the one between
+    them being given.
+
+    Args:
+        probabilities: [V, V, V].
+        kernel: whose q_t(z | x) the noise of the two follows.
+    """
+
+    is_time_conditioned = True
+
+    def __init__(self, probabilities: np.ndarray, kernel: ForwardKernel) -> None:
+        self.table = torch.tensor(probabilities, dtype=torch.float64)
+        self.kernel = kernel
+
+    def encode(
+        self, tokens: Tensor, is_valid: Tensor, time: Tensor, document: Tensor | None = None
+    ) -> Tensor:
+        one_hot = torch.eye(len(self.table), dtype=torch.float64).expand(len(tokens), -1, -1)
+        q = self.kernel.marginal(one_hot, time)
+        first, last = (
+            q.gather(2, tokens[:, at, None, None].expand(-1, q.shape[1], 1))[..., 0]
+            for at in (0, 2)
+        )
+        given = self.table[:, tokens[:, 1]].transpose(0, 1)  # [B, V, V]
+        beliefs = [
+            torch.einsum("bij,bj->bi", given, last),
+            torch.einsum("bij,bi->bj", given, first),
+        ]
+        beliefs = [belief / belief.sum(-1, keepdim=True) for belief in beliefs]
+        # Of what is given nobody asks.
+        nothing = torch.full_like(beliefs[0], torch.nan)
+        return torch.stack([beliefs[0], nothing, beliefs[1]], dim=1).log()
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
 def tiny_causal(
     model_type: str = "qwen3", *, vocab_size: int = 48, seed: int = 0, **changes: Any
 ) -> Any:

@@ -1,0 +1,315 @@
+"""Losses of answers given their prompts, for every objective: what is noised, what is counted, what
+has a gradient; and against enumerated tables over (prompt, answer).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.builders import AnswerDenoiser
+from tests.models.test_models import tiny_denoiser
+from tests.objectives import test_dflash as drafts
+from tests.objectives.test_block_objectives import EOS, MASK, V, packed_batch, tiny_model
+from tokendiff.diffusion.interfaces import TokenBatch
+from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
+from tokendiff.diffusion.random import RowGenerator, key_from, strata_of
+from tokendiff.diffusion.schedules import Cosine, LogLinear
+from tokendiff.evaluation.bound import row_bounds
+from tokendiff.objectives.autoregressive import Autoregressive, row_nats
+from tokendiff.objectives.block_diffusion import BlockDiffusion
+from tokendiff.objectives.block_refinement import BlockRefinement
+from tokendiff.objectives.blocks import block_rows
+from tokendiff.objectives.dflash import DFlash, draw_anchors
+from tokendiff.objectives.mdlm import MDLM
+from tokendiff.objectives.token_noise import TokenNoiseDiffusion
+from tokendiff.verification.oracles import entropy, toy_language
+
+ABSORBING = AbsorbingKernel(schedule=Cosine(), mask_token_id=MASK)
+UNIFORM = UniformKernel(schedule=Cosine(), vocab_size=V, mask_token_id=MASK)
+HYBRID = HybridKernel(vocab_size=V, mask_token_id=MASK, p_uniform=0.2, gamma=1.0)
+BLOCKS: dict[str, Any] = {"block_length": 4, "eos_token_id": EOS}
+WHOLE_ROWS: dict[str, Any] = {
+    "mdlm": MDLM(kernel=ABSORBING),
+    "mdlm, confidence": MDLM(kernel=ABSORBING, lambda_conf=0.5),
+    "udlm": TokenNoiseDiffusion(kernel=UNIFORM),
+    "hybrid": TokenNoiseDiffusion(kernel=HYBRID, lambda_conf=0.5),
+    "hybrid, cross-entropy": TokenNoiseDiffusion(kernel=HYBRID, loss_type="cross_entropy"),
+}
+BY_BLOCKS: dict[str, Any] = {
+    "block_refinement 2d": BlockRefinement(mask_token_id=MASK, lambda_conf=0.5, **BLOCKS),
+    "block_refinement 4d": BlockRefinement(
+        mask_token_id=MASK, attention_mask_mode="4d", clean_context=True, **BLOCKS
+    ),
+    "block_diffusion": BlockDiffusion(kernel=ABSORBING, **BLOCKS),
+    "block_diffusion, exact": BlockDiffusion(kernel=ABSORBING, exact_mask_counts=True, **BLOCKS),
+}
+OBJECTIVES = {**WHOLE_ROWS, **BY_BLOCKS, "ar": Autoregressive()}
+every_objective = pytest.mark.parametrize("name", OBJECTIVES)
+
+
+def chats() -> TokenBatch:
+    """Two rows of packed documents; some answers lie in the middle of a document, one runs over a
+    block's end, and of the documents that are filled up one ends with an answer and one does not.
+    """
+    batch = packed_batch()
+    is_target = torch.zeros_like(batch.is_valid)
+    is_target[0, 2:7] = is_target[0, 9] = is_target[0, 14:] = True
+    is_target[1, 5:9] = True  # its last document, of 10 tokens, ends without one
+    return replace(batch, is_target=is_target)
+
+
+def draws(num_rows: int = 2) -> RowGenerator:
+    ids = torch.arange(num_rows)
+    return RowGenerator.for_rows(key_from(4), ids, strata=strata_of(key_from(4), ids, num_rows))
+
+
+@dataclass
+class Watched:
+    """A model whose hidden states can be asked for their gradient."""
+
+    model: Any
+
+    def encode(self, tokens: Tensor, *args: Any) -> Tensor:
+        self.tokens = tokens
+        self.states: Tensor = self.model.encode(tokens, *args).detach().requires_grad_()
+        return self.states
+
+    def head(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.model.head(hidden)
+        return logits
+
+
+def model_for(name: str) -> Any:
+    return tiny_denoiser("bert", vocab_size=V) if name in WHOLE_ROWS else tiny_model()
+
+
+def may_be_counted(name: str, batch: TokenBatch) -> Tensor:
+    """[B, W] by plain loops: where states may have a gradient, W being as long as the objective
+    makes its rows.
+    """
+    if name == "ar":
+        shifted = torch.zeros_like(batch.is_target)
+        shifted[:, :-1] = batch.is_target[:, 1:] & (batch.document[:, 1:] == batch.document[:, :-1])
+        return shifted
+    if name in WHOLE_ROWS or name == "block_refinement 2d":
+        return batch.is_target
+    rows = []
+    for row in range(len(batch.tokens)):
+        expected: list[bool] = []
+        for index in range(int(batch.document[row].max()) + 1):
+            places = (batch.document[row] == index).nonzero()[:, 0].tolist()
+            of_text = [bool(batch.is_target[row, place]) for place in places]
+            is_filled = int(batch.tokens[row, places[-1]]) == EOS
+            expected += of_text + [of_text[-1]] * (-len(places) % 4 if is_filled else 0)
+        rows.append(expected)
+    width = max(map(len, rows))
+    return torch.tensor([row + [False] * (width - len(row)) for row in rows])
+
+
+@every_objective
+def test_states_of_prompt_tokens_have_no_gradient_and_prompts_stay_clean(name: str) -> None:
+    batch, objective = chats(), OBJECTIVES[name]
+    watched = Watched(model_for(name))
+    output = objective.loss(watched, batch, draws())
+    (gradient,) = torch.autograd.grad(output.loss_sum, watched.states)
+    may = may_be_counted(name, batch)
+    if "refinement" in name:
+        may = may.repeat(2, 1)  # both views
+    rows, width = may.shape
+    has_gradient = gradient.ne(0.0).any(-1)
+    assert not bool((has_gradient[:, :width] & ~may).any())
+    assert not bool(has_gradient[:, width:].any())  # of the clean half, where there is one
+    assert bool(has_gradient.any())
+    if name != "ar":
+        clean = batch.tokens
+        if name in BY_BLOCKS and name != "block_refinement 2d":
+            clean = block_rows(batch, block_length=4, fill_token_id=EOS).tokens
+        clean = clean.repeat(rows // 2, 1)
+        assert torch.equal(watched.tokens[:, :width][~may], clean[~may])
+        assert bool((watched.tokens[:, :width] != clean)[may].any())
+
+
+@every_objective
+def test_an_answer_is_noised_as_it_is_where_all_is_a_target(name: str) -> None:
+    """The same numbers, drawn in the same order; how many tokens are masked exactly is another
+    matter, since it depends on how many there are.
+    """
+    if name in ("ar", "block_diffusion, exact"):
+        pytest.skip("nothing is drawn, or what is drawn is a number of targets")
+    batch, objective, watched = chats(), OBJECTIVES[name], Watched(model_for(name))
+    may = may_be_counted(name, batch)
+    noisy = []
+    for each in (batch, replace(batch, is_target=batch.is_valid)):
+        objective.loss(watched, each, draws())
+        noisy.append(watched.tokens[: len(may), : may.shape[1]])
+    assert torch.equal(noisy[0][may], noisy[1][may])
+    assert not torch.equal(noisy[0], noisy[1])
+
+
+@every_objective
+def test_the_loss_of_a_row_is_that_of_its_targets_and_of_no_targets_is_nothing(name: str) -> None:
+    batch, objective, model = chats(), OBJECTIVES[name], model_for(name)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    only_first = batch.is_target.clone()
+    only_first[1] = False
+    generator = draws()
+    both = objective.loss(model, replace(batch, is_target=only_first), generator)
+    alone = TokenBatch(
+        tokens=batch.tokens[:1],
+        is_valid=batch.is_valid[:1],
+        document=batch.document[:1],
+        is_target=batch.is_target[:1],
+    )
+    expected = objective.loss(model, alone, generator.select(torch.tensor([0])))
+    torch.testing.assert_close(both.loss_sum, expected.loss_sum, rtol=1e-4, atol=1e-5)
+    assert int(both.num_tokens) == int(expected.num_tokens)
+    none = objective.loss(model, replace(batch, is_target=torch.zeros_like(only_first)), generator)
+    assert float(none.loss_sum.detach()) == 0.0
+    assert float(none.num_tokens) == 0.0
+    gradients = torch.autograd.grad(none.loss_sum, parameters, materialize_grads=True)
+    assert all(bool((gradient == 0.0).all()) for gradient in gradients)
+
+
+@every_objective
+def test_isolated_documents_are_told_to_the_denoiser(name: str) -> None:
+    """In rows of isolated documents no loss depends on a neighbour; otherwise a denoiser's does."""
+    if name not in WHOLE_ROWS:
+        pytest.skip("a causal model isolates documents whatever the rows say")
+    batch, objective, model = chats(), OBJECTIVES[name], model_for(name)
+    is_target = batch.is_target & (batch.document == 0)
+    other = torch.where(batch.document > 0, 2 + batch.tokens % (V - 2), batch.tokens)
+    for isolates in (True, False):
+        losses = [
+            objective.loss(
+                model,
+                replace(batch, tokens=tokens, is_target=is_target, isolates_documents=isolates),
+                draws(),
+            ).loss_sum.detach()
+            for tokens in (batch.tokens, other)
+        ]
+        assert torch.equal(losses[0], losses[1]) == isolates
+
+
+# Enumerated tables over (answer, prompt, answer).
+
+KERNELS: dict[str, Callable[[], tuple[ForwardKernel, Any]]] = {
+    "absorbing": lambda: _of(AbsorbingKernel(schedule=LogLinear(), mask_token_id=2), MDLM),
+    "uniform": lambda: _of(
+        UniformKernel(schedule=LogLinear(), vocab_size=4, mask_token_id=2), TokenNoiseDiffusion
+    ),
+    "hybrid": lambda: _of(
+        HybridKernel(vocab_size=4, mask_token_id=2, p_uniform=0.2, gamma=1.0), TokenNoiseDiffusion
+    ),
+}
+
+
+def _of(kernel: Any, objective: Any) -> tuple[ForwardKernel, Any]:
+    return kernel, objective(kernel=kernel, min_time=1e-4)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_loss_and_bound_of_the_exact_denoiser_are_the_conditional_entropy(name: str) -> None:
+    """The prompt stands between the two tokens of its answer."""
+    kernel, objective = KERNELS[name]()
+    table = toy_language(4, 3, 2, seed=1, concentration=2.0)
+    exact = entropy(table) - entropy(table.sum((0, 2)))
+    rows = torch.tensor(np.argwhere(table > 0))
+    weight = torch.tensor(table[table > 0])
+    copies = 800
+    tokens = rows.repeat_interleave(copies, 0)
+    is_target = torch.tensor([True, False, True]).expand_as(tokens)
+    batch = TokenBatch(tokens=tokens, is_valid=torch.ones_like(tokens).bool(), is_target=is_target)
+    generator = RowGenerator.for_rows(0, torch.arange(len(tokens)))
+    model = AnswerDenoiser(table, kernel)
+    nats, num_tokens = row_bounds(model, batch, generator, kernel=kernel, num_mask_samples=8)
+    assert set(num_tokens.tolist()) == {2}
+    drawn = nats.view(len(rows), copies)
+    error = float((weight**2 * drawn.var(1) / copies).sum().sqrt())
+    assert error < 0.02 * exact
+    mean = float((weight * drawn.mean(1)).sum())
+    assert abs(mean - exact) < 4 * error + 0.001 * exact
+    assert abs(mean - entropy(table)) > 20 * error  # which a prompt that counts would give
+
+    chosen = torch.multinomial(weight, 20000, True, generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(len(chosen))
+    spread = RowGenerator.for_rows(key_from(0), ids, strata=strata_of(key_from(1), ids, len(ids)))
+    drawn_batch = TokenBatch(
+        tokens=rows[chosen],
+        is_valid=torch.ones(len(ids), 3, dtype=torch.bool),
+        is_target=is_target[: len(ids)],
+    )
+    loss = objective.loss(model, drawn_batch, spread)
+    assert int(loss.num_tokens) == 2 * len(ids)
+    assert float(loss.loss_sum / len(ids)) == pytest.approx(exact, rel=0.05)
+
+
+def test_ar_is_the_likelihood_of_the_answers() -> None:
+    """Each document by itself through the transformers model, summed by plain loops."""
+    batch, denoiser = chats(), tiny_model()
+    nats, num_tokens = row_nats(denoiser, batch)
+    for row in range(2):
+        expected, count = 0.0, 0
+        for index in range(int(batch.document[row].max()) + 1):
+            places = (batch.document[row] == index).nonzero()[:, 0]
+            with torch.no_grad():
+                logits = tiny_model().model(input_ids=batch.tokens[row, places][None]).logits[0]
+            log_p = logits.double().log_softmax(-1)
+            for at in range(1, len(places)):
+                if batch.is_target[row, places[at]]:
+                    expected -= float(log_p[at - 1, batch.tokens[row, places[at]]])
+                    count += 1
+        assert float(nats[row]) == pytest.approx(expected, rel=1e-5)
+        assert int(num_tokens[row]) == count
+
+
+# Drafts.
+
+
+def draft_chats() -> TokenBatch:
+    batch = drafts.some_batch()
+    is_target = torch.zeros_like(batch.is_valid)
+    is_target[0, 3:6] = is_target[0, 7:9] = is_target[0, 12:] = True
+    is_target[1, 0] = is_target[1, 2] = is_target[1, 7:12] = True
+    return replace(batch, is_target=is_target)
+
+
+def allowed_anchors(batch: TokenBatch) -> list[list[int]]:
+    """Those with a target behind them."""
+    return [
+        [place for place in places if batch.is_target[row, place + 1]]
+        for row, places in enumerate(drafts.every_anchor())
+    ]
+
+
+def test_anchors_lie_where_a_target_follows() -> None:
+    batch = draft_chats()
+    anchors, is_anchor = draw_anchors(batch, RowGenerator.for_rows(0, torch.arange(3)), 64)
+    drawn = [row[chosen].tolist() for row, chosen in zip(anchors, is_anchor, strict=True)]
+    assert drawn == allowed_anchors(batch)
+    assert drawn[2] == []  # a row without targets
+
+
+def test_a_drafts_loss_ends_with_the_answer_that_its_block_is_in() -> None:
+    trainee, batch = drafts.tiny_trainee(), draft_chats()
+    objective = DFlash(block_size=drafts.BLOCK, mask_token_id=drafts.MASK)
+    output = objective.loss_at(trainee, batch, *drafts.as_tensors(allowed_anchors(batch)))
+    expected, total, count = 0.0, 0.0, 0
+    for row, anchor, nll, _ in drafts.plain_blocks(trainee):
+        if anchor not in allowed_anchors(batch)[row]:
+            continue
+        for k, value in enumerate(nll):
+            if not batch.is_target[row, anchor + 1 + k]:
+                break
+            expected += float(objective.weights[k]) * value
+            total, count = total + float(objective.weights[k]), count + 1
+    assert float(output.loss_sum.detach()) == pytest.approx(expected, rel=1e-6)
+    assert float(output.num_tokens) == pytest.approx(total)
+    assert int(output.metrics["draft_accuracy"][1]) == count
+    none = replace(batch, is_target=torch.zeros_like(batch.is_target))
+    nothing = objective.loss(trainee, none, RowGenerator.for_rows(0, torch.arange(3)))
+    assert float(nothing.loss_sum.detach()) == float(nothing.num_tokens) == 0.0
