@@ -77,15 +77,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return RayInOneProcess(config, log)
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """The process that runs all tests on Ray is the last to end, and waits much: beside others it
-    goes first.
-    """
-    is_beside_others = "PYTEST_XDIST_WORKER" in os.environ
-    if is_beside_others and item.get_closest_marker("ray") is None and os.nice(0) == 0:
-        os.nice(10)
-
-
 @functools.cache
 def _shared_by(path: Path) -> dict[str, str]:
     """Of the functions in a file of tests, those that take `ray_session` or the `head` of a
