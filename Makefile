@@ -35,7 +35,9 @@ quickstart: setup  ## train, sample and evaluate a small model: minutes on two c
 	$(BIN)/python -m jobs.pipeline run pipelines/quickstart.yaml
 
 # Here and not in pyproject.toml, so that a single test runs in one process, at once and with --pdb.
+# Compiled once: many processes import this, and where Python may not keep bytecode each compiles it.
 test: setup  ## the test suite on TEST_WORKERS=4 processes; PYTEST_ARGS="-m 'not slow'" for a part of it
+	@$(BIN)/python -m compileall -q benchmarks jobs pipelines tests tokendiff
 	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
 
 lint: setup  ## ruff and mypy

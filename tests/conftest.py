@@ -60,8 +60,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # there is none without pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Every test by itself to the process that is free, but all tests that use Ray to one, so that
-    it starts once; and all that submit jobs to one, for the same reason.
+    """Every test by itself to the process that is free, but all tests of a folder that use Ray to
+    one, so that it starts once; and those of the other fixtures that take long to make.
 
     `--dist loadgroup` would do, but the groups of pytest-xdist 3.8 are lost under pytest 9.2. The
     process that hands tests out knows no more of them than their ids.
@@ -72,22 +72,24 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             path, _, test = nodeid.partition("::")
             shared = _shared_by(config.rootpath / path).get(test.split("[")[0])
-            return nodeid if shared is None else shared
+            # Two of Ray, since one after the other its tests take longer than all the rest.
+            return nodeid if shared is None else f"{shared} of {Path(path).parent}"
 
     return RayInOneProcess(config, log)
 
 
+_LONG_TO_MAKE = ("ray_session", "head", "history", "portable_failures")
+
+
 @functools.cache
 def _shared_by(path: Path) -> dict[str, str]:
-    """Of the functions in a file of tests, those that take `ray_session` or the `head` of a
-    cluster that jobs are submitted to, and which.
-    """
+    """Of the functions in a file of tests, those that take a fixture of `_LONG_TO_MAKE`, and which."""
     functions = [f for f in ast.walk(ast.parse(path.read_text())) if isinstance(f, ast.FunctionDef)]
     return {
         f.name: argument.arg
         for f in functions
         for argument in f.args.args
-        if argument.arg in ("ray_session", "head")
+        if argument.arg in _LONG_TO_MAKE
     }
 
 

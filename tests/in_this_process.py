@@ -1,11 +1,12 @@
 """Jobs in the process of the test: what Ray would start other processes for is done here.
 
-That takes a fifth of the time. It is for tests that are not about Ray; others show that Ray changes
-no result. TESTS_ON_RAY=1 leaves it to Ray all the same.
+That takes a fifth of the time. It is for tests, and parts of tests, that are not about Ray; others
+show that Ray changes no result. TESTS_ON_RAY=1 leaves it to Ray all the same.
 """
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,11 +87,17 @@ def remote_here(*args: Any, **kwargs: Any) -> Any:
 
 
 @pytest.fixture
-def in_this_process(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
+def in_this_process(request: pytest.FixtureRequest) -> Iterator[None]:
     if "TESTS_ON_RAY" in os.environ:
         request.getfixturevalue("ray_session")
+    with jobs_here():
+        yield
+
+
+@contextmanager
+def jobs_here() -> Iterator[None]:
+    """Jobs that run inside this block run in this process, unless TESTS_ON_RAY is set."""
+    if "TESTS_ON_RAY" in os.environ:
         yield
         return
     node = {"Alive": True, "NodeID": _NODE_ID, "NodeManagerAddress": "127.0.0.1"}
@@ -107,6 +114,7 @@ def in_this_process(
         # Threads that spin take the cores from the tests beside this one.
         "torch.set_num_threads": lambda num_threads: None,
     }
-    for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(name, stand_in)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        for name, stand_in in stand_ins.items():
+            patch.setattr(name, stand_in)
+        yield

@@ -15,6 +15,7 @@ import pytest
 
 from tests import ROOT
 from tests.builders import letter_tokenizer, random_rows, token_folder
+from tests.in_this_process import jobs_here
 from tokendiff.artifacts.locations import Location, RemotePath, files_under
 from tokendiff.artifacts.manifest import load_manifest
 from tokendiff.config.cluster import ClusterConfig
@@ -199,7 +200,8 @@ def test_too_many_errors_stop_it_and_to_a_uri_it_writes_the_same(
         return events
 
     with pytest.raises(InputError, match=r"prompts cannot be used, more than max_errors 1; the "):
-        run(1)
+        with jobs_here():
+            run(1)
     made = contents(out)
     assert made
     assert "MANIFEST.json" not in files_under(out)
@@ -215,7 +217,9 @@ def test_too_many_errors_stop_it_and_to_a_uri_it_writes_the_same(
     assert run(4) == []  # it is finished
 
 
-def test_no_prompt_of_use_is_a_failure(ray_session: None, checkpoint: Path, tmp_path: Path) -> None:
+def test_no_prompt_of_use_is_a_failure(
+    in_this_process: None, checkpoint: Path, tmp_path: Path
+) -> None:
     from tokendiff.cluster.generate import generate
 
     (tmp_path / "prompts.jsonl").write_text("[]\n{}\n")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.builders import letter_tokenizer, random_rows, token_folder
+from tests.in_this_process import jobs_here
 from tokendiff.artifacts.manifest import load_manifest
 from tokendiff.config.cluster import ClusterConfig
 from tokendiff.config.evaluate import EvaluateConfig
@@ -138,7 +139,8 @@ def test_a_worker_killed_in_mid_run_costs_nothing_but_time(
     # Cut off between the last checkpoint and final/: no step is left to take, and final/ is made.
     weights = (final / "model.safetensors").read_bytes()
     shutil.rmtree(final)
-    train(train_config(), CLUSTER, data_path=data_path, output_dir=out, on_event=log.write)
+    with jobs_here():
+        train(train_config(), CLUSTER, data_path=data_path, output_dir=out, on_event=log.write)
     assert (final / "model.safetensors").read_bytes() == weights
 
 
@@ -149,8 +151,9 @@ def test_divergence_is_not_retried(
 
     out = log.path.parent.parent
     config = train_config(learning_rate=1e30, max_train_steps=40, checkpointing_steps=1)
+    one = CLUSTER.model_copy(update={"num_workers": 1})
     with pytest.raises(FloatingPointError, match=r"stopped before the optimiser step"):
-        train(config, CLUSTER, data_path=data_path, output_dir=out, on_event=log.write)
+        train(config, one, data_path=data_path, output_dir=out, on_event=log.write)
     assert len([e for e in read_events(log.path) if e["event"] == "start"]) == 1
 
 
@@ -207,7 +210,8 @@ def test_samples_survive_a_killed_actor_and_do_not_depend_on_their_number(
     other = generate_config(seed=1)
     with pytest.raises(InputError, match="holds samples of another checkpoint, config or prompts"):
         generate(other, one, checkpoint_path=checkpoint, output_dir=folder, on_event=log.write)
-    generate(config, one, checkpoint_path=checkpoint, output_dir=folder, on_event=log.write)
+    with jobs_here():
+        generate(config, one, checkpoint_path=checkpoint, output_dir=folder, on_event=log.write)
     assert read_samples(folder) == killed
     assert (folder / "part-00003.jsonl").stat().st_mtime_ns == kept
     with pytest.raises(InputError, match="holds samples of another checkpoint, config or prompts"):
@@ -215,7 +219,7 @@ def test_samples_survive_a_killed_actor_and_do_not_depend_on_their_number(
 
 
 def test_prompts_are_kept_and_parquet_holds_the_same(
-    ray_session: None, log: RunLog, tmp_path: Path, plain_run: tuple[dict[int, float], Path]
+    in_this_process: None, log: RunLog, tmp_path: Path, plain_run: tuple[dict[int, float], Path]
 ) -> None:
     from tokendiff.cluster.generate import generate
 
@@ -278,13 +282,14 @@ def test_evaluation_is_that_of_one_process_and_writes_a_report(
 
     cluster = ClusterConfig(cpus_per_worker=0.5)
     checkpoint = plain_run[1]
-    generate(
-        generate_config(),
-        cluster,
-        checkpoint_path=str(checkpoint),
-        output_dir=tmp_path / "samples",
-        on_event=log.write,
-    )
+    with jobs_here():
+        generate(
+            generate_config(),
+            cluster,
+            checkpoint_path=str(checkpoint),
+            output_dir=tmp_path / "samples",
+            on_event=log.write,
+        )
     config = EvaluateConfig(batch_size=7, num_mask_samples=3)
     out = tmp_path / "evaluation"
     evaluate(

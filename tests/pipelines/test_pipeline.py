@@ -256,9 +256,8 @@ def train_flags(folder: Path, *, steps: int) -> list[str]:
     ]
 
 
-@pytest.mark.ray
 def test_train_from_flags_preprocesses_first_and_resumes(
-    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     assert train_job.main(train_flags(tmp_path, steps=3)) == 0

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from tokendiff.artifacts.locations import Location, local_copy, location, open_binary
 from tokendiff.artifacts.manifest import Manifest, fetch, fingerprint, load_manifest, verify
 from tokendiff.data.order import RowOrder
-from tokendiff.diffusion.interfaces import Figures, TokenBatch
 from tokendiff.errors import CorruptFileError, InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from tokendiff.config.train import TrainConfig
+    from tokendiff.diffusion.interfaces import Figures, TokenBatch
 
 KIND = "tokens"
 _LEAST_ROWS_TO_JUDGE = 2  # of fewer there is no standard error
@@ -84,7 +85,7 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def first(self, count: int) -> Figures:
+    def first(self, count: int) -> "Figures":
         """How many the first `count` rows are (fewer, where there are fewer), and their tokens."""
         lengths = self.lengths[:count]
         return len(lengths), int(lengths.sum())
@@ -92,8 +93,13 @@ class TokenRows:
     def take(self, index: np.ndarray | slice) -> "TokenRows":
         return replace(self, **{name: getattr(self, name)[index] for name in _ARRAYS})
 
-    def batch(self, device: torch.device | str = "cpu") -> TokenBatch:
+    def batch(self, device: "torch.device | str" = "cpu") -> "TokenBatch":
         """All of them as an objective takes them."""
+        # Here, since Ray Train's manager of datasets imports this module, and torch takes seconds.
+        import torch
+
+        from tokendiff.diffusion.interfaces import TokenBatch
+
         columns = (self.tokens, self.lengths, self.is_start, self.is_target)
         return TokenBatch.of_rows(
             *(torch.as_tensor(column, device=device) for column in columns),
