@@ -343,18 +343,19 @@ def _stage(
 
 
 def _training_log(checkpoint_path: str) -> list[dict[str, Any]]:
-    """The metrics of the run that made a checkpoint; none where there is no log beside it."""
-    return _metrics_in(
-        find_checkpoint(checkpoint_path, hashes=False).parent / RECORD_FOLDER / LOG_NAME
-    )
+    """The metrics of the run that made a checkpoint, and then those of its held-out rows; none where
+    there is no log beside it.
+    """
+    path = find_checkpoint(checkpoint_path, hashes=False).parent / RECORD_FOLDER / LOG_NAME
+    return [*_metrics_in(path), *_metrics_in(path, event="heldout")]
 
 
-def _metrics_in(path: Location) -> list[dict[str, Any]]:
+def _metrics_in(path: Location, *, event: str = "metrics") -> list[dict[str, Any]]:
     if isinstance(path, Path):
-        return metrics_by_step(path)
+        return metrics_by_step(path, event=event)
     with tempfile.NamedTemporaryFile() as copy:
         Path(copy.name).write_bytes(path.read_bytes() if path.is_file() else b"")
-        return metrics_by_step(Path(copy.name))
+        return metrics_by_step(Path(copy.name), event=event)
 
 
 def _data_files(config: Config) -> list[str]:

@@ -25,7 +25,8 @@ from tokendiff.data.sources import plan_partitions, read_documents
 from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.models.opening import load_denoiser
-from tokendiff.training.run import TrainingRun, finished_run, step_plan
+from tokendiff.training.identity import finished_run
+from tokendiff.training.run import TrainingRun, step_plan
 from tokendiff.training.world import World
 
 

@@ -9,6 +9,7 @@ is written.
         adapters.safetensors                 what is trained, where that is adapters, which the
         ema_adapters.safetensors             weights above hold merged
         optimizer.safetensors trainer_state.json
+        heldout.json                         the best evaluation so far, where the run is watched
         MANIFEST.json                        size and sha256 of every file, written last
 
 `final/` is the same without the training state; its weights are the averaged ones where the run
@@ -38,6 +39,8 @@ from tokendiff.errors import CorruptFileError, InputError
 
 KIND = "checkpoint"
 FINAL = "final"
+# In the metadata, where the best weights are kept: the step that final/ would be of, or is of.
+BEST_STEP = "best_step"
 EMA_WEIGHTS = "ema.safetensors"
 ADAPTERS, EMA_ADAPTERS = "adapters.safetensors", "ema_adapters.safetensors"
 _PREFIX = "checkpoint-"
@@ -112,15 +115,17 @@ def newest_sound_checkpoint(
 
 
 def remove_old_checkpoints(output_dir: Location, *, newest: int, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints up to step `newest`, which was just saved.
+    """Delete all but the `keep` newest checkpoints up to step `newest`, which was just saved, and
+    those that one of them names as its best: final/ may be made of it.
 
     Later ones are damaged (or the run would have gone on from them), and are deleted too, as are
     temporary folders that a killed run left.
     """
     folders = committed_checkpoints(output_dir)
     sound = [folder for folder in folders if step_of(folder) <= newest][-keep:]
+    best = {load_manifest(folder).metadata.get(BEST_STEP) for folder in sound}
     for folder in folders:
-        if folder not in sound:
+        if folder not in sound and step_of(folder) not in best:
             # Without its manifest the folder no longer counts, however far the deletion gets.
             remove(folder, first=MANIFEST_NAME)
     if isinstance(output_dir, Path):

@@ -354,7 +354,7 @@ def evaluate(
     Args:
         data_path: token shards; None takes those that the checkpoint was trained on.
         samples_path: a samples folder, or None to leave the generation metrics out.
-        training_log: the "metrics" events of the training run, for the curves.
+        training_log: the "metrics" and "heldout" events of the training run, for the curves.
 
     Raises:
         InputError: a path does not hold what it should, or the data has another tokenizer.

@@ -31,12 +31,9 @@ from tokendiff.cluster.stopping import (
 )
 from tokendiff.data.rows import TokenData, step_plan
 from tokendiff.errors import CorruptFileError, InputError, first_line
+from tokendiff.training.identity import check_same_run, finished_run
 from tokendiff.training.inputs import check_inputs
-from tokendiff.training.run import (
-    TrainingRun,
-    check_same_run,
-    finished_run,
-)
+from tokendiff.training.run import TrainingRun
 from tokendiff.training.trainer import OnEvent
 from tokendiff.training.world import World
 

@@ -148,6 +148,11 @@ class Config(Section):
             )
         if self.preprocess.heldout_fraction == 1.0:
             problems.append("preprocess.heldout_fraction 1.0 leaves nothing to train on; lower it")
+        if self.train.eval_steps is not None and self.preprocess.heldout_fraction == 0.0:
+            problems.append(
+                f"train.eval_steps {self.train.eval_steps}: preprocess.heldout_fraction 0 keeps no "
+                "rows to evaluate on; raise that, or leave eval_steps out"
+            )
         if rows < self.cluster.num_workers:
             problems.append(
                 f"cluster.num_workers {self.cluster.num_workers} exceeds the {rows} rows of a "

@@ -109,6 +109,28 @@ class TrainConfig(Section):
     )
     logging_steps: int = operational(10, ge=1, description="steps between log lines")
 
+    eval_steps: int | None = Field(
+        None,
+        ge=1,
+        description="steps between evaluations on held-out rows, with one before training and one "
+        "at the last step; by default there are none",
+    )
+    max_eval_rows: int = Field(
+        256,
+        ge=2,
+        description="held-out rows of an evaluation at most; its forward passes cost about a third "
+        "of training on as many rows",
+    )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        description="evaluations in a row that may fail to improve on the best one, by more than "
+        "the standard error of the paired difference, before training ends",
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="weights that final/ gets: of the last step, or of the best evaluation"
+    )
+
     @model_validator(mode="after")
     def _fields_agree(self) -> "TrainConfig":
         if (
@@ -157,6 +179,13 @@ class TrainConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _evaluations_are_used(self) -> "TrainConfig":
+        if self.eval_steps is None:
+            names = ("max_eval_rows", "early_stopping_patience", "keep")
+            self.refuse_ignored(names, "eval_steps null")
+        return self
+
     @property
     def rows_per_step(self) -> int:
         """Rows of one optimiser step over all workers: the batch that the loss is a mean over."""
@@ -168,4 +197,7 @@ class TrainConfig(Section):
         fields = {**super().result_fields(), "rows_per_step": self.rows_per_step}
         # A run without adapters is the one that it was before there were any.
         idle = [name for name in fields if name.startswith("lora_") and self.lora_rank is None]
+        if self.early_stopping_patience is None and self.keep == "last":
+            # Evaluations that decide nothing do not change the result.
+            idle += ["eval_steps", "max_eval_rows", "early_stopping_patience", "keep"]
         return {name: value for name, value in fields.items() if name not in idle}

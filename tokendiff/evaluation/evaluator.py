@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -49,7 +49,13 @@ class Evaluator:
             generator = RowGenerator.for_rows(key_from(self._config.seed, "evaluate"), ids)
             is_bf16 = self._config.mixed_precision == "bf16"
             with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_bf16):
-                row_nats, row_tokens = self._row_bounds(token_batch, generator)
+                row_nats, row_tokens = nats_by_row(
+                    self._denoiser,
+                    self.process,
+                    token_batch,
+                    generator,
+                    num_mask_samples=self._config.num_mask_samples,
+                )
             nats.append(row_nats.cpu().numpy())
             counts.append(row_tokens.cpu().numpy())
             on_progress(partial(rows.first, at + self._config.batch_size))
@@ -74,26 +80,39 @@ class Evaluator:
         # What a prompt is given stands for bytes that the bound is not of.
         return num_bytes * (self.process.prompt_length == 0)
 
-    def _row_bounds(self, batch: TokenBatch, generator: RowGenerator) -> tuple[Tensor, Tensor]:
-        if self.process is None:
-            return row_nats(self._denoiser, batch)
-        num_mask_samples = self._config.num_mask_samples
-        if self.process.block_length is not None:
-            return block_row_bounds(
-                self._denoiser,
-                batch,
-                generator,
-                process=self.process,
-                num_mask_samples=num_mask_samples,
-            )
-        return row_bounds(
-            self._denoiser,
-            batch,
-            generator,
-            kernel=self.process.kernel(),
-            prediction=self.process.prediction,
-            num_mask_samples=num_mask_samples,
+
+def nats_by_row(
+    denoiser: Any,
+    process: NoiseProcess | None,
+    batch: TokenBatch,
+    generator: RowGenerator,
+    *,
+    num_mask_samples: int,
+) -> tuple[Tensor, Tensor]:
+    """The figures of rows that evaluations are made of, those of a run in training too.
+
+    Args:
+        denoiser: a Denoiser, or a CausalDenoiser where the process has blocks, or there is none.
+        process: None of objective ar, whose likelihood is exact.
+        num_mask_samples: of `row_bounds` and `block_row_bounds`.
+
+    Returns:
+        nats [B] float64 of the whole row, and the number of tokens [B] int64 that they are of.
+    """
+    if process is None:
+        return row_nats(denoiser, batch)
+    if process.block_length is not None:
+        return block_row_bounds(
+            denoiser, batch, generator, process=process, num_mask_samples=num_mask_samples
         )
+    return row_bounds(
+        denoiser,
+        batch,
+        generator,
+        kernel=process.kernel(),
+        prediction=process.prediction,
+        num_mask_samples=num_mask_samples,
+    )
 
 
 def evaluation_rows(

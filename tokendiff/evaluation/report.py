@@ -75,6 +75,7 @@ class Report:
         summary: (label, value, note) of the headline numbers.
         explanation: plain sentences on what they mean; see `explain_bound`.
         loss_curve: (step, nats per token). A loss that is not finite is not drawn, but counted.
+        heldout_curve: (step, nats per token) of held-out rows, drawn beside the loss.
         loss_reference: (label, nats per token) of a horizontal line.
         curves: label with unit -> (step, value).
         metrics: name -> value, the whole table.
@@ -88,6 +89,7 @@ class Report:
     summary: list[tuple[str, str, str]] = field(default_factory=list)
     explanation: str = ""
     loss_curve: Points = ()
+    heldout_curve: Points = ()
     loss_reference: tuple[str, float] | None = None
     curves: Mapping[str, Points] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -150,7 +152,9 @@ def _render(report: Report) -> str:
     environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "separators": (",", ":")}
     environment.filters |= {"number": _format, "visible": _visible}
     source = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
-    loss = _chart(_LOSS_LABEL, report.loss_curve, report.loss_reference)
+    loss = _chart(
+        _LOSS_LABEL, report.loss_curve, report.loss_reference, heldout=report.heldout_curve
+    )
     others = [_chart(label, points) for label, points in report.curves.items()]
     texts = report.denoising.vocabulary.items() if report.denoising else ()
     return environment.from_string(source).render(
@@ -241,26 +245,40 @@ def _series(points: Points) -> _Series | None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Chart:
-    """A curve as the template draws it: paths in a square of 1000 by 1000, labels in percent."""
+    """A curve as the template draws it: paths in a square of 1000 by 1000, labels in percent.
+
+    Attributes:
+        heldout: line and dots of a second curve, beside the first; empty where there is none.
+    """
 
     label: str
     note: str
     line: str
     band: str
     dots: str
+    heldout: tuple[str, str] | None
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     reference: tuple[float, str] | None
 
 
-def _chart(label: str, points: Points, reference: tuple[str, float] | None = None) -> _Chart | None:
-    series = _series(points)
+def _chart(
+    label: str,
+    points: Points,
+    reference: tuple[str, float] | None = None,
+    *,
+    heldout: Points = (),
+) -> _Chart | None:
+    series, beside = _series(points), _series(heldout)
     if series is None:
         return None
     if reference is not None and not math.isfinite(reference[1]):
         reference = None
-    x_low, x_high = _widened(series.first_step, series.last_step, margin=0.0)
-    levels = [series.low.min(), series.high.max()] + ([reference[1]] if reference else [])
+    drawn = [series] if beside is None else [series, beside]
+    first, last = min(s.first_step for s in drawn), max(s.last_step for s in drawn)
+    x_low, x_high = _widened(first, last, margin=0.0)
+    levels = [level for s in drawn for level in (s.low.min(), s.high.max())]
+    levels += [reference[1]] if reference else []
     y_low, y_high = _widened(min(levels), max(levels), margin=0.06)
 
     def across(step: Any) -> Any:
@@ -273,16 +291,22 @@ def _chart(label: str, points: Points, reference: tuple[str, float] | None = Non
         pairs = zip(across(steps), down(values), strict=True)
         return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in pairs)
 
+    def dots(curve: _Series) -> str:
+        if len(curve.step) > 60:
+            return ""
+        pairs = zip(across(curve.step), down(curve.mean), strict=True)
+        return "".join(f"M{x:.1f} {y:.1f}h0" for x, y in pairs)
+
     there_and_back = np.concatenate([series.step, series.step[::-1]])
     edge = np.concatenate([series.high, series.low[::-1]])
-    dots = zip(across(series.step), down(series.mean), strict=True)
     level = (down(reference[1]) / 10, f"{reference[0]}: {reference[1]:.3f}") if reference else None
     return _Chart(
         label=label,
-        note=series.note,
+        note=series.note if beside is None else f"{series.note} Held out: {beside.note}",
         line=path(series.step, series.mean),
         band=path(there_and_back, edge) + "Z" if series.is_grouped else "",
-        dots="".join(f"M{x:.1f} {y:.1f}h0" for x, y in dots) if len(series.step) <= 60 else "",
+        dots=dots(series),
+        heldout=beside and (path(beside.step, beside.mean), dots(beside)),
         x_ticks=[(across(x) / 10, f"{x:,.10g}") for x in _ticks(x_low, x_high, 5, whole=True)],
         y_ticks=[(down(y) / 10, f"{y:,.10g}") for y in _ticks(y_low, y_high, 7)],
         reference=level,
@@ -313,6 +337,10 @@ def _loss_png(report: Report) -> bytes:
         if series := _series(report.loss_curve):
             axes.plot(series.step, series.mean, marker="o" if len(series.step) <= 60 else None)
             axes.fill_between(series.step, series.low, series.high, alpha=0.25, linewidth=0)
+        if beside := _series(report.heldout_curve):
+            marker = "o" if len(beside.step) <= 60 else None
+            axes.plot(beside.step, beside.mean, marker=marker, color="tab:green", label="held out")
+            axes.legend()
         if report.loss_reference is not None and math.isfinite(report.loss_reference[1]):
             label, value = report.loss_reference
             axes.axhline(value, color="tab:red", linestyle="--", label=f"{label}: {value:.3f}")

@@ -29,6 +29,7 @@ def make_report(
         bound: None of a draft, which has none.
         metrics: `is_exact` among them where the "bound" is the negative log-likelihood itself.
         more_tables: those of the certificate, where there is one.
+        training_log: the "metrics" and "heldout" events of the training run.
         trace: a sample on its way, or None where there is none to show.
     """
     reference, summary, explanation = None, acceptance_headline(metrics), ""
@@ -47,10 +48,11 @@ def make_report(
         subtitle=subtitle,
         summary=[*summary, *_speed(training_log), *_samples_headline(metrics)],
         explanation=explanation,
-        loss_curve=[(event["step"], event["loss"]) for event in training_log],
+        loss_curve=_curve(training_log, "loss"),
+        heldout_curve=_curve(training_log, "heldout_nats_per_token"),
         loss_reference=reference,
         curves={
-            name: [(event["step"], event[key]) for event in training_log if key in event]
+            name: _curve(training_log, key)
             for name, key in (
                 ("expected acceptance length, tokens", "expected_acceptance_length"),
                 ("the same on held-out rows, tokens", "heldout_acceptance_length"),
@@ -65,6 +67,10 @@ def make_report(
         tables=[*speculation_tables(metrics), *more_tables],
         config_yaml=config_yaml,
     )
+
+
+def _curve(training_log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(event["step"], event[key]) for event in training_log if key in event]
 
 
 def headline(
@@ -128,7 +134,7 @@ def acceptance_headline(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]
 
 
 def _speed(training_log: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    speeds = sorted(event["tokens_per_second"] for event in training_log)
+    speeds = sorted(speed for _, speed in _curve(training_log, "tokens_per_second"))
     if not speeds:
         return []
     return [

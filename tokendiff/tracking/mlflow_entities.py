@@ -52,17 +52,17 @@ def metrics_and_tags(
 ) -> tuple[list[Metric], dict[str, str]]:
     """What a log's events come to in MLflow.
 
-    Every number of a "metrics" event is a metric at the event's step and time. An infinite one
-    becomes a tag: the stores would turn it into 1.8e308. Tags are also the newest checkpoint, as a
-    URI (`folder` is what its path is relative to), the last error, and the facts of "start": a
-    later attempt may change them, and a param can never be changed.
+    Every number of a "metrics" or "heldout" event is a metric at the event's step and time. An
+    infinite one becomes a tag: the stores would turn it into 1.8e308. Tags are also the newest
+    checkpoint, as a URI (`folder` is what its path is relative to), the last error, and the facts
+    of "start": a later attempt may change them, and a param can never be changed.
     """
     metrics: list[Metric] = []
     tags: dict[str, str] = {}
     for event in events:
         fields = {key: value for key, value in event.items() if key not in ("time", "event")}
         match event["event"]:
-            case "metrics":
+            case "metrics" | "heldout":
                 step = fields.pop("step")
                 numbers = {key: value for key, value in fields.items() if _is_number(value)}
                 for key, value in numbers.items():

@@ -259,7 +259,7 @@ class _Rate:
 
 
 _ORDER = (
-    *("rows", "loss", "errors", "lr", "tokens_per_second"),
+    *("rows", "heldout_rows", "loss", "errors", "lr", "tokens_per_second"),
     *("left", "data_wait_fraction"),
 )
 _SCALES = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
@@ -290,7 +290,10 @@ def _facts(event: dict[str, Any]) -> dict[str, str]:
         shown["errors"] = (
             "{:,} unusable rows" if event.get("unit") == "bytes" else "{:,} unusable prompts"
         )
-    return {key: form.format(event[key]) for key, form in shown.items() if key in event}
+    facts = {key: form.format(event[key]) for key, form in shown.items() if key in event}
+    if "heldout_rows" in event:
+        facts["heldout_rows"] = "judging held-out rows, {:,} of {:,}".format(*event["heldout_rows"])
+    return facts
 
 
 def _describe(event: dict[str, Any]) -> str | None:
@@ -307,11 +310,29 @@ def _describe(event: dict[str, Any]) -> str | None:
             return f"checkpoint at step {event['step']}: {event['path']}"
         case "resume":
             return f"goes on from step {event['step']}"
+        case "heldout":
+            return _describe_heldout(event)
+        case "stopped_early":
+            return f"ends early after step {event['step']:,}: {event['reason']}"
         case "stopped":
             return f"stopped after step {event['step']}, which is saved"
         case "warning" | "error" as kind:
             return f"{kind}: {event['message']}"
     return None
+
+
+def _describe_heldout(event: dict[str, Any]) -> str:
+    value, unit = event.get("heldout_nats_per_token"), "nats per token"
+    if value is None:
+        value, unit = event["heldout_acceptance_length"], "tokens a block accepted"
+    figure = f"{value:.4f} ± {event['heldout_standard_error']:.4f} {unit}"
+    if "heldout_since_best" not in event:
+        return f"held-out rows before training: {figure}"
+    since_best = event["heldout_since_best"]
+    rank = f"no better than at step {event['heldout_best_step']:,}" if since_best else "the best"
+    if since_best > 1:
+        rank += f", {since_best} times in a row"
+    return f"held-out rows at step {event['step']:,}: {figure}, {rank}"
 
 
 _START_FACTS = {

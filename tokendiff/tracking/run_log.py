@@ -8,11 +8,17 @@ Each line is `{"time": unix seconds, "event": name, ...fields}`. Events, and the
     progress    done and total, counted in unit (rows, steps, bytes, ...), and tokens, those of this
                 attempt; parts of what is under way count. Preprocessing adds rows, sampling errors:
                 the prompts that could not be used
+                While held-out rows are judged, heldout_rows: [judged, all]
+    heldout     step, heldout_nats_per_token (of a draft heldout_acceptance_length) and
+                heldout_standard_error; after step 0, which is before training, also
+                heldout_best_step, and heldout_since_best, the evaluations that have not improved
+                on it
     doing       what: something that takes a while was begun
     part        part, rows, errors, new_tokens, model_calls, seconds: one part file that was sampled
     checkpoint  step, path
     resume      step
     stopped     step, the last one taken: a stop was asked for, and this step is saved
+    stopped_early  step, the last one; reason
     warning     message
     error       message
     end
@@ -21,8 +27,8 @@ Jobs tell of their progress every second or two, and a log must not grow with th
 takes: of one thing that is counted, a line is kept for each percent. The latest word always stands
 in `progress.json` beside the log, a file that is replaced.
 
-An attempt begins with "start" or "resume" at its step; metrics of later steps that earlier attempts
-wrote no longer count.
+An attempt begins with "start" or "resume" at its step; "metrics" and "heldout" of later steps that
+earlier attempts wrote no longer count.
 
 JSON has no NaN and no infinities: they are written as the strings "NaN", "Infinity" and
 "-Infinity", and the readers here turn exactly these strings back into floats. This module imports
@@ -41,6 +47,7 @@ from typing import Any, Self
 
 LOG_NAME = "log.jsonl"
 PROGRESS_NAME = "progress.json"
+_OF_STEPS = ("metrics", "heldout")  # events with figures of one step
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -141,19 +148,23 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return follow(path)[0]
 
 
-def metrics_by_step(path: Path) -> list[dict[str, Any]]:
-    """The "metrics" events that count, sorted by step; of several of one step the last."""
+def metrics_by_step(path: Path, *, event: str = "metrics") -> list[dict[str, Any]]:
+    """The events of that name that count, sorted by step; of several of one step the last.
+
+    Args:
+        event: "metrics" or "heldout".
+    """
     events = drop_superseded(read_events(path))
-    by_step = {event["step"]: event for event in events if event["event"] == "metrics"}
+    by_step = {record["step"]: record for record in events if record["event"] == event}
     return [by_step[step] for step in sorted(by_step)]
 
 
 def drop_superseded(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leave out the "metrics" events of steps that a later attempt went back behind."""
+    """Leave out the figures of steps ("metrics", "heldout") that a later attempt went back behind."""
     kept: list[dict[str, Any]] = []
     for event in events:
         if event["event"] in ("start", "resume") and "step" in event:
-            kept = [e for e in kept if e["event"] != "metrics" or e["step"] <= event["step"]]
+            kept = [e for e in kept if e["event"] not in _OF_STEPS or e["step"] <= event["step"]]
         kept.append(event)
     return kept
 

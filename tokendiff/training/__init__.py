@@ -2,11 +2,13 @@
 
 For other rooms:
     inputs            what a run starts from, checked before a cluster starts
+    identity          which run a folder holds, and whether it is finished
     run               from config and data to `checkpoint-N/` and `final/`
     trainer           the loop
     world             the workers of a run, seen from one of them
 
 Of this room alone:
     optimizer ema     AdamW with its schedule; averaged weights
-    heldout           what the run says of rows that it does not learn from
+    watching          held-out rows judged as the run goes on, the best step, an early end
+    heldout           what an unwatched draft says of rows that it does not learn from
 """

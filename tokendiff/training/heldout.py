@@ -1,7 +1,6 @@
 """What a draft in training is worth on text that it does not learn from."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -33,15 +32,8 @@ def heldout_acceptance(
     generator = RowGenerator.for_rows(key_from(seed, "evaluate"), ids)
 
     def measure() -> dict[str, float]:
-        trainee, average = trainer.denoiser, trainer.average
-        is_bf16 = trainer.config.mixed_precision == "bf16"
-        with (
-            nullcontext() if average is None else average.in_place_of_weights(),
-            torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16),
-        ):
-            trainee.eval()
+        with trainer.as_a_checkpoint() as trainee:
             blocks = blocks_by_length(objective, cast(DraftTrainee, trainee), batch, generator)
-            trainee.train()
         if not int(blocks.sum()):
             return {}  # no row has room for a block
         figures = acceptance_figures(blocks.cpu().numpy())

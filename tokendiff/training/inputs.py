@@ -11,7 +11,7 @@ import torch
 from tokendiff.artifacts.checkpoint import FINAL, committed_checkpoints
 from tokendiff.artifacts.locations import Location, location
 from tokendiff.artifacts.manifest import is_committed
-from tokendiff.data.rows import TokenData, step_plan
+from tokendiff.data.rows import TokenData, check_rows_to_judge, step_plan
 from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.errors import CorruptFileError
 from tokendiff.models.builtin import check_builtin, is_builtin
@@ -20,9 +20,9 @@ from tokendiff.models.dflash.planning import check_pair, check_rows, plan_draft
 from tokendiff.models.plans import ModelPlan, open_trainable_config, plan_model
 from tokendiff.models.pretrained import check_length, check_weights
 from tokendiff.models.vocabulary import check_vocabulary
+from tokendiff.training.identity import check_same_run
 from tokendiff.training.run import (
     add_configured_adapters,
-    check_same_run,
     make_objective,
     starting_point,
 )
@@ -70,6 +70,8 @@ def check_inputs(config: "TrainConfig", data: TokenData) -> None:
     Raises:
         InputError: they do not go together.
     """
+    if config.eval_steps is not None:
+        check_rows_to_judge(data.folder, "heldout")
     tokenizer = open_tokenizer(data.tokenizer_path, field="data_path")
     if config.objective.name == "dflash":
         draft = plan_draft(config, tokenizer=tokenizer, max_length=data.max_length)

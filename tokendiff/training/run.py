@@ -4,6 +4,7 @@ that calls it.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import torch
 
 from tokendiff.artifacts.checkpoint import (
     ADAPTERS,
+    BEST_STEP,
     EMA_ADAPTERS,
     EMA_WEIGHTS,
     FINAL,
@@ -22,13 +24,13 @@ from tokendiff.artifacts.checkpoint import (
     save_checkpoint,
 )
 from tokendiff.artifacts.locations import Location
-from tokendiff.artifacts.manifest import fetch, is_committed, load_manifest, verify
+from tokendiff.artifacts.manifest import fetch, verify
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.rows import TokenData, step_batches, step_plan
 from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.diffusion.interfaces import Objective
 from tokendiff.diffusion.kernels import AbsorbingKernel
-from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.errors import InputError
 from tokendiff.models.adapters import (
     adapter_tensors,
     add_adapters,
@@ -49,7 +51,9 @@ from tokendiff.objectives.dflash import DFlash
 from tokendiff.objectives.mdlm import MDLM
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
 from tokendiff.training.heldout import heldout_acceptance
+from tokendiff.training.identity import STOPPED_EARLY, check_same_run, finished_run, run_identity
 from tokendiff.training.trainer import Batches, OnEvent, Trainer
+from tokendiff.training.watching import Watch
 from tokendiff.training.world import World
 
 if TYPE_CHECKING:
@@ -218,68 +222,13 @@ def make_objective(
     return OBJECTIVES[config.objective.name](config.objective, process), process
 
 
-def run_identity(config: "TrainConfig", data: TokenData) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be continued: all that decides the losses but the end.
-
-    A run may be made longer. Its learning-rate schedule then follows the new end from there on, so
-    it is not the run that would have had that length from the start.
-    """
-    fields = config.result_fields()
-    del fields["max_train_steps"]
-    return {**fields, "data": data.fingerprint}
-
-
-def check_same_run(folder: Location, config: "TrainConfig", data: TokenData) -> None:
-    """Raise InputError if `folder` is a checkpoint of another run than this config and data
-    describe.
-    """
-    metadata = load_manifest(folder).metadata
-    there = metadata["run"]
-    here = run_identity(config, data)
-    differing = [
-        name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)
-    ]
-    if differing:
-        changes = "; ".join(
-            f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in differing
-        )
-        raise InputError(
-            f"output_dir {folder.parent} holds a run of another configuration ({changes}); "
-            "choose another output_dir, or delete that one"
-        )
-    if metadata["step"] > config.max_train_steps:
-        raise InputError(
-            f"output_dir {folder.parent} holds a run of {metadata['step']} steps already; "
-            f"max_train_steps {config.max_train_steps} is fewer; choose another output_dir"
-        )
-
-
-def finished_run(
-    output_dir: Location,
-    config: "TrainConfig",
-    data: TokenData,
-    *,
-    warn: Callable[[str], None] = lambda message: None,
-) -> Location | None:
-    """`final/`, if this very run is finished and every file of it is sound."""
-    final = output_dir / FINAL
-    if not is_committed(final):
-        return None
-    try:
-        verify(final, kind=KIND)
-    except CorruptFileError as error:
-        warn(f"{error}; making it again from the newest checkpoint")
-        return None
-    check_same_run(final, config, data)
-    return final if load_manifest(final).metadata["step"] == config.max_train_steps else None
-
-
 @dataclass(kw_only=True)
 class TrainingRun:
     """A trainer together with the folder that its checkpoints go to.
 
     Attributes:
         notes: what a user should know of the model that the run begins with.
+        watch: None where no held-out rows are judged.
     """
 
     trainer: Trainer
@@ -290,6 +239,7 @@ class TrainingRun:
     tokenizer: Any
     on_event: OnEvent
     measure: Callable[[], dict[str, float]] = dict
+    watch: Watch | None = None
     notes: Sequence[str] = ()
 
     @classmethod
@@ -316,10 +266,12 @@ class TrainingRun:
             on_event=on_event,
         )
         measure: Callable[[], dict[str, float]] = dict
-        if isinstance(objective, DFlash) and world.is_main:
+        watch = Watch.build(config, objective, process, data)
+        if isinstance(objective, DFlash) and world.is_main and watch is None:
             measure = heldout_acceptance(trainer, objective, data)
         return cls(
             measure=measure,
+            watch=watch,
             notes=notes,
             trainer=trainer,
             config=config,
@@ -332,10 +284,23 @@ class TrainingRun:
 
     def resume(self, checkpoint: Location) -> None:
         """Continue from a checkpoint whose manifest was verified."""
-        from safetensors.torch import load_file, load_model
+        from safetensors.torch import load_file
 
         check_same_run(checkpoint, self.config, self.data)
         folder = fetch(checkpoint)
+        self._load_weights(folder)
+        self.trainer.load_state(
+            json.loads((folder / TRAINER_STATE).read_text()), load_file(folder / OPTIMIZER_STATE)
+        )
+        if self.watch is not None:
+            self.watch.load(folder)
+        if self.trainer.world.is_main:
+            self.on_event("resume", step=self.trainer.step, checkpoint=str(checkpoint))
+
+    def _load_weights(self, folder: Path) -> None:
+        """Take the weights of a checkpoint, and the averaged ones where the run keeps them."""
+        from safetensors.torch import load_file, load_model
+
         model = self.trainer.denoiser.model
         if self.config.lora_rank is None:
             load_model(model, folder / "model.safetensors")
@@ -344,13 +309,8 @@ class TrainingRun:
             # The weights beside them are merged: what was added to them cannot be had back exactly.
             load_adapters(model, load_file(folder / ADAPTERS))
             average = folder / EMA_ADAPTERS
-        self.trainer.load_state(
-            json.loads((folder / TRAINER_STATE).read_text()),
-            load_file(folder / OPTIMIZER_STATE),
-            load_file(average) if average.is_file() else None,
-        )
-        if self.trainer.world.is_main:
-            self.on_event("resume", step=self.trainer.step, checkpoint=str(checkpoint))
+        if self.trainer.average is not None and average.is_file():
+            self.trainer.average.load(load_file(average))
 
     def fit(self, batches: Batches, *, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end from where the run stands, and leave `final/`.
@@ -370,8 +330,10 @@ class TrainingRun:
             save=self._save,
             should_stop=should_stop,
             measure=self.measure,
+            watch=self.watch,
         )
-        is_finished = self.trainer.step == self.config.max_train_steps
+        is_over = self.watch is not None and self.watch.is_over
+        is_finished = is_over or self.trainer.step == self.config.max_train_steps
         if self.trainer.world.is_main:
             if is_finished:
                 self._save_final()
@@ -399,8 +361,14 @@ class TrainingRun:
             "step": self.trainer.step,
             "run": run_identity(self.config, self.data),
             "data_path": str(self.data.folder),
+            **self._best_step(),
             **self._mask_of_draft(),
         }
+
+    def _best_step(self) -> dict[str, int]:
+        if self.watch is None or self.watch.best_step is None or self.config.keep == "last":
+            return {}
+        return {BEST_STEP: self.watch.best_step}
 
     def _mask_of_draft(self) -> dict[str, Any]:
         """Which id of the target a draft fills in; other objectives have a noise process to say."""
@@ -445,6 +413,8 @@ class TrainingRun:
         elif average is not None:
             save_file(average.tensors, folder / EMA_WEIGHTS)
         (folder / TRAINER_STATE).write_text(json.dumps(self.trainer.state(), indent=1))
+        if self.watch is not None:
+            self.watch.save(folder)
 
     def _write_model(self, folder: Path) -> None:
         from transformers.utils.logging import disable_progress_bar
@@ -457,14 +427,18 @@ class TrainingRun:
             self.process.save(folder)
 
     def _save_final(self) -> None:
+        metadata = self._metadata()
+        if self.watch is not None and self.trainer.step < self.config.max_train_steps:
+            metadata[STOPPED_EARLY] = self.watch.why_over()
+            self.on_event("stopped_early", step=self.trainer.step, reason=metadata[STOPPED_EARLY])
+        best_step = metadata.get(BEST_STEP, self.trainer.step)
+        if best_step != self.trainer.step:
+            checkpoint = self.output_dir / checkpoint_name(best_step)
+            verify(checkpoint, kind=KIND, hashes=isinstance(checkpoint, Path))
+            self._load_weights(fetch(checkpoint))
         average = self.trainer.average
-        if average is None:
-            save_checkpoint(self.output_dir, FINAL, self._write_model, metadata=self._metadata())
-        else:
-            with average.in_place_of_weights():
-                save_checkpoint(
-                    self.output_dir, FINAL, self._write_model, metadata=self._metadata()
-                )
+        with nullcontext() if average is None else average.in_place_of_weights():
+            save_checkpoint(self.output_dir, FINAL, self._write_model, metadata=metadata)
 
 
 def train_in_process(

@@ -9,7 +9,7 @@ and micro-batches.
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tokendiff.config.train import TrainConfig
     from tokendiff.models.denoiser import ModelInTwoParts
     from tokendiff.models.dflash.trainee import DraftTrainee
+    from tokendiff.training.watching import Watch
 
 _TOKENS = "tokens read"  # of a step: what the speed is counted in, whatever the loss is a mean over
 
@@ -59,8 +60,8 @@ class Trainer:
     Args:
         objective: gives sums; see `tokendiff.diffusion.interfaces.LossOutput`.
         isolates_documents: of the rows; see `tokendiff.diffusion.interfaces.TokenBatch`.
-        on_event: hears "metrics" every `logging_steps` steps, and "progress" every two seconds,
-            between micro-batches too: parts of steps count.
+        on_event: hears "metrics" every `logging_steps` steps, "heldout" after each evaluation, and
+            "progress" every two seconds, between micro-batches too: parts of steps count.
     """
 
     def __init__(
@@ -108,11 +109,13 @@ class Trainer:
         save: Callable[[], None],
         should_stop: Callable[[], bool] = lambda: False,
         measure: Callable[[], dict[str, float]] = dict,
+        watch: "Watch | None" = None,
     ) -> None:
-        """Train until `max_train_steps`; `save` is called every `checkpointing_steps` and at the
-        end.
+        """Train until `max_train_steps`, or until `watch` says that it is over; `save` is called
+        every `checkpointing_steps`, at the end, and at every step that `watch` keeps.
 
         Args:
+            watch: evaluates before the step is saved, so that no checkpoint lacks a decision.
             measure: figures that are logged beside those of training; asked on the main worker.
             should_stop: asked in every step on every worker; when one of them says so, all end
                 after that step, which is saved.
@@ -121,30 +124,55 @@ class Trainer:
             FloatingPointError: on all workers alike, before the optimiser step, when loss or
                 gradient is not finite.
         """
-        clock = _Clock()
         self._tell(0.0, 0.0)
-        while self.step < self.config.max_train_steps:
+        if watch is not None and self.step == 0:
+            self._evaluate(watch)
+        clock = _Clock()
+        while self.step < self.config.max_train_steps and not (watch and watch.is_over):
             with clock.waiting():
                 batch = next(batches)
             totals, grad_norm = self._take_step(batch, last_good, should_stop)
             is_stopped = totals.pop(_STOP)[0] > 0.0
-            is_last = self.step == self.config.max_train_steps or is_stopped
             num_tokens, _ = totals.pop(_TOKENS)
             self._count(totals)
             clock.steps += 1
             clock.tokens += num_tokens
             self._num_tokens += num_tokens
             self._tell(0.0, 0.0)
-            if (
-                self.step % self.config.logging_steps == 0
-                or self.step == self.config.max_train_steps
-            ):
+            is_evaluated = watch is not None and watch.is_due(self.step)
+            if watch is not None and is_evaluated:
+                with clock.standing_still():
+                    self._evaluate(watch)
+            is_end = self.step == self.config.max_train_steps or bool(watch and watch.is_over)
+            if self.step % self.config.logging_steps == 0 or is_end:
                 self._log(clock, grad_norm, measure)
                 clock = _Clock()
-            if self.step % self.config.checkpointing_steps == 0 or is_last:
+            is_kept = watch is not None and is_evaluated and watch.keeps_this_step
+            if self.step % self.config.checkpointing_steps == 0 or is_end or is_stopped or is_kept:
                 save()
-            if is_last:
+            if is_stopped:
                 return
+
+    def _evaluate(self, watch: "Watch") -> None:
+        figures = watch.evaluate(self)
+        if self.world.is_main:
+            self._on_event("heldout", step=self.step, **figures)
+
+    @contextmanager
+    def as_a_checkpoint(self) -> "Iterator[ModelInTwoParts | DraftTrainee]":
+        """The model as a checkpoint of now would be judged, inside this block: the averaged weights
+        where there are any, in the precision that it is trained in, and without dropout.
+        """
+        average, is_bf16 = self.average, self.config.mixed_precision == "bf16"
+        with (
+            nullcontext() if average is None else average.in_place_of_weights(),
+            torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=is_bf16),
+        ):
+            self.denoiser.eval()
+            try:
+                yield self.denoiser
+            finally:
+                self.denoiser.train()
 
     def _take_step(
         self,
@@ -257,11 +285,16 @@ class Trainer:
                 **measure(),
             )
 
-    def _tell(self, share: float, num_tokens: float) -> None:
+    def tell_of_heldout(self, done: int, total: int) -> None:
+        """Say how many of the held-out rows are judged, unless something was said just now."""
+        self._tell(0.0, 0.0, heldout_rows=[done, total])
+
+    def _tell(self, share: float, num_tokens: float, **fields: Any) -> None:
         """Say how far the run is, unless it was said just now.
 
         Args:
             share: of the step under way, and this worker's tokens of it; others have as many.
+            fields: what else is told of the moment.
         """
         if self.world.is_main and time.monotonic() >= self._tell_at:
             self._on_event(
@@ -270,6 +303,7 @@ class Trainer:
                 done=self.step + share,
                 total=self.config.max_train_steps,
                 tokens=self._num_tokens + num_tokens * self.world.size,
+                **fields,
             )
             self._tell_at = time.monotonic() + _TELL_SECONDS
 
@@ -285,13 +319,10 @@ class Trainer:
         self,
         state: dict[str, Any],
         optimizer_tensors: dict[str, Tensor],
-        average: dict[str, Tensor] | None,
     ) -> None:
         self.step = state["step"]
         self._since_log = state["since_log"]
         self.optimizer.load(optimizer_tensors, step=self.step)
-        if self.average is not None and average is not None:
-            self.average.load(average)
 
 
 class _Clock:
@@ -311,6 +342,13 @@ class _Clock:
 
     def __exit__(self, *_: object) -> None:
         self._waited += time.perf_counter() - self._asked
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """What is done inside this block takes no time."""
+        begun = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - begun
 
     def figures(self) -> dict[str, float]:
         elapsed = time.perf_counter() - self._start
