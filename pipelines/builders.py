@@ -75,6 +75,14 @@ def preprocess_stage(
             result |= {name: chats[name] for name in names}
         return {**result, "errors": num_errors}
 
+    def preview(stage: Stage) -> dict[str, str]:
+        from tokendiff.data.preprocess import first_conversation
+
+        if stage.is_done:
+            chats = load_manifest(stage.output).metadata.get("chats") or {}
+            return {name: chats[name] for name in ("dataset_format", "example") if name in chats}
+        return first_conversation(config.preprocess, tokenizer) if stage.has_inputs else {}
+
     settings = {
         **keyed.preprocess.result_fields(),
         "tokenizer_name_or_path": keyed.tokenizer_name_or_path,
@@ -83,7 +91,9 @@ def preprocess_stage(
         ),
         **_of_chats(keyed),
     }
-    return _stage("preprocess", settings, folder, action, result, check=check, **kwargs)
+    return _stage(
+        "preprocess", settings, folder, action, result, check=check, preview=preview, **kwargs
+    )
 
 
 def _of_chats(config: Config) -> dict[str, Any]:

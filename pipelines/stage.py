@@ -31,6 +31,10 @@ def _nothing_to_check(stage: "Stage") -> None:
     pass
 
 
+def _nothing_to_show(stage: "Stage") -> Mapping[str, str]:
+    return {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One step of the way from text to a report.
@@ -45,6 +49,7 @@ class Stage:
         result: what the finished stage reports: figures for tables, the tracking and `--json`.
         check: raises InputError for what is known to be wrong before anything starts; of a stage
             whose inputs are still to be made, for what can be told without them.
+        preview: what a plan shows of the data that the stage is to read.
         inputs: by their role.
         result_subfolder: where in `output` the manifest stands that commits the stage.
         reads: committed folders that the stage reads as data, by what for: recorded in MLflow.
@@ -64,6 +69,7 @@ class Stage:
     action: Callable[["Stage", RunLog], None]
     result: Callable[["Stage"], dict[str, Any]]
     check: Callable[["Stage"], None] = _nothing_to_check
+    preview: Callable[["Stage"], Mapping[str, str]] = _nothing_to_show
     inputs: Mapping[str, "Stage"] = field(default_factory=dict)
     label: str = ""
     reads: Mapping[str, Location] = field(default_factory=dict)

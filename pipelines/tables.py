@@ -36,6 +36,10 @@ def print_plan(steps: Sequence[Step], folder: Location) -> None:
     """
     rows = [(s.stage.title, s.stage.kind, s.stage.key, s.state, s.why) for s in steps]
     print("\n".join(_columns([("stage", "kind", "key", "state", "why"), *rows])))
+    for step in steps:
+        if shown := step.stage.preview(step.stage):
+            print(f"\n{step.stage.title}")
+            _print_lines([(f"  {label}", text) for label, text in shown.items()])
     print(f"\nfolders  {folder}/STAGE-KEY")
 
 

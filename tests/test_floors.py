@@ -279,10 +279,8 @@ def test_help_is_quick_and_light(job: str) -> None:
 
 def test_ray_trains_manager_of_datasets_needs_no_torch() -> None:
     """It is a process that the workers wait for, and imports the class of its rows."""
-    done = run_python(
-        "-c", "import sys, tokendiff.cluster.rank_rows; print('torch' in sys.modules)"
-    )
-    assert done.stdout == "False\n"
+    code = "import sys, tokendiff.cluster.rank_rows; print('torch' in sys.modules)"
+    assert run_python("-c", code).stdout == "False\n"
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:

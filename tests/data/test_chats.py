@@ -89,8 +89,12 @@ def test_tokens_are_those_of_the_template_and_targets_the_answers(
     expected = "".join(f"{start}{text}{end}" for text in said)
     assert tokenizer.decode(rendered.tokens[rendered.is_target]) == expected
     text_bytes = len(expected.replace("<|im_end|>", "").replace("[EOS]", "").encode())
-    assert rendered.num_bytes.sum() == text_bytes
-    assert not rendered.num_bytes[~rendered.is_target].any()
+    assert rendered.num_bytes(len(whole)) == text_bytes
+    # Of the tokens up to each, by the letters that targets are; those of a character that takes
+    # several count with its last one.
+    counted = np.cumsum(rendered.is_target & ~np.isin(whole, tokenizer.all_special_ids))
+    if all(m.content.isascii() for m in talk.messages):
+        assert [rendered.num_bytes(stop) for stop in range(1, len(whole) + 1)] == counted.tolist()
 
 
 def test_the_last_answer_or_all_tokens_can_be_the_targets() -> None:
@@ -340,6 +344,7 @@ def test_answers_are_filled_up_to_a_drawn_length(tmp_path: Path) -> None:
     )
     talks = [conversation(f"{n}", "abcdefgh") for n in range(2000)]
     parts = [tokens for _, tokens in documents.of(talks, lambda bad: None)]
+    assert all((part.num_bytes == len("abcdefgh")).all() for part in parts)
     fillers = np.concatenate([part.num_filler for part in parts])
     lengths = np.concatenate([part.lengths for part in parts])
     for part in parts:
@@ -349,7 +354,6 @@ def test_answers_are_filled_up_to_a_drawn_length(tmp_path: Path) -> None:
         for stop, filler in zip(stops, part.num_filler, strict=True):
             assert (part.tokens[stop - filler - 1 : stop] == tokenizer.eos_token_id).all()
             assert part.is_target[stop - filler - 1 : stop].all()
-            assert part.num_bytes[stop - filler - 1 : stop].sum() == 0
     assert lengths.max() <= 512
     # Log-uniform between 10 tokens, the answer with its two ends, and what is left of 512.
     most = 512 - (lengths - fillers - 10)
@@ -365,7 +369,7 @@ def documents_of(lengths: np.ndarray, first: int = 0) -> TokenizedDocuments:
     tokens = np.repeat(np.arange(first, first + len(lengths), dtype=np.int32), lengths)
     return TokenizedDocuments(
         tokens=tokens,
-        num_bytes=np.ones_like(tokens),
+        num_bytes=lengths,
         lengths=lengths,
         is_target=tokens % 2 == 0,
         num_filler=lengths % 3,

@@ -446,11 +446,13 @@ def tokenized(
     found = []
     for batch, documents in tokenize_stream(tokenizer, texts, **options):
         assert len(batch) == len(documents.lengths)
+        assert documents.bytes_before is not None
         cuts = np.cumsum(documents.lengths)[:-1]
-        for ids, sizes in zip(
-            np.split(documents.tokens, cuts), np.split(documents.num_bytes, cuts), strict=True
-        ):
-            found.append((ids.tolist(), sizes.tolist()))
+        ids_of, columns = np.split(documents.tokens, cuts), documents.num_bytes.tolist()
+        for ids, total, before in zip(ids_of, columns, documents.bytes_before, strict=True):
+            places = [before(token) for token in range(len(ids))]
+            found.append((ids.tolist(), np.diff([*places, total][: len(ids) + 1]).tolist()))
+            assert len(ids) > 0 or total == 0
     assert len(found) == len(texts)
     return found
 
@@ -641,8 +643,9 @@ def test_rows_are_those_of_packing_by_hand(max_length: int, rows_at_once: int) -
     batches = [
         TokenizedDocuments(
             tokens=np.concatenate([ids for ids, _ in some]),
-            num_bytes=np.concatenate([sizes for _, sizes in some]),
+            num_bytes=np.array([sizes.sum() for _, sizes in some]),
             lengths=np.array([len(ids) for ids, _ in some]),
+            bytes_before=[lambda token, sizes=sizes: int(sizes[:token].sum()) for _, sizes in some],
         )
         for some in (documents[i : i + 3] for i in range(0, len(documents), 3))
     ]

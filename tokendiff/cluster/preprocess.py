@@ -20,7 +20,7 @@ from tokendiff.artifacts.manifest import (
 )
 from tokendiff.cluster.progress import JobProgress, Reporter
 from tokendiff.cluster.session import data_context
-from tokendiff.config.preprocess import SAMPLES, TEXT
+from tokendiff.config.preprocess import SAMPLES
 from tokendiff.data.bad_rows import ERRORS, ErrorCount, bad_rows_in_words
 from tokendiff.data.chat_documents import ChatOptions
 from tokendiff.data.partition import Partition, Piece
@@ -78,7 +78,7 @@ def preprocess(
     partitions, pieces = plan_input(config)
     if not partitions:
         raise InputError(f"dataset_name {config.dataset_name!r}: the corpus is empty (0 bytes)")
-    chats = _chat_options(config, partitions[0].dataset_format, fill_answers)
+    chats = ChatOptions.of(config, partitions[0].dataset_format, fill_answers=fill_answers)
     key = _key(config, tokenizer_name_or_path, pieces, chats)
     if is_committed(output_dir):
         return _committed(output_dir, key)
@@ -116,20 +116,6 @@ def preprocess(
     manifest = commit(output_dir, kind=KIND, metadata=metadata, known_sha256=known_sha256)
     mark.unlink()
     return manifest
-
-
-def _chat_options(
-    config: "PreprocessConfig", dataset_format: str, fill_answers: bool
-) -> ChatOptions | None:
-    """None where the rows are text."""
-    if dataset_format == TEXT:
-        return None
-    return ChatOptions(
-        dataset_format=dataset_format,
-        train_on=config.train_on,
-        too_long=config.too_long,
-        fills_answers=fill_answers,
-    )
 
 
 def _key(

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from tokendiff.data.chats import Conversation
 from tokendiff.data.columns import shown
 from tokendiff.data.packing import TokenizedDocuments
 from tokendiff.data.templates import ChatRenderer, Rendered, RenderError, TrainOn
+
+if TYPE_CHECKING:
+    from tokendiff.config.preprocess import PreprocessConfig
 
 _AT_ONCE = 64  # conversations that the tokenizer gets together
 
@@ -35,6 +38,20 @@ class ChatOptions:
     train_on: TrainOn = "answers"
     too_long: Literal["cut", "drop"] = "cut"
     fills_answers: bool = False
+
+    @classmethod
+    def of(
+        cls, config: "PreprocessConfig", dataset_format: str, *, fill_answers: bool
+    ) -> "ChatOptions | None":
+        """None where the rows are text."""
+        if dataset_format == "text":
+            return None
+        return cls(
+            dataset_format=dataset_format,
+            train_on=config.train_on,
+            too_long=config.too_long,
+            fills_answers=fill_answers,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,22 +87,19 @@ class ChatDocuments:
         while batch := list(islice(rest, _AT_ONCE)):
             contents, documents = [], []
             for conversation, rendered in renderer.render(batch, refused):
-                key = repr(conversation.messages).encode("utf-8", "replace")
-                document = self._document(rendered, key)
+                document = self._document(conversation, rendered)
                 if document is not None:
                     contents.append(conversation.prompt.encode("utf-8", "replace"))
                     documents.append(document)
             if documents:
                 yield contents, _together(documents)
 
-    def _document(self, rendered: Rendered, key: bytes) -> "_Document | None":
+    def _document(self, conversation: Conversation, rendered: Rendered) -> "_Document | None":
         eos = self.tokenizer.eos_token_id
         stop = int(np.flatnonzero(rendered.is_target)[-1]) + 1
         tokens, is_target = rendered.tokens[:stop], rendered.is_target[:stop]
-        num_bytes = rendered.num_bytes[:stop]
         if tokens[-1] != eos:
             tokens, is_target = np.append(tokens, np.int32(eos)), np.append(is_target, True)
-            num_bytes = np.append(num_bytes, np.int32(0))
         if len(tokens) > self.max_length:
             is_lost = not is_target[: self.max_length].any()
             if is_lost or self.options.too_long == "drop":
@@ -95,16 +109,19 @@ class ChatDocuments:
             return _Document(
                 tokens=tokens[: self.max_length],
                 is_target=is_target[: self.max_length],
-                num_bytes=num_bytes[: self.max_length],
+                num_bytes=rendered.num_bytes(min(stop, self.max_length)),
             )
         num_filler = 0
         if self.options.fills_answers:
+            key = repr(conversation.messages).encode("utf-8", "replace")
             num_filler = self._num_filler(is_target, key)
             tokens = np.append(tokens, np.full(num_filler, eos, dtype=np.int32))
             is_target = np.append(is_target, np.ones(num_filler, dtype=bool))
-            num_bytes = np.append(num_bytes, np.zeros(num_filler, dtype=np.int32))
         return _Document(
-            tokens=tokens, is_target=is_target, num_bytes=num_bytes, num_filler=num_filler
+            tokens=tokens,
+            is_target=is_target,
+            num_bytes=rendered.num_bytes(stop),
+            num_filler=num_filler,
         )
 
     def _num_filler(self, is_target: np.ndarray, key: bytes) -> int:
@@ -120,14 +137,14 @@ class ChatDocuments:
 class _Document:
     tokens: np.ndarray
     is_target: np.ndarray
-    num_bytes: np.ndarray
+    num_bytes: int
     num_filler: int = 0
 
 
 def _together(documents: list[_Document]) -> TokenizedDocuments:
     return TokenizedDocuments(
         tokens=np.concatenate([document.tokens for document in documents]),
-        num_bytes=np.concatenate([document.num_bytes for document in documents]),
+        num_bytes=np.array([document.num_bytes for document in documents]),
         lengths=np.array([len(document.tokens) for document in documents]),
         is_target=np.concatenate([document.is_target for document in documents]),
         num_filler=np.array([document.num_filler for document in documents]),

@@ -101,13 +101,12 @@ def _packed(documents: TokenizedDocuments, rows: list[list[int]]) -> PackedRows:
     per_row = np.array([len(row) for row in rows])
     first = np.cumsum(per_row) - per_row
     row_lengths = np.add.reduceat(lengths, first)
-    row_starts = np.cumsum(row_lengths) - row_lengths
     return PackedRows(
         tokens=documents.tokens[places],
         row_lengths=row_lengths,
         document_lengths=lengths.astype(np.int32),
         documents_per_row=per_row,
-        num_bytes=np.add.reduceat(documents.num_bytes[places], row_starts).astype(np.int32),
+        num_bytes=np.add.reduceat(documents.num_bytes[order], first).astype(np.int32),
         is_target=documents.is_target[places],
         num_filler=np.add.reduceat(documents.num_filler[order], first).astype(np.int32),
     )

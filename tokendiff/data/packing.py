@@ -3,10 +3,10 @@
 Documents, each ended by EOS, are laid end to end and cut every max_length tokens.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import TYPE_CHECKING
+from itertools import chain, compress, islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,22 +18,28 @@ BATCH_CHARS = 1 << 18
 _MAX_PART_CHARS = 1 << 18
 
 
+# Of a document: a place among its tokens -> UTF-8 bytes of text that the tokens before it stand for.
+BytesBefore = Callable[[int], int]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenizedDocuments:
     """D documents, their tokens laid end to end.
 
     Attributes:
         tokens: [sum of lengths] int32, EOS at the end of each document.
-        num_bytes: [sum of lengths] int32, UTF-8 bytes of text that each token stands for: those of
-            a document's tokens sum to all of its bytes; EOS has none.
         lengths: [D] int64; 0 where the tokenizer makes nothing of a text.
+        num_bytes: [D] int64, UTF-8 bytes of text that the tokens stand for; EOS has none.
+        bytes_before: [D], where documents may be cut. It is asked where rows end alone: to say for
+            every token how many bytes it stands for takes as long as to tokenize.
         is_target: [sum of lengths] bool, what is learnt of conversations; None where that is all.
         num_filler: [D] int64, EOS that fills a conversation's last answer up; None without targets.
     """
 
     tokens: np.ndarray
-    num_bytes: np.ndarray
     lengths: np.ndarray
+    num_bytes: np.ndarray
+    bytes_before: Sequence[BytesBefore] | None = None
     is_target: np.ndarray | None = None
     num_filler: np.ndarray | None = None
 
@@ -42,8 +48,9 @@ class TokenizedDocuments:
         of_chosen = np.repeat(is_chosen, self.lengths)
         return TokenizedDocuments(
             tokens=self.tokens[of_chosen],
-            num_bytes=self.num_bytes[of_chosen],
             lengths=self.lengths[is_chosen],
+            num_bytes=self.num_bytes[is_chosen],
+            bytes_before=self.bytes_before and [*compress(self.bytes_before, is_chosen)],
             is_target=None if self.is_target is None else self.is_target[of_chosen],
             num_filler=None if self.num_filler is None else self.num_filler[is_chosen],
         )
@@ -94,33 +101,20 @@ def tokenize_stream(
 def _tokenize(
     tokenizer: "PreTrainedTokenizerBase", documents: list[str], batch_chars: int
 ) -> TokenizedDocuments:
-    parts = [_parts(document) for document in documents]
-    ids, starts, counts = [], [], []
-    base = 0
-    for texts in _batched((text for of_document in parts for text in of_document), batch_chars):
-        text_ids, text_starts, text_counts = _encode(tokenizer, texts)
-        ids.append(text_ids)
-        starts.append(text_starts + base)
-        counts.append(text_counts)
-        base += sum(map(_num_bytes, texts))
-    document_of_part = np.repeat(np.arange(len(documents)), [len(texts) for texts in parts])
-    num_tokens = np.bincount(document_of_part, weights=np.concatenate(counts)).astype(np.int64)
-
-    is_kept = num_tokens > 0
-    ends = np.cumsum(num_tokens)[is_kept]
-    byte_ends = np.cumsum([_num_bytes(document) for document in documents])
-    byte_starts = np.concatenate([[0], byte_ends[:-1]])
-    tokens = np.insert(np.concatenate(ids), ends, tokenizer.eos_token_id)
-    # A token's bytes reach to where the next one begins, EOS beginning where its document ends.
-    places = np.insert(np.concatenate(starts), ends, byte_ends[is_kept])
-    is_eos = np.zeros(len(tokens), dtype=bool)
-    is_eos[ends + np.arange(len(ends))] = True
-    is_first = np.roll(is_eos, 1)
-    places[is_first] = byte_starts[is_kept]
-    num_bytes = np.diff(places, append=base)
-    num_bytes[is_eos] = 0  # what follows a document's end is of one that has no tokens
+    texts = [_parts(document) for document in documents]
+    parts: list[_Part] = []
+    for batch in _batched(chain.from_iterable(texts), batch_chars):
+        parts += _encode(tokenizer, batch)
+    rest = iter(parts)
+    places = [_Places([*islice(rest, len(of_document))]) for of_document in texts]
+    counts = np.array([each.num_tokens for each in places])
+    is_kept = counts > 0
+    ids = np.fromiter(chain.from_iterable(part.ids for part in parts), np.int32, counts.sum())
     return TokenizedDocuments(
-        tokens=tokens, num_bytes=num_bytes.astype(np.int32), lengths=num_tokens + is_kept
+        tokens=np.insert(ids, np.cumsum(counts)[is_kept], tokenizer.eos_token_id),
+        lengths=counts + is_kept,
+        num_bytes=np.array([each.num_bytes for each in places]) * is_kept,
+        bytes_before=places,
     )
 
 
@@ -130,13 +124,18 @@ class Packer:
     def __init__(self, max_length: int, rows_at_once: int) -> None:
         self._max_length = max_length
         self._rows_at_once = rows_at_once
-        self._waiting: list[TokenizedDocuments] = []
+        self._tokens: list[np.ndarray] = []
+        self._lengths: list[np.ndarray] = []
         self._num_tokens = 0
+        self._row_bytes: list[int] = []  # of the rows that are full
+        self._open_bytes = 0  # of the row that is not
 
     def add(self, documents: TokenizedDocuments) -> PackedRows | None:
         """Append documents; returns the rows that are full now, if at least `rows_at_once`."""
-        if len(documents.tokens) > 0:
-            self._waiting.append(documents)
+        assert documents.bytes_before is not None
+        self._count_bytes(documents, documents.bytes_before)
+        self._tokens.append(documents.tokens)
+        self._lengths.append(documents.lengths)
         self._num_tokens += len(documents.tokens)
         unit = self._max_length * self._rows_at_once
         return self._take(self._num_tokens // unit * unit) if self._num_tokens >= unit else None
@@ -145,21 +144,36 @@ class Packer:
         """The rows that are left; the last one may be short."""
         return self._take(self._num_tokens) if self._num_tokens > 0 else None
 
+    def _count_bytes(
+        self, documents: TokenizedDocuments, bytes_before: Sequence[BytesBefore]
+    ) -> None:
+        room = self._max_length - self._num_tokens % self._max_length
+        columns = (documents.lengths.tolist(), documents.num_bytes.tolist(), bytes_before)
+        for length, size, before in zip(*columns, strict=True):
+            counted = 0
+            while length >= room:  # the row ends here
+                stop = size if length == room else before(room)
+                self._row_bytes.append(self._open_bytes + stop - counted)
+                self._open_bytes, counted = 0, stop
+                room += self._max_length
+            self._open_bytes += size - counted
+            room -= length
+
     def _take(self, count: int) -> PackedRows:
-        tokens, num_bytes, lengths = (
-            np.concatenate([getattr(documents, name) for documents in self._waiting])
-            for name in ("tokens", "num_bytes", "lengths")
-        )
+        tokens, lengths = np.concatenate(self._tokens), np.concatenate(self._lengths)
         ends = np.cumsum(lengths)
         taken = np.diff(np.minimum(ends, count), prepend=0)
         left = lengths - taken  # of the document that is cut, what goes on in the next rows
         # Copies: a view would keep all that was taken in memory.
-        rest = TokenizedDocuments(
-            tokens=tokens[count:].copy(), num_bytes=num_bytes[count:].copy(), lengths=left[left > 0]
-        )
-        self._waiting = [rest]
+        self._tokens, self._lengths = [tokens[count:].copy()], [left[left > 0]]
         self._num_tokens -= count
-        return cut_rows(tokens[:count], num_bytes[:count], taken[taken > 0], self._max_length)
+        if count % self._max_length:
+            self._row_bytes.append(self._open_bytes)
+            self._open_bytes = 0
+        num_rows = -(-count // self._max_length)
+        num_bytes = np.array(self._row_bytes[:num_rows], dtype=np.int32)
+        del self._row_bytes[:num_rows]
+        return cut_rows(tokens[:count], num_bytes, taken[taken > 0], self._max_length)
 
 
 def cut_rows(
@@ -168,7 +182,8 @@ def cut_rows(
     """Cut a run of documents into rows.
 
     Args:
-        tokens, num_bytes: [n] ids, and the bytes each stands for.
+        tokens: [n] ids.
+        num_bytes: [R] of each row.
         document_lengths: tokens of each document; they sum to n.
     """
     row_starts = np.arange(0, len(tokens), max_length)
@@ -180,47 +195,63 @@ def cut_rows(
         row_lengths=np.diff(row_starts, append=len(tokens)),
         document_lengths=run_lengths.astype(np.int32),
         documents_per_row=np.bincount(row_of_run, minlength=len(row_starts)),
-        num_bytes=np.add.reduceat(num_bytes, row_starts).astype(np.int32),
+        num_bytes=num_bytes,
     )
 
 
-def _encode(
-    tokenizer: "PreTrainedTokenizerBase", texts: list[str]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, the byte at which each begins in the texts laid end to end, and ids of each text."""
+class _Part(NamedTuple):
+    """A text as tokens.
+
+    Attributes:
+        encoding: of the tokenizers library; None of a slow tokenizer.
+    """
+
+    text: str
+    ids: list[int]
+    encoding: Any
+
+    def bytes_before(self, token: int) -> int:
+        if self.encoding is None:
+            # Bytes are spread evenly over the tokens; the sum is right.
+            return token * utf8_bytes(self.text) // len(self.ids)
+        start, _ = self.encoding.token_to_chars(token)
+        return utf8_bytes(self.text[:start])
+
+
+class _Places:
+    """BytesBefore of a document in parts."""
+
+    def __init__(self, parts: list[_Part]) -> None:
+        self._parts = parts
+        self.num_tokens = sum(len(part.ids) for part in parts)
+        self.num_bytes = sum(utf8_bytes(part.text) for part in parts)
+
+    def __call__(self, token: int) -> int:
+        if token == 0:
+            return 0  # also of what the tokenizer makes nothing of at its beginning
+        before = 0
+        for part in self._parts:
+            if token < len(part.ids):
+                return before + part.bytes_before(token)
+            token -= len(part.ids)
+            before += utf8_bytes(part.text)
+        return before
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[_Part]:
     encoding = tokenizer(
         texts,
         add_special_tokens=False,
         split_special_tokens=True,  # a document that spells out [MASK] must not hold the mask token
         return_attention_mask=False,
         return_token_type_ids=False,
-        return_offsets_mapping=tokenizer.is_fast,
         verbose=False,
     )
-    counts = np.array([len(row) for row in encoding["input_ids"]])
-    ids = np.fromiter(chain.from_iterable(encoding["input_ids"]), np.int32, counts.sum())
-    if tokenizer.is_fast:
-        spans = np.array([*chain.from_iterable(encoding["offset_mapping"])]).reshape(-1, 2)
-        text_starts = np.cumsum([0, *map(len, texts[:-1])])
-        chars = spans[:, 0].astype(np.int64) + np.repeat(text_starts, counts)
-        return ids, _byte_places("".join(texts), chars), counts
-    # No offsets to be had: a text's bytes are spread evenly over its tokens; the sum is right.
-    sizes = np.array([_num_bytes(text) for text in texts])
-    place_in_text = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
-    evenly = place_in_text * np.repeat(sizes, counts) // np.repeat(counts, counts)
-    return ids, evenly + np.repeat(np.cumsum(sizes) - sizes, counts), counts
+    rust = encoding.encodings or [None] * len(texts)
+    return [*map(_Part, texts, encoding["input_ids"], rust)]
 
 
-def _byte_places(text: str, chars: np.ndarray) -> np.ndarray:
-    """Places in characters as places in UTF-8 bytes."""
-    if text.isascii():
-        return chars
-    code_points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    sizes = 1 + (code_points > 0x7F) + (code_points > 0x7FF) + (code_points > 0xFFFF)
-    return np.concatenate([[0], np.cumsum(sizes)])[chars]
-
-
-def _num_bytes(text: str) -> int:
+def utf8_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 

@@ -6,6 +6,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,14 +198,46 @@ def check_chats(config: "PreprocessConfig", tokenizer_name_or_path: str) -> None
         InputError: there is no such template, it does not work, or there is none.
     """
     template = None if config.chat_template is None else read_template(config.chat_template)
-    if not holds_chats(config):
-        return
-    name = tokenizer_name_or_path
+    if holds_chats(config):
+        tokenizer = _chat_tokenizer(config, tokenizer_name_or_path, template)
+        ChatRenderer(tokenizer=tokenizer).check(find_dataset_format(config))
+
+
+def _chat_tokenizer(config: "PreprocessConfig", name: str, template: str | None) -> Any:
     if name == "bpe":  # is trained on the conversations; its words have no part in this
         name = "bytes"
     tokenizer, _ = build_tokenizer(name, documents=(), vocab_size=config.vocab_size)
     tokenizer.chat_template = template or tokenizer.chat_template
-    ChatRenderer(tokenizer=tokenizer).check(find_dataset_format(config))
+    return tokenizer
+
+
+def first_conversation(config: "PreprocessConfig", tokenizer_name_or_path: str) -> dict[str, str]:
+    """The format of conversations that was found, and the first that can be used, written out with
+    its answers in [[ ]]; {} of text.
+
+    Raises:
+        InputError: as `check_chats`, or the input cannot be read.
+    """
+    check_chats(config, tokenizer_name_or_path)
+    if not holds_chats(config):
+        return {}
+    partitions, _ = plan_input(config)
+    template = None if config.chat_template is None else read_template(config.chat_template)
+    for partition in partitions:
+        options = ChatOptions.of(config, partition.dataset_format, fill_answers=False)
+        assert options is not None
+        documents = ChatDocuments(
+            tokenizer=_chat_tokenizer(config, tokenizer_name_or_path, template),
+            options=options,
+            max_length=config.max_length,
+            dropped=Counter(),
+        )
+        rows = read_conversations(partition)
+        found = (row for row in rows if not isinstance(row, BadRow))
+        for _, some in documents.of(found, lambda bad: None):
+            example = marked(documents.tokenizer, some)
+            return {"dataset_format": options.dataset_format, "example": example}
+    return {}
 
 
 def training_text(partitions: Sequence[Partition], heldout_fraction: float) -> Iterator[str]:
@@ -288,11 +321,13 @@ def _dummy_documents(
 ) -> Iterator[tuple[Iterable[bytes], TokenizedDocuments]]:
     ordinary = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
     for row in dummy_rows(partition, np.array(ordinary, dtype=np.int32), max_length):
-        lengths = np.array([max_length])
-        yield (
-            [row.tobytes()],
-            TokenizedDocuments(tokens=row, num_bytes=np.zeros_like(row), lengths=lengths),
+        documents = TokenizedDocuments(
+            tokens=row,
+            lengths=np.array([max_length]),
+            num_bytes=np.array([0]),
+            bytes_before=[lambda token: 0],
         )
+        yield [row.tobytes()], documents
 
 
 def _sample_documents(
@@ -317,17 +352,19 @@ def _sample_documents(
             )
         if tokens[-1] != tokenizer.eos_token_id:
             tokens = [*tokens, tokenizer.eos_token_id]
-        # Bytes are spread evenly over the tokens but EOS; the sum is right.
-        spread = np.arange(len(tokens)) * len(text.encode()) // (len(tokens) - 1 or 1)
-        num_bytes = np.diff(spread, append=spread[-1]).astype(np.int32)
-        yield (
-            [(record["prompt"] or text).encode("utf-8", "replace")],
-            TokenizedDocuments(
-                tokens=np.array(tokens, dtype=np.int32),
-                num_bytes=num_bytes,
-                lengths=np.array([len(tokens)]),
-            ),
+        size, last = len(text.encode()), len(tokens) - 1 or 1
+        documents = TokenizedDocuments(
+            tokens=np.array(tokens, dtype=np.int32),
+            lengths=np.array([len(tokens)]),
+            num_bytes=np.array([size]),
+            # Bytes are spread evenly over the tokens but EOS; the sum is right.
+            bytes_before=[partial(_evenly, size, last)],
         )
+        yield [(record["prompt"] or text).encode("utf-8", "replace")], documents
+
+
+def _evenly(num_bytes: int, num_tokens: int, token: int) -> int:
+    return token * num_bytes // num_tokens
 
 
 def _texts(documents: Iterable[str | None], dropped: Counter[str]) -> Iterator[str]:

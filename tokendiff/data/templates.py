@@ -6,14 +6,18 @@ conversation begins: what an answer adds to the messages before it, with the wor
 answer, is that answer. So it holds the token that ends the turn, which the model must learn too.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
 
 from tokendiff.artifacts.locations import location
 from tokendiff.data.chats import Conversation, Message
+from tokendiff.data.packing import utf8_bytes
 from tokendiff.errors import InputError, reason_of
 
 Written = tuple[str, list[tuple[int, int]]]  # a text, and the characters that each answer takes
@@ -31,13 +35,38 @@ class Rendered:
     Attributes:
         tokens: [N] int32, with what stands behind the last answer.
         is_target: [N] bool, the tokens that are learnt.
-        num_bytes: [N] int32, UTF-8 bytes of text that each target stands for; of others, and of
-            special tokens, 0.
+        special: ids of the tokenizer's special tokens.
+        text: what it renders to.
+        encoding: of the tokenizers library, which knows where in the text the tokens stand.
     """
 
     tokens: np.ndarray
     is_target: np.ndarray
-    num_bytes: np.ndarray
+    special: Sequence[int]
+    text: str
+    encoding: Any
+
+    def num_bytes(self, stop: int) -> int:
+        """UTF-8 bytes of text that the targets among the first `stop` tokens stand for, but for
+        special tokens.
+
+        A token's text goes on to where the next one begins, so the last one of a character that
+        takes several has its bytes.
+        """
+        is_counted = self.is_target[:stop].copy()
+        for token in self.special:
+            is_counted &= self.tokens[:stop] != token
+        edges = np.flatnonzero(np.diff(is_counted, prepend=False, append=False))
+        places = [self._starts_at(edge) for edge in edges.tolist()]
+        return sum(
+            utf8_bytes(self.text[start:end])
+            for start, end in zip(places[::2], places[1::2], strict=True)
+        )
+
+    def _starts_at(self, token: int) -> int:
+        if token == len(self.tokens):
+            return len(self.text)
+        return int(self.encoding.token_to_chars(token)[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +89,12 @@ class ChatRenderer:
                 "conversations need a fast tokenizer (tokenizer.json), which says where in the "
                 "text a token stands; this model has a slow one only"
             )
+
+    @cached_property
+    def _added(self) -> dict[int, Any]:
+        # transformers makes it anew each time that it is asked.
+        added: dict[int, Any] = self.tokenizer.added_tokens_decoder
+        return added
 
     @property
     def has_template(self) -> bool:
@@ -115,8 +150,9 @@ class ChatRenderer:
     def _write(self, conversation: Conversation) -> Written:
         self._refuse_special_tokens(conversation)
         if self.has_template:
-            text = self._written(conversation.messages)
-            return text, self._answers(conversation.messages, text)
+            if "{% generation" in _words(self.tokenizer.chat_template):
+                return self._tagged(conversation.messages)
+            return self._by_outline(conversation.messages)
         if conversation.plain is None:
             raise RenderError("there is no chat template, and more than one turn")
         prompt, answer = conversation.plain
@@ -130,69 +166,97 @@ class ChatRenderer:
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
-            return_offsets_mapping=True,
             verbose=False,
         )
+        special = [id_ for id_, token in self._added.items() if token.special]
         found: list[Rendered | RenderError] = []
-        for (text, spans), ids, places in zip(
-            written, encoding["input_ids"], encoding["offset_mapping"], strict=True
+        for (text, spans), ids, rust in zip(
+            written, encoding["input_ids"], encoding.encodings, strict=True
         ):
             tokens = np.array(ids, dtype=np.int32)
-            offsets = np.array(places, dtype=np.int64).reshape(-1, 2)
-            is_target = self._in_spans(offsets, spans)
-            if self.train_on == "all":
-                is_target = np.ones(len(tokens), dtype=bool)
+            is_target = self._in_spans(rust, spans)
             if not len(tokens):
                 found.append(RenderError("it renders to nothing"))
             elif not is_target.any():
                 found.append(RenderError("none of its tokens is of an answer"))
             else:
-                num_bytes = self._bytes_of(text, tokens, offsets, is_target)
-                found.append(Rendered(tokens=tokens, is_target=is_target, num_bytes=num_bytes))
+                found.append(
+                    Rendered(
+                        tokens=tokens,
+                        is_target=is_target,
+                        special=special,
+                        text=text,
+                        encoding=rust,
+                    )
+                )
         return found
 
-    def _in_spans(self, offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    def _in_spans(self, encoding: Any, spans: Sequence[tuple[int, int]]) -> np.ndarray:
         """[N] bool, tokens that begin in one of the spans of characters."""
+        if self.train_on == "all":
+            return np.ones(len(encoding), dtype=bool)
         chosen = spans[-1:] if self.train_on == "last_answer" else spans
-        found = np.zeros(len(offsets), dtype=bool)
-        for start, stop in chosen:
-            found |= (offsets[:, 0] >= start) & (offsets[:, 0] < stop)
+        found = np.zeros(len(encoding), dtype=bool)
+        for span in chosen:
+            # Tokens stand in the order of their text.
+            start, stop = (
+                bisect_left(range(len(encoding)), char, key=lambda i: encoding.token_to_chars(i)[0])
+                for char in span
+            )
+            found[start:stop] = True
         return found
 
-    def _bytes_of(
-        self, text: str, tokens: np.ndarray, offsets: np.ndarray, is_target: np.ndarray
-    ) -> np.ndarray:
-        decoder = self.tokenizer.added_tokens_decoder
-        special = np.isin(tokens, [index for index, token in decoder.items() if token.special])
-        places = np.concatenate([[0], np.cumsum([len(char.encode()) for char in text])])
-        # Up to where the next one begins: of the tokens of one character the last has its bytes.
-        sizes = np.diff(places[offsets[:, 0]], append=places[-1])
-        return np.where(is_target & ~special, sizes, 0).astype(np.int32)
-
-    def _written(self, messages: Sequence[Message], *, ask: bool = False) -> str:
+    def _written(self, talks: Sequence[Sequence[Message]], *, ask: bool = False) -> list[str]:
+        """Each talk by itself. All at once: what the template needs is gathered once a call, which
+        takes longer than a talk.
+        """
         import jinja2
 
-        plain = [{"role": message.role, "content": message.content} for message in messages]
+        plain = [[{"role": m.role, "content": m.content} for m in messages] for messages in talks]
         try:
-            return str(
-                self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=ask)
+            written: list[str] = self.tokenizer.apply_chat_template(
+                plain, tokenize=False, add_generation_prompt=ask
             )
         except (jinja2.TemplateError, KeyError, TypeError, ValueError) as error:
             raise RenderError(f"the chat template refuses it ({reason_of(error)})") from error
+        return written
 
-    def _answers(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
-        """Characters of `text` that each answer takes, with what ends its turn."""
-        if "{% generation" in _words(self.tokenizer.chat_template):
-            return self._tagged(messages, text)
-        found = []
-        for number, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            is_last = number == len(messages) - 1
-            if self.train_on == "last_answer" and not is_last:
-                continue
-            before = self._written(messages[:number], ask=True)
-            after = text if is_last else self._written(messages[: number + 1])
+    def _by_outline(self, messages: Sequence[Message]) -> Written:
+        """As `_by_prefixes`, by one rendering in place of two for each answer: where the outline of
+        other conversations with the same roles is the outline of this one too.
+        """
+        (text,) = self._written([messages])
+        outline = self._outline(tuple(message.role for message in messages))
+        if outline is not None:
+            contents = [message.content for message in messages]
+            for said in (contents, [content.strip() for content in contents]):
+                if (spans := outline.spans(said, text)) is not None:
+                    return text, spans
+        return self._by_prefixes(messages)
+
+    def _outline(self, roles: tuple[str, ...]) -> "_Outline | None":
+        """Made from words that stand nowhere else; None where the template does not keep them."""
+        if roles not in self._outlines:
+            words = [f"word{number}word" for number in range(len(roles))]
+            probe = [Message(role=r, content=word) for r, word in zip(roles, words, strict=True)]
+            try:
+                self._outlines[roles] = _Outline.of(words, *self._by_prefixes(probe))
+            except RenderError:
+                self._outlines[roles] = None
+        return self._outlines[roles]
+
+    @cached_property
+    def _outlines(self) -> "dict[tuple[str, ...], _Outline | None]":
+        return {}
+
+    def _by_prefixes(self, messages: Sequence[Message]) -> Written:
+        answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+        if self.train_on == "last_answer":
+            answers = answers[-1:]
+        whole, *afters = self._written([messages, *(messages[: number + 1] for number in answers)])
+        befores = self._written([messages[:number] for number in answers], ask=True)
+        text, found = whole, []
+        for number, before, after in zip(answers, befores, afters, strict=True):
             if not text.startswith(before) or not text.startswith(after):
                 raise RenderError(
                     f"the chat template writes what stands up to message {number} otherwise once "
@@ -200,11 +264,12 @@ class ChatRenderer:
                     "give a template that marks answers ({% generation %})"
                 )
             found.append((len(before), len(before) + len(after[len(before) :].rstrip())))
-        return found
+        return text, found
 
-    def _tagged(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+    def _tagged(self, messages: Sequence[Message]) -> Written:
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        (text,) = self._written([messages])
         plain = [{"role": message.role, "content": message.content} for message in messages]
         render: Any = render_jinja_template  # its annotation names the first of two results
         rendered, spans = render(
@@ -215,18 +280,17 @@ class ChatRenderer:
         )
         if rendered[0] != text:
             raise RenderError("the chat template writes it otherwise with its answers marked")
-        return [self._with_end(text, start, stop) for start, stop in spans[0]]
+        return text, [self._with_end(text, start, stop) for start, stop in spans[0]]
 
     def _with_end(self, text: str, start: int, stop: int) -> tuple[int, int]:
         """The span of an answer, with the special token behind it: what ends the turn."""
-        for token in self.tokenizer.added_tokens_decoder.values():
+        for token in self._added.values():
             if token.special and text.startswith(token.content, stop):
                 return start, stop + len(token.content)
         return start, stop
 
     def _refuse_special_tokens(self, conversation: Conversation) -> None:
-        added = self.tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special}
+        special = {token.content for token in self._added.values() if token.special}
         for number, message in enumerate(conversation.messages):
             for token in sorted(special):
                 if token in message.content:
@@ -234,6 +298,53 @@ class ChatRenderer:
                         f"message {number} spells the special token {token!r}, which would end or "
                         "begin a turn; take it out of the text"
                     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outline:
+    """How a template writes conversations of some roles.
+
+    Attributes:
+        around: what stands before, between and behind the messages.
+        answers: (message, characters of the answer before what it says, characters behind).
+    """
+
+    around: Sequence[str]
+    answers: Sequence[tuple[int, int, int]]
+
+    @classmethod
+    def of(
+        cls, contents: Sequence[str], text: str, spans: Sequence[tuple[int, int]]
+    ) -> "_Outline | None":
+        """Of a conversation whose contents stand nowhere else in its text; None if they do not."""
+        if any(text.count(content) != 1 for content in contents):
+            return None
+        begins = [text.index(content) for content in contents]
+        ends = [begin + len(content) for begin, content in zip(begins, contents, strict=True)]
+        if begins != sorted(begins):
+            return None
+        answers = []
+        for start, stop in spans:
+            inside = [at for at, begin in enumerate(begins) if start <= begin and ends[at] <= stop]
+            if len(inside) != 1:
+                return None
+            answers.append((inside[0], begins[inside[0]] - start, stop - ends[inside[0]]))
+        edges = zip([0, *ends], [*begins, len(text)], strict=True)
+        return cls(around=[text[end:begin] for end, begin in edges], answers=answers)
+
+    def spans(self, contents: Sequence[str], text: str) -> list[tuple[int, int]] | None:
+        """Where the answers of a text of this outline are; None of another text."""
+        pieces = [self.around[0]]
+        for content, behind in zip(contents, self.around[1:], strict=True):
+            pieces += (content, behind)
+        if "".join(pieces) != text:
+            return None
+        ends = list(accumulate(map(len, pieces)))[1::2]  # of the contents
+        found = []
+        for message, before, behind in self.answers:
+            start = ends[message] - len(contents[message]) - before
+            found.append((start, max(start, len(text[: ends[message] + behind].rstrip()))))
+        return found
 
 
 # Formats of one turn, which can be written out without a template.
