@@ -48,6 +48,7 @@ lint: setup  ## ruff and mypy
 bench: setup  ## speed and memory against the published formulation; decoding; what Ray costs
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.preprocessing
 	$(BIN)/python -m benchmarks.isolation
 	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.dflash
@@ -56,6 +57,7 @@ bench: setup  ## speed and memory against the published formulation; decoding; w
 toy: setup  ## train on languages made up: bounds against exact entropies, answers, drafts
 	$(BIN)/python -m benchmarks.toy_chain
 	$(BIN)/python -m benchmarks.answers
+	$(BIN)/python -m benchmarks.chats
 	$(BIN)/python -m benchmarks.draft_learns
 
 real: setup  ## instruction tuning of a chat model of 135M that a package carries (93 MB): half an hour

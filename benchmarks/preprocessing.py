@@ -1,5 +1,5 @@
-"""Preprocessing beside its tokenizer alone, in one process, in turn within one run; and how full the
-rows of conversations are, by best fit, cut every max_length tokens, and one padded row each.
+"""Preprocessing beside its tokenizer alone, in one process, in turn within one run; and how full
+the rows of conversations are, by best fit, cut every max_length tokens, and one padded row each.
 
     python -m benchmarks.preprocessing [--megabytes 8]
 
@@ -78,11 +78,11 @@ def conversations(num_bytes: int) -> list[list[dict[str, str]]]:
 
 def wordpiece(texts: list[str]) -> Any:
     from tokenizers import BertWordPieceTokenizer
-    from transformers import BertTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     trained = BertWordPieceTokenizer()
     trained.train_from_iterator(texts, vocab_size=VOCAB, show_progress=False)
-    return _ended(BertTokenizerFast(tokenizer_object=trained._tokenizer))
+    return _ended(PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer))
 
 
 def byte_level_bpe(texts: list[str]) -> Any:
@@ -135,13 +135,12 @@ def partition_of(path: Path) -> Partition:
     return partition
 
 
-def show(
-    what: str, num_bytes: int, tokenizer: Any, texts: list[str], job: Callable[[], None]
-) -> None:
+def show(what: str, tokenizer: Any, texts: list[str], job: Callable[[], None]) -> None:
     start = time.process_time()
     tokenize_alone(tokenizer, texts)
     alone = time.process_time() - start
     low, *_, high = found = ratios(lambda: tokenize_alone(tokenizer, texts), job)
+    num_bytes = sum(len(text.encode()) for text in texts)
     print(
         f"  {what:<24} tokenizer alone {num_bytes / alone / 1e6:.2f} MB/s; the job reaches "
         f"{statistics.median(found):.0%} of it ({low:.0%}-{high:.0%})",
@@ -149,9 +148,8 @@ def show(
     )
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> int:
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path.stat().st_size
 
 
 def filling(folder: Path) -> None:
@@ -180,8 +178,8 @@ def filling(folder: Path) -> None:
         f"{crossed:,} conversations cut in the middle"
     )
     print(
-        f"  one padded row each{len(documents):>6} rows, {documents.mean() / CHAT_LENGTH:.1%} filled;"
-        f" best fit trains {len(documents) / rows:.2f} times the tokens of a row"
+        f"  one padded row each{len(documents):>6} rows, {documents.mean() / CHAT_LENGTH:.1%} "
+        f"filled; best fit trains {len(documents) / rows:.2f} times the tokens of a row"
     )
 
 
@@ -215,9 +213,9 @@ def main() -> None:
                 preprocess_partition(part, max_length=CHAT_LENGTH, chats=chats, **common)
 
             what = make.__name__.replace("_", " ")
-            show(f"{what}, text", sum(map(len, texts)), tokenizer, texts, text_job)
+            show(f"{what}, text", tokenizer, texts, text_job)
             said = tokenizer.apply_chat_template(talks, tokenize=False)
-            show(f"{what}, chats", sum(map(len, said)), tokenizer, said, chat_job)
+            show(f"{what}, chats", tokenizer, said, chat_job)
         filling(folder / "out")
 
 

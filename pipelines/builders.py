@@ -353,7 +353,7 @@ def _stage(
 
 
 def _training_log(checkpoint_path: str) -> list[dict[str, Any]]:
-    """The metrics of the run that made a checkpoint, and then those of its held-out rows; none where
+    """The metrics of the run that made a checkpoint, then those of its held-out rows; none where
     there is no log beside it.
     """
     path = find_checkpoint(checkpoint_path, hashes=False).parent / RECORD_FOLDER / LOG_NAME

@@ -83,7 +83,9 @@ _LONG_TO_MAKE = ("ray_session", "head", "history", "portable_failures")
 
 @functools.cache
 def _shared_by(path: Path) -> dict[str, str]:
-    """Of the functions in a file of tests, those that take a fixture that is long to make; which."""
+    """Of the functions in a file of tests, those that take a fixture that is long to make, and
+    which.
+    """
     functions = [f for f in ast.walk(ast.parse(path.read_text())) if isinstance(f, ast.FunctionDef)]
     return {
         f.name: argument.arg

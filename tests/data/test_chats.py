@@ -97,6 +97,33 @@ def test_tokens_are_those_of_the_template_and_targets_the_answers(
         assert [rendered.num_bytes(stop) for stop in range(1, len(whole) + 1)] == counted.tolist()
 
 
+@pytest.mark.parametrize("name", [*TEMPLATES, "forgetful", "bare"])
+def test_an_outline_finds_the_answers_that_prefixes_find(name: str) -> None:
+    bare = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    asked = "{% if add_generation_prompt %}assistant: {% endif %}"
+    templates = {**TEMPLATES, "forgetful": FORGETFUL, "bare": bare + asked}
+    rng = np.random.default_rng(0)
+    words = ["a", " b ", "word0word", "> c", "\n", "é\t", "<|im_end", "user: ", "assistant: a  "]
+
+    def said() -> str:
+        return "".join(rng.choice(words, size=rng.integers(1, 5)))
+
+    renderer = ChatRenderer(tokenizer=chat_tokenizer(templates[name]))
+    refused = 0
+    for _ in range(200):
+        system = said() if rng.random() < 0.3 else None
+        messages = conversation(*(said() for _ in range(2 * rng.integers(1, 4))), system=system)
+        try:
+            expected = renderer._by_prefixes(messages.messages)
+        except RenderError as error:
+            refused += 1
+            with pytest.raises(RenderError, match=re.escape(str(error))):
+                renderer._by_outline(messages.messages)
+        else:
+            assert renderer._by_outline(messages.messages) == expected
+    assert (0 < refused < 200) == (name == "forgetful")
+
+
 def test_the_last_answer_or_all_tokens_can_be_the_targets() -> None:
     tokenizer = chat_tokenizer(CHATML)
     last = ChatRenderer(tokenizer=tokenizer, train_on="last_answer")(TALKS[1])

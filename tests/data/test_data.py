@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -631,6 +632,10 @@ def rows_of(packed: PackedRows) -> list[tuple[list[int], list[int], int]]:
     return list(zip(tokens, runs, packed.num_bytes.tolist(), strict=True))
 
 
+def sum_of_first(sizes: np.ndarray, count: int) -> int:
+    return int(sizes[:count].sum())
+
+
 @pytest.mark.parametrize("max_length", [2, 7, 16])
 @pytest.mark.parametrize("rows_at_once", [1, 3, 1000])
 def test_rows_are_those_of_packing_by_hand(max_length: int, rows_at_once: int) -> None:
@@ -645,7 +650,7 @@ def test_rows_are_those_of_packing_by_hand(max_length: int, rows_at_once: int) -
             tokens=np.concatenate([ids for ids, _ in some]),
             num_bytes=np.array([sizes.sum() for _, sizes in some]),
             lengths=np.array([len(ids) for ids, _ in some]),
-            bytes_before=[lambda token, sizes=sizes: int(sizes[:token].sum()) for _, sizes in some],
+            bytes_before=[partial(sum_of_first, sizes) for _, sizes in some],
         )
         for some in (documents[i : i + 3] for i in range(0, len(documents), 3))
     ]

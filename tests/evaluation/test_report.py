@@ -128,6 +128,22 @@ def test_hostile_text_is_shown_and_inert_everywhere(tmp_path: Path) -> None:
     assert not re.search("[<>&\u2028]", hostile.scripts["denoising"])
 
 
+def test_held_out_rows_are_drawn_beside_the_loss(tmp_path: Path) -> None:
+    report = Report(title="t", loss_curve=[(10, 3.0), (20, 2.0)])
+    alone = write(tmp_path / "alone", report)
+    beside = write(tmp_path / "beside", replace(report, heldout_curve=[(0, 4.0), (20, 2.5)]))
+    assert not alone.named("path", "heldout")
+    line, dots = beside.named("path", "heldout")
+    # From the left edge, above all else, to the right edge; the loss begins in the middle.
+    assert re.fullmatch(r"M0\.0 [0-9.]+L1000\.0 [0-9.]+", str(line["d"]))
+    assert str(beside.named("path", "line")[0]["d"]).startswith("M500.0 ")
+    assert len(str(dots["d"]).split("M")) == 3
+    first, last = (float(point.split(" ")[1]) for point in str(line["d"])[1:].split("L"))
+    assert first < last
+    assert "held out" in beside.text
+    assert "held out" not in alone.text
+
+
 def test_frames_survive_the_page(tmp_path: Path) -> None:
     page = write(tmp_path, Report(title="t", denoising=denoising()))
     data = json.loads(page.scripts["denoising"])

@@ -121,6 +121,43 @@ def test_what_chats_cannot_be_made_of_is_told(
     assert says in capsys.readouterr().err
 
 
+def test_a_plan_shows_the_format_and_the_first_conversation(
+    in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = write_chats(tmp_path)[-1]
+    config = tmp_path / "chats.yaml"
+    sections = {
+        "name": "x",
+        "root": str(tmp_path / "root"),
+        "preprocess": {
+            "dataset_name": "jsonl",
+            "data_files": [files],
+            "tokenizer_name_or_path": "bytes",
+            "chat_template": TEMPLATE[1],
+            "max_length": 64,
+        },
+        "train": {"model_name_or_path": "builtin:qwen3-tiny", "objective": "ar"},
+        "generate": None,
+        "evaluate": None,
+        "tracking": {"enabled": False},
+    }
+    config.write_text(json.dumps(sections))
+
+    def shown() -> str:
+        assert pipeline.main(["plan", str(config)]) == 0
+        return capsys.readouterr().out
+
+    for _ in range(2):
+        printed = shown()
+        assert re.search(r"dataset_format +messages\n", printed)
+        assert re.search(r"example +user: 0\n +assistant: \[\[0\[EOS\]\]\]", printed)
+        assert pipeline.main(["run", str(config), "--only", "preprocess"]) == 0  # then it is done
+        capsys.readouterr()
+    broken = [*("-o", f"preprocess.chat_template={tmp_path / 'nowhere.jinja'}")]
+    assert pipeline.main(["plan", str(config), *broken]) == 2
+    assert "nowhere.jinja: cannot be read" in capsys.readouterr().err
+
+
 def test_a_key_changes_with_what_decides_the_rows_of_chats_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,39 @@ def test_a_pipeline_from_file_to_report_and_again(
     (stages["generate"].folder / "part-00000.jsonl").unlink()
     with pytest.raises(CorruptFileError, match=r"part-00000\.jsonl is missing"):
         run_pipeline(load_config(path, untracked[1:]), root)
+
+
+def test_a_pipeline_that_watches_itself_ends_early_and_shows_it(
+    in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow import MlflowClient
+
+    watched = {"eval_steps": 2, "early_stopping_patience": 1, "keep": "best", "max_eval_rows": 8}
+    # Too fast to learn: the second evaluation is worse than the first.
+    train = {**SMALL["train"], **watched, "max_train_steps": 40, "learning_rate": 0.3}
+    path = write_config(tmp_path, train=train, tracking={"enabled": True}, generate=None)
+    assert pipeline_job.main(["run", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "held-out rows before training: " in printed
+    assert re.search(r"ends early after step \d+: 1 evaluation in a row did not improve", printed)
+    config = load_config(path)
+    root = tmp_path / "out"
+    stages = {stage.name: stage for stage in pipeline_stages(config, root / "small")}
+    log = metrics_by_step(stages["train"].log_path, event="heldout")
+    assert [event["step"] for event in log][:2] == [0, 2]
+    assert log[-1]["step"] < 40
+    client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("tokendiff")
+    assert experiment is not None
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    history = client.get_metric_history(runs["train"].info.run_id, "heldout_nats_per_token")
+    assert [(m.step, m.value) for m in history] == [
+        (event["step"], event["heldout_nats_per_token"]) for event in log
+    ]
+    assert "held out" in (stages["evaluate"].folder / "report" / "index.html").read_text()
+    # Again: it is done, though it has fewer steps than the file says.
+    assert pipeline_job.main(["run", str(path), "-o", "tracking.enabled=false"]) == 0
+    assert capsys.readouterr().out.count("  done (made by an earlier run, in ") == 3
 
 
 @pytest.mark.ray

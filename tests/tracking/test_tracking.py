@@ -183,6 +183,12 @@ def printed(stage: str, events: list[dict[str, Any]]) -> list[str]:
     return stream.getvalue().splitlines()
 
 
+def judged(value: float, *, best: int | None = None, since: int = 0) -> dict[str, Any]:
+    figures = {"heldout_nats_per_token": value, "heldout_standard_error": 0.25}
+    rank = {"heldout_best_step": best, "heldout_since_best": since}
+    return figures if best is None else {**figures, **rank}
+
+
 def test_a_line_for_each_event() -> None:
     facts = {"lr": 3e-4, "tokens_per_second": 18_400.4, "data_wait_fraction": 0.0123}
     shown = "lr 3.0e-04  18,400 tokens/s"
@@ -195,6 +201,11 @@ def test_a_line_for_each_event() -> None:
             at(100, "metrics", step=10, loss=7.1, **facts),
             at(110, "metrics", step=20, loss=5.2134, grad_norm=1.0, **facts),
             at(115, "metrics", step=30, loss=math.nan, **facts),
+            at(115, "heldout", step=0, **judged(4.0)),
+            at(115, "heldout", step=20, **judged(3.0, best=20, since=0)),
+            at(115, "heldout", step=1030, **judged(3.1, best=1020, since=1)),
+            at(115, "heldout", step=1040, **judged(3.2, best=1020, since=2)),
+            at(115, "stopped_early", step=1040, reason="2 evaluations said so"),
             at(116, "checkpoint", step=30, path="/out/checkpoint-30"),
             at(117, "warning", message="worker 1 [died]"),
             at(200, "resume", step=20),
@@ -211,6 +222,13 @@ def test_a_line_for_each_event() -> None:
         # 1 s a step since the first report, then 15 s for 20 steps.
         f"train  step 20/400  loss 5.213  {shown}  6:20 left  {waiting}",
         f"train  step 30/400  loss nan  {shown}  4:38 left  {waiting}",
+        "train  held-out rows before training: 4.0000 ± 0.2500 nats per token",
+        "train  held-out rows at step 20: 3.0000 ± 0.2500 nats per token, the best",
+        "train  held-out rows at step 1,030: 3.1000 ± 0.2500 nats per token, "
+        "no better than at step 1,020",
+        "train  held-out rows at step 1,040: 3.2000 ± 0.2500 nats per token, "
+        "no better than at step 1,020, 2 times in a row",
+        "train  ends early after step 1,040: 2 evaluations said so",
         "train  checkpoint at step 30: /out/checkpoint-30",
         "train  warning: worker 1 [died]",
         "train  goes on from step 20",
@@ -581,12 +599,17 @@ def test_events_become_metrics_and_tags() -> None:
     events = [
         at(1.5, "start", step=0, num_params=7),
         at(2.0, "metrics", step=1, loss=2.5, is_odd=True, name="x", norm=math.inf),
+        at(2.5, "heldout", step=1, heldout_nats_per_token=3.0, heldout_best_step=1),
         at(3.0, "checkpoint", step=1, path="checkpoint-1"),
         at(4.0, "checkpoint", step=2, path="s3://bucket/checkpoint-2"),
         at(5.0, "error", message="boom"),
     ]
     metrics, tags = metrics_and_tags(events, Path("/out"))
-    assert metrics == [("loss", 2.5, 2000, 1)]
+    assert metrics == [
+        ("loss", 2.5, 2000, 1),
+        ("heldout_nats_per_token", 3.0, 2500, 1),
+        ("heldout_best_step", 1, 2500, 1),
+    ]
     assert tags == {
         "start.step": "0",
         "start.num_params": "7",
@@ -595,7 +618,7 @@ def test_events_become_metrics_and_tags() -> None:
         "checkpoint.step": "2",
         "error": "boom",
     }
-    assert metrics_and_tags(events[:3], Path("/out"))[1]["checkpoint"] == "file:///out/checkpoint-1"
+    assert metrics_and_tags(events[:4], Path("/out"))[1]["checkpoint"] == "file:///out/checkpoint-1"
 
 
 # The mirror

@@ -5,6 +5,7 @@ that are a quarter of a row on average, more than 99 % of the rows' tokens are f
 """
 
 from bisect import bisect_left, insort
+from typing import Any
 
 import numpy as np
 
@@ -86,9 +87,10 @@ class Fitter:
 
 def _joined(parts: list[TokenizedDocuments]) -> TokenizedDocuments:
     names = ("tokens", "num_bytes", "lengths", "is_target", "num_filler")
-    return TokenizedDocuments(
-        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    )
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in names
+    }
+    return TokenizedDocuments(**columns)
 
 
 def _packed(documents: TokenizedDocuments, rows: list[list[int]]) -> PackedRows:

@@ -18,7 +18,7 @@ BATCH_CHARS = 1 << 18
 _MAX_PART_CHARS = 1 << 18
 
 
-# Of a document: a place among its tokens -> UTF-8 bytes of text that the tokens before it stand for.
+# Of a document: a place among its tokens -> UTF-8 bytes of text that the ones before it stand for.
 BytesBefore = Callable[[int], int]
 
 

@@ -29,6 +29,7 @@ from tokendiff.data.sources import (
     dummy_rows,
     find_dataset_format,
     holds_chats,
+    plan_input,
     read_conversations,
     read_documents,
     sample_records,

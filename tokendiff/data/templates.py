@@ -335,8 +335,8 @@ class _Outline:
     def spans(self, contents: Sequence[str], text: str) -> list[tuple[int, int]] | None:
         """Where the answers of a text of this outline are; None of another text."""
         pieces = [self.around[0]]
-        for content, behind in zip(contents, self.around[1:], strict=True):
-            pieces += (content, behind)
+        for said, after in zip(contents, self.around[1:], strict=True):
+            pieces += (said, after)
         if "".join(pieces) != text:
             return None
         ends = list(accumulate(map(len, pieces)))[1::2]  # of the contents

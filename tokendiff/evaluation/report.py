@@ -306,7 +306,7 @@ def _chart(
         line=path(series.step, series.mean),
         band=path(there_and_back, edge) + "Z" if series.is_grouped else "",
         dots=dots(series),
-        heldout=beside and (path(beside.step, beside.mean), dots(beside)),
+        heldout=None if beside is None else (path(beside.step, beside.mean), dots(beside)),
         x_ticks=[(across(x) / 10, f"{x:,.10g}") for x in _ticks(x_low, x_high, 5, whole=True)],
         y_ticks=[(down(y) / 10, f"{y:,.10g}") for y in _ticks(y_low, y_high, 7)],
         reference=level,

@@ -160,7 +160,7 @@ def metrics_by_step(path: Path, *, event: str = "metrics") -> list[dict[str, Any
 
 
 def drop_superseded(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leave out the figures of steps ("metrics", "heldout") that a later attempt went back behind."""
+    """Leave out figures of steps ("metrics", "heldout") that a later attempt went back behind."""
     kept: list[dict[str, Any]] = []
     for event in events:
         if event["event"] in ("start", "resume") and "step" in event:

@@ -123,8 +123,8 @@ def _standard_error(yardstick: Yardstick, columns: Columns) -> float:
 
 @dataclass(kw_only=True)
 class Watch:
-    """Judges held-out rows before training, every `eval_steps` and at the end, and remembers the best
-    evaluation. The one before training shows what training gains; it decides nothing.
+    """Judges held-out rows before training, every `eval_steps` and at the end, and remembers the
+    best evaluation. The one before training shows what training gains; it decides nothing.
 
     What it remembers is part of a checkpoint. An evaluation that is made again after a kill gives
     the same figures, so it decides the same.
