@@ -1,14 +1,14 @@
 """Do small models answer? Chats of a made-up language train each objective from nothing, with the
 loss on the answers, and with the loss on all tokens for the same number of steps.
 
-A user says some letters; the assistant answers each with the one behind it in the alphabet, then
-says one of two letters with equal chance, and ends. So ln 2 nats are all that an answer tells one
-who knows its question, whatever the objective: no bound may lie below, and a model that learnt
+A user says some letters. The assistant answers with the same in reverse, or with the one behind
+each in the alphabet, then says one of two letters with equal chance, and ends. So ln 2 nats are all
+that an answer tells one who knows its question: no bound may lie below, and a model that learnt
 comes near. Conversations have two turns and are packed into rows by `jobs.preprocess`, with answers
 found by the template's prefixes. Each model is asked second questions it has not seen.
 
     python -m benchmarks.chats                     # what `make toy` runs
-    python -m benchmarks.chats --objectives ar mdlm --steps 600
+    python -m benchmarks.chats --objectives ar mdlm
 """
 
 import argparse
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,16 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "mdlm": {},
     "udlm": {},
     "hybrid": {},
-    "dflash": {"draft_num_layers": 2, "block_size": 4, "num_anchors": 4},
+    "dflash": {"draft_num_layers": 1, "block_size": 4, "num_anchors": 4},
+}
+STEPS = {  # that teach the answers, and little more
+    "ar": 300,
+    "block_diffusion": 250,
+    "block_refinement": 250,
+    "mdlm": 1000,
+    "udlm": 4000,
+    "hybrid": 4000,
+    "dflash": 500,
 }
 MODELS = {"mdlm": "builtin:bert-tiny", "udlm": "builtin:dit-tiny", "hybrid": "builtin:bert-tiny"}
 SAMPLERS: dict[str, dict[str, Any]] = {
@@ -96,11 +106,18 @@ class Learnt:
     seconds: float
 
 
-def answer_to(question: str, end: str) -> str:
+def language_of(objective: str) -> str:
+    """Whole rows of masks learn to look the same distance back long before they learn to count."""
+    return "next" if objective in MODELS else "reverse"
+
+
+def answer_to(question: str, end: str, language: str) -> str:
+    if language == "reverse":
+        return question[::-1] + end
     return "".join(LETTERS[LETTERS.index(letter) - len(LETTERS) + 1] for letter in question) + end
 
 
-def conversations(count: int, seed: int) -> list[list[dict[str, str]]]:
+def conversations(count: int, language: str, *, seed: int) -> list[list[dict[str, str]]]:
     """Of two turns each; no question is asked twice as a second one."""
     rng = np.random.default_rng(seed)
     numbers = rng.choice(len(LETTERS) ** SIZE, size=count, replace=False)
@@ -111,7 +128,7 @@ def conversations(count: int, seed: int) -> list[list[dict[str, str]]]:
         for number in pair:
             digits = number // len(LETTERS) ** np.arange(SIZE) % len(LETTERS)
             question = "".join(LETTERS[digit] for digit in digits)
-            answer = answer_to(question, ENDS[rng.integers(len(ENDS))])
+            answer = answer_to(question, ENDS[rng.integers(len(ENDS))], language)
             turns.append({"role": "user", "content": question})
             turns.append({"role": "assistant", "content": answer})
         found.append(turns)
@@ -190,38 +207,46 @@ def exact_answers(
         sampler = {"name": "ancestral", "num_inference_steps": 32}
         config = GenerateConfig.model_validate({**fields, "sampler": sampler, "seq_len": length})
         records = list(SamplingModel(checkpoint, config, device="cpu").samples(rows))
-    return float(np.mean([*map(is_right, records, asked)]))
+    language = language_of(name)
+    return float(np.mean([*map(partial(is_right, language=language), records, asked)]))
 
 
-def is_right(record: dict[str, Any], turns: list[dict[str, str]]) -> bool:
+def is_right(record: dict[str, Any], turns: list[dict[str, str]], language: str) -> bool:
     new = record["tokens"][record["num_prompt_tokens"] :]
     # Samplers that stop leave the stop token out; the others fill the slot with it.
     has_ended = record["finish_reason"] == "stop" or set(new[ANSWER_TOKENS - 1 :]) == {EOS}
-    answers = {answer_to(turns[-2]["content"], end) for end in ENDS}
+    answers = {answer_to(turns[-2]["content"], end, language) for end in ENDS}
     return has_ended and record["completion"] in answers
 
 
 def run(
-    names: Sequence[str], *, steps: int, num_train: int, num_asked: int, folder: Path
+    names: Sequence[str], *, steps: int | None, num_train: int, num_asked: int, root: Path
 ) -> Iterator[Learnt]:
-    talks = conversations(num_train + num_asked, seed=0)
-    lines = (json.dumps({"messages": turns}) + "\n" for turns in talks[:num_train])
-    (folder / "chats.jsonl").write_text("".join(lines))
-    tokenizer = letter_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder / "tokenizer")
+    """
+    Args:
+        steps: of each training; None takes those of STEPS.
+    """
     targets: dict[str, Path] = {}
     for name in names:
+        folder = root / name
+        folder.mkdir()
+        talks = conversations(num_train + num_asked, language_of(name), seed=0)
+        lines = (json.dumps({"messages": turns}) + "\n" for turns in talks[:num_train])
+        (folder / "chats.jsonl").write_text("".join(lines))
+        tokenizer = letter_tokenizer()
+        tokenizer.chat_template = TEMPLATE
+        tokenizer.save_pretrained(folder / "tokenizer")
         fills = name in MODELS
+        num_steps = steps or STEPS[name]
         judged = shards(folder, train_on="answers", fill_answers=False)
         for train_on in ("answers", "all"):
             start = time.perf_counter()
             data = shards(folder, train_on=train_on, fill_answers=fills and train_on == "answers")
             if name == "dflash" and train_on not in targets:
                 out = folder / f"target-{train_on}"
-                targets[train_on] = train("ar", data, out, steps=steps, target=None)
+                targets[train_on] = train("ar", data, out, steps=num_steps, target=None)
             target = targets[train_on] if name == "dflash" else None
-            final = train(name, data, folder / f"{name}-{train_on}", steps=steps, target=target)
+            final = train(name, data, folder / train_on, steps=num_steps, target=target)
             bound, error = (None, 0.0) if target else bound_of(final, judged)
             yield Learnt(
                 objective=name,
@@ -237,16 +262,16 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Exact answers of small models that learn chats.")
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, help="of each; by default what it takes")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{SIZE} of {len(LETTERS)} letters, two turns; {args.steps} steps of 32 rows")
+    print(f"{SIZE} of {len(LETTERS)} letters, two turns; steps of 32 rows, as many on both sides")
     print(f"entropy of the answers given their prompts: {ENTROPY:.4f} nats per token")
     titles = ("exact", "nats per token", "accepted", "s")
     print(f"{'objective':<18}{'loss on':<10}" + "{:>8}{:>20}{:>10}{:>6}".format(*titles))
     with tempfile.TemporaryDirectory() as folder, jobs_here():
         for found in run(
-            args.objectives, steps=args.steps, num_train=3000, num_asked=256, folder=Path(folder)
+            args.objectives, steps=args.steps, num_train=3000, num_asked=256, root=Path(folder)
         ):
             bound = "" if found.bound is None else f"{found.bound:.4f} ± {found.error:.4f}"
             accepted = "" if found.accepted is None else f"{found.accepted:.2f}"
