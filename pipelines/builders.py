@@ -13,7 +13,7 @@ from typing import Any
 
 from pipelines.paths import model_path, output_path
 from pipelines.stage import Stage
-from tokendiff.artifacts.checkpoint import FINAL, find_checkpoint
+from tokendiff.artifacts.checkpoint import BEST_STEP, FINAL, STOPPED_EARLY, find_checkpoint
 from tokendiff.artifacts.identity import identity_of
 from tokendiff.artifacts.locations import Location, location
 from tokendiff.artifacts.manifest import (
@@ -27,6 +27,7 @@ from tokendiff.config.preprocess import SAMPLES
 from tokendiff.data.bad_rows import ERRORS
 from tokendiff.data.prompt_index import prompt_paths
 from tokendiff.data.sources import holds_chats
+from tokendiff.errors import InputError
 from tokendiff.tracking.run_log import LOG_NAME, RunLog, metrics_by_step
 from tokendiff.verification.certificate import CERTIFICATE
 
@@ -81,7 +82,10 @@ def preprocess_stage(
         if stage.is_done:
             chats = load_manifest(stage.output).metadata.get("chats") or {}
             return {name: chats[name] for name in ("dataset_format", "example") if name in chats}
-        return first_conversation(config.preprocess, tokenizer) if stage.has_inputs else {}
+        try:
+            return first_conversation(config.preprocess, tokenizer) if stage.has_inputs else {}
+        except InputError as error:
+            return {"example": f"none can be shown: {error}"}
 
     settings = {
         **keyed.preprocess.result_fields(),
@@ -148,8 +152,12 @@ def train_stage(
 
     def result(stage: Stage) -> dict[str, Any]:
         log = _metrics_in(stage.kept_record / LOG_NAME)
+        metadata = load_manifest(stage.result_folder).metadata
         return {
-            "step": load_manifest(stage.result_folder).metadata["step"],
+            "step": metadata["step"],
+            # Of a run that watches itself: the step that the weights are of, and why there is no
+            # later one.
+            **{name: metadata[name] for name in (BEST_STEP, STOPPED_EARLY) if name in metadata},
             "loss": log[-1]["loss"] if log else None,
             "tokens_per_second": _median([event["tokens_per_second"] for event in log]),
             "checkpoint": str(stage.result_folder),

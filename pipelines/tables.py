@@ -37,14 +37,23 @@ def print_plan(steps: Sequence[Step], folder: Location) -> None:
     rows = [(s.stage.title, s.stage.kind, s.stage.key, s.state, s.why) for s in steps]
     print("\n".join(_columns([("stage", "kind", "key", "state", "why"), *rows])))
     for step in steps:
-        if shown := step.stage.preview(step.stage):
+        if shown := _preview(step):
             print(f"\n{step.stage.title}")
             _print_lines([(f"  {label}", text) for label, text in shown.items()])
     print(f"\nfolders  {folder}/STAGE-KEY")
 
 
 def plan_as_json(steps: Sequence[Step]) -> dict[str, Any]:
-    return {"stages": [_plan_row(step) for step in steps]}
+    return {
+        "stages": [
+            {**_plan_row(step), **({"data": shown} if (shown := _preview(step)) else {})}
+            for step in steps
+        ]
+    }
+
+
+def _preview(step: Step) -> Mapping[str, str]:
+    return {} if step.state == "skip" else step.stage.preview(step.stage)
 
 
 def mermaid(steps: Sequence[Step]) -> list[str]:

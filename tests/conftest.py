@@ -60,8 +60,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # there is none without pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Every test by itself to the process that is free, but all tests of a folder that use Ray to
-    one, so that it starts once; and those of the other fixtures that take long to make.
+    """Every test by itself to the process that is free, but all tests that use Ray to one, so
+    that it starts once, and those of each other fixture that takes long to make. Two of Ray are
+    slower: more processes start at once than two cores can bear, and what waits for them runs out
+    of time.
 
     `--dist loadgroup` would do, but the groups of pytest-xdist 3.8 are lost under pytest 9.2. The
     process that hands tests out knows no more of them than their ids.
@@ -72,8 +74,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             path, _, test = nodeid.partition("::")
             shared = _shared_by(config.rootpath / path).get(test.split("[")[0])
-            # Two of Ray, since one after the other its tests take longer than all the rest.
-            return nodeid if shared is None else f"{shared} of {Path(path).parent}"
+            return nodeid if shared is None else shared
 
     return RayInOneProcess(config, log)
 

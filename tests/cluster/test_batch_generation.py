@@ -15,7 +15,6 @@ import pytest
 
 from tests import ROOT
 from tests.builders import letter_tokenizer, random_rows, token_folder
-from tests.in_this_process import jobs_here
 from tokendiff.artifacts.locations import Location, RemotePath, files_under
 from tokendiff.artifacts.manifest import load_manifest
 from tokendiff.config.cluster import ClusterConfig
@@ -188,20 +187,19 @@ def test_too_many_errors_stop_it_and_to_a_uri_it_writes_the_same(
         (root / "prompts" / path.name).write_bytes(path.read_bytes())
     out = root / "samples"
 
-    def run(max_errors: int) -> list[tuple[str, dict[str, Any]]]:
+    def run(max_errors: int, cluster: ClusterConfig = TWO) -> list[tuple[str, dict[str, Any]]]:
         events: list[tuple[str, dict[str, Any]]] = []
         generate(
             config_of([f"{root}/prompts/*"], max_errors=max_errors),
-            TWO,
+            cluster,
             checkpoint_path=f"{root}/final",
             output_dir=out,
             on_event=lambda event, **fields: events.append((event, fields)),
         )
         return events
 
-    too_many = pytest.raises(InputError, match=r"prompts cannot be used, more than max_errors 1; ")
-    with jobs_here(), too_many:
-        run(1)
+    with pytest.raises(InputError, match=r"prompts cannot be used, more than max_errors 1; the "):
+        run(1, ONE)
     made = contents(out)
     assert made
     assert "MANIFEST.json" not in files_under(out)

@@ -151,10 +151,19 @@ def test_divergence_is_not_retried(
 
     out = log.path.parent.parent
     config = train_config(learning_rate=1e30, max_train_steps=40, checkpointing_steps=1)
-    one = CLUSTER.model_copy(update={"num_workers": 1})
     with pytest.raises(FloatingPointError, match=r"stopped before the optimiser step"):
-        train(config, one, data_path=data_path, output_dir=out, on_event=log.write)
+        train(config, CLUSTER, data_path=data_path, output_dir=out, on_event=log.write)
     assert len([e for e in read_events(log.path) if e["event"] == "start"]) == 1
+
+
+def test_a_run_without_a_step_to_take_has_no_rows(ray_session: None, data_path: Path) -> None:
+    from tokendiff.cluster.rank_rows import RankRows
+
+    data = TokenData.open(data_path, split="train")
+    for first_step, num_batches in ((24, 0), (22, 2)):
+        shards = RankRows(data, train_config(), first_step).configure({}, 2)
+        batches = [list(shard["train"].iter_batches(batch_size=4)) for shard in shards]
+        assert [len(found) for found in batches] == [num_batches] * 2
 
 
 def test_too_many_workers_for_the_batch(data_path: Path, tmp_path: Path) -> None:

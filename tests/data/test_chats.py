@@ -20,7 +20,7 @@ from tokendiff.data.packing import PackedRows, TokenizedDocuments
 from tokendiff.data.preprocess import PartitionStats, preprocess_partition
 from tokendiff.data.rows import TokenData
 from tokendiff.data.sources import find_dataset_format, plan_partitions, read_conversations
-from tokendiff.data.templates import ChatRenderer, RenderError, read_template
+from tokendiff.data.templates import ChatRenderer, RenderError, TrainOn, read_template
 from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.errors import InputError
 
@@ -97,8 +97,9 @@ def test_tokens_are_those_of_the_template_and_targets_the_answers(
         assert [rendered.num_bytes(stop) for stop in range(1, len(whole) + 1)] == counted.tolist()
 
 
+@pytest.mark.parametrize("train_on", ["answers", "last_answer"])
 @pytest.mark.parametrize("name", [*TEMPLATES, "forgetful", "bare"])
-def test_an_outline_finds_the_answers_that_prefixes_find(name: str) -> None:
+def test_an_outline_finds_the_answers_that_prefixes_find(name: str, train_on: TrainOn) -> None:
     bare = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     asked = "{% if add_generation_prompt %}assistant: {% endif %}"
     templates = {**TEMPLATES, "forgetful": FORGETFUL, "bare": bare + asked}
@@ -108,8 +109,8 @@ def test_an_outline_finds_the_answers_that_prefixes_find(name: str) -> None:
     def said() -> str:
         return "".join(rng.choice(words, size=rng.integers(1, 5)))
 
-    renderer = ChatRenderer(tokenizer=chat_tokenizer(templates[name]))
-    refused = 0
+    renderer = ChatRenderer(tokenizer=chat_tokenizer(templates[name]), train_on=train_on)
+    refused = slow = 0
     for _ in range(200):
         system = said() if rng.random() < 0.3 else None
         messages = conversation(*(said() for _ in range(2 * rng.integers(1, 4))), system=system)
@@ -121,7 +122,12 @@ def test_an_outline_finds_the_answers_that_prefixes_find(name: str) -> None:
                 renderer._by_outline(messages.messages)
         else:
             assert renderer._by_outline(messages.messages) == expected
-    assert (0 < refused < 200) == (name == "forgetful")
+            outline = renderer._outline(tuple(message.role for message in messages.messages))
+            assert outline is not None
+            contents = [message.content for message in messages.messages]
+            slow += outline.spans(contents, expected[0]) is None
+    assert (0 < refused < 200) == (name == "forgetful" and train_on == "answers")
+    assert slow < 100 if name == "forgetful" else slow == 0
 
 
 def test_the_last_answer_or_all_tokens_can_be_the_targets() -> None:

@@ -13,6 +13,7 @@ from tests import ROOT
 from tests.builders import objective_names
 from tokendiff.artifacts.manifest import load_manifest
 from tokendiff.data.rows import TokenData
+from tokendiff.tracking.run_log import metrics_by_step
 
 TEMPLATE = ["--chat_template", str(ROOT / "pipelines" / "chat.jinja")]
 BYTES = ["--tokenizer_name_or_path", "bytes", "--max_length", "64"]
@@ -48,7 +49,7 @@ def test_every_objective_learns_answers_and_is_judged_by_them(
     common = ["--enabled", "false", "--json"]
     out = tmp_path / "out"
     model = MODELS.get(objective, "builtin:qwen3-tiny")
-    steps = ["--max_train_steps", "4", "--logging_steps", "2", "--output_dir", str(out)]
+    steps = ["--max_train_steps", "4", "--eval_steps", "4", "--output_dir", str(out)]
     flags = ["--objective", objective, "--model_name_or_path", model, *BYTES, *TEMPLATE]
     assert train.main([*flags, *write_chats(tmp_path), *steps, *common]) == 0
     data = TokenData.open(out / "data", split="heldout")
@@ -63,6 +64,10 @@ def test_every_objective_learns_answers_and_is_judged_by_them(
     assert evaluate.main([*judge, "--num_mask_samples", "1", *common]) == 0
     judged = result_of(capsys)
     assert np.isfinite(judged["nats_per_token"])
+    # As training said of the same rows, whatever fills the answers up.
+    last = metrics_by_step(out / "run" / "log.jsonl", event="heldout")[-1]
+    assert last["step"] == 4
+    assert last["heldout_nats_per_token"] == pytest.approx(judged["nats_per_token"], rel=1e-4)
     # Of each answer a digit, and EOS; all else is given, or fills up.
     assert judged["num_tokens"] == 2 * data.manifest.metadata["splits"]["heldout"]["documents"]
 
@@ -154,8 +159,11 @@ def test_a_plan_shows_the_format_and_the_first_conversation(
         assert pipeline.main(["run", str(config), "--only", "preprocess"]) == 0  # then it is done
         capsys.readouterr()
     broken = [*("-o", f"preprocess.chat_template={tmp_path / 'nowhere.jinja'}")]
-    assert pipeline.main(["plan", str(config), *broken]) == 2
-    assert "nowhere.jinja: cannot be read" in capsys.readouterr().err
+    assert pipeline.main(["plan", str(config), *broken]) == 0
+    assert "none can be shown: chat_template" in capsys.readouterr().out
+    assert pipeline.main(["plan", str(config), "--json"]) == 0
+    stages = result_of(capsys)["stages"]
+    assert stages[0]["data"]["dataset_format"] == "messages"
 
 
 def test_a_key_changes_with_what_decides_the_rows_of_chats_alone(

@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -21,9 +23,10 @@ from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import InputError
 from tokendiff.evaluation.evaluator import Evaluator, evaluation_rows
+from tokendiff.objectives.dflash import DFlash
 from tokendiff.training.inputs import check_inputs
 from tokendiff.training.run import TrainingRun, train_in_process
-from tokendiff.training.watching import WATCH_STATE
+from tokendiff.training.watching import WATCH_STATE, is_better, yardstick_of
 from tokendiff.training.world import World
 
 LENGTH = 12
@@ -217,6 +220,91 @@ def test_keep_best_keeps_the_weights_of_the_best_step(
 
 def kept_path(folder: Path) -> Path:
     return folder / "best" / "final" / "model.safetensors"
+
+
+def test_keep_best_keeps_the_adapters_of_the_best_step(data: TokenData, tmp_path: Path) -> None:
+    adapters: dict[str, Any] = {
+        "lora_rank": 2,
+        "model_name_or_path": "builtin:qwen3-tiny",
+        "objective": "ar",
+    }
+    adapters |= {"learning_rate": 0.5}  # which soon makes it worse
+    base = tmp_path / "base"
+    unwatched = {"eval_steps": None, "max_eval_rows": 256, "max_train_steps": 12}
+    whole = {**adapters, "lora_rank": None, "learning_rate": 0.01}
+    run(config(**{**whole, **unwatched}), data, base)
+    adapters["model_name_or_path"] = str(base / "final")
+    events = run(config(**adapters, keep="best"), data, tmp_path / "best")
+    best = of(events, "heldout")[-1]["heldout_best_step"]
+    assert best < 24
+    run(config(**adapters, max_train_steps=best), data, tmp_path / "shorter")
+    name = "model.safetensors"
+    kept, end = ((tmp_path / f / "final" / name).read_bytes() for f in ("best", "shorter"))
+    assert kept == end
+
+
+def test_a_draft_is_watched_by_what_is_accepted_of_it(data: TokenData, tmp_path: Path) -> None:
+    target = {"objective": "ar", "model_name_or_path": "builtin:qwen3-tiny", "eval_steps": None}
+    final = train_in_process(
+        config(**target, max_eval_rows=256, max_train_steps=30), data, tmp_path / "target"
+    )
+    objective = {"name": "dflash", "draft_num_layers": 1, "block_size": 4, "num_anchors": 4}
+    fields = config(max_train_steps=12).model_dump(
+        exclude={"objective", "model_name_or_path"}, exclude_defaults=True
+    )
+    draft = TrainConfig.model_validate(
+        {**fields, "objective": objective, "target_model_id": str(final)}
+    )
+    events = of(run(draft, data, tmp_path / "draft"), "heldout")
+    assert [event["step"] for event in events] == [0, 2, 4, 6, 8, 10, 12]
+    lengths = {event["step"]: event["heldout_acceptance_length"] for event in events}
+    assert all(1.0 <= length <= 4.0 for length in lengths.values())
+    for event in events[2:]:  # more is better
+        if event["heldout_since_best"] == 0:
+            before = [lengths[step] for step in lengths if 0 < step < event["step"]]
+            assert lengths[event["step"]] > max(before)
+    yardstick = yardstick_of(DFlash(block_size=4, mask_token_id=1), None)
+    more, fewer = (
+        {
+            "row_id": np.arange(4),
+            "num_accepted": np.array(accepted),
+            "num_blocks": np.full(4, 3.0),
+        }
+        for accepted in ([9.0, 9.0, 9.0, 8.0], [6.0, 6.0, 6.0, 7.0])
+    )
+    assert is_better(yardstick, more, fewer)
+    assert not is_better(yardstick, fewer, more)
+
+
+def test_a_damaged_best_checkpoint_is_gone_back_behind(data: TokenData, tmp_path: Path) -> None:
+    cfg = config(keep="best", checkpoints_total_limit=1)
+    events = run(cfg, data, tmp_path)
+    best = of(events, "heldout")[-1]["heldout_best_step"]
+    weights = (tmp_path / "final" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "final")
+    (tmp_path / f"checkpoint-{best}" / "model.safetensors").write_bytes(b"damaged")
+    again = run(cfg, data, tmp_path)
+    assert decisions(again) == decisions(events)
+    assert (tmp_path / "final" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_manifest_of_an_older_checkpoint_that_cannot_be_read_stops_nothing(
+    data: TokenData, tmp_path: Path
+) -> None:
+    cfg = config(max_train_steps=10, keep="best")
+    run(cfg, data, tmp_path)
+    oldest = committed_checkpoints(tmp_path)[0]
+    (tmp_path / oldest.name / "MANIFEST.json").write_text("{")
+    run(config(max_train_steps=20, keep="best"), data, tmp_path)
+    assert load_manifest(tmp_path / "final").metadata["step"] == 20
+
+
+def test_other_rows_may_be_judged_where_they_decide_nothing(
+    data: TokenData, tmp_path: Path
+) -> None:
+    run(config(max_train_steps=4), data, tmp_path)
+    events = run(config(max_train_steps=8, max_eval_rows=10), data, tmp_path)
+    assert decisions(events)[0] == (6, 6, 0)  # the first of these rows
 
 
 class _Killed(Exception):

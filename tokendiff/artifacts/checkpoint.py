@@ -41,6 +41,7 @@ KIND = "checkpoint"
 FINAL = "final"
 # In the metadata, where the best weights are kept: the step that final/ would be of, or is of.
 BEST_STEP = "best_step"
+STOPPED_EARLY = "stopped_early"  # of a final/ with fewer steps: why it has no more
 EMA_WEIGHTS = "ema.safetensors"
 ADAPTERS, EMA_ADAPTERS = "adapters.safetensors", "ema_adapters.safetensors"
 _PREFIX = "checkpoint-"
@@ -96,14 +97,16 @@ def committed_checkpoints(output_dir: Location) -> list[Location]:
 def newest_sound_checkpoint(
     output_dir: Location, *, warn: Callable[[str], None]
 ) -> Location | None:
-    """The newest checkpoint whose every file matches its manifest; `warn` hears of those passed
-    over.
+    """The newest checkpoint whose every file matches its manifest, as do those of the one that it
+    names as its best; `warn` hears of those passed over.
     """
     passed_over: CorruptFileError | None = None
     for folder in reversed(committed_checkpoints(output_dir)):
         try:
-            verify(folder, kind=KIND, hashes=isinstance(folder, Path))
-            fetch(folder)  # which checks what it copies
+            _check(folder)
+            best = best_step_of(folder)
+            if best is not None and best != step_of(folder):
+                _check(output_dir / checkpoint_name(best))
         except CorruptFileError as error:
             warn(f"checkpoint {error}; using the previous checkpoint")
             passed_over = error
@@ -112,6 +115,25 @@ def newest_sound_checkpoint(
     if passed_over is not None:
         warn(f"no sound checkpoint is left under {output_dir}; starting from step 0")
     return None
+
+
+def _check(folder: Location) -> None:
+    """Raise CorruptFileError where a file of a checkpoint is not there, or not what it was."""
+    if not is_committed(folder):
+        raise CorruptFileError(f"{folder}: is gone")
+    verify(folder, kind=KIND, hashes=isinstance(folder, Path))
+    fetch(folder)  # which checks what it copies
+
+
+def best_step_of(folder: Location) -> int | None:
+    """The step whose weights final/ would get, by a checkpoint; None where it names none, or its
+    manifest cannot be read.
+    """
+    try:
+        best: int | None = load_manifest(folder).metadata.get(BEST_STEP)
+    except (CorruptFileError, OSError):
+        return None
+    return best
 
 
 def remove_old_checkpoints(output_dir: Location, *, newest: int, keep: int) -> None:
@@ -123,7 +145,7 @@ def remove_old_checkpoints(output_dir: Location, *, newest: int, keep: int) -> N
     """
     folders = committed_checkpoints(output_dir)
     sound = [folder for folder in folders if step_of(folder) <= newest][-keep:]
-    best = {load_manifest(folder).metadata.get(BEST_STEP) for folder in sound}
+    best = {best_step_of(folder) for folder in sound}
     for folder in folders:
         if folder not in sound and step_of(folder) not in best:
             # Without its manifest the folder no longer counts, however far the deletion gets.

@@ -105,7 +105,10 @@ class TrainConfig(Section):
 
     checkpointing_steps: int = operational(500, ge=1, description="steps between checkpoints")
     checkpoints_total_limit: int = operational(
-        3, ge=1, description="newest checkpoints that are kept"
+        3,
+        ge=1,
+        description="newest checkpoints that are kept; with keep best one more, that of the best "
+        "step",
     )
     logging_steps: int = operational(10, ge=1, description="steps between log lines")
 
@@ -128,7 +131,9 @@ class TrainConfig(Section):
         "the standard error of the paired difference, before training ends",
     )
     keep: Literal["last", "best"] = Field(
-        "last", description="weights that final/ gets: of the last step, or of the best evaluation"
+        "last",
+        description="weights that final/ gets: of the last step, or of the best evaluation, each "
+        "of which leaves a checkpoint",
     )
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ from tokendiff.data.packing import (
 )
 from tokendiff.data.partition import Partition
 from tokendiff.data.sources import (
+    FILE_FORMATS,
     dummy_rows,
     find_dataset_format,
     holds_chats,
@@ -213,30 +215,29 @@ def _chat_tokenizer(config: "PreprocessConfig", name: str, template: str | None)
 
 
 def first_conversation(config: "PreprocessConfig", tokenizer_name_or_path: str) -> dict[str, str]:
-    """The format of conversations that was found, and the first that can be used, written out with
-    its answers in [[ ]]; {} of text.
+    """The format of conversations that was found in files, and the first that can be used, written
+    out with its answers in [[ ]]; {} of text, and of a dataset, which would have to be fetched.
 
     Raises:
         InputError: as `check_chats`, or the input cannot be read.
     """
-    check_chats(config, tokenizer_name_or_path)
-    if not holds_chats(config):
+    if config.dataset_name not in FILE_FORMATS or not holds_chats(config):
         return {}
-    partitions, _ = plan_input(config)
     template = None if config.chat_template is None else read_template(config.chat_template)
+    tokenizer = _chat_tokenizer(config, tokenizer_name_or_path, template)
+    ChatRenderer(tokenizer=tokenizer).check(find_dataset_format(config))
+    partitions, _ = plan_input(config)
     for partition in partitions:
         options = ChatOptions.of(config, partition.dataset_format, fill_answers=False)
         assert options is not None
+        # Whole, however long: a bpe that is still to be trained makes fewer tokens of it.
         documents = ChatDocuments(
-            tokenizer=_chat_tokenizer(config, tokenizer_name_or_path, template),
-            options=options,
-            max_length=config.max_length,
-            dropped=Counter(),
+            tokenizer=tokenizer, options=options, max_length=sys.maxsize, dropped=Counter()
         )
         rows = read_conversations(partition)
         found = (row for row in rows if not isinstance(row, BadRow))
         for _, some in documents.of(found, lambda bad: None):
-            example = marked(documents.tokenizer, some)
+            example = marked(tokenizer, some)
             return {"dataset_format": options.dataset_format, "example": example}
     return {}
 

@@ -10,7 +10,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -227,11 +226,9 @@ class ChatRenderer:
         """
         (text,) = self._written([messages])
         outline = self._outline(tuple(message.role for message in messages))
-        if outline is not None:
-            contents = [message.content for message in messages]
-            for said in (contents, [content.strip() for content in contents]):
-                if (spans := outline.spans(said, text)) is not None:
-                    return text, spans
+        contents = [message.content for message in messages]
+        if outline is not None and (spans := outline.spans(contents, text)) is not None:
+            return text, spans
         return self._by_prefixes(messages)
 
     def _outline(self, roles: tuple[str, ...]) -> "_Outline | None":
@@ -316,7 +313,9 @@ class _Outline:
     def of(
         cls, contents: Sequence[str], text: str, spans: Sequence[tuple[int, int]]
     ) -> "_Outline | None":
-        """Of a conversation whose contents stand nowhere else in its text; None if they do not."""
+        """The outline of a rendered conversation; None if one of its contents does not stand in the
+        text exactly once.
+        """
         if any(text.count(content) != 1 for content in contents):
             return None
         begins = [text.index(content) for content in contents]
@@ -333,17 +332,28 @@ class _Outline:
         return cls(around=[text[end:begin] for end, begin in edges], answers=answers)
 
     def spans(self, contents: Sequence[str], text: str) -> list[tuple[int, int]] | None:
-        """Where the answers of a text of this outline are; None of another text."""
-        pieces = [self.around[0]]
-        for said, after in zip(contents, self.around[1:], strict=True):
-            pieces += (said, after)
-        if "".join(pieces) != text:
+        """Where the answers of a text of this outline are, which may have its contents without the
+        blanks around them; None of another text.
+        """
+        place = len(self.around[0])
+        if not text.startswith(self.around[0]):
             return None
-        ends = list(accumulate(map(len, pieces)))[1::2]  # of the contents
+        said = []
+        for content, behind in zip(contents, self.around[1:], strict=True):
+            for words in (content, content.strip()):
+                stop = place + len(words)
+                if text.startswith(words, place) and text.startswith(behind, stop):
+                    break
+            else:
+                return None
+            said.append((place, stop))
+            place = stop + len(behind)
+        if place != len(text):
+            return None
         found = []
-        for message, before, behind in self.answers:
-            start = ends[message] - len(contents[message]) - before
-            found.append((start, max(start, len(text[: ends[message] + behind].rstrip()))))
+        for message, before, behind_it in self.answers:
+            start, stop = said[message][0] - before, said[message][1] + behind_it
+            found.append((start, max(start, len(text[:stop].rstrip()))))
         return found
 
 

@@ -89,7 +89,7 @@ def nats_by_row(
     *,
     num_mask_samples: int,
 ) -> tuple[Tensor, Tensor]:
-    """The figures of rows that evaluations are made of, those of a run in training too.
+    """Nats and token counts per row, for `jobs.evaluate` and for evaluations during training.
 
     Args:
         denoiser: a Denoiser, or a CausalDenoiser where the process has blocks, or there is none.
@@ -97,7 +97,8 @@ def nats_by_row(
         num_mask_samples: of `row_bounds` and `block_row_bounds`.
 
     Returns:
-        nats [B] float64 of the whole row, and the number of tokens [B] int64 that they are of.
+        nats [B] float64 of the whole row, and the number of tokens [B] int64 that they are of, the
+        filling of answers included.
     """
     if process is None:
         return row_nats(denoiser, batch)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tokendiff.artifacts.checkpoint import FINAL, KIND
+from tokendiff.artifacts.checkpoint import FINAL, KIND, STOPPED_EARLY
 from tokendiff.artifacts.locations import Location
 from tokendiff.artifacts.manifest import is_committed, load_manifest, verify
 from tokendiff.data.rows import TokenData
@@ -11,8 +11,6 @@ from tokendiff.errors import CorruptFileError, InputError
 
 if TYPE_CHECKING:
     from tokendiff.config.train import TrainConfig
-
-STOPPED_EARLY = "stopped_early"  # in the metadata of a final/ with fewer steps: why it has no more
 
 
 def run_identity(config: "TrainConfig", data: TokenData) -> dict[str, Any]:

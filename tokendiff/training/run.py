@@ -18,6 +18,7 @@ from tokendiff.artifacts.checkpoint import (
     EMA_WEIGHTS,
     FINAL,
     KIND,
+    STOPPED_EARLY,
     checkpoint_name,
     newest_sound_checkpoint,
     remove_old_checkpoints,
@@ -30,7 +31,7 @@ from tokendiff.data.rows import TokenData, step_batches, step_plan
 from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.diffusion.interfaces import Objective
 from tokendiff.diffusion.kernels import AbsorbingKernel
-from tokendiff.errors import InputError
+from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.models.adapters import (
     adapter_tensors,
     add_adapters,
@@ -51,7 +52,7 @@ from tokendiff.objectives.dflash import DFlash
 from tokendiff.objectives.mdlm import MDLM
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
 from tokendiff.training.heldout import heldout_acceptance
-from tokendiff.training.identity import STOPPED_EARLY, check_same_run, finished_run, run_identity
+from tokendiff.training.identity import check_same_run, finished_run, run_identity
 from tokendiff.training.trainer import Batches, OnEvent, Trainer
 from tokendiff.training.watching import Watch
 from tokendiff.training.world import World
@@ -416,6 +417,17 @@ class TrainingRun:
         if self.watch is not None:
             self.watch.save(folder)
 
+    def _fetch_best(self, step: int) -> Path:
+        checkpoint = self.output_dir / checkpoint_name(step)
+        try:
+            verify(checkpoint, kind=KIND, hashes=isinstance(checkpoint, Path))
+            return fetch(checkpoint)
+        except (CorruptFileError, FileNotFoundError) as error:
+            raise CorruptFileError(
+                f"{checkpoint}, of the best step, was damaged while the run went on ({error}); the "
+                "same command goes on from a checkpoint before it"
+            ) from error
+
     def _write_model(self, folder: Path) -> None:
         from transformers.utils.logging import disable_progress_bar
 
@@ -433,9 +445,7 @@ class TrainingRun:
             self.on_event("stopped_early", step=self.trainer.step, reason=metadata[STOPPED_EARLY])
         best_step = metadata.get(BEST_STEP, self.trainer.step)
         if best_step != self.trainer.step:
-            checkpoint = self.output_dir / checkpoint_name(best_step)
-            verify(checkpoint, kind=KIND, hashes=isinstance(checkpoint, Path))
-            self._load_weights(fetch(checkpoint))
+            self._load_weights(self._fetch_best(best_step))
         average = self.trainer.average
         with nullcontext() if average is None else average.in_place_of_weights():
             save_checkpoint(self.output_dir, FINAL, self._write_model, metadata=metadata)

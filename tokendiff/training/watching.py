@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 WATCH_STATE = "heldout.json"  # of a checkpoint
 
 Columns = dict[str, np.ndarray]  # of `evaluation.paired`, one figure per row
-# (model, batch, generator) -> [B, 2] float64: per row, numerator and denominator of a ratio.
-Judge = Callable[[Any, TokenBatch, RowGenerator], Tensor]
+# (model, rows, the same as a batch, generator) -> [B, 2] float64: numerator and denominator of a
+# ratio, by row.
+Judge = Callable[[Any, TokenRows, TokenBatch, RowGenerator], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,9 @@ def yardstick_of(objective: Objective, process: NoiseProcess | None) -> Yardstic
     if isinstance(objective, DFlash):
         sizes = torch.arange(1, objective.block_size + 1, dtype=torch.float64)
 
-        def judge_draft(model: Any, batch: TokenBatch, generator: RowGenerator) -> Tensor:
+        def judge_draft(
+            model: Any, rows: TokenRows, batch: TokenBatch, generator: RowGenerator
+        ) -> Tensor:
             blocks = blocks_by_length(objective, model, batch, generator).double()
             return torch.stack([blocks @ sizes.to(blocks.device), blocks.sum(1)], dim=1)
 
@@ -71,8 +74,12 @@ def yardstick_of(objective: Objective, process: NoiseProcess | None) -> Yardstic
             judge=judge_draft,
         )
 
-    def judge_nats(model: Any, batch: TokenBatch, generator: RowGenerator) -> Tensor:
+    def judge_nats(
+        model: Any, rows: TokenRows, batch: TokenBatch, generator: RowGenerator
+    ) -> Tensor:
         nats, counts = nats_by_row(model, process, batch, generator, num_mask_samples=1)
+        # Per token of the answers, as `jobs.evaluate` has it: what fills them up is not counted.
+        counts = counts - torch.as_tensor(rows.num_filler, device=counts.device)
         return torch.stack([nats, counts.double()], dim=1)
 
     return Yardstick(
@@ -113,7 +120,7 @@ def _mean(yardstick: Yardstick, columns: Columns) -> float:
 
 
 def _standard_error(yardstick: Yardstick, columns: Columns) -> float:
-    """Of the ratio of sums over rows taken as independent, as `evaluation.bound` has it."""
+    """Standard error of the metric, with rows taken as independent (as in `evaluation.bound`)."""
     from tokendiff.evaluation.paired import RATIOS
 
     with np.errstate(all="ignore"):  # what is not finite is said by the result
@@ -224,7 +231,7 @@ class Watch:
                 rows = self.rows.take(index)
                 ids = torch.as_tensor(rows.row_ids, device=device)
                 generator = RowGenerator.for_rows(key_from(self.config.seed, "evaluate"), ids)
-                found = self.yardstick.judge(model, rows.batch(device), generator)
+                found = self.yardstick.judge(model, rows, rows.batch(device), generator)
                 figures[torch.as_tensor(index, device=device)] = found
                 done = min((at + size) * world.size, len(self.rows))
                 trainer.tell_of_heldout(done, len(self.rows))
@@ -248,9 +255,13 @@ class Watch:
         (folder / WATCH_STATE).write_text(json.dumps(state))
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint; one that an unwatched run wrote tells nothing."""
+        """Go on from a checkpoint. One that an unwatched run wrote tells nothing, and neither does
+        one that judged other rows, which a run may where nothing is decided by them.
+        """
         if not (folder / WATCH_STATE).is_file():
             return
         state = cast(dict[str, Any], json.loads((folder / WATCH_STATE).read_text()))
+        if state["best"].get("row_id") != self.rows.row_ids.tolist():
+            return
         self.best_step, self.since_best = state["best_step"], state["since_best"]
         self._best = {name: np.array(column) for name, column in state["best"].items()}
