@@ -61,9 +61,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(optionalhook=True)  # there is none without pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Every test by itself to the process that is free, but all tests that use Ray to one, so
-    that it starts once, and those of each other fixture that takes long to make. Two of Ray are
-    slower: more processes start at once than two cores can bear, and what waits for them runs out
-    of time.
+    that it starts once; and so with each other fixture that takes long to make. Several Rays side
+    by side were slower: more processes start at once than two cores can bear.
 
     `--dist loadgroup` would do, but the groups of pytest-xdist 3.8 are lost under pytest 9.2. The
     process that hands tests out knows no more of them than their ids.
