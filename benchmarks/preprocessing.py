@@ -156,19 +156,13 @@ def filling(folder: Path) -> None:
     """What share of the positions that a model computes are tokens of a conversation."""
     import pyarrow.parquet as pq
 
-    lengths = np.concatenate(
-        [
-            [len(row) for row in pq.read_table(path)["document_lengths"].to_pylist()]
-            for path in (folder / "train").glob("*.parquet")
-        ]
-    )
-    documents = np.concatenate(
-        [
-            np.concatenate(pq.read_table(path)["document_lengths"].to_pylist())
-            for path in (folder / "train").glob("*.parquet")
-        ]
-    )
-    total, rows = documents.sum(), len(lengths)
+    per_row = [
+        lengths
+        for path in (folder / "train").glob("*.parquet")
+        for lengths in pq.read_table(path)["document_lengths"].to_pylist()
+    ]
+    documents, rows = np.concatenate(per_row), len(per_row)
+    total = documents.sum()
     cut = -(-total // CHAT_LENGTH)
     crossed = len(np.unique(np.cumsum(documents)[:-1] // CHAT_LENGTH))
     print(f"rows of {CHAT_LENGTH} tokens for {len(documents):,} conversations, {total:,} tokens:")

@@ -213,9 +213,10 @@ def _data_lines(data: Mapping[str, Any]) -> list[Line]:
 
 
 def _training_lines(train: Mapping[str, Any]) -> list[Line]:
-    speed = train["tokens_per_second"]
+    speed, best = train["tokens_per_second"], train.get("best_step")
+    steps = f"{train['step']} steps" + (f", the weights of step {best}" if best else "")
     return [
-        ("training", f"{train['step']} steps" + (f", {speed:,.0f} tokens/s" if speed else "")),
+        ("training", steps + (f", {speed:,.0f} tokens/s" if speed else "")),
         ("checkpoint", train["checkpoint"]),
     ]
 

@@ -228,6 +228,7 @@ def test_a_pipeline_that_watches_itself_ends_early_and_shows_it(
     assert pipeline_job.main(["run", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "held-out rows before training: " in printed
+    assert re.search(r"training +\d+ steps, the weights of step \d+, ", printed)
     assert re.search(r"ends early after step \d+: 1 evaluation in a row did not improve", printed)
     config = load_config(path)
     root = tmp_path / "out"

@@ -44,12 +44,10 @@ class Yardstick:
 
     Attributes:
         metric: of `evaluation.paired.RATIOS`.
-        unit: of the metric, as a person reads it.
         logged_as: name in the log.
     """
 
     metric: str
-    unit: str
     logged_as: str
     is_higher_better: bool
     judge: Judge
@@ -68,7 +66,6 @@ def yardstick_of(objective: Objective, process: NoiseProcess | None) -> Yardstic
 
         return Yardstick(
             metric="expected_acceptance_length",
-            unit="tokens a block",
             logged_as="heldout_acceptance_length",
             is_higher_better=True,
             judge=judge_draft,
@@ -84,7 +81,6 @@ def yardstick_of(objective: Objective, process: NoiseProcess | None) -> Yardstic
 
     return Yardstick(
         metric="nats_per_token",
-        unit="nats per token",
         logged_as="heldout_nats_per_token",
         is_higher_better=False,
         judge=judge_nats,
