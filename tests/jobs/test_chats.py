@@ -68,8 +68,33 @@ def test_every_objective_learns_answers_and_is_judged_by_them(
     last = metrics_by_step(out / "run" / "log.jsonl", event="heldout")[-1]
     assert last["step"] == 4
     assert last["heldout_nats_per_token"] == pytest.approx(judged["nats_per_token"], rel=1e-4)
+    if "block" in objective:
+        process = json.loads((out / "final" / "scheduler_config.json").read_text())
+        assert process["block_start"] == "answer"
+        verified = [*judge[:3], str(tmp_path / "verified"), "--verify", *common]
+        assert evaluate.main([*verified, "--num_mask_samples", "1"]) == 0
     # Of each answer a digit, and EOS; all else is given, or fills up.
     assert judged["num_tokens"] == 2 * data.manifest.metadata["splits"]["heldout"]["documents"]
+
+
+def test_blocks_of_documents_are_for_who_asks_and_answers_must_be_told(
+    in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--objective", "block_diffusion", "--model_name_or_path", "builtin:qwen3-tiny"]
+    flags += [*BYTES, *TEMPLATE, *write_chats(tmp_path), "--max_train_steps", "1"]
+    for name, more in {
+        "document": ["--block_start", "document"],
+        "last_answer": ["--train_on", "last_answer"],
+        "all": ["--train_on", "all"],
+    }.items():
+        out = tmp_path / name
+        assert train.main([*flags, *more, "--output_dir", str(out), "--enabled", "false"]) == 0
+        process = json.loads((out / "final" / "scheduler_config.json").read_text())
+        assert process.get("block_start") == ("last_answer" if name == "last_answer" else None)
+    capsys.readouterr()
+    more = ["--train_on", "all", "--block_start", "answer", "--output_dir", str(tmp_path / "no")]
+    assert train.main([*flags, *more, "--enabled", "false"]) != 0
+    assert "block_start answer: the loss of these rows is on all" in capsys.readouterr().err
 
 
 def test_answers_are_drawn_by_the_template_that_was_trained(

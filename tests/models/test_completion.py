@@ -404,6 +404,33 @@ def test_a_checkpoint_says_how_it_is_decoded(tmp_path: Path) -> None:
         CompletionSetup.of(checkpoint_config("block_refinement", attention_mask_mode="2d"), folder)
 
 
+def test_blocks_start_where_training_on_answers_began_to_count_them(tmp_path: Path) -> None:
+    def starts(block_start: str | None, prompt: Any) -> tuple[int, ...]:
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        checkpoint = block_checkpoint(folder, attention_mask_mode="4d", block_start=block_start)
+        tokenizer = letter_tokenizer(V)
+        tokenizer.chat_template = TEMPLATE
+        tokenizer.save_pretrained(folder)
+        (folder / "MANIFEST.json").unlink()
+        commit(folder, kind="checkpoint", metadata={})
+        config = checkpoint_config("block_refinement", gen_length=4)
+        config = config.model_copy(update={"add_generation_prompt": True})
+        setup = CompletionSetup.of(config, checkpoint)
+        assert getattr(setup.sampler, "sees_tail", None) == (block_start is not None)
+        return setup.request(*rows_of(prompt)).block_starts
+
+    # Written out: ub def c, ab ghi c, ub d c, ab; answers begin behind "ab" and end with "c".
+    asked = [{"role": "user", "content": "def"}]
+    talk = [*asked, {"role": "assistant", "content": "ghi"}, {"role": "user", "content": "d"}]
+    assert starts("answer", talk) == (8, 12, 18)
+    assert starts("last_answer", talk) == (18,)
+    assert starts("answer", asked) == (8,)
+    assert starts("answer", "defdef") == (6,)
+    assert starts(None, talk) == ()
+    special = [*talk[:2], {"role": "user", "content": "[EOS]"}]
+    assert len(starts("answer", special)) == 1, "earlier answers cannot be told"
+
+
 @pytest.mark.parametrize(
     ("name", "process", "says"),
     [

@@ -2,6 +2,7 @@
 has a gradient; and against enumerated tables over (prompt, answer).
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,23 +11,26 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from tests.builders import AnswerDenoiser
 from tests.models.test_models import tiny_denoiser
 from tests.objectives import test_dflash as drafts
 from tests.objectives.test_block_objectives import EOS, MASK, V, packed_batch, tiny_model
-from tokendiff.diffusion.interfaces import TokenBatch
+from tokendiff.diffusion.interfaces import Request, TokenBatch
 from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
 from tokendiff.diffusion.random import RowGenerator, key_from, strata_of
 from tokendiff.diffusion.schedules import Cosine, LogLinear
 from tokendiff.evaluation.bound import row_bounds
+from tokendiff.models.causal import CausalModel
 from tokendiff.objectives.autoregressive import Autoregressive, row_nats
-from tokendiff.objectives.block_diffusion import BlockDiffusion
+from tokendiff.objectives.block_diffusion import BlockDiffusion, encode_beside_clean
 from tokendiff.objectives.block_refinement import BlockRefinement
 from tokendiff.objectives.blocks import block_rows
 from tokendiff.objectives.dflash import DFlash, draw_anchors
 from tokendiff.objectives.mdlm import MDLM
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
+from tokendiff.samplers.block_refinement import BlockRefinementSampler
 from tokendiff.verification.oracles import entropy, toy_language
 
 ABSORBING = AbsorbingKernel(schedule=Cosine(), mask_token_id=MASK)
@@ -48,6 +52,10 @@ BY_BLOCKS: dict[str, Any] = {
     "block_diffusion": BlockDiffusion(kernel=ABSORBING, **BLOCKS),
     "block_diffusion, exact": BlockDiffusion(kernel=ABSORBING, exact_mask_counts=True, **BLOCKS),
 }
+BY_BLOCKS |= {
+    f"{name}, from answers": replace(objective, restarts_at_answers=True)
+    for name, objective in BY_BLOCKS.items()
+}
 OBJECTIVES = {**WHOLE_ROWS, **BY_BLOCKS, "ar": Autoregressive()}
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
@@ -61,6 +69,23 @@ def chats() -> TokenBatch:
     is_target[0, 2:7] = is_target[0, 9] = is_target[0, 14:] = True
     is_target[1, 5:9] = True  # its last document, of 10 tokens, ends without one
     return replace(batch, is_target=is_target)
+
+
+def talks() -> TokenBatch:
+    """Two rows of two documents, in which questions and answers of 2 to 8 tokens take turns."""
+    rng = np.random.default_rng(0)
+    tokens = torch.tensor(rng.integers(2, V, (2, 60)))
+    is_target, document = torch.zeros(2, 60, dtype=torch.bool), torch.zeros(2, 60).long()
+    for row, first in enumerate((32, 20)):
+        document[row, first:] = 1
+        tokens[row, first - 1] = EOS
+        place, is_answer = 0, False
+        while place < 60:
+            stop = min(place + int(rng.integers(2, 9)), 60 if place >= first else first)
+            is_target[row, place:stop] = is_answer
+            place, is_answer = stop, stop != first and not is_answer
+    is_valid = torch.ones_like(is_target)
+    return TokenBatch(tokens=tokens, is_valid=is_valid, document=document, is_target=is_target)
 
 
 def draws(num_rows: int = 2) -> RowGenerator:
@@ -96,19 +121,146 @@ def may_be_counted(name: str, batch: TokenBatch) -> Tensor:
         shifted = torch.zeros_like(batch.is_target)
         shifted[:, :-1] = batch.is_target[:, 1:] & (batch.document[:, 1:] == batch.document[:, :-1])
         return shifted
-    if name in WHOLE_ROWS or name == "block_refinement 2d":
+    if name in WHOLE_ROWS or "2d" in name:
         return batch.is_target
-    rows = []
-    for row in range(len(batch.tokens)):
-        expected: list[bool] = []
-        for index in range(int(batch.document[row].max()) + 1):
-            places = (batch.document[row] == index).nonzero()[:, 0].tolist()
-            of_text = [bool(batch.is_target[row, place]) for place in places]
-            is_filled = int(batch.tokens[row, places[-1]]) == EOS
-            expected += of_text + [of_text[-1]] * (-len(places) % 4 if is_filled else 0)
-        rows.append(expected)
+    if "from answers" in name:
+        rows = [[place.is_target for place in row] for row in answer_places(batch)]
+    else:
+        rows = []
+        for row in range(len(batch.tokens)):
+            expected: list[bool] = []
+            for index in range(int(batch.document[row].max()) + 1):
+                places = (batch.document[row] == index).nonzero()[:, 0].tolist()
+                of_text = [bool(batch.is_target[row, place]) for place in places]
+                is_filled = int(batch.tokens[row, places[-1]]) == EOS
+                expected += of_text + [of_text[-1]] * (-len(places) % 4 if is_filled else 0)
+            rows.append(expected)
     width = max(map(len, rows))
     return torch.tensor([row + [False] * (width - len(row)) for row in rows])
+
+
+@dataclass(frozen=True)
+class Place:
+    token: int
+    document: int
+    position: int
+    block: int
+    source: int
+    is_target: bool
+
+
+def answer_places(batch: TokenBatch, *, block_length: int = 4) -> list[list[Place]]:
+    """By plain loops: rows whose blocks start anew at each answer and behind it, answers that end
+    in the row filled up.
+    """
+    rows = []
+    for row in range(len(batch.tokens)):
+        found: list[Place] = []
+        for document in range(int(batch.document[row].max()) + 1):
+            places = (batch.document[row] == document).nonzero()[:, 0].tolist()
+            block, in_block, was_target = -1, block_length, None
+            for at, place in enumerate(places):
+                is_target, token = bool(batch.is_target[row, place]), int(batch.tokens[row, place])
+                if is_target != was_target or in_block == block_length:
+                    block, in_block, was_target = block + 1, 0, is_target
+                found.append(Place(token, document, at, block, place, is_target))
+                in_block += 1
+                is_last = at + 1 == len(places)
+                if not is_target or (not is_last and batch.is_target[row, places[at + 1]]):
+                    continue
+                if not is_last or token == EOS:
+                    for behind in range(1, block_length - in_block + 1):
+                        found.append(Place(EOS, document, at + behind, block, -1, True))
+        rows.append(found)
+    return rows
+
+
+@pytest.mark.parametrize("block_length", [1, 3, 4, 20])
+def test_blocks_start_anew_at_each_answer_and_behind_it(block_length: int) -> None:
+    batch = chats()
+    rows = block_rows(batch, block_length=block_length, fill_token_id=EOS, restarts_at_answers=True)
+    unfilled = block_rows(
+        batch, block_length=block_length, fill_token_id=None, restarts_at_answers=True
+    )
+    assert torch.equal(unfilled.tokens, batch.tokens)
+    for row, expected in enumerate(answer_places(batch, block_length=block_length)):
+        for found, kept in ((rows, expected), (unfilled, [p for p in expected if p.source >= 0])):
+            names = ("tokens", "document", "position", "block", "source", "is_target")
+            columns = [getattr(found, name)[row].tolist() for name in names]
+            ours = [Place(*entry) for entry in zip(*columns, strict=True)]
+            assert ours[: len(kept)] == kept
+            assert all(place.document == -1 and not place.is_target for place in ours[len(kept) :])
+            blocks = [(place.document, place.block) for place in kept]
+            numbers = {block: index for index, block in enumerate(dict.fromkeys(blocks))}
+            assert found.ordinal[row, : len(kept)].tolist() == [numbers[b] for b in blocks]
+
+
+def test_blocks_of_text_are_the_same_wherever_answers_would_start_anew() -> None:
+    for batch in (packed_batch(), replace(packed_batch(), is_target=packed_batch().is_valid)):
+        for fill in (None, EOS):
+            one, other = (
+                block_rows(batch, block_length=4, fill_token_id=fill, restarts_at_answers=restarts)
+                for restarts in (True, False)
+            )
+            for name in one.__dataclass_fields__:
+                assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize("mode", ["2d", "4d"])
+@torch.no_grad()
+def test_an_answer_is_trained_on_as_decoding_meets_it(mode: str) -> None:
+    """The first pass over each block of an answer, behind a prompt with earlier answers: the same
+    greedy tokens, and the same confidence, as a pass over `[x_t ; x_0]` gives where the block is
+    all masks.
+    """
+    batch, denoiser = talks(), tiny_model()
+    decoder = AutoModelForCausalLM.from_config(denoiser.model.config, attn_implementation="sdpa")
+    decoder.load_state_dict(denoiser.model.state_dict())
+    model = CausalModel(decoder.eval(), vocab_size=V)
+    denoiser = tiny_model()  # the config was shared
+    fill = EOS if mode == "4d" else None
+    rows = block_rows(batch, block_length=4, fill_token_id=fill, restarts_at_answers=True)
+    sampler = BlockRefinementSampler(
+        mask_token_id=MASK,
+        block_length=4,
+        max_new_tokens=3,  # the rest of a block is there all the same
+        num_inference_steps=1,
+        threshold=0.0,
+        temperature=0.0,
+        attention_mask_mode=mode,
+        sees_tail=True,
+    )
+    num_compared = num_behind_answers = 0
+    for row, places in enumerate(answer_places(batch)):
+        for document, block in dict.fromkeys((p.document, p.block) for p in places if p.is_target):
+            text = [p for p in places if p.document == document and p.source >= 0]
+            before = [p for p in text if p.block < block]
+            own = [p for p in text if p.block == block]
+            if not before or (mode == "2d" and len(own) < 4):
+                continue
+            edges = [
+                b.position for a, b in itertools.pairwise(before) if a.is_target != b.is_target
+            ]
+            if not before[-1].is_target:
+                edges.append(len(before))
+            prompt = tuple(p.token for p in before)
+            request = Request(id=0, prompt=prompt, block_starts=tuple(edges))
+            (done,) = sampler.complete(model, [request], key=0, num_slots=1)
+            is_own = (rows.document[row] == document) & (rows.block[row] == block)
+            is_masked = torch.zeros_like(rows.is_valid)
+            is_masked[row] = is_own
+            hidden = encode_beside_clean(
+                denoiser, rows, is_masked, mask_token_id=MASK, is_causal=mode == "2d"
+            )
+            if int(is_own.sum()) < 4:  # cut off by the row
+                continue
+            logits = denoiser.head(hidden[row, is_own])
+            expected = logits.index_fill(-1, torch.tensor([MASK]), -torch.inf).argmax(-1)
+            assert done.tokens == expected.tolist()[:3], (row, document, block)
+            num_compared += 1
+            num_behind_answers += any(p.is_target for p in before)
+    assert num_compared >= 8
+    assert num_behind_answers >= 6
 
 
 @every_objective
@@ -127,8 +279,13 @@ def test_states_of_prompt_tokens_have_no_gradient_and_prompts_stay_clean(name: s
     assert bool(has_gradient.any())
     if name != "ar":
         clean = batch.tokens
-        if name in BY_BLOCKS and name != "block_refinement 2d":
-            clean = block_rows(batch, block_length=4, fill_token_id=EOS).tokens
+        if name in BY_BLOCKS and "2d" not in name:
+            clean = block_rows(
+                batch,
+                block_length=4,
+                fill_token_id=EOS,
+                restarts_at_answers="from answers" in name,
+            ).tokens
         clean = clean.repeat(rows // 2, 1)
         assert torch.equal(watched.tokens[:, :width][~may], clean[~may])
         assert bool((watched.tokens[:, :width] != clean)[may].any())
@@ -137,9 +294,9 @@ def test_states_of_prompt_tokens_have_no_gradient_and_prompts_stay_clean(name: s
 @every_objective
 def test_an_answer_is_noised_as_it_is_where_all_is_a_target(name: str) -> None:
     """The same numbers, drawn in the same order; how many tokens are masked exactly is another
-    matter, since it depends on how many there are.
+    matter, since it depends on how many there are, and so do blocks that start with an answer.
     """
-    if name in ("ar", "block_diffusion, exact"):
+    if name == "ar" or "exact" in name or "from answers" in name:
         pytest.skip("nothing is drawn, or what is drawn is a number of targets")
     batch, objective, watched = chats(), OBJECTIVES[name], Watched(model_for(name))
     may = may_be_counted(name, batch)

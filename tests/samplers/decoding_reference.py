@@ -80,6 +80,7 @@ def decode(
     hides_tail: bool = False,
     editing_threshold: float | None = None,
     max_post_steps: int = 0,
+    block_starts: Sequence[int] = (),
 ) -> tuple[list[int], int]:
     """The greedy continuation, and the forward passes that it takes where each is over the whole
     text and none is for the cache alone.
@@ -87,16 +88,22 @@ def decode(
     Args:
         is_causal: attention; else blocks see themselves whole.
         hides_tail: nothing sees what is beyond the last new token.
+        block_starts: where blocks are counted anew.
     """
     limit = len(prompt) + num_new
-    total = -(-limit // block_length) * block_length
-    x = [*prompt, *[mask] * (total - len(prompt))]
+    blocks: list[int] = []  # which block each position is in
+    while len(blocks) < limit or blocks.count(blocks[-1]) < block_length:
+        is_first = not blocks or len(blocks) in block_starts
+        is_new = is_first or blocks.count(blocks[-1]) == block_length
+        blocks.append((blocks[-1] + 1 if blocks else 0) if is_new else blocks[-1])
+    x = [*prompt, *[mask] * (len(blocks) - len(prompt))]
     num_calls = 0
-    for begin in range(len(prompt) // block_length * block_length, total, block_length):
+    for block in range(blocks[len(prompt)], blocks[-1] + 1):
+        begin = blocks.index(block)
         end, step, post_steps = begin + block_length, 0, 0
         while True:
             places = _places(
-                model, x[:end], begin, mask, block_length, is_causal, limit if hides_tail else end
+                model, x[:end], begin, mask, blocks, is_causal, limit if hides_tail else end
             )
             num_calls += 1
             is_open = {i for i in range(max(begin, len(prompt)), end) if x[i] == mask}
@@ -137,13 +144,13 @@ def _places(
     x: Sequence[int],
     begin: int,
     mask: int,
-    block_length: int,
+    blocks: Sequence[int],
     is_causal: bool,
     limit: int,
 ) -> list[Place]:
     position = torch.arange(len(x))
-    size = 1 if is_causal else block_length
-    is_seen = position[None] // size <= position[:, None] // size
+    number = position if is_causal else torch.tensor(blocks[: len(x)])
+    is_seen = number[None] <= number[:, None]
     is_seen &= (position < limit)[None]
     with torch.no_grad():
         logits = model(torch.tensor([x]), attention_mask=is_seen[None, None]).logits[0]

@@ -140,9 +140,12 @@ def refinement(**changes: Any) -> BlockRefinementSampler:
     return BlockRefinementSampler(**{**fields, **changes})
 
 
-def expected_of(sampler: BlockSampler, model: Any, prompt: Sequence[int]) -> tuple[list[int], int]:
+def expected_of(
+    sampler: BlockSampler, model: Any, prompt: Sequence[int], block_starts: Sequence[int] = ()
+) -> tuple[list[int], int]:
     """The reference with the parameters of `sampler`."""
     common: dict[str, Any] = {
+        "block_starts": block_starts,
         "num_new": sampler.max_new_tokens,
         "block_length": sampler.block_length,
         "mask": sampler.mask_token_id,
@@ -237,6 +240,38 @@ def test_rows_in_a_batch_with_a_cache_are_each_row_alone_without(
         reads = len(request.prompt) // sampler.block_length > 1
         assert calls[request.id][0] == expected[request.id][1] + int(reads)
         assert calls[request.id][1] == calls[request.id][0]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_blocks_that_start_anew_in_the_prompt_are_those_of_a_row_alone_without_a_cache(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler, model = SAMPLERS[name], block_model()
+    # At the prompt's end, where two answers were in it, and inside an answer that goes on.
+    starts = ((1,), (9,), (1, 3, 4), (2, 7, 10, 17), (8,), (1,), (1, 4, 9, 23))
+    requests = [
+        dataclasses.replace(request, block_starts=places)
+        for request, places in zip(requests_of(LENGTHS), starts, strict=True)
+    ]
+    expected = {
+        r.id: expected_of(sampler, model.model, r.prompt, r.block_starts)[0] for r in requests
+    }
+    for num_slots, chunk in ((1, 512), (3, 512), (7, 8)):
+        monkeypatch.setattr(block_decoding, "PREFILL_CHUNK", chunk)
+        done = completed(sampler, model, requests, num_slots=num_slots)
+        assert {index: completion.tokens for index, completion in done.items()} == expected
+    otherwise = {r.id: expected_of(sampler, model.model, r.prompt)[0] for r in requests}
+    # Of single tokens, and where nothing sees what is behind it, it matters less or not at all.
+    if "blocks of 1" not in name and "2d" not in name:
+        assert otherwise != expected
+
+
+@pytest.mark.parametrize("starts", [(3, 3), (4, 2), (5,)])
+def test_block_starts_that_do_not_rise_or_lie_behind_the_prompt_are_refused(
+    starts: tuple[int, ...],
+) -> None:
+    with pytest.raises(ValueError, match="block_starts must rise and lie in the prompt of 4"):
+        Request(id=0, prompt=(5, 6, 7, 8), block_starts=starts)
 
 
 @pytest.mark.parametrize("name", ["dynamic", "entropy", "2d, edits", "4d"])

@@ -58,6 +58,8 @@ class NoiseProcess:
         clean_context: whether the blocks before a noisy one were clean in training.
         prompt_length: tokens at the start of a row that were never masked.
         eos_token_id: what a document ends with, and its last block is filled up with.
+        block_start: where blocks start anew: at each "answer" of a chat, at its "last_answer"
+            alone, or, None, at the first token of a document only.
 
     Raises:
         InputError: a value that no kernel can have.
@@ -81,6 +83,7 @@ class NoiseProcess:
     clean_context: bool | None = None
     prompt_length: int = 0
     eos_token_id: int | None = None
+    block_start: str | None = None
 
     def __post_init__(self) -> None:
         if self.forward_process not in _SCHEDULER_CLASSES:
@@ -103,6 +106,10 @@ class NoiseProcess:
             if self.attention_mask_mode not in ("2d", "4d"):
                 raise InputError(
                     f"attention_mask_mode must be '2d' or '4d', got {self.attention_mask_mode!r}"
+                )
+            if self.block_start not in (None, "answer", "last_answer"):
+                raise InputError(
+                    f"block_start must be 'answer' or 'last_answer', got {self.block_start!r}"
                 )
         try:
             self.kernel()
@@ -139,6 +146,7 @@ class NoiseProcess:
         }[self.forward_process]
         if self.block_length is not None:
             names = ("block_length", "attention_mask_mode", "clean_context")
+            names = names if self.block_start is None else (*names, "block_start")
         values = ", ".join(f"{name} {getattr(self, name)}" for name in names)
         return f"{self.forward_process} ({values})"
 
@@ -157,6 +165,7 @@ class NoiseProcess:
         names, class_name = _PROCESS_FIELDS[self.forward_process], self._class_name
         if self.block_length is not None:
             names = (*names, *_BLOCK_FIELDS)
+            names = names if self.block_start is None else (*names, "block_start")
         fields = {
             "_class_name": class_name,
             "vocab_size": self.vocab_size,

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tokendiff.config.base import Section, named
+from tokendiff.config.base import Section, added, named
 
 
 class _AnyObjectiveConfig(Section):
@@ -27,7 +27,9 @@ class _AnyObjectiveConfig(Section):
         return self
 
     def process_fields(self) -> dict[str, Any]:
-        """What a checkpoint records of its noise process (`tokendiff.artifacts.noise_process`)."""
+        """What a checkpoint records of its noise process (`tokendiff.artifacts.noise_process`);
+        where blocks start is for the rows to say where nobody does.
+        """
         raise NotImplementedError
 
 
@@ -143,6 +145,13 @@ class HybridConfig(_TokenNoiseConfig):
         }
 
 
+BLOCK_START_HELP = (
+    "where blocks are counted from: the start of each answer or of the document; by default the "
+    "answer in chats with their loss on answers. Engines that count a prompt's blocks from its "
+    "first token need document"
+)
+
+
 class BlockDiffusionConfig(_ScheduledConfig):
     """Masked diffusion block by block, on a causal model. Source: BD3-LM (arXiv 2503.09573)."""
 
@@ -150,6 +159,7 @@ class BlockDiffusionConfig(_ScheduledConfig):
 
     name: Literal["block_diffusion"] = "block_diffusion"
     block_length: int = Field(4, ge=1, description="tokens of a block; 1 is autoregressive")
+    block_start: Literal["answer", "document"] | None = added(None, description=BLOCK_START_HELP)
     exact_mask_counts: bool = Field(
         False,
         description="draw how many tokens of a block are masked, each number as often, in place of "
@@ -168,6 +178,7 @@ class BlockDiffusionConfig(_ScheduledConfig):
             "forward_process": "absorbing",
             "prediction": "loo",
             "block_length": self.block_length,
+            "block_start": self.block_start,
             "attention_mask_mode": "4d",
             "clean_context": True,
             **self._schedule_fields(),
@@ -181,6 +192,7 @@ class BlockRefinementConfig(_AnyObjectiveConfig):
 
     name: Literal["block_refinement"] = "block_refinement"
     block_length: int = Field(32, ge=1, description="tokens of a block")
+    block_start: Literal["answer", "document"] | None = added(None, description=BLOCK_START_HELP)
     prompt_length: int = Field(
         0, ge=0, description="tokens at the start of each row that are never masked"
     )
@@ -201,6 +213,7 @@ class BlockRefinementConfig(_AnyObjectiveConfig):
             "prediction": "loo",
             "alpha_schedule": "log_linear",
             "block_length": self.block_length,
+            "block_start": self.block_start,
             "prompt_length": self.prompt_length,
             "attention_mask_mode": "2d" if self.attention_mask_mode == "2d" else "4d",
             "clean_context": self.clean_context,

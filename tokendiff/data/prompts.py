@@ -2,8 +2,13 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+
+from tokendiff.data import chats
+from tokendiff.data.templates import ChatRenderer, RenderError
 from tokendiff.errors import InputError
 
 Message = dict[str, Any]  # role and content, as chat templates read them
@@ -82,6 +87,30 @@ class PromptEncoder:
             ) from error
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+    def answers_in(self, messages: list[Message], ids: list[int]) -> np.ndarray:
+        """[len(ids)] bool: which tokens of a prompt of messages, encoded as `ids`, are those of
+        earlier answers, as training on answers marks them. None, where the template does not let
+        answers be told or writes them otherwise in a longer conversation.
+
+        Raises:
+            InputError: the tokenizer is a slow one, which cannot say.
+        """
+        found = np.zeros(len(ids), dtype=bool)
+        turns = tuple(chats.Message(role=m["role"], content=m["content"]) for m in messages)
+        try:
+            rendered = self._renderer(chats.Conversation(messages=turns))
+        except RenderError:
+            return found
+        length = min(len(ids), len(rendered.tokens))
+        differs = np.flatnonzero(rendered.tokens[:length] != np.array(ids[:length]))
+        length = int(differs[0]) if len(differs) else length
+        found[:length] = rendered.is_target[:length]
+        return found
+
+    @cached_property
+    def _renderer(self) -> ChatRenderer:
+        return ChatRenderer(tokenizer=self.tokenizer)
 
     def _encode_text(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]

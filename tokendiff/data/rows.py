@@ -174,6 +174,11 @@ class TokenData:
         return bool(self.manifest.metadata.get("isolate_documents", False))
 
     @property
+    def train_on(self) -> str:
+        """Which tokens are targets: "answers" or the "last_answer" of chats, or "all"."""
+        return str((self.manifest.metadata.get("chats") or {}).get("train_on", "all"))
+
+    @property
     def tokenizer_path(self) -> Path:
         return fetch(self.folder, under="tokenizer/") / "tokenizer"
 

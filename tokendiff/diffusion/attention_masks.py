@@ -55,21 +55,37 @@ def causal(document: Tensor) -> MaskRule:
     return lambda b, q, kv: (document[b, q] == document[b, kv]) & (kv <= q)
 
 
-def block_causal(document: Tensor, block: Tensor) -> MaskRule:
+def block_causal(document: Tensor, block: Tensor, is_text: Tensor | None = None) -> MaskRule:
     """A position sees its own block whole, and all earlier blocks of its document.
+
+    Args:
+        is_text: [B, L] bool; what is no text fills up a block, and no later block sees it. By
+            default all is text.
 
     Source: SDAR (arXiv 2510.06303), LLaDA2.0.
     """
-    return lambda b, q, kv: (document[b, q] == document[b, kv]) & (block[b, kv] <= block[b, q])
+
+    def rule(b: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        block_q, block_kv = block[b, q], block[b, kv]
+        is_earlier = block_kv < block_q
+        if is_text is not None:
+            is_earlier = is_earlier & is_text[b, kv]
+        is_seen = (block_kv == block_q) | is_earlier
+        return (document[b, q] == document[b, kv]) & is_seen
+
+    return rule
 
 
-def block_diffusion(document: Tensor, block: Tensor, *, is_causal: bool = False) -> MaskRule:
+def block_diffusion(
+    document: Tensor, block: Tensor, is_text: Tensor | None = None, *, is_causal: bool = False
+) -> MaskRule:
     """Rows `[x_t ; x_0]` of twice the length: x_t, then x_0, each at the positions 0..L-1.
 
     A noisy position sees its own block of x_t and the earlier blocks of x_0; a clean one sees its
     own and the earlier blocks of x_0.
 
     Args:
+        is_text: as in `block_causal`.
         is_causal: inside a block, a position sees only up to itself.
 
     Source: BD3-LM (arXiv 2503.09573), section 3 and appendix B.6.
@@ -81,6 +97,8 @@ def block_diffusion(document: Tensor, block: Tensor, *, is_causal: bool = False)
         is_clean_q, is_clean_kv = q >= length, kv >= length
         block_q, block_kv = block[b, place_q], block[b, place_kv]
         is_earlier = is_clean_kv & (block_kv < block_q)
+        if is_text is not None:
+            is_earlier = is_earlier & is_text[b, place_kv]
         is_own = (is_clean_q == is_clean_kv) & (block_kv == block_q)
         if is_causal:
             is_own = is_own & (place_kv <= place_q)
@@ -99,6 +117,14 @@ def block_causal_by_position(block_length: int) -> MaskRule:
     its first token.
     """
     return lambda b, q, kv: kv // block_length <= q // block_length
+
+
+def block_causal_by_begin(begin: Tensor) -> MaskRule:
+    """`block_causal` where q and kv are positions in one document, a row of `begin` [B, T]: the
+    position that the block of each position begins at. Positions behind T count as the last one.
+    """
+    last = begin.shape[1] - 1
+    return lambda b, q, kv: begin[b, kv.clamp(max=last)] <= begin[b, q.clamp(max=last)]
 
 
 def dflash_blocks(document: Tensor, anchors: Tensor, block_size: int) -> MaskRule:

@@ -269,10 +269,29 @@ class Request:
     Attributes:
         id: with the seed it decides the row's randomness.
         prompt: token ids, at least one.
+        block_starts: places in the prompt, or its length, at which samplers that decode block by
+            block start anew to count blocks, rising; by default they count from the first token.
     """
 
     id: int
     prompt: tuple[int, ...]
+    block_starts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        starts = self.block_starts
+        if list(starts) != sorted(set(starts)) or (starts and starts[-1] > len(self.prompt)):
+            raise ValueError(
+                f"row {self.id}: block_starts must rise and lie in the prompt of "
+                f"{len(self.prompt)} tokens or at its end, got {list(starts)}"
+            )
+
+    def block_begins(self, block_length: int, num_tokens: int) -> Tensor:
+        """[num_tokens] int64: where the block of each position of the prompt, and of what follows
+        it, begins.
+        """
+        place, starts = torch.arange(num_tokens), torch.tensor((0, *self.block_starts))
+        start = starts[torch.searchsorted(starts, place, right=True) - 1]
+        return start + (place - start) // block_length * block_length
 
 
 FinishReason = Literal["stop", "length"]

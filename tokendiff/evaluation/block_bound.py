@@ -79,7 +79,12 @@ def target_rows(batch: TokenBatch, process: NoiseProcess) -> tuple[BlockRows, Te
     if process.block_length is None:
         raise ValueError("a process without block_length has no blocks")
     fill = process.eos_token_id if process.attention_mask_mode == "4d" else None
-    rows = block_rows(batch, block_length=process.block_length, fill_token_id=fill)
+    rows = block_rows(
+        batch,
+        block_length=process.block_length,
+        fill_token_id=fill,
+        restarts_at_answers=process.block_start is not None,
+    )
     is_prompt = rows.is_text & (rows.source < process.prompt_length)
     return rows, rows.is_target & ~is_prompt & (rows.tokens != process.mask_token_id)
 

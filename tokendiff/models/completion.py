@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG, local_model
 from tokendiff.artifacts.noise_process import NoiseProcess
-from tokendiff.data.prompts import GenerationRow, PromptEncoder, prompt_text
+from tokendiff.data.prompts import GenerationRow, Prompt, PromptEncoder, prompt_text
 from tokendiff.data.samples import num_new_tokens
 from tokendiff.diffusion.interfaces import (
     Completion,
@@ -67,6 +68,7 @@ class CompletionSetup:
         max_length: tokens that the model takes; None where its config does not say.
         num_embeddings: ids that the model takes; None where its config does not say.
         start_token_id: what a row begins with that has no prompt.
+        block_start: see `NoiseProcess`.
     """
 
     name: str
@@ -77,6 +79,7 @@ class CompletionSetup:
     max_length: int | None
     num_embeddings: int | None
     start_token_id: int | None
+    block_start: str | None = None
 
     @classmethod
     def of(cls, config: "GenerateConfig", checkpoint: Path | None) -> "CompletionSetup":
@@ -118,6 +121,7 @@ class CompletionSetup:
             max_length=longest_input(model_config),
             num_embeddings=getattr(model_config.get_text_config(), "vocab_size", None),
             start_token_id=next((start for start in starts if start is not None), None),
+            block_start=None if process is None else process.block_start,
         )
 
     def request(self, row: GenerationRow) -> Request:
@@ -146,8 +150,12 @@ class CompletionSetup:
                 f"{shown} holds {self.tokenizer.convert_ids_to_tokens(highest)!r}, id {highest}; "
                 f"{self.name} has {self.num_embeddings} embeddings, fewer than its tokenizer tokens"
             )
+        request = Request(
+            id=row.id, prompt=tuple(ids), block_starts=self._block_starts(row.prompt, ids)
+        )
         block = getattr(self.sampler, "block_length", 1)
-        wanted = -(-(len(ids) + self.sampler.max_new_tokens) // block) * block
+        limit = len(ids) + self.sampler.max_new_tokens
+        wanted = int(request.block_begins(block, limit)[-1]) + block
         if self.max_length is not None and wanted > self.max_length:
             blocks = f", in whole blocks of {block}," if block > 1 else ""
             raise InputError(
@@ -155,7 +163,19 @@ class CompletionSetup:
                 f"{blocks} that exceeds the {self.max_length:,} that the model takes; shorten the "
                 "prompt, or lower the number of new tokens"
             )
-        return Request(id=row.id, prompt=tuple(ids))
+        return request
+
+    def _block_starts(self, prompt: Prompt | None, ids: list[int]) -> tuple[int, ...]:
+        """Where training began to count blocks anew: at the edges of earlier answers, and at the
+        prompt's end, unless the prompt ends inside an answer, which goes on in its blocks.
+        """
+        if self.block_start is None:
+            return ()
+        is_answer = np.zeros(len(ids), dtype=bool)
+        if self.block_start == "answer" and isinstance(prompt, list):
+            is_answer = self.encoder.answers_in(prompt, ids)
+        starts = (np.flatnonzero(np.diff(is_answer)) + 1).tolist()
+        return tuple(starts) if is_answer[-1] else (*starts, len(ids))
 
 
 class CompletionModel:
@@ -401,6 +421,7 @@ def _block_fields(
             )
         if wanted == "auto":
             found["attention_mask_mode"] = trained or _mode_of(model_config)
+        found["sees_tail"] = process is not None and process.block_start is not None
     return found
 
 

@@ -39,6 +39,7 @@ class BlockDiffusion:
         eos_token_id: fills up the block that a document ends in; see `tokendiff.objectives.blocks`.
         exact_mask_counts: draw how many tokens of a block are masked, in place of a time.
         max_loss_weight: clips the weight -alpha'/(1 - alpha), or n / l.
+        restarts_at_answers: blocks start anew at each answer; see `tokendiff.objectives.blocks`.
         lambda_conf: weight of the confidence term: per row, the mean entropy of
             softmax(logits / conf_temperature) over the correctly predicted masked tokens.
 
@@ -51,6 +52,7 @@ class BlockDiffusion:
     exact_mask_counts: bool = False
     min_time: float = 1e-3  # the weight -alpha'/(1 - alpha) is infinite at t = 0
     max_loss_weight: float | None = None
+    restarts_at_answers: bool = False
     lambda_conf: float = 0.0
     conf_temperature: float = 1.0
 
@@ -65,7 +67,12 @@ class BlockDiffusion:
 
         A block's loss depends on no other block's noise, so these draws may hang together.
         """
-        rows = block_rows(batch, block_length=self.block_length, fill_token_id=self.eos_token_id)
+        rows = block_rows(
+            batch,
+            block_length=self.block_length,
+            fill_token_id=self.eos_token_id,
+            restarts_at_answers=self.restarts_at_answers,
+        )
         spread = torch.remainder(generator.stratified()[:, None] + rows.ordinal * _GOLDEN, 1.0)
         uniform = generator.uniform(rows.tokens.shape[1])
         if self.exact_mask_counts:
@@ -133,6 +140,6 @@ def encode_beside_clean(
         is_causal: inside a block, a position sees only up to itself.
     """
     x_t = rows.tokens.masked_fill(is_masked, mask_token_id)
-    rule = block_diffusion(rows.document, rows.block, is_causal=is_causal)
+    rule = block_diffusion(rows.document, rows.block, rows.is_text, is_causal=is_causal)
     both = torch.cat([x_t, rows.tokens], dim=1)
     return model.encode(both, rows.position.repeat(1, 2), rule)[:, : rows.tokens.shape[1]]

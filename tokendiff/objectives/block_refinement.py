@@ -36,6 +36,7 @@ class BlockRefinement:
         prompt_length: tokens at the start of each row that are never masked.
         eos_token_id: in mode 4d fills up the block that a document ends in; see
             `tokendiff.objectives.blocks`. In mode 2d no token sees what stands behind it.
+        restarts_at_answers: blocks start anew at each answer; see `tokendiff.objectives.blocks`.
         lambda_conf: the mean of the confidence term is taken per row, over both its views, and a
             row weighs as many tokens as it has: the mean over a micro-batch would depend on how
             rows are spread over workers.
@@ -49,6 +50,7 @@ class BlockRefinement:
     attention_mask_mode: Literal["2d", "4d"] = "2d"
     clean_context: bool = False
     prompt_length: int = 0
+    restarts_at_answers: bool = False
     lambda_conf: float = 0.0
     conf_temperature: float = 1.0
 
@@ -65,7 +67,12 @@ class BlockRefinement:
 
     def rows(self, batch: TokenBatch) -> BlockRows:
         fill = self.eos_token_id if self.attention_mask_mode == "4d" else None
-        return block_rows(batch, block_length=self.block_length, fill_token_id=fill)
+        return block_rows(
+            batch,
+            block_length=self.block_length,
+            fill_token_id=fill,
+            restarts_at_answers=self.restarts_at_answers,
+        )
 
     def is_target(self, rows: BlockRows) -> Tensor:
         """[B, W] what is trained on: the targets, but for the prompt and a literal mask token."""
@@ -106,7 +113,9 @@ class BlockRefinement:
                 model, rows, is_masked, mask_token_id=self.mask_token_id, is_causal=is_causal
             )
         x_t = rows.tokens.masked_fill(is_masked, self.mask_token_id)
-        rule = causal(rows.document) if is_causal else block_causal(rows.document, rows.block)
+        rule = causal(rows.document)
+        if not is_causal:
+            rule = block_causal(rows.document, rows.block, rows.is_text)
         return model.encode(x_t, rows.position, rule)
 
 

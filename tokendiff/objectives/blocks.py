@@ -6,6 +6,11 @@ document of a row, and its last block is filled up with EOS: a model that only e
 masks there as there were tokens left would have learnt to read the end of a text off their number.
 What a row cuts off has no end, and is not filled up. The filling is a target where the document's
 last token is one: behind the end of an answer, but not behind a question that nothing answers.
+
+In a chat, decoding starts where the prompt ends. So blocks may start anew wherever targets begin or
+end. Each answer then has blocks of its own, and its last one is filled up even where the next
+question follows: the filling stands beside that question, at the same positions, and no later block
+sees it. Blocks of a document whose tokens are all targets are the same either way.
 """
 
 from dataclasses import dataclass
@@ -62,28 +67,42 @@ class BlockRows:
         return torch.zeros_like(self.ordinal).scatter_add_(1, self.ordinal, is_counted.long())
 
 
-def block_rows(batch: TokenBatch, *, block_length: int, fill_token_id: int | None) -> BlockRows:
+def block_rows(
+    batch: TokenBatch,
+    *,
+    block_length: int,
+    fill_token_id: int | None,
+    restarts_at_answers: bool = False,
+) -> BlockRows:
     """Cut rows into blocks.
 
     Args:
         fill_token_id: the token (EOS) that fills up the last block of a document which it ends;
             None fills nothing.
+        restarts_at_answers: blocks start anew where targets begin or end, and the last block of
+            every answer that ends in the row is filled up.
     """
-    document, tokens = batch.document, batch.tokens
+    document, tokens, is_target = batch.document, batch.tokens, batch.is_target
     place = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    source, is_target = place.masked_fill(~batch.is_valid, -1), batch.is_target
-    if fill_token_id is not None:
-        document, source, nearest = _filled(batch, block_length, fill_token_id)
-        tokens = torch.where(source >= 0, tokens.gather(1, nearest), fill_token_id)
-        is_target = is_target.gather(1, nearest) & (document >= 0)
+    segment = _segments(batch) if restarts_at_answers else document
+    source = place.masked_fill(~batch.is_valid, -1)
     position = positions_in_document(document)
-    is_start = (position % block_length == 0) & (document >= 0)
+    if fill_token_id is not None:
+        is_ended = _is_end(batch, segment, fill_token_id, restarts_at_answers)
+        segment, source, nearest, behind = _filled(segment, is_ended, block_length)
+        tokens = torch.where(source >= 0, tokens.gather(1, nearest), fill_token_id)
+        document = document.gather(1, nearest).masked_fill(segment < 0, -1)
+        position = position.gather(1, nearest) + behind
+        is_target = is_target.gather(1, nearest) & (document >= 0)
+    is_start = positions_in_document(segment) % block_length == 0
+    block = is_start.cumsum(1) - 1
+    first = torch.arange(tokens.shape[1], device=tokens.device) - positions_in_document(document)
     return BlockRows(
         tokens=tokens,
         document=document,
         position=position.masked_fill(document < 0, 0),
-        block=position // block_length,
-        ordinal=(is_start.cumsum(1) - 1).clamp(min=0),
+        block=block - block.gather(1, first),
+        ordinal=((is_start & (document >= 0)).cumsum(1) - 1).clamp(min=0),
         source=source,
         is_target=is_target,
     )
@@ -113,23 +132,47 @@ def mask_exactly(
     return is_masked, in_block.double() / num_masked.double()
 
 
-def _filled(batch: TokenBatch, block_length: int, eos: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Document and source of each place once last blocks are filled up; and the place whose token
-    it is, which on filling is that of the document's last token.
+def _segments(batch: TokenBatch) -> Tensor:
+    """[B, L] runs of targets and runs of other tokens, none over the end of a document, counted
+    along the row; -1 on padding.
     """
-    document, is_valid = batch.document, batch.is_valid
-    index = document.clamp(min=0)
-    counts = torch.zeros(len(document), int(document.max()) + 1, dtype=torch.long)
-    counts = counts.to(document.device)
+    document, is_target = batch.document, batch.is_target
+    is_new = torch.zeros_like(is_target)
+    is_new[:, 1:] = (document[:, 1:] != document[:, :-1]) | (is_target[:, 1:] != is_target[:, :-1])
+    return is_new.cumsum(1).masked_fill(~batch.is_valid, -1)
+
+
+def _is_end(batch: TokenBatch, segment: Tensor, eos: int, restarts_at_answers: bool) -> Tensor:
+    """[B, L] bool: the last token of what is to be filled up."""
+    document, is_last = batch.document, batch.is_valid.clone()
+    is_last[:, :-1] &= segment[:, :-1] != segment[:, 1:]
+    is_ended = batch.tokens == eos
+    if restarts_at_answers:
+        # An answer that something follows has ended, whatever token ends it.
+        is_ended[:, :-1] |= document[:, :-1] == document[:, 1:]
+        is_ended &= batch.is_target
+    return is_last & is_ended
+
+
+def _filled(
+    segment: Tensor, is_end: Tensor, block_length: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows whose segments that have an `is_end` ([B, L]) are filled up to whole blocks.
+
+    Returns:
+        segment and source of each place; the place whose token it is, which on filling is that of
+        the segment's last token; and how far behind that one it stands. [B, W] each.
+    """
+    is_valid, index = segment >= 0, segment.clamp(min=0)
+    counts = torch.zeros(len(segment), int(segment.max()) + 1, dtype=torch.long)
+    counts = counts.to(segment.device)
     lengths = counts.scatter_add(1, index, is_valid.long())
-    is_last = is_valid.clone()
-    is_last[:, :-1] &= document[:, :-1] != document[:, 1:]
-    is_ended = counts.scatter_add(1, index, (is_last & (batch.tokens == eos)).long()) > 0
+    is_ended = counts.scatter_add(1, index, is_end.long()) > 0
     whole = (lengths + block_length - 1) // block_length * block_length
     filled = torch.where(is_ended, whole, lengths)
     stops = filled.cumsum(1)
     width = int(stops[:, -1].max())
-    place = torch.arange(width, device=document.device).expand(len(document), -1).contiguous()
+    place = torch.arange(width, device=segment.device).expand(len(segment), -1).contiguous()
     found = torch.searchsorted(stops, place, right=True)
     is_padding = found == stops.shape[1]
     found = found.clamp(max=stops.shape[1] - 1)
@@ -137,6 +180,7 @@ def _filled(batch: TokenBatch, block_length: int, eos: int) -> tuple[Tensor, Ten
     size = lengths.gather(1, found)
     is_text = ~is_padding & (position < size)
     first = (lengths.cumsum(1) - lengths).gather(1, found)
-    nearest = first + torch.minimum(position, size - 1)
+    in_text = torch.minimum(position, size - 1)
+    nearest = (first + in_text).clamp(min=0)
     source = nearest.masked_fill(~is_text, -1)
-    return found.masked_fill(is_padding, -1), source, nearest.clamp(min=0)
+    return found.masked_fill(is_padding, -1), source, nearest, position - in_text

@@ -1,10 +1,12 @@
 """Block after block with a cache of finished blocks: what `sdar` and `block_refinement` share.
 
 Blocks are counted from the first token of the prompt, so the block in which the prompt ends starts
-partly given. In each step the active block is encoded behind the cached ones, candidates are drawn
-at its masks, and a rule says which of them stay. Tokens of a block that was just finished are
-encoded once more as they are now, in the pass in which the next block begins, since their keys and
-values were those of a block with masks in it.
+partly given; or, where a request says so, from the prompt's end, as a model met them in training
+whose blocks start anew with each answer (`tokendiff.objectives.blocks`). In each step the active
+block is encoded behind the cached ones, candidates are drawn at its masks, and a rule says which of
+them stay. Tokens of a block that was just finished are encoded once more as they are now, in the
+pass in which the next block begins, since their keys and values were those of a block with masks in
+it.
 
 Causal attention (`2d`) allows more: a position's keys and values depend on nothing right of it, so
 every token enters the cache as soon as all left of it are settled.
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendiff.diffusion.attention_masks import MaskRule, block_causal_by_position
+from tokendiff.diffusion.attention_masks import MaskRule, block_causal_by_begin
 from tokendiff.diffusion.interfaces import Decoder
 from tokendiff.samplers.base import positions_at_once
 from tokendiff.samplers.open_ended import PREFILL_CHUNK, OpenEndedSampler, encode_known
@@ -91,9 +93,9 @@ class BlockSampler(OpenEndedSampler):
         """Steps of a block, at most, in which tokens are replaced after its last mask is gone."""
         return 0
 
-    def _rule(self, limit: Tensor) -> MaskRule:
-        """What a position sees, in rows that end at `limit` [n]."""
-        return block_causal_by_position(self.block_length)
+    def _rule(self, slots: Slots, rows: Tensor) -> MaskRule:
+        """What a position sees, in rows [n]."""
+        return block_causal_by_begin(slots.block_begin[rows])
 
     def _slots(self, model: Decoder, *, num_slots: int, key: int) -> Slots:
         return Slots(
@@ -112,8 +114,8 @@ class BlockSampler(OpenEndedSampler):
         is_read = pending <= self.block_length
         if (rows := (~is_read).nonzero()[:, 0]).numel():
             chunk = max(PREFILL_CHUNK // self.block_length, 1) * self.block_length
-            counts = pending[rows].clamp(max=chunk)
-            encode_known(model, slots, rows, counts, self._rule(slots["limit"][rows]))
+            counts = self._whole_blocks(slots, rows, begin[rows], chunk)
+            encode_known(model, slots, rows, counts, self._rule(slots, rows))
             slots.cache.extend(rows, counts)
         # A finished block before the active one makes a row twice as wide: on a GPU that is nearly
         # free, on a CPU the others are better off without it.
@@ -125,7 +127,15 @@ class BlockSampler(OpenEndedSampler):
 
     def _begin(self, slots: Slots) -> Tensor:
         """[n] where each row's active block begins: all before it is settled."""
-        return slots["length"] // self.block_length * self.block_length
+        return slots.block_begin[slots.rows, slots["length"]]
+
+    def _whole_blocks(self, slots: Slots, rows: Tensor, begin: Tensor, most: int) -> Tensor:
+        """[n]: how many tokens to read of what stands before `begin` [n], at most `most`: a block
+        is read as a whole, since its tokens see each other.
+        """
+        cached = slots.cache.lengths[rows]
+        stop = torch.minimum(cached + most, begin)
+        return slots.block_begin[rows, stop] - cached
 
     def _denoise(self, model: Decoder, slots: Slots, rows: Tensor) -> None:
         cached = slots.cache.lengths[rows]
@@ -139,7 +149,7 @@ class BlockSampler(OpenEndedSampler):
             is_given=is_given,
             step=slots["step"][rows],
         )
-        rule = self._rule(slots["limit"][rows])
+        rule = self._rule(slots, rows)
         hidden = encode_known(model, slots, rows, begin + self.block_length - cached, rule)
         candidates = self._candidates(model, hidden, begin - cached, block, slots, rows)
         is_written = self._commit(block, candidates)

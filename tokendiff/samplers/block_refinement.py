@@ -14,6 +14,7 @@ from torch import Tensor
 from tokendiff.diffusion.attention_masks import MaskRule, causal_by_position
 from tokendiff.samplers.block_decoding import BlockSampler, BlockState, Candidates
 from tokendiff.samplers.commit_rules import commit_confident, edit_confident, quotas
+from tokendiff.samplers.slots import Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,9 @@ class BlockRefinementSampler(BlockSampler):
         minimal_topk: a step commits at least so many, where so many masks are left.
         attention_mask_mode: "2d", a causal model as it is, in which a mask sees only what is left
             of it; "4d", a block sees itself whole. As the model was trained.
+        sees_tail: in mode 4d the last block is seen whole, with the masks behind the last token
+            that is wanted: as a model met it whose training filled blocks up. By default, as
+            published, nothing sees those.
     """
 
     block_length: int = 32
@@ -38,6 +42,7 @@ class BlockRefinementSampler(BlockSampler):
     max_post_steps: int = 16
     minimal_topk: int = 1
     attention_mask_mode: str = "2d"
+    sees_tail: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,9 +78,11 @@ class BlockRefinementSampler(BlockSampler):
     def _num_post_steps(self) -> int:
         return self.max_post_steps if self._edits else 0
 
-    def _rule(self, limit: Tensor) -> MaskRule:
-        """Nothing sees what lies beyond a row's last token, in the rest of its last block."""
-        inside = causal_by_position if self._is_causal else super()._rule(limit)
+    def _rule(self, slots: Slots, rows: Tensor) -> MaskRule:
+        inside = causal_by_position if self._is_causal else super()._rule(slots, rows)
+        if self.sees_tail:
+            return inside
+        limit = slots["limit"][rows]
         return lambda b, q, kv: inside(b, q, kv) & (kv < limit[b])
 
     def _commit(self, block: BlockState, candidates: Candidates) -> Tensor:

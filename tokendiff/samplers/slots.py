@@ -41,6 +41,7 @@ class Slots:
         tokens: [R, T] prompt and what followed so far.
         prompt_length, limit: [R] where new tokens begin, and where they end at the latest.
         length: [R] tokens that are settled: they will not change.
+        block_begin: [R, T] the position that the block of each position begins at.
         num_calls: [R] forward passes so far.
     """
 
@@ -64,6 +65,7 @@ class Slots:
         self._block_length, self._pad, self._seed_key = block_length, pad, seed_key
         self._device = model.device
         self.tokens = torch.full((num_slots, 0), pad, dtype=torch.int64, device=model.device)
+        self.block_begin = torch.zeros_like(self.tokens)
         names = ("prompt_length", "limit", "length", "num_calls", "_keys", *columns, *counts)
         self._index: dict[str, int | slice] = {name: index for index, name in enumerate(names)}
         self._width = len(names)
@@ -159,10 +161,14 @@ class Slots:
                 raise ValueError(f"row {request.id}: an empty prompt; there is nothing to continue")
         lengths = torch.tensor([len(request.prompt) for request in requests])
         limits = lengths + self._max_new_tokens
-        self._reserve(int(-(-limits.max() // self._block_length) * self._block_length))
-        tokens = torch.full((len(rows), self.tokens.shape[1]), self._pad, dtype=torch.int64)
+        # The last block ends at most so far behind the last token.
+        self._reserve(int(limits.max()) + self._block_length - 1)
+        width = self.tokens.shape[1]
+        tokens = torch.full((len(rows), width), self._pad, dtype=torch.int64)
+        begins = torch.zeros_like(tokens)
         for row, request in enumerate(requests):
             tokens[row, : len(request.prompt)] = torch.tensor(request.prompt)
+            begins[row] = request.block_begins(self._block_length, width)
         ids = torch.tensor([request.id for request in requests])
         numbers = torch.zeros(len(rows), self._width, dtype=torch.int64)
         for name, values in (
@@ -174,11 +180,12 @@ class Slots:
             numbers[:, self._index[name]] = values
         at = torch.tensor(rows, device=self._device)
         self.tokens[at] = tokens.to(self._device)
+        self.block_begin[at] = begins.to(self._device)
         self._table[at] = numbers.to(self._device)
         self.cache.crop(at, torch.zeros_like(at))
 
     def _move(self, source: int, target: int) -> None:
-        for states in (self.tokens, self._table):
+        for states in (self.tokens, self.block_begin, self._table):
             states[target] = states[source]
         self._requests[target] = self._requests[source]
         self.cache.move(source, target)
@@ -189,3 +196,4 @@ class Slots:
             grown = -(-missing // _GROWTH) * _GROWTH
             new = self.tokens.new_full((self._num_slots, grown), self._pad)
             self.tokens = torch.cat([self.tokens, new], dim=1)
+            self.block_begin = torch.cat([self.block_begin, torch.zeros_like(new)], dim=1)

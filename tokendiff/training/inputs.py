@@ -92,7 +92,7 @@ def check_inputs(config: "TrainConfig", data: TokenData) -> None:
     )
     if not config.from_scratch:
         check_vocabulary(name, tokenizer, field=field)
-    make_objective(config, tokenizer, max_length=data.max_length)
+    make_objective(config, tokenizer, data)
     if config.lora_rank is not None or config.gradient_checkpointing:
         _check_modules(config, plan, tokenizer)
 

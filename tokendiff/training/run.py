@@ -91,6 +91,7 @@ def _build_block_diffusion(config: "BlockDiffusionConfig", process: NoiseProcess
         block_length=config.block_length,
         eos_token_id=process.eos_token_id,
         exact_mask_counts=config.exact_mask_counts,
+        restarts_at_answers=process.block_start is not None,
         **_common_fields(config),
     )
 
@@ -109,6 +110,7 @@ def _build_block_refinement(config: "BlockRefinementConfig", process: NoiseProce
         attention_mask_mode="2d" if mode == "2d" else "4d",
         clean_context=config.clean_context,
         prompt_length=config.prompt_length,
+        restarts_at_answers=process.block_start is not None,
         lambda_conf=config.lambda_conf,
         conf_temperature=config.conf_temperature,
     )
@@ -172,7 +174,7 @@ def _build(
         check_vocabulary(start, tokenizer, field=field)
     if config.lora_rank is not None:
         add_configured_adapters(config, model.model, tokenizer)
-    return model, *make_objective(config, tokenizer, max_length=data.max_length)
+    return model, *make_objective(config, tokenizer, data)
 
 
 def starting_point(config: "TrainConfig") -> tuple[str, str]:
@@ -201,26 +203,41 @@ def add_configured_adapters(config: "TrainConfig", model: Any, tokenizer: Any) -
 
 
 def make_objective(
-    config: "TrainConfig", tokenizer: Any, *, max_length: int
+    config: "TrainConfig", tokenizer: Any, data: TokenData
 ) -> tuple[Objective, NoiseProcess | None]:
     """The objective of a model that gives logits of the tokenizer's ids, and its noise process.
 
     Raises:
-        InputError: the objective does not go with rows of that length.
+        InputError: the objective does not go with the rows.
     """
     fields = config.objective.process_fields()
     if fields is None:
         return Autoregressive(), None
-    ends = {"eos_token_id": tokenizer.eos_token_id} if config.objective.is_causal else {}
+    ends: dict[str, Any] = {}
+    if config.objective.is_causal:
+        ends["eos_token_id"] = tokenizer.eos_token_id
+        ends["block_start"] = _block_start(fields.pop("block_start"), data)
     process = NoiseProcess(
         objective=config.objective.name,
         vocab_size=len(tokenizer),
         mask_token_id=tokenizer.mask_token_id,
-        max_length=max_length,
+        max_length=data.max_length,
         **fields,
         **ends,
     )
     return OBJECTIVES[config.objective.name](config.objective, process), process
+
+
+def _block_start(wanted: str | None, data: TokenData) -> str | None:
+    """What the noise process records, of what the config says."""
+    starts = {"answers": "answer", "last_answer": "last_answer"}
+    found = starts.get(data.train_on)
+    if wanted == "answer" and found is None:
+        raise InputError(
+            "block_start answer: the loss of these rows is on all their tokens, and no answer is "
+            "told from the rest; preprocess chats with train_on answers, or set it to document"
+        )
+    return None if wanted == "document" else found
 
 
 @dataclass(kw_only=True)

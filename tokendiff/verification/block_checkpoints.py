@@ -116,7 +116,10 @@ def one_pass(loaded: LoadedBlockCheckpoint) -> float:
         for ordinal in rows.ordinal[row, rows.is_valid[row]].unique().tolist():
             is_own = (rows.ordinal[row] == ordinal) & rows.is_valid[row]
             stop = int(is_own.nonzero().max()) + 1
-            before = (rows.document[row, :stop] == rows.document[row, stop - 1]).nonzero()[:, 0]
+            # Later blocks do not see what earlier ones are filled up with.
+            is_seen = (rows.is_text | (rows.ordinal == ordinal))[row, :stop]
+            is_beside = rows.document[row, :stop] == rows.document[row, stop - 1]
+            before = (is_beside & is_seen).nonzero()[:, 0]
             own = is_own[before]
             x_t = rows.tokens[row, before].clone()
             x_t[own & loaded.is_masked[row, before]] = loaded.process.mask_token_id
