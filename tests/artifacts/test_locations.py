@@ -12,7 +12,6 @@ from tokendiff.artifacts.checkpoint import (
     newest_sound_checkpoint,
     open_checkpoint,
     remove_old_checkpoints,
-    save_checkpoint,
 )
 from tokendiff.artifacts.locations import RemotePath, files_under, is_uri, location
 from tokendiff.artifacts.manifest import claim_folder, commit, fetch, is_committed, publish, verify
@@ -27,6 +26,7 @@ from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.models.opening import load_denoiser
 from tokendiff.training.identity import finished_run
 from tokendiff.training.run import TrainingRun, step_plan
+from tokendiff.training.saving import CheckpointSaver, Contents
 from tokendiff.training.world import World
 
 
@@ -113,10 +113,12 @@ def test_a_folder_with_other_files_is_refused(remote: RemotePath) -> None:
 
 def test_checkpoints_are_passed_over_and_removed_as_local_ones_are(remote: RemotePath) -> None:
     def save(step: int) -> None:
-        def write(folder: Path) -> None:
-            (folder / "weights").write_text(f"weights of step {step}")
-
-        save_checkpoint(remote, f"checkpoint-{step}", write, metadata={"step": step})
+        contents = Contents(
+            tensors={}, files={"weights": f"weights of step {step}"}, metadata={"step": step}
+        )
+        saver = CheckpointSaver(remote, World.current(), is_shared=False)
+        saver.save(f"checkpoint-{step}", lambda: contents)
+        saver.wait()
 
     for step in (5, 10, 15, 20):
         save(step)

@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+import signal
+import uuid
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -15,43 +17,97 @@ from tokendiff.training.run import train_in_process
 
 Losses = dict[int, float]
 Job = tuple[TrainConfig, Path]  # and the folder that it writes to
+# A rank; and what it calls first, with a word of its own and the rank.
+Killed = tuple[int, Callable[[str, int], None], str]
 
 
-def run_distributed(jobs: Sequence[Job], data: TokenData, size: int) -> list[Losses]:
-    """Losses by step of several runs, one after the other, in the same `size` workers."""
+def run_distributed(
+    jobs: Sequence[Job],
+    data: TokenData,
+    size: int,
+    *,
+    local_size: int | None = None,
+    killed: Killed | None = None,
+) -> list[Losses]:
+    """Losses by step of several runs, one after the other, in the same `size` workers.
+
+    Args:
+        local_size: workers that take themselves to be on one node; by default all.
+        killed: what makes a worker end itself, which the others then do too; nothing is returned.
+    """
     # Workers are forked from a server that has imported all this once; a spawned one would import
     # it again, which takes longer than the runs do.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     queue = context.Queue()
+    meeting = jobs[0][1].with_name(f"{uuid.uuid4().hex}.meeting")
+    meeting.parent.mkdir(parents=True, exist_ok=True)
     workers = [
-        context.Process(target=_work, args=(rank, size, jobs, data.folder, queue))
+        context.Process(
+            target=_work,
+            args=(rank, size, local_size or size, meeting, jobs, data.folder, queue, killed),
+        )
         for rank in range(size)
     ]
+    if killed is not None:
+        end_with(workers, workers[killed[0]])
+        return []
     losses: list[Losses] = answer_of(workers, queue)
     return losses
 
 
-def _work(rank: int, size: int, jobs: Sequence[Job], data: Path, queue: Any) -> None:
+def _work(
+    rank: int,
+    size: int,
+    local_size: int,
+    meeting: Path,
+    jobs: Sequence[Job],
+    data: Path,
+    queue: Any,
+    killed: Killed | None,
+) -> None:
+    if killed is not None and killed[0] == rank:
+        killed[1](killed[2], rank)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["LOCAL_WORLD_SIZE"] = str(local_size)
     torch.set_num_threads(1)
     # A file and no port: one that is free now may be taken when it is listened to.
-    meeting = f"file://{jobs[0][1]}.meeting"
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
-    answers = []
-    for config, folder in jobs:
-        losses: Losses = {}
-
-        def keep(event: str, losses: Losses = losses, **fields: Any) -> None:
-            if event == "metrics":
-                losses[fields["step"]] = fields["loss"]
-
-        train_in_process(config, TokenData.open(data, split="train"), folder, on_event=keep)
-        answers.append(losses)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size
+    )
+    try:
+        answers = [_losses_of(config, data, folder) for config, folder in jobs]
+    except Exception as error:
+        queue.put(error)  # before it is raised: a group that others wait in does not end by itself
+        raise
     if rank == 0:
         queue.put(answers)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def _losses_of(config: TrainConfig, data: Path, folder: Path) -> Losses:
+    losses: Losses = {}
+
+    def keep(event: str, **fields: Any) -> None:
+        if event == "metrics":
+            losses[fields["step"]] = fields["loss"]
+
+    train_in_process(config, TokenData.open(data, split="train"), folder, on_event=keep)
+    return losses
+
+
+def end_with(workers: Sequence[BaseProcess], one: BaseProcess) -> None:
+    """Run workers until one of them has been killed; the others are, then, as a cluster does."""
+    for worker in workers:
+        worker.start()
+    try:
+        one.join(timeout=120)
+        assert one.exitcode == -signal.SIGKILL
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
 
 
 def answer_of(workers: Sequence[BaseProcess], queue: Any) -> Any:
@@ -60,6 +116,8 @@ def answer_of(workers: Sequence[BaseProcess], queue: Any) -> Any:
         worker.start()
     try:
         answer = queue.get(timeout=300)
+        if isinstance(answer, Exception):
+            raise answer
         for worker in workers:
             worker.join(timeout=60)
             assert worker.exitcode == 0

@@ -548,7 +548,7 @@ def test_every_objective_trains_resumes_and_is_recorded(
     (in_two,) = run_distributed([(in_parts, tmp_path / "two")], data, 2)
     assert in_two == pytest.approx(whole, rel=1e-5)
     built = TrainingRun.build(cfg, data, tmp_path / "built", world=World.current("cpu"))
-    objective = built.trainer._module.objective
+    objective = built.trainer.objective
     assert isinstance(objective, TokenNoiseDiffusion)
     for field in ("loss_type", "max_loss_weight", "lambda_conf", "min_time"):
         assert getattr(objective, field) == getattr(cfg.objective, field)

@@ -5,6 +5,7 @@ For other rooms:
     manifest          a folder counts once its MANIFEST.json stands in it
     identity          what changes when the content of a file, a folder or a model does
     model_folders     which folder a model's name stands for, and what its config says
-    checkpoint        the folders of a training run: named, saved, found again, removed
+    checkpoint        the folders of a training run: named, found again, removed
+    tensor_files      tensors in safetensors files, of one process or of several
     noise_process     scheduler_config.json: the noise that a model was trained under
 """

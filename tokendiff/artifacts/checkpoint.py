@@ -12,26 +12,24 @@ is written.
         heldout.json                         the best evaluation so far, where the run is watched
         MANIFEST.json                        size and sha256 of every file, written last
 
+Where workers shared a model they shared its files too: `model-00001-of-00004.safetensors` and so
+on, with an index, for each of the files of tensors.
+
 `final/` is the same without the training state; its weights are the averaged ones where the run
 keeps them.
 """
 
 import re
 import shutil
-import tempfile
-import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tokendiff.artifacts.locations import Location, location, remove
 from tokendiff.artifacts.manifest import (
     MANIFEST_NAME,
-    commit,
     fetch,
     is_committed,
     load_manifest,
-    publish,
     verify,
 )
 from tokendiff.artifacts.model_folders import is_foreign
@@ -42,36 +40,10 @@ FINAL = "final"
 # In the metadata, where the best weights are kept: the step that final/ would be of, or is of.
 BEST_STEP = "best_step"
 STOPPED_EARLY = "stopped_early"  # of a final/ with fewer steps: why it has no more
-EMA_WEIGHTS = "ema.safetensors"
-ADAPTERS, EMA_ADAPTERS = "adapters.safetensors", "ema_adapters.safetensors"
+# Stems of the files of tensors (`tokendiff.artifacts.tensor_files`).
+WEIGHTS, EMA_WEIGHTS, OPTIMIZER = "model", "ema", "optimizer"
+ADAPTERS, EMA_ADAPTERS = "adapters", "ema_adapters"
 _PREFIX = "checkpoint-"
-
-
-def save_checkpoint(
-    output_dir: Location, name: str, write: Callable[[Path], None], *, metadata: dict[str, Any]
-) -> Location:
-    """Commit one checkpoint: `write` fills a temporary folder, which then takes its place, or is
-    copied there where that is remote.
-
-    A folder of that name that is already there (left by a run that was cut off, or damaged) is
-    replaced.
-    """
-    target = output_dir / name
-    beside = output_dir if isinstance(output_dir, Path) else Path(tempfile.gettempdir())
-    temporary = beside / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
-    temporary.mkdir(parents=True)
-    try:
-        write(temporary)
-        commit(temporary, kind=KIND, metadata=metadata)
-        if not isinstance(target, Path):
-            publish(temporary, target)
-            return target
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
 
 
 def checkpoint_name(step: int) -> str:

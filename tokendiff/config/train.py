@@ -95,6 +95,11 @@ class TrainConfig(Section):
     mixed_precision: Literal["no", "bf16"] = Field(
         "no", description="bf16 autocast; weights stay fp32"
     )
+    sharding: Literal["none", "gradients", "full", "hybrid"] = operational(
+        "none",
+        description="what workers share of a model: none of it; gradients and optimiser state; "
+        "weights too (full); all within a node, and every node a replica (hybrid)",
+    )
     gradient_checkpointing: bool = operational(
         False, description="recompute activations, save memory"
     )

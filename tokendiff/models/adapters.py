@@ -6,13 +6,14 @@ the mask's logit.) What is saved is a plain transformers model with the adapters
 weights; the adapters themselves are kept beside the training state.
 """
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokendiff.artifacts.tensor_files import whole
 from tokendiff.errors import InputError
 
 _ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
@@ -31,8 +32,8 @@ class _EmbeddingWithRow(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[V, D] of all rows."""
-        weight = self.base_layer.weight.detach().clone()
-        weight[self.index] = self.row.detach()
+        weight = whole(self.base_layer.weight.detach()).clone()
+        weight[self.index] = whole(self.row.detach())
         return weight
 
     @property
@@ -105,54 +106,40 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@torch.no_grad()
-def load_adapters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `adapter_tensors`."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.copy_(tensors[name])
+def changed_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights that adapters change, merged, by their names in the plain model: whole, one by
+    one, each made when it is asked for.
+    """
+    for name, merge in _merges(model).items():
+        yield name, merge()
 
 
-@torch.no_grad()
-def changed_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that adapters change, merged, by their names in the plain model."""
+def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """All weights of the plain model, the adapters merged into them, in the order of its own. A
+    head that is tied to the embedding is not among them: it has the mask's new row too.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    merges = _merges(model)
+    for name, value in model.state_dict().items():
+        plain = name.replace(".base_layer.", ".")
+        if ".lora_" not in name and not name.endswith(".row") and plain not in tied:
+            yield plain, merges[plain]() if plain in merges else value
+
+
+def _merges(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """What makes each of the weights that adapters change."""
     from peft.tuners.lora import LoraLayer
 
-    changed: dict[str, Tensor] = {}
+    found: dict[str, Callable[[], Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            adapter: Any = module
-            weight = adapter.get_base_layer().weight
-            changed[f"{name}.weight"] = weight + adapter.get_delta_weight(_ADAPTER).to(weight.dtype)
+            found[f"{name}.weight"] = partial(_merged, module)
         elif isinstance(module, _EmbeddingWithRow):
-            changed[f"{name}.weight"] = module.weight
-    return changed
+            found[f"{name}.weight"] = partial(getattr, module, "weight")
+    return found
 
 
-def merged_model(model: Any) -> Any:
-    """A plain transformers model of the same class, to be saved: the adapters are merged into its
-    weights. Weights that no adapter changes are shared with `model`, which stays as it is, and
-    buffers that are not saved are not there.
-    """
-    weights = {
-        name.replace(".base_layer.", "."): value
-        for name, value in model.state_dict().items()
-        if ".lora_" not in name and not name.endswith(".row")
-    }
-    weights |= changed_weights(model)
-    if model.config.tie_word_embeddings:
-        # Tied anew below: the head has the mask's new row too.
-        output = next(
-            name
-            for name, module in model.named_modules()
-            if module is model.get_output_embeddings()
-        )
-        weights.pop(f"{output}.weight", None)
-    with torch.device("meta"):
-        plain = type(model)(copy.deepcopy(model.config))
-    plain.load_state_dict(weights, strict=False, assign=True)
-    plain.tie_weights()
-    left = [name for name, p in plain.named_parameters() if p.is_meta]
-    assert not left, f"weights that the merged model did not get: {left}"
-    plain.generation_config = copy.deepcopy(model.generation_config)
-    return plain.eval()
+@torch.no_grad()
+def _merged(adapter: Any) -> Tensor:
+    weight = whole(adapter.get_base_layer().weight)
+    return weight + whole(adapter.get_delta_weight(_ADAPTER)).to(weight.dtype)

@@ -6,6 +6,7 @@ from typing import Any
 from tokendiff.artifacts.checkpoint import EMA_WEIGHTS, open_checkpoint
 from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG
 from tokendiff.artifacts.noise_process import NoiseProcess
+from tokendiff.artifacts.tensor_files import TensorFiles, has_tensors
 from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.errors import InputError
 from tokendiff.models.opening import load_causal_denoiser, load_denoiser
@@ -104,9 +105,9 @@ def check_autoregressive(folder: Path) -> None:
 
 def take_average(model: Any, folder: Path) -> None:
     """Put the averaged weights of a checkpoint, where it has them, in place of the model's."""
-    from safetensors.torch import load_file
-
-    if (folder / EMA_WEIGHTS).is_file():
-        parameters = dict(model.named_parameters())
-        for name, value in load_file(folder / EMA_WEIGHTS).items():
-            parameters[name].data.copy_(value)
+    if not has_tensors(folder, EMA_WEIGHTS):
+        return
+    parameters = dict(model.named_parameters())
+    with TensorFiles(folder, EMA_WEIGHTS) as files:
+        for name in files.names:
+            parameters[name].data.copy_(files.read(name))

@@ -8,7 +8,10 @@ For other rooms:
     world             the workers of a run, seen from one of them
 
 Of this room alone:
+    sharding          how a model lies on the workers
     optimizer ema     AdamW with its schedule; averaged weights
+    state             what checkpoints hold, and how it is read again
+    saving            checkpoints written while training goes on
     watching          held-out rows judged as the run goes on, the best step, an early end
     heldout           what an unwatched draft says of rows that it does not learn from
 """

@@ -1,7 +1,6 @@
 """What a draft in training is worth on text that it does not learn from."""
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 
@@ -9,7 +8,6 @@ from tokendiff.data.rows import TokenData
 from tokendiff.diffusion.random import RowGenerator, key_from
 from tokendiff.evaluation.draft_acceptance import acceptance_figures, blocks_by_length
 from tokendiff.evaluation.evaluator import evaluation_rows
-from tokendiff.models.dflash.trainee import DraftTrainee
 from tokendiff.objectives.dflash import DFlash
 from tokendiff.training.trainer import Trainer
 
@@ -32,8 +30,8 @@ def heldout_acceptance(
     generator = RowGenerator.for_rows(key_from(seed, "evaluate"), ids)
 
     def measure() -> dict[str, float]:
-        with trainer.as_a_checkpoint() as trainee:
-            blocks = blocks_by_length(objective, cast(DraftTrainee, trainee), batch, generator)
+        with trainer.as_a_checkpoint() as judge:
+            blocks = judge(lambda trainee: blocks_by_length(objective, trainee, batch, generator))
         if not int(blocks.sum()):
             return {}  # no row has room for a block
         figures = acceptance_figures(blocks.cpu().numpy())

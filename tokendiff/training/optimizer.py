@@ -1,14 +1,26 @@
 """AdamW and a transformers learning-rate schedule; their state is plain tensors and numbers."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from tokendiff.artifacts.tensor_files import whole
 
 if TYPE_CHECKING:
     from tokendiff.config.train import TrainConfig
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class StoredTensors(Protocol):
+    """Tensors by name, somewhere."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def fill(self, name: str, tensor: Tensor) -> None:
+        """Write into `tensor` what it is of the one of that name."""
+        ...
 
 
 class Optimizer:
@@ -49,7 +61,7 @@ class Optimizer:
 
     def clip_grad(self, max_norm: float) -> float:
         """Scale the gradient to at most `max_norm`; returns its norm before."""
-        return float(nn.utils.clip_grad_norm_(self._parameters.values(), max_norm))
+        return float(whole(nn.utils.clip_grad_norm_(self._parameters.values(), max_norm)))
 
     def step(self) -> None:
         self._adamw.step()
@@ -64,18 +76,19 @@ class Optimizer:
             for moment in _MOMENTS
         }
 
-    def load(self, tensors: dict[str, Tensor], *, step: int) -> None:
+    def load(self, tensors: StoredTensors, *, step: int) -> None:
         """Stand where `step` steps lead; the learning rate is that of the schedule as it is now."""
         for name, parameter in self._parameters.items():
             if f"{name}.step" not in tensors:
                 continue  # no gradient ever reached it
             # AdamW keeps its step count on the CPU and its moments beside the parameter.
-            self._adamw.state[parameter] = {
-                moment: tensors[f"{name}.{moment}"].to(
-                    "cpu" if moment == "step" else parameter.device
-                )
+            state = {
+                moment: torch.zeros(()) if moment == "step" else torch.zeros_like(parameter)
                 for moment in _MOMENTS
             }
+            for moment, tensor in state.items():
+                tensors.fill(f"{name}.{moment}", tensor.detach())
+            self._adamw.state[parameter] = state
         rates = [
             base * factor(step)
             for base, factor in zip(self._schedule.base_lrs, self._schedule.lr_lambdas, strict=True)

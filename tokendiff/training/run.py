@@ -2,9 +2,7 @@
 that calls it.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokendiff.artifacts.checkpoint import (
-    ADAPTERS,
     BEST_STEP,
-    EMA_ADAPTERS,
-    EMA_WEIGHTS,
     FINAL,
     KIND,
     STOPPED_EARLY,
     checkpoint_name,
     newest_sound_checkpoint,
     remove_old_checkpoints,
-    save_checkpoint,
+    step_of,
 )
 from tokendiff.artifacts.locations import Location
 from tokendiff.artifacts.manifest import fetch, verify
@@ -33,11 +28,7 @@ from tokendiff.diffusion.interfaces import Objective
 from tokendiff.diffusion.kernels import AbsorbingKernel
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.models.adapters import (
-    adapter_tensors,
     add_adapters,
-    changed_weights,
-    load_adapters,
-    merged_model,
 )
 from tokendiff.models.denoiser import ModelInTwoParts
 from tokendiff.models.dflash.model import DFlashDraftConfig
@@ -53,6 +44,8 @@ from tokendiff.objectives.mdlm import MDLM
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
 from tokendiff.training.heldout import heldout_acceptance
 from tokendiff.training.identity import check_same_run, finished_run, run_identity
+from tokendiff.training.saving import CheckpointSaver
+from tokendiff.training.state import RunState
 from tokendiff.training.trainer import Batches, OnEvent, Trainer
 from tokendiff.training.watching import Watch
 from tokendiff.training.world import World
@@ -67,8 +60,6 @@ if TYPE_CHECKING:
         UDLMConfig,
     )
     from tokendiff.config.train import TrainConfig
-
-OPTIMIZER_STATE, TRAINER_STATE = "optimizer.safetensors", "trainer_state.json"
 
 
 def _build_mdlm(config: "MDLMConfig", process: NoiseProcess) -> Objective:
@@ -245,6 +236,7 @@ class TrainingRun:
     """A trainer together with the folder that its checkpoints go to.
 
     Attributes:
+        state, saver: what its checkpoints hold, and what writes them.
         notes: what a user should know of the model that the run begins with.
         watch: None where no held-out rows are judged.
     """
@@ -259,6 +251,15 @@ class TrainingRun:
     measure: Callable[[], dict[str, float]] = dict
     watch: Watch | None = None
     notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.state = RunState(self.trainer, self.tokenizer, self.process)
+        self.saver = CheckpointSaver(
+            self.output_dir,
+            self.trainer.world,
+            is_shared=self.trainer.spread.is_sharded,
+            after=self._remove_old,
+        )
 
     @classmethod
     def build(
@@ -285,7 +286,8 @@ class TrainingRun:
         )
         measure: Callable[[], dict[str, float]] = dict
         watch = Watch.build(config, objective, process, data)
-        if isinstance(objective, DFlash) and world.is_main and watch is None:
+        is_asked = world.is_main or trainer.spread.is_sharded
+        if isinstance(objective, DFlash) and is_asked and watch is None:
             measure = heldout_acceptance(trainer, objective, data)
         return cls(
             measure=measure,
@@ -302,33 +304,13 @@ class TrainingRun:
 
     def resume(self, checkpoint: Location) -> None:
         """Continue from a checkpoint whose manifest was verified."""
-        from safetensors.torch import load_file
-
         check_same_run(checkpoint, self.config, self.data)
         folder = fetch(checkpoint)
-        self._load_weights(folder)
-        self.trainer.load_state(
-            json.loads((folder / TRAINER_STATE).read_text()), load_file(folder / OPTIMIZER_STATE)
-        )
+        self.state.load(folder)
         if self.watch is not None:
             self.watch.load(folder)
         if self.trainer.world.is_main:
             self.on_event("resume", step=self.trainer.step, checkpoint=str(checkpoint))
-
-    def _load_weights(self, folder: Path) -> None:
-        """Take the weights of a checkpoint, and the averaged ones where the run keeps them."""
-        from safetensors.torch import load_file, load_model
-
-        model = self.trainer.denoiser.model
-        if self.config.lora_rank is None:
-            load_model(model, folder / "model.safetensors")
-            average = folder / EMA_WEIGHTS
-        else:
-            # The weights beside them are merged: what was added to them cannot be had back exactly.
-            load_adapters(model, load_file(folder / ADAPTERS))
-            average = folder / EMA_ADAPTERS
-        if self.trainer.average is not None and average.is_file():
-            self.trainer.average.load(load_file(average))
 
     def fit(self, batches: Batches, *, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end from where the run stands, and leave `final/`.
@@ -346,17 +328,18 @@ class TrainingRun:
             batches,
             last_good=self._last_good,
             save=self._save,
+            poll=self.saver.poll,
             should_stop=should_stop,
             measure=self.measure,
             watch=self.watch,
         )
         is_over = self.watch is not None and self.watch.is_over
         is_finished = is_over or self.trainer.step == self.config.max_train_steps
-        if self.trainer.world.is_main:
-            if is_finished:
-                self._save_final()
-            else:
-                self.on_event("stopped", step=self.trainer.step)
+        self.saver.wait()
+        if is_finished:
+            self._save_final()
+        elif self.trainer.world.is_main:
+            self.on_event("stopped", step=self.trainer.step)
         self.trainer.world.barrier()
         return is_finished
 
@@ -398,41 +381,24 @@ class TrainingRun:
         return {"mask": {"mask_token_id": index, "token": token}}
 
     def _last_good(self) -> Location | None:
+        self.saver.wait()
         return newest_sound_checkpoint(self.output_dir, warn=lambda message: None)
 
     def _save(self) -> None:
-        if self.trainer.world.is_main:
-            folder = save_checkpoint(
-                self.output_dir,
-                checkpoint_name(self.trainer.step),
-                self._write,
-                metadata=self._metadata(),
-            )
-            self.on_event("checkpoint", step=self.trainer.step, path=str(folder))
+        name, step = checkpoint_name(self.trainer.step), self.trainer.step
+        self.saver.save(
+            name,
+            lambda: self.state.checkpoint(self._metadata(), self.watch),
+            then=lambda: self.on_event("checkpoint", step=step, path=str(self.output_dir / name)),
+        )
+
+    def _remove_old(self, name: str) -> None:
+        if name != FINAL:
             remove_old_checkpoints(
                 self.output_dir,
-                newest=self.trainer.step,
+                newest=step_of(self.output_dir / name),
                 keep=self.config.checkpoints_total_limit,
             )
-        self.trainer.world.barrier()
-
-    def _write(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        self._write_model(folder)
-        save_file(self.trainer.state_tensors(), folder / OPTIMIZER_STATE)
-        average, has_adapters = self.trainer.average, self.config.lora_rank is not None
-        if has_adapters:
-            save_file(adapter_tensors(self.trainer.denoiser.model), folder / ADAPTERS)
-        if average is not None and has_adapters:
-            save_file(average.tensors, folder / EMA_ADAPTERS)
-            with average.in_place_of_weights():
-                save_file(changed_weights(self.trainer.denoiser.model), folder / EMA_WEIGHTS)
-        elif average is not None:
-            save_file(average.tensors, folder / EMA_WEIGHTS)
-        (folder / TRAINER_STATE).write_text(json.dumps(self.trainer.state(), indent=1))
-        if self.watch is not None:
-            self.watch.save(folder)
 
     def _fetch_best(self, step: int) -> Path:
         checkpoint = self.output_dir / checkpoint_name(step)
@@ -445,27 +411,19 @@ class TrainingRun:
                 "same command goes on from a checkpoint before it"
             ) from error
 
-    def _write_model(self, folder: Path) -> None:
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # one bar per checkpoint, written over the progress of the run
-        model = self.trainer.denoiser.model
-        (model if self.config.lora_rank is None else merged_model(model)).save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        if self.process is not None:
-            self.process.save(folder)
-
     def _save_final(self) -> None:
         metadata = self._metadata()
         if self.watch is not None and self.trainer.step < self.config.max_train_steps:
             metadata[STOPPED_EARLY] = self.watch.why_over()
-            self.on_event("stopped_early", step=self.trainer.step, reason=metadata[STOPPED_EARLY])
+            if self.trainer.world.is_main:
+                reason = metadata[STOPPED_EARLY]
+                self.on_event("stopped_early", step=self.trainer.step, reason=reason)
         best_step = metadata.get(BEST_STEP, self.trainer.step)
-        if best_step != self.trainer.step:
-            self._load_weights(self._fetch_best(best_step))
-        average = self.trainer.average
-        with nullcontext() if average is None else average.in_place_of_weights():
-            save_checkpoint(self.output_dir, FINAL, self._write_model, metadata=metadata)
+        holds_weights = self.trainer.world.is_main or self.trainer.spread.is_sharded
+        if best_step != self.trainer.step and holds_weights:
+            self.state.load_weights(self._fetch_best(best_step))
+        self.saver.save(FINAL, lambda: self.state.final(metadata))
+        self.saver.wait()
 
 
 def train_in_process(

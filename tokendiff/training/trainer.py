@@ -10,17 +10,19 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from tokendiff.artifacts.locations import Location
 from tokendiff.diffusion.interfaces import LossOutput, Objective, TokenBatch
 from tokendiff.diffusion.random import RowGenerator, key_from, strata_of
 from tokendiff.training.ema import WeightAverage
-from tokendiff.training.optimizer import Optimizer
+from tokendiff.training.optimizer import Optimizer, StoredTensors
+from tokendiff.training.sharding import SpreadModel
 from tokendiff.training.world import World
 
 if TYPE_CHECKING:
@@ -38,20 +40,6 @@ Batches = Iterator[dict[str, Any]]
 
 _STOP = "stop"  # beside the metrics' names: how many workers want to
 _TELL_SECONDS = 2.0
-
-
-class _LossModule(nn.Module):
-    """Model and objective as one module, so that DistributedDataParallel sees encoder and head in
-    one forward.
-    """
-
-    def __init__(self, denoiser: nn.Module, objective: Objective) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.objective = objective
-
-    def forward(self, batch: TokenBatch, generator: RowGenerator) -> LossOutput:
-        return self.objective.loss(self.denoiser, batch, generator)
 
 
 class Trainer:
@@ -77,11 +65,17 @@ class Trainer:
         self._isolates_documents = isolates_documents
         self.config = config
         self.world = world
-        self.denoiser = denoiser.to(world.device).train()
+        self.objective = objective
+        self.denoiser = denoiser.train()
         if config.gradient_checkpointing:
             denoiser.recompute_activations()
-        if config.compile:
-            denoiser.compile_encoder()
+        self.spread = SpreadModel(
+            denoiser,
+            world,
+            sharding=config.sharding,
+            is_bf16=config.mixed_precision == "bf16",
+            is_compiled=config.compile,
+        )
         self.optimizer = Optimizer(denoiser.model, config)
         self.average = (
             WeightAverage(denoiser.model, config.ema_decay) if config.ema_decay > 0.0 else None
@@ -94,12 +88,6 @@ class Trainer:
         self._since_log: dict[
             str, list[float]
         ] = {}  # metric -> [sum, count], global, part of the state
-        module = _LossModule(denoiser, objective)
-        self._module: nn.Module = module
-        if world.size > 1:
-            self._module = DistributedDataParallel(
-                module, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
 
     def run(
         self,
@@ -108,6 +96,7 @@ class Trainer:
         last_good: Callable[[], Location | None],
         save: Callable[[], None],
         should_stop: Callable[[], bool] = lambda: False,
+        poll: Callable[[], None] = lambda: None,
         measure: Callable[[], dict[str, float]] = dict,
         watch: "Watch | None" = None,
     ) -> None:
@@ -116,7 +105,9 @@ class Trainer:
 
         Args:
             watch: evaluates before the step is saved, so that no checkpoint lacks a decision.
-            measure: figures that are logged beside those of training; asked on the main worker.
+            measure: figures that are logged beside those of training; asked on the main worker, and
+                on all where the model is sharded.
+            poll: called in every step on every worker, for what goes on in the background.
             should_stop: asked in every step on every worker; when one of them says so, all end
                 after that step, which is saved.
 
@@ -132,6 +123,7 @@ class Trainer:
             with clock.waiting():
                 batch = next(batches)
             totals, grad_norm = self._take_step(batch, last_good, should_stop)
+            poll()
             is_stopped = totals.pop(_STOP)[0] > 0.0
             num_tokens, _ = totals.pop(_TOKENS)
             self._count(totals)
@@ -159,9 +151,10 @@ class Trainer:
             self._on_event("heldout", step=self.step, **figures)
 
     @contextmanager
-    def as_a_checkpoint(self) -> "Iterator[ModelInTwoParts | DraftTrainee]":
-        """The model as a checkpoint of now would be judged, inside this block: the averaged weights
-        where there are any, in the precision that it is trained in, and without dropout.
+    def as_a_checkpoint(self) -> Iterator[Callable[[Callable[[Any], Tensor]], Tensor]]:
+        """What judges the model as a checkpoint of now would be judged, inside this block: with the
+        averaged weights where there are any, in the precision that it is trained in, and without
+        dropout. It is given the work to do with the model, on every worker where that is sharded.
         """
         average, is_bf16 = self.average, self.config.mixed_precision == "bf16"
         with (
@@ -170,7 +163,7 @@ class Trainer:
         ):
             self.denoiser.eval()
             try:
-                yield self.denoiser
+                yield self.spread.judge
             finally:
                 self.denoiser.train()
 
@@ -184,23 +177,31 @@ class Trainer:
         workers that want to stop), and the gradient norm.
         """
         self.optimizer.zero_grad()
-        micro_batches = list(self._micro_batches(columns))
+        micro_batches, rows_per_pass = (
+            list(self._micro_batches(columns)),
+            self.config.per_device_train_batch_size,
+        )
+        num_passes = self.spread.num_passes(self.config.rows_per_step, rows_per_pass)
         sums: dict[str, Tensor] = {}
-        for index, (batch, generator) in enumerate(micro_batches):
+        for index in range(num_passes):
+            batch, generator = micro_batches[min(index, len(micro_batches) - 1)]
+            if index >= len(micro_batches):  # others have rows left; these have nothing to learn
+                batch = replace(batch, is_target=torch.zeros_like(batch.is_target))
             self._seed_dropout(index)
-            is_last = index == len(micro_batches) - 1
-            wait = nullcontext() if is_last or self.world.size == 1 else self._module.no_sync()  # type: ignore[operator]
-            with wait:
+            is_last = index == num_passes - 1
+            with self.spread.micro_batch(is_last=is_last) as give:
                 with torch.autocast(
                     self.world.device.type,
                     dtype=torch.bfloat16,
                     enabled=self.config.mixed_precision == "bf16",
                 ):
-                    output = self._module(batch, generator)
+                    output = _as_output(give(partial(self._loss, batch, generator)))
                 output.loss_sum.backward()
+            if index >= len(micro_batches):
+                continue
             if not is_last:
-                rows = (index + 1) * self.config.per_device_train_batch_size
-                self._tell((index + 1) / len(micro_batches), float(columns["length"][:rows].sum()))
+                rows = (index + 1) * rows_per_pass
+                self._tell((index + 1) / num_passes, float(columns["length"][:rows].sum()))
             for name, (total, count) in _pairs(output, batch).items():
                 pair = torch.stack([total.detach().double(), count.double()])
                 sums[name] = sums.get(name, 0.0) + pair
@@ -224,6 +225,11 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.step)
         return totals, grad_norm
+
+    def _loss(self, batch: TokenBatch, generator: RowGenerator, model: Any) -> tuple[Any, ...]:
+        """The fields of a LossOutput."""
+        output = self.objective.loss(model, batch, generator)
+        return output.loss_sum, output.num_tokens, output.metrics
 
     def _micro_batches(self, columns: dict[str, Any]) -> Iterator[tuple[TokenBatch, RowGenerator]]:
         device, seed = self.world.device, self.config.seed
@@ -274,6 +280,7 @@ class Trainer:
         means = {name: total / count for name, (total, count) in self._since_log.items() if count}
         means.setdefault("loss", 0.0)  # of steps whose rows had nothing to learn from
         self._since_log = {}
+        figures = measure() if self.world.is_main or self.spread.is_sharded else {}
         if self.world.is_main:
             self._on_event(
                 "metrics",
@@ -282,7 +289,7 @@ class Trainer:
                 lr=self._learning_rate,
                 grad_norm=grad_norm,
                 **clock.figures(),
-                **measure(),
+                **figures,
             )
 
     def tell_of_heldout(self, done: int, total: int) -> None:
@@ -315,14 +322,15 @@ class Trainer:
         """The rest of the state, plain JSON; floats survive JSON exactly."""
         return {"step": self.step, "since_log": self._since_log}
 
-    def load_state(
-        self,
-        state: dict[str, Any],
-        optimizer_tensors: dict[str, Tensor],
-    ) -> None:
+    def load_state(self, state: dict[str, Any], optimizer_tensors: StoredTensors) -> None:
         self.step = state["step"]
         self._since_log = state["since_log"]
         self.optimizer.load(optimizer_tensors, step=self.step)
+
+
+def _as_output(fields: tuple[Any, ...]) -> LossOutput:
+    loss_sum, num_tokens, metrics = fields
+    return LossOutput(loss_sum=loss_sum, num_tokens=num_tokens, metrics=metrics)
 
 
 class _Clock:

@@ -221,14 +221,15 @@ class Watch:
         size = self.config.per_device_train_batch_size
         figures = torch.zeros(len(self.rows), 2, dtype=torch.float64, device=device)
         mine = np.arange(world.rank, len(self.rows), world.size)
-        with trainer.as_a_checkpoint() as model:
-            for at in range(0, len(mine), size):
+        with trainer.as_a_checkpoint() as judge:
+            for number in range(trainer.spread.num_passes(len(self.rows), size)):
+                at = number * size
                 index = mine[at : at + size]
-                rows = self.rows.take(index)
-                ids = torch.as_tensor(rows.row_ids, device=device)
-                generator = RowGenerator.for_rows(key_from(self.config.seed, "evaluate"), ids)
-                found = self.yardstick.judge(model, rows, rows.batch(device), generator)
-                figures[torch.as_tensor(index, device=device)] = found
+                is_idle = not len(index)  # others have rows left
+                rows = self.rows.take(np.zeros(1, dtype=int) if is_idle else index)
+                found = judge(self._work(rows, device))
+                if not is_idle:
+                    figures[torch.as_tensor(index, device=device)] = found
                 done = min((at + size) * world.size, len(self.rows))
                 trainer.tell_of_heldout(done, len(self.rows))
         numerator, denominator = world.sum(figures).cpu().numpy().T
@@ -245,10 +246,17 @@ class Watch:
             ratio.denominator: denominator.copy(),
         }
 
-    def save(self, folder: Path) -> None:
+    def _work(self, rows: TokenRows, device: torch.device) -> Callable[[Any], Tensor]:
+        ids = torch.as_tensor(rows.row_ids, device=device)
+        generator = RowGenerator.for_rows(key_from(self.config.seed, "evaluate"), ids)
+        batch = rows.batch(device)
+        return lambda model: self.yardstick.judge(model, rows, batch, generator)
+
+    def files(self) -> dict[str, str]:
+        """What a checkpoint holds of it: name and content."""
         best = {name: column.tolist() for name, column in self._best.items()}
         state = {"best_step": self.best_step, "since_best": self.since_best, "best": best}
-        (folder / WATCH_STATE).write_text(json.dumps(state))
+        return {WATCH_STATE: json.dumps(state)}
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint. One that an unwatched run wrote tells nothing, and neither does

@@ -1,0 +1,314 @@
+"""Models that lie in parts on several workers: the losses, weights and checkpoints of one process
+that holds them whole, and what a kill leaves while checkpoints are written.
+"""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from tests.builders import letter_tokenizer, random_rows, tiny_causal, token_folder
+from tests.training.distributed import Job, Losses, run_distributed
+from tokendiff.artifacts.checkpoint import newest_sound_checkpoint, open_checkpoint
+from tokendiff.artifacts.manifest import load_manifest, verify
+from tokendiff.artifacts.tensor_files import TensorFiles
+from tokendiff.config.train import TrainConfig
+from tokendiff.data.rows import TokenData
+from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.models.checkpoints import load_for_inference
+from tokendiff.training import saving
+from tokendiff.training.sharding import SpreadModel, find_layers
+from tokendiff.training.world import World
+
+LENGTH = 16
+# Every objective, and between them adapters, averages, recomputed activations, micro-batches that
+# the workers have different numbers of, and both precisions.
+RUNS: dict[str, dict[str, Any]] = {
+    "mdlm": {"model_name_or_path": "builtin:bert-tiny", "objective": "mdlm", "ema_decay": 0.9},
+    "udlm": {"model_name_or_path": "builtin:dit-tiny", "objective": "udlm", "global_batch_size": 7},
+    "hybrid": {
+        "model_name_or_path": "builtin:bert-tiny",
+        "objective": "hybrid",
+        "gradient_checkpointing": True,
+    },
+    "block_diffusion": {
+        "model_name_or_path": "builtin:qwen3-tiny",
+        "objective": "block_diffusion",
+        "lora_rank": 2,
+        "ema_decay": 0.9,
+    },
+    "block_refinement": {
+        "model_name_or_path": "builtin:qwen3-tiny",
+        "objective": {"name": "block_refinement", "lambda_conf": 0.5},
+        "per_device_train_batch_size": 2,
+        "global_batch_size": 7,
+    },
+    "ar": {
+        "model_name_or_path": "builtin:qwen3-tiny",
+        "objective": "ar",
+        "mixed_precision": "bf16",
+    },
+    "dflash": {
+        "objective": {"name": "dflash", "num_anchors": 3, "block_size": 4, "draft_num_layers": 2},
+        "ema_decay": 0.9,
+    },
+}
+WAYS = {"gradients on 2": (2, 2), "full on 2": (2, 2), "full on 4": (4, 4), "hybrid on 4": (4, 2)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("sharding")
+    token_folder(
+        folder / "data",
+        files=[random_rows(12, LENGTH) for _ in range(3)],
+        max_length=LENGTH,
+        tokenizer=letter_tokenizer(),
+        heldout=random_rows(7, LENGTH, seed=1),
+    )
+    tiny_causal(vocab_size=20, num_hidden_layers=5).save_pretrained(folder / "target")
+    letter_tokenizer().save_pretrained(folder / "target")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> TokenData:
+    return TokenData.open(folder / "data", split="train")
+
+
+def config(name: str, folder: Path, **changes: Any) -> TrainConfig:
+    fields = {
+        "max_train_steps": 4,
+        "checkpointing_steps": 2,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "seed": 1,
+        **RUNS[name],
+        **changes,
+    }
+    if name == "dflash":
+        fields["target_model_id"] = str(folder / "target")
+    return TrainConfig.model_validate(fields)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, data: TokenData) -> dict[str, Losses]:
+    """Losses of one process; its checkpoints are in whole/NAME."""
+    jobs: list[Job] = [(config(name, folder), folder / "whole" / name) for name in RUNS]
+    return dict(zip(RUNS, run_distributed(jobs, data, 1), strict=True))
+
+
+def weights_of(checkpoint: Path, stem: str = "model") -> dict[str, torch.Tensor]:
+    with TensorFiles(checkpoint, stem) as files:
+        return {name: files.read(name) for name in files.names}
+
+
+def assert_close(checkpoint: Path, expected: Path, *, is_bf16: bool) -> None:
+    tolerance = 5e-3 if is_bf16 else 1e-5
+    for path in expected.glob("*.safetensors"):
+        stem = path.name.removesuffix(".safetensors")
+        there = load_file(path)
+        here = weights_of(checkpoint, stem)
+        assert here.keys() == there.keys(), stem
+        for name, value in here.items():
+            torch.testing.assert_close(
+                value, there[name], rtol=1e-2 if is_bf16 else 1e-3, atol=tolerance
+            )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_objective_is_trained_as_in_one_process(
+    way: str, folder: Path, data: TokenData, whole: dict[str, Losses]
+) -> None:
+    size, local_size = WAYS[way]
+    out = folder / way.replace(" ", "-")
+    sharding = way.partition(" ")[0]
+    jobs: list[Job] = [(config(n, folder, sharding=sharding), out / n) for n in RUNS]
+    found = run_distributed(jobs, data, size, local_size=local_size)
+    for name, losses in zip(RUNS, found, strict=True):
+        is_bf16 = name == "ar"
+        assert losses == pytest.approx(whole[name], rel=1e-3 if is_bf16 else 1e-5), name
+        for at in ("checkpoint-4", "final"):
+            there = out / name / at
+            verify(there)
+            assert len(list(there.glob("model-*-of-*.safetensors"))) == size
+            assert_close(there, folder / "whole" / name / at, is_bf16=is_bf16)
+    assert not list(out.glob("*/.*"))
+
+
+@pytest.mark.parametrize("name", ["mdlm", "block_diffusion", "dflash"])
+def test_a_run_goes_on_with_any_number_of_workers(
+    name: str, folder: Path, data: TokenData, whole: dict[str, Losses], tmp_path: Path
+) -> None:
+    """From 2 that share the model to 1, to 4, and to 2 that do not share it; and from 1 to 2."""
+    first = config(name, folder, sharding="full")
+    shared = tmp_path / "shared"
+    run_distributed([(first, shared)], data, 2)
+    shutil.rmtree(shared / "final")
+    shutil.rmtree(shared / "checkpoint-4")
+    alone = folder / "whole" / name
+    for size, sharding, start in (
+        (1, "none", shared),
+        (4, "full", shared),
+        (2, "none", shared),
+        (2, "full", alone),
+    ):
+        out = tmp_path / f"{size}-{sharding}-{start.name}"
+        shutil.copytree(start / "checkpoint-2", out / "checkpoint-2")
+        cfg = config(name, folder, sharding=sharding)
+        (losses,) = run_distributed([(cfg, out)], data, size)
+        expected = {step: loss for step, loss in whole[name].items() if step > 2}
+        assert losses == pytest.approx(expected, rel=1e-5), (size, sharding)
+        assert_close(out / "final", alone / "final", is_bf16=False)
+
+
+def test_what_sharding_workers_wrote_opens_as_any_checkpoint_does(
+    folder: Path, data: TokenData, whole: dict[str, Losses], tmp_path: Path
+) -> None:
+    tokens = torch.tensor(random_rows(3, LENGTH, seed=2))
+    for name in ("mdlm", "block_diffusion"):
+        out = tmp_path / name
+        run_distributed([(config(name, folder, sharding="full"), out)], data, 2)
+        opened = AutoModelForMaskedLM if name == "mdlm" else AutoModelForCausalLM
+        with torch.no_grad():
+            here, there = (
+                opened.from_pretrained(base / "final").eval()(input_ids=tokens).logits
+                for base in (out, folder / "whole" / name)
+            )
+        torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-5)
+        # Of a checkpoint the averaged weights are taken, which stand beside the others.
+        ours, theirs = (
+            load_for_inference(base / "checkpoint-4")[0].model.state_dict()
+            for base in (out, folder / "whole" / name)
+        )
+        for key, value in ours.items():
+            torch.testing.assert_close(value, theirs[key], rtol=1e-3, atol=1e-5)
+        index = json.loads((out / "final" / "model.safetensors.index.json").read_text())
+        sizes = [t.nbytes for t in weights_of(out / "final").values()]
+        assert index["metadata"]["total_size"] == sum(sizes)
+        shares = [p.stat().st_size for p in (out / "final").glob("model-*.safetensors")]
+        assert max(shares) < 0.75 * sum(shares), "the workers share the writing"
+    missing = out / "final" / "model-00002-of-00002.safetensors"
+    missing.unlink()
+    with pytest.raises(CorruptFileError, match=r"model-00002-of-00002.safetensors is missing"):
+        open_checkpoint(out / "final")
+
+
+def test_watched_runs_decide_alike(folder: Path, data: TokenData, tmp_path: Path) -> None:
+    """7 held-out rows in batches of 2: the workers have different numbers of them."""
+    fields: dict[str, Any] = {
+        "eval_steps": 1,
+        "keep": "best",
+        "max_eval_rows": 7,
+        "per_device_train_batch_size": 2,
+    }
+    cfg, cut = (
+        config("mdlm", folder, sharding=sharding, **fields) for sharding in ("none", "full")
+    )
+    run_distributed([(cfg, tmp_path / "one")], data, 1)
+    run_distributed([(cut, tmp_path / "two")], data, 2)
+    states = [
+        json.loads((tmp_path / name / "checkpoint-4" / "heldout.json").read_text())
+        for name in ("one", "two")
+    ]
+    assert states[0]["best_step"] == states[1]["best_step"]
+    assert states[0]["best"]["nats"] == pytest.approx(states[1]["best"]["nats"], rel=1e-5)
+    for name in ("one", "two"):
+        best = load_manifest(tmp_path / name / "final").metadata["best_step"]
+        assert best == states[0]["best_step"]
+    assert_close(tmp_path / "two" / "final", tmp_path / "one" / "final", is_bf16=False)
+
+
+# What a kill leaves.
+
+
+def _die_while(moment: str, rank: int) -> None:
+    """Make this process end by SIGKILL at a moment of its second checkpoint."""
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if moment == "staging":
+        real_whole, seen = saving.whole, []
+
+        def whole_or_die(tensor: Any) -> Any:
+            seen.append(tensor)
+            is_second = CALLS["save"] == 2
+            return killed() if is_second and len(seen) % 3 == 0 else real_whole(tensor)
+
+        saving.whole = whole_or_die  # type: ignore[assignment]
+    elif moment == "writing":
+        real_write = saving.write_tensors
+
+        def write_or_die(path: Path, *args: Any, **kwargs: Any) -> str:
+            if CALLS["save"] == 2:
+                path.write_bytes(b"half")
+                killed()
+            return real_write(path, *args, **kwargs)
+
+        saving.write_tensors = write_or_die
+    elif moment == "before the manifest":
+        real_commit = saving.commit
+        saving.commit = lambda *a, **k: killed() if CALLS["save"] == 2 else real_commit(*a, **k)
+    real_save = saving.CheckpointSaver.save
+
+    def save(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.wait()
+        CALLS["save"] += 1
+        real_save(self, *args, **kwargs)
+
+    saving.CheckpointSaver.save = save  # type: ignore[method-assign]
+
+
+CALLS = {"save": 0}
+
+
+@pytest.mark.parametrize(
+    ("moment", "rank"),
+    [("staging", 1), ("writing", 1), ("writing", 0), ("before the manifest", 0)],
+)
+def test_a_kill_at_any_moment_leaves_the_checkpoint_before(
+    moment: str,
+    rank: int,
+    folder: Path,
+    data: TokenData,
+    whole: dict[str, Losses],
+    tmp_path: Path,
+) -> None:
+    cfg = config("mdlm", folder, sharding="full")
+    out = tmp_path / "out"
+    killed = run_distributed([(cfg, out)], data, 2, killed=(rank, _die_while, moment))
+    assert killed == []
+    warnings: list[str] = []
+    assert newest_sound_checkpoint(out, warn=warnings.append) == out / "checkpoint-2"
+    assert not warnings
+    (losses,) = run_distributed([(cfg, out)], data, 2)
+    expected = {step: loss for step, loss in whole["mdlm"].items() if step > 2}
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert not list(out.glob(".*")), "what the killed one left is gone"
+
+
+# What cannot be.
+
+
+def test_a_model_whose_layers_are_not_known_is_refused() -> None:
+    small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
+    albert = AutoModelForMaskedLM.from_config(AutoConfig.for_model("albert", **small))
+    with pytest.raises(InputError, match=r"sharding: .* 'albert' model are its layers; set shard"):
+        find_layers(albert)
+    assert len(find_layers(tiny_causal(vocab_size=20, num_hidden_layers=3))) == 3
+
+
+def test_alone_there_is_nothing_to_take_apart() -> None:
+    albert: Any = torch.nn.Linear(2, 2)
+    spread = SpreadModel(albert, World.current(), sharding="full")
+    assert not spread.is_sharded
+    assert isinstance(spread.judge(lambda model: model.weight), torch.Tensor)

@@ -1,0 +1,269 @@
+"""Checkpoints that are written while training goes on.
+
+Training stands still while the state is copied to the memory of the host; a thread then writes the
+copy, hashes it as it is written, and commits the folder. The next save waits for the last one.
+Where the model is sharded every worker does so for its share of the tensors, and the main worker
+commits once all shares are there. A share is of whole tensors and not of their parts, so that the
+files are those of any other tool and say nothing of how many workers there were.
+
+A kill at any moment leaves the checkpoint before: what is being written stands in a folder of
+another name, or, behind a URI, without a manifest.
+"""
+
+import json
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokendiff.artifacts.checkpoint import KIND
+from tokendiff.artifacts.locations import Location, files_under, upload
+from tokendiff.artifacts.manifest import MANIFEST_NAME, RECORD_FOLDER, commit
+from tokendiff.artifacts.tensor_files import (
+    file_name,
+    index_name,
+    index_text,
+    whole,
+    write_tensors,
+)
+from tokendiff.training.world import World
+
+# Names and tensors, made one by one: the same on every worker, in the same order.
+NamedTensors = Iterable[tuple[str, Tensor]]
+_POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a checkpoint holds.
+
+    Attributes:
+        tensors: by the stem of the files that they go to.
+        header: metadata of the files of a stem, as safetensors has it.
+        files: name to content; read on the main worker alone, as are the other fields.
+        beside: a folder whose files are copied.
+        metadata: of the manifest.
+    """
+
+    tensors: Mapping[str, NamedTensors]
+    header: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    beside: Path | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+class CheckpointSaver:
+    """
+    Args:
+        is_shared: whether every worker writes a share; else the main one writes all.
+        after: called by the thread of the main worker once a folder is committed.
+
+    Raises, from every method:
+        OSError: the last checkpoint could not be written.
+    """
+
+    def __init__(
+        self,
+        output_dir: Location,
+        world: World,
+        *,
+        is_shared: bool,
+        after: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self._output_dir, self._world, self._after = output_dir, world, after
+        self._num_writers = world.size if is_shared else 1
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._then: Callable[[], None] = lambda: None
+
+    def save(
+        self,
+        name: str,
+        make: Callable[[], Contents],
+        *,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Stage a checkpoint, and have it written. Every worker must call this alike.
+
+        Args:
+            make: called once the last checkpoint is written.
+            then: called by `poll` or `wait` of the main worker once this one is.
+        """
+        self.wait()
+        if not self._writes:
+            return
+        key = self._begin(name)
+        contents = make()
+        mine = self._stage(contents.tensors)
+        self._then = then
+        self._thread = threading.Thread(
+            target=self._write_noting_errors, args=(name, key, mine, contents), daemon=True
+        )
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Note that the last checkpoint is written, if it is."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        if self._world.is_main:
+            self._then()
+
+    @property
+    def _writes(self) -> bool:
+        return self._world.is_main or self._num_writers > 1
+
+    def _begin(self, name: str) -> str:
+        """A key that all writers share; the place that they write to is ready."""
+        number = uuid.uuid4().int % 2**32
+        if self._num_writers > 1 and not self._world.is_main:
+            number = 0
+        if self._world.is_main:
+            target = self._output_dir / name
+            if isinstance(target, Path):
+                _beside(target, f"{number:08x}").mkdir(parents=True)
+            else:
+                (target / MANIFEST_NAME).unlink(missing_ok=True)
+        if self._num_writers > 1:
+            shared = torch.tensor([number], dtype=torch.int64, device=self._world.device)
+            number = int(self._world.sum(shared))
+        return f"{number:08x}"
+
+    def _stage(self, tensors: Mapping[str, NamedTensors]) -> dict[str, dict[str, Tensor]]:
+        """This worker's share, on the host."""
+        load = [0] * self._num_writers
+        mine: dict[str, dict[str, Tensor]] = {stem: {} for stem in tensors}
+        for stem, pairs in tensors.items():
+            for name, tensor in pairs:
+                # All workers see the same tensors, and come to the same shares.
+                owner = load.index(min(load))
+                load[owner] += tensor.nbytes
+                full = whole(tensor)
+                if owner == self._world.rank:
+                    mine[stem][name] = full.detach().to("cpu", copy=True).contiguous()
+        return mine
+
+    def _write_noting_errors(self, *args: Any) -> None:
+        try:
+            self._write(*args)
+        except BaseException as error:
+            self._error = error
+
+    def _write(
+        self, name: str, key: str, mine: dict[str, dict[str, Tensor]], contents: Contents
+    ) -> None:
+        target, rank = self._output_dir / name, self._world.rank
+        if isinstance(target, Path):
+            self._write_into(_beside(target, key), target, rank, key, mine, contents)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            self._write_into(Path(folder), target, rank, key, mine, contents)
+
+    def _write_into(
+        self,
+        folder: Path,
+        target: Location,
+        rank: int,
+        key: str,
+        mine: dict[str, dict[str, Tensor]],
+        contents: Contents,
+    ) -> None:
+        share: dict[str, Any] = {"sha256": {}, "names": {}, "bytes": {}}
+        place: Location = folder if isinstance(target, Path) else target
+        try:
+            for stem, tensors in mine.items():
+                if not tensors and self._num_writers > 1:
+                    continue
+                file = file_name(stem, rank, self._num_writers)
+                share["sha256"][file] = write_tensors(
+                    folder / file, tensors, metadata=contents.header.get(stem)
+                )
+                share["names"].setdefault(stem, {})[file] = list(tensors)
+                share["bytes"][stem] = sum(tensor.nbytes for tensor in tensors.values())
+                tensors.clear()
+                if not isinstance(target, Path):
+                    upload(folder, target, [file])
+                    (folder / file).unlink()
+        except BaseException as error:
+            if not self._world.is_main:
+                _announce(place, key, rank, {"error": f"worker {rank}: {error}"})
+            raise
+        if not self._world.is_main:
+            _announce(place, key, rank, share)
+            return
+        shares = [share, *(_await(place, key, r) for r in range(1, self._num_writers))]
+        self._commit(folder, target, shares, contents)
+
+    def _commit(
+        self, folder: Path, target: Location, shares: list[dict[str, Any]], contents: Contents
+    ) -> None:
+        for name, text in contents.files.items():
+            (folder / name).write_text(text)
+        if contents.beside is not None:
+            shutil.copytree(contents.beside, folder, dirs_exist_ok=True)
+        if self._num_writers > 1:
+            for stem in contents.tensors:
+                files = {f: n for share in shares for f, n in share["names"].get(stem, {}).items()}
+                total = sum(share["bytes"].get(stem, 0) for share in shares)
+                (folder / index_name(stem)).write_text(index_text(files, total))
+        known = {file: digest for share in shares for file, digest in share["sha256"].items()}
+        metadata = dict(contents.metadata)
+        if isinstance(target, Path):
+            commit(folder, kind=KIND, metadata=metadata, known_sha256=known)
+            if target.exists():
+                shutil.rmtree(target)
+            folder.rename(target)
+        else:
+            small = list(files_under(folder))
+            upload(folder, target, small)
+            for name in files_under(target).keys() - set(small) - known.keys():
+                if not name.startswith(f"{RECORD_FOLDER}/"):  # of an attempt that was cut off
+                    (target / name).unlink()
+            commit(target, kind=KIND, metadata=metadata, known_sha256=known)
+        self._after(target.name)
+
+
+def _beside(target: Path, key: str) -> Path:
+    """Where a local checkpoint is written before it takes its place."""
+    return target.with_name(f".{target.name}.{key}.tmp")
+
+
+def _announce(place: Location, key: str, rank: int, share: dict[str, Any]) -> None:
+    """Tell the main worker what a share holds; in one piece, since it looks for the file."""
+    path = place / f".share-{key}-{rank}.json"
+    text = json.dumps(share).encode()
+    if not isinstance(path, Path):
+        path.write_bytes(text)
+        return
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_bytes(text)
+    unfinished.replace(path)
+
+
+def _await(place: Location, key: str, rank: int) -> dict[str, Any]:
+    """What another worker tells, which is forgotten then."""
+    path = place / f".share-{key}-{rank}.json"
+    while not path.is_file():
+        time.sleep(_POLL_SECONDS)
+    share: dict[str, Any] = json.loads(path.read_bytes())
+    path.unlink()
+    if "error" in share:
+        raise OSError(f"{place} could not be written: {share['error']}")
+    return share

@@ -1,0 +1,210 @@
+"""How a model lies on the workers of a run. Objectives, samplers and the loop do not know of it.
+
+    none       every worker holds everything; gradients are summed (DistributedDataParallel)
+    gradients  gradients and optimiser state lie in parts on the workers; weights do too between
+               steps, and are whole from the first pass of a step to its last (ZeRO-2)
+    full       weights lie in parts, and each layer is gathered for its part of a pass (FSDP2)
+    hybrid     as full within each node, and every node holds a replica
+
+Embeddings, final norm and head are one group beside the layers. It is gathered once a pass and not
+for each chunk of logits, since `reduce_through_head` takes the head's gradient inside the forward
+pass, where no hook of a module of its own may run. For the same reason tied embeddings need nothing
+special: both ends are in that group.
+
+In one process there is nothing to take apart, and every way is `none`.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tokendiff.errors import InputError
+from tokendiff.models.dflash.trainee import DraftTrainee
+from tokendiff.training.world import World
+
+if TYPE_CHECKING:
+    from tokendiff.models.denoiser import ModelInTwoParts
+
+Sharding = Literal["none", "gradients", "full", "hybrid"]
+Result = TypeVar("Result")
+
+
+class _InOneForward(nn.Module):
+    """A model that is given its work, so that what wraps it sees encoder and head in one forward
+    pass. What the work returns must be tensors, or tuples and dicts of them: hooks look for those.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[Any], Result]) -> Result:
+        return work(self.model)
+
+
+class SpreadModel:
+    """A model on the workers of a run, and how a step's passes over it are made.
+
+    Args:
+        model: on the CPU. Its parameters become DTensors where they are taken apart.
+        sharding: see above.
+        is_bf16: gather the weights of layers in bfloat16; sums of gradients stay float32.
+        is_compiled: compile the encoder, layer by layer where it is taken apart.
+
+    Raises:
+        InputError: the layers of such a model are not known, or `hybrid` does not go with so many
+            workers on these nodes.
+    """
+
+    def __init__(
+        self,
+        model: "ModelInTwoParts | DraftTrainee",
+        world: World,
+        *,
+        sharding: Sharding = "none",
+        is_bf16: bool = False,
+        is_compiled: bool = False,
+    ) -> None:
+        self.model = model
+        self.world = world
+        self.sharding: Sharding = sharding if world.size > 1 else "none"
+        self._module: nn.Module = _InOneForward(model)
+        if self.is_sharded:
+            self._take_apart(is_bf16=is_bf16, is_compiled=is_compiled)
+            model.to(world.device)  # what was not taken apart
+            return
+        model.to(world.device)
+        if is_compiled:
+            model.compile_encoder()
+        if world.size > 1:
+            self._module = DistributedDataParallel(
+                self._module, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.sharding != "none"
+
+    def num_passes(self, num_rows: int, rows_per_pass: int) -> int:
+        """Passes over `num_rows` rows that are dealt to the workers one by one. Where weights are
+        gathered in each pass every worker makes as many, whether it has rows left or not.
+        """
+        size, first = self.world.size, 0 if self.is_sharded else self.world.rank
+        mine = math.ceil((num_rows - first) / size)
+        return math.ceil(mine / rows_per_pass)
+
+    @contextmanager
+    def micro_batch(
+        self, *, is_last: bool
+    ) -> Iterator[Callable[[Callable[[Any], Result]], Result]]:
+        """Forward and backward of one pass of a step; what is yielded gives the model its work.
+
+        Workers tell each other of gradients no more often than they must: without sharding in the
+        last pass of a step; between nodes too. Gradients that lie in parts are added up in each
+        pass, or there would be no memory saved.
+        """
+        module: Any = self._module
+        wait: Any = nullcontext()
+        if self.is_sharded:
+            module.set_reshard_after_backward(is_last or self.sharding != "gradients")
+            module.set_requires_all_reduce(is_last)
+        elif self.world.size > 1 and not is_last:
+            wait = module.no_sync()
+        with wait:
+            yield module
+
+    @torch.no_grad()
+    def judge(self, work: Callable[[Any], Result]) -> Result:
+        """What `work(model)` gives; with sharding every worker must ask for it."""
+        if not self.is_sharded:
+            return work(self.model)
+        try:
+            return self._module(work)
+        finally:
+            # Without a backward pass some stay gathered, as they are now.
+            for module in self._module.modules():
+                if reshard := getattr(module, "reshard", None):
+                    reshard()
+
+    def _take_apart(self, *, is_bf16: bool, is_compiled: bool) -> None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh, frees = _mesh(self.world, self.sharding), self.sharding != "gradients"
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if is_bf16:
+            # Autocast would round them in each product; gathered so they are half as large.
+            policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        whole: set[nn.Parameter] = set()
+        for layer in find_layers(self.model.model):
+            if is_compiled:
+                layer.compile()
+            fully_shard(layer, mesh=mesh, reshard_after_forward=frees, mp_policy=policy)
+        if isinstance(self.model, DraftTrainee):
+            whole = self._take_target_apart(self.model.target, mesh if frees else None)
+        fully_shard(self._module, mesh=mesh, reshard_after_forward=False, ignored_params=whole)
+
+    def _take_target_apart(self, target: Any, mesh: Any) -> set[nn.Parameter]:
+        """The layers of a frozen target, where weights lie in parts at all; returns what stays
+        whole. Its embedding and head are read for each block, and may have another dtype than the
+        draft.
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        layers = find_layers(target) if mesh is not None else []
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        apart = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        return {parameter for parameter in target.parameters() if id(parameter) not in apart}
+
+
+def find_layers(model: Any) -> list[nn.Module]:
+    """The transformer layers of a model of transformers.
+
+    Raises:
+        InputError: they cannot be told.
+    """
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and len({type(layer) for layer in module}) == 1
+    ]
+    if not lists:
+        raise InputError(
+            f"sharding: it is not known which modules of a {model.config.model_type!r} model are "
+            "its layers; set sharding to none, or give a model that keeps them in one list"
+        )
+    sizes = [sum(p.numel() for p in found.parameters()) for found in lists]
+    return list(lists[sizes.index(max(sizes))])
+
+
+def check_sharding(sharding: Sharding, models: Sequence[Any]) -> None:
+    """Raise InputError where models of transformers cannot be taken apart so."""
+    if sharding != "none":
+        for model in models:
+            find_layers(model)
+
+
+def _mesh(world: World, sharding: Sharding) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    kind = world.device.type
+    if sharding != "hybrid":
+        return init_device_mesh(kind, (world.size,))
+    sizes = world.sizes_of_nodes()
+    if len(set(sizes)) > 1:
+        raise InputError(
+            f"sharding hybrid: the {world.size} workers do not divide evenly among the nodes, "
+            f"which have {', '.join(map(str, sizes))}; set num_workers to a multiple of the nodes, "
+            "or sharding to full"
+        )
+    return init_device_mesh(kind, (len(sizes), sizes[0]), mesh_dim_names=("nodes", "workers"))

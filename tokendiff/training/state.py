@@ -1,0 +1,172 @@
+"""What a run's checkpoints hold: the model as any tool opens it, and all that training goes on
+from. Tensors are named as the model's parameters are, whatever the workers hold of them, so that
+any number of workers reads what any other number wrote.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tokendiff.artifacts.checkpoint import ADAPTERS, EMA_ADAPTERS, EMA_WEIGHTS, OPTIMIZER, WEIGHTS
+from tokendiff.artifacts.noise_process import NoiseProcess
+from tokendiff.artifacts.tensor_files import TensorFiles, has_tensors, local_part
+from tokendiff.errors import CorruptFileError
+from tokendiff.models.adapters import adapter_tensors, changed_weights, merged_weights
+from tokendiff.training.saving import Contents, NamedTensors
+from tokendiff.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from tokendiff.training.watching import Watch
+
+TRAINER_STATE = "trainer_state.json"
+_HEADER = {WEIGHTS: {"format": "pt"}}  # as transformers writes it
+
+
+class RunState:
+    """
+    Args:
+        tokenizer, process: that stand beside the weights.
+    """
+
+    def __init__(self, trainer: Trainer, tokenizer: Any, process: NoiseProcess | None) -> None:
+        self._trainer, self._tokenizer, self._process = trainer, tokenizer, process
+        self._model: Any = trainer.denoiser.model
+        self._has_adapters = trainer.config.lora_rank is not None
+
+    def checkpoint(self, metadata: Mapping[str, Any], watch: "Watch | None") -> Contents:
+        """All of it."""
+        trainer, average = self._trainer, self._trainer.average
+        tensors: dict[str, NamedTensors] = {WEIGHTS: self._weights()}
+        tensors[OPTIMIZER] = trainer.state_tensors().items()
+        if self._has_adapters:
+            tensors[ADAPTERS] = adapter_tensors(self._model).items()
+        if average is not None and self._has_adapters:
+            tensors[EMA_ADAPTERS] = average.tensors.items()
+            tensors[EMA_WEIGHTS] = self._averaged(changed_weights(self._model))
+        elif average is not None:
+            tensors[EMA_WEIGHTS] = average.tensors.items()
+        files = {TRAINER_STATE: json.dumps(trainer.state(), indent=1)}
+        if watch is not None:
+            files |= watch.files()
+        return Contents(
+            tensors=tensors, header=_HEADER, files=files, beside=self._beside, metadata=metadata
+        )
+
+    def final(self, metadata: Mapping[str, Any]) -> Contents:
+        """The model alone, with averaged weights where the run keeps them."""
+        weights = self._weights()
+        if self._trainer.average is not None:
+            weights = self._averaged(weights)
+        return Contents(
+            tensors={WEIGHTS: weights}, header=_HEADER, beside=self._beside, metadata=metadata
+        )
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint, of whatever number of workers.
+
+        Raises:
+            CorruptFileError: a tensor is not there.
+        """
+        self.load_weights(folder)
+        state = json.loads((folder / TRAINER_STATE).read_text())
+        with TensorFiles(folder, OPTIMIZER) as files:
+            self._trainer.load_state(state, _Reader(folder, files))
+
+    def load_weights(self, folder: Path) -> None:
+        """Take the weights of a checkpoint, and the averaged ones where the run keeps them."""
+        average = self._trainer.average
+        if self._has_adapters:
+            # The weights beside them are merged: what was added to them cannot be had back exactly.
+            _fill(folder, ADAPTERS, adapter_tensors(self._model))
+            stem = EMA_ADAPTERS
+        else:
+            names = self._names_in_files
+            tensors = {names[name]: value for name, value in self._own_tensors().items()}
+            _fill(folder, WEIGHTS, tensors)
+            stem = EMA_WEIGHTS
+        if average is not None and has_tensors(folder, stem):
+            _fill(folder, stem, average.tensors)
+
+    def _weights(self) -> NamedTensors:
+        """As transformers names them in files."""
+        names = self._names_in_files
+        own = merged_weights(self._model) if self._has_adapters else self._own_tensors().items()
+        return ((names[name], tensor) for name, tensor in own)
+
+    def _averaged(self, pairs: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+        """What `pairs` gives while the model holds the averaged weights."""
+        average = self._trainer.average
+        assert average is not None
+        with average.in_place_of_weights():
+            yield from pairs
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers that files hold; of tied ones the first."""
+        tied = getattr(self._model, "all_tied_weights_keys", None) or {}
+        return {name: value for name, value in self._model.state_dict().items() if name not in tied}
+
+    @cached_property
+    def _names_in_files(self) -> dict[str, str]:
+        """transformers keeps a few architectures' weights under other names in files."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        tied = getattr(self._model, "all_tied_weights_keys", None) or {}
+        plain = [name.replace(".base_layer.", ".") for name in self._model.state_dict()]
+        return {
+            name: next(iter(revert_weight_conversion(self._model, {name: torch.empty(1)})))
+            for name in plain
+            if name not in tied
+        }
+
+    @cached_property
+    def _beside(self) -> Path | None:
+        """The files that no step changes: config, tokenizer, noise process."""
+        if not self._trainer.world.is_main:
+            return None
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # written over the progress of the run
+        self._folder = TemporaryDirectory()
+        folder = Path(self._folder.name)
+        self._model.save_pretrained(folder, state_dict={})
+        self._tokenizer.save_pretrained(folder)
+        if self._process is not None:
+            self._process.save(folder)
+        return folder
+
+
+class _Reader:
+    """Tensors of a folder's files as the workers hold them."""
+
+    def __init__(self, folder: Path, files: TensorFiles) -> None:
+        self._folder, self._files = folder, files
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files.names
+
+    @torch.no_grad()
+    def fill(self, name: str, tensor: Tensor) -> None:
+        """Read what this worker holds of a tensor."""
+        if name not in self._files.names:
+            raise CorruptFileError(f"{self._folder} has no tensor {name!r}")
+        local, part = local_part(tensor)
+        found = self._files.read(name, part)
+        if found.shape != local.shape:
+            raise CorruptFileError(
+                f"{self._folder}: tensor {name!r} has the shape {list(found.shape)}, where "
+                f"{list(local.shape)} is wanted"
+            )
+        local.copy_(found)
+
+
+def _fill(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> None:
+    with TensorFiles(folder, stem) as files:
+        reader = _Reader(folder, files)
+        for name, tensor in tensors.items():
+            reader.fill(name, tensor)
