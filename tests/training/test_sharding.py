@@ -23,8 +23,9 @@ from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.models.checkpoints import load_for_inference
+from tokendiff.models.layers import find_layers
 from tokendiff.training import saving
-from tokendiff.training.sharding import SpreadModel, find_layers
+from tokendiff.training.sharding import SpreadModel
 from tokendiff.training.world import World
 
 LENGTH = 16
@@ -37,6 +38,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "model_name_or_path": "builtin:bert-tiny",
         "objective": "hybrid",
         "gradient_checkpointing": True,
+        "optimizer": "muon",
     },
     "block_diffusion": {
         "model_name_or_path": "builtin:qwen3-tiny",
@@ -60,6 +62,8 @@ RUNS: dict[str, dict[str, Any]] = {
         "ema_decay": 0.9,
     },
 }
+# bfloat16 in the model, or in Muon's iterations, which raise what a gradient has little of.
+ROUGH = ("ar", "hybrid")
 WAYS = {"gradients on 2": (2, 2), "full on 2": (2, 2), "full on 4": (4, 4), "hybrid on 4": (4, 2)}
 
 
@@ -111,8 +115,8 @@ def weights_of(checkpoint: Path, stem: str = "model") -> dict[str, torch.Tensor]
         return {name: files.read(name) for name in files.names}
 
 
-def assert_close(checkpoint: Path, expected: Path, *, is_bf16: bool) -> None:
-    tolerance = 5e-3 if is_bf16 else 1e-5
+def assert_close(checkpoint: Path, expected: Path, *, is_rough: bool) -> None:
+    tolerance = 5e-3 if is_rough else 1e-5
     for path in expected.glob("*.safetensors"):
         stem = path.name.removesuffix(".safetensors")
         there = load_file(path)
@@ -120,7 +124,7 @@ def assert_close(checkpoint: Path, expected: Path, *, is_bf16: bool) -> None:
         assert here.keys() == there.keys(), stem
         for name, value in here.items():
             torch.testing.assert_close(
-                value, there[name], rtol=1e-2 if is_bf16 else 1e-3, atol=tolerance
+                value, there[name], rtol=1e-2 if is_rough else 1e-3, atol=tolerance
             )
 
 
@@ -134,13 +138,13 @@ def test_every_objective_is_trained_as_in_one_process(
     jobs: list[Job] = [(config(n, folder, sharding=sharding), out / n) for n in RUNS]
     found = run_distributed(jobs, data, size, local_size=local_size)
     for name, losses in zip(RUNS, found, strict=True):
-        is_bf16 = name == "ar"
-        assert losses == pytest.approx(whole[name], rel=1e-3 if is_bf16 else 1e-5), name
+        is_rough = name in ROUGH
+        assert losses == pytest.approx(whole[name], rel=1e-3 if is_rough else 1e-5), name
         for at in ("checkpoint-4", "final"):
             there = out / name / at
             verify(there)
             assert len(list(there.glob("model-*-of-*.safetensors"))) == size
-            assert_close(there, folder / "whole" / name / at, is_bf16=is_bf16)
+            assert_close(there, folder / "whole" / name / at, is_rough=is_rough)
     assert not list(out.glob("*/.*"))
 
 
@@ -167,7 +171,7 @@ def test_a_run_goes_on_with_any_number_of_workers(
         (losses,) = run_distributed([(cfg, out)], data, size)
         expected = {step: loss for step, loss in whole[name].items() if step > 2}
         assert losses == pytest.approx(expected, rel=1e-5), (size, sharding)
-        assert_close(out / "final", alone / "final", is_bf16=False)
+        assert_close(out / "final", alone / "final", is_rough=False)
 
 
 def test_what_sharding_workers_wrote_opens_as_any_checkpoint_does(
@@ -224,7 +228,7 @@ def test_watched_runs_decide_alike(folder: Path, data: TokenData, tmp_path: Path
     for name in ("one", "two"):
         best = load_manifest(tmp_path / name / "final").metadata["best_step"]
         assert best == states[0]["best_step"]
-    assert_close(tmp_path / "two" / "final", tmp_path / "one" / "final", is_bf16=False)
+    assert_close(tmp_path / "two" / "final", tmp_path / "one" / "final", is_rough=False)
 
 
 # What a kill leaves.
@@ -265,7 +269,7 @@ def _die_while(moment: str, rank: int) -> None:
         CALLS["save"] += 1
         real_save(self, *args, **kwargs)
 
-    saving.CheckpointSaver.save = save  # type: ignore[method-assign]
+    saving.CheckpointSaver.save = save
 
 
 CALLS = {"save": 0}
@@ -302,9 +306,10 @@ def test_a_kill_at_any_moment_leaves_the_checkpoint_before(
 def test_a_model_whose_layers_are_not_known_is_refused() -> None:
     small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
     albert = AutoModelForMaskedLM.from_config(AutoConfig.for_model("albert", **small))
-    with pytest.raises(InputError, match=r"sharding: .* 'albert' model are its layers; set shard"):
-        find_layers(albert)
-    assert len(find_layers(tiny_causal(vocab_size=20, num_hidden_layers=3))) == 3
+    with pytest.raises(InputError, match=r"sharding: .* 'albert' model are its layers; leave s"):
+        find_layers(albert, field="sharding")
+    causal = tiny_causal(vocab_size=20, num_hidden_layers=3)
+    assert len(find_layers(causal, field="sharding")) == 3
 
 
 def test_alone_there_is_nothing_to_take_apart() -> None:

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from tokendiff.config.base import Section, operational
+from tokendiff.config.base import Section, added, operational
 from tokendiff.config.objectives import NEW_DRAFT_FIELDS, DFlashConfig, MDLMConfig, ObjectiveConfig
 
 BUILTIN_MODEL_PREFIX = "builtin:"
@@ -58,12 +58,18 @@ class TrainConfig(Section):
         "by default per_device_train_batch_size * gradient_accumulation_steps, "
         "however many workers there are",
     )
+    optimizer: Literal["adamw", "muon"] = added(
+        "adamw",
+        description="muon: Muon for the matrices of the layers, AdamW for all else",
+    )
     learning_rate: float = Field(1e-4, gt=0.0, description="peak learning rate of AdamW")
+    muon_learning_rate: float = added(0.02, gt=0.0, description="peak learning rate of Muon")
+    muon_momentum: float = added(0.95, ge=0.0, lt=1.0, description="momentum of Muon")
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = Field("cosine", description="a schedule of transformers.get_scheduler")
     lr_warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    weight_decay: float = Field(0.01, ge=0.0, description="AdamW's, on matrices only")
+    weight_decay: float = Field(0.01, ge=0.0, description="of matrices only, decoupled")
     adam_beta1: float = Field(0.9, ge=0.0, lt=1.0, description="AdamW's decay of the first moment")
     adam_beta2: float = Field(
         0.999, ge=0.0, lt=1.0, description="AdamW's decay of the second moment"
@@ -186,6 +192,18 @@ class TrainConfig(Section):
             raise ValueError(
                 f"lora_rank goes with objectives on causal language models, not with "
                 f"{self.objective.name!r}; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_is_used(self) -> "TrainConfig":
+        if self.optimizer == "adamw":
+            names = ("muon_learning_rate", "muon_momentum")
+            self.refuse_ignored(names, "optimizer 'adamw'")
+        elif self.lora_rank is not None:
+            raise ValueError(
+                "optimizer muon is for the matrices of a model, and lora_rank trains adapters "
+                "beside them; leave one of the two out"
             )
         return self
 

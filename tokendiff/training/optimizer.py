@@ -1,16 +1,27 @@
-"""AdamW and a transformers learning-rate schedule; their state is plain tensors and numbers."""
+"""AdamW, or Muon with AdamW beside it, and a transformers learning-rate schedule; their state is
+plain tensors and numbers.
+"""
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tokendiff.artifacts.tensor_files import whole
+from tokendiff.models.layers import find_layers
+from tokendiff.training.muon import Muon
 
 if TYPE_CHECKING:
     from tokendiff.config.train import TrainConfig
 
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+# What each keeps of a parameter. AdamW's number of steps is its only number that is no tensor of
+# the parameter's shape.
+_STEP = "step"
+_KEPT: dict[type, tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq", _STEP),
+    Muon: ("momentum_buffer",),
+}
 
 
 class StoredTensors(Protocol):
@@ -24,37 +35,62 @@ class StoredTensors(Protocol):
 
 
 class Optimizer:
-    """AdamW with weight decay on matrices only, stepped with its learning-rate schedule."""
+    """What trains a model, stepped with its learning-rate schedule.
+
+    AdamW decays matrices only. With `optimizer: muon` the matrices of the layers are Muon's, and
+    AdamW has the rest: embeddings, head, norms and biases.
+
+    Args:
+        model: of transformers, its parameters whole or in parts.
+
+    Raises:
+        InputError: `muon`, and it is not known which modules of the model are its layers.
+    """
 
     def __init__(self, model: nn.Module, config: "TrainConfig") -> None:
         from transformers import get_scheduler
 
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        matrices = [p for p in self._parameters.values() if p.ndim >= 2]
-        vectors = [p for p in self._parameters.values() if p.ndim < 2]
-        self._adamw = torch.optim.AdamW(
+        hidden = hidden_matrices(model) if config.optimizer == "muon" else []
+        of_muon = {id(parameter) for parameter in hidden}
+        rest = [p for p in self._parameters.values() if id(p) not in of_muon]
+        adamw = torch.optim.AdamW(
             [
-                {"params": matrices, "weight_decay": config.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
+                {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+                {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
             ],
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
+            fused=True,
         )
-        self._schedule = get_scheduler(
-            config.lr_scheduler,
-            self._adamw,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps,
-        )
+        self._optimizers: list[torch.optim.Optimizer] = [adamw]
+        if hidden:
+            muon = Muon(
+                hidden,
+                lr=config.muon_learning_rate,
+                momentum=config.muon_momentum,
+                weight_decay=config.weight_decay,
+            )
+            self._optimizers.append(muon)
+        self._schedules: list[Any] = [
+            get_scheduler(
+                config.lr_scheduler,
+                optimizer,
+                num_warmup_steps=config.lr_warmup_steps,
+                num_training_steps=config.max_train_steps,
+            )
+            for optimizer in self._optimizers
+        ]
 
     @property
     def learning_rate(self) -> float:
-        """Of the step to come."""
-        return float(self._schedule.get_last_lr()[0])
+        """AdamW's, of the step to come."""
+        return float(self._schedules[0].get_last_lr()[0])
 
     def zero_grad(self) -> None:
-        self._adamw.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def scale_grad(self, factor: float) -> None:
         torch._foreach_mul_(self._gradients(), factor)
@@ -64,45 +100,80 @@ class Optimizer:
         return float(whole(nn.utils.clip_grad_norm_(self._parameters.values(), max_norm)))
 
     def step(self) -> None:
-        self._adamw.step()
-        self._schedule.step()
+        for optimizer, schedule in zip(self._optimizers, self._schedules, strict=True):
+            optimizer.step()
+            schedule.step()
 
     def tensors(self) -> dict[str, Tensor]:
-        """AdamW's state by parameter name: `NAME.exp_avg`, `NAME.exp_avg_sq`, `NAME.step`."""
+        """The state by parameter name: `NAME.exp_avg`, `NAME.exp_avg_sq`, `NAME.step` of AdamW, and
+        `NAME.momentum_buffer` of Muon.
+        """
         return {
-            f"{name}.{moment}": self._adamw.state[parameter][moment].contiguous()
-            for name, parameter in self._parameters.items()
-            if parameter in self._adamw.state
-            for moment in _MOMENTS
+            f"{name}.{kept}": optimizer.state[parameter][kept].contiguous()
+            for name, parameter, optimizer in self._places()
+            if parameter in optimizer.state
+            for kept in _KEPT[type(optimizer)]
         }
 
     def load(self, tensors: StoredTensors, *, step: int) -> None:
         """Stand where `step` steps lead; the learning rate is that of the schedule as it is now."""
-        for name, parameter in self._parameters.items():
-            if f"{name}.step" not in tensors:
+        for name, parameter, optimizer in self._places():
+            kept = _KEPT[type(optimizer)]
+            if f"{name}.{kept[0]}" not in tensors:
                 continue  # no gradient ever reached it
-            # AdamW keeps its step count on the CPU and its moments beside the parameter.
             state = {
-                moment: torch.zeros(()) if moment == "step" else torch.zeros_like(parameter)
-                for moment in _MOMENTS
+                each: torch.zeros((), device=parameter.device)
+                if each == _STEP
+                else torch.zeros_like(parameter, requires_grad=False)
+                for each in kept
             }
-            for moment, tensor in state.items():
-                tensors.fill(f"{name}.{moment}", tensor.detach())
-            self._adamw.state[parameter] = state
-        rates = [
-            base * factor(step)
-            for base, factor in zip(self._schedule.base_lrs, self._schedule.lr_lambdas, strict=True)
-        ]
-        self._schedule.load_state_dict(
-            {
-                **self._schedule.state_dict(),
-                "last_epoch": step,
-                "_step_count": step + 1,
-                "_last_lr": rates,
-            }
-        )
-        for group, rate in zip(self._adamw.param_groups, rates, strict=True):
-            group["lr"] = rate
+            for each, tensor in state.items():
+                tensors.fill(f"{name}.{each}", tensor)
+            optimizer.state[parameter] = state
+        for optimizer, schedule in zip(self._optimizers, self._schedules, strict=True):
+            _stand_at(step, optimizer, schedule)
+
+    def _places(self) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
+        """Each parameter with its name and what trains it, in the order of the model."""
+        owners = {
+            id(parameter): optimizer
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for name, parameter in self._parameters.items():
+            yield name, parameter, owners[id(parameter)]
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._parameters.values() if p.grad is not None]
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The trained matrices of a model's layers.
+
+    Raises:
+        InputError: it is not known which modules are its layers.
+    """
+    return [
+        parameter
+        for layer in find_layers(model, field="optimizer muon")
+        for parameter in layer.parameters()
+        if parameter.requires_grad and parameter.ndim == 2
+    ]
+
+
+def _stand_at(step: int, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+    rates = [
+        base * factor(step)
+        for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    schedule.load_state_dict(
+        {
+            **schedule.state_dict(),
+            "last_epoch": step,
+            "_step_count": step + 1,
+            "_last_lr": rates,
+        }
+    )
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

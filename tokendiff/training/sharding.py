@@ -15,7 +15,7 @@ In one process there is nothing to take apart, and every way is `none`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tokendiff.errors import InputError
 from tokendiff.models.dflash.trainee import DraftTrainee
+from tokendiff.models.layers import find_layers
 from tokendiff.training.world import World
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class SpreadModel:
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
         whole: set[nn.Parameter] = set()
-        for layer in find_layers(self.model.model):
+        for layer in find_layers(self.model.model, field="sharding"):
             if is_compiled:
                 layer.compile()
             fully_shard(layer, mesh=mesh, reshard_after_forward=frees, mp_policy=policy)
@@ -157,41 +158,11 @@ class SpreadModel:
         """
         from torch.distributed.fsdp import fully_shard
 
-        layers = find_layers(target) if mesh is not None else []
+        layers = find_layers(target, field="sharding") if mesh is not None else []
         for layer in layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         apart = {id(parameter) for layer in layers for parameter in layer.parameters()}
         return {parameter for parameter in target.parameters() if id(parameter) not in apart}
-
-
-def find_layers(model: Any) -> list[nn.Module]:
-    """The transformer layers of a model of transformers.
-
-    Raises:
-        InputError: they cannot be told.
-    """
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == count
-        and len({type(layer) for layer in module}) == 1
-    ]
-    if not lists:
-        raise InputError(
-            f"sharding: it is not known which modules of a {model.config.model_type!r} model are "
-            "its layers; set sharding to none, or give a model that keeps them in one list"
-        )
-    sizes = [sum(p.numel() for p in found.parameters()) for found in lists]
-    return list(lists[sizes.index(max(sizes))])
-
-
-def check_sharding(sharding: Sharding, models: Sequence[Any]) -> None:
-    """Raise InputError where models of transformers cannot be taken apart so."""
-    if sharding != "none":
-        for model in models:
-            find_layers(model)
 
 
 def _mesh(world: World, sharding: Sharding) -> Any:

@@ -1,0 +1,35 @@
+"""The layers of a model of transformers."""
+
+from typing import Any
+
+from torch import nn
+
+from tokendiff.errors import InputError
+
+
+def find_layers(model: Any, *, field: str) -> list[nn.Module]:
+    """The transformer layers of a model: its list of as many modules of one class as its config
+    says that it has layers, with the most weights.
+
+    Args:
+        field: of the config, that needs to know them.
+
+    Raises:
+        InputError: there is no such list.
+    """
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and len({type(layer) for layer in module}) == 1
+    ]
+    if not lists:
+        raise InputError(
+            f"{field}: it is not known which modules of a {model.config.model_type!r} model are "
+            f"its layers; leave {field.partition(' ')[0]} out, or give a model that keeps them in "
+            "one list"
+        )
+    sizes = [sum(p.numel() for p in found.parameters()) for found in lists]
+    return list(lists[sizes.index(max(sizes))])
