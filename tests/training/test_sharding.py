@@ -8,6 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_every_objective_is_trained_as_in_one_process(
     assert not list(out.glob("*/.*"))
 
 
-@pytest.mark.parametrize("name", ["mdlm", "block_diffusion", "dflash"])
+@pytest.mark.parametrize("name", ["hybrid", "block_diffusion"])
 def test_a_run_goes_on_with_any_number_of_workers(
     name: str, folder: Path, data: TokenData, whole: dict[str, Losses], tmp_path: Path
 ) -> None:
@@ -170,8 +171,9 @@ def test_a_run_goes_on_with_any_number_of_workers(
         cfg = config(name, folder, sharding=sharding)
         (losses,) = run_distributed([(cfg, out)], data, size)
         expected = {step: loss for step, loss in whole[name].items() if step > 2}
-        assert losses == pytest.approx(expected, rel=1e-5), (size, sharding)
-        assert_close(out / "final", alone / "final", is_rough=False)
+        is_rough = name in ROUGH
+        assert losses == pytest.approx(expected, rel=1e-3 if is_rough else 1e-5), (size, sharding)
+        assert_close(out / "final", alone / "final", is_rough=is_rough)
 
 
 def test_what_sharding_workers_wrote_opens_as_any_checkpoint_does(
@@ -206,6 +208,26 @@ def test_what_sharding_workers_wrote_opens_as_any_checkpoint_does(
         open_checkpoint(out / "final")
 
 
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}])
+def test_weights_in_files_of_less_precision_are_trained_as_in_one_process(
+    changes: dict[str, Any], folder: Path, data: TokenData, tmp_path: Path
+) -> None:
+    """Weights stay in their files until a layer is taken apart."""
+    source = tmp_path / "bf16"
+    tiny_causal(vocab_size=24, num_hidden_layers=3).bfloat16().save_pretrained(source)
+    letter_tokenizer().save_pretrained(source)
+    fields: dict[str, Any] = {"model_name_or_path": str(source), "lora_rank": None, **changes}
+    losses = []
+    for size, sharding in ((1, "none"), (2, "full")):
+        cfg = config("block_diffusion", folder, sharding=sharding, ema_decay=0.0, **fields)
+        losses += run_distributed([(cfg, tmp_path / sharding)], data, size)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert_close(tmp_path / "full" / "final", tmp_path / "none" / "final", is_rough=False)
+    for name in ("config.json", "tokenizer.json", "scheduler_config.json"):
+        here, there = (tmp_path / sharding / "final" / name for sharding in ("full", "none"))
+        assert here.read_bytes() == there.read_bytes()
+
+
 def test_watched_runs_decide_alike(folder: Path, data: TokenData, tmp_path: Path) -> None:
     """7 held-out rows in batches of 2: the workers have different numbers of them."""
     fields: dict[str, Any] = {
@@ -236,40 +258,41 @@ def test_watched_runs_decide_alike(folder: Path, data: TokenData, tmp_path: Path
 
 def _die_while(moment: str, rank: int) -> None:
     """Make this process end by SIGKILL at a moment of its second checkpoint."""
+    real_whole, real_write, real_commit = saving.whole, saving.write_tensors, saving.commit
+    real_save, seen = saving.CheckpointSaver.save, []
 
-    def killed(*args: Any, **kwargs: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def die() -> None:
+        if CALLS["save"] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    if moment == "staging":
-        real_whole, seen = saving.whole, []
+    def whole_or_die(tensor: Any) -> Any:
+        seen.append(tensor)
+        if len(seen) % 3 == 0:  # not at the first tensor of all
+            die()
+        return real_whole(tensor)
 
-        def whole_or_die(tensor: Any) -> Any:
-            seen.append(tensor)
-            is_second = CALLS["save"] == 2
-            return killed() if is_second and len(seen) % 3 == 0 else real_whole(tensor)
+    def write_or_die(path: Path, *args: Any, **kwargs: Any) -> str:
+        if CALLS["save"] == 2:
+            path.write_bytes(b"half")
+        die()
+        return real_write(path, *args, **kwargs)
 
-        saving.whole = whole_or_die  # type: ignore[assignment]
-    elif moment == "writing":
-        real_write = saving.write_tensors
-
-        def write_or_die(path: Path, *args: Any, **kwargs: Any) -> str:
-            if CALLS["save"] == 2:
-                path.write_bytes(b"half")
-                killed()
-            return real_write(path, *args, **kwargs)
-
-        saving.write_tensors = write_or_die
-    elif moment == "before the manifest":
-        real_commit = saving.commit
-        saving.commit = lambda *a, **k: killed() if CALLS["save"] == 2 else real_commit(*a, **k)
-    real_save = saving.CheckpointSaver.save
+    def commit_or_die(*args: Any, **kwargs: Any) -> Any:
+        die()
+        return real_commit(*args, **kwargs)
 
     def save(self: Any, *args: Any, **kwargs: Any) -> None:
         self.wait()
         CALLS["save"] += 1
         real_save(self, *args, **kwargs)
 
-    saving.CheckpointSaver.save = save
+    name, killer = {
+        "staging": ("whole", whole_or_die),
+        "writing": ("write_tensors", write_or_die),
+        "before the manifest": ("commit", commit_or_die),
+    }[moment]
+    patch.object(saving, name, killer).start()
+    patch.object(saving.CheckpointSaver, "save", save).start()
 
 
 CALLS = {"save": 0}

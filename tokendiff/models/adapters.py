@@ -7,6 +7,7 @@ weights; the adapters themselves are kept beside the training state.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -80,7 +81,7 @@ def add_adapters(
         target_modules=list(target_modules) or _ALL_LINEAR,
         fan_in_fan_out=model.config.model_type == "gpt2",  # whose layers hold their transposes
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _as_float32(model):
         torch.manual_seed(seed % 2**63)
         try:
             inject_adapter_in_model(config, model)
@@ -99,6 +100,25 @@ def add_adapters(
     if trained_token_id is not None:
         embedding = model.get_input_embeddings()
         model.set_input_embeddings(_EmbeddingWithRow(embedding, trained_token_id))
+
+
+@contextmanager
+def _as_float32(model: nn.Module) -> Iterator[None]:
+    """Inside this block weights of less look like float32, in no memory: an adapter gets the dtype
+    of what it is beside, and what is trained is float32.
+    """
+    kept = {
+        parameter: parameter.data
+        for parameter in model.parameters()
+        if parameter.dtype in (torch.bfloat16, torch.float16)
+    }
+    for parameter in kept:
+        parameter.data = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
+    try:
+        yield
+    finally:
+        for parameter, data in kept.items():
+            parameter.data = data
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
-"""The layers of a model of transformers."""
+"""The layers of a model of transformers, and what their weights are numbers of."""
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from tokendiff.errors import InputError
@@ -33,3 +34,10 @@ def find_layers(model: Any, *, field: str) -> list[nn.Module]:
         )
     sizes = [sum(p.numel() for p in found.parameters()) for found in lists]
     return list(lists[sizes.index(max(sizes))])
+
+
+def to_float32(module: nn.Module) -> None:
+    """Make float32 of the parameters that are of less; ties between them stay."""
+    for parameter in module.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()

@@ -2,15 +2,16 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from tokendiff.models.builtin import MODEL_FIELD
 from tokendiff.models.causal_denoiser import TransformersCausalDenoiser
 from tokendiff.models.denoiser import TransformersDenoiser
+from tokendiff.models.layers import to_float32
 from tokendiff.models.plans import NO_WEIGHTS, ModelPlan, plan_model
-from tokendiff.models.pretrained import open_weights
+from tokendiff.models.pretrained import Weights, open_weights
 from tokendiff.models.vocabulary import grow_embedding, start_unknown_tokens
 
 
@@ -25,6 +26,7 @@ def load_denoiser(
     warn: Callable[[str], None] = warnings.warn,
     allow_new_weights: bool = True,
     field: str = MODEL_FIELD,
+    is_on_disk: bool = False,
 ) -> TransformersDenoiser:
     """A denoiser in float32 on the CPU.
 
@@ -40,6 +42,9 @@ def load_denoiser(
         allow_new_weights: a model that is to be trained may lack some, such as a head; False: one
             that is used as it is may not.
         field: of the config that gave the name, for errors.
+        is_on_disk: leave weights in their files, in their dtype, until somebody makes float32 of
+            them layer by layer; embeddings and head are float32 all the same. A model that gets
+            new weights is in memory.
 
     Raises:
         InputError: no such model, neither a masked LM nor a causal one that can be made
@@ -53,7 +58,15 @@ def load_denoiser(
         from_scratch=from_scratch,
         field=field,
     )
-    model = _load(plan, tokenizer, dropout, seed, warn, allow_new_weights=allow_new_weights)
+    model = _load(
+        plan,
+        tokenizer,
+        dropout,
+        seed,
+        warn,
+        allow_new_weights=allow_new_weights,
+        is_on_disk=is_on_disk,
+    )
     denoiser = TransformersDenoiser(model, vocab_size=plan.vocab_size)
     # The architectures that are split are known to use all they have.
     if not denoiser.is_split and (unused := denoiser.freeze_unused()):
@@ -72,6 +85,7 @@ def load_causal_denoiser(
     warn: Callable[[str], None] = warnings.warn,
     allow_new_weights: bool = True,
     field: str = MODEL_FIELD,
+    is_on_disk: bool = False,
 ) -> TransformersCausalDenoiser:
     """A causal language model that stays one, to be told what each position sees.
 
@@ -86,7 +100,15 @@ def load_causal_denoiser(
         from_scratch=from_scratch,
         field=field,
     )
-    model = _load(plan, tokenizer, dropout, seed, warn, allow_new_weights=allow_new_weights)
+    model = _load(
+        plan,
+        tokenizer,
+        dropout,
+        seed,
+        warn,
+        allow_new_weights=allow_new_weights,
+        is_on_disk=is_on_disk,
+    )
     return TransformersCausalDenoiser(model, vocab_size=plan.vocab_size)
 
 
@@ -98,6 +120,7 @@ def _load(
     warn: Callable[[str], None],
     *,
     allow_new_weights: bool,
+    is_on_disk: bool,
 ) -> Any:
     """The transformers model of a plan, whose config it changes."""
     if dropout is not None:
@@ -106,18 +129,28 @@ def _load(
         torch.manual_seed(seed % 2**63)
         if plan.is_new:
             return plan.auto_class.from_config(plan.config, dtype=torch.float32)
-        weights = open_weights(
-            plan.auto_class,
-            plan.name,
-            plan.config,
-            field=plan.field,
-            dtype=torch.float32,
-            remedy=NO_WEIGHTS,
-        )
+        weights = _open(plan, torch.float32) if not is_on_disk else _open_on_disk(plan)
         model = weights.told(warn) if allow_new_weights else weights.complete()
         grow_embedding(model, plan.vocab_size, warn)
         start_unknown_tokens(model, plan.name, tokenizer, warn)
     return model
+
+
+def _open(plan: ModelPlan, dtype: torch.dtype | Literal["auto"]) -> Weights:
+    return open_weights(
+        plan.auto_class, plan.name, plan.config, field=plan.field, dtype=dtype, remedy=NO_WEIGHTS
+    )
+
+
+def _open_on_disk(plan: ModelPlan) -> Weights:
+    """What is computed of the embeddings is computed in float32."""
+    weights = _open(plan, "auto")
+    if weights.missing:
+        return _open(plan, torch.float32)  # new weights are drawn in it
+    for module in (weights.model.get_input_embeddings(), weights.model.get_output_embeddings()):
+        if module is not None:
+            to_float32(module)
+    return weights
 
 
 def _set_dropout(config: Any, dropout: float) -> None:

@@ -8,7 +8,7 @@ named by the error where one cannot be opened.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokendiff.artifacts.model_folders import (
     DRAFT_ARCHITECTURE,
@@ -131,7 +131,7 @@ def open_weights(
     config: Any,
     *,
     field: str,
-    dtype: "torch.dtype",
+    dtype: "torch.dtype | Literal['auto']",
     remedy: str = _NO_WEIGHTS,
     trust_remote_code: bool = False,
 ) -> Weights:
@@ -140,6 +140,8 @@ def open_weights(
     Args:
         model_class: an Auto class of transformers, or the class of a model.
         field: of the config that gave the name.
+        dtype: "auto" is that of the files. What is not converted stays in the files until it is
+            read, and is no memory of this process then either.
         remedy: what to do where there are no weights.
 
     Raises:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from tokendiff.artifacts.checkpoint import (
     BEST_STEP,
     FINAL,
@@ -139,7 +137,7 @@ def _build(
     data: TokenData,
     tokenizer: Any,
     *,
-    device: torch.device,
+    world: World,
     warn: Callable[[str], None],
 ) -> tuple[ModelInTwoParts | DraftTrainee, Objective, NoiseProcess | None]:
     """What is trained, by what, and the noise process that the checkpoint records."""
@@ -147,7 +145,7 @@ def _build(
         plan = plan_draft(config, tokenizer=tokenizer, max_length=data.max_length)
         for note in plan.notes:
             warn(note)
-        trainee = load_trainee(plan, device=device, seed=config.seed, dropout=config.dropout)
+        trainee = load_trainee(plan, device=world.device, seed=config.seed, dropout=config.dropout)
         return trainee, _build_dflash(config.objective, plan.draft), None
     load = load_causal_denoiser if config.objective.is_causal else load_denoiser
     field, start = starting_point(config)
@@ -160,6 +158,7 @@ def _build(
         seed=config.seed,
         warn=warn,
         field=field,
+        is_on_disk=config.sharding != "none" and world.size > 1,
     )
     if not config.from_scratch:
         check_vocabulary(start, tokenizer, field=field)
@@ -274,7 +273,7 @@ class TrainingRun:
         tokenizer = open_tokenizer(data.tokenizer_path, field="data_path")
         notes: list[str] = []
         denoiser, objective, process = _build(
-            config, data, tokenizer, device=world.device, warn=notes.append
+            config, data, tokenizer, world=world, warn=notes.append
         )
         trainer = Trainer(
             denoiser,

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tokendiff.errors import InputError
 from tokendiff.models.dflash.trainee import DraftTrainee
-from tokendiff.models.layers import find_layers
+from tokendiff.models.layers import find_layers, to_float32
 from tokendiff.training.world import World
 
 if TYPE_CHECKING:
@@ -144,9 +144,11 @@ class SpreadModel:
             )
         whole: set[nn.Parameter] = set()
         for layer in find_layers(self.model.model, field="sharding"):
+            to_float32(layer)  # one at a time, where they came from files
             if is_compiled:
                 layer.compile()
             fully_shard(layer, mesh=mesh, reshard_after_forward=frees, mp_policy=policy)
+        to_float32(self.model.model)
         if isinstance(self.model, DraftTrainee):
             whole = self._take_target_apart(self.model.target, mesh if frees else None)
         fully_shard(self._module, mesh=mesh, reshard_after_forward=False, ignored_params=whole)
