@@ -116,7 +116,7 @@ def test_checkpoints_are_passed_over_and_removed_as_local_ones_are(remote: Remot
         contents = Contents(
             tensors={}, files={"weights": f"weights of step {step}"}, metadata={"step": step}
         )
-        saver = CheckpointSaver(remote, World.current(), is_shared=False)
+        saver = CheckpointSaver(remote, World.current())
         saver.save(f"checkpoint-{step}", lambda: contents)
         saver.wait()
 

@@ -159,6 +159,26 @@ def local_part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...] | None]:
     return tensor.to_local().detach(), part
 
 
+def lies_in_rows(tensor: Tensor) -> bool:
+    """Whether workers hold rows of a tensor each, the same in every replica."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    if not isinstance(tensor, DTensor):
+        return False
+    *outer, inner = tensor.placements
+    return inner == Shard(0) and all(placement == Replicate() for placement in outer)
+
+
+def with_row(tensor: Tensor, index: int, row: Tensor) -> Tensor:
+    """A copy of a matrix with another row, in parts as the matrix is."""
+    copy = tensor.detach().clone()
+    local, part = local_part(copy)
+    at = index - (part[0].start if part is not None else 0)
+    if 0 <= at < len(local):
+        local[at] = row
+    return copy
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that lies in parts, on every worker, which all must ask for it; any other
     tensor is itself.

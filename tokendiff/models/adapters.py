@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokendiff.artifacts.tensor_files import whole
+from tokendiff.artifacts.tensor_files import whole, with_row
 from tokendiff.errors import InputError
 
 _ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
@@ -33,9 +33,8 @@ class _EmbeddingWithRow(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[V, D] of all rows."""
-        weight = whole(self.base_layer.weight.detach()).clone()
-        weight[self.index] = whole(self.row.detach())
-        return weight
+        row = whole(self.row.detach())
+        return with_row(self.base_layer.weight, self.index, row)
 
     @property
     def num_embeddings(self) -> int:
@@ -127,8 +126,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def changed_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The weights that adapters change, merged, by their names in the plain model: whole, one by
-    one, each made when it is asked for.
+    """The weights that adapters change, merged, by their names in the plain model; one by one, each
+    made when it is asked for.
     """
     for name, merge in _merges(model).items():
         yield name, merge()
@@ -161,5 +160,5 @@ def _merges(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
 
 @torch.no_grad()
 def _merged(adapter: Any) -> Tensor:
-    weight = whole(adapter.get_base_layer().weight)
-    return weight + whole(adapter.get_delta_weight(_ADAPTER)).to(weight.dtype)
+    weight: Tensor = adapter.get_base_layer().weight
+    return weight + adapter.get_delta_weight(_ADAPTER).to(weight.dtype)

@@ -256,7 +256,7 @@ class TrainingRun:
         self.saver = CheckpointSaver(
             self.output_dir,
             self.trainer.world,
-            is_shared=self.trainer.spread.is_sharded,
+            replica_size=self.trainer.spread.replica_size,
             after=self._remove_old,
         )
 

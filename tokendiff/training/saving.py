@@ -2,8 +2,9 @@
 
 Training stands still while the state is copied to the memory of the host; a thread then writes the
 copy, hashes it as it is written, and commits the folder. The next save waits for the last one.
-Where the model is sharded every worker does so for its share of the tensors, and the main worker
-commits once all shares are there. A share is of whole tensors and not of their parts, so that the
+Where the model is sharded every worker copies the parts that it holds. The threads put them
+together, each for its share of the tensors, by a process group of their own, and the main worker
+commits once all shares are written. A share is of whole tensors and not of their parts, so that the
 files are those of any other tool and say nothing of how many workers there were.
 
 A kill at any moment leaves the checkpoint before: what is being written stands in a folder of
@@ -16,12 +17,13 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tokendiff.artifacts.checkpoint import KIND
@@ -31,6 +33,8 @@ from tokendiff.artifacts.tensor_files import (
     file_name,
     index_name,
     index_text,
+    lies_in_rows,
+    local_part,
     whole,
     write_tensors,
 )
@@ -60,10 +64,71 @@ class Contents:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Staged:
+    """
+    Attributes:
+        held: on the host, what this worker holds.
+        owner: rank of the worker that writes it.
+        shape: of the whole tensor where `held` is some of its rows; None where it is all of it.
+    """
+
+    held: Tensor
+    owner: int
+    shape: torch.Size | None
+
+
+Staged = dict[str, dict[str, _Staged]]  # by stem, by name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """The workers that hold all of the model between them, seen from one of them.
+
+    Attributes:
+        group: of its own, so that threads may talk while the workers train.
+    """
+
+    ranks: Sequence[int]
+    rank: int
+    group: Any
+
+    @classmethod
+    def of(cls, world: World, size: int) -> "Replica":
+        """Every worker must ask for it.
+
+        Args:
+            size: workers of a replica; their ranks follow one another.
+        """
+        found = None
+        for first in range(0, world.size, size):
+            ranks = range(first, first + size)
+            group = dist.new_group(ranks, backend="gloo")
+            if world.rank in ranks:
+                found = cls(ranks=ranks, rank=world.rank, group=group)
+        assert found is not None
+        return found
+
+    def gather(self, held: Tensor, shape: torch.Size, owner: int) -> Tensor | None:
+        """The whole of a tensor whose rows lie on the workers as `torch.chunk` deals them out; None
+        on all but the owner.
+        """
+        rows = -(-shape[0] // len(self.ranks))
+        padded = held.new_zeros(rows, *shape[1:])
+        padded[: len(held)] = held
+        if self.rank != owner:
+            dist.gather(padded, None, dst=owner, group=self.group)
+            return None
+        full = held.new_empty(rows * len(self.ranks), *shape[1:])
+        dist.gather(padded, list(full.split(rows)), dst=owner, group=self.group)
+        return full[: shape[0]]
+
+
 class CheckpointSaver:
     """
     Args:
-        is_shared: whether every worker writes a share; else the main one writes all.
+        replica_size: workers that hold all of the model between them, where it is sharded: every
+            worker writes a share then. None: the main one writes all.
         after: called by the thread of the main worker once a folder is committed.
 
     Raises, from every method:
@@ -75,11 +140,12 @@ class CheckpointSaver:
         output_dir: Location,
         world: World,
         *,
-        is_shared: bool,
+        replica_size: int | None = None,
         after: Callable[[str], None] = lambda name: None,
     ) -> None:
         self._output_dir, self._world, self._after = output_dir, world, after
-        self._num_writers = world.size if is_shared else 1
+        self._num_writers = 1 if replica_size is None else world.size
+        self._replica = None if replica_size is None else Replica.of(world, replica_size)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._then: Callable[[], None] = lambda: None
@@ -102,10 +168,10 @@ class CheckpointSaver:
             return
         key = self._begin(name)
         contents = make()
-        mine = self._stage(contents.tensors)
+        staged = self._stage(contents.tensors)
         self._then = then
         self._thread = threading.Thread(
-            target=self._write_noting_errors, args=(name, key, mine, contents), daemon=True
+            target=self._write_noting_errors, args=(name, key, staged, contents), daemon=True
         )
         self._thread.start()
 
@@ -146,18 +212,42 @@ class CheckpointSaver:
             number = int(self._world.sum(shared))
         return f"{number:08x}"
 
-    def _stage(self, tensors: Mapping[str, NamedTensors]) -> dict[str, dict[str, Tensor]]:
-        """This worker's share, on the host."""
+    def _stage(self, tensors: Mapping[str, NamedTensors]) -> Staged:
+        """What this worker holds of its share and of the shares of its replica, on the host."""
         load = [0] * self._num_writers
-        mine: dict[str, dict[str, Tensor]] = {stem: {} for stem in tensors}
+        staged: Staged = {stem: {} for stem in tensors}
         for stem, pairs in tensors.items():
             for name, tensor in pairs:
                 # All workers see the same tensors, and come to the same shares.
                 owner = load.index(min(load))
                 load[owner] += tensor.nbytes
-                full = whole(tensor)
-                if owner == self._world.rank:
-                    mine[stem][name] = full.detach().to("cpu", copy=True).contiguous()
+                is_apart = self._replica is not None and lies_in_rows(tensor)
+                if is_apart:
+                    assert self._replica is not None
+                    is_kept, held = owner in self._replica.ranks, local_part(tensor)[0]
+                else:
+                    is_kept, held = owner == self._world.rank, whole(tensor).detach()
+                if is_kept:
+                    staged[stem][name] = _Staged(
+                        held=held.to("cpu", copy=True).contiguous(),
+                        owner=owner,
+                        shape=tensor.shape if is_apart else None,
+                    )
+        return staged
+
+    def _share(self, staged: Staged) -> dict[str, dict[str, Tensor]]:
+        """The tensors that this worker writes, whole; in the thread."""
+        mine: dict[str, dict[str, Tensor]] = {stem: {} for stem in staged}
+        for stem, tensors in staged.items():
+            for name in list(tensors):
+                each = tensors.pop(name)
+                if each.shape is None:
+                    mine[stem][name] = each.held
+                    continue
+                assert self._replica is not None
+                full = self._replica.gather(each.held, each.shape, each.owner)
+                if full is not None:
+                    mine[stem][name] = full
         return mine
 
     def _write_noting_errors(self, *args: Any) -> None:
@@ -166,10 +256,8 @@ class CheckpointSaver:
         except BaseException as error:
             self._error = error
 
-    def _write(
-        self, name: str, key: str, mine: dict[str, dict[str, Tensor]], contents: Contents
-    ) -> None:
-        target, rank = self._output_dir / name, self._world.rank
+    def _write(self, name: str, key: str, staged: Staged, contents: Contents) -> None:
+        target, rank, mine = self._output_dir / name, self._world.rank, self._share(staged)
         if isinstance(target, Path):
             self._write_into(_beside(target, key), target, rank, key, mine, contents)
             return

@@ -14,6 +14,7 @@ special: both ends are in that group.
 In one process there is nothing to take apart, and every way is `none`.
 """
 
+import ctypes
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 Sharding = Literal["none", "gradients", "full", "hybrid"]
 Result = TypeVar("Result")
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 class _InOneForward(nn.Module):
@@ -91,6 +93,13 @@ class SpreadModel:
     def is_sharded(self) -> bool:
         return self.sharding != "none"
 
+    @property
+    def replica_size(self) -> int | None:
+        """Workers that hold all of the model between them; None where each does."""
+        if not self.is_sharded:
+            return None
+        return self.world.local_size if self.sharding == "hybrid" else self.world.size
+
     def num_passes(self, num_rows: int, rows_per_pass: int) -> int:
         """Passes over `num_rows` rows that are dealt to the workers one by one. Where weights are
         gathered in each pass every worker makes as many, whether it has rows left or not.
@@ -135,6 +144,8 @@ class SpreadModel:
     def _take_apart(self, *, is_bf16: bool, is_compiled: bool) -> None:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+        if self.world.device.type == "cpu":
+            _return_what_is_freed()
         mesh, frees = _mesh(self.world, self.sharding), self.sharding != "gradients"
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if is_bf16:
@@ -181,3 +192,13 @@ def _mesh(world: World, sharding: Sharding) -> Any:
             "or sharding to full"
         )
     return init_device_mesh(kind, (len(sizes), sizes[0]), mesh_dim_names=("nodes", "workers"))
+
+
+def _return_what_is_freed() -> None:
+    """Have glibc return large blocks to the system when they are freed. By default it keeps them,
+    in pieces that gathered layers do not fit into: the peak of two processes that share a model was
+    1.3 times that of two that do not, and is about half of it so.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**20)
