@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tokendiff.errors import CorruptFileError
 
-_BLOCK_BYTES = 1 << 24
+_BLOCK_BYTES = 1 << 20  # small enough to be hashed out of the cache that it was written from
 _ALIGNMENT = 8
 _NAMES = {
     torch.float64: "F64",

@@ -146,6 +146,7 @@ class CheckpointSaver:
         self._output_dir, self._world, self._after = output_dir, world, after
         self._num_writers = 1 if replica_size is None else world.size
         self._replica = None if replica_size is None else Replica.of(world, replica_size)
+        self._kept: dict[tuple[str, str], Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._then: Callable[[], None] = lambda: None
@@ -229,11 +230,20 @@ class CheckpointSaver:
                     is_kept, held = owner == self._world.rank, whole(tensor).detach()
                 if is_kept:
                     staged[stem][name] = _Staged(
-                        held=held.to("cpu", copy=True).contiguous(),
+                        held=self._on_host((stem, name), held),
                         owner=owner,
                         shape=tensor.shape if is_apart else None,
                     )
         return staged
+
+    def _on_host(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
+        """A copy, in the memory of the last copy of the tensor, which is written by now. That is
+        kept: training goes on beside it in any case, and new memory takes as long as the copying.
+        """
+        kept = self._kept.get(key)
+        if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
+            kept = self._kept[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return kept.copy_(tensor)
 
     def _share(self, staged: Staged) -> dict[str, dict[str, Tensor]]:
         """The tensors that this worker writes, whole; in the thread."""
