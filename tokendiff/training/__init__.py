@@ -9,7 +9,8 @@ For other rooms:
 
 Of this room alone:
     sharding          how a model lies on the workers
-    optimizer ema     AdamW with its schedule; averaged weights
+    optimizer muon ema
+                      what steps the weights, with its schedule; averaged weights
     state             what checkpoints hold, and how it is read again
     saving            checkpoints written while training goes on
     watching          held-out rows judged as the run goes on, the best step, an early end
