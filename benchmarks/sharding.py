@@ -70,10 +70,13 @@ def work(rank: int, sharding: str, folder: Path, queue: Any) -> None:
     )
     data = TokenData.open(folder / "data", split="train")
     seconds: list[float] = []
+    planned: list[int] = []
 
     def note(event: str, **fields: Any) -> None:
         if event == "metrics":
             seconds.append(fields["seconds_per_step"])
+        elif event == "memory":
+            planned.append(fields["total"])
 
     world = World.current("cpu")
     run = TrainingRun.build(config, data, folder / f"out-{sharding}", world=world, on_event=note)
@@ -100,6 +103,7 @@ def work(rank: int, sharding: str, folder: Path, queue: Any) -> None:
         queue.put(
             (
                 parameters,
+                planned[0],
                 of_training,
                 statistics.median(seconds[1:]),
                 statistics.median(stops),
@@ -120,7 +124,10 @@ def in_the_foreground(run: TrainingRun, folder: Path) -> None:
     commit(folder, kind="checkpoint")
 
 
-def measure(sharding: str, folder: Path) -> tuple[int, int, float, float, float, float]:
+Measured = tuple[int, int, int, float, float, float, float]
+
+
+def measure(sharding: str, folder: Path) -> Measured:
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     workers = [
@@ -129,7 +136,7 @@ def measure(sharding: str, folder: Path) -> tuple[int, int, float, float, float,
     ]
     for worker in workers:
         worker.start()
-    found: tuple[int, int, float, float, float, float] = queue.get(timeout=600)
+    found: Measured = queue.get(timeout=600)
     for worker in workers:
         worker.join()
     return found
@@ -141,14 +148,17 @@ def main() -> None:
         rows = random_rows(32, LENGTH)
         token_folder(folder / "data", files=[rows], max_length=LENGTH, tokenizer=letter_tokenizer())
         results = {sharding: measure(sharding, folder) for sharding in WAYS}
-    parameters, whole, *_, alone = results["none"]
+    parameters, _, whole, *_, alone = results["none"]
     print(f"{parameters / 1e6:.0f} million parameters, {WORKERS} processes")
     print(f"a checkpoint that training waits for: {alone:.2f} s")
-    print("sharding   peak MiB  of none  s per step  save stops s  of waiting  written after s")
-    for sharding, (_, peak, step, stop, wait, _) in results.items():
+    print(
+        "sharding   peak MiB  planned  of none  s per step  save stops s  of waiting  "
+        "written after s"
+    )
+    for sharding, (_, plan, peak, step, stop, wait, _) in results.items():
         print(
-            f"{sharding:10} {peak / MiB:8.0f}  {peak / whole:7.2f}  {step:10.2f}  {stop:12.2f}  "
-            f"{stop / alone:10.2f}  {wait:15.2f}"
+            f"{sharding:10} {peak / MiB:8.0f}  {plan / MiB:7.0f}  {peak / whole:7.2f}  "
+            f"{step:10.2f}  {stop:12.2f}  {stop / alone:10.2f}  {wait:15.2f}"
         )
 
 

@@ -20,6 +20,7 @@ from tokendiff.artifacts.manifest import (
     MANIFEST_NAME,
     RECORD_FOLDER,
     check_claim,
+    is_committed,
     load_manifest,
 )
 from tokendiff.config.pipeline import Config
@@ -27,7 +28,7 @@ from tokendiff.config.preprocess import SAMPLES
 from tokendiff.data.bad_rows import ERRORS
 from tokendiff.data.prompt_index import prompt_paths
 from tokendiff.data.sources import holds_chats
-from tokendiff.errors import InputError
+from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.tracking.run_log import LOG_NAME, RunLog, metrics_by_step
 from tokendiff.verification.certificate import CERTIFICATE
 
@@ -163,6 +164,14 @@ def train_stage(
             "checkpoint": str(stage.result_folder),
         }
 
+    def preview(stage: Stage) -> dict[str, str]:
+        if stage.is_done:
+            return {}
+        try:
+            return _memory_of_a_worker(config, location(data_path), planned_length)
+        except (InputError, CorruptFileError):
+            return {}  # which the stage's check says
+
     settings = {
         **keyed.train.result_fields(),
         "inputs": identity_of(
@@ -172,7 +181,44 @@ def train_stage(
         ),
     }
     kwargs = {"reads": {"training": location(data_path)}, "result_subfolder": FINAL, **kwargs}
-    return _stage("train", settings, folder, action, result, check=check, **kwargs)
+    return _stage("train", settings, folder, action, result, check=check, preview=preview, **kwargs)
+
+
+def _memory_of_a_worker(
+    config: Config, data_path: Location, planned_length: int | None
+) -> dict[str, str]:
+    """Nothing where it cannot be told yet: of a tokenizer that is still to be trained, and of nodes
+    whose workers are not known.
+    """
+    import torch
+
+    from tokendiff.data.rows import TokenData
+    from tokendiff.data.tokenizers import build_tokenizer, open_tokenizer
+    from tokendiff.training.memory import plan_memory
+
+    num_workers, sharding = config.cluster.num_workers, config.train.sharding
+    if is_committed(data_path):
+        data = TokenData.open(data_path, split="train")
+        tokenizer, max_length = (
+            open_tokenizer(data.tokenizer_path, field="data_path"),
+            data.max_length,
+        )
+    elif planned_length is not None and config.tokenizer_name_or_path != "bpe":
+        tokenizer, _ = build_tokenizer(config.tokenizer_name_or_path, documents=(), vocab_size=0)
+        max_length = planned_length
+    else:
+        return {}
+    if sharding == "hybrid":
+        return {}
+    plan = plan_memory(
+        config.train,
+        tokenizer,
+        max_length=max_length,
+        num_workers=num_workers,
+        replica_size=None if sharding == "none" or num_workers == 1 else num_workers,
+        device=torch.device("cuda" if config.cluster.use_gpu else "cpu"),
+    )
+    return {} if plan is None else {"memory of a worker": plan.describe()}
 
 
 def generate_stage(

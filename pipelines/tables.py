@@ -46,7 +46,7 @@ def print_plan(steps: Sequence[Step], folder: Location) -> None:
 def plan_as_json(steps: Sequence[Step]) -> dict[str, Any]:
     return {
         "stages": [
-            {**_plan_row(step), **({"data": shown} if (shown := _preview(step)) else {})}
+            {**_plan_row(step), **({"preview": shown} if (shown := _preview(step)) else {})}
             for step in steps
         ]
     }

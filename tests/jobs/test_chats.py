@@ -188,7 +188,7 @@ def test_a_plan_shows_the_format_and_the_first_conversation(
     assert "none can be shown: chat_template" in capsys.readouterr().out
     assert pipeline.main(["plan", str(config), "--json"]) == 0
     stages = result_of(capsys)["stages"]
-    assert stages[0]["data"]["dataset_format"] == "messages"
+    assert stages[0]["preview"]["dataset_format"] == "messages"
 
 
 def test_a_key_changes_with_what_decides_the_rows_of_chats_alone(

@@ -32,6 +32,10 @@ class _AnyObjectiveConfig(Section):
         """
         raise NotImplementedError
 
+    def encoded_shape(self, rows: int, length: int) -> tuple[int, int]:
+        """Rows and tokens of what the encoder is given for so many rows in a training pass."""
+        return rows, length
+
 
 class _ObjectiveConfig(_AnyObjectiveConfig):
     """Objectives whose noise has a time."""
@@ -184,6 +188,9 @@ class BlockDiffusionConfig(_ScheduledConfig):
             **self._schedule_fields(),
         }
 
+    def encoded_shape(self, rows: int, length: int) -> tuple[int, int]:
+        return rows, 2 * length
+
 
 class BlockRefinementConfig(_AnyObjectiveConfig):
     """Blocks of masks filled in by confidence, on a causal model. Source: LLaDA2.0."""
@@ -219,6 +226,9 @@ class BlockRefinementConfig(_AnyObjectiveConfig):
             "clean_context": self.clean_context,
         }
 
+    def encoded_shape(self, rows: int, length: int) -> tuple[int, int]:
+        return 2 * rows, 2 * length if self.clean_context else length
+
 
 class _NoiselessConfig(Section):
     """Objectives of a model that is no diffusion model: nothing of a process is recorded."""
@@ -227,6 +237,9 @@ class _NoiselessConfig(Section):
 
     def process_fields(self) -> None:
         return None
+
+    def encoded_shape(self, rows: int, length: int) -> tuple[int, int]:
+        return rows, length
 
 
 class AutoregressiveConfig(_NoiselessConfig):

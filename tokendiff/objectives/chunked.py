@@ -126,6 +126,11 @@ def _chunks(
     yield from zip(*(column.split(chunk_tokens) for column in (hidden, *columns)), strict=True)
 
 
+def most_logits(device: torch.device) -> int:
+    """Numbers of a chunk of logits, at most."""
+    return _most_elements(device)[0]
+
+
 def _most_elements(device: torch.device) -> tuple[int, int]:
     """Of a chunk's logits, and of a part's."""
     return _CPU_ELEMENTS if device.type == "cpu" else _GPU_ELEMENTS

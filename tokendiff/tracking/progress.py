@@ -306,6 +306,8 @@ def _describe(event: dict[str, Any]) -> str | None:
                 if key in event
             ]
             return f"training starts: {', '.join(shown)}" if shown else "training starts"
+        case "memory":
+            return f"a worker needs {event['description']}"
         case "checkpoint":
             return f"checkpoint at step {event['step']}: {event['path']}"
         case "resume":

@@ -11,6 +11,8 @@ Of this room alone:
     sharding          how a model lies on the workers
     optimizer muon ema
                       what steps the weights, with its schedule; averaged weights
+    building          what a config trains: model, adapters, objective
+    memory            what a worker will need
     state             what checkpoints hold, and how it is read again
     saving            checkpoints written while training goes on
     watching          held-out rows judged as the run goes on, the best step, an early end

@@ -2,11 +2,8 @@
 all that the config, the model's config, the tokenizer, and what is in the folders tell.
 """
 
-import copy
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from tokendiff.artifacts.checkpoint import FINAL, committed_checkpoints
 from tokendiff.artifacts.locations import Location, location
@@ -17,15 +14,16 @@ from tokendiff.errors import CorruptFileError
 from tokendiff.models.builtin import check_builtin, is_builtin
 from tokendiff.models.denoiser import ModelInTwoParts
 from tokendiff.models.dflash.planning import check_pair, check_rows, plan_draft
-from tokendiff.models.plans import ModelPlan, open_trainable_config, plan_model
+from tokendiff.models.layers import find_layers
+from tokendiff.models.plans import open_trainable_config, plan_model
 from tokendiff.models.pretrained import check_length, check_weights
 from tokendiff.models.vocabulary import check_vocabulary
-from tokendiff.training.identity import check_same_run
-from tokendiff.training.run import (
-    add_configured_adapters,
+from tokendiff.training.building import (
     make_objective,
+    model_without_weights,
     starting_point,
 )
+from tokendiff.training.identity import check_same_run
 
 if TYPE_CHECKING:
     from tokendiff.config.train import TrainConfig
@@ -81,7 +79,7 @@ def check_inputs(config: "TrainConfig", data: TokenData) -> None:
             check_weights(draft.draft_model_id, field="draft_model_id")
         return
     field, name = starting_point(config)
-    plan = plan_model(
+    plan_model(
         name,
         tokenizer=tokenizer,
         max_length=data.max_length,
@@ -93,8 +91,7 @@ def check_inputs(config: "TrainConfig", data: TokenData) -> None:
     if not config.from_scratch:
         check_vocabulary(name, tokenizer, field=field)
     make_objective(config, tokenizer, data)
-    if config.lora_rank is not None or config.gradient_checkpointing:
-        _check_modules(config, plan, tokenizer)
+    _check_modules(config, tokenizer, max_length=data.max_length)
 
 
 def check_model(config: "TrainConfig", *, max_length: int) -> None:
@@ -116,14 +113,14 @@ def check_model(config: "TrainConfig", *, max_length: int) -> None:
         check_weights(name, field=field)
 
 
-def _check_modules(config: "TrainConfig", plan: ModelPlan, tokenizer: Any) -> None:
+def _check_modules(config: "TrainConfig", tokenizer: Any, *, max_length: int) -> None:
     """Check what depends on the layers that a model has, on one without weights."""
-    config_of_model = copy.deepcopy(plan.config)
-    text = config_of_model.get_text_config()
-    text.vocab_size = max(text.vocab_size, plan.vocab_size)  # as the embedding will have grown
-    with torch.device("meta"):
-        model = plan.auto_class.from_config(config_of_model)
+    model = model_without_weights(config, tokenizer, max_length=max_length)
     if config.gradient_checkpointing:
-        ModelInTwoParts(model, vocab_size=plan.vocab_size).recompute_activations()
-    if config.lora_rank is not None:
-        add_configured_adapters(config, model, tokenizer)
+        ModelInTwoParts(model, vocab_size=len(tokenizer)).recompute_activations()
+    for field, is_set in (
+        ("sharding", config.sharding != "none"),
+        ("optimizer muon", config.optimizer == "muon"),
+    ):
+        if is_set:
+            find_layers(model, field=field)

@@ -96,9 +96,7 @@ class SpreadModel:
     @property
     def replica_size(self) -> int | None:
         """Workers that hold all of the model between them; None where each does."""
-        if not self.is_sharded:
-            return None
-        return self.world.local_size if self.sharding == "hybrid" else self.world.size
+        return replica_size(self.sharding, self.world)
 
     def num_passes(self, num_rows: int, rows_per_pass: int) -> int:
         """Passes over `num_rows` rows that are dealt to the workers one by one. Where weights are
@@ -176,6 +174,13 @@ class SpreadModel:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         apart = {id(parameter) for layer in layers for parameter in layer.parameters()}
         return {parameter for parameter in target.parameters() if id(parameter) not in apart}
+
+
+def replica_size(sharding: Sharding, world: World) -> int | None:
+    """Workers that hold all of a model between them; None where each does."""
+    if sharding == "none" or world.size == 1:
+        return None
+    return world.local_size if sharding == "hybrid" else world.size
 
 
 def _mesh(world: World, sharding: Sharding) -> Any:

@@ -1,0 +1,177 @@
+"""The memory that a run is planned to take, against what its passes really keep."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.builders import letter_tokenizer, random_rows, token_folder
+from tokendiff.config.train import TrainConfig
+from tokendiff.data.rows import TokenData
+from tokendiff.diffusion.random import RowGenerator, key_from, strata_of
+from tokendiff.errors import InputError
+from tokendiff.training import memory, run
+from tokendiff.training.building import model_without_weights
+from tokendiff.training.inputs import check_inputs
+from tokendiff.training.memory import activation_bytes, plan_memory
+from tokendiff.training.run import TrainingRun
+from tokendiff.training.world import World
+
+LENGTH, ROWS = 64, 6
+CPU = torch.device("cpu")
+MODELS = {"mdlm": "bert-tiny", "udlm": "dit-tiny", "hybrid": "bert-tiny"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TokenData:
+    folder = token_folder(
+        tmp_path_factory.mktemp("tokens") / "data",
+        files=[random_rows(12, LENGTH)],
+        max_length=LENGTH,
+        tokenizer=letter_tokenizer(),
+    )
+    return TokenData.open(folder, split="train")
+
+
+def config(objective: str, **changes: Any) -> TrainConfig:
+    fields = {
+        "model_name_or_path": f"builtin:{MODELS.get(objective, 'qwen3-tiny')}",
+        "objective": objective,
+        "max_train_steps": 2,
+        "per_device_train_batch_size": ROWS,
+    }
+    return TrainConfig.model_validate({**fields, **changes})
+
+
+def kept_by_a_real_pass(cfg: TrainConfig, data: TokenData, folder: Path) -> int:
+    """Bytes that the encoder keeps of a step's rows, its weights left out."""
+    trainer = TrainingRun.build(cfg, data, folder, world=World.current()).trainer
+    model: Any = trainer.denoiser
+    head = model.head
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    class Watched:
+        is_time_conditioned = getattr(model, "is_time_conditioned", False)
+
+        def encode(self, *args: Any) -> Tensor:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                hidden: Tensor = model.encode(*args)
+            return hidden
+
+        def head(self, hidden: Tensor) -> Tensor:
+            logits: Tensor = head(hidden)
+            return logits
+
+    ids = torch.arange(ROWS)
+    draws = RowGenerator.for_rows(key_from(0), ids, strata=strata_of(key_from(0), ids, ROWS))
+    batch = data.read_group(0).take(ids.numpy()).batch("cpu")
+    with torch.autocast("cpu", torch.bfloat16, enabled=cfg.mixed_precision == "bf16"):
+        trainer.objective.loss(Watched(), batch, draws)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("objective", ["mdlm", "udlm", "ar", "block_diffusion", "block_refinement"])
+def test_activations_are_those_that_a_pass_keeps(
+    objective: str, mixed_precision: str, data: TokenData, tmp_path: Path
+) -> None:
+    cfg = config(objective, mixed_precision=mixed_precision)
+    model = model_without_weights(cfg, letter_tokenizer(), max_length=LENGTH)
+    shape = cfg.objective.encoded_shape(ROWS, LENGTH)
+    planned, again = activation_bytes(cfg, model, *shape, CPU)
+    assert again == 0
+    assert planned == pytest.approx(kept_by_a_real_pass(cfg, data, tmp_path), rel=0.05)
+
+
+def test_layers_that_compute_again_keep_their_inputs_and_one_of_them_all() -> None:
+    cfg = config("mdlm", gradient_checkpointing=True)
+    model = model_without_weights(cfg, letter_tokenizer(), max_length=LENGTH)
+    kept, again = activation_bytes(cfg, model, ROWS, LENGTH, CPU)
+    whole, _ = activation_bytes(config("mdlm"), model, ROWS, LENGTH, CPU)
+    assert again == whole // 2, "of two layers"
+    inputs = 2 * ROWS * LENGTH * 64 * 4
+    assert inputs <= kept <= 4 * inputs
+
+
+def test_what_is_counted() -> None:
+    def plan(num_workers: int = 1, replica_size: int | None = None, **changes: Any) -> Any:
+        cfg = config("ar", **changes)
+        return plan_memory(
+            cfg,
+            letter_tokenizer(),
+            max_length=LENGTH,
+            num_workers=num_workers,
+            replica_size=replica_size,
+            device=CPU,
+        )
+
+    model = model_without_weights(config("ar"), letter_tokenizer(), max_length=LENGTH)
+    count = sum(p.numel() for p in model.parameters())
+    alone = plan(ema_decay=0.9, gradient_accumulation_steps=2)
+    assert (alone.weights, alone.gradients) == (4 * count, 4 * count)
+    assert (alone.optimizer, alone.average) == (8 * count, 4 * count)
+    assert plan().average == 0
+    hidden = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+    assert plan(optimizer="muon").optimizer == 8 * (count - hidden) + 4 * hidden
+    shared = plan(num_workers=4, replica_size=4, sharding="full")
+    assert shared.optimizer == 2 * count
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    rest = count - 2 * layer
+    assert shared.weights == count + 4 * rest + 4 * 2 * layer
+    assert shared.gradients == count + 4 * rest + 4 * layer
+    adapters = plan(lora_rank=2, gradient_accumulation_steps=2)
+    assert adapters.optimizer < 0.2 * alone.optimizer
+    assert plan().total < plan(per_device_train_batch_size=4 * ROWS).total
+
+
+def test_a_run_that_does_not_fit_is_refused_with_what_would_help(
+    data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[dict[str, Any]] = []
+    monkeypatch.setattr(memory, "_memory_of", lambda world: 2**20)
+    with pytest.raises(
+        InputError,
+        match=r"a worker needs 0\.\d+ GiB at the peak of a step \(weights .*; activations computed"
+        r"\), and cpu has 0\.00 GiB for it; set gradient_checkpointing to true, or lower per_dev",
+    ):
+        TrainingRun.build(
+            config("ar"),
+            data,
+            tmp_path,
+            world=World.current(),
+            on_event=lambda event, **fields: events.append({"event": event, **fields}),
+        )
+    (told,) = events
+    assert told["event"] == "memory"
+    assert told["total"] > 2**20
+    assert run.plan_memory is plan_memory
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"sharding": "full"}, "sharding: it is not known which modules of a 'albert' model"),
+        ({"optimizer": "muon"}, "optimizer muon: it is not known .* leave optimizer out"),
+    ],
+)
+def test_a_model_whose_layers_are_not_known_is_refused_before_a_worker_starts(
+    changes: dict[str, Any], says: str, data: TokenData, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
+    albert = AutoConfig.for_model("albert", embedding_size=8, max_position_embeddings=64, **small)
+    AutoModelForMaskedLM.from_config(albert).save_pretrained(tmp_path)
+    letter_tokenizer().save_pretrained(tmp_path)
+    cfg = config("mdlm", model_name_or_path=str(tmp_path), **changes)
+    with pytest.raises(InputError, match=says):
+        check_inputs(cfg, data)

@@ -1,0 +1,236 @@
+"""What a config trains: the model that it starts from, with its adapters, the objective, and the
+noise process that checkpoints record.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tokendiff.artifacts.noise_process import NoiseProcess
+from tokendiff.data.rows import TokenData
+from tokendiff.diffusion.interfaces import Objective
+from tokendiff.diffusion.kernels import AbsorbingKernel
+from tokendiff.errors import InputError
+from tokendiff.models.adapters import (
+    add_adapters,
+)
+from tokendiff.models.denoiser import ModelInTwoParts
+from tokendiff.models.dflash.model import DFlashDraftConfig
+from tokendiff.models.dflash.planning import plan_draft
+from tokendiff.models.dflash.trainee import DraftTrainee, load_trainee
+from tokendiff.models.opening import load_causal_denoiser, load_denoiser
+from tokendiff.models.plans import plan_model
+from tokendiff.models.vocabulary import check_vocabulary
+from tokendiff.objectives.autoregressive import Autoregressive
+from tokendiff.objectives.block_diffusion import BlockDiffusion
+from tokendiff.objectives.block_refinement import BlockRefinement
+from tokendiff.objectives.dflash import DFlash
+from tokendiff.objectives.mdlm import MDLM
+from tokendiff.objectives.token_noise import TokenNoiseDiffusion
+from tokendiff.training.world import World
+
+if TYPE_CHECKING:
+    from tokendiff.config.objectives import (
+        BlockDiffusionConfig,
+        BlockRefinementConfig,
+        DFlashConfig,
+        HybridConfig,
+        MDLMConfig,
+        UDLMConfig,
+    )
+    from tokendiff.config.train import TrainConfig
+
+
+def _build_mdlm(config: "MDLMConfig", process: NoiseProcess) -> Objective:
+    kernel = process.kernel()
+    assert isinstance(kernel, AbsorbingKernel)
+    return MDLM(kernel=kernel, **_common_fields(config))
+
+
+def _build_token_noise(config: "UDLMConfig | HybridConfig", process: NoiseProcess) -> Objective:
+    return TokenNoiseDiffusion(
+        kernel=process.kernel(), loss_type=config.loss_type, **_common_fields(config)
+    )
+
+
+def _build_block_diffusion(config: "BlockDiffusionConfig", process: NoiseProcess) -> Objective:
+    kernel = process.kernel()
+    assert isinstance(kernel, AbsorbingKernel)
+    return BlockDiffusion(
+        kernel=kernel,
+        block_length=config.block_length,
+        eos_token_id=process.eos_token_id,
+        exact_mask_counts=config.exact_mask_counts,
+        restarts_at_answers=process.block_start is not None,
+        **_common_fields(config),
+    )
+
+
+def _build_block_refinement(config: "BlockRefinementConfig", process: NoiseProcess) -> Objective:
+    if config.prompt_length >= process.max_length:
+        raise InputError(
+            f"prompt_length {config.prompt_length} leaves nothing of rows of {process.max_length} "
+            "tokens to train on; lower it, or preprocess with a larger max_length"
+        )
+    mode = process.attention_mask_mode
+    return BlockRefinement(
+        mask_token_id=process.mask_token_id,
+        block_length=config.block_length,
+        eos_token_id=process.eos_token_id,
+        attention_mask_mode="2d" if mode == "2d" else "4d",
+        clean_context=config.clean_context,
+        prompt_length=config.prompt_length,
+        restarts_at_answers=process.block_start is not None,
+        lambda_conf=config.lambda_conf,
+        conf_temperature=config.conf_temperature,
+    )
+
+
+def _common_fields(
+    config: "MDLMConfig | UDLMConfig | HybridConfig | BlockDiffusionConfig",
+) -> dict[str, Any]:
+    names = ("min_time", "max_loss_weight", "lambda_conf", "conf_temperature")
+    return {name: getattr(config, name) for name in names}
+
+
+def _build_dflash(config: "DFlashConfig", draft: DFlashDraftConfig) -> Objective:
+    assert draft.block_size is not None
+    return DFlash(
+        block_size=draft.block_size,
+        mask_token_id=draft.mask_token_id,
+        num_anchors=config.num_anchors,
+        decay_gamma=config.decay_gamma,
+    )
+
+
+# The closed table behind `objective: NAME`, of those with a noise process.
+OBJECTIVES: dict[str, Callable[[Any, NoiseProcess], Objective]] = {
+    "mdlm": _build_mdlm,
+    "udlm": _build_token_noise,
+    "hybrid": _build_token_noise,
+    "block_refinement": _build_block_refinement,
+    "block_diffusion": _build_block_diffusion,
+}
+
+
+def build_trainee(
+    config: "TrainConfig",
+    data: TokenData,
+    tokenizer: Any,
+    *,
+    world: World,
+    warn: Callable[[str], None],
+) -> tuple[ModelInTwoParts | DraftTrainee, Objective, NoiseProcess | None]:
+    """What is trained, by what, and the noise process that the checkpoint records."""
+    if config.objective.name == "dflash":
+        plan = plan_draft(config, tokenizer=tokenizer, max_length=data.max_length)
+        for note in plan.notes:
+            warn(note)
+        trainee = load_trainee(plan, device=world.device, seed=config.seed, dropout=config.dropout)
+        return trainee, _build_dflash(config.objective, plan.draft), None
+    load = load_causal_denoiser if config.objective.is_causal else load_denoiser
+    field, start = starting_point(config)
+    model: ModelInTwoParts = load(
+        start,
+        tokenizer=tokenizer,
+        max_length=data.max_length,
+        from_scratch=config.from_scratch,
+        dropout=config.dropout,
+        seed=config.seed,
+        warn=warn,
+        field=field,
+        is_on_disk=config.sharding != "none" and world.size > 1,
+    )
+    if not config.from_scratch:
+        check_vocabulary(start, tokenizer, field=field)
+    if config.lora_rank is not None:
+        add_configured_adapters(config, model.model, tokenizer)
+    return model, *make_objective(config, tokenizer, data)
+
+
+def starting_point(config: "TrainConfig") -> tuple[str, str]:
+    """Field and name of the model that training starts from."""
+    field = "model_name_or_path" if config.warm_start_from is None else "warm_start_from"
+    return field, getattr(config, field)
+
+
+def model_without_weights(config: "TrainConfig", tokenizer: Any, *, max_length: int) -> Any:
+    """The transformers model that a run trains, with its adapters, on the meta device.
+
+    Raises:
+        InputError: there is no such model, or it does not go with the rows.
+    """
+    field, name = starting_point(config)
+    plan = plan_model(
+        name,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        is_causal=config.objective.is_causal,
+        from_scratch=config.from_scratch,
+        field=field,
+    )
+    text = plan.config.get_text_config()
+    text.vocab_size = max(text.vocab_size, plan.vocab_size)  # as the embedding will have grown
+    with torch.device("meta"):
+        model = plan.auto_class.from_config(plan.config)
+    if config.lora_rank is not None:
+        add_configured_adapters(config, model, tokenizer)
+    return model
+
+
+def add_configured_adapters(config: "TrainConfig", model: Any, tokenizer: Any) -> None:
+    """Put the adapters that a config asks for into a transformers model.
+
+    Raises:
+        InputError: peft is not installed, or the model has no such layers.
+    """
+    assert config.lora_rank is not None
+    has_noise = config.objective.process_fields() is not None  # without it no mask is read
+    add_adapters(
+        model,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        trained_token_id=tokenizer.mask_token_id if has_noise else None,
+        seed=config.seed,
+    )
+
+
+def make_objective(
+    config: "TrainConfig", tokenizer: Any, data: TokenData
+) -> tuple[Objective, NoiseProcess | None]:
+    """The objective of a model that gives logits of the tokenizer's ids, and its noise process.
+
+    Raises:
+        InputError: the objective does not go with the rows.
+    """
+    fields = config.objective.process_fields()
+    if fields is None:
+        return Autoregressive(), None
+    ends: dict[str, Any] = {}
+    if config.objective.is_causal:
+        ends["eos_token_id"] = tokenizer.eos_token_id
+        ends["block_start"] = _block_start(fields.pop("block_start"), data)
+    process = NoiseProcess(
+        objective=config.objective.name,
+        vocab_size=len(tokenizer),
+        mask_token_id=tokenizer.mask_token_id,
+        max_length=data.max_length,
+        **fields,
+        **ends,
+    )
+    return OBJECTIVES[config.objective.name](config.objective, process), process
+
+
+def _block_start(wanted: str | None, data: TokenData) -> str | None:
+    """What the noise process records, of what the config says."""
+    starts = {"answers": "answer", "last_answer": "last_answer"}
+    found = starts.get(data.train_on)
+    if wanted == "answer" and found is None:
+        raise InputError(
+            "block_start answer: the loss of these rows is on all their tokens, and no answer is "
+            "told from the rest; preprocess chats with train_on answers, or set it to document"
+        )
+    return None if wanted == "document" else found
