@@ -45,7 +45,7 @@ PUBLISHED = """
         --prompt "Write a short paragraph about diffusion models." --gen_length 128
 """
 FEW_STEPS = {
-    "jobs.train": ["--max_train_steps", "4"],
+    "jobs.train": ["--max_train_steps", "4", "--num_workers", "1"],
     "jobs.pipeline": ["-o", "train.max_train_steps=4", "-o", "train.lr_warmup_steps=0"],
 }
 TEXT = (ROOT / "LICENSE").read_text().split("\n\n")

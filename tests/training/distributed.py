@@ -34,6 +34,7 @@ def run_distributed(
     Args:
         local_size: workers that take themselves to be on one node; by default all.
         killed: what makes a worker end itself, which the others then do too; nothing is returned.
+            With the word "raises" it does not end, and what it raises is raised here.
     """
     # Workers are forked from a server that has imported all this once; a spawned one would import
     # it again, which takes longer than the runs do.
@@ -49,7 +50,7 @@ def run_distributed(
         )
         for rank in range(size)
     ]
-    if killed is not None:
+    if killed is not None and killed[2] != "raises":
         end_with(workers, workers[killed[0]])
         return []
     losses: list[Losses] = answer_of(workers, queue)

@@ -140,8 +140,8 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would_help(
     monkeypatch.setattr(memory, "_memory_of", lambda world: 2**20)
     with pytest.raises(
         InputError,
-        match=r"a worker needs 0\.\d+ GiB at the peak of a step \(weights .*; activations computed"
-        r"\), and cpu has 0\.00 GiB for it; set gradient_checkpointing to true, or lower per_dev",
+        match=r"a worker needs \d+ MiB at the peak of a step \(weights .*; activations are computed"
+        r"\), and cpu has 1 MiB for it; set gradient_checkpointing to true, or lower per_device_",
     ):
         TrainingRun.build(
             config("ar"),

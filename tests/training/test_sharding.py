@@ -7,12 +7,13 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from tests.builders import letter_tokenizer, random_rows, tiny_causal, token_folder
@@ -26,7 +27,8 @@ from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.models.checkpoints import load_for_inference
 from tokendiff.models.layers import find_layers
 from tokendiff.training import saving
-from tokendiff.training.sharding import SpreadModel
+from tokendiff.training.run import TrainingRun
+from tokendiff.training.sharding import SpreadModel, _mesh
 from tokendiff.training.world import World
 
 LENGTH = 16
@@ -324,7 +326,64 @@ def test_a_kill_at_any_moment_leaves_the_checkpoint_before(
     assert not list(out.glob(".*")), "what the killed one left is gone"
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_share_that_cannot_be_written_ends_the_run_and_says_so(
+    rank: int, folder: Path, data: TokenData, tmp_path: Path
+) -> None:
+    cfg = config("mdlm", folder, sharding="full")
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match="No space left"):
+        run_distributed([(cfg, out)], data, 2, killed=(rank, _fill_the_disk, "raises"))
+    assert not list(out.glob("checkpoint-*"))
+
+
+def _fill_the_disk(moment: str, rank: int) -> None:
+    patch.object(saving, "write_tensors", side_effect=OSError("No space left")).start()
+
+
+def test_what_a_failed_write_leaves_is_removed(tmp_path: Path) -> None:
+    saver = saving.CheckpointSaver(tmp_path, World.current())
+    contents = saving.Contents(tensors={"model": [("a", torch.ones(2))]})
+    with patch.object(saving, "write_tensors", side_effect=OSError("No space left")):
+        saver.save("checkpoint-1", lambda: contents)
+        with pytest.raises(OSError, match="No space left"):
+            saver.wait()
+    assert not list(tmp_path.iterdir())
+    saver.save("checkpoint-1", lambda: contents)
+    saver.close()  # as where something else ends the run
+    verify(tmp_path / "checkpoint-1")
+
+
 # What cannot be.
+
+
+def test_nodes_of_different_numbers_of_workers_have_no_replicas() -> None:
+    world: Any = SimpleNamespace(
+        size=5, device=torch.device("cpu"), sizes_of_nodes=lambda: [3, 2], local_size=3
+    )
+    with pytest.raises(
+        InputError, match=r"hybrid: the 5 workers do not divide .* which have 3, 2;"
+    ):
+        _mesh(world, "hybrid")
+
+
+def test_a_checkpoint_without_a_tensor_or_with_another_one_is_refused(
+    folder: Path, data: TokenData, whole: dict[str, Losses], tmp_path: Path
+) -> None:
+    cfg = config("mdlm", folder)
+    for name, change in (
+        ("misses", lambda tensors: tensors.popitem()),
+        ("differs", lambda tensors: tensors.update({next(iter(tensors)): torch.zeros(3, 1)})),
+    ):
+        at = tmp_path / name / "checkpoint-2"
+        shutil.copytree(folder / "whole" / "mdlm" / "checkpoint-2", at)
+        tensors = load_file(at / "model.safetensors")
+        change(tensors)
+        save_file(tensors, at / "model.safetensors")
+        run = TrainingRun.build(cfg, data, tmp_path / name, world=World.current())
+        says = "has no tensor" if name == "misses" else r"has the shape \[3, 1\], where"
+        with pytest.raises(CorruptFileError, match=says):
+            run.state.load(at)
 
 
 def test_a_model_whose_layers_are_not_known_is_refused() -> None:

@@ -28,7 +28,7 @@ class _AnyObjectiveConfig(Section):
 
     def process_fields(self) -> dict[str, Any]:
         """What a checkpoint records of its noise process (`tokendiff.artifacts.noise_process`);
-        where blocks start is for the rows to say where nobody does.
+        `block_start` is what the user set; None leaves it to the rows.
         """
         raise NotImplementedError
 

@@ -103,8 +103,8 @@ class TrainConfig(Section):
     )
     sharding: Literal["none", "gradients", "full", "hybrid"] = operational(
         "none",
-        description="what workers share of a model: none of it; gradients and optimiser state; "
-        "weights too (full); all within a node, and every node a replica (hybrid)",
+        description="split among the workers: nothing; gradients and optimiser state; weights too "
+        "(full); weights too, among those of each node (hybrid)",
     )
     gradient_checkpointing: bool = operational(
         False, description="recompute activations, save memory"

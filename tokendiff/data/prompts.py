@@ -90,8 +90,8 @@ class PromptEncoder:
 
     def answers_in(self, messages: list[Message], ids: list[int]) -> np.ndarray:
         """[len(ids)] bool: which tokens of a prompt of messages, encoded as `ids`, are those of
-        earlier answers, as training on answers marks them. None, where the template does not let
-        answers be told or writes them otherwise in a longer conversation.
+        earlier answers, as training on answers marks them. All are False where the template does
+        not let answers be told, or writes them otherwise in a longer conversation.
 
         Raises:
             InputError: the tokenizer is a slow one, which cannot say.

@@ -85,7 +85,9 @@ def block_diffusion(
     own and the earlier blocks of x_0.
 
     Args:
-        is_text: as in `block_causal`.
+        is_text: [B, L] bool; what is no text fills up a block. Its own noisy block sees it. No
+            later block does, nor does the clean text of its block, which later blocks read: a
+            prompt that holds the block has no filling. By default all is text.
         is_causal: inside a block, a position sees only up to itself.
 
     Source: BD3-LM (arXiv 2503.09573), section 3 and appendix B.6.
@@ -100,6 +102,8 @@ def block_diffusion(
         if is_text is not None:
             is_earlier = is_earlier & is_text[b, place_kv]
         is_own = (is_clean_q == is_clean_kv) & (block_kv == block_q)
+        if is_text is not None:
+            is_own = is_own & (~is_clean_q | is_text[b, place_kv] | ~is_text[b, place_q])
         if is_causal:
             is_own = is_own & (place_kv <= place_q)
         return (document[b, place_q] == document[b, place_kv]) & (is_earlier | is_own)

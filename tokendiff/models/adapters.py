@@ -112,7 +112,8 @@ def _as_float32(model: nn.Module) -> Iterator[None]:
         if parameter.dtype in (torch.bfloat16, torch.float16)
     }
     for parameter in kept:
-        parameter.data = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
+        nothing = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        parameter.data = nothing.expand(parameter.shape)
     try:
         yield
     finally:

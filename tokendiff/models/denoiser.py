@@ -36,6 +36,7 @@ _HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
+SPLIT_TYPES = frozenset(_HEADS)
 # Of those, the ones that count the positions of tokens from behind the id of padding.
 _POSITIONS_BEHIND_PADDING = ("camembert", "roberta", "xlm-roberta")
 

@@ -2,16 +2,16 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from tokendiff.models.builtin import MODEL_FIELD
 from tokendiff.models.causal_denoiser import TransformersCausalDenoiser
-from tokendiff.models.denoiser import TransformersDenoiser
+from tokendiff.models.denoiser import SPLIT_TYPES, TransformersDenoiser
 from tokendiff.models.layers import to_float32
 from tokendiff.models.plans import NO_WEIGHTS, ModelPlan, plan_model
-from tokendiff.models.pretrained import Weights, open_weights
+from tokendiff.models.pretrained import Weights, dtype_in_files, open_weights
 from tokendiff.models.vocabulary import grow_embedding, start_unknown_tokens
 
 
@@ -136,15 +136,20 @@ def _load(
     return model
 
 
-def _open(plan: ModelPlan, dtype: torch.dtype | Literal["auto"]) -> Weights:
+def _open(plan: ModelPlan, dtype: torch.dtype) -> Weights:
     return open_weights(
         plan.auto_class, plan.name, plan.config, field=plan.field, dtype=dtype, remedy=NO_WEIGHTS
     )
 
 
 def _open_on_disk(plan: ModelPlan) -> Weights:
-    """What is computed of the embeddings is computed in float32."""
-    weights = _open(plan, "auto")
+    """What is computed of the embeddings is computed in float32, and so is all of a model that is
+    tried out before it is trained (`freeze_unused`).
+    """
+    dtype = dtype_in_files(plan.name)
+    if dtype is None or plan.config.model_type not in SPLIT_TYPES:
+        return _open(plan, torch.float32)
+    weights = _open(plan, dtype)
     if weights.missing:
         return _open(plan, torch.float32)  # new weights are drawn in it
     for module in (weights.model.get_input_embeddings(), weights.model.get_output_embeddings()):

@@ -8,7 +8,7 @@ named by the error where one cannot be opened.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from tokendiff.artifacts.model_folders import (
     DRAFT_ARCHITECTURE,
@@ -66,6 +66,29 @@ def check_length(config: Any, name: str, *, field: str, max_length: int) -> None
             f"{field} {name!r} takes at most {longest} tokens; max_length is {max_length}: "
             "preprocess with a lower one, or give another model"
         )
+
+
+def dtype_in_files(name: str) -> "torch.dtype | None":
+    """What the floating-point numbers in a model's files are, on this machine; None where they are
+    of several kinds, or in no safetensors files.
+    """
+    import torch
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
+    known["BF16"] = torch.bfloat16
+    folder, found = Path(local_model(name)), set()
+    if folder.is_dir():
+        paths = sorted(folder.glob("*.safetensors"))
+    else:
+        cached = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+        paths = [] if cached is None else [Path(cached)]
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    kinds = {known[dtype] for dtype in found if dtype in known}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +154,7 @@ def open_weights(
     config: Any,
     *,
     field: str,
-    dtype: "torch.dtype | Literal['auto']",
+    dtype: "torch.dtype",
     remedy: str = _NO_WEIGHTS,
     trust_remote_code: bool = False,
 ) -> Weights:
@@ -140,8 +163,8 @@ def open_weights(
     Args:
         model_class: an Auto class of transformers, or the class of a model.
         field: of the config that gave the name.
-        dtype: "auto" is that of the files. What is not converted stays in the files until it is
-            read, and is no memory of this process then either.
+        dtype: where it is that of the files, weights stay in them until they are read, and are no
+            memory of this process then either.
         remedy: what to do where there are no weights.
 
     Raises:

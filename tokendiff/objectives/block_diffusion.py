@@ -140,6 +140,6 @@ def encode_beside_clean(
         is_causal: inside a block, a position sees only up to itself.
     """
     x_t = rows.tokens.masked_fill(is_masked, mask_token_id)
-    rule = block_diffusion(rows.document, rows.block, rows.is_text, is_causal=is_causal)
+    rule = block_diffusion(rows.document, rows.block, rows.text_to_see, is_causal=is_causal)
     both = torch.cat([x_t, rows.tokens], dim=1)
     return model.encode(both, rows.position.repeat(1, 2), rule)[:, : rows.tokens.shape[1]]

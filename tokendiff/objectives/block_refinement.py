@@ -11,7 +11,7 @@ Sources: LLaDA (arXiv 2502.09992), LLaDA2.0 technical report.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -115,10 +115,10 @@ class BlockRefinement:
         x_t = rows.tokens.masked_fill(is_masked, self.mask_token_id)
         rule = causal(rows.document)
         if not is_causal:
-            rule = block_causal(rows.document, rows.block, rows.is_text)
+            rule = block_causal(rows.document, rows.block, rows.text_to_see)
         return model.encode(x_t, rows.position, rule)
 
 
 def _twice(rows: BlockRows) -> BlockRows:
-    fields = BlockRows.__dataclass_fields__
-    return replace(rows, **{name: getattr(rows, name).repeat(2, 1) for name in fields})
+    columns: Any = {name: v for name, v in vars(rows).items() if isinstance(v, Tensor)}
+    return replace(rows, **{name: column.repeat(2, 1) for name, column in columns.items()})

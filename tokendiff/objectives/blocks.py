@@ -37,6 +37,7 @@ class BlockRows:
         ordinal: [B, W] which block of the row.
         source: [B, W] place in the row that was given; -1 for filling and padding.
         is_target: [B, W] as in TokenBatch; False on padding.
+        fills_answers: whether blocks may be filled up that text follows in their document.
     """
 
     tokens: Tensor
@@ -46,6 +47,7 @@ class BlockRows:
     ordinal: Tensor
     source: Tensor
     is_target: Tensor
+    fills_answers: bool = False
 
     @property
     def is_valid(self) -> Tensor:
@@ -56,6 +58,11 @@ class BlockRows:
     def is_text(self) -> Tensor:
         """[B, W] False on padding and filling."""
         return self.source >= 0
+
+    @property
+    def text_to_see(self) -> Tensor | None:
+        """`is_text`, where rules must tell it from filling (`diffusion.attention_masks`)."""
+        return self.is_text if self.fills_answers else None
 
     def block_uniform(self, generator: RowGenerator) -> Tensor:
         """[B, W] a draw from (0, 1) per block, independent of all others."""
@@ -105,6 +112,7 @@ def block_rows(
         ordinal=((is_start & (document >= 0)).cumsum(1) - 1).clamp(min=0),
         source=source,
         is_target=is_target,
+        fills_answers=restarts_at_answers and fill_token_id is not None,
     )
 
 

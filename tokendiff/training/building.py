@@ -173,7 +173,7 @@ def model_without_weights(config: "TrainConfig", tokenizer: Any, *, max_length: 
     text = plan.config.get_text_config()
     text.vocab_size = max(text.vocab_size, plan.vocab_size)  # as the embedding will have grown
     with torch.device("meta"):
-        model = plan.auto_class.from_config(plan.config)
+        model = plan.auto_class.from_config(plan.config, dtype=torch.float32)
     if config.lora_rank is not None:
         add_configured_adapters(config, model, tokenizer)
     return model

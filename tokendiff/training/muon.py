@@ -32,11 +32,12 @@ class Muon(torch.optim.Muon):
         return None
 
     def _step_together(self, matrices: Sequence[Tensor], group: dict[str, Any]) -> None:
-        mine: Tensor | None = None
+        own: Tensor | None = None
         for rank, matrix in enumerate(matrices):
             full = whole(self._with_momentum(matrix, group["momentum"]))
-            if rank == dist.get_rank():
-                mine = _direction(full, group)
+            own = full if rank == dist.get_rank() else own
+        # Behind all gathering, which would wait for it.
+        mine = None if own is None else _direction(own, group)
         for rank, matrix in enumerate(matrices):
             if rank == dist.get_rank() and mine is not None:
                 change = mine

@@ -22,7 +22,7 @@ from tokendiff.artifacts.manifest import fetch, verify
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.rows import TokenData, step_batches, step_plan
 from tokendiff.data.tokenizers import open_tokenizer
-from tokendiff.errors import CorruptFileError
+from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.models.dflash.model import DFlashDraftConfig
 from tokendiff.objectives.dflash import DFlash
 from tokendiff.training.building import build_trainee
@@ -127,11 +127,24 @@ class TrainingRun:
         """Continue from a checkpoint whose manifest was verified."""
         check_same_run(checkpoint, self.config, self.data)
         folder = fetch(checkpoint)
+        self._check_blocks(folder)
         self.state.load(folder)
         if self.watch is not None:
             self.watch.load(folder)
         if self.trainer.world.is_main:
             self.on_event("resume", step=self.trainer.step, checkpoint=str(checkpoint))
+
+    def _check_blocks(self, folder: Path) -> None:
+        """Raise InputError where a checkpoint counts blocks from elsewhere: the default changed."""
+        if self.process is None or self.process.block_length is None:
+            return
+        there, here = NoiseProcess.load(folder).block_start, self.process.block_start
+        if there != here:
+            raise InputError(
+                f"{folder}: blocks start at {there or 'document'} there, at {here or 'document'} "
+                f"here; set objective.block_start to {'answer' if there else 'document'}, or "
+                "choose another output_dir"
+            )
 
     def fit(self, batches: Batches, *, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end from where the run stands, and leave `final/`.
@@ -145,6 +158,12 @@ class TrainingRun:
             for note in self.notes if self.trainer.step == 0 else ():
                 self.on_event("warning", message=note)
             self.on_event("start", **self._facts())
+        try:
+            return self._fit(batches, should_stop)
+        finally:
+            self.saver.close()
+
+    def _fit(self, batches: Batches, should_stop: Callable[[], bool]) -> bool:
         self.trainer.run(
             batches,
             last_good=self._last_good,
@@ -202,6 +221,8 @@ class TrainingRun:
         return {"mask": {"mask_token_id": index, "token": token}}
 
     def _last_good(self) -> Location | None:
+        if not self.trainer.world.is_main:
+            return None
         self.saver.wait()
         return newest_sound_checkpoint(self.output_dir, warn=lambda message: None)
 
@@ -222,9 +243,10 @@ class TrainingRun:
             )
 
     def _fetch_best(self, step: int) -> Path:
-        checkpoint = self.output_dir / checkpoint_name(step)
+        checkpoint, is_main = self.output_dir / checkpoint_name(step), self.trainer.world.is_main
         try:
-            verify(checkpoint, kind=KIND, hashes=isinstance(checkpoint, Path))
+            if is_main:  # which reads all of it; the others read what they hold
+                verify(checkpoint, kind=KIND, hashes=isinstance(checkpoint, Path))
             return fetch(checkpoint)
         except (CorruptFileError, FileNotFoundError) as error:
             raise CorruptFileError(

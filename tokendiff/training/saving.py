@@ -42,7 +42,8 @@ from tokendiff.training.world import World
 
 # Names and tensors, made one by one: the same on every worker, in the same order.
 NamedTensors = Iterable[tuple[str, Tensor]]
-_POLL_SECONDS = 0.05
+_POLL_SECONDS, _REMOTE_POLL_SECONDS = 0.05, 1.0
+_CLOSE_SECONDS, _SHARE_SECONDS = 60.0, 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,8 @@ class Contents:
 
 @dataclass(frozen=True, kw_only=True)
 class _Staged:
-    """
+    """What a worker holds of a tensor that goes into a checkpoint.
+
     Attributes:
         held: on the host, what this worker holds.
         owner: rank of the worker that writes it.
@@ -125,7 +127,8 @@ class Replica:
 
 
 class CheckpointSaver:
-    """
+    """Writes the checkpoints of a run, one at a time.
+
     Args:
         replica_size: workers that hold all of the model between them, where it is sharded: every
             worker writes a share then. None: the main one writes all.
@@ -180,6 +183,13 @@ class CheckpointSaver:
         """Note that the last checkpoint is written, if it is."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
+
+    def close(self) -> None:
+        """Let the last checkpoint be written, whatever ends the run. Where workers share it, one of
+        them may be gone, and this does not wait for long.
+        """
+        if self._thread is not None:
+            self._thread.join(None if self._num_writers == 1 else _CLOSE_SECONDS)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written."""
@@ -260,33 +270,32 @@ class CheckpointSaver:
                     mine[stem][name] = full
         return mine
 
-    def _write_noting_errors(self, *args: Any) -> None:
+    def _write_noting_errors(self, name: str, key: str, staged: Staged, contents: Contents) -> None:
+        target = self._output_dir / name
         try:
-            self._write(*args)
+            if isinstance(target, Path):
+                self._write_into(_beside(target, key), target, key, staged, contents)
+            else:
+                with tempfile.TemporaryDirectory() as folder:
+                    self._write_into(Path(folder), target, key, staged, contents)
         except BaseException as error:
             self._error = error
-
-    def _write(self, name: str, key: str, staged: Staged, contents: Contents) -> None:
-        target, rank, mine = self._output_dir / name, self._world.rank, self._share(staged)
-        if isinstance(target, Path):
-            self._write_into(_beside(target, key), target, rank, key, mine, contents)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            self._write_into(Path(folder), target, rank, key, mine, contents)
+            if self._world.is_main and isinstance(target, Path):
+                shutil.rmtree(_beside(target, key), ignore_errors=True)
 
     def _write_into(
         self,
         folder: Path,
         target: Location,
-        rank: int,
         key: str,
-        mine: dict[str, dict[str, Tensor]],
+        staged: Staged,
         contents: Contents,
     ) -> None:
+        rank = self._world.rank
         share: dict[str, Any] = {"sha256": {}, "names": {}, "bytes": {}}
         place: Location = folder if isinstance(target, Path) else target
         try:
-            for stem, tensors in mine.items():
+            for stem, tensors in self._share(staged).items():
                 if not tensors and self._num_writers > 1:
                     continue
                 file = file_name(stem, rank, self._num_writers)
@@ -357,9 +366,12 @@ def _announce(place: Location, key: str, rank: int, share: dict[str, Any]) -> No
 
 def _await(place: Location, key: str, rank: int) -> dict[str, Any]:
     """What another worker tells, which is forgotten then."""
-    path = place / f".share-{key}-{rank}.json"
+    path, begun = place / f".share-{key}-{rank}.json", time.monotonic()
+    pause = _POLL_SECONDS if isinstance(path, Path) else _REMOTE_POLL_SECONDS
     while not path.is_file():
-        time.sleep(_POLL_SECONDS)
+        time.sleep(pause)
+        if time.monotonic() - begun > _SHARE_SECONDS:
+            raise OSError(f"{place}: worker {rank} has not written its share within an hour")
     share: dict[str, Any] = json.loads(path.read_bytes())
     path.unlink()
     if "error" in share:

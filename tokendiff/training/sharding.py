@@ -56,7 +56,6 @@ class SpreadModel:
     Args:
         model: on the CPU. Its parameters become DTensors where they are taken apart.
         sharding: see above.
-        is_bf16: gather the weights of layers in bfloat16; sums of gradients stay float32.
         is_compiled: compile the encoder, layer by layer where it is taken apart.
 
     Raises:
@@ -70,7 +69,6 @@ class SpreadModel:
         world: World,
         *,
         sharding: Sharding = "none",
-        is_bf16: bool = False,
         is_compiled: bool = False,
     ) -> None:
         self.model = model
@@ -78,7 +76,7 @@ class SpreadModel:
         self.sharding: Sharding = sharding if world.size > 1 else "none"
         self._module: nn.Module = _InOneForward(model)
         if self.is_sharded:
-            self._take_apart(is_bf16=is_bf16, is_compiled=is_compiled)
+            self._take_apart(is_compiled=is_compiled)
             model.to(world.device)  # what was not taken apart
             return
         model.to(world.device)
@@ -139,24 +137,19 @@ class SpreadModel:
                 if reshard := getattr(module, "reshard", None):
                     reshard()
 
-    def _take_apart(self, *, is_bf16: bool, is_compiled: bool) -> None:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    def _take_apart(self, *, is_compiled: bool) -> None:
+        from torch.distributed.fsdp import fully_shard
 
         if self.world.device.type == "cpu":
             _return_what_is_freed()
         mesh, frees = _mesh(self.world, self.sharding), self.sharding != "gradients"
-        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        if is_bf16:
-            # Autocast would round them in each product; gathered so they are half as large.
-            policy = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-            )
         whole: set[nn.Parameter] = set()
         for layer in find_layers(self.model.model, field="sharding"):
             to_float32(layer)  # one at a time, where they came from files
             if is_compiled:
                 layer.compile()
-            fully_shard(layer, mesh=mesh, reshard_after_forward=frees, mp_policy=policy)
+            # In float32: autocast leaves norms in it, whose gains are too near 1 for bfloat16.
+            fully_shard(layer, mesh=mesh, reshard_after_forward=frees)
         to_float32(self.model.model)
         if isinstance(self.model, DraftTrainee):
             whole = self._take_target_apart(self.model.target, mesh if frees else None)
@@ -187,6 +180,8 @@ def _mesh(world: World, sharding: Sharding) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
     kind = world.device.type
+    if kind == "cuda":
+        torch.cuda.set_device(world.device)  # shards are put on the current one
     if sharding != "hybrid":
         return init_device_mesh(kind, (world.size,))
     sizes = world.sizes_of_nodes()

@@ -29,7 +29,8 @@ _HEADER = {WEIGHTS: {"format": "pt"}}  # as transformers writes it
 
 
 class RunState:
-    """
+    """What a run goes on from, as its checkpoints hold it.
+
     Args:
         tokenizer, process: that stand beside the weights.
     """

@@ -73,7 +73,6 @@ class Trainer:
             denoiser,
             world,
             sharding=config.sharding,
-            is_bf16=config.mixed_precision == "bf16",
             is_compiled=config.compile,
         )
         self.optimizer = Optimizer(denoiser.model, config)
