@@ -168,8 +168,8 @@ def _filled(
     """Rows whose segments that have an `is_end` ([B, L]) are filled up to whole blocks.
 
     Returns:
-        segment and source of each place; the place whose token it is, which on filling is that of
-        the segment's last token; and how far behind that one it stands. [B, W] each.
+        [B, W] each: segment; source; the place of the token that a position stands for, which on
+        filling is the segment's last token; and how far behind that token the position is.
     """
     is_valid, index = segment >= 0, segment.clamp(min=0)
     counts = torch.zeros(len(segment), int(segment.max()) + 1, dtype=torch.long)
