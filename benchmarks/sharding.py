@@ -70,17 +70,15 @@ def work(rank: int, sharding: str, folder: Path, queue: Any) -> None:
     )
     data = TokenData.open(folder / "data", split="train")
     seconds: list[float] = []
-    planned: list[int] = []
 
     def note(event: str, **fields: Any) -> None:
         if event == "metrics":
             seconds.append(fields["seconds_per_step"])
-        elif event == "memory":
-            planned.append(fields["total"])
 
     world = World.current("cpu")
     run = TrainingRun.build(config, data, folder / f"out-{sharding}", world=world, on_event=note)
     trainer = run.trainer
+    assert run.memory is not None
     plan = step_plan(config, data, rank=rank, world_size=WORKERS)
     trainer.run(step_batches(data, plan, 0, STEPS), last_good=lambda: None, save=lambda: None)
     of_training = peak.most_bytes - before
@@ -103,7 +101,7 @@ def work(rank: int, sharding: str, folder: Path, queue: Any) -> None:
         queue.put(
             (
                 parameters,
-                planned[0],
+                run.memory.total,
                 of_training,
                 statistics.median(seconds[1:]),
                 statistics.median(stops),

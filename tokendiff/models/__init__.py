@@ -17,12 +17,12 @@ For other rooms:
     adapters          low-rank adapters
     layers            the layers of a model
     ragged_cache      keys and values of rows with their own lengths
+    masked_attention  what computes attention under a rule
+    tiled_attention   attention that computes only what a mask leaves
     dflash            the draft: a room of its own
 
 Of this room alone:
     causal_denoiser   a causal model under explicit masks and positions
-    masked_attention  what computes attention under a rule
-    tiled_attention   attention that computes only what a mask leaves
     diffusion_transformer
                       our own small architecture, which is told the time
 """

@@ -3,6 +3,7 @@
 For other rooms:
     inputs            what a run starts from, checked before a cluster starts
     identity          which run a folder holds, and whether it is finished
+    memory            what a worker will need of it
     run               from config and data to `checkpoint-N/` and `final/`
     trainer           the loop
     world             the workers of a run, seen from one of them
@@ -12,7 +13,6 @@ Of this room alone:
     optimizer muon ema
                       what steps the weights, with its schedule; averaged weights
     building          what a config trains: model, adapters, objective
-    memory            what a worker will need
     state             what checkpoints hold, and how it is read again
     saving            checkpoints written while training goes on
     watching          held-out rows judged as the run goes on, the best step, an early end

@@ -28,7 +28,7 @@ from tokendiff.objectives.dflash import DFlash
 from tokendiff.training.building import build_trainee
 from tokendiff.training.heldout import heldout_acceptance
 from tokendiff.training.identity import check_same_run, finished_run, run_identity
-from tokendiff.training.memory import check_memory, plan_memory
+from tokendiff.training.memory import MemoryPlan, check_memory, plan_memory
 from tokendiff.training.saving import CheckpointSaver
 from tokendiff.training.sharding import replica_size
 from tokendiff.training.state import RunState
@@ -47,6 +47,7 @@ class TrainingRun:
     Attributes:
         state, saver: what its checkpoints hold, and what writes them.
         notes: what a user should know of the model that the run begins with.
+        memory: what a worker needs; None where it is not known.
         watch: None where no held-out rows are judged.
     """
 
@@ -58,6 +59,7 @@ class TrainingRun:
     tokenizer: Any
     on_event: OnEvent
     measure: Callable[[], dict[str, float]] = dict
+    memory: MemoryPlan | None = None
     watch: Watch | None = None
     notes: Sequence[str] = ()
 
@@ -91,8 +93,6 @@ class TrainingRun:
             device=world.device,
         )
         if memory is not None:
-            if world.is_main:
-                on_event("memory", total=memory.total, description=memory.describe())
             check_memory(config, memory, world)
         denoiser, objective, process = build_trainee(
             config, data, tokenizer, world=world, warn=notes.append
@@ -112,6 +112,7 @@ class TrainingRun:
             measure = heldout_acceptance(trainer, objective, data)
         return cls(
             measure=measure,
+            memory=memory,
             watch=watch,
             notes=notes,
             trainer=trainer,
@@ -158,6 +159,9 @@ class TrainingRun:
             for note in self.notes if self.trainer.step == 0 else ():
                 self.on_event("warning", message=note)
             self.on_event("start", **self._facts())
+            if self.memory is not None:
+                needs = self.memory.describe()
+                self.on_event("memory", total=self.memory.total, description=needs)
         try:
             return self._fit(batches, should_stop)
         finally:
