@@ -8,7 +8,6 @@ answer, is that answer. So it holds the token that ends the turn, which the mode
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -135,48 +134,24 @@ class ChatRenderer:
             refuse: is told of the others.
         """
         kept, written = [], []
-        for conversation, written_out in self._write_all(list(conversations)):
-            if isinstance(written_out, RenderError):
-                refuse(conversation, written_out)
-            else:
-                written.append(written_out)
+        for conversation in conversations:
+            try:
+                written.append(self._write(conversation))
                 kept.append(conversation)
+            except RenderError as error:
+                refuse(conversation, error)
         for conversation, rendered in zip(kept, self._tokenize(written), strict=True):
             if isinstance(rendered, RenderError):
                 refuse(conversation, rendered)
             else:
                 yield conversation, rendered
 
-    def _write_all(
-        self, conversations: Sequence[Conversation]
-    ) -> Iterator[tuple[Conversation, Written | RenderError]]:
-        """Each written out, or why it cannot be; by one call of the template for all where it takes
-        them all.
-        """
-        texts: Sequence[str | None] = [None] * len(conversations)
-        if self.has_template and not self._is_tagged:
-            with suppress(RenderError):  # found again, one by one
-                texts = self._written([conversation.messages for conversation in conversations])
-        for conversation, text in zip(conversations, texts, strict=True):
-            try:
-                yield conversation, self._write(conversation, text)
-            except RenderError as error:
-                yield conversation, error
-
-    @cached_property
-    def _is_tagged(self) -> bool:
-        return "{% generation" in _words(self.tokenizer.chat_template)
-
-    def _write(self, conversation: Conversation, text: str | None = None) -> Written:
-        """
-        Args:
-            text: what the template writes, where that is known.
-        """
+    def _write(self, conversation: Conversation) -> Written:
         self._refuse_special_tokens(conversation)
         if self.has_template:
-            if self._is_tagged:
+            if "{% generation" in _words(self.tokenizer.chat_template):
                 return self._tagged(conversation.messages)
-            return self._by_outline(conversation.messages, text)
+            return self._by_outline(conversation.messages)
         if conversation.plain is None:
             raise RenderError("there is no chat template, and more than one turn")
         prompt, answer = conversation.plain
@@ -222,7 +197,11 @@ class ChatRenderer:
         chosen = spans[-1:] if self.train_on == "last_answer" else spans
         found = np.zeros(len(encoding), dtype=bool)
         for span in chosen:
-            start, stop = (_first_token(encoding, char) for char in span)
+            # Tokens stand in the order of their text.
+            start, stop = (
+                bisect_left(range(len(encoding)), char, key=lambda i: encoding.token_to_chars(i)[0])
+                for char in span
+            )
             found[start:stop] = True
         return found
 
@@ -241,12 +220,11 @@ class ChatRenderer:
             raise RenderError(f"the chat template refuses it ({reason_of(error)})") from error
         return written
 
-    def _by_outline(self, messages: Sequence[Message], text: str | None = None) -> Written:
+    def _by_outline(self, messages: Sequence[Message]) -> Written:
         """As `_by_prefixes`, by one rendering in place of two for each answer: where the outline of
         other conversations with the same roles is the outline of this one too.
         """
-        if text is None:
-            (text,) = self._written([messages])
+        (text,) = self._written([messages])
         outline = self._outline(tuple(message.role for message in messages))
         contents = [message.content for message in messages]
         if outline is not None and (spans := outline.spans(contents, text)) is not None:
@@ -317,17 +295,6 @@ class ChatRenderer:
                         f"message {number} spells the special token {token!r}, which would end or "
                         "begin a turn; take it out of the text"
                     )
-
-
-def _first_token(encoding: Any, char: int) -> int:
-    """The first token that begins at a character or behind it; their number where none does."""
-    token = encoding.char_to_token(char)
-    if token is None:  # no token has the character: tokens stand in the order of their text
-        starts = range(len(encoding))
-        return bisect_left(starts, char, key=lambda i: encoding.token_to_chars(i)[0])
-    while token < len(encoding) and encoding.token_to_chars(token)[0] < char:
-        token += 1
-    return int(token)
 
 
 @dataclass(frozen=True, kw_only=True)

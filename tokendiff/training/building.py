@@ -12,9 +12,7 @@ from tokendiff.data.rows import TokenData
 from tokendiff.diffusion.interfaces import Objective
 from tokendiff.diffusion.kernels import AbsorbingKernel
 from tokendiff.errors import InputError
-from tokendiff.models.adapters import (
-    add_adapters,
-)
+from tokendiff.models.adapters import add_adapters
 from tokendiff.models.denoiser import ModelInTwoParts
 from tokendiff.models.dflash.model import DFlashDraftConfig
 from tokendiff.models.dflash.planning import plan_draft

@@ -18,11 +18,7 @@ from tokendiff.models.layers import find_layers
 from tokendiff.models.plans import open_trainable_config, plan_model
 from tokendiff.models.pretrained import check_length, check_weights
 from tokendiff.models.vocabulary import check_vocabulary
-from tokendiff.training.building import (
-    make_objective,
-    model_without_weights,
-    starting_point,
-)
+from tokendiff.training.building import make_objective, model_without_weights, starting_point
 from tokendiff.training.identity import check_same_run
 
 if TYPE_CHECKING:
@@ -115,12 +111,14 @@ def check_model(config: "TrainConfig", *, max_length: int) -> None:
 
 def _check_modules(config: "TrainConfig", tokenizer: Any, *, max_length: int) -> None:
     """Check what depends on the layers that a model has, on one without weights."""
+    fields = {
+        "sharding": config.sharding != "none",
+        "optimizer muon": config.optimizer == "muon",
+    }
+    if not (config.lora_rank is not None or config.gradient_checkpointing or any(fields.values())):
+        return
     model = model_without_weights(config, tokenizer, max_length=max_length)
     if config.gradient_checkpointing:
         ModelInTwoParts(model, vocab_size=len(tokenizer)).recompute_activations()
-    for field, is_set in (
-        ("sharding", config.sharding != "none"),
-        ("optimizer muon", config.optimizer == "muon"),
-    ):
-        if is_set:
-            find_layers(model, field=field)
+    for field in (field for field, is_set in fields.items() if is_set):
+        find_layers(model, field=field)

@@ -134,7 +134,7 @@ class CheckpointSaver:
             worker writes a share then. None: the main one writes all.
         after: called by the thread of the main worker once a folder is committed.
 
-    Raises, from every method:
+    Raises, from `save`, `poll` and `wait`:
         OSError: the last checkpoint could not be written.
     """
 
@@ -209,9 +209,7 @@ class CheckpointSaver:
 
     def _begin(self, name: str) -> str:
         """A key that all writers share; the place that they write to is ready."""
-        number = uuid.uuid4().int % 2**32
-        if self._num_writers > 1 and not self._world.is_main:
-            number = 0
+        number = uuid.uuid4().int % 2**32 if self._world.is_main else 0
         if self._world.is_main:
             target = self._output_dir / name
             if isinstance(target, Path):
