@@ -26,6 +26,7 @@ from tokendiff.data.rows import TokenData
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.models.checkpoints import load_for_inference
 from tokendiff.models.layers import find_layers
+from tokendiff.models.opening import load_causal_denoiser
 from tokendiff.training import saving
 from tokendiff.training.run import TrainingRun
 from tokendiff.training.sharding import SpreadModel, _mesh
@@ -229,6 +230,30 @@ def test_weights_in_files_of_less_precision_are_trained_as_in_one_process(
     for name in ("config.json", "tokenizer.json", "scheduler_config.json"):
         here, there = (tmp_path / sharding / "final" / name for sharding in ("full", "none"))
         assert here.read_bytes() == there.read_bytes()
+
+
+def test_weights_that_files_lack_are_the_same_however_they_are_opened(tmp_path: Path) -> None:
+    """New ones are drawn; opening the files first must not move what is drawn."""
+    model = tiny_causal(vocab_size=24, tie_word_embeddings=False).bfloat16()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    letter_tokenizer().save_pretrained(tmp_path)
+    notes: list[str] = []
+    whole, on_disk = (
+        load_causal_denoiser(
+            str(tmp_path),
+            tokenizer=letter_tokenizer(),
+            max_length=LENGTH,
+            is_on_disk=is_on_disk,
+            warn=notes.append,
+        ).state_dict()
+        for is_on_disk in (False, True)
+    )
+    assert "up_proj" in notes[0]
+    for name, value in whole.items():
+        assert torch.equal(value, on_disk[name]), name
 
 
 def test_watched_runs_decide_alike(folder: Path, data: TokenData, tmp_path: Path) -> None:

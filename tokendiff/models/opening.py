@@ -149,9 +149,11 @@ def _open_on_disk(plan: ModelPlan) -> Weights:
     dtype = dtype_in_files(plan.name)
     if dtype is None or plan.config.model_type not in SPLIT_TYPES:
         return _open(plan, torch.float32)
+    drawn_so_far = torch.get_rng_state()
     weights = _open(plan, dtype)
-    if weights.missing:
-        return _open(plan, torch.float32)  # new weights are drawn in it
+    if weights.missing:  # new ones are drawn, and in float32, as where all is in memory
+        torch.set_rng_state(drawn_so_far)
+        return _open(plan, torch.float32)
     for module in (weights.model.get_input_embeddings(), weights.model.get_output_embeddings()):
         if module is not None:
             to_float32(module)

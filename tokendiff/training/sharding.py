@@ -110,9 +110,9 @@ class SpreadModel:
     ) -> Iterator[Callable[[Callable[[Any], Result]], Result]]:
         """Forward and backward of one pass of a step; what is yielded gives the model its work.
 
-        Workers tell each other of gradients no more often than they must: without sharding in the
-        last pass of a step; between nodes too. Gradients that lie in parts are added up in each
-        pass, or there would be no memory saved.
+        Without sharding, the workers' gradients are summed in the last pass of a step alone; with
+        `hybrid`, so are those of the nodes. Within a replica they are summed in each pass, since
+        keeping them whole until the last one would take the memory that sharding saves.
         """
         module: Any = self._module
         wait: Any = nullcontext()
