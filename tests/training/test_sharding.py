@@ -360,6 +360,8 @@ def test_a_share_that_cannot_be_written_ends_the_run_and_says_so(
     with pytest.raises(OSError, match="No space left"):
         run_distributed([(cfg, out)], data, 2, killed=(rank, _fill_the_disk, "raises"))
     assert not list(out.glob("checkpoint-*"))
+    run_distributed([(cfg, out)], data, 2)
+    assert not list(out.glob(".*")), "what it left is gone"
 
 
 def _fill_the_disk(moment: str, rank: int) -> None:

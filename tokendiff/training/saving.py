@@ -213,6 +213,8 @@ class CheckpointSaver:
         if self._world.is_main:
             target = self._output_dir / name
             if isinstance(target, Path):
+                for leftover in target.parent.glob(".*.tmp"):  # of an attempt that failed
+                    shutil.rmtree(leftover, ignore_errors=True)
                 _beside(target, f"{number:08x}").mkdir(parents=True)
             else:
                 (target / MANIFEST_NAME).unlink(missing_ok=True)
@@ -278,7 +280,8 @@ class CheckpointSaver:
                     self._write_into(Path(folder), target, key, staged, contents)
         except BaseException as error:
             self._error = error
-            if self._world.is_main and isinstance(target, Path):
+            # Where others still write there, the next save removes it.
+            if self._num_writers == 1 and isinstance(target, Path):
                 shutil.rmtree(_beside(target, key), ignore_errors=True)
 
     def _write_into(
