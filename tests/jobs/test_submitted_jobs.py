@@ -81,6 +81,13 @@ class Head:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
+    def nodes(self) -> int:
+        """How many nodes are up."""
+        answer = self.request(
+            "/api/v0/nodes?filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
+        )
+        return int(answer["data"]["result"]["num_filtered"])
+
     def submit(self, name: str, *command: str, folder: Path) -> "Submission":
         """`ray job submit` of `python -m COMMAND`, which follows the job's log until it ends."""
         variables = {"TOKENDIFF_ROOT": str(folder), "RAY_JOB_STOP_WAIT_TIME_S": "60"}
@@ -189,6 +196,10 @@ def head() -> Iterator[Head]:
 @pytest.fixture(scope="module")
 def worker_node(head: Head) -> Iterator["subprocess.Popen[bytes]"]:
     with head.node() as process:
+        deadline = time.monotonic() + 120
+        while head.nodes() < 2:  # a job that starts sooner sees the head alone
+            assert time.monotonic() < deadline, "the worker node does not join"
+            time.sleep(0.1)
         yield process
 
 
