@@ -136,7 +136,7 @@ def train_stage(
                 data_path=data_path,
                 # What a pipeline is about to make again is not held against the result before.
                 output_dir=None if stage.is_keyed else stage.output,
-                num_workers=config.cluster.num_workers,
+                num_workers=config.cluster.max_workers,
                 planned_length=planned_length,
             )
 
@@ -196,7 +196,7 @@ def _memory_of_a_worker(
     from tokendiff.data.tokenizers import build_tokenizer, open_tokenizer
     from tokendiff.training.memory import plan_memory
 
-    num_workers, sharding = config.cluster.num_workers, config.train.sharding
+    num_workers, sharding = config.cluster.min_workers, config.train.sharding
     if is_committed(data_path):
         data = TokenData.open(data_path, split="train")
         tokenizer, max_length = (

@@ -1,7 +1,7 @@
 """Jobs as people submit them: to a head with token authentication, followed, stopped, and cut off.
 
 One head for all, a cluster of its own beside the one that other tests share: it runs no tasks, as
-in cluster.yaml, and has one worker node, until the last test takes that from it.
+in cluster.yaml, and has one worker node.
 """
 
 import json
@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 TRAIN: dict[str, Any] = {
     "model_name_or_path": "builtin:bert-tiny",
-    "max_train_steps": 400,
+    "max_train_steps": 200,
     "per_device_train_batch_size": 8,
     "logging_steps": 1,
     "checkpointing_steps": 20,
@@ -259,10 +259,10 @@ def test_a_job_that_cannot_work_fails_with_code_2(
     assert answer["driver_exit_code"] == 2
 
 
-def test_a_stopped_pipeline_has_saved_its_step_and_goes_on_also_when_it_loses_a_node(
-    head: Head, worker_node: "subprocess.Popen[bytes]", tmp_path: Path
+def test_a_stopped_pipeline_has_saved_its_step_and_goes_on(
+    head: Head, worker_node: object, tmp_path: Path
 ) -> None:
-    """One training, stopped, gone on with, and moved to another node: as if left alone."""
+    """One training, stopped and gone on with: as if left alone."""
     config = {
         "name": "nightly",
         "root": str(tmp_path / "root"),
@@ -294,20 +294,11 @@ def test_a_stopped_pipeline_has_saved_its_step_and_goes_on_also_when_it_loses_a_
     assert "stopped by SIGTERM" in output
 
     second = head.submit("second", *command, folder=tmp_path)
-    enough = stopped + TRAIN["checkpointing_steps"]
-    second.wait_for(lambda: max(steps_in(log)) > enough, seconds=300)
-    kill_tree(worker_node.pid)
-    lost = max(steps_in(log))
-    assert lost < TRAIN["max_train_steps"]
-    with head.node():
-        code, output = second.finish()
+    code, output = second.finish()
     assert code == 0, output
     assert "preprocess  done (made by an earlier run" in output
     assert f"goes on from step {stopped}" in output
-    assert "was lost" in output
-    resumed = [event["step"] for event in read_events(log) if event["event"] == "resume"]
-    assert resumed[0] == stopped < resumed[1] <= lost
-    assert len(resumed) == 2
+    assert [event["step"] for event in read_events(log) if event["event"] == "resume"] == [stopped]
     assert head.request("/api/jobs/second")["status"] == "SUCCEEDED"
     assert (checkpoints / "final" / "MANIFEST.json").is_file()
     (data,) = (tmp_path / "root/nightly").glob("preprocess-*")

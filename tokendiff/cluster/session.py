@@ -1,6 +1,7 @@
 """Connecting to Ray: a running cluster, or one started on this machine for the length of a job."""
 
 import logging
+import math
 import os
 import time
 import uuid
@@ -83,7 +84,11 @@ def _start_or_join(config: "ClusterConfig", side_by_side: int, tell: Callable[[s
     # The controller looks at its workers this often; the default of 2 s is felt at every start and
     # end.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.worker_start_timeout_s)
+    # Where their number may be another, workers for whom there was room a moment ago are not waited
+    # for.
+    is_elastic = config.min_workers < config.max_workers
+    start_timeout = min(config.worker_start_timeout_s, 60.0 if is_elastic else math.inf)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_timeout)
     # Spinning OpenMP threads take the cores from whatever runs beside them: on two busy cores a
     # step took 4.6 times as long as with threads that sleep. Read when torch is loaded.
     thread_policy = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
@@ -109,7 +114,7 @@ def _start_or_join(config: "ClusterConfig", side_by_side: int, tell: Callable[[s
     else:
         # CPUs are only counts to Ray. Reserving more than there are lets a small machine run
         # workers and data tasks side by side where real counts would deadlock.
-        reserved = max(config.num_workers, config.num_actors) * config.cpus_per_worker
+        reserved = max(config.max_workers, config.num_actors) * config.cpus_per_worker
         needed = side_by_side * (int(reserved) + 1 + DATA_CPUS)
         os.environ.update(thread_policy)
         # Ray's workers are nice to all else by 15: Linux weighs them at a thirtieth of any other

@@ -6,7 +6,7 @@ every start, so a lost worker costs the steps since then.
 """
 
 import os
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,12 @@ from ray.train.torch import TorchTrainer
 
 from tokendiff.artifacts.checkpoint import newest_sound_checkpoint, step_of
 from tokendiff.artifacts.locations import Location, remove
+from tokendiff.cluster.elastic import (
+    Outlook,
+    asking_for_most,
+    worker_resources,
+    workers_to_start,
+)
 from tokendiff.cluster.rank_rows import RankRows
 from tokendiff.cluster.session import (
     threads_on_this_node,
@@ -93,7 +99,7 @@ def train(
         KeyboardInterrupt: SIGTERM came; the last step taken is in a checkpoint.
     """
     data = TokenData.open(data_path, split="train")
-    step_plan(config, data, rank=0, world_size=cluster.num_workers)
+    step_plan(config, data, rank=0, world_size=cluster.max_workers)
     check_inputs(config, data)
 
     def warn(message: str) -> None:
@@ -102,42 +108,52 @@ def train(
     if (final := finished_run(output_dir, config, data, warn=warn)) is not None:
         return final
     output_dir.mkdir(parents=True, exist_ok=True)
-    wait_for_resources(
-        cluster, count=cluster.num_workers, what="training workers", on_event=on_event
-    )
-    workers = f"{cluster.num_workers} training worker{'s' * (cluster.num_workers > 1)}"
-    for attempt in range(cluster.max_failures + 1):
-        checkpoint = newest_sound_checkpoint(output_dir, warn=warn)
-        if checkpoint is not None:
-            check_same_run(checkpoint, config, data)
-        on_event("doing", what=f"starting {workers}")
-        try:
-            _fit_once(config, cluster, data, output_dir, checkpoint, on_event)
-            break
-        except ray.train.TrainingFailedError as error:
-            reason = _reason_to_retry(error)
-            if attempt == cluster.max_failures:
-                raise RuntimeError(
-                    f"training failed {attempt + 1} times, the last time because {reason}; raise "
-                    "max_failures to go on, or run the same command again: it resumes from the "
-                    "newest checkpoint"
-                ) from error
-            on_event("warning", message=f"{reason}; restarting from the newest checkpoint")
-    final = finished_run(output_dir, config, data)
-    if final is None and is_stop_requested():
-        raise KeyboardInterrupt(f"{STOPPED}; the same command goes on from the step it was at")
-    assert final is not None, "training ended without an error and without final/"
-    return final
+    is_elastic = cluster.min_workers < cluster.max_workers
+    num_workers, num_failures = cluster.max_workers, 0
+    if not is_elastic:
+        wait_for_resources(cluster, count=num_workers, what="training workers", on_event=on_event)
+    with asking_for_most(cluster) if is_elastic else nullcontext():
+        while True:
+            if is_elastic:
+                num_workers = workers_to_start(cluster, on_event)
+            checkpoint = newest_sound_checkpoint(output_dir, warn=warn)
+            if checkpoint is not None:
+                check_same_run(checkpoint, config, data)
+            workers = f"{num_workers} training worker{'s' * (num_workers > 1)}"
+            on_event("doing", what=f"starting {workers}")
+            try:
+                _fit_once(config, cluster, num_workers, data, output_dir, checkpoint, on_event)
+            except ray.train.TrainingFailedError as error:
+                reason = _reason_to_retry(error)
+                num_failures += 1
+                if num_failures > cluster.max_failures:
+                    raise RuntimeError(
+                        f"training failed {num_failures} times, the last time because {reason}; "
+                        "raise max_failures to go on, or run the same command again: it resumes "
+                        "from the newest checkpoint"
+                    ) from error
+                on_event("warning", message=f"{reason}; restarting from the newest checkpoint")
+            else:
+                if (final := finished_run(output_dir, config, data)) is not None:
+                    return final
+                if is_stop_requested():
+                    raise KeyboardInterrupt(
+                        f"{STOPPED}; the same command goes on from the step it was at"
+                    )
 
 
 def _fit_once(
     config: "TrainConfig",
     cluster: "ClusterConfig",
+    num_workers: int,
     data: TokenData,
     output_dir: Location,
     checkpoint: Location | None,
     on_event: OnEvent,
 ) -> None:
+    """Train to the end, or until the workers are to be others: the newest checkpoint is then of the
+    last step that they took.
+    """
     use_gpu = wants_gpu(cluster)
     first_step = step_of(checkpoint) if checkpoint is not None else 0
     # Ray Train wants a folder for a state of its own that nothing here reads.
@@ -170,16 +186,30 @@ def _fit_once(
         rows = len(step_plan(config, data, rank=world.rank, world_size=world.size).positions)
         shard = ray.train.get_dataset_shard("train")
         batches = shard.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)
-        run.fit(iter(batches), should_stop=driver.listen() if world.is_main else lambda: False)
+        is_told_to_stop = driver.listen() if world.is_main else lambda: False
 
-    resources = {"CPU": cluster.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
+        def should_stop() -> bool:
+            step, reason = run.trainer.step + 1, ""
+            if outlook.is_leaving:
+                reason = f"node {ray.util.get_node_ip_address()} is about to be taken away"
+            elif outlook.has_room and step % config.checkpointing_steps == 0:
+                reason = "there is room for more workers"
+            if reason and context.get_local_rank() == 0:
+                driver.emit("warning", message=f"{reason}; starting anew after step {step}")
+            return bool(reason) or is_told_to_stop()
+
+        with Outlook(cluster, num_workers=world.size, is_main=world.is_main) as outlook:
+            run.fit(iter(batches), should_stop=should_stop)
+
     with saving_first(on_event) as driver:
         _Trainer(
             lambda: work(driver),
             datasets={"train": ray.data.range(1)},
             dataset_config=RankRows(data, config, first_step),
             scaling_config=ScalingConfig(
-                num_workers=cluster.num_workers, use_gpu=use_gpu, resources_per_worker=resources
+                num_workers=num_workers,
+                use_gpu=use_gpu,
+                resources_per_worker=worker_resources(cluster),
             ),
             run_config=RunConfig(
                 name=f"attempt-{os.getpid()}-{first_step}",

@@ -1,8 +1,23 @@
 """The section `cluster`: how the work is spread over a Ray cluster."""
 
-from pydantic import Field, model_validator
+import re
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
 
 from tokendiff.config.base import Section
+
+
+def _number_or_range(value: Any) -> Any:
+    """`4:16` is left a text, whose ends the properties of ClusterConfig give."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    ends = re.fullmatch(r"([1-9][0-9]*):([1-9][0-9]*)", value) if isinstance(value, str) else None
+    if ends is None:
+        raise ValueError("should be a whole number from 1, or two of them as MIN:MAX")
+    if int(ends[1]) > int(ends[2]):
+        raise ValueError(f"{ends[1]} exceeds {ends[2]}; write the smaller one first")
+    return value
 
 
 class ClusterConfig(Section):
@@ -12,7 +27,11 @@ class ClusterConfig(Section):
         None,
         description="Ray: a running cluster; by default RAY_ADDRESS, else one on this machine",
     )
-    num_workers: int = Field(1, ge=1, description="training workers")
+    num_workers: Annotated[int | str, BeforeValidator(_number_or_range)] = Field(
+        1,
+        description="training workers; MIN:MAX starts as many as the cluster has room for, goes on "
+        "with fewer when a node is lost, and takes more at a checkpoint",
+    )
     cpus_per_worker: float = Field(1.0, gt=0.0, description="CPUs reserved by one worker or actor")
     use_gpu: bool | None = Field(None, description="by default, whether the cluster has a GPU")
     threads_per_worker: int | None = Field(
@@ -36,6 +55,14 @@ class ClusterConfig(Section):
     worker_start_timeout_s: float = Field(
         600.0, gt=0.0, description="seconds to wait for the workers' resources"
     )
+
+    @property
+    def min_workers(self) -> int:
+        return int(str(self.num_workers).partition(":")[0])
+
+    @property
+    def max_workers(self) -> int:
+        return int(str(self.num_workers).rpartition(":")[2])
 
     @model_validator(mode="after")
     def _actors_agree(self) -> "ClusterConfig":

@@ -153,7 +153,7 @@ class Config(Section):
                 f"train.eval_steps {self.train.eval_steps}: preprocess.heldout_fraction 0 keeps no "
                 "rows to evaluate on; raise that, or leave eval_steps out"
             )
-        if rows < self.cluster.num_workers:
+        if rows < self.cluster.max_workers:
             problems.append(
                 f"cluster.num_workers {self.cluster.num_workers} exceeds the {rows} rows of a "
                 "training step; lower it, or raise train.global_batch_size"
