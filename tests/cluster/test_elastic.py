@@ -1,5 +1,6 @@
 """As many training workers as there is room for: nodes that are lost, taken away and added."""
 
+import importlib
 import subprocess
 import sys
 import tempfile
@@ -138,10 +139,11 @@ def kill_tree(process: "subprocess.Popen[bytes]") -> None:
 def announce_end_of(node_id: str) -> None:
     """As a spot market does, through the autoscaler."""
     import ray
-    from ray.core.generated import autoscaler_pb2
 
-    client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
-    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    raylet: Any = importlib.import_module("ray._raylet")
+    reasons: Any = importlib.import_module("ray.core.generated.autoscaler_pb2").DrainNodeReason
+    client = raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+    reason = reasons.Value("DRAIN_NODE_REASON_PREEMPTION")
     deadline_ms = int(time.time() * 1000) + 120_000
     is_accepted, why_not = client.drain_node(node_id, reason, "to be taken away", deadline_ms)
     assert is_accepted, why_not
