@@ -53,6 +53,7 @@ bench: setup  ## speed and memory against the published formulation; decoding; w
 	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.dflash
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.large_corpus
 
 toy: setup  ## train on languages made up: bounds against exact entropies, answers, drafts
 	$(BIN)/python -m benchmarks.toy_chain

@@ -45,7 +45,13 @@ class RowsHere:
 
 
 def fit_here(
-    config: Any, cluster: Any, data: Any, folder: Any, checkpoint: Any, on_event: Any
+    config: Any,
+    cluster: Any,
+    num_workers: int,
+    data: Any,
+    folder: Any,
+    checkpoint: Any,
+    on_event: Any,
 ) -> None:
     """As `tokendiff.cluster.train._fit_once`, in this process."""
     from tokendiff.data.rows import step_batches, step_plan

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.builders import letter_tokenizer, random_rows, token_folder
@@ -136,6 +137,37 @@ def test_checkpoints_are_passed_over_and_removed_as_local_ones_are(remote: Remot
     assert (open_checkpoint(str(remote)) / "weights").read_text() == "weights of step 10"
     with pytest.raises(InputError, match="no such folder"):
         open_checkpoint(f"{remote}/nothing-here")
+
+
+def test_shards_that_would_fill_the_disk_are_read_in_place(
+    remote: RemotePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = token_folder(
+        tmp_path / "data",
+        files=[random_rows(20, 12)],
+        max_length=12,
+        tokenizer=letter_tokenizer(),
+        row_group_rows=8,
+    )
+    publish(local, remote)
+    monkeypatch.setenv("TOKENDIFF_CACHE", str(tmp_path / "cache"))
+    expected = TokenData.open(local, split="train").read_group(2).tokens
+    for fits, num_copies in ((False, 0), (True, 1)):
+        monkeypatch.setattr("tokendiff.artifacts.locations._CACHED_PART_OF_DISK", float(fits))
+        data = TokenData.open(str(remote), split="train")
+        assert np.array_equal(data.read_group(2).tokens, expected)
+        assert len(list((tmp_path / "cache").rglob("*.parquet"))) == num_copies
+
+
+def test_files_are_found_at_any_depth_and_behind_links(tmp_path: Path) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/c").write_text("123")
+    (tmp_path / "d").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "a/b/c")
+    (tmp_path / "folder").symlink_to(tmp_path / "a")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "not-there")
+    assert files_under(tmp_path) == {"a/b/c": 3, "d": 0, "link": 3}
+    assert files_under(tmp_path / "not-there") == {}
 
 
 def train(

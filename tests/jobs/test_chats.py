@@ -74,7 +74,7 @@ def test_every_objective_learns_answers_and_is_judged_by_them(
         verified = [*judge[:3], str(tmp_path / "verified"), "--verify", *common]
         assert evaluate.main([*verified, "--num_mask_samples", "1"]) == 0
     # Of each answer a digit, and EOS; all else is given, or fills up.
-    assert judged["num_tokens"] == 2 * data.manifest.metadata["splits"]["heldout"]["documents"]
+    assert judged["num_tokens"] == 2 * data.metadata["splits"]["heldout"]["documents"]
 
 
 def test_blocks_of_documents_are_for_who_asks_and_answers_must_be_told(

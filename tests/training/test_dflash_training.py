@@ -16,12 +16,13 @@ from tests.builders import letter_tokenizer, random_rows, tiny_causal, token_fol
 from tests.training.distributed import run_distributed
 from tests.training.test_training import run
 from tokendiff.artifacts.checkpoint import open_checkpoint
-from tokendiff.artifacts.manifest import load_manifest, verify
+from tokendiff.artifacts.manifest import Manifest, load_manifest, verify
 from tokendiff.artifacts.noise_process import NoiseProcess, objective_of
 from tokendiff.config.cluster import ClusterConfig
 from tokendiff.config.evaluate import EvaluateConfig
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
+from tokendiff.data.shard_index import ShardIndex
 from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.diffusion.interfaces import TokenBatch
 from tokendiff.errors import InputError
@@ -189,11 +190,8 @@ def test_training_logs_what_is_accepted_on_held_out_rows(
     figures = acceptance_figures(judge.acceptance(heldout.read(*places))["blocks"])
     assert lengths[-1] == pytest.approx(figures["expected_acceptance_length"])
     # It changes nothing in what is trained, and needs no held-out rows.
-    splits = {**data.manifest.metadata["splits"], "heldout": {"files": []}}
-    metadata = {**data.manifest.metadata, "splits": splits}
-    alone = dataclasses.replace(
-        data, manifest=dataclasses.replace(data.manifest, metadata=metadata)
-    )
+    nothing = ShardIndex.of(Manifest(kind="tokens", metadata={"splits": {}}), "heldout")
+    alone = dataclasses.replace(data, shards={**data.shards, "heldout": nothing})
     again, events = run(cfg, alone, tmp_path / "alone")
     assert again == losses
     assert not any("heldout_acceptance_length" in event for event in events)

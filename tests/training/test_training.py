@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.order import RowOrder
 from tokendiff.data.prompts import GenerationRow
-from tokendiff.data.rows import StepPlan, TokenData, step_batches
+from tokendiff.data.rows import StepPlan, TokenData, TokenRows, step_batches
 from tokendiff.diffusion.kernels import HybridKernel, UniformKernel
+from tokendiff.diffusion.random import key_from, permutation
 from tokendiff.diffusion.schedules import Cosine
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.models.checkpoints import load_for_inference
@@ -35,6 +37,7 @@ from tokendiff.objectives.token_noise import TokenNoiseDiffusion
 from tokendiff.training.run import TrainingRun, step_plan, train_in_process
 from tokendiff.training.world import World
 
+Rows = list[tuple[int, int]]
 LENGTH, ROWS_PER_STEP = 12, 8
 
 
@@ -101,6 +104,71 @@ def test_any_stretch_of_the_order_can_be_asked_for() -> None:
         assert np.array_equal(np.stack(order.rows(start, stop)), whole[:, start:stop])
 
 
+def order_by_hand(sizes: list[int], seed: int, window_rows: int, epoch: int) -> Rows:
+    """One epoch, as it has been from the first version on."""
+    groups = permutation(key_from(seed, "row groups", epoch), len(sizes)).tolist()
+    per_window = max(1, window_rows // max(sizes))
+    rows: Rows = []
+    for window, first in enumerate(range(0, len(sizes), per_window)):
+        inside = [(g, r) for g in groups[first : first + per_window] for r in range(sizes[g])]
+        shuffled = permutation(key_from(seed, "rows", epoch, window), len(inside)).tolist()
+        rows += [inside[place] for place in shuffled]
+    return rows
+
+
+@pytest.mark.parametrize("window_rows", [1, 20, 40, 1000])
+def test_the_order_is_that_of_the_first_version(window_rows: int) -> None:
+    sizes = [5, 16, 16, 3, 16, 16, 1, 9]
+    as_array = np.array(sizes, dtype=np.int32)
+    order = RowOrder(row_group_sizes=as_array, seed=7, window_rows=window_rows)
+    epochs, groups, rows = order.rows(0, 2 * sum(sizes))
+    for epoch in range(2):
+        found = zip(groups[epochs == epoch].tolist(), rows[epochs == epoch].tolist(), strict=True)
+        assert list(found) == order_by_hand(sizes, 7, window_rows, epoch)
+
+
+def test_an_order_is_handed_on_without_what_it_has_made() -> None:
+    order = RowOrder(row_group_sizes=np.full(10_000, 16, dtype=np.int32), seed=0)
+    before = order.rows(100, 200)
+    pickled = pickle.dumps(order)
+    assert len(pickled) < 4 * 10_000 + 1000
+    assert np.array_equal(np.stack(pickle.loads(pickled).rows(100, 200)), np.stack(before))
+
+
+def test_each_window_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = random_rows(200, LENGTH)
+    folder = token_folder(
+        tmp_path / "data",
+        files=[rows[:100], rows[100:]],
+        max_length=LENGTH,
+        tokenizer=letter_tokenizer(),
+        row_group_rows=10,
+    )
+    data = TokenData.open(folder, split="train")
+    read: list[int] = []
+    read_group = TokenData.read_group
+
+    def counted(self: TokenData, group: int) -> TokenRows:
+        read.append(group)
+        return read_group(self, group)
+
+    monkeypatch.setattr(TokenData, "read_group", counted)
+    # Windows of 40 rows, and steps of 9, of which none ends where a window does.
+    order = RowOrder(row_group_sizes=data.row_group_sizes, seed=0, window_rows=40)
+    plan = StepPlan(order=order, rows_per_step=9)
+    batches = list(step_batches(data, plan, 0, 22))  # of the 200 rows 198
+    assert sorted(read) == list(range(20))
+    expected = order_by_hand(data.row_group_sizes.tolist(), 0, 40, 0)
+    found = np.concatenate([batch["row_id"] for batch in batches]).tolist()
+    assert found == [(g // 10 << 32) + g % 10 * 10 + r for g, r in expected[:198]]
+    # What one task of Ray Data reads begins in the middle of a window, and ends in one.
+    read.clear()
+    (chunk,) = plan.chunks(2, 22)
+    parts = list(plan.read(data, *chunk))
+    assert len(parts) == 5
+    assert sorted(read) == list(range(20))
+
+
 def test_windows_bound_what_is_read_at_once() -> None:
     order = RowOrder(row_group_sizes=(16,) * 100, seed=0, window_rows=64)
     _, groups, _ = order.rows(0, 1600)
@@ -129,7 +197,7 @@ def test_workers_share_each_step_without_overlap(data: TokenData, world_size: in
 def test_rows_arrive_as_written(data: TokenData) -> None:
     rows = random_rows(70, LENGTH)
     read = data.read(np.array([4, 0, 4]), np.array([13, 3, 0]))
-    assert data.row_group_sizes == (16, 16, 8, 16, 14)
+    assert data.row_group_sizes.tolist() == [16, 16, 8, 16, 14]
     assert read.tokens[1].tolist() == rows[3]
     assert read.tokens[2].tolist() == rows[56]
     assert read.lengths.tolist() == [5, LENGTH, LENGTH]

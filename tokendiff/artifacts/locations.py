@@ -28,6 +28,7 @@ from tokendiff.errors import CorruptFileError, InputError
 CACHE_VARIABLE = "TOKENDIFF_CACHE"
 _URI = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _ARROW_SCHEMES = ("s3", "gs", "gcs")
+_CACHED_PART_OF_DISK = 0.25
 _BUFFER_BYTES = 1 << 20
 _THREADS = 8
 # URI of a folder that this process may not write to -> (what in it it still may, why not).
@@ -166,15 +167,21 @@ def location(path: "str | Location") -> Location:
 def files_under(folder: Location) -> dict[str, int]:
     """Size of every file at any depth, by its path relative to `folder`, in sorted order."""
     if isinstance(folder, Path):
-        found = {
-            path.relative_to(folder).as_posix(): path.stat().st_size
-            for path in folder.rglob("*")
-            if path.is_file()
-        }
+        found = dict(_sizes_under(folder)) if folder.is_dir() else {}
     else:
         _, base = _resolve(folder.uri)
         found = {info.path.removeprefix(f"{base}/"): info.size for info in folder._files()}
     return dict(sorted(found.items()))
+
+
+def _sizes_under(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, int]]:
+    # By names: a Path for each of a hundred thousand shards takes seconds.
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _sizes_under(entry.path, f"{prefix}{entry.name}/")
+            elif entry.is_file():
+                yield prefix + entry.name, entry.stat().st_size
 
 
 def folders_in(folder: Location) -> list[Location]:
@@ -272,6 +279,13 @@ def cache_folder() -> Path:
     """
     named = os.environ.get(CACHE_VARIABLE)
     return Path(named).expanduser() if named else Path.home() / ".cache" / "tokendiff"
+
+
+def fits_cache(num_bytes: int) -> bool:
+    """Whether copies of so many bytes are little to the disk that the cache is on."""
+    folder = cache_folder()
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    return num_bytes <= shutil.disk_usage(there).total * _CACHED_PART_OF_DISK
 
 
 def mirror_of(folder: Location) -> Path:

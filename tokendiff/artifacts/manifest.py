@@ -32,6 +32,7 @@ MANIFEST_NAME = "MANIFEST.json"
 # A run's own log and tracking state, which go on being written after the result is committed.
 RECORD_FOLDER = "run"
 _READ_BYTES = 1 << 20
+_MAX_LAID_OUT = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,9 @@ def commit(
         files[name] = {"size": size, "sha256": digest}
     manifest = Manifest(kind=kind, files=files, metadata=metadata or {})
     body = {"format": 1, "kind": kind, "metadata": manifest.metadata, "files": files}
-    text = json.dumps({**body, "digest": fingerprint(body)}, indent=1)
+    # Laid out for people, where there are few enough to look at.
+    indent = 1 if len(files) <= _MAX_LAID_OUT else None
+    text = json.dumps({**body, "digest": fingerprint(body)}, indent=indent)
     write_atomically(folder / MANIFEST_NAME, text.encode())
     return manifest
 
@@ -191,7 +194,6 @@ def verify(folder: Location, *, kind: str | None = None, hashes: bool = True) ->
     manifest = load_manifest(folder, kind=kind)
     sizes = files_under(folder)
     for name, expected in manifest.files.items():
-        path = folder / name
         size = sizes.get(name)
         if size is None:
             raise CorruptFileError(f"{folder}: {name} is missing, though its MANIFEST lists it")
@@ -200,7 +202,7 @@ def verify(folder: Location, *, kind: str | None = None, hashes: bool = True) ->
                 f"{folder}: {name} does not match its MANIFEST ({size} bytes, expected "
                 f"{expected['size']})"
             )
-        if hashes and (digest := sha256_of(path)) != expected["sha256"]:
+        if hashes and (digest := sha256_of(folder / name)) != expected["sha256"]:
             raise CorruptFileError(
                 f"{folder}: {name} does not match its MANIFEST "
                 f"(sha256 {digest[:12]}..., expected {expected['sha256'][:12]}...)"

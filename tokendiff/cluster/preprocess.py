@@ -25,6 +25,7 @@ from tokendiff.data.bad_rows import ERRORS, ErrorCount, bad_rows_in_words
 from tokendiff.data.chat_documents import ChatOptions
 from tokendiff.data.partition import Partition, Piece
 from tokendiff.data.preprocess import (
+    ROW_GROUP_ROWS,
     SPLITS,
     PartitionStats,
     preprocess_partition,
@@ -352,7 +353,9 @@ def _split_totals(stats: Sequence[PartitionStats], split: str) -> dict[str, Any]
         "tokens": sum(shard.tokens for shard in shards),
         "bytes": sum(shard.num_bytes for shard in shards),
         "documents": sum(shard.documents for shard in shards),
-        "files": [{"path": shard.path, "row_groups": shard.row_groups} for shard in shards],
+        "highest_token": max((shard.highest_token for shard in shards), default=-1),
+        "row_group_rows": ROW_GROUP_ROWS,
+        "files": [{"path": shard.path, "rows": shard.rows} for shard in shards],
     }
 
 

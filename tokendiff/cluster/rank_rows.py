@@ -5,18 +5,26 @@ a process that others wait for, import what this class needs: no model and no ob
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import ray.data
 from ray.train import DataConfig
 
 from tokendiff.cluster.session import data_context
-from tokendiff.data.rows import TokenData, step_plan
+from tokendiff.data.rows import StepPlan, TokenData, step_plan
 
 if TYPE_CHECKING:
     from tokendiff.config.train import TrainConfig
 
 _MAX_READ_BLOCKS = 1000
+
+
+@lru_cache(maxsize=1)
+def _got(shared: ray.ObjectRef) -> Any:
+    """Once in each process, which then keeps what it knows of an epoch's order."""
+    return ray.get(shared)
 
 
 class RankRows(DataConfig):
@@ -43,18 +51,25 @@ class RankRows(DataConfig):
             source = ray.data.from_items(
                 list(range(num_chunks)), override_num_blocks=_MAX_READ_BLOCKS
             )
+            # Once on each node: an entry per row group may be a lot.
+            shared = ray.put((self._data, plan.order))
             return [
-                {"train": self._rows_of(rank, world_size, source).iterator()}
+                {"train": self._rows_of(replace(plan, rank=rank), source, shared).iterator()}
                 for rank in range(world_size)
             ]
 
-    def _rows_of(self, rank: int, world_size: int, source: ray.data.Dataset) -> ray.data.Dataset:
-        plan = step_plan(self._config, self._data, rank=rank, world_size=world_size)
-        chunks = plan.chunks(self._first_step, self._config.max_train_steps)
-        data = self._data
+    def _rows_of(
+        self, plan: StepPlan, source: ray.data.Dataset, shared: ray.ObjectRef
+    ) -> ray.data.Dataset:
+        first_step, stop_step = self._first_step, self._config.max_train_steps
+        share = {"rank": plan.rank, "world_size": plan.world_size}
+        rows_per_step = plan.rows_per_step
 
         def read(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+            data, order = _got(shared)
+            plan = StepPlan(order=order, rows_per_step=rows_per_step, **share)
+            chunks = plan.chunks(first_step, stop_step)
             for index in batch["item"]:
-                yield plan.read(data, *chunks[int(index)])
+                yield from plan.read(data, *chunks[int(index)])
 
         return source.map_batches(read, batch_size=1, compute=ray.data.TaskPoolStrategy(size=2))

@@ -17,6 +17,7 @@ For other rooms:
     streams           files of text as bytes, decompressed on the way
 
 Of this room alone:
+    shard_index       which shards and row groups a split has, in arrays
     chats             formats of conversations
     fitting           whole documents into rows
     columns           where a text stands in a row

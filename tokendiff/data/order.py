@@ -6,38 +6,57 @@ and within each window of consecutive permuted row groups the rows are. A resume
 another number of workers, asks for the same places and gets the same rows.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RowOrder:
     """
     Attributes:
-        row_group_sizes: rows of each row group, in the order of the shards.
+        row_group_sizes: [row groups] of rows in each, in the order of the shards.
         window_rows: rows that are shuffled together, about; a corpus smaller than that is shuffled
             fully.
     """
 
-    row_group_sizes: tuple[int, ...]
+    row_group_sizes: np.ndarray | Sequence[int]
     seed: int
     window_rows: int = 16384
 
     def __post_init__(self) -> None:
-        if sum(self.row_group_sizes) == 0:
+        if self.num_rows == 0:
             raise ValueError("an order of no rows")
         if self.window_rows < 1:
             raise ValueError(f"window_rows must be at least 1, got {self.window_rows}")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is kept: another process may need other windows."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
     @cached_property
     def num_rows(self) -> int:
-        return sum(self.row_group_sizes)
+        return int(np.sum(self.row_group_sizes, dtype=np.int64))
+
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        return np.asarray(self.row_group_sizes)
 
     @cached_property
     def _groups_per_window(self) -> int:
-        return max(1, self.window_rows // max(self.row_group_sizes))
+        return max(1, self.window_rows // int(self._sizes.max()))
+
+    # Of this order alone: to know another by its sizes would take a look at all of them.
+    @cached_property
+    def _groups_of(self) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+        return lru_cache(maxsize=2)(self._permuted_groups)
+
+    @cached_property
+    def _rows_of(self) -> Callable[[int, int], tuple[np.ndarray, np.ndarray]]:
+        return lru_cache(maxsize=4)(self._shuffled_window)
 
     def rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The rows at places start..stop-1 of the endless sequence epoch 0, epoch 1, ...
@@ -61,38 +80,29 @@ class RowOrder:
         """Shuffled (row group, row) of the window that holds `place` of an epoch, and the place
         where it ends.
         """
-        groups, stops = _permuted_groups(
-            self.row_group_sizes, self._groups_per_window, self.seed, epoch
-        )
+        _, stops = self._groups_of(epoch)
         window = int(np.searchsorted(stops, place, side="right"))
-        chosen = groups[window * self._groups_per_window : (window + 1) * self._groups_per_window]
-        return *_shuffled_window(
-            self.row_group_sizes, tuple(chosen.tolist()), self.seed, epoch, window
-        ), int(stops[window])
+        return *self._rows_of(epoch, window), int(stops[window])
 
+    def _permuted_groups(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row groups in the epoch's order, and the place at which each window of them ends."""
+        count, per_window = len(self._sizes), self._groups_per_window
+        groups = _permutation(count, self.seed, "row groups", epoch).astype(np.int32)
+        group_stops = np.cumsum(self._sizes[groups], dtype=np.int64)
+        last_of_window = np.minimum(
+            np.arange(per_window - 1, count + per_window - 1, per_window), count - 1
+        )
+        return groups, group_stops[last_of_window]
 
-@lru_cache(maxsize=4)
-def _permuted_groups(
-    sizes: tuple[int, ...], per_window: int, seed: int, epoch: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Row groups in the epoch's order, and the place at which each window of them ends."""
-    groups = _permutation(len(sizes), seed, "row groups", epoch)
-    group_stops = np.cumsum(np.asarray(sizes, dtype=np.int64)[groups])
-    last_of_window = np.minimum(
-        np.arange(per_window - 1, len(sizes) + per_window - 1, per_window), len(sizes) - 1
-    )
-    return groups, group_stops[last_of_window]
-
-
-@lru_cache(maxsize=4)
-def _shuffled_window(
-    sizes: tuple[int, ...], groups: tuple[int, ...], seed: int, epoch: int, window: int
-) -> tuple[np.ndarray, np.ndarray]:
-    counts = np.asarray([sizes[group] for group in groups], dtype=np.int64)
-    group_of_row = np.repeat(np.asarray(groups, dtype=np.int64), counts)
-    row_in_group = np.concatenate([np.arange(count) for count in counts])
-    shuffled = _permutation(len(group_of_row), seed, "rows", epoch, window)
-    return group_of_row[shuffled], row_in_group[shuffled]
+    def _shuffled_window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row group and row in it of each place of a window."""
+        first = window * self._groups_per_window
+        groups = self._groups_of(epoch)[0][first : first + self._groups_per_window]
+        counts = self._sizes[groups].astype(np.int64)
+        group_of_row = np.repeat(groups.astype(np.int64), counts)
+        row_in_group = np.concatenate([np.arange(count) for count in counts])
+        shuffled = _permutation(len(group_of_row), self.seed, "rows", epoch, window)
+        return group_of_row[shuffled], row_in_group[shuffled]
 
 
 def _permutation(n: int, *key: int | str) -> np.ndarray:

@@ -59,20 +59,18 @@ class ShardStats:
 
     Attributes:
         path: relative to the output folder.
-        row_groups: rows of each Parquet row group.
+        rows: in row groups of ROW_GROUP_ROWS, all but the last.
+        highest_token: the largest id.
         num_bytes: UTF-8 bytes of the source text.
     """
 
     path: str
     sha256: str
-    row_groups: list[int]
+    rows: int
+    highest_token: int
     tokens: int
     num_bytes: int
     documents: int
-
-    @property
-    def rows(self) -> int:
-        return sum(self.row_groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,7 +388,7 @@ class _ShardWriter:
         # Its own name for every attempt: a task that is thought lost may still be writing.
         self._temporary = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex[:8]}.tmp")
         self._next_row_id = (index << 32) + (_HELDOUT_BIT if split == "heldout" else 0)
-        self._row_groups: list[int] = []
+        self._num_rows, self._highest_token = 0, 0
         self._totals: Counter[str] = Counter(documents=0, tokens=0, num_bytes=0)
         self._writer: Any = None
 
@@ -416,7 +414,11 @@ class _ShardWriter:
         digest = sha256_of(self._temporary)
         os.replace(self._temporary, self._path)
         return ShardStats(
-            path=self._name, sha256=digest, row_groups=self._row_groups, **self._totals
+            path=self._name,
+            sha256=digest,
+            rows=self._num_rows,
+            highest_token=self._highest_token,
+            **self._totals,
         )
 
     def close(self) -> None:
@@ -447,8 +449,8 @@ class _ShardWriter:
                 self._temporary, table.schema, compression="zstd", write_page_checksum=True
             )
         self._writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
-        full, rest = divmod(len(rows), ROW_GROUP_ROWS)
-        self._row_groups += [ROW_GROUP_ROWS] * full + [rest] * (rest > 0)
+        self._num_rows += len(rows)
+        self._highest_token = max(self._highest_token, int(rows.tokens.max()))
 
 
 def _list_array(values: np.ndarray, lengths: np.ndarray) -> Any:

@@ -1,16 +1,17 @@
 """Reading packed token shards: in order (evaluation), or the rows of given steps (training)."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tokendiff.artifacts.locations import Location, local_copy, location, open_binary
+from tokendiff.artifacts.locations import Location, fits_cache, local_copy, location, open_binary
 from tokendiff.artifacts.manifest import Manifest, fetch, fingerprint, load_manifest, verify
 from tokendiff.data.order import RowOrder
+from tokendiff.data.shard_index import ShardIndex
 from tokendiff.errors import CorruptFileError, InputError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from tokendiff.diffusion.interfaces import Figures, TokenBatch
 
 KIND = "tokens"
+_WINDOWS_PER_CHUNK = 8  # of nine, since most begin in the middle of one
 _LEAST_ROWS_TO_JUDGE = 2  # of fewer there is no standard error
 
 
@@ -110,17 +112,42 @@ class TokenRows:
 _ARRAYS = ("tokens", "lengths", "is_start", "is_target", "row_ids", "num_bytes", "num_filler")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TokenData:
-    """One split of a folder that jobs.preprocess wrote; remote shards are copied when read."""
+    """One split of a folder that jobs.preprocess wrote; remote shards are copied when read,
+    or read in place.
+
+    Attributes:
+        metadata: that of the folder's manifest, but for the files of the splits.
+        fingerprint: changes where any token of any shard does.
+        shards: of every split.
+    """
 
     folder: Location
     split: str
-    manifest: Manifest
+    metadata: Mapping[str, Any]
+    fingerprint: str
+    shards: Mapping[str, ShardIndex]
+
+    @classmethod
+    def of(cls, folder: Location, manifest: Manifest, *, split: str) -> "TokenData":
+        splits = manifest.metadata["splits"]
+        without_files = {
+            name: {key: value for key, value in figures.items() if key != "files"}
+            for name, figures in splits.items()
+        }
+        digests = {name: entry["sha256"] for name, entry in manifest.files.items()}
+        return cls(
+            folder=folder,
+            split=split,
+            metadata={**manifest.metadata, "splits": without_files},
+            fingerprint=fingerprint(digests),
+            shards={name: ShardIndex.of(manifest, name) for name in {*splits, split}},
+        )
 
     def other_split(self, split: str) -> "TokenData":
         """Another split of the same folder, which may have no rows."""
-        return TokenData(folder=self.folder, split=split, manifest=self.manifest)
+        return replace(self, split=split)
 
     @classmethod
     def open(cls, folder: str | Location, *, split: str) -> "TokenData":
@@ -140,62 +167,55 @@ class TokenData:
                 f"data_path {folder}: no committed token shards there (no MANIFEST.json); run "
                 "jobs.preprocess"
             ) from error
-        data = cls(folder=path, split=split, manifest=manifest)
-        if not data.row_group_sizes:
+        data = cls.of(path, manifest, split=split)
+        if not data.num_rows:
             remedy = _more_rows(manifest.metadata, split)
             raise InputError(
                 f"data_path {folder}: split {split!r} has no rows; {remedy}, and preprocess again"
             )
         return data
 
-    @cached_property
-    def _groups(self) -> list[tuple[str, int, int]]:
-        """(file, row group within it, rows) of every row group, in the order of the shards."""
-        files = self.manifest.metadata["splits"].get(self.split, {}).get("files", [])
-        return [
-            (f["path"], group, rows) for f in files for group, rows in enumerate(f["row_groups"])
-        ]
-
-    @cached_property
-    def row_group_sizes(self) -> tuple[int, ...]:
-        return tuple(rows for _, _, rows in self._groups)
+    @property
+    def row_group_sizes(self) -> np.ndarray:
+        """[row groups] int32, rows of each, in the order of the shards."""
+        return self.shards[self.split].row_group_sizes
 
     @property
     def num_rows(self) -> int:
-        return sum(self.row_group_sizes)
+        return int(self.row_group_sizes.sum(dtype=np.int64))
 
     @property
     def max_length(self) -> int:
-        return int(self.manifest.metadata["max_length"])
+        return int(self.metadata["max_length"])
 
     @property
     def isolates_documents(self) -> bool:
         """Whether the documents of a row must not see each other, in whatever model."""
-        return bool(self.manifest.metadata.get("isolate_documents", False))
+        return bool(self.metadata.get("isolate_documents", False))
 
     @property
     def train_on(self) -> str:
         """Which tokens are targets: "answers" or the "last_answer" of chats, or "all"."""
-        return str((self.manifest.metadata.get("chats") or {}).get("train_on", "all"))
+        return str((self.metadata.get("chats") or {}).get("train_on", "all"))
 
     @property
     def tokenizer_path(self) -> Path:
         return fetch(self.folder, under="tokenizer/") / "tokenizer"
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Changes where any token of any shard does."""
-        return fingerprint({name: entry["sha256"] for name, entry in self.manifest.files.items()})
-
     def highest_token(self) -> int | None:
-        """The largest token id in the rows of all splits, by the statistics in the shards' footers;
-        no row is read. None where a shard has none.
+        """The largest token id in the rows of all splits; None where that is not known.
+
+        It is in the metadata, or else in the statistics of the shards' footers; no row is read.
         """
         import pyarrow.parquet as pq
 
         highest = -1
-        for split in self.manifest.metadata["splits"].values():
-            for name in (file["path"] for file in split.get("files", [])):
+        for split, shards in self.shards.items():
+            figures = self.metadata["splits"].get(split, {})
+            if "highest_token" in figures:
+                highest = max(highest, figures["highest_token"])
+                continue
+            for name in shards.names:
                 with open_binary(self.folder / name) as file:
                     footer = pq.read_metadata(file)
                 for group in range(footer.num_row_groups):
@@ -206,14 +226,27 @@ class TokenData:
                     highest = max(highest, column.statistics.max)
         return highest
 
+    @contextmanager
+    def _shard(self, name: str, digest: str) -> Iterator[Any]:
+        """A shard as a file to read from: a remote one as a copy, unless all of them would fill
+        this machine's disk; its row groups are then read in place.
+        """
+        path = self.folder / name
+        if isinstance(path, Path) or fits_cache(self.shards[self.split].num_bytes):
+            yield local_copy(path, sha256=digest)
+        else:
+            with open_binary(path) as file:
+                yield file
+
     def read_group(self, group: int) -> TokenRows:
         """All rows of one row group, in order."""
         import pyarrow.parquet as pq
 
-        name, index, rows = self._groups[group]
+        name, digest, index = self.shards[self.split].find(group)
+        rows = int(self.row_group_sizes[group])
         try:
-            path = local_copy(self.folder / name, sha256=self.manifest.files[name]["sha256"])
-            table = pq.ParquetFile(path, page_checksum_verification=True).read_row_group(index)
+            with self._shard(name, digest) as file:
+                table = pq.ParquetFile(file, page_checksum_verification=True).read_row_group(index)
         except (OSError, ValueError) as error:
             raise CorruptFileError(
                 f"{self.folder}: {name} cannot be read ({error}); run jobs.preprocess again"
@@ -243,16 +276,33 @@ class TokenData:
             num_filler=_column_or_zeros(table, "num_filler"),
         )
 
-    def read(self, groups: np.ndarray, rows: np.ndarray) -> TokenRows:
-        """Rows (row group, row within it), in the order asked for; each row group is read once."""
-        needed, which = np.unique(groups, return_inverse=True)
-        loaded = [self.read_group(int(group)) for group in needed]
-        starts = np.cumsum([0, *(len(part) for part in loaded)])[:-1]
-        everything = TokenRows(
-            **{name: np.concatenate([getattr(part, name) for part in loaded]) for name in _ARRAYS},
+    def read(
+        self, groups: np.ndarray, rows: np.ndarray, *, kept: dict[int, TokenRows] | None = None
+    ) -> TokenRows:
+        """Rows (row group, row within it), in the order asked for; each row group is read once.
+
+        Args:
+            kept: row groups that the call before has read, which this one replaces by its own.
+        """
+        needed, firsts = np.unique(np.sort(groups), return_index=True)
+        before = {} if kept is None else {g: kept[g] for g in needed.tolist() if g in kept}
+        if kept is not None:
+            kept.clear()
+        by_group = np.argsort(groups, kind="stable")
+        found = []
+        for group, places in zip(needed.tolist(), np.split(by_group, firsts[1:]), strict=True):
+            whole = before[group] if group in before else self.read_group(group)
+            found.append(whole.take(rows[places]))
+            if kept is not None:
+                kept[group] = whole
+        back = np.argsort(by_group)
+        return TokenRows(
+            **{
+                name: np.concatenate([getattr(part, name) for part in found])[back]
+                for name in _ARRAYS
+            },
             isolates_documents=self.isolates_documents,
         )
-        return everything.take(starts[which] + rows)
 
 
 def _column_or_zeros(table: Any, name: str) -> np.ndarray:
@@ -292,22 +342,33 @@ class StepPlan:
         return np.arange(self.rank, self.rows_per_step, self.world_size)
 
     @property
-    def chunk_steps(self) -> int:
-        """Steps read at once: as many as a shuffle window holds, so most read two windows."""
+    def window_steps(self) -> int:
+        """As many steps as a shuffle window has rows for."""
         return max(1, min(self.order.window_rows, self.order.num_rows) // self.rows_per_step)
 
     def chunks(self, first_step: int, stop_step: int) -> list[tuple[int, int]]:
-        """Runs of steps [start, stop) that cover first_step..stop_step-1."""
-        size = self.chunk_steps
+        """Runs of steps [start, stop) that cover first_step..stop_step-1, each read by one task."""
+        size = _WINDOWS_PER_CHUNK * self.window_steps
         return [(s, min(s + size, stop_step)) for s in range(first_step, stop_step, size)]
 
-    def read(self, data: TokenData, start: int, stop: int) -> dict[str, np.ndarray]:
-        """This worker's rows of steps start..stop-1, step after step, as columns."""
+    def read(self, data: TokenData, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+        """This worker's rows of steps start..stop-1 as columns, step after step, some steps at a
+        time.
+
+        A window at a time, about, so that memory is bounded; what two of them share is read once.
+        """
+        kept: dict[int, TokenRows] = {}
+        for first in range(start, stop, self.window_steps):
+            yield self._read(data, first, min(first + self.window_steps, stop), kept)
+
+    def _read(
+        self, data: TokenData, start: int, stop: int, kept: dict[int, TokenRows]
+    ) -> dict[str, np.ndarray]:
         places = (np.arange(start, stop)[:, None] * self.rows_per_step + self.positions).ravel()
         first = start * self.rows_per_step
         epochs, groups, rows = self.order.rows(first, stop * self.rows_per_step)
         chosen = places - first
-        read = data.read(groups[chosen], rows[chosen])
+        read = data.read(groups[chosen], rows[chosen], kept=kept)
         return {
             "tokens": read.tokens,
             "length": read.lengths,
@@ -330,7 +391,6 @@ def step_batches(
 ) -> Iterator[dict[str, Any]]:
     """One worker's rows of each step, read in this process; what Ray Data delivers, without Ray."""
     size = len(plan.positions)
-    for start, stop in plan.chunks(first_step, stop_step):
-        columns = plan.read(data, start, stop)
-        for offset in range(0, (stop - start) * size, size):
+    for columns in plan.read(data, first_step, stop_step):
+        for offset in range(0, len(columns["length"]), size):
             yield {name: column[offset : offset + size] for name, column in columns.items()}

@@ -21,7 +21,7 @@ def heldout_acceptance(
     on the same few held-out rows behind the same anchors each time; nothing where there are none.
     """
     heldout = data.other_split("heldout")
-    if not heldout.row_group_sizes:
+    if not heldout.num_rows:
         return dict
     seed, device = trainer.config.seed, trainer.world.device
     rows = heldout.read(*evaluation_rows(heldout, seed=seed, max_rows=_ROWS))
