@@ -16,7 +16,7 @@ from tokendiff.data.rows import TokenData
 from tokendiff.training.run import train_in_process
 
 Losses = dict[int, float]
-Job = tuple[TrainConfig, Path]  # and the folder that it writes to
+Job = tuple[TrainConfig, Any]  # and the folder that it writes to
 # A rank; and what it calls first, with a word of its own and the rank.
 Killed = tuple[int, Callable[[str, int], None], str]
 
@@ -41,8 +41,8 @@ def run_distributed(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     queue = context.Queue()
-    meeting = jobs[0][1].with_name(f"{uuid.uuid4().hex}.meeting")
-    meeting.parent.mkdir(parents=True, exist_ok=True)
+    assert isinstance(data.folder, Path)
+    meeting = data.folder.with_name(f"{uuid.uuid4().hex}.meeting")
     workers = [
         context.Process(
             target=_work,
@@ -87,7 +87,7 @@ def _work(
     torch.distributed.destroy_process_group()
 
 
-def _losses_of(config: TrainConfig, data: Path, folder: Path) -> Losses:
+def _losses_of(config: TrainConfig, data: Path, folder: Any) -> Losses:
     losses: Losses = {}
 
     def keep(event: str, **fields: Any) -> None:

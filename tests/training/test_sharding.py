@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from tests.builders import letter_tokenizer, random_rows, tiny_causal, token_folder
 from tests.training.distributed import Job, Losses, run_distributed
 from tokendiff.artifacts.checkpoint import newest_sound_checkpoint, open_checkpoint
-from tokendiff.artifacts.manifest import load_manifest, verify
+from tokendiff.artifacts.locations import RemotePath
+from tokendiff.artifacts.manifest import fetch, load_manifest, verify
 from tokendiff.artifacts.tensor_files import TensorFiles
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
@@ -349,6 +350,29 @@ def test_a_kill_at_any_moment_leaves_the_checkpoint_before(
     expected = {step: loss for step, loss in whole["mdlm"].items() if step > 2}
     assert losses == pytest.approx(expected, rel=1e-5)
     assert not list(out.glob(".*")), "what the killed one left is gone"
+
+
+def test_workers_write_their_shares_to_a_uri(
+    folder: Path, data: TokenData, whole: dict[str, Losses], s3: str
+) -> None:
+    """One of them is killed while it writes; both go on, and then one alone."""
+    cfg = config("mdlm", folder, sharding="full")
+    out = RemotePath(f"{s3}/sharded")
+    assert run_distributed([(cfg, out)], data, 2, killed=(1, _die_while, "writing")) == []
+    assert newest_sound_checkpoint(out, warn=pytest.fail) == out / "checkpoint-2"
+    (losses,) = run_distributed([(cfg, out)], data, 2)
+    expected = {step: loss for step, loss in whole["mdlm"].items() if step > 2}
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for name in ("checkpoint-4", "final"):
+        shares = [f"model-{i}-of-00002.safetensors" for i in ("00001", "00002")]
+        assert {*shares, "model.safetensors.index.json"} < verify(out / name).files.keys()
+    assert_close(fetch(out / "final"), folder / "whole/mdlm/final", is_rough=False)
+    longer = config("mdlm", folder, max_train_steps=6)
+    (there,) = run_distributed([(longer, out)], data, 1)
+    shutil.copytree(folder / "whole/mdlm/checkpoint-4", folder / "longer/checkpoint-4")
+    (here,) = run_distributed([(longer, folder / "longer")], data, 1)
+    assert there == pytest.approx(here, rel=1e-5)
+    assert sorted(there) == [5, 6]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

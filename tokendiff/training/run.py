@@ -5,7 +5,7 @@ that calls it.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tokendiff.artifacts.checkpoint import (
     BEST_STEP,
@@ -17,7 +17,7 @@ from tokendiff.artifacts.checkpoint import (
     remove_old_checkpoints,
     step_of,
 )
-from tokendiff.artifacts.locations import Location
+from tokendiff.artifacts.locations import Location, RemotePath
 from tokendiff.artifacts.manifest import fetch, verify
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.rows import TokenData, step_batches, step_plan
@@ -38,6 +38,8 @@ from tokendiff.training.world import World
 
 if TYPE_CHECKING:
     from tokendiff.config.train import TrainConfig
+
+Folder = TypeVar("Folder", Path, RemotePath)
 
 
 @dataclass(kw_only=True)
@@ -276,11 +278,11 @@ class TrainingRun:
 def train_in_process(
     config: "TrainConfig",
     data: TokenData,
-    output_dir: Path,
+    output_dir: Folder,
     *,
     device: str = "cpu",
     on_event: OnEvent = lambda event, **fields: None,
-) -> Path:
+) -> Folder:
     """Train without Ray: in a notebook, or in each process of a torch.distributed group.
 
     Resumes from the newest sound checkpoint under `output_dir`, which all processes must see.
