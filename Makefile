@@ -52,6 +52,7 @@ bench: setup  ## speed and memory against the published formulation; decoding; w
 	$(BIN)/python -m benchmarks.isolation
 	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.dflash
+	$(BIN)/python -m benchmarks.optimizers
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.large_corpus
 

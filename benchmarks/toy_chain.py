@@ -1,7 +1,7 @@
 """Trains MDLM, UDLM and hybrid on a Markov chain of which everything is known, and holds their
 bounds and samples against it.
 
-    python -m benchmarks.toy_chain [--steps 2500] [--objectives mdlm udlm hybrid]
+    python -m benchmarks.toy_chain [--steps 2500] [--objectives mdlm udlm hybrid] [--optimizer muon]
 
 The bound must not lie below the chain's entropy by more than three standard errors, and not far
 above it; the pairs of neighbours in the samples must be distributed as the chain's. Exits with 1
@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -114,6 +114,7 @@ class Effort:
     steps: int = 2500
     rows_per_step: int = 128
     learning_rate: float = 3e-3
+    optimizer: Literal["adamw", "muon"] = "adamw"
     eval_rows: int = 4096
     noise_levels: int = 32  # per row of the bound
     samples: int = 10_000
@@ -185,6 +186,7 @@ def try_objective(
         max_train_steps=effort.steps,
         per_device_train_batch_size=effort.rows_per_step,
         learning_rate=effort.learning_rate,
+        optimizer=effort.optimizer,
         lr_warmup_steps=effort.steps // 20,
         adam_beta2=0.98,
         ema_decay=0.99,
@@ -310,6 +312,7 @@ def main() -> int:
     parser.add_argument("--objectives", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--steps", type=int, default=Effort.steps)
     parser.add_argument("--learning_rate", type=float, default=Effort.learning_rate)
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default=Effort.optimizer)
     parser.add_argument("--eval_rows", type=int, default=Effort.eval_rows)
     parser.add_argument("--samples", type=int, default=Effort.samples)
     parser.add_argument("--inference_steps", type=int, default=Effort.inference_steps)
