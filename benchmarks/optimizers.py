@@ -1,4 +1,4 @@
-"""AdamW beside Muon: each objective on the built-in corpus, the same model, rows, noise and schedule.
+"""AdamW beside Muon: each objective on the built-in corpus, with the same model, rows and noise.
 
 Printed is what held-out rows cost after the same steps (nats per token; of a draft how many tokens
 of a block are accepted), and the time of a step. A draft's target is what `ar` has become.
@@ -29,6 +29,7 @@ MODELS = {
     "ar": "qwen3",
 }
 OBJECTIVES = [*MODELS, "dflash"]
+DRAFT = {"name": "dflash", "draft_num_layers": 1, "num_anchors": 8}
 WAYS: dict[str, dict[str, Any]] = {"adamw": {}, "muon": {"optimizer": "muon"}}
 
 
