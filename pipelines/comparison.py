@@ -16,7 +16,8 @@ from tokendiff.evaluation.report import Report, render_page
 PAGE_NAME = "comparison.html"
 _KINDS = ("train", "generate", "evaluate", "promote")  # whose figures are compared
 _SHOWN = (
-    *("nats_per_token", "standard_error", "bits_per_byte", "tokens_per_forward"),
+    *("nats_per_token", "standard_error", "ar_nats_per_token", "bits_per_byte"),
+    "tokens_per_forward",
     *("acceptance_length_mean", "speedup", "generative_perplexity"),
     *("loss", "step", "tokens_per_second"),
 )

@@ -248,6 +248,7 @@ def _bound_lines(figures: Mapping[str, Any]) -> list[Line]:
             name,
             f"{bound:.3f} ± {figures['standard_error']:.3f} nats per held-out token",
         ),
+        *_next_token_lines(figures),
         ("unigram", f"{unigram:.3f} nats is the entropy of single tokens"),
         ("learnt", f"the {name} is {_apart(bound, unigram)}"),
     ]
@@ -256,6 +257,14 @@ def _bound_lines(figures: Mapping[str, Any]) -> list[Line]:
         bits = f"{figures['bits_per_byte']:.3f}, against {unigram_bits:.3f} at the unigram entropy"
         shown.append(("bits/byte", bits))
     return [*shown, *lines]
+
+
+def _next_token_lines(figures: Mapping[str, Any]) -> list[Line]:
+    """Of a model that decodes token by token too."""
+    if "ar_nats_per_token" not in figures:
+        return []
+    value = f"{figures['ar_nats_per_token']:.3f} ± {figures['ar_standard_error']:.3f}"
+    return [("by token", f"{value} nats per held-out token, read from left to right")]
 
 
 def _promotion_lines(result: Mapping[str, Any]) -> list[Line]:

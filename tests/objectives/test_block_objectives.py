@@ -19,7 +19,7 @@ from tokendiff.diffusion.schedules import Cosine, LogLinear, NoiseSchedule
 from tokendiff.models.causal_denoiser import AttentionKernel, TransformersCausalDenoiser
 from tokendiff.objectives.block_diffusion import BlockDiffusion, encode_beside_clean
 from tokendiff.objectives.block_refinement import BlockRefinement
-from tokendiff.objectives.blocks import BlockRows, block_rows
+from tokendiff.objectives.blocks import BlockRows, BlockSight, block_rows
 
 V, MASK, EOS = 12, 0, 1  # of the tiny model
 
@@ -261,7 +261,8 @@ def test_a_later_block_changes_no_bit_of_an_earlier_one(kernel: AttentionKernel)
     for row, masks in ((tokens, is_masked), (other, other_masks)):
         rows = block_rows(whole_rows(row), block_length=4, fill_token_id=None)
         with torch.no_grad():
-            logits.append(model.head(encode_beside_clean(model, rows, masks, mask_token_id=MASK)))
+            states = encode_beside_clean(model, rows, masks, mask_token_id=MASK, sight=BlockSight())
+            logits.append(model.head(states))
     assert torch.equal(logits[0][:, :8], logits[1][:, :8])
     assert not torch.equal(logits[0][:, 8:], logits[1][:, 8:])
 

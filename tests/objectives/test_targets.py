@@ -18,7 +18,11 @@ from tests.models.test_models import tiny_denoiser
 from tests.objectives import test_dflash as drafts
 from tests.objectives.test_block_objectives import EOS, MASK, V, packed_batch, tiny_model
 from tokendiff.artifacts.noise_process import NoiseProcess
-from tokendiff.diffusion.attention_masks import block_causal_by_begin, causal_by_position
+from tokendiff.diffusion.attention_masks import (
+    block_causal_by_begin,
+    causal_by_position,
+    causal_up_to,
+)
 from tokendiff.diffusion.interfaces import Request, TokenBatch
 from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
 from tokendiff.diffusion.random import RowGenerator, key_from, strata_of
@@ -28,18 +32,12 @@ from tokendiff.models.causal import CausalModel
 from tokendiff.objectives.autoregressive import Autoregressive, row_nats
 from tokendiff.objectives.block_diffusion import BlockDiffusion, encode_beside_clean
 from tokendiff.objectives.block_refinement import BlockRefinement
-from tokendiff.objectives.blocks import block_rows
+from tokendiff.objectives.blocks import BlockSight, block_rows
 from tokendiff.objectives.dflash import DFlash, draw_anchors
 from tokendiff.objectives.mdlm import MDLM
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
 from tokendiff.samplers.block_refinement import BlockRefinementSampler
-from tokendiff.verification.block_checkpoints import (
-    LoadedBlockCheckpoint,
-    later_blocks,
-    one_pass,
-    padding,
-    scheduler_config,
-)
+from tokendiff.verification.block_checkpoints import BLOCK_RULES, LoadedBlockCheckpoint
 from tokendiff.verification.oracles import entropy, toy_language
 
 ABSORBING = AbsorbingKernel(schedule=Cosine(), mask_token_id=MASK)
@@ -60,6 +58,13 @@ BY_BLOCKS: dict[str, Any] = {
     ),
     "block_diffusion": BlockDiffusion(kernel=ABSORBING, **BLOCKS),
     "block_diffusion, exact": BlockDiffusion(kernel=ABSORBING, exact_mask_counts=True, **BLOCKS),
+    "block_diffusion, next": BlockDiffusion(kernel=ABSORBING, predicts_next=True, **BLOCKS),
+    "block_diffusion, joint": BlockDiffusion(
+        kernel=ABSORBING, ar_loss_weight=0.7, diffusion_loss_weight=0.3, **BLOCKS
+    ),
+    "block_diffusion, joint, next": BlockDiffusion(
+        kernel=ABSORBING, ar_loss_weight=0.7, predicts_next=True, lambda_conf=0.2, **BLOCKS
+    ),
 }
 BY_BLOCKS |= {
     f"{name}, from answers": replace(objective, restarts_at_answers=True)
@@ -148,6 +153,27 @@ def may_be_counted(name: str, batch: TokenBatch) -> Tensor:
     return torch.tensor([row + [False] * (width - len(row)) for row in rows])
 
 
+def may_tell(name: str, batch: TokenBatch, may: Tensor) -> Tensor:
+    """[B, 2 W] by plain loops: which states of `[x_t ; x_0]` tell a token that `may` [B, W] be
+    counted, of a block or behind clean text.
+    """
+    rows = block_rows(
+        batch, block_length=4, fill_token_id=EOS, restarts_at_answers="from answers" in name
+    )
+    width = may.shape[1]
+    tells = torch.zeros(len(may), 2 * width, dtype=torch.bool)
+    for row, place in may.nonzero().tolist():
+        is_text, position = bool(rows.is_text[row, place]), int(rows.position[row, place])
+        if "next" not in name:
+            tells[row, place] = True
+        elif position > 0:
+            is_first = int(rows.ordinal[row, place]) != int(rows.ordinal[row, place - 1])
+            tells[row, place - 1 + width * is_first] = True
+        if "joint" in name and is_text and position > 0:
+            tells[row, width + place - 1] = True
+    return tells
+
+
 @dataclass(frozen=True)
 class Place:
     token: int
@@ -216,13 +242,23 @@ def test_blocks_of_text_are_the_same_wherever_answers_would_start_anew() -> None
                     assert torch.equal(column, getattr(other, name)), name
 
 
-@pytest.mark.parametrize("mode", ["2d", "4d"])
+SIGHTS: dict[str, dict[str, bool]] = {
+    "2d": {"is_causal": True},
+    "4d": {},
+    "4d, causal context": {"context_is_causal": True},
+    "4d, next": {"predicts_next": True},
+    "4d, causal context, next": {"context_is_causal": True, "predicts_next": True},
+}
+
+
+@pytest.mark.parametrize("name", SIGHTS)
 @torch.no_grad()
-def test_an_answer_is_trained_on_as_decoding_meets_it(mode: str) -> None:
+def test_an_answer_is_trained_on_as_decoding_meets_it(name: str) -> None:
     """The first pass over each block of an answer, behind a prompt with earlier answers: the same
     greedy tokens, and the same confidence, as a pass over `[x_t ; x_0]` gives where the block is
     all masks.
     """
+    mode, sight = name[:2], BlockSight(**SIGHTS[name])
     batch, denoiser = talks(), tiny_model()
     decoder = AutoModelForCausalLM.from_config(denoiser.model.config, attn_implementation="sdpa")
     decoder.load_state_dict(denoiser.model.state_dict())
@@ -239,6 +275,8 @@ def test_an_answer_is_trained_on_as_decoding_meets_it(mode: str) -> None:
         temperature=0.0,
         attention_mask_mode=mode,
         sees_tail=True,
+        context_is_causal=sight.context_is_causal,
+        predicts_next=sight.predicts_next,
     )
     num_compared = num_behind_answers = 0
     for row, places in enumerate(answer_places(batch)):
@@ -260,7 +298,11 @@ def test_an_answer_is_trained_on_as_decoding_meets_it(mode: str) -> None:
             is_masked = torch.zeros_like(rows.is_valid)
             is_masked[row] = is_own
             hidden = encode_beside_clean(
-                denoiser, rows, is_masked, mask_token_id=MASK, is_causal=mode == "2d"
+                denoiser,
+                rows,
+                is_masked,
+                mask_token_id=MASK,
+                sight=sight,
             )
             own_block = rows.tokens[row, is_own]
             if len(own_block) < 4:  # cut off by the row
@@ -272,9 +314,13 @@ def test_an_answer_is_trained_on_as_decoding_meets_it(mode: str) -> None:
             x_t = torch.tensor([[*prompt, *[MASK] * len(own_block)]])
             begins = request.block_begins(4, x_t.shape[1])[None]
             rule = causal_by_position if mode == "2d" else block_causal_by_begin(begins)
+            if sight.context_is_causal:
+                rule = causal_up_to(torch.tensor([len(prompt)]))
             cache, first = model.new_cache(1), torch.zeros(1, dtype=torch.int64)
             count = torch.tensor([x_t.shape[1]])
-            states = model.encode(x_t, count, cache, first, rule)[0, len(prompt) :]
+            states = model.encode(x_t, count, cache, first, rule)[0]
+            told_by = len(prompt) - int(sight.predicts_next)
+            states = states[told_by : told_by + len(own_block)]
             torch.testing.assert_close(model.head(states), logits, rtol=1e-4, atol=1e-4)
             num_compared += 1
             num_behind_answers += any(p.is_target for p in before)
@@ -282,7 +328,9 @@ def test_an_answer_is_trained_on_as_decoding_meets_it(mode: str) -> None:
     assert num_behind_answers >= 6
 
 
-def test_the_certificate_holds_for_chats_of_several_answers() -> None:
+@pytest.mark.parametrize("context", ["block", "causal"])
+@pytest.mark.parametrize("predict", ["own", "next"])
+def test_the_certificate_holds_for_chats_of_several_answers(context: str, predict: str) -> None:
     process = NoiseProcess(
         forward_process="absorbing",
         vocab_size=V,
@@ -293,10 +341,12 @@ def test_the_certificate_holds_for_chats_of_several_answers() -> None:
         clean_context=True,
         eos_token_id=EOS,
         block_start="answer",
+        context_attention=context,
+        predict=predict,
     )
     model = tiny_model().double()
     loaded = LoadedBlockCheckpoint(process=process, model=model, batch=talks())
-    for check in (one_pass, later_blocks, padding, scheduler_config):
+    for check in BLOCK_RULES:
         assert check.figure(loaded) <= check.tolerance, check
 
 
@@ -311,9 +361,13 @@ def test_states_of_prompt_tokens_have_no_gradient_and_prompts_stay_clean(name: s
         may = may.repeat(2, 1)  # both views
     rows, width = may.shape
     has_gradient = gradient.ne(0.0).any(-1)
-    assert not bool((has_gradient[:, :width] & ~may).any())
-    assert not bool(has_gradient[:, width:].any())  # of the clean half, where there is one
-    assert bool(has_gradient.any())
+    tells = torch.zeros_like(has_gradient)  # of the clean half, where there is one, nothing does
+    tells[:, :width] = may
+    if "joint" in name or "next" in name:
+        tells = may_tell(name, batch, may)
+        assert bool(has_gradient[:, width:].any())
+    assert not bool((has_gradient & ~tells).any())
+    assert bool(has_gradient[:, :width].any())
     if name != "ar":
         clean = batch.tokens
         if name in BY_BLOCKS and "2d" not in name:

@@ -81,6 +81,8 @@ def decode(
     editing_threshold: float | None = None,
     max_post_steps: int = 0,
     block_starts: Sequence[int] = (),
+    context_is_causal: bool = False,
+    predicts_next: bool = False,
 ) -> tuple[list[int], int]:
     """The greedy continuation, and the forward passes that it takes where each is over the whole
     text and none is for the cache alone.
@@ -89,6 +91,8 @@ def decode(
         is_causal: attention; else blocks see themselves whole.
         hides_tail: nothing sees what is beyond the last new token.
         block_starts: where blocks are counted anew.
+        context_is_causal: attention of all before the block.
+        predicts_next: logits of a position are for the one behind it.
     """
     limit = len(prompt) + num_new
     blocks: list[int] = []  # which block each position is in
@@ -103,7 +107,15 @@ def decode(
         end, step, post_steps = begin + block_length, 0, 0
         while True:
             places = _places(
-                model, x[:end], begin, mask, blocks, is_causal, limit if hides_tail else end
+                model,
+                x[:end],
+                begin,
+                mask,
+                blocks,
+                is_causal,
+                limit if hides_tail else end,
+                context_is_causal,
+                predicts_next,
             )
             num_calls += 1
             is_open = {i for i in range(max(begin, len(prompt)), end) if x[i] == mask}
@@ -147,18 +159,23 @@ def _places(
     blocks: Sequence[int],
     is_causal: bool,
     limit: int,
+    context_is_causal: bool,
+    predicts_next: bool,
 ) -> list[Place]:
     position = torch.arange(len(x))
     number = position if is_causal else torch.tensor(blocks[: len(x)])
     is_seen = number[None] <= number[:, None]
+    if context_is_causal:
+        is_seen[:begin] = position[None] <= position[:begin, None]
     is_seen &= (position < limit)[None]
     with torch.no_grad():
         logits = model(torch.tensor([x]), attention_mask=is_seen[None, None]).logits[0]
     logits[:, mask] = -torch.inf
     found = []
     for index in range(begin, len(x)):
-        p = logits[index].softmax(-1).tolist()
-        token = int(logits[index].argmax())
+        told_by = index - 1 if predicts_next and index > 0 else index
+        p = logits[told_by].softmax(-1).tolist()
+        token = int(logits[told_by].argmax())
         entropy = -sum(value * math.log(value) for value in p if value > 0)
         found.append(Place(index, token, p[token], entropy))
     return found

@@ -146,6 +146,8 @@ def expected_of(
     """The reference with the parameters of `sampler`."""
     common: dict[str, Any] = {
         "block_starts": block_starts,
+        "context_is_causal": sampler.context_is_causal,
+        "predicts_next": sampler.predicts_next,
         "num_new": sampler.max_new_tokens,
         "block_length": sampler.block_length,
         "mask": sampler.mask_token_id,
@@ -202,6 +204,12 @@ SAMPLERS: dict[str, BlockSampler] = {
     "entropy, few steps": sdar(
         remasking_strategy="entropy_bounded", entropy_threshold=0.1, denoising_steps=2
     ),
+    "causal context": sdar(confidence_threshold=0.3, context_is_causal=True),
+    "next token": sdar(confidence_threshold=0.3, predicts_next=True),
+    "next token, causal context": sdar(context_is_causal=True, predicts_next=True),
+    "next token, causal context, blocks of 1": sdar(
+        block_length=1, denoising_steps=1, context_is_causal=True, predicts_next=True
+    ),
     "2d": refinement(),
     "2d, one by one": refinement(threshold=2.0),
     "2d, edits": refinement(editing_threshold=0.35, max_post_steps=5),
@@ -211,6 +219,13 @@ SAMPLERS: dict[str, BlockSampler] = {
     "4d, edits": refinement(attention_mask_mode="4d", editing_threshold=0.35, max_post_steps=5),
     "4d, edits, one post step": refinement(
         attention_mask_mode="4d", editing_threshold=0.3, max_post_steps=1, block_length=8
+    ),
+    "4d, edits, next token, causal context": refinement(
+        attention_mask_mode="4d",
+        editing_threshold=0.35,
+        max_post_steps=5,
+        context_is_causal=True,
+        predicts_next=True,
     ),
     "4d, few tokens": refinement(attention_mask_mode="4d", max_new_tokens=3, block_length=8),
 }

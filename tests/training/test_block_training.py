@@ -1,5 +1,6 @@
 """Block objectives trained, resumed, saved, opened again, judged and certified; adapters too."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -18,14 +19,17 @@ from tests.models.test_causal_denoiser import causal_model
 from tokendiff.artifacts.checkpoint import ADAPTERS, EMA_ADAPTERS
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.config.evaluate import EvaluateConfig
+from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.samplers import AncestralConfig
 from tokendiff.config.train import TrainConfig
-from tokendiff.data.rows import TokenData
+from tokendiff.data.prompts import GenerationRow
+from tokendiff.data.rows import TokenData, TokenRows
 from tokendiff.errors import InputError
 from tokendiff.evaluation.evaluator import Evaluator
 from tokendiff.models.adapters import adapter_tensors, add_adapters, merged_weights
 from tokendiff.models.builtin import builtin_config
 from tokendiff.models.checkpoints import load_for_inference
+from tokendiff.models.completion import CompletionModel
 from tokendiff.models.opening import load_causal_denoiser
 from tokendiff.models.sampling import build_sampler
 from tokendiff.training.run import TrainingRun, train_in_process
@@ -35,6 +39,13 @@ from tokendiff.verification.checkpoints import verify_checkpoint
 LENGTH, EOS = 24, 2
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "block_diffusion": {"name": "block_diffusion", "block_length": 4, "alpha_schedule": "cosine"},
+    "joint": {
+        "name": "block_diffusion",
+        "block_length": 4,
+        "ar_loss_weight": 0.7,
+        "diffusion_loss_weight": 0.5,
+        "predict": "next",
+    },
     "2d": {"name": "block_refinement", "block_length": 6, "prompt_length": 3, "lambda_conf": 0.5},
     "4d clean": {
         "name": "block_refinement",
@@ -134,16 +145,40 @@ def test_block_objectives_train_resume_and_are_judged(
     figures = evaluator.bounds(rows, on_progress=lambda figures: told.append(figures()))
     assert told == [(count, rows.lengths[:count].sum()) for count in (4, 8, 10)]
     prompt = OBJECTIVES[name].get("prompt_length", 0)
-    assert set(figures["num_tokens"].tolist()) == {LENGTH - prompt}
+    firsts = 3 * (name == "joint")  # of documents, which none tells
+    assert set(figures["num_tokens"].tolist()) == {LENGTH - prompt - firsts}
     assert np.all(np.isfinite(figures["nats"]))
     assert np.all(figures["nats"] > 0)
     assert bool(figures["num_bytes"].sum()) == (prompt == 0)
 
+    if name == "joint":
+        _decodes_by_token_too(final, figures, rows)
     rows = data.read(np.zeros(4, int), np.arange(4))
     failed = [c for c in verify_checkpoint(final, rows.tokens, rows.lengths) if not c.passed]
     assert not failed, failed
     with pytest.raises(InputError, match="decodes block by block; use sampler 'block_refinement'"):
         build_sampler(AncestralConfig(), process)
+
+
+@torch.no_grad()
+def _decodes_by_token_too(final: Path, figures: dict[str, np.ndarray], rows: TokenRows) -> None:
+    """The likelihood of transformers' own loss, and the text of its own decoding."""
+    averaged = load_for_inference(final)[0].model
+    averaged.set_attn_implementation("sdpa")
+    tokens = torch.from_numpy(rows.tokens).long()
+    ends = (rows.lengths - 1).tolist()
+    for row, nats in enumerate(figures["ar_nats"]):
+        starts = [*rows.is_start[row].nonzero()[0].tolist(), ends[row] + 1]
+        parts = [tokens[row : row + 1, a:b] for a, b in itertools.pairwise(starts)]
+        losses = [averaged(input_ids=x, labels=x).loss * (x.shape[1] - 1) for x in parts]
+        assert float(sum(losses)) == pytest.approx(nats, rel=1e-4)
+        assert figures["ar_tokens"][row] == sum(x.shape[1] - 1 for x in parts)
+    sampler: Any = {"name": "ar", "temperature": 0.0, "max_new_tokens": 6}
+    model = CompletionModel(GenerateConfig(sampler=sampler, num_samples=1), checkpoint=final)
+    (record,) = model.sample([GenerationRow(id=0, prompt="abcd")])
+    prompt = torch.tensor([record["tokens"][: record["num_prompt_tokens"]]])
+    expected = averaged.generate(prompt, max_new_tokens=6, do_sample=False)
+    assert record["tokens"] == expected[0].tolist()
 
 
 def test_models_that_attend_both_ways_are_no_causal_ones(data: TokenData, tmp_path: Path) -> None:

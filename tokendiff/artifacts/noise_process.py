@@ -58,6 +58,9 @@ class NoiseProcess:
         clean_context: whether the blocks before a noisy one were clean in training.
         prompt_length: tokens at the start of a row that were never masked.
         eos_token_id: what a document ends with, and its last block is filled up with.
+        context_attention: "block", finished blocks see themselves whole, or "causal", each token of
+            them sees only up to itself, as in a model that decodes token by token too.
+        predict: "own", a position's state tells its own token, or "next", the one behind it.
         block_start: where blocks start anew: at each "answer" of a chat, at its "last_answer"
             alone, or, None, at the first token of a document only.
 
@@ -84,6 +87,8 @@ class NoiseProcess:
     prompt_length: int = 0
     eos_token_id: int | None = None
     block_start: str | None = None
+    context_attention: str = "block"
+    predict: str = "own"
 
     def __post_init__(self) -> None:
         if self.forward_process not in _SCHEDULER_CLASSES:
@@ -111,6 +116,12 @@ class NoiseProcess:
                 raise InputError(
                     f"block_start must be 'answer' or 'last_answer', got {self.block_start!r}"
                 )
+            if self.context_attention not in ("block", "causal"):
+                raise InputError(
+                    f"context_attention must be 'block' or 'causal', got {self.context_attention!r}"
+                )
+            if self.predict not in ("own", "next"):
+                raise InputError(f"predict must be 'own' or 'next', got {self.predict!r}")
         try:
             self.kernel()
         except ValueError as error:
@@ -145,10 +156,21 @@ class NoiseProcess:
             "hybrid": ("p_uniform", "gamma"),
         }[self.forward_process]
         if self.block_length is not None:
-            names = ("block_length", "attention_mask_mode", "clean_context")
-            names = names if self.block_start is None else (*names, "block_start")
+            names = ("block_length", "attention_mask_mode", "clean_context", *self._set_later)
         values = ", ".join(f"{name} {getattr(self, name)}" for name in names)
         return f"{self.forward_process} ({values})"
+
+    @property
+    def decodes_by_token(self) -> bool:
+        """Whether the model was trained to tell the next token of clean text too."""
+        return self.block_length is not None and self.context_attention == "causal"
+
+    @property
+    def _set_later(self) -> tuple[str, ...]:
+        """Fields that came later, where they are not what they were before."""
+        defaults = {name: field.default for name, field in self.__dataclass_fields__.items()}
+        names = ("block_start", "context_attention", "predict")
+        return tuple(name for name in names if getattr(self, name) != defaults[name])
 
     @property
     def _class_name(self) -> str:
@@ -164,8 +186,7 @@ class NoiseProcess:
         """
         names, class_name = _PROCESS_FIELDS[self.forward_process], self._class_name
         if self.block_length is not None:
-            names = (*names, *_BLOCK_FIELDS)
-            names = names if self.block_start is None else (*names, "block_start")
+            names = (*names, *_BLOCK_FIELDS, *self._set_later)
         fields = {
             "_class_name": class_name,
             "vocab_size": self.vocab_size,

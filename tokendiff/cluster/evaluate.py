@@ -383,6 +383,10 @@ def evaluate(
             metrics = {**asdict(bound), "unigram_entropy_nats": unigram_entropy_nats(token_counts)}
             kind = "autoregressive" if process is None else process.describe()
             metrics |= {"is_exact": 1} if process is None else {}
+            if "ar_nats" in rows:
+                ar = summarize(rows["ar_nats"], rows["ar_tokens"], rows["num_bytes"])
+                metrics["ar_nats_per_token"] = ar.nats_per_token
+                metrics["ar_standard_error"] = ar.standard_error
         made: dict[str, Any] = {}  # what the samples' manifest says
         if samples:
             assert samples_path is not None

@@ -9,7 +9,7 @@ from tokendiff.config.base import Section, operational
 # Figures that an evaluation keeps by row too, so that two can be compared row by row
 # (tokendiff.evaluation.paired).
 PAIRED_METRICS = (
-    *("nats_per_token", "bits_per_byte", "perplexity"),
+    *("nats_per_token", "bits_per_byte", "perplexity", "ar_nats_per_token"),
     *("expected_acceptance_length", "acceptance_length_mean"),
 )
 

@@ -77,7 +77,12 @@ def block_causal(document: Tensor, block: Tensor, is_text: Tensor | None = None)
 
 
 def block_diffusion(
-    document: Tensor, block: Tensor, is_text: Tensor | None = None, *, is_causal: bool = False
+    document: Tensor,
+    block: Tensor,
+    is_text: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    context_is_causal: bool = False,
 ) -> MaskRule:
     """Rows `[x_t ; x_0]` of twice the length: x_t, then x_0, each at the positions 0..L-1.
 
@@ -89,6 +94,8 @@ def block_diffusion(
             later block does, nor does the clean text of its block, which later blocks read: a
             prompt that holds the block has no filling. By default all is text.
         is_causal: inside a block, a position sees only up to itself.
+        context_is_causal: a clean position sees only up to itself, as in the causal model; what a
+            noisy one sees of x_0 is then what such a model keeps in its cache.
 
     Source: BD3-LM (arXiv 2503.09573), section 3 and appendix B.6.
     """
@@ -106,6 +113,8 @@ def block_diffusion(
             is_own = is_own & (~is_clean_q | is_text[b, place_kv] | ~is_text[b, place_q])
         if is_causal:
             is_own = is_own & (place_kv <= place_q)
+        elif context_is_causal:
+            is_own = is_own & (~is_clean_q | (place_kv <= place_q))
         return (document[b, place_q] == document[b, place_kv]) & (is_earlier | is_own)
 
     return rule
@@ -129,6 +138,13 @@ def block_causal_by_begin(begin: Tensor) -> MaskRule:
     """
     last = begin.shape[1] - 1
     return lambda b, q, kv: begin[b, kv.clamp(max=last)] <= begin[b, q.clamp(max=last)]
+
+
+def causal_up_to(begin: Tensor) -> MaskRule:
+    """`causal` where q and kv are positions in one document, but for the active block, which begins
+    at `begin` [B] and sees itself whole.
+    """
+    return lambda b, q, kv: (kv <= q) | (q >= begin[b])
 
 
 def dflash_blocks(document: Tensor, anchors: Tensor, block_size: int) -> MaskRule:

@@ -26,7 +26,7 @@ from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.diffusion.interfaces import CausalDenoiser, TokenBatch
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.objectives.block_diffusion import encode_beside_clean
-from tokendiff.objectives.blocks import BlockRows, block_rows, mask_exactly
+from tokendiff.objectives.blocks import BlockRows, BlockSight, block_rows, mask_exactly
 from tokendiff.objectives.chunked import (
     negative_log_likelihood,
     predict_through_head,
@@ -86,7 +86,17 @@ def target_rows(batch: TokenBatch, process: NoiseProcess) -> tuple[BlockRows, Te
         restarts_at_answers=process.block_start is not None,
     )
     is_prompt = rows.is_text & (rows.source < process.prompt_length)
-    return rows, rows.is_target & ~is_prompt & (rows.tokens != process.mask_token_id)
+    is_told = sight_of(process).told(rows)
+    return rows, is_told & ~is_prompt & (rows.tokens != process.mask_token_id)
+
+
+def sight_of(process: NoiseProcess) -> BlockSight:
+    """What decoding lets positions see."""
+    return BlockSight(
+        is_causal=process.attention_mask_mode == "2d",
+        context_is_causal=process.context_attention == "causal",
+        predicts_next=process.predict == "next",
+    )
 
 
 def _nats(
@@ -103,7 +113,7 @@ def _nats(
         rows,
         is_masked,
         mask_token_id=mask,
-        is_causal=process.attention_mask_mode == "2d",
+        sight=sight_of(process),
     )
     nll = predict_through_head(
         model.head,

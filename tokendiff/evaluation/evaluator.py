@@ -36,12 +36,14 @@ class Evaluator:
         self, rows: TokenRows, *, on_progress: OnProgress = unwatched
     ) -> dict[str, np.ndarray]:
         """Per row: nats (float64; of objective ar no bound, but exact), num_tokens, num_bytes; and
-        the token counts [1, V] of the targets of all rows together.
+        the token counts [1, V] of the targets of all rows together. Of a model that decodes token
+        by token too, also ar_nats, which are exact, and ar_tokens, which they are of.
 
         What answers were filled up with is part of the nats, but neither of the tokens nor of the
         counts: p(answer) >= p(answer and filling).
         """
-        nats, counts = [], []
+        nats, counts, of_ar = [], [], []
+        is_joint = self.process is not None and self.process.decodes_by_token
         for at in range(0, len(rows), self._config.batch_size):
             batch = rows.take(slice(at, at + self._config.batch_size))
             token_batch = batch.batch(self._device)
@@ -56,6 +58,8 @@ class Evaluator:
                     generator,
                     num_mask_samples=self._config.num_mask_samples,
                 )
+                if is_joint:
+                    of_ar.append(nats_by_row(self._denoiser, None, token_batch, generator))
             nats.append(row_nats.cpu().numpy())
             counts.append(row_tokens.cpu().numpy())
             on_progress(partial(rows.first, at + self._config.batch_size))
@@ -68,17 +72,27 @@ class Evaluator:
             "num_tokens": num_tokens,
             "num_bytes": self._num_bytes(rows, num_tokens),
             "token_counts": histogram[None],
+            **_of_ar(of_ar),
         }
 
     def _num_bytes(self, rows: TokenRows, num_tokens: np.ndarray) -> np.ndarray:
         """[rows] int64, bytes that the nats are of."""
         num_bytes = rows.num_bytes.astype(np.int64)
-        if self.process is None:
+        if self.process is None or self.process.predict == "next":
             # The first token of a document is given; it stands for as many bytes as the others do.
             share = num_tokens / np.maximum(rows.is_target.sum(1) - rows.num_filler, 1)
-            return (num_bytes * share).round().astype(np.int64)
+            num_bytes = (num_bytes * share).round().astype(np.int64)
+        if self.process is None:
+            return num_bytes
         # What a prompt is given stands for bytes that the bound is not of.
         return num_bytes * (self.process.prompt_length == 0)
+
+
+def _of_ar(parts: list[tuple[Tensor, Tensor]]) -> dict[str, np.ndarray]:
+    if not parts:
+        return {}
+    nats, counts = zip(*parts, strict=True)
+    return {"ar_nats": torch.cat(nats).cpu().numpy(), "ar_tokens": torch.cat(counts).cpu().numpy()}
 
 
 def nats_by_row(
@@ -87,7 +101,7 @@ def nats_by_row(
     batch: TokenBatch,
     generator: RowGenerator,
     *,
-    num_mask_samples: int,
+    num_mask_samples: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Nats and token counts per row, for `jobs.evaluate` and for evaluations during training.
 

@@ -63,6 +63,7 @@ RATIOS = {
         denominator="num_tokens",
         slope=lambda nats: math.exp(min(nats, 700.0)),
     ),
+    "ar_nats_per_token": Ratio(file=ROWS, numerator="ar_nats", denominator="ar_tokens"),
     "expected_acceptance_length": Ratio(
         file=ROWS, numerator="num_accepted", denominator="num_blocks"
     ),

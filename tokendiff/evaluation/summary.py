@@ -98,6 +98,15 @@ def headline(
             f"exp of the {'likelihood' if is_exact else 'bound'}, per token",
         ),
     ]
+    if "ar_nats_per_token" in metrics:
+        value = f"{metrics['ar_nats_per_token']:.3f} ± {metrics['ar_standard_error']:.3f}"
+        rows.append(
+            (
+                "Token by token",
+                f"{value} nats per token",
+                "exact negative log-likelihood of the same model, read from left to right",
+            )
+        )
     if bound.bits_per_byte is not None:
         unigram_bits = unigram_nats * bound.num_tokens / bound.num_bytes / math.log(2.0)
         rows.append(

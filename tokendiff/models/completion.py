@@ -378,10 +378,11 @@ def _check_process(sampler: str, name: str, process: NoiseProcess) -> None:
             f"sampler {sampler!r}: {name} is a denoiser of whole rows (objective "
             f"{process.objective!r}); use sampler 'ancestral'"
         )
-    if sampler == "ar":
+    if sampler == "ar" and not process.decodes_by_token:
         raise InputError(
             f"sampler 'ar': {name} predicts the token at its own position (objective "
-            f"{process.objective!r}), not the next one; use sampler 'block_refinement' or 'sdar'"
+            f"{process.objective!r}), not the next one; use sampler 'block_refinement' "
+            "or 'sdar', or train it with ar_loss_weight"
         )
     mode = process.attention_mask_mode
     if sampler == "sdar" and mode != "4d":
@@ -411,6 +412,9 @@ def _block_fields(
         )
     block_length = getattr(process or model_config, "block_length", None)
     found = {"mask_token_id": mask, "block_length": fields["block_length"] or block_length}
+    if process is not None:
+        found["context_is_causal"] = process.context_attention == "causal"
+        found["predicts_next"] = process.predict == "next"
     if "attention_mask_mode" in fields:
         wanted = fields["attention_mask_mode"]
         trained = None if process is None else process.attention_mask_mode

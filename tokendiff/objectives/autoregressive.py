@@ -7,6 +7,7 @@ and is not counted. This is the one objective whose logits at a position are for
 Where only answers are targets, the sum is exactly -ln p(answers | what stands before each).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,19 +29,26 @@ class Autoregressive:
     def loss(self, model: CausalDenoiser, batch: TokenBatch, generator: RowGenerator) -> LossOutput:
         """Nothing is drawn."""
         hidden, targets, _ = _next_tokens(model, batch)
+        return next_token_loss(model.head, hidden, targets)
 
-        def loss_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            nll = negative_log_likelihood(logits, targets)
-            return nll.sum(), is_likeliest(logits, targets).sum(dtype=torch.float64)[None]
 
-        loss_sum, right = reduce_through_head(model.head, hidden, (targets,), loss_of)
-        num_tokens = torch.tensor(len(targets), device=targets.device)
-        return LossOutput(
-            loss_sum=loss_sum,
-            num_tokens=num_tokens,
-            metrics={"accuracy": (right[0], num_tokens)},
-        )
+def next_token_loss(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor
+) -> LossOutput:
+    """The summed negative log-likelihood of the tokens [N] behind those of hidden states [N, D]."""
+
+    def loss_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        nll = negative_log_likelihood(logits, targets)
+        return nll.sum(), is_likeliest(logits, targets).sum(dtype=torch.float64)[None]
+
+    loss_sum, right = reduce_through_head(head, hidden, (targets,), loss_of)
+    num_tokens = torch.tensor(len(targets), device=targets.device)
+    return LossOutput(
+        loss_sum=loss_sum,
+        num_tokens=num_tokens,
+        metrics={"accuracy": (right[0], num_tokens)},
+    )
 
 
 @torch.no_grad()

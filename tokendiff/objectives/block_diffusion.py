@@ -12,10 +12,16 @@ All blocks are trained in one pass over rows `[x_t ; x_0]` of twice the length, 
 block sees itself and the clean blocks before it: what decoding with a cache of finished blocks
 sees. Sources: BD3-LM (arXiv 2503.09573), eq. 8; SDAR (arXiv 2510.06303). There a block's noise runs
 from 0 to 1 as here; BD3-LM's clipped schedules are `max_loss_weight` and `min_time` here.
+
+With `ar_loss_weight` the clean half is read from left to right, and carries the next-token loss:
+
+    L = diffusion_loss_weight * L_blocks + ar_loss_weight * sum over targets of -ln p(x_i | x_<i)
+
+One set of weights then decodes token by token and block by block, with the same cache.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +30,8 @@ from tokendiff.diffusion.attention_masks import block_diffusion
 from tokendiff.diffusion.interfaces import CausalDenoiser, LossOutput, TokenBatch
 from tokendiff.diffusion.kernels import AbsorbingKernel
 from tokendiff.diffusion.random import RowGenerator
-from tokendiff.objectives.blocks import BlockRows, block_rows, mask_exactly
+from tokendiff.objectives.autoregressive import Autoregressive, next_token_loss
+from tokendiff.objectives.blocks import BlockRows, BlockSight, block_rows, mask_exactly
 from tokendiff.objectives.masked import MaskedTokens, check_fields, masked_loss
 
 # Places k * GOLDEN mod 1 are spread evenly for any number of k.
@@ -40,6 +47,9 @@ class BlockDiffusion:
         exact_mask_counts: draw how many tokens of a block are masked, in place of a time.
         max_loss_weight: clips the weight -alpha'/(1 - alpha), or n / l.
         restarts_at_answers: blocks start anew at each answer; see `tokendiff.objectives.blocks`.
+        ar_loss_weight: of the next-token loss of the clean half, which is then causal.
+        diffusion_loss_weight: of the loss of the blocks.
+        predicts_next: the state before a token tells it; see `BlockSight`.
         lambda_conf: weight of the confidence term: per row, the mean entropy of
             softmax(logits / conf_temperature) over the correctly predicted masked tokens.
 
@@ -53,6 +63,9 @@ class BlockDiffusion:
     min_time: float = 1e-3  # the weight -alpha'/(1 - alpha) is infinite at t = 0
     max_loss_weight: float | None = None
     restarts_at_answers: bool = False
+    ar_loss_weight: float = 0.0
+    diffusion_loss_weight: float = 1.0
+    predicts_next: bool = False
     lambda_conf: float = 0.0
     conf_temperature: float = 1.0
 
@@ -60,6 +73,15 @@ class BlockDiffusion:
         check_fields(self.min_time, self.max_loss_weight, self.lambda_conf, self.conf_temperature)
         if self.block_length < 1:
             raise ValueError(f"block_length must be at least 1, got {self.block_length}")
+        weights = (self.ar_loss_weight, self.diffusion_loss_weight)
+        if min(weights) < 0.0 or max(weights) == 0.0:
+            raise ValueError(f"one loss weight must be positive, and none negative: {weights}")
+
+    @property
+    def sight(self) -> BlockSight:
+        return BlockSight(
+            context_is_causal=self.ar_loss_weight > 0.0, predicts_next=self.predicts_next
+        )
 
     def loss(self, model: CausalDenoiser, batch: TokenBatch, generator: RowGenerator) -> LossOutput:
         """Draw a time or a number of masks per block, stratified over the global batch for the
@@ -67,6 +89,8 @@ class BlockDiffusion:
 
         A block's loss depends on no other block's noise, so these draws may hang together.
         """
+        if self.diffusion_loss_weight == 0.0:
+            return _scaled(Autoregressive().loss(model, batch, generator), self.ar_loss_weight)
         rows = block_rows(
             batch,
             block_length=self.block_length,
@@ -84,7 +108,7 @@ class BlockDiffusion:
 
     def _is_target(self, rows: BlockRows) -> Tensor:
         # A literal mask token in the text is context, never a target.
-        return rows.is_target & (rows.tokens != self.kernel.mask_token_id)
+        return self.sight.told(rows) & (rows.tokens != self.kernel.mask_token_id)
 
     def loss_at(
         self, model: CausalDenoiser, rows: BlockRows, is_masked: Tensor, t: Tensor
@@ -105,10 +129,10 @@ class BlockDiffusion:
         max_weight: float | None,
     ) -> LossOutput:
         is_target = self._is_target(rows)
-        hidden = encode_beside_clean(
-            model, rows, is_masked, mask_token_id=self.kernel.mask_token_id
+        hidden, clean = encode_both(
+            model, rows, is_masked, mask_token_id=self.kernel.mask_token_id, sight=self.sight
         )
-        return masked_loss(
+        blocks = masked_loss(
             model.head,
             MaskedTokens(
                 hidden=hidden[is_masked],
@@ -123,6 +147,32 @@ class BlockDiffusion:
             lambda_conf=self.lambda_conf,
             conf_temperature=self.conf_temperature,
         )
+        if self.ar_loss_weight == 0.0 and self.diffusion_loss_weight == 1.0:
+            return blocks
+        bound = {"elbo": (blocks.loss_sum.detach(), blocks.num_tokens), **blocks.metrics}
+        loss = replace(_scaled(blocks, self.diffusion_loss_weight), metrics=bound)
+        if self.ar_loss_weight == 0.0:
+            return loss
+        is_next = rows.is_target & rows.is_text & (rows.position > 0)
+        following = next_token_loss(
+            model.head,
+            clean[:, :-1][is_next[:, 1:]],
+            rows.tokens[:, 1:][is_next[:, 1:]],
+        )
+        nats = following.loss_sum.detach()
+        return replace(
+            loss,
+            loss_sum=loss.loss_sum + self.ar_loss_weight * following.loss_sum,
+            metrics={
+                **bound,
+                "ar_nll": (nats, following.num_tokens),
+                "ar_accuracy": following.metrics["accuracy"],
+            },
+        )
+
+
+def _scaled(loss: LossOutput, weight: float) -> LossOutput:
+    return loss if weight == 1.0 else replace(loss, loss_sum=weight * loss.loss_sum)
 
 
 def encode_beside_clean(
@@ -131,15 +181,34 @@ def encode_beside_clean(
     is_masked: Tensor,
     *,
     mask_token_id: int,
-    is_causal: bool = False,
+    sight: BlockSight,
 ) -> Tensor:
-    """Hidden states [B, W, D] of x_t, each block beside the clean blocks before it.
+    """Hidden states [B, W, D] that tell the token at each position of x_t, each block beside the
+    clean blocks before it.
 
     Args:
         is_masked: [B, W].
-        is_causal: inside a block, a position sees only up to itself.
     """
+    return encode_both(model, rows, is_masked, mask_token_id=mask_token_id, sight=sight)[0]
+
+
+def encode_both(
+    model: CausalDenoiser,
+    rows: BlockRows,
+    is_masked: Tensor,
+    *,
+    mask_token_id: int,
+    sight: BlockSight,
+) -> tuple[Tensor, Tensor]:
+    """As `encode_beside_clean`, and the hidden states [B, W, D] of x_0."""
     x_t = rows.tokens.masked_fill(is_masked, mask_token_id)
-    rule = block_diffusion(rows.document, rows.block, rows.text_to_see, is_causal=is_causal)
+    rule = block_diffusion(
+        rows.document,
+        rows.block,
+        rows.text_to_see,
+        is_causal=sight.is_causal,
+        context_is_causal=sight.context_is_causal,
+    )
     both = torch.cat([x_t, rows.tokens], dim=1)
-    return model.encode(both, rows.position.repeat(1, 2), rule)[:, : rows.tokens.shape[1]]
+    noisy, clean = model.encode(both, rows.position.repeat(1, 2), rule).chunk(2, dim=1)
+    return sight.telling(rows, noisy, clean), clean

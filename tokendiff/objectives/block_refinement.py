@@ -20,7 +20,7 @@ from tokendiff.diffusion.attention_masks import block_causal, causal
 from tokendiff.diffusion.interfaces import CausalDenoiser, LossOutput, TokenBatch
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.objectives.block_diffusion import encode_beside_clean
-from tokendiff.objectives.blocks import BlockRows, block_rows
+from tokendiff.objectives.blocks import BlockRows, BlockSight, block_rows
 from tokendiff.objectives.masked import MaskedTokens, check_loss_fields, masked_loss
 
 
@@ -37,6 +37,7 @@ class BlockRefinement:
         eos_token_id: in mode 4d fills up the block that a document ends in; see
             `tokendiff.objectives.blocks`. In mode 2d no token sees what stands behind it.
         restarts_at_answers: blocks start anew at each answer; see `tokendiff.objectives.blocks`.
+        context_is_causal, predicts_next: with a clean context; see `BlockSight`.
         lambda_conf: the mean of the confidence term is taken per row, over both its views, and a
             row weighs as many tokens as it has: the mean over a micro-batch would depend on how
             rows are spread over workers.
@@ -51,6 +52,8 @@ class BlockRefinement:
     clean_context: bool = False
     prompt_length: int = 0
     restarts_at_answers: bool = False
+    context_is_causal: bool = False
+    predicts_next: bool = False
     lambda_conf: float = 0.0
     conf_temperature: float = 1.0
 
@@ -64,6 +67,16 @@ class BlockRefinement:
             )
         if self.prompt_length < 0:
             raise ValueError(f"prompt_length must not be negative, got {self.prompt_length}")
+        if (self.context_is_causal or self.predicts_next) and not self.clean_context:
+            raise ValueError("context_is_causal and predicts_next need a clean context")
+
+    @property
+    def sight(self) -> BlockSight:
+        return BlockSight(
+            is_causal=self.attention_mask_mode == "2d",
+            context_is_causal=self.context_is_causal,
+            predicts_next=self.predicts_next,
+        )
 
     def rows(self, batch: TokenBatch) -> BlockRows:
         fill = self.eos_token_id if self.attention_mask_mode == "4d" else None
@@ -77,7 +90,7 @@ class BlockRefinement:
     def is_target(self, rows: BlockRows) -> Tensor:
         """[B, W] what is trained on: the targets, but for the prompt and a literal mask token."""
         is_prompt = rows.is_text & (rows.source < self.prompt_length)
-        return rows.is_target & ~is_prompt & (rows.tokens != self.mask_token_id)
+        return self.sight.told(rows) & ~is_prompt & (rows.tokens != self.mask_token_id)
 
     def loss(self, model: CausalDenoiser, batch: TokenBatch, generator: RowGenerator) -> LossOutput:
         rows = self.rows(batch)
@@ -107,14 +120,13 @@ class BlockRefinement:
         )
 
     def _encode(self, model: CausalDenoiser, rows: BlockRows, is_masked: Tensor) -> Tensor:
-        is_causal = self.attention_mask_mode == "2d"
         if self.clean_context:
             return encode_beside_clean(
-                model, rows, is_masked, mask_token_id=self.mask_token_id, is_causal=is_causal
+                model, rows, is_masked, mask_token_id=self.mask_token_id, sight=self.sight
             )
         x_t = rows.tokens.masked_fill(is_masked, self.mask_token_id)
         rule = causal(rows.document)
-        if not is_causal:
+        if self.attention_mask_mode == "4d":
             rule = block_causal(rows.document, rows.block, rows.text_to_see)
         return model.encode(x_t, rows.position, rule)
 

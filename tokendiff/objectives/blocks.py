@@ -74,6 +74,41 @@ class BlockRows:
         return torch.zeros_like(self.ordinal).scatter_add_(1, self.ordinal, is_counted.long())
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockSight:
+    """What positions of `[x_t ; x_0]` see, and which state tells a token.
+
+    Attributes:
+        is_causal: inside a block, a position sees only up to itself.
+        context_is_causal: a clean position sees only up to itself.
+        predicts_next: the state of the position before a token tells it, as in an autoregressive
+            model; that of a block's first token is the clean one before the block. The first token
+            of a document is told by none. Else the state at its own position tells it. Sources:
+            Dream (arXiv 2508.15487), Fast-dLLM v2 (arXiv 2509.26328).
+    """
+
+    is_causal: bool = False
+    context_is_causal: bool = False
+    predicts_next: bool = False
+
+    def told(self, rows: BlockRows) -> Tensor:
+        """[B, W] bool: the targets that a state tells."""
+        return rows.is_target & (rows.position > 0) if self.predicts_next else rows.is_target
+
+    def telling(self, rows: BlockRows, noisy: Tensor, clean: Tensor) -> Tensor:
+        """[B, W, D] the state that tells each position, from those of x_t and of x_0; at the start
+        of a document, where none does, its own.
+        """
+        if not self.predicts_next:
+            return noisy
+        place = torch.arange(noisy.shape[1], device=noisy.device)
+        last_text = place.masked_fill(~rows.is_text, 0).cummax(1).values.roll(1, dims=1)
+        before = clean.gather(1, last_text[..., None].expand_as(clean))
+        is_first = positions_in_document(rows.ordinal) == 0
+        told = torch.where(is_first[..., None], before, noisy.roll(1, dims=1))
+        return torch.where(rows.position[..., None] > 0, told, noisy)
+
+
 def block_rows(
     batch: TokenBatch,
     *,

@@ -13,12 +13,12 @@ every token enters the cache as soon as all left of it are settled.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from tokendiff.diffusion.attention_masks import MaskRule, block_causal_by_begin
+from tokendiff.diffusion.attention_masks import MaskRule, block_causal_by_begin, causal_up_to
 from tokendiff.diffusion.interfaces import Decoder
 from tokendiff.samplers.base import positions_at_once
 from tokendiff.samplers.open_ended import PREFILL_CHUNK, OpenEndedSampler, encode_known
@@ -63,15 +63,21 @@ class BlockSampler(OpenEndedSampler):
     Attributes:
         mask_token_id: never a candidate, so it is in no completion.
         block_length: K, as the model was trained.
+        context_is_causal: tokens before the active block see only up to themselves.
+        predicts_next: the state before a token tells it.
     """
 
     mask_token_id: int
     block_length: int
+    context_is_causal: bool = field(default=False, kw_only=True)
+    predicts_next: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.block_length < 1:
             raise ValueError(f"block_length must be at least 1, got {self.block_length}")
+        if self._is_causal and (self.context_is_causal or self.predicts_next):
+            raise ValueError("a causal block has no use for context_is_causal or predicts_next")
 
     @abstractmethod
     def _commit(self, block: BlockState, candidates: Candidates) -> Tensor:
@@ -95,6 +101,8 @@ class BlockSampler(OpenEndedSampler):
 
     def _rule(self, slots: Slots, rows: Tensor) -> MaskRule:
         """What a position sees, in rows [n]."""
+        if self.context_is_causal:
+            return causal_up_to(self._begin(slots)[rows])
         return block_causal_by_begin(slots.block_begin[rows])
 
     def _slots(self, model: Decoder, *, num_slots: int, key: int) -> Slots:
@@ -131,10 +139,11 @@ class BlockSampler(OpenEndedSampler):
 
     def _whole_blocks(self, slots: Slots, rows: Tensor, begin: Tensor, most: int) -> Tensor:
         """[n]: how many tokens to read of what stands before `begin` [n], at most `most`: a block
-        is read as a whole, since its tokens see each other.
+        is read as a whole, since its tokens see each other. The state that tells the first token of
+        the active block is to come with it.
         """
         cached = slots.cache.lengths[rows]
-        stop = torch.minimum(cached + most, begin)
+        stop = torch.minimum(cached + most, begin - int(self.predicts_next))
         return slots.block_begin[rows, stop] - cached
 
     def _denoise(self, model: Decoder, slots: Slots, rows: Tensor) -> None:
@@ -151,16 +160,32 @@ class BlockSampler(OpenEndedSampler):
         )
         rule = self._rule(slots, rows)
         hidden = encode_known(model, slots, rows, begin + self.block_length - cached, rule)
-        candidates = self._candidates(model, hidden, begin - cached, block, slots, rows)
+        offset = begin - cached
+        if self.predicts_next:
+            hidden, offset = self._shifted(hidden, offset, slots, rows), torch.zeros_like(offset)
+        candidates = self._candidates(model, hidden, offset, block, slots, rows)
         is_written = self._commit(block, candidates)
         tokens = torch.where(is_written, candidates.tokens, tokens)
         slots.tokens[at] = tokens
         slots.cache.extend(rows, begin + self._num_settled(block, is_written) - cached)
         self._conclude(slots, rows, block, tokens, is_written, begin)
 
+    def _shifted(self, hidden: Tensor, offset: Tensor, slots: Slots, rows: Tensor) -> Tensor:
+        """[n, K, D] the states that tell the active block, which begins at `offset` [n] of hidden
+        states [n, N, D]. The one before the block is read with its first pass, and kept.
+        """
+        place = offset[:, None] - 1 + torch.arange(self.block_length, device=rows.device)
+        states = hidden.gather(1, place.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
+        before = torch.where(offset[:, None] > 0, states[:, 0], slots.kept(rows, like=states))
+        slots.keep(rows, before)
+        return torch.cat([before[:, None], states[:, 1:]], dim=1)
+
     def _num_settled(self, block: BlockState, is_written: Tensor) -> Tensor:
         """[n]: tokens from the block's first whose keys and values of this pass are final."""
         is_final = ~(block.is_masked.any(1) | is_written.any(1))
+        if self.context_is_causal or self.predicts_next:
+            # Once the block is finished it is encoded as context, and tells what comes next.
+            return torch.zeros_like(block.step)
         settled = is_final.long() * self.block_length
         if self._is_causal:
             is_kept = block.is_given if self._edits else ~block.is_masked

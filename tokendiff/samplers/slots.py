@@ -74,10 +74,22 @@ class Slots:
             self._width += size
         self._table = torch.zeros(num_slots, self._width, dtype=torch.int64, device=model.device)
         self._counts = (*counts, *(histograms or {}))
+        self._kept: Tensor | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         """[n] of the rows in use, or [n, size] of a histogram; may be written to."""
         return self._table[: self.num_rows, self._index[name]]
+
+    def kept(self, rows: Tensor, *, like: Tensor) -> Tensor:
+        """[n, D] what `keep` was given of `rows` [n]; zeros before, of the kind of `like`."""
+        if self._kept is None:
+            self._kept = like.new_zeros(self._num_slots, like.shape[-1])
+        return self._kept[rows]
+
+    def keep(self, rows: Tensor, states: Tensor) -> None:
+        """Keep a state [n, D] of each of `rows` [n]."""
+        assert self._kept is not None, "kept() comes first"
+        self._kept[rows] = states
 
     @property
     def rows(self) -> Tensor:
@@ -187,6 +199,8 @@ class Slots:
     def _move(self, source: int, target: int) -> None:
         for states in (self.tokens, self.block_begin, self._table):
             states[target] = states[source]
+        if self._kept is not None:
+            self._kept[target] = self._kept[source]
         self._requests[target] = self._requests[source]
         self.cache.move(source, target)
 

@@ -61,6 +61,9 @@ def _build_block_diffusion(config: "BlockDiffusionConfig", process: NoiseProcess
         eos_token_id=process.eos_token_id,
         exact_mask_counts=config.exact_mask_counts,
         restarts_at_answers=process.block_start is not None,
+        ar_loss_weight=config.ar_loss_weight,
+        diffusion_loss_weight=config.diffusion_loss_weight,
+        predicts_next=config.predict == "next",
         **_common_fields(config),
     )
 

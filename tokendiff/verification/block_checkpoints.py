@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from tokendiff.artifacts.noise_process import NoiseProcess
-from tokendiff.diffusion.attention_masks import block_causal, causal
+from tokendiff.diffusion.attention_masks import block_causal, causal, causal_up_to
 from tokendiff.diffusion.interfaces import LossOutput, TokenBatch
 from tokendiff.diffusion.random import RowGenerator
-from tokendiff.evaluation.block_bound import target_rows
+from tokendiff.evaluation.block_bound import sight_of, target_rows
 from tokendiff.objectives.block_diffusion import encode_beside_clean
 from tokendiff.objectives.block_refinement import BlockRefinement
-from tokendiff.objectives.blocks import BlockRows
+from tokendiff.objectives.blocks import BlockRows, BlockSight
 from tokendiff.objectives.chunked import (
     negative_log_likelihood,
     tempered_entropy,
@@ -46,8 +46,8 @@ class LoadedBlockCheckpoint:
     batch: TokenBatch
 
     @property
-    def is_causal(self) -> bool:
-        return self.process.attention_mask_mode == "2d"
+    def sight(self) -> BlockSight:
+        return sight_of(self.process)
 
     @cached_property
     def rows(self) -> BlockRows:
@@ -64,7 +64,7 @@ class LoadedBlockCheckpoint:
         """[B, W, V] of one pass, the mask excluded."""
         mask = self.process.mask_token_id
         hidden = encode_beside_clean(
-            self.model, rows, is_masked, mask_token_id=mask, is_causal=self.is_causal
+            self.model, rows, is_masked, mask_token_id=mask, sight=self.sight
         )
         return without_mask(self.model.head(hidden), mask)
 
@@ -74,8 +74,10 @@ class LoadedBlockCheckpoint:
             mask_token_id=self.process.mask_token_id,
             block_length=self.process.block_length,
             eos_token_id=self.process.eos_token_id,
-            attention_mask_mode="2d" if self.is_causal else "4d",
+            attention_mask_mode="2d" if self.sight.is_causal else "4d",
             clean_context=True,
+            context_is_causal=self.sight.context_is_causal,
+            predicts_next=self.sight.predicts_next,
             prompt_length=self.process.prompt_length,
             lambda_conf=_LAMBDA,
             conf_temperature=_TEMPERATURE,
@@ -109,7 +111,7 @@ def one_pass(loaded: LoadedBlockCheckpoint) -> float:
             rows,
             loaded.is_masked,
             mask_token_id=loaded.process.mask_token_id,
-            is_causal=loaded.is_causal,
+            sight=loaded.sight,
         )
     )
     for row in range(len(rows.tokens)):
@@ -125,10 +127,21 @@ def one_pass(loaded: LoadedBlockCheckpoint) -> float:
             x_t[own & loaded.is_masked[row, before]] = loaded.process.mask_token_id
             document = torch.zeros_like(x_t)[None]
             block = rows.block[row, before][None]
-            rule_ = causal(document) if loaded.is_causal else block_causal(document, block)
+            begin = int((~own).sum())
+            if loaded.sight.is_causal:
+                rule_ = causal(document)
+            elif loaded.sight.context_is_causal:
+                rule_ = causal_up_to(torch.tensor([begin]))
+            else:
+                rule_ = block_causal(document, block)
             alone = model.head(model.encode(x_t[None], rows.position[row, before][None], rule_))
-            distance = (together[row, before[own]] - alone[0, own]).abs().max()
-            worst = max(worst, float(distance / alone[0, own].abs().max()))
+            told, by = before[own], own.nonzero()[:, 0]
+            if loaded.sight.predicts_next:  # the first token of a document is told by none
+                told, by = told[by > 0], by[by > 0] - 1
+            if not len(told):
+                continue
+            distance = (together[row, told] - alone[0, by]).abs().max()
+            worst = max(worst, float(distance / alone[0, by].abs().max()))
     return worst
 
 
@@ -185,7 +198,11 @@ def padding(loaded: LoadedBlockCheckpoint) -> float:
     no_mask = torch.zeros_like(together.is_valid)
     states = loaded.model.head(
         encode_beside_clean(
-            loaded.model, together, no_mask, mask_token_id=loaded.process.mask_token_id
+            loaded.model,
+            together,
+            no_mask,
+            mask_token_id=loaded.process.mask_token_id,
+            sight=loaded.sight,
         )
     )
     worst = 0.0
@@ -197,7 +214,11 @@ def padding(loaded: LoadedBlockCheckpoint) -> float:
         width = alone.tokens.shape[1]
         expected = loaded.model.head(
             encode_beside_clean(
-                loaded.model, alone, no_mask[:1, :width], mask_token_id=loaded.process.mask_token_id
+                loaded.model,
+                alone,
+                no_mask[:1, :width],
+                mask_token_id=loaded.process.mask_token_id,
+                sight=loaded.sight,
             )
         )
         distance = (states[row, :width] - expected[0]).abs().max()
