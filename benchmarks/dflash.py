@@ -21,16 +21,17 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tokendiff.diffusion.interfaces import Completion, Decoder, DraftedDecoder, Request
+from tokendiff.diffusion.interfaces import Completion, Decoder, Request
 from tokendiff.diffusion.random import RowGenerator, key_from
 from tokendiff.models.causal import CausalModel
 from tokendiff.models.dflash.decoder import DraftedModel
 from tokendiff.models.dflash.model import DFlashDraftModel
 from tokendiff.models.dflash.planning import new_draft_config
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
-from tokendiff.samplers.dflash import GAINS, DFlashSampler
+from tokendiff.samplers.dflash import DFlashSampler
 from tokendiff.samplers.open_ended import OpenEndedSampler
 from tokendiff.samplers.slots import Slots
+from tokendiff.samplers.speculation import GAINS
 
 VOCAB_SIZE, WIDTH, LAYERS, DRAFT_LAYERS, BLOCK = 8192, 256, 8, 2, 16
 PROMPT, NEW_TOKENS, ROWS = 32, 64, 8
@@ -45,10 +46,15 @@ class Informed(DFlashSampler):
     texts: Texts = field(default_factory=dict)
     quality: float = 1.0
 
-    def _propose(
-        self, model: DraftedDecoder, slots: Slots, rows: Tensor, anchors: Tensor, uniforms: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        drafted, logits = super()._propose(model, slots, rows, anchors, uniforms)
+    def _verify(
+        self,
+        model: Decoder,
+        slots: Slots,
+        rows: Tensor,
+        drafted: Tensor,
+        draft_logits: Tensor | None,
+        uniforms: Tensor,
+    ) -> Tensor:
         for index, row in enumerate(rows.tolist()):
             request = slots._requests[row]
             done = int(slots["length"][row]) - len(request.prompt)
@@ -56,7 +62,7 @@ class Informed(DFlashSampler):
             key = RowGenerator.for_rows(key_from("bench"), torch.tensor([request.id]))
             is_known = key.uniform(NEW_TOKENS)[0, done : done + len(known)] < self.quality
             drafted[index, : len(known)] = torch.where(is_known, known, 0)
-        return drafted, logits
+        return super()._verify(model, slots, rows, drafted, draft_logits, uniforms)
 
 
 def build() -> tuple[DraftedModel, list[Request]]:

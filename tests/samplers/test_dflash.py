@@ -23,8 +23,9 @@ from tokendiff.samplers import autoregressive
 from tokendiff.samplers.acceptance import accept_drawn, accept_own
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
 from tokendiff.samplers.categorical import draw
-from tokendiff.samplers.dflash import GAINS, DFlashSampler
+from tokendiff.samplers.dflash import DFlashSampler
 from tokendiff.samplers.open_ended import OpenEndedSampler
+from tokendiff.samplers.speculation import GAINS
 from tokendiff.verification.oracles import chi_square
 
 # The target over three tokens, given the last two; eighths, so that every threshold that a uniform

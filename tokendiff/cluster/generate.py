@@ -254,8 +254,8 @@ def _source(checkpoint: Path | None, config: "GenerateConfig") -> tuple[str, Any
 def _draft_figures(
     config: "GenerateConfig", files: list[Location], totals: "_Totals"
 ) -> dict[str, Any]:
-    """What sampler dflash gained; of the measured parts, those that this run made."""
-    if config.sampler.name != "dflash":
+    """What a draft gained; of the measured parts, those that this run made."""
+    if not config.is_speculative:
         return {}
     records = [record for file in files for record in read_part(file)]
     return {"speculation": {**acceptance_metrics(records), **speedup_metrics(totals.measured)}}

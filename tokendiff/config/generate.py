@@ -5,7 +5,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from tokendiff.config.base import Section, operational
-from tokendiff.config.samplers import AncestralConfig, OpenEndedSamplerConfig, SamplerConfig
+from tokendiff.config.samplers import (
+    AncestralConfig,
+    DFlashSamplerConfig,
+    OpenEndedSamplerConfig,
+    SamplerConfig,
+    SelfSpeculationConfig,
+)
 
 
 class GenerateConfig(Section):
@@ -63,8 +69,8 @@ class GenerateConfig(Section):
     )
     measure_speedup: bool = Field(
         False,
-        description="sampler dflash: let the target alone write the same rows too, in turn with "
-        "the draft, and compare times and texts",
+        description="samplers dflash and self_speculation: let the model alone write the same rows "
+        "too, token by token, in turn with the draft, and compare times and texts",
     )
     mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16 autocast")
     seed: int = Field(0, ge=0, lt=2**63, description="with a row's id, decides its randomness")
@@ -79,13 +85,19 @@ class GenerateConfig(Section):
     def is_open_ended(self) -> bool:
         return isinstance(self.sampler, OpenEndedSamplerConfig)
 
+    @property
+    def is_speculative(self) -> bool:
+        return isinstance(self.sampler, DFlashSamplerConfig | SelfSpeculationConfig)
+
     @model_validator(mode="after")
     def _fields_agree(self) -> "GenerateConfig":
         sampler = f"sampler {self.sampler.name!r}"
         if self.sampler.name == "dflash":
             self.refuse_ignored(("checkpoint_path", "model_id"), sampler)
         else:
-            self.refuse_ignored(("target_model_id", "draft_model_id", "measure_speedup"), sampler)
+            self.refuse_ignored(("target_model_id", "draft_model_id"), sampler)
+        if not self.is_speculative:
+            self.refuse_ignored(("measure_speedup",), sampler)
         if self.model_id is None:
             self.refuse_ignored(("trust_remote_code",), "no model_id")
         elif self.checkpoint_path is not None:

@@ -87,10 +87,9 @@ class AutoregressiveSamplerConfig(_OpenEndedConfig):
     max_new_tokens: int = Field(256, ge=1, description="tokens of a completion at most")
 
 
-class DFlashSamplerConfig(AutoregressiveSamplerConfig):
-    """The target's own text, in fewer of its passes. Source: DFlash (arXiv 2602.06036)."""
+class _SpeculativeConfig(AutoregressiveSamplerConfig):
+    """The text of a causal language model, in fewer of its passes."""
 
-    name: Literal["dflash"] = "dflash"  # type: ignore[assignment]
     draft_temperature: float | None = Field(
         None,
         ge=0.0,
@@ -100,10 +99,27 @@ class DFlashSamplerConfig(AutoregressiveSamplerConfig):
     )
 
     @model_validator(mode="after")
-    def _proposals_can_be_judged(self) -> "DFlashSamplerConfig":
+    def _proposals_can_be_judged(self) -> "_SpeculativeConfig":
         if self.temperature == 0.0:
             self.refuse_ignored(("draft_temperature",), "temperature 0")
         return self
+
+
+class DFlashSamplerConfig(_SpeculativeConfig):
+    """The target's own text, by a draft. Source: DFlash (arXiv 2602.06036)."""
+
+    name: Literal["dflash"] = "dflash"  # type: ignore[assignment]
+
+
+class SelfSpeculationConfig(_SpeculativeConfig):
+    """The text of sampler ar of a model that drafts for itself: objective block_diffusion with
+    ar_loss_weight.
+    """
+
+    name: Literal["self_speculation"] = "self_speculation"  # type: ignore[assignment]
+    block_length: int | None = Field(
+        None, ge=2, description="masks that are drafted from; by default as the model was trained"
+    )
 
 
 class SDARSamplerConfig(_OpenEndedConfig):
@@ -191,6 +207,7 @@ OpenEndedSamplerConfig = (
     | BlockRefinementSamplerConfig
     | SDARSamplerConfig
     | DFlashSamplerConfig
+    | SelfSpeculationConfig
 )
 SamplerConfig = Annotated[
     FixedLengthSamplerConfig | OpenEndedSamplerConfig,

@@ -40,9 +40,11 @@ from tokendiff.models.families import family_of
 from tokendiff.models.pretrained import longest_input
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
 from tokendiff.samplers.block_refinement import BlockRefinementSampler
-from tokendiff.samplers.dflash import GAINS, DFlashSampler
+from tokendiff.samplers.dflash import DFlashSampler
 from tokendiff.samplers.open_ended import OpenEndedSampler
 from tokendiff.samplers.sdar import SDARSampler
+from tokendiff.samplers.self_speculation import SelfSpeculationSampler
+from tokendiff.samplers.speculation import GAINS, SpeculativeSampler
 
 if TYPE_CHECKING:
     from tokendiff.config.generate import GenerateConfig
@@ -54,6 +56,7 @@ OPEN_ENDED_SAMPLERS: dict[str, type[OpenEndedSampler]] = {
     "block_refinement": BlockRefinementSampler,
     "dflash": DFlashSampler,
     "sdar": SDARSampler,
+    "self_speculation": SelfSpeculationSampler,
 }
 _WARM_UP_TOKENS = 8
 
@@ -102,6 +105,12 @@ class CompletionSetup:
         if checkpoint is not None and (checkpoint / SCHEDULER_CONFIG).is_file():
             process = NoiseProcess.load(checkpoint)
             _check_process(config.sampler.name, name, process)
+        elif config.sampler.name == "self_speculation":
+            raise InputError(
+                f"sampler 'self_speculation': {name} is no checkpoint of objective block_diffusion "
+                "with ar_loss_weight, which alone draft for themselves; train one, or use sampler "
+                "'ar' or 'dflash'"
+            )
         check_decoder(model_config, name, field=field)
         # What we train on is text and EOS alone; others' models are used to what their tokenizer
         # puts in front.
@@ -257,7 +266,7 @@ class CompletionModel:
             proposals are not drawn, the rows in which they wrote the same.
         """
         sampler = self.setup.sampler
-        assert isinstance(sampler, DFlashSampler), "GenerateConfig sees to it"
+        assert isinstance(sampler, SpeculativeSampler), "GenerateConfig sees to it"
         names = [field.name for field in dataclasses.fields(AutoregressiveSampler)]
         alone = AutoregressiveSampler(**{name: getattr(sampler, name) for name in names})
         requests = [self.setup.request(row) for row in rows]
@@ -384,6 +393,11 @@ def _check_process(sampler: str, name: str, process: NoiseProcess) -> None:
             f"{process.objective!r}), not the next one; use sampler 'block_refinement' "
             "or 'sdar', or train it with ar_loss_weight"
         )
+    if sampler == "self_speculation" and not process.decodes_by_token:
+        raise InputError(
+            f"sampler 'self_speculation': {name} does not decode token by token (objective "
+            f"{process.objective!r}); train it with ar_loss_weight, or use sampler 'sdar'"
+        )
     mode = process.attention_mask_mode
     if sampler == "sdar" and mode != "4d":
         raise InputError(
@@ -413,8 +427,9 @@ def _block_fields(
     block_length = getattr(process or model_config, "block_length", None)
     found = {"mask_token_id": mask, "block_length": fields["block_length"] or block_length}
     if process is not None:
-        found["context_is_causal"] = process.context_attention == "causal"
         found["predicts_next"] = process.predict == "next"
+        if "draft_temperature" not in fields:  # what judges is causal anyway
+            found["context_is_causal"] = process.context_attention == "causal"
     if "attention_mask_mode" in fields:
         wanted = fields["attention_mask_mode"]
         trained = None if process is None else process.attention_mask_mode

@@ -3,8 +3,9 @@
 For other rooms:
     ancestral blockwise remasking first_hitting
                       of one length, a sampler each
-    autoregressive block_refinement sdar dflash
+    autoregressive block_refinement sdar dflash self_speculation
                       continue prompts, a sampler each
+    speculation       a drafted block read and judged, whatever drafts
     base open_ended   what the samplers of each kind share
     batch             prompts of several lengths, laid out for a sampler of one length
 

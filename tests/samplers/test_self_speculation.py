@@ -1,0 +1,257 @@
+"""A model that drafts for itself writes what it writes alone: each token, or in distribution."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.builders import tiny_causal
+from tests.samplers.test_decoding import CountingModel, completed, requests_of
+from tests.samplers.test_dflash import TableCache
+from tokendiff.diffusion.attention_masks import MaskRule
+from tokendiff.diffusion.interfaces import Decoder, DecodingCache, Request
+from tokendiff.samplers.autoregressive import AutoregressiveSampler
+from tokendiff.samplers.self_speculation import SelfSpeculationSampler
+from tokendiff.samplers.slots import Slots
+from tokendiff.samplers.speculation import GAINS
+
+V, MASK, BLOCK = 48, 3, 4
+LENGTHS = (1, 9, 4, 17, 8, 2, 30)
+STOPS = (1, 2, 7, 12, 20)
+
+
+def sampler(**changes: Any) -> SelfSpeculationSampler:
+    fields: dict[str, Any] = {
+        "mask_token_id": MASK,
+        "block_length": BLOCK,
+        "max_new_tokens": 14,
+        "temperature": 0.0,
+        "stop_token_ids": STOPS,
+    }
+    return SelfSpeculationSampler(**{**fields, **changes})
+
+
+def alone(of: SelfSpeculationSampler) -> AutoregressiveSampler:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "stop_token_ids")
+    return AutoregressiveSampler(**{name: getattr(of, name) for name in names})
+
+
+def model() -> CountingModel:
+    return CountingModel(tiny_causal(vocab_size=V), vocab_size=V)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cribbing(SelfSpeculationSampler):
+    """Drafts what is known to come, but for every third position."""
+
+    texts: dict[int, list[int]] = field(default_factory=dict)
+
+    def _verify(
+        self, model: Decoder, slots: Slots, rows: Tensor, drafted: Tensor, *others: Any
+    ) -> Tensor:
+        for index, row in enumerate(rows.tolist()):
+            request = slots._requests[row]
+            done = int(slots["length"][row]) - len(request.prompt)
+            known = self.texts[request.id][done : done + drafted.shape[1]]
+            for place, token in enumerate(known):
+                if (done + place) % 3:
+                    drafted[index, place] = token
+        return super()._verify(model, slots, rows, drafted, *others)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "greedy, next": {"predicts_next": True},
+    "greedy, blocks of 2": {"block_length": 2},
+    "greedy, one token": {"max_new_tokens": 1},
+    "greedy, no stops": {"stop_token_ids": (), "max_new_tokens": 9},
+    "sampled": {"temperature": 0.8, "draft_temperature": 0.0},
+    "sampled, filtered, next": {
+        "temperature": 1.2,
+        "draft_temperature": 0.0,
+        "top_k": 20,
+        "predicts_next": True,
+        "stop_token_ids": (),
+    },
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_its_text_is_that_of_the_model_alone(name: str) -> None:
+    drafting, requests = sampler(**SETTINGS[name]), requests_of(LENGTHS)
+    expected = completed(alone(drafting), model(), requests)
+    texts = {index: done.tokens for index, done in expected.items()}
+    names = [f.name for f in drafting.__dataclass_fields__.values()]
+    cribbing = Cribbing(**{n: getattr(drafting, n) for n in names}, texts=texts)
+    for speculating in (drafting, cribbing):
+        for num_slots in (1, 3, 7):
+            found = completed(speculating, model(), requests, num_slots=num_slots)
+            assert {index: done.tokens for index, done in found.items()} == texts
+            reasons = {index: done.finish_reason for index, done in found.items()}
+            assert reasons == {index: done.finish_reason for index, done in expected.items()}
+
+
+@pytest.mark.parametrize("predicts_next", [False, True])
+@torch.no_grad()
+def test_a_draft_is_what_masks_behind_the_text_tell(predicts_next: bool) -> None:
+    """Held against one row without a cache; the token before the draft is not among what they see,
+    since it is told in the same pass.
+    """
+    drafting = sampler(predicts_next=predicts_next, stop_token_ids=(), max_new_tokens=12)
+    seen: list[tuple[int, Tensor]] = []
+
+    class Watching(SelfSpeculationSampler):
+        def _draft(self, model: Decoder, slots: Slots, rows: Tensor) -> Tensor:
+            states = super()._draft(model, slots, rows)
+            seen.extend(
+                (int(length) - 1, row)
+                for length, row in zip(slots["length"][rows], model.head(states), strict=True)
+            )
+            return states
+
+    names = [f.name for f in drafting.__dataclass_fields__.values()]
+    watching = Watching(**{n: getattr(drafting, n) for n in names})
+    for request in requests_of((1, 6)):
+        seen.clear()
+        (done,) = completed(watching, model(), [request]).values()
+        text = [*request.prompt, *done.tokens]
+        assert len(seen) >= 3
+        for length, logits in seen:
+            size = min(BLOCK, len(text) - length)
+            x = torch.tensor([[*text[:length], *[MASK] * size]])
+            place = torch.arange(x.shape[1])
+            is_seen = (place <= place[:, None]) | (place >= length)[:, None]
+            expected = model().model(x, attention_mask=is_seen[None, None]).logits[0]
+            told_by = length + 1 - int(predicts_next)
+            here = expected[told_by : told_by + size - 1]
+            torch.testing.assert_close(logits[: size - 1], here, rtol=1e-4, atol=1e-4)
+
+
+def test_two_passes_give_two_tokens_at_least_and_block_and_one_at_most() -> None:
+    drafting, requests = sampler(stop_token_ids=(), max_new_tokens=21), requests_of(LENGTHS)
+    texts = {i: c.tokens for i, c in completed(alone(drafting), model(), requests).items()}
+    names = [f.name for f in drafting.__dataclass_fields__.values()]
+    fields = {n: getattr(drafting, n) for n in names}
+    counting = model()
+    for speculating, least in ((drafting, 2.0), (Cribbing(**fields, texts=texts), 2.3)):
+        for index, done in completed(speculating, counting, requests).items():
+            gains = done.counts[GAINS]
+            assert isinstance(gains, Sequence)
+            assert len(gains) == BLOCK + 1
+            # The pass over the prompt has written the first token, unless that is one token long.
+            first = int(len(requests[index].prompt) > 1)
+            assert sum(k * count for k, count in enumerate(gains, 1)) == 21 - first
+            cycles, cut = sum(gains), gains[0]  # a last token needs no second pass
+            assert done.num_model_calls == first + 2 * cycles - cut
+            assert cut <= 1
+            assert (21 - first - cut) / max(cycles - cut, 1) >= least
+
+
+# Distribution: a target that knows the last two tokens, and masks that know what stands before.
+
+_GENERATOR = torch.Generator().manual_seed(0)
+_NUM, _N, _K = 3, 4, 3  # tokens beside the mask, written, of a block
+_TARGET = torch.zeros(_NUM + 1, _NUM + 1, _NUM + 1, dtype=torch.float64)
+_TARGET[:, :, :_NUM] = torch.rand(_NUM + 1, _NUM + 1, _NUM, generator=_GENERATOR).double() ** 2
+_TARGET /= _TARGET.sum(-1, keepdim=True)
+_DRAFT = torch.rand(_NUM, _K + 1, _NUM + 1, generator=_GENERATOR).double() ** 2
+
+
+class TableModel:
+    """Hidden states are log-probabilities, and the head leaves them as they are."""
+
+    device = torch.device("cpu")
+
+    def new_cache(self, num_rows: int) -> TableCache:
+        return TableCache(num_rows)
+
+    def encode(
+        self,
+        tokens: Tensor,
+        num_tokens: Tensor,
+        cache: DecodingCache,
+        rows: Tensor,
+        rule: MaskRule,
+    ) -> Tensor:
+        assert isinstance(cache, TableCache)
+        at = cache.lengths[rows, None] + torch.arange(tokens.shape[1])
+        cache.tokens[rows[:, None], at] = tokens
+        before = cache.tokens[rows[:, None], (at - 1).clamp(min=0)]
+        place = torch.arange(tokens.shape[1]).clamp(max=_K)
+        of_mask = _DRAFT[tokens[:, :1].clamp(max=_NUM - 1), place]
+        states = torch.where((tokens == _NUM)[..., None], of_mask, _TARGET[before, tokens])
+        return states.log()
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+@pytest.mark.parametrize("draft_temperature", [None, 0.0])
+@pytest.mark.parametrize("predicts_next", [False, True])
+def test_sampled_text_has_the_distribution_of_the_model_alone(
+    draft_temperature: float | None, predicts_next: bool
+) -> None:
+    count, prompt = 40_000, (0, 1)
+    drafting = SelfSpeculationSampler(
+        mask_token_id=_NUM,
+        block_length=_K,
+        predicts_next=predicts_next,
+        max_new_tokens=_N,
+        temperature=1.0,
+        draft_temperature=draft_temperature,
+    )
+    requests = [Request(id=index, prompt=prompt) for index in range(count)]
+    table: Any = TableModel()
+    found = torch.zeros((_NUM,) * _N, dtype=torch.float64)
+    for done in drafting.complete(table, requests, key=1, num_slots=4000):
+        found[tuple(done.tokens)] += 1
+    distance = degrees = 0.0
+    for continuation in itertools.product(range(_NUM), repeat=_N):
+        text = (*prompt, *continuation)
+        pairs = (float(_TARGET[text[k], text[k + 1], text[k + 2]]) for k in range(_N))
+        expected = count * float(torch.tensor(list(pairs)).double().prod())
+        if expected >= 5.0:
+            distance += (float(found[continuation]) - expected) ** 2 / expected
+            degrees += 1
+    # Chi-square is normal for so many degrees, about.
+    assert distance < degrees + 4.0 * (2.0 * degrees) ** 0.5, (distance, degrees)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mask_is_never_drafted(temperature: float) -> None:
+    class Wanting(CountingModel):
+        def head(self, hidden: Tensor) -> Tensor:
+            logits = super().head(hidden).clone()
+            logits[:, MASK] += 1000.0
+            return logits
+
+    proposed: list[Tensor] = []
+
+    class Watching(SelfSpeculationSampler):
+        def _propose(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+            found = super()._propose(*args, **kwargs)
+            proposed.append(found[0])
+            return found
+
+    drafting = Watching(
+        mask_token_id=MASK, block_length=BLOCK, temperature=temperature, max_new_tokens=12
+    )
+    completed(drafting, Wanting(model().model, vocab_size=V), requests_of((5, 3)))
+    assert len(proposed) > 3
+    assert not any(bool((tokens == MASK).any()) for tokens in proposed)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"block_length": 1}, "block_length must be at least 2"),
+        ({"temperature": 0.0, "draft_temperature": 0.5}, "draft_temperature must be 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        replace(sampler(), **fields)
