@@ -400,7 +400,7 @@ def _room(config: Config) -> int:
     import ray
 
     cluster = config.cluster
-    needed = max(cluster.min_workers, cluster.num_actors) * cluster.cpus_per_worker + DATA_CPUS
+    needed = max(cluster.max_workers, cluster.num_actors) * cluster.cpus_per_worker + DATA_CPUS
     return max(1, int(ray.cluster_resources().get("CPU", 0) // needed))
 
 

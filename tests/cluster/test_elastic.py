@@ -1,6 +1,8 @@
 """As many training workers as there is room for: nodes that are lost, taken away and added."""
 
 import importlib
+import itertools
+import json
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,7 @@ from pydantic import ValidationError
 
 from tests.builders import letter_tokenizer, random_rows, token_folder
 from tokendiff.cluster import elastic
+from tokendiff.cluster.session import Demand
 from tokendiff.config.cluster import ClusterConfig
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
@@ -30,7 +33,7 @@ LENGTH = 12
 
 
 @pytest.mark.parametrize(
-    ("given", "ends"), [(1, (1, 1)), (8, (8, 8)), ("4:16", (4, 16)), ("3:3", (3, 3))]
+    ("given", "ends"), [(1, (1, 1)), ("8", (8, 8)), ("4:16", (4, 16)), ("3:3", (3, 3))]
 )
 def test_a_number_or_a_range_of_workers(given: Any, ends: tuple[int, int]) -> None:
     config = ClusterConfig(num_workers=given)
@@ -43,7 +46,7 @@ def test_a_number_or_a_range_of_workers(given: Any, ends: tuple[int, int]) -> No
         (0, "a whole number from 1, or two of them as MIN:MAX"),
         (True, "a whole number from 1"),
         (2.0, "a whole number from 1"),
-        ("4", "a whole number from 1"),
+        ("04", "a whole number from 1"),
         ("0:4", "two of them as MIN:MAX"),
         ("4:", "two of them as MIN:MAX"),
         ("4:16:2", "two of them as MIN:MAX"),
@@ -88,6 +91,43 @@ def test_a_cluster_without_room_for_the_least_is_waited_for(
     assert "waiting for the cluster to grow: it has room for 3 of at least 7" in fields["message"]
     cluster = ClusterConfig(num_workers="2:9", use_gpu=False)
     assert elastic.workers_to_start(cluster, print) == 3
+
+
+def test_room_that_comes_and_goes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, found = 0.0, itertools.chain([6, 5, 3], itertools.cycle([5, 6]))
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(elastic.time, "monotonic", lambda: now)
+    monkeypatch.setattr(elastic.time, "sleep", sleep)
+    monkeypatch.setattr(elastic, "room", lambda each, without=(): next(found))
+    monkeypatch.setattr(elastic, "_silent_nodes", set)
+    cluster = ClusterConfig(num_workers="4:16", use_gpu=False)
+    assert elastic.workers_to_start(cluster, print) == 5
+    assert now == 8.0  # five seconds after there was room for fewer than four
+
+
+@pytest.mark.ray
+def test_an_autoscaler_is_asked_whatever_others_ask(ray_session: None) -> None:
+    """What it reads is the sum of all requests, those of Ray Train and Ray Data among them."""
+
+    def asked() -> list[dict[str, float]]:
+        kv: Any = importlib.import_module("ray.experimental.internal_kv")
+        channel = importlib.import_module("ray.autoscaler._private.constants")
+        found = kv._internal_kv_get(channel.AUTOSCALER_RESOURCE_REQUEST_CHANNEL)
+        bundles = json.loads(found) if found else []
+        return [each.get("resources", each) for each in bundles]
+
+    odd = {"CPU": 0.375}
+    with Demand() as first, Demand() as second:
+        first.ask(odd, 3)
+        second.ask(odd, 2)
+        wait_until(lambda: asked().count(odd) == 5, seconds=60)
+        first.ask(odd, 1)
+        wait_until(lambda: asked().count(odd) == 3, seconds=60)
+    wait_until(lambda: odd not in asked(), seconds=60)
 
 
 @contextmanager
@@ -249,8 +289,8 @@ def test_nodes_are_lost_added_and_taken_away(ray_session: None, tmp_path: Path) 
     messages = [e["message"] for e in events if e["event"] == "warning"]
     assert len(messages) == 3
     assert "was lost" in messages[0]
-    assert "there is room for more workers; starting anew after step" in messages[1]
-    assert "node 127.0.0.2 is about to be taken away; starting anew after step" in messages[2]
+    assert "there is room for more workers; restarting after step" in messages[1]
+    assert "node 127.0.0.2 is about to be taken away; restarting after step" in messages[2]
     # No step is lost but those that the lost node took with it.
     stopped, left = [e["step"] for e in events if e["event"] == "stopped"]
     assert [e["step"] for e in events if e["event"] == "resume"] == [20, stopped]

@@ -611,6 +611,11 @@ def test_fields_of_another_objective_or_sampler_are_refused(
         (["preprocess.heldout_fraction=0"], "evaluate.split 'heldout': preprocess.heldout_fractio"),
         (["preprocess.heldout_fraction=1.0"], "preprocess.heldout_fraction 1.0 leaves nothing"),
         (["cluster.num_workers=9"], "cluster.num_workers 9 exceeds the 8 rows of a training step"),
+        (["cluster.num_workers=1:9"], "cluster.num_workers 1:9 exceeds the 8 rows of a training"),
+        (
+            ["cluster.num_workers=2:4", "train.sharding=hybrid"],
+            "cluster.num_workers 2:4 does not go with train.sharding hybrid",
+        ),
         (
             ["train.model_name_or_path=builtin:bert-huge"],
             "train.model_name_or_path 'builtin:bert-huge': no such built-in model; there are "

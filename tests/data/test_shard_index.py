@@ -29,6 +29,16 @@ def test_each_row_group_is_found_in_its_shard(form: str) -> None:
         assert index.find(group) == (path, FILES[path]["sha256"], place)
 
 
+def test_a_shard_may_have_no_rows() -> None:
+    files = [{"path": path, "rows": rows} for path, rows in zip(ROWS, (5, 0, 20, 0), strict=True)]
+    splits = {"train": {"row_group_rows": 16, "files": files}}
+    index = ShardIndex.of(
+        Manifest(kind="tokens", files=FILES, metadata={"splits": splits}), "train"
+    )
+    assert index.row_group_sizes.tolist() == [5, 16, 4]
+    assert [index.find(group)[0] for group in range(3)] == ["train/a", "train/c", "train/c"]
+
+
 @pytest.mark.parametrize("splits", [{}, {"heldout": {"rows": 0, "files": []}}])
 def test_a_split_may_be_empty(splits: dict[str, object]) -> None:
     index = ShardIndex.of(Manifest(kind="tokens", metadata={"splits": splits}), "heldout")

@@ -231,6 +231,9 @@ def test_a_hidden_field_has_no_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert "num_workers" not in text
     assert "seed" not in text
     assert "--num_actors" in text
+    for given, expected in (("2", 2), ("2:4", "2:4")):
+        for flags in (["--num_workers", given], ["-o", f"cluster.num_workers={given}"]):
+            assert parse(flags, sections=TRAIN).config.cluster.num_workers == expected
     config = parse(["-o", "cluster.num_workers=2"], sections=TRAIN, hidden=hidden).config
     assert config.cluster.num_workers == 2
     assert problem(["--num_workers", "2"], sections=TRAIN, hidden=hidden).startswith(

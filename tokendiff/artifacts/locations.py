@@ -281,8 +281,17 @@ def cache_folder() -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "tokendiff"
 
 
+def has_copy(path: Location, *, sha256: str) -> bool:
+    """Whether `local_copy` would copy nothing."""
+    return isinstance(path, Path) or _copy_of(path, sha256).is_file()
+
+
+def _copy_of(path: "RemotePath", sha256: str) -> Path:
+    return cache_folder() / "files" / sha256[:2] / f"{sha256}{path.suffix}"
+
+
 def fits_cache(num_bytes: int) -> bool:
-    """Whether copies of so many bytes are little to the disk that the cache is on."""
+    """Whether copies of so many bytes take no more than a quarter of the disk of the cache."""
     folder = cache_folder()
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
     return num_bytes <= shutil.disk_usage(there).total * _CACHED_PART_OF_DISK
@@ -308,7 +317,7 @@ def local_copy(path: Location, *, sha256: str) -> Path:
         return path
     from filelock import FileLock
 
-    target = cache_folder() / "files" / sha256[:2] / f"{sha256}{path.suffix}"
+    target = _copy_of(path, sha256)
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

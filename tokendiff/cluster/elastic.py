@@ -7,11 +7,11 @@ is room for go on from there.
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING
 
-from tokendiff.cluster.session import DATA_CPUS, wants_gpu
+from tokendiff.cluster.session import DATA_CPUS, worker_resources
+from tokendiff.cluster.stopping import check_stop
 from tokendiff.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,40 +20,39 @@ if TYPE_CHECKING:
 Resources = Mapping[str, float]
 
 _POLL_SECONDS = 1.0
-_SETTLED_SECONDS = 5.0  # nodes that come together are not a start and a restart
+_SETTLED_SECONDS = 5.0  # nodes often join together, and are not to cost a restart each
+_SETTLED_POLLS = 5
 _ANSWER_SECONDS = 20.0  # a process of Python starts in two
 _LOOK_SECONDS = 2.0
 
 
-def worker_resources(config: "ClusterConfig") -> dict[str, float]:
-    """What Ray reserves for one training worker."""
-    return {"CPU": config.cpus_per_worker, **({"GPU": 1.0} if wants_gpu(config) else {})}
-
-
 def slots(free: Mapping[str, Resources], each: Resources) -> int:
-    """How many workers fit on these nodes beside Ray Data's tasks.
+    """How many workers fit on these nodes beside Ray Data's tasks, which need a CPU on one of them:
+    of workers with 1.5 CPUs, two on a node of 4 and one on a node of 2.
 
     Args:
         free: for each node what nobody has reserved.
         each: what one worker reserves.
     """
 
-    def on(node: Resources, cpus_kept: int = 0) -> int:
+    def workers_on(node: Resources, *, cpus_kept: int = 0) -> int:
         have = {**node, "CPU": node.get("CPU", 0.0) - cpus_kept}
         # Amounts are sums of fractions such as 0.1.
         return min(int(have.get(name, 0.0) / amount + 1e-6) for name, amount in each.items())
 
-    costs = [
-        on(node) - on(node, DATA_CPUS) for node in free.values() if node.get("CPU", 0) >= DATA_CPUS
+    lost_to_data = [
+        workers_on(node) - workers_on(node, cpus_kept=DATA_CPUS)
+        for node in free.values()
+        if node.get("CPU", 0.0) >= DATA_CPUS
     ]
-    return sum(on(node) for node in free.values()) - min(costs) if costs else 0
+    return sum(map(workers_on, free.values())) - min(lost_to_data) if lost_to_data else 0
 
 
 def draining_nodes() -> set[str]:
     """Ids of the nodes that are about to be taken away: a spot market's notice, or a downscaling.
 
-    Source: what `ray.train.get_preemption_info` tells. That is a barrier of all workers, of which
-    none is needed where they agree on their last step anyway.
+    Source: what `ray.train.get_preemption_info` tells. That waits for all workers; here one is
+    enough, since they agree on their last step anyway. Ray has no public call that does not wait.
     """
     from ray._private.state import state
 
@@ -73,51 +72,41 @@ def room(each: Resources, *, without: Collection[str] = ()) -> int:
     return slots({node: have for node, have in free if node not in leaving}, each)
 
 
-@contextmanager
-def asking_for_most(config: "ClusterConfig") -> Iterator[None]:
-    """In this block an autoscaler is asked for room for `max_workers`."""
-    from ray.autoscaler.sdk import request_resources
-
-    bundles: list[dict[str, Any]] = [worker_resources(config)] * config.max_workers
-    request_resources(bundles=bundles)
-    try:
-        yield
-    finally:
-        request_resources(bundles=[])
-
-
 def workers_to_start(config: "ClusterConfig", on_event: Callable[..., None]) -> int:
     """As many as there is room for, up to `max_workers`; waits until there is for `min_workers`.
 
     Raises:
         InputError: there still is not after `worker_start_timeout_s`.
+        KeyboardInterrupt: SIGTERM came.
     """
     each = worker_resources(config)
     deadline = time.monotonic() + config.worker_start_timeout_s
     silent: set[str] = set()
-    is_told, count, since = False, -1, 0.0
+    is_told, counts = False, [0]  # since there was room for the least without a break
+    since = time.monotonic()
     while True:
-        now = time.monotonic()
-        found = min(room(each, without=silent), config.max_workers)
-        if found != count:
-            count, since = found, now
+        check_stop()
+        now, found = time.monotonic(), min(room(each, without=silent), config.max_workers)
+        if (found < config.min_workers) != (counts[-1] < config.min_workers):
+            counts, since = [], now
+        counts.append(found)
         is_settled = now - since >= _SETTLED_SECONDS
-        if count == config.max_workers or (is_settled and count >= config.min_workers):
+        if found == config.max_workers or (is_settled and found >= config.min_workers):
             # Ray may take a minute to notice that a node is lost, and would start workers there.
             silent = _silent_nodes()
-            if min(room(each, without=silent), config.max_workers) == count:
-                return count
-        elif count < config.min_workers and is_settled:
-            lacking = f"it has room for {count} of at least {config.min_workers} training workers"
-            if now > deadline:
-                raise InputError(
-                    f"the cluster is too small ({lacking}), and it did not grow within "
-                    f"worker_start_timeout_s = {config.worker_start_timeout_s:g}; ask for fewer or "
-                    "smaller ones (num_workers, cpus_per_worker, use_gpu), or wait longer"
-                )
-            if not is_told:
-                is_told = True
-                on_event("warning", message=f"waiting for the cluster to grow: {lacking}")
+            least = min(found, *counts[-_SETTLED_POLLS:])  # others come and go
+            if min(room(each, without=silent), config.max_workers) >= least >= config.min_workers:
+                return found if found == config.max_workers else least
+        lacking = f"it has room for {found} of at least {config.min_workers} training workers"
+        if now > deadline:
+            raise InputError(
+                f"the cluster is too small ({lacking}), and it did not grow within "
+                f"worker_start_timeout_s = {config.worker_start_timeout_s:g}; ask for fewer or "
+                "smaller ones (num_workers, cpus_per_worker, use_gpu), or wait longer"
+            )
+        if found < config.min_workers and is_settled and not is_told:
+            is_told = True
+            on_event("warning", message=f"waiting for the cluster to grow: {lacking}")
         time.sleep(_POLL_SECONDS)
 
 
@@ -127,10 +116,11 @@ def _silent_nodes() -> set[str]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     answer = ray.remote(num_cpus=0, max_retries=0)(lambda: None)
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    leaving = draining_nodes()  # which start no tasks
+    nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving]
     places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
     asked = [answer.options(scheduling_strategy=place).remote() for place in places]
-    # One that fails is ready too: its node was lost, or is about to be, and does not count anyway.
+    # One that fails is ready too: its node was lost just now, and does not count anyway.
     _, waiting = ray.wait(asked, num_returns=len(asked), timeout=_ANSWER_SECONDS)
     return {node for node, task in zip(nodes, asked, strict=True) if task in waiting}
 
@@ -165,13 +155,11 @@ class Outlook:
         self._thread.join()
 
     def _look_on(self) -> None:
-        import ray
-
         had_room = False
         while not self._is_over.wait(_LOOK_SECONDS):
             try:
                 self.is_leaving = self._node in draining_nodes()
                 has_room = self._each is not None and room(self._each) > 0
-            except (ray.exceptions.RayError, RuntimeError):  # the head is busy; it is asked again
+            except Exception:  # the head is busy, or away for a moment; it is asked again
                 continue
             self.has_room, had_room = has_room and had_room, has_room

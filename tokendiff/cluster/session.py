@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 # CPUs that Ray Data's tasks need beside the workers; without them training waits for rows for ever.
 DATA_CPUS = 1
 _POLL_SECONDS = 1.0
+_ASK_SECONDS = 20.0  # as Ray Train does
 
 
 @contextmanager
@@ -187,6 +189,59 @@ def wants_gpu(config: "ClusterConfig") -> bool:
     return ray.cluster_resources().get("GPU", 0) > 0
 
 
+def worker_resources(config: "ClusterConfig", *, gpus: float = 1.0) -> dict[str, float]:
+    """What Ray reserves for one worker or actor."""
+    return {"CPU": config.cpus_per_worker, **({"GPU": gpus} if wants_gpu(config) else {})}
+
+
+class Demand:
+    """What an autoscaler is asked for beside what runs, while a `with` block lasts.
+
+    Through the coordinator by which Ray Train and Ray Data ask: once that is there, it sends the
+    sum of all requests every 20 s, in place of whatever `ray.autoscaler.sdk.request_resources` was
+    told.
+    """
+
+    def __init__(self) -> None:
+        self._bundles: list[dict[str, float]] = []
+        self._changed, self._is_over = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._ask_on, name="demand", daemon=True)
+
+    def __enter__(self) -> "Demand":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._changed.set()
+        self._thread.join()
+
+    def ask(self, each: dict[str, float], count: int) -> None:
+        """Room for `count` workers, and for Ray Data's tasks."""
+        self._bundles = [{"CPU": float(DATA_CPUS)}, *[each] * count]
+        self._changed.set()
+
+    def _ask_on(self) -> None:
+        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+            DefaultAutoscalingCoordinator,
+            ResourceRequestPriority,
+        )
+
+        asking = None
+        while not self._is_over.is_set():
+            self._changed.clear()
+            if self._bundles:
+                asking = asking or DefaultAutoscalingCoordinator(f"tokendiff-{uuid.uuid4().hex}")
+                asking.request_resources(
+                    self._bundles,
+                    expire_after_s=3 * _ASK_SECONDS,
+                    priority=ResourceRequestPriority.LOW,  # what runs goes first
+                )
+            self._changed.wait(_ASK_SECONDS)
+        if asking is not None:
+            asking.cancel_request()
+
+
 def wait_for_resources(
     config: "ClusterConfig",
     *,
@@ -204,28 +259,25 @@ def wait_for_resources(
         InputError: it still is not after `worker_start_timeout_s`.
     """
     import ray
-    from ray.autoscaler.sdk import request_resources
 
-    each = {"CPU": config.cpus_per_worker, **({"GPU": gpus} if wants_gpu(config) else {})}
+    each = worker_resources(config, gpus=gpus)
     needed = {name: count * amount for name, amount in each.items()}
     needed["CPU"] += DATA_CPUS
     deadline = time.monotonic() + config.worker_start_timeout_s
-    is_asked = False
-    while lacking := _lacking(ray.cluster_resources(), needed):
-        if time.monotonic() > deadline:
-            raise InputError(
-                f"{count} {what} and Ray Data need more than the cluster has ({lacking}), and it "
-                f"did not grow within worker_start_timeout_s = {config.worker_start_timeout_s:g}; "
-                "ask for fewer or smaller ones (num_workers, num_actors, min_actors, "
-                "cpus_per_worker, use_gpu)"
-            )
-        if not is_asked:
-            is_asked = True
-            request_resources(bundles=[each] * count)
-            on_event("warning", message=f"waiting for the cluster to grow: it has {lacking}")
-        time.sleep(_POLL_SECONDS)
-    if is_asked:
-        request_resources(bundles=[])
+    if not (lacking := _lacking(ray.cluster_resources(), needed)):
+        return
+    on_event("warning", message=f"waiting for the cluster to grow: it has {lacking}")
+    with Demand() as demand:
+        demand.ask(each, count)
+        while lacking := _lacking(ray.cluster_resources(), needed):
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"{count} {what} and Ray Data need more than the cluster has ({lacking}), and "
+                    "it did not grow within worker_start_timeout_s = "
+                    f"{config.worker_start_timeout_s:g}; ask for fewer or smaller ones "
+                    "(num_workers, num_actors, min_actors, cpus_per_worker, use_gpu)"
+                )
+            time.sleep(_POLL_SECONDS)
 
 
 def _lacking(have: Mapping[str, float], needed: Mapping[str, float]) -> str:

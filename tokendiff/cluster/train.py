@@ -19,19 +19,20 @@ from tokendiff.artifacts.checkpoint import newest_sound_checkpoint, step_of
 from tokendiff.artifacts.locations import Location, remove
 from tokendiff.cluster.elastic import (
     Outlook,
-    asking_for_most,
-    worker_resources,
     workers_to_start,
 )
 from tokendiff.cluster.rank_rows import RankRows
 from tokendiff.cluster.session import (
+    Demand,
     threads_on_this_node,
     wait_for_resources,
     wants_gpu,
+    worker_resources,
 )
 from tokendiff.cluster.stopping import (
     STOPPED,
     DriverLink,
+    check_stop,
     is_stop_requested,
     saving_first,
 )
@@ -108,23 +109,36 @@ def train(
     if (final := finished_run(output_dir, config, data, warn=warn)) is not None:
         return final
     output_dir.mkdir(parents=True, exist_ok=True)
+    # Said once: where the last node with a GPU is lost, a run does not go on without.
+    cluster = cluster.model_copy(update={"use_gpu": wants_gpu(cluster)})
     is_elastic = cluster.min_workers < cluster.max_workers
-    num_workers, num_failures = cluster.max_workers, 0
-    if not is_elastic:
-        wait_for_resources(cluster, count=num_workers, what="training workers", on_event=on_event)
-    with asking_for_most(cluster) if is_elastic else nullcontext():
+    num_workers, num_failures, is_moving = cluster.max_workers, 0, True
+    last_step = -1
+    with Demand() if is_elastic else nullcontext() as demand:
         while True:
-            if is_elastic:
+            check_stop()
+            if demand is not None:
+                demand.ask(worker_resources(cluster), cluster.max_workers)
                 num_workers = workers_to_start(cluster, on_event)
+                # Ray Train asks for those that run.
+                demand.ask(worker_resources(cluster), cluster.max_workers - num_workers)
+            elif is_moving:
+                wait_for_resources(
+                    cluster, count=num_workers, what="training workers", on_event=on_event
+                )
             checkpoint = newest_sound_checkpoint(output_dir, warn=warn)
             if checkpoint is not None:
                 check_same_run(checkpoint, config, data)
+            step = -1 if checkpoint is None else step_of(checkpoint)
+            if is_elastic and step > last_step:
+                num_failures = 0  # nodes come and go; what counts is to get no further
             workers = f"{num_workers} training worker{'s' * (num_workers > 1)}"
             on_event("doing", what=f"starting {workers}")
             try:
                 _fit_once(config, cluster, num_workers, data, output_dir, checkpoint, on_event)
             except ray.train.TrainingFailedError as error:
                 reason = _reason_to_retry(error)
+                is_moving, last_step = False, step
                 num_failures += 1
                 if num_failures > cluster.max_failures:
                     raise RuntimeError(
@@ -140,6 +154,13 @@ def train(
                     raise KeyboardInterrupt(
                         f"{STOPPED}; the same command goes on from the step it was at"
                     )
+                newest = newest_sound_checkpoint(output_dir, warn=warn)
+                if newest is None or step_of(newest) <= step:
+                    raise RuntimeError(
+                        f"training ended at step {step} without an error, and left nothing new in "
+                        f"{output_dir}"
+                    )
+                is_moving, last_step = True, step
 
 
 def _fit_once(
@@ -194,8 +215,11 @@ def _fit_once(
                 reason = f"node {ray.util.get_node_ip_address()} is about to be taken away"
             elif outlook.has_room and step % config.checkpointing_steps == 0:
                 reason = "there is room for more workers"
+            if step == config.max_train_steps:
+                reason = ""  # it is over anyway
             if reason and context.get_local_rank() == 0:
-                driver.emit("warning", message=f"{reason}; starting anew after step {step}")
+                message = f"{reason}; restarting after step {step} with the workers that fit"
+                driver.emit("warning", message=message)
             return bool(reason) or is_told_to_stop()
 
         with Outlook(cluster, num_workers=world.size, is_main=world.is_main) as outlook:
@@ -222,7 +246,9 @@ def _fit_once(
 
 def _no_retries() -> FailureConfig:
     # Retrying is decided in `train`, which also knows which errors no other attempt gets around.
-    return FailureConfig(max_failures=0, controller_failure_limit=0)  # type: ignore[call-arg]
+    return FailureConfig(  # type: ignore[call-arg]
+        max_failures=0, max_preemption_failures=0, controller_failure_limit=0
+    )
 
 
 def _reason_to_retry(error: ray.train.TrainingFailedError) -> str:

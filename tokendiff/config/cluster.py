@@ -9,7 +9,11 @@ from tokendiff.config.base import Section
 
 
 def _number_or_range(value: Any) -> Any:
-    """`4:16` is left a text, whose ends the properties of ClusterConfig give."""
+    """`4:16` is left a text, whose ends the properties of ClusterConfig give. A flag gives a number
+    as a text too.
+    """
+    if isinstance(value, str) and re.fullmatch("[1-9][0-9]*", value):
+        return int(value)
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
     ends = re.fullmatch(r"([1-9][0-9]*):([1-9][0-9]*)", value) if isinstance(value, str) else None

@@ -158,6 +158,13 @@ class Config(Section):
                 f"cluster.num_workers {self.cluster.num_workers} exceeds the {rows} rows of a "
                 "training step; lower it, or raise train.global_batch_size"
             )
+        is_elastic = self.cluster.min_workers < self.cluster.max_workers
+        if is_elastic and self.train.sharding == "hybrid":
+            problems.append(
+                f"cluster.num_workers {self.cluster.num_workers} does not go with train.sharding "
+                "hybrid, whose nodes have as many workers each; give one number, or set sharding "
+                "to full"
+            )
         model = self.train.model_name_or_path
         names = [BUILTIN_MODEL_PREFIX + name for name in BUILTIN_MODELS]
         if model.startswith(BUILTIN_MODEL_PREFIX) and model not in names:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tokendiff.artifacts.locations import Location, fits_cache, local_copy, location, open_binary
+from tokendiff.artifacts.locations import (
+    Location,
+    fits_cache,
+    has_copy,
+    local_copy,
+    location,
+    open_binary,
+)
 from tokendiff.artifacts.manifest import Manifest, fetch, fingerprint, load_manifest, verify
 from tokendiff.data.order import RowOrder
 from tokendiff.data.shard_index import ShardIndex
@@ -228,11 +235,12 @@ class TokenData:
 
     @contextmanager
     def _shard(self, name: str, digest: str) -> Iterator[Any]:
-        """A shard as a file to read from: a remote one as a copy, unless all of them would fill
-        this machine's disk; its row groups are then read in place.
+        """A shard as a file to read from: a remote one as a copy, unless all of them would take
+        more than a quarter of the cache's disk; its row groups are then read in place.
         """
         path = self.folder / name
-        if isinstance(path, Path) or fits_cache(self.shards[self.split].num_bytes):
+        is_copied = has_copy(path, sha256=digest)
+        if is_copied or fits_cache(self.shards[self.split].num_bytes):
             yield local_copy(path, sha256=digest)
         else:
             with open_binary(path) as file:

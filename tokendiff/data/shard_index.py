@@ -73,5 +73,6 @@ def _row_groups(
     counts_of_full = -(-rows // row_group_rows)
     of_all = np.full(int(counts_of_full.sum()), row_group_rows, dtype=np.int32)
     rest = rows - (counts_of_full - 1) * row_group_rows
-    of_all[np.cumsum(counts_of_full) - 1] = rest
+    has_rows = rows > 0
+    of_all[(np.cumsum(counts_of_full) - 1)[has_rows]] = rest[has_rows]
     return counts_of_full, of_all
