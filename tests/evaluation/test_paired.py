@@ -21,6 +21,7 @@ METRICS: dict[str, Callable[[float, float], float]] = {
     "nats_per_token": lambda nats, tokens: nats / tokens,
     "bits_per_byte": lambda nats, num_bytes: nats / num_bytes / math.log(2.0),
     "perplexity": lambda nats, tokens: math.exp(nats / tokens),
+    "ar_nats_per_token": lambda nats, tokens: nats / tokens,
     "expected_acceptance_length": lambda accepted, blocks: accepted / blocks,
     "acceptance_length_mean": lambda accepted, blocks: accepted / blocks,
 }
@@ -45,6 +46,8 @@ def made_up(
                 "nats": nats,
                 "num_tokens": counted,
                 "num_bytes": 3 * tokens + rng.integers(0, 9, size=n),
+                "ar_nats": nats,
+                "ar_tokens": counted,
                 "num_accepted": nats,
                 "num_blocks": counted,
             }
