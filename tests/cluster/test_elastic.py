@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from tests.builders import letter_tokenizer, random_rows, token_folder
 from tokendiff.cluster import elastic
-from tokendiff.cluster.session import Demand
+from tokendiff.cluster.session import Demand, worker_resources
 from tokendiff.config.cluster import ClusterConfig
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
@@ -82,6 +82,7 @@ def test_a_cluster_without_room_for_the_least_is_waited_for(
     ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(elastic, "_SETTLED_SECONDS", 0.0)
+    wait_until(lambda: elastic.room({"CPU": 1.0}) == 3)  # the test before has left
     told: Events = []
     cluster = ClusterConfig(num_workers="7:9", worker_start_timeout_s=1.5, use_gpu=False)
     room = r"room for 3 of at least 7 training workers"
@@ -159,7 +160,7 @@ def nodes_up() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def wait_until(condition: Callable[[], object], *, seconds: float = 180.0) -> None:
+def wait_until(condition: Callable[[], object], *, seconds: float = 400.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it does not come"
@@ -230,7 +231,7 @@ def test_nodes_are_lost_added_and_taken_away(ray_session: None, tmp_path: Path) 
     config = TrainConfig.model_validate(
         {
             "model_name_or_path": "builtin:bert-tiny",
-            "max_train_steps": 400,
+            "max_train_steps": 1000,
             "per_device_train_batch_size": 8,
             "learning_rate": 1e-4,
             "logging_steps": 1,
@@ -270,11 +271,12 @@ def test_nodes_are_lost_added_and_taken_away(ray_session: None, tmp_path: Path) 
         while len([e for e in read_events(log.path) if e["event"] == "stopped"]) < times:
             assert last("metrics", "step") < config.max_train_steps
             pace.allow(last("metrics", "step") + 5)
-            time.sleep(0.2)
+            time.sleep(0.4)
         pace.allow(last("metrics", "step") + 5)
 
     pace.allow(30)
     with second_node() as node:
+        wait_until(lambda: elastic.room(worker_resources(cluster)) == 3)  # the test before has left
         training.start()
         wait_until(lambda: begun(1, num_workers=3) and last("metrics", "step") == 30)
         kill_tree(node)
@@ -286,7 +288,7 @@ def test_nodes_are_lost_added_and_taken_away(ray_session: None, tmp_path: Path) 
         (second,) = [n for n in nodes_up() if n["Resources"]["CPU"] == 2.0]
         announce_end_of(second["NodeID"])
         on_until_stopped(2)
-        training.join(timeout=180)
+        training.join(timeout=400)
     events = read_events(log.path)
     messages = [e["message"] for e in events if e["event"] == "warning"]
     assert len(messages) == 3
@@ -305,9 +307,12 @@ def test_nodes_are_lost_added_and_taken_away(ray_session: None, tmp_path: Path) 
     def keep(event: str, **fields: Any) -> None:
         if event == "metrics":
             losses[fields["step"]] = fields["loss"]
+            if fields["step"] == left:
+                raise Ended
 
     data = TokenData.open(data_path, split="train")
-    train_in_process(config, data, tmp_path / "plain", on_event=keep)
+    with pytest.raises(Ended):
+        train_in_process(config, data, tmp_path / "plain", on_event=keep)
     found = {e["step"]: e["loss"] for e in metrics_by_step(log.path)}
     assert sorted(found) == list(range(1, left + 1))
     assert found == pytest.approx({step: losses[step] for step in found}, rel=1e-4)
