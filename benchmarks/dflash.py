@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,13 +48,7 @@ class Informed(DFlashSampler):
     quality: float = 1.0
 
     def _verify(
-        self,
-        model: Decoder,
-        slots: Slots,
-        rows: Tensor,
-        drafted: Tensor,
-        draft_logits: Tensor | None,
-        uniforms: Tensor,
+        self, model: Decoder, slots: Slots, rows: Tensor, drafted: Tensor, *others: Any
     ) -> Tensor:
         for index, row in enumerate(rows.tolist()):
             request = slots._requests[row]
@@ -62,7 +57,7 @@ class Informed(DFlashSampler):
             key = RowGenerator.for_rows(key_from("bench"), torch.tensor([request.id]))
             is_known = key.uniform(NEW_TOKENS)[0, done : done + len(known)] < self.quality
             drafted[index, : len(known)] = torch.where(is_known, known, 0)
-        return super()._verify(model, slots, rows, drafted, draft_logits, uniforms)
+        return super()._verify(model, slots, rows, drafted, *others)
 
 
 def build() -> tuple[DraftedModel, list[Request]]:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.objectives.test_block_objectives import EOS, MASK, V, tiny_model, whole_rows
-from tests.objectives.test_targets import chats, draws, talks
-from tokendiff.artifacts.noise_process import NoiseProcess
+from tests.objectives.test_targets import block_process, chats, draws, talks
 from tokendiff.diffusion.interfaces import LossOutput, TokenBatch
 from tokendiff.diffusion.kernels import AbsorbingKernel
 from tokendiff.diffusion.random import RowGenerator
@@ -98,17 +97,8 @@ def test_blocks_of_one_token_that_are_told_by_the_one_before_are_the_ar_likeliho
     # The mask itself is no candidate here, and one there.
     with torch.no_grad():
         model.model.get_input_embeddings().weight[MASK] *= 0.0
-    process = NoiseProcess(
-        forward_process="absorbing",
-        vocab_size=V,
-        mask_token_id=MASK,
-        max_length=64,
-        block_length=1,
-        attention_mask_mode="4d",
-        clean_context=True,
-        eos_token_id=None,
-        context_attention="causal",
-        predict="next",
+    process = block_process(
+        block_length=1, eos_token_id=None, context_attention="causal", predict="next"
     )
     generator = RowGenerator.for_rows(0, torch.arange(len(batch.tokens)))
     bound, count = block_row_bounds(model, batch, generator, process=process, num_mask_samples=3)
@@ -148,15 +138,7 @@ def test_weights_that_cannot_be_are_refused(fields: dict[str, float], says: str)
 
 
 def test_a_process_says_what_decoding_lets_positions_see() -> None:
-    process = NoiseProcess(
-        forward_process="absorbing",
-        vocab_size=V,
-        mask_token_id=MASK,
-        max_length=64,
-        block_length=4,
-        attention_mask_mode="4d",
-        clean_context=True,
-    )
+    process = block_process()
     assert sight_of(process) == BlockSight()
     assert sight_of(replace(process, context_attention="causal")) == BlockSight(
         context_is_causal=True

@@ -123,6 +123,20 @@ class Watched:
         return logits
 
 
+def block_process(**changes: Any) -> NoiseProcess:
+    fields: dict[str, Any] = {
+        "forward_process": "absorbing",
+        "vocab_size": V,
+        "mask_token_id": MASK,
+        "max_length": 64,
+        "block_length": 4,
+        "attention_mask_mode": "4d",
+        "clean_context": True,
+        "eos_token_id": EOS,
+    }
+    return NoiseProcess(**{**fields, **changes})
+
+
 def model_for(name: str) -> Any:
     return tiny_denoiser("bert", vocab_size=V) if name in WHOLE_ROWS else tiny_model()
 
@@ -331,19 +345,7 @@ def test_an_answer_is_trained_on_as_decoding_meets_it(name: str) -> None:
 @pytest.mark.parametrize("context", ["block", "causal"])
 @pytest.mark.parametrize("predict", ["own", "next"])
 def test_the_certificate_holds_for_chats_of_several_answers(context: str, predict: str) -> None:
-    process = NoiseProcess(
-        forward_process="absorbing",
-        vocab_size=V,
-        mask_token_id=MASK,
-        max_length=64,
-        block_length=4,
-        attention_mask_mode="4d",
-        clean_context=True,
-        eos_token_id=EOS,
-        block_start="answer",
-        context_attention=context,
-        predict=predict,
-    )
+    process = block_process(block_start="answer", context_attention=context, predict=predict)
     model = tiny_model().double()
     loaded = LoadedBlockCheckpoint(process=process, model=model, batch=talks())
     for check in BLOCK_RULES:

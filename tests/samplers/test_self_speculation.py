@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.builders import tiny_causal
+from tests.samplers import test_dflash as drafts
 from tests.samplers.test_decoding import CountingModel, completed, requests_of
-from tests.samplers.test_dflash import TableCache
 from tokendiff.diffusion.attention_masks import MaskRule
 from tokendiff.diffusion.interfaces import Decoder, DecodingCache, Request
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
@@ -161,14 +161,7 @@ _TARGET /= _TARGET.sum(-1, keepdim=True)
 _DRAFT = torch.rand(_NUM, _K + 1, _NUM + 1, generator=_GENERATOR).double() ** 2
 
 
-class TableModel:
-    """Hidden states are log-probabilities, and the head leaves them as they are."""
-
-    device = torch.device("cpu")
-
-    def new_cache(self, num_rows: int) -> TableCache:
-        return TableCache(num_rows)
-
+class TableModel(drafts.TableModel):
     def encode(
         self,
         tokens: Tensor,
@@ -177,7 +170,7 @@ class TableModel:
         rows: Tensor,
         rule: MaskRule,
     ) -> Tensor:
-        assert isinstance(cache, TableCache)
+        assert isinstance(cache, drafts.TableCache)
         at = cache.lengths[rows, None] + torch.arange(tokens.shape[1])
         cache.tokens[rows[:, None], at] = tokens
         before = cache.tokens[rows[:, None], (at - 1).clamp(min=0)]
@@ -185,9 +178,6 @@ class TableModel:
         of_mask = _DRAFT[tokens[:, :1].clamp(max=_NUM - 1), place]
         states = torch.where((tokens == _NUM)[..., None], of_mask, _TARGET[before, tokens])
         return states.log()
-
-    def head(self, hidden: Tensor) -> Tensor:
-        return hidden
 
 
 @pytest.mark.parametrize("draft_temperature", [None, 0.0])

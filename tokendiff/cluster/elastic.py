@@ -1,8 +1,8 @@
 """How many training workers the cluster has room for, and when that is about to change.
 
 Ray Train can change the number of its workers too, but ends them where they are: what they learnt
-since their last checkpoint is lost. Here they end behind a step that is saved, and as many as there
-is room for go on from there.
+since their last checkpoint is lost. Here they save a step and end, and as many as there is room for
+go on from there.
 """
 
 import threading
@@ -21,7 +21,7 @@ Resources = Mapping[str, float]
 
 _POLL_SECONDS = 1.0
 _SETTLED_SECONDS = 5.0  # nodes often join together, and are not to cost a restart each
-_SETTLED_POLLS = 5
+_SETTLED_POLLS = round(_SETTLED_SECONDS / _POLL_SECONDS)
 _ANSWER_SECONDS = 20.0  # a process of Python starts in two
 _LOOK_SECONDS = 2.0
 
@@ -130,8 +130,8 @@ class Outlook:
 
     Attributes:
         is_leaving: its node is about to be taken away.
-        has_room: there is room for more workers than train now, and was when last looked: not the
-            moment between two tasks.
+        has_room: there is room for more workers than train now, and there was the time before: a
+            CPU that is free between two tasks does not count.
     """
 
     is_leaving = False

@@ -86,8 +86,8 @@ def _start_or_join(config: "ClusterConfig", side_by_side: int, tell: Callable[[s
     # The controller looks at its workers this often; the default of 2 s is felt at every start and
     # end.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # Where their number may be another, workers for whom there was room a moment ago are not waited
-    # for.
+    # With MIN:MAX a minute is enough: room was there a moment ago, and where it has gone, fewer
+    # workers are started.
     is_elastic = config.min_workers < config.max_workers
     start_timeout = min(config.worker_start_timeout_s, 60.0 if is_elastic else math.inf)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_timeout)

@@ -17,10 +17,7 @@ from ray.train.torch import TorchTrainer
 
 from tokendiff.artifacts.checkpoint import newest_sound_checkpoint, step_of
 from tokendiff.artifacts.locations import Location, remove
-from tokendiff.cluster.elastic import (
-    Outlook,
-    workers_to_start,
-)
+from tokendiff.cluster.elastic import Outlook, workers_to_start
 from tokendiff.cluster.rank_rows import RankRows
 from tokendiff.cluster.session import (
     Demand,
@@ -109,7 +106,7 @@ def train(
     if (final := finished_run(output_dir, config, data, warn=warn)) is not None:
         return final
     output_dir.mkdir(parents=True, exist_ok=True)
-    # Said once: where the last node with a GPU is lost, a run does not go on without.
+    # Decided once: when the last node with a GPU is lost, the run waits and does not go on on CPUs.
     cluster = cluster.model_copy(update={"use_gpu": wants_gpu(cluster)})
     is_elastic = cluster.min_workers < cluster.max_workers
     num_workers, num_failures, is_moving = cluster.max_workers, 0, True

@@ -54,7 +54,10 @@ class ClusterConfig(Section):
         1.0, gt=0.0, description="GPUs of an actor that samples; 0.5 lets two share one"
     )
     max_failures: int = Field(
-        3, ge=0, description="lost workers that are survived before the job fails"
+        3,
+        ge=0,
+        description="lost workers that are survived before the job fails; with num_workers MIN:MAX "
+        "without a new checkpoint between them",
     )
     worker_start_timeout_s: float = Field(
         600.0, gt=0.0, description="seconds to wait for the workers' resources"

@@ -13,7 +13,7 @@ every token enters the cache as soon as all left of it are settled.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -69,8 +69,8 @@ class BlockSampler(OpenEndedSampler):
 
     mask_token_id: int
     block_length: int
-    context_is_causal: bool = field(default=False, kw_only=True)
-    predicts_next: bool = field(default=False, kw_only=True)
+    context_is_causal: bool = False
+    predicts_next: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,29 +24,14 @@ from tokendiff.samplers.speculation import (
 class DFlashSampler(SpeculativeSampler):
     """The target's own text, in fewer of its forward passes."""
 
-    def _slots(self, model: Decoder, *, num_slots: int, key: int) -> Slots:
-        return Slots(
-            model,
-            num_slots=num_slots,
-            max_new_tokens=self.max_new_tokens,
-            seed_key=key,
-            histograms={GAINS: _drafted(model).block_size},
-        )
+    def _most_gained(self, model: Decoder) -> int:
+        return _drafted(model).block_size
 
-    def _step(self, model: Decoder, slots: Slots) -> None:
-        pending = slots["length"] - slots.cache.lengths[: slots.num_rows]
-        prompts, anchored = ((pending > 1).nonzero()[:, 0], (pending == 1).nonzero()[:, 0])
-        if prompts.numel():
-            self._advance(model, slots, prompts, pending[prompts])
-        if anchored.numel():
-            self._speculate(_drafted(model), slots, anchored)
-
-    def _speculate(self, model: DraftedDecoder, slots: Slots, rows: Tensor) -> None:
-        """Draft a block behind each of `rows` [n], and keep what the target accepts of it."""
-        length = slots["length"][rows]
-        at = length[:, None] + torch.arange(model.block_size, device=rows.device)
+    def _speculate(self, model: Decoder, slots: Slots, rows: Tensor) -> None:
+        drafted, length = _drafted(model), slots["length"][rows]
+        at = length[:, None] + torch.arange(drafted.block_size, device=rows.device)
         uniforms = position_uniforms(slots.generator.select(rows), at)
-        hidden = model.draft(slots.tokens[rows, length - 1], slots.cache, rows)
+        hidden = drafted.draft(slots.tokens[rows, length - 1], slots.cache, rows)
         proposed = self._propose(model, hidden, uniforms[:, :-1, PROPOSAL])
         gained = self._verify(model, slots, rows, *proposed, uniforms)
         slots[GAINS][rows, gained - 1] += 1

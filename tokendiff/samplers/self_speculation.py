@@ -52,25 +52,10 @@ class SelfSpeculationSampler(SpeculativeSampler):
                 "block is the model's own, and nothing would be drafted"
             )
 
-    def _slots(self, model: Decoder, *, num_slots: int, key: int) -> Slots:
-        return Slots(
-            model,
-            num_slots=num_slots,
-            max_new_tokens=self.max_new_tokens,
-            seed_key=key,
-            histograms={GAINS: self.block_length + 1},
-        )
-
-    def _step(self, model: Decoder, slots: Slots) -> None:
-        pending = slots["length"] - slots.cache.lengths[: slots.num_rows]
-        prompts, ready = ((pending > 1).nonzero()[:, 0], (pending == 1).nonzero()[:, 0])
-        if prompts.numel():
-            self._advance(model, slots, prompts, pending[prompts])
-        if ready.numel():
-            self._speculate(model, slots, ready)
+    def _most_gained(self, model: Decoder) -> int:
+        return self.block_length + 1
 
     def _speculate(self, model: Decoder, slots: Slots, rows: Tensor) -> None:
-        """Both passes for `rows` [n], whose last token is not in the cache."""
         states = self._draft(model, slots, rows)
         length, room = slots["length"][rows], (slots["limit"] - slots["length"])[rows]
         newest = slots.tokens[rows, length - 1]

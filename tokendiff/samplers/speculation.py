@@ -4,6 +4,7 @@ stays in the cache, and one token of its own stands behind it. Rows accept diffe
 tokens, and end at different times.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,33 @@ class SpeculativeSampler(AutoregressiveSampler):
     @property
     def proposal_temperature(self) -> float:
         return self.temperature if self.draft_temperature is None else self.draft_temperature
+
+    @abstractmethod
+    def _speculate(self, model: Decoder, slots: Slots, rows: Tensor) -> None:
+        """Draft behind each of `rows` [n], whose last token is not in the cache, and keep what the
+        target accepts.
+        """
+
+    @abstractmethod
+    def _most_gained(self, model: Decoder) -> int:
+        """Tokens that `_speculate` adds to a row at most."""
+
+    def _slots(self, model: Decoder, *, num_slots: int, key: int) -> Slots:
+        return Slots(
+            model,
+            num_slots=num_slots,
+            max_new_tokens=self.max_new_tokens,
+            seed_key=key,
+            histograms={GAINS: self._most_gained(model)},
+        )
+
+    def _step(self, model: Decoder, slots: Slots) -> None:
+        pending = slots["length"] - slots.cache.lengths[: slots.num_rows]
+        prompts, ready = ((pending > 1).nonzero()[:, 0], (pending == 1).nonzero()[:, 0])
+        if prompts.numel():
+            self._advance(model, slots, prompts, pending[prompts])
+        if ready.numel():
+            self._speculate(model, slots, ready)
 
     def _propose(
         self, model: Decoder, hidden: Tensor, uniforms: Tensor, *, never: int | None = None
