@@ -44,7 +44,13 @@ class ReencodingModel(CausalModel):
         return cache
 
     def encode(
-        self, tokens: Tensor, num_tokens: Tensor, cache: Any, rows: Tensor, rule: MaskRule
+        self,
+        tokens: Tensor,
+        num_tokens: Tensor,
+        cache: Any,
+        rows: Tensor,
+        rule: MaskRule,
+        **kwargs: Any,
     ) -> Tensor:
         lengths, width = cache.lengths[rows], tokens.shape[1]
         at = lengths[:, None] + torch.arange(width)
@@ -52,7 +58,7 @@ class ReencodingModel(CausalModel):
         whole = self._kept[rows, : int(at.max()) + 1]
         fresh = super().new_cache(len(rows))
         every = torch.arange(len(rows))
-        hidden = super().encode(whole, lengths + num_tokens, fresh, every, rule)
+        hidden = super().encode(whole, lengths + num_tokens, fresh, every, rule, **kwargs)
         return hidden[every[:, None], at]
 
 

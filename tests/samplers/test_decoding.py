@@ -49,11 +49,11 @@ class CountingModel(CausalModel):
 
     num_calls = num_rows = num_tokens = 0
 
-    def encode(self, tokens: Tensor, *args: Any) -> Tensor:
+    def encode(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.num_calls += 1
         self.num_rows += len(tokens)
         self.num_tokens += tokens.numel()
-        return super().encode(tokens, *args)
+        return super().encode(tokens, *args, **kwargs)
 
 
 def causal_model(name: str = "qwen3", **changes: Any) -> CountingModel:

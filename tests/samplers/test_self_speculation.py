@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.builders import tiny_causal
 from tests.samplers import test_dflash as drafts
-from tests.samplers.test_decoding import CountingModel, completed, requests_of
+from tests.samplers.test_decoding import CountingModel, causal_model, completed, requests_of
 from tokendiff.diffusion.attention_masks import MaskRule
 from tokendiff.diffusion.interfaces import Decoder, DecodingCache, Request
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
@@ -50,9 +50,10 @@ class Cribbing(SelfSpeculationSampler):
 
     texts: dict[int, list[int]] = field(default_factory=dict)
 
-    def _verify(
-        self, model: Decoder, slots: Slots, rows: Tensor, drafted: Tensor, *others: Any
-    ) -> Tensor:
+    def _proposed(
+        self, model: Decoder, slots: Slots, rows: Tensor, states: Tensor, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        drafted, logits = super()._proposed(model, slots, rows, states, uniforms)
         for index, row in enumerate(rows.tolist()):
             request = slots._requests[row]
             done = int(slots["length"][row]) - len(request.prompt)
@@ -60,7 +61,7 @@ class Cribbing(SelfSpeculationSampler):
             for place, token in enumerate(known):
                 if (done + place) % 3:
                     drafted[index, place] = token
-        return super()._verify(model, slots, rows, drafted, *others)
+        return drafted, logits
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -69,6 +70,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "greedy, blocks of 2": {"block_length": 2},
     "greedy, one token": {"max_new_tokens": 1},
     "greedy, no stops": {"stop_token_ids": (), "max_new_tokens": 9},
+    "greedy, three draft steps": {"draft_steps": 3},
+    "greedy, two draft steps, next": {"draft_steps": 2, "predicts_next": True},
+    "greedy, ahead": {"draft_ahead": True},
+    "greedy, ahead, next": {"draft_ahead": True, "predicts_next": True},
+    "greedy, ahead, one token": {"draft_ahead": True, "max_new_tokens": 1},
+    "greedy, ahead, blocks of 2": {"draft_ahead": True, "block_length": 2},
+    "sampled, ahead": {"temperature": 0.8, "draft_temperature": 0.0, "draft_ahead": True},
     "sampled": {"temperature": 0.8, "draft_temperature": 0.0},
     "sampled, filtered, next": {
         "temperature": 1.2,
@@ -95,29 +103,39 @@ def test_its_text_is_that_of_the_model_alone(name: str) -> None:
             assert reasons == {index: done.finish_reason for index, done in expected.items()}
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "mistral, sliding", "gpt2"])
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("predicts_next", [False, True])
 @torch.no_grad()
-def test_a_draft_is_what_masks_behind_the_text_tell(predicts_next: bool) -> None:
+def test_a_draft_is_what_masks_behind_the_text_tell(
+    predicts_next: bool, ahead: bool, architecture: str
+) -> None:
     """Held against one row without a cache; the token before the draft is not among what they see,
     since it is told in the same pass.
     """
-    drafting = sampler(predicts_next=predicts_next, stop_token_ids=(), max_new_tokens=12)
+    fields = {"predicts_next": predicts_next, "draft_ahead": ahead}
+    drafting = sampler(**fields, stop_token_ids=(), max_new_tokens=12)
     seen: list[tuple[int, Tensor]] = []
 
     class Watching(SelfSpeculationSampler):
-        def _draft(self, model: Decoder, slots: Slots, rows: Tensor) -> Tensor:
-            states = super()._draft(model, slots, rows)
+        def _proposed(
+            self, model: Decoder, slots: Slots, rows: Tensor, states: Tensor, uniforms: Tensor
+        ) -> tuple[Tensor, Tensor | None]:
             seen.extend(
                 (int(length) - 1, row)
                 for length, row in zip(slots["length"][rows], model.head(states), strict=True)
             )
-            return states
+            return super()._proposed(model, slots, rows, states, uniforms)
+
+    def cached() -> CountingModel:
+        return causal_model(architecture)
 
     names = [f.name for f in drafting.__dataclass_fields__.values()]
     watching = Watching(**{n: getattr(drafting, n) for n in names})
+    window = getattr(cached().model.config, "sliding_window", None)
     for request in requests_of((1, 6)):
         seen.clear()
-        (done,) = completed(watching, model(), [request]).values()
+        (done,) = completed(watching, cached(), [request]).values()
         text = [*request.prompt, *done.tokens]
         assert len(seen) >= 3
         for length, logits in seen:
@@ -125,10 +143,69 @@ def test_a_draft_is_what_masks_behind_the_text_tell(predicts_next: bool) -> None
             x = torch.tensor([[*text[:length], *[MASK] * size]])
             place = torch.arange(x.shape[1])
             is_seen = (place <= place[:, None]) | (place >= length)[:, None]
-            expected = model().model(x, attention_mask=is_seen[None, None]).logits[0]
+            if window is not None:
+                is_seen &= place[:, None] - place < window
+            positions = place[None]
+            expected = (
+                cached()
+                .model(x, attention_mask=is_seen[None, None], position_ids=positions)
+                .logits[0]
+            )
             told_by = length + 1 - int(predicts_next)
             here = expected[told_by : told_by + size - 1]
             torch.testing.assert_close(logits[: size - 1], here, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_each_step_of_a_draft_sees_what_the_steps_before_settled() -> None:
+    fields = {"draft_steps": 3, "stop_token_ids": (), "max_new_tokens": 12}
+    steps: list[tuple[int, Tensor, Tensor]] = []
+
+    class Watching(SelfSpeculationSampler):
+        def _proposed(
+            self, model: Decoder, slots: Slots, rows: Tensor, states: Tensor, uniforms: Tensor
+        ) -> tuple[Tensor, Tensor | None]:
+            found = super()._proposed(model, slots, rows, states, uniforms)
+            steps.append((int(slots["length"][0]), model.head(states[0]), found[0][0]))
+            return found
+
+    drafting = sampler(**fields)
+    names = [f.name for f in drafting.__dataclass_fields__.values()]
+    watching = Watching(**{n: getattr(drafting, n) for n in names})
+    (request,) = requests_of((6,))
+    (done,) = completed(watching, model(), [request]).values()
+    text = [*request.prompt, *done.tokens]
+    assert len(steps) % 3 == 0
+    for index, (length, logits, _) in enumerate(steps):
+        if not index % 3 or length + BLOCK > len(text):
+            continue
+        first = index - index % 3
+        settled = [int(steps[first + place][2][place]) for place in range(index % 3)]
+        masks = [MASK] * (BLOCK - 1 - len(settled))
+        x = torch.tensor([[*text[:length], *settled, *masks]])
+        place = torch.arange(x.shape[1])
+        is_seen = (place <= place[:, None]) | (place >= length - 1)[:, None]
+        expected = model().model(x, attention_mask=is_seen[None, None]).logits[0, length:]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    cycles = len(steps) // 3
+    assert done.num_model_calls >= 1 + 4 * cycles
+
+
+def test_one_pass_gives_a_token_at_least_where_it_drafts_ahead() -> None:
+    fields = {"stop_token_ids": (), "max_new_tokens": 21, "draft_ahead": True}
+    drafting, requests = sampler(**fields), requests_of(LENGTHS)
+    texts = {i: c.tokens for i, c in completed(alone(drafting), model(), requests).items()}
+    names = [f.name for f in drafting.__dataclass_fields__.values()]
+    cribbing = Cribbing(**{n: getattr(drafting, n) for n in names}, texts=texts)
+    for speculating, least in ((drafting, 1.0), (cribbing, 1.5)):
+        for index, done in completed(speculating, model(), requests).items():
+            gains = done.counts[GAINS]
+            assert isinstance(gains, Sequence)
+            assert len(gains) == BLOCK
+            first = int(len(requests[index].prompt) > 1)
+            assert sum(k * count for k, count in enumerate(gains, 1)) == 21 - first
+            assert done.num_model_calls == first + sum(gains)
+            assert (21 - first) / sum(gains) >= least
 
 
 def test_two_passes_give_two_tokens_at_least_and_block_and_one_at_most() -> None:
@@ -169,8 +246,18 @@ class TableModel(drafts.TableModel):
         cache: DecodingCache,
         rows: Tensor,
         rule: MaskRule,
+        *,
+        positions: Tensor | None = None,
+        is_draft: Tensor | None = None,
     ) -> Tensor:
         assert isinstance(cache, drafts.TableCache)
+        if is_draft is not None:  # masks, and nothing but masks, where a draft takes one pass
+            assert torch.equal(is_draft, tokens == _NUM)
+        if positions is not None:  # a verification, and masks behind each of its tokens
+            text, place = tokens[:, :_K], torch.arange(1, _K + 1)
+            told = self.encode(text, num_tokens.clamp(max=_K), cache, rows, rule)
+            of_masks = _DRAFT[text[:, :, None].clamp(max=_NUM - 1), place].flatten(1, 2)
+            return torch.cat([told, of_masks.log()], dim=1)
         at = cache.lengths[rows, None] + torch.arange(tokens.shape[1])
         cache.tokens[rows[:, None], at] = tokens
         before = cache.tokens[rows[:, None], (at - 1).clamp(min=0)]
@@ -180,19 +267,25 @@ class TableModel(drafts.TableModel):
         return states.log()
 
 
-@pytest.mark.parametrize("draft_temperature", [None, 0.0])
-@pytest.mark.parametrize("predicts_next", [False, True])
-def test_sampled_text_has_the_distribution_of_the_model_alone(
-    draft_temperature: float | None, predicts_next: bool
-) -> None:
-    count, prompt = 40_000, (0, 1)
+@pytest.mark.parametrize(
+    "way",
+    [
+        {},
+        {"draft_temperature": 0.0},
+        {"predicts_next": True},
+        {"draft_steps": 2},
+        {"draft_steps": 2, "draft_temperature": 0.0, "predicts_next": True},
+        {"draft_ahead": True, "keeps_base": True},
+        {"draft_ahead": True, "predicts_next": True},
+        {"draft_ahead": True, "draft_temperature": 0.0},
+        {"keeps_base": True, "predicts_next": True},
+    ],
+    ids=str,
+)
+def test_sampled_text_has_the_distribution_of_the_model_alone(way: dict[str, Any]) -> None:
+    count, prompt = 25_000, (0, 1)
     drafting = SelfSpeculationSampler(
-        mask_token_id=_NUM,
-        block_length=_K,
-        predicts_next=predicts_next,
-        max_new_tokens=_N,
-        temperature=1.0,
-        draft_temperature=draft_temperature,
+        mask_token_id=_NUM, block_length=_K, max_new_tokens=_N, temperature=1.0, **way
     )
     requests = [Request(id=index, prompt=prompt) for index in range(count)]
     table: Any = TableModel()
@@ -240,6 +333,8 @@ def test_a_mask_is_never_drafted(temperature: float) -> None:
     [
         ({"block_length": 1}, "block_length must be at least 2"),
         ({"temperature": 0.0, "draft_temperature": 0.5}, "draft_temperature must be 0"),
+        ({"draft_steps": BLOCK}, r"draft_steps must lie in 1\.\.3"),
+        ({"draft_steps": 2, "draft_ahead": True}, "draft_steps must be 1"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(fields: dict[str, Any], says: str) -> None:

@@ -7,7 +7,8 @@ is written.
         scheduler_config.json                the noise process, in the diffusers form, if any
         ema.safetensors                      averaged weights, where the run keeps them
         adapters.safetensors                 what is trained, where that is adapters, which the
-        ema_adapters.safetensors             weights above hold merged
+        ema_adapters.safetensors             weights above hold merged; or, where the base model is
+        draft_adapters.json                  kept, do not hold: what adapters those are
         optimizer.safetensors trainer_state.json
         heldout.json                         the best evaluation so far, where the run is watched
         MANIFEST.json                        size and sha256 of every file, written last
@@ -15,8 +16,8 @@ is written.
 Where workers shared a model they shared its files too: `model-00001-of-00004.safetensors` and so
 on, with an index, for each of the files of tensors.
 
-`final/` is the same without the training state; its weights are the averaged ones where the run
-keeps them.
+`final/` is the same without the training state. What was trained, weights or adapters beside those
+of a base model, is averaged there where the run keeps averages.
 """
 
 import re
@@ -43,6 +44,7 @@ STOPPED_EARLY = "stopped_early"  # of a final/ with fewer steps: why it has no m
 # Stems of the files of tensors (`tokendiff.artifacts.tensor_files`).
 WEIGHTS, EMA_WEIGHTS, OPTIMIZER = "model", "ema", "optimizer"
 ADAPTERS, EMA_ADAPTERS = "adapters", "ema_adapters"
+DRAFT_ADAPTERS = "draft_adapters.json"
 _PREFIX = "checkpoint-"
 
 

@@ -61,6 +61,8 @@ class NoiseProcess:
         context_attention: "block", finished blocks see themselves whole, or "causal", each token of
             them sees only up to itself, as in a model that decodes token by token too.
         predict: "own", a position's state tells its own token, or "next", the one behind it.
+        keeps_base: whether the weights are those of a model that was not trained, which decodes
+            token by token, and adapters beside them draft.
         block_start: where blocks start anew: at each "answer" of a chat, at its "last_answer"
             alone, or, None, at the first token of a document only.
 
@@ -89,6 +91,7 @@ class NoiseProcess:
     block_start: str | None = None
     context_attention: str = "block"
     predict: str = "own"
+    keeps_base: bool = False
 
     def __post_init__(self) -> None:
         if self.forward_process not in _SCHEDULER_CLASSES:
@@ -122,6 +125,8 @@ class NoiseProcess:
                 )
             if self.predict not in ("own", "next"):
                 raise InputError(f"predict must be 'own' or 'next', got {self.predict!r}")
+            if self.keeps_base and self.context_attention != "causal":
+                raise InputError("keeps_base needs context_attention 'causal', that of its base")
         try:
             self.kernel()
         except ValueError as error:
@@ -169,7 +174,7 @@ class NoiseProcess:
     def _set_later(self) -> tuple[str, ...]:
         """Fields that came later, where they are not what they were before."""
         defaults = {name: field.default for name, field in self.__dataclass_fields__.items()}
-        names = ("block_start", "context_attention", "predict")
+        names = ("block_start", "context_attention", "predict", "keeps_base")
         return tuple(name for name in names if getattr(self, name) != defaults[name])
 
     @property

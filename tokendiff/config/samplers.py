@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tokendiff.config.base import Section, named
+from tokendiff.config.base import Section, added, named
 
 
 class _SamplerConfig(Section):
@@ -120,6 +120,21 @@ class SelfSpeculationConfig(_SpeculativeConfig):
     block_length: int | None = Field(
         None, ge=2, description="masks that are drafted from; by default as the model was trained"
     )
+    draft_steps: int = added(
+        1, ge=1, description="passes that a draft takes; each settles its share, from the left"
+    )
+    draft_ahead: bool = added(
+        False,
+        description="draft the next block in the pass that verifies this one: half the passes, "
+        "each over K + K^2 tokens for blocks of K; pays where a pass takes as long for so many, as "
+        "on a GPU with few rows",
+    )
+
+    @model_validator(mode="after")
+    def _steps_are_taken(self) -> "SelfSpeculationConfig":
+        if self.draft_ahead:
+            self.refuse_ignored(("draft_steps",), "draft_ahead true")
+        return self
 
 
 class SDARSamplerConfig(_OpenEndedConfig):

@@ -5,7 +5,13 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from tokendiff.config.base import Section, added, operational
-from tokendiff.config.objectives import NEW_DRAFT_FIELDS, DFlashConfig, MDLMConfig, ObjectiveConfig
+from tokendiff.config.objectives import (
+    NEW_DRAFT_FIELDS,
+    BlockDiffusionConfig,
+    DFlashConfig,
+    MDLMConfig,
+    ObjectiveConfig,
+)
 
 BUILTIN_MODEL_PREFIX = "builtin:"
 BUILTIN_MODELS = (
@@ -97,6 +103,12 @@ class TrainConfig(Section):
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout in front of the adapters")
     lora_target_modules: list[str] = Field(
         [], description="names of the layers that get adapters; by default all but the head"
+    )
+    keep_base: bool = added(
+        False,
+        description="leave the causal model as it is: the adapters count only where blocks are "
+        "drafted, final/ holds them beside the unchanged weights, and samplers ar and "
+        "self_speculation write the model's own text",
     )
     mixed_precision: Literal["no", "bf16"] = Field(
         "no", description="bf16 autocast; weights stay fp32"
@@ -193,6 +205,27 @@ class TrainConfig(Section):
                 f"lora_rank goes with objectives on causal language models, not with "
                 f"{self.objective.name!r}; leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _base_can_be_kept(self) -> "TrainConfig":
+        if not self.keep_base:
+            return self
+        if not isinstance(self.objective, BlockDiffusionConfig):
+            raise ValueError(
+                f"keep_base goes with objective block_diffusion, not with {self.objective.name!r}; "
+                "leave it out"
+            )
+        if self.lora_rank is None:
+            raise ValueError(
+                "keep_base trains adapters beside a model that stays as it is; set lora_rank"
+            )
+        if self.objective.ar_loss_weight > 0.0:
+            raise ValueError(
+                f"ar_loss_weight {self.objective.ar_loss_weight} has no effect with keep_base: the "
+                "model that decodes token by token stays as it is; remove either"
+            )
+        self.refuse_ignored(("from_scratch",), "keep_base true")
         return self
 
     @model_validator(mode="after")

@@ -59,6 +59,25 @@ class CausalDenoiser(Protocol):
         ...
 
 
+class DraftingDenoiser(CausalDenoiser, Protocol):
+    """One with adapters for what it drafts, without which it is the model that it was."""
+
+    def encode(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        rule: MaskRule,
+        *,
+        is_draft: Tensor | None = None,
+    ) -> Tensor:
+        """As `CausalDenoiser.encode`.
+
+        Args:
+            is_draft: [B, Q] bool, where the adapters count; None: nowhere.
+        """
+        ...
+
+
 class DraftBesideTarget(Protocol):
     """A draft that is trained, with the frozen causal language model whose tokens it drafts."""
 
@@ -243,6 +262,30 @@ class Decoder(Protocol):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of hidden states [n, D], over every id of the vocabulary."""
+        ...
+
+
+class SelfDraftingDecoder(Decoder, Protocol):
+    """A decoder that drafts for itself."""
+
+    def encode(
+        self,
+        tokens: Tensor,
+        num_tokens: Tensor,
+        cache: DecodingCache,
+        rows: Tensor,
+        rule: MaskRule,
+        *,
+        positions: Tensor | None = None,
+        is_draft: Tensor | None = None,
+    ) -> Tensor:
+        """As `Decoder.encode`; q and kv of the rule are places behind one another.
+
+        Args:
+            positions: [n, N] where the tokens stand in their texts; by default at their places.
+            is_draft: [n, N] bool, where adapters count that the model has for what it drafts; None:
+                nowhere.
+        """
         ...
 
 

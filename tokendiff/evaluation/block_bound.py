@@ -96,6 +96,7 @@ def sight_of(process: NoiseProcess) -> BlockSight:
         is_causal=process.attention_mask_mode == "2d",
         context_is_causal=process.context_attention == "causal",
         predicts_next=process.predict == "next",
+        keeps_base=process.keeps_base,
     )
 
 

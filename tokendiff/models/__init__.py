@@ -15,6 +15,7 @@ For other rooms:
                       a causal model that decodes with a cache; opening and trying one
     denoiser          a model in two parts, encoder and head
     adapters          low-rank adapters
+    kept_base         adapters that draft beside a model that stays what it was
     layers            the layers of a model
     ragged_cache      keys and values of rows with their own lengths
     masked_attention  what computes attention under a rule

@@ -3,7 +3,8 @@
 Only the adapters are trained, and the one row of the input embedding that the mask has: to the
 pretrained model it is a new token. (Its row of a tied head is left alone: no loss or sampler reads
 the mask's logit.) What is saved is a plain transformers model with the adapters merged into its
-weights; the adapters themselves are kept beside the training state.
+weights; the adapters themselves are kept beside the training state. Where the base model is to stay
+what it was (`kept_base`), its weights are saved as they are, and the adapters beside them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +23,17 @@ _ADAPTER = "default"
 
 
 class _EmbeddingWithRow(nn.Module):
-    """An embedding of which one row is trained."""
+    """An embedding of which one row is trained, or that has one row more.
 
-    def __init__(self, embedding: nn.Embedding, index: int) -> None:
+    Args:
+        start: [D] of that row.
+    """
+
+    def __init__(self, embedding: nn.Embedding, index: int, start: Tensor) -> None:
         super().__init__()
         self.base_layer = embedding
         self.index = index
-        self.row = nn.Parameter(embedding.weight.detach()[index].clone())
+        self.row = nn.Parameter(start.detach().clone())
 
     @property
     def weight(self) -> Tensor:
@@ -41,8 +46,38 @@ class _EmbeddingWithRow(nn.Module):
         return self.base_layer.num_embeddings
 
     def forward(self, tokens: Tensor) -> Tensor:
+        is_row = tokens == self.index
+        if self.index >= self.num_embeddings:
+            tokens = tokens.masked_fill(is_row, 0)
         states: Tensor = self.base_layer(tokens)
-        return torch.where((tokens == self.index)[..., None], self.row.to(states.dtype), states)
+        return torch.where(is_row[..., None], self.row.to(states.dtype), states)
+
+
+class DraftAdapters:
+    """Adapters of a model that is to stay what it was: they count only at positions where it
+    drafts, which each pass is told of. Elsewhere it computes what it did without them.
+
+    Args:
+        model: that `add_adapters` was given.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from peft.tuners.lora import LoraLayer
+
+        self._layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
+        self._weight: Tensor | None = None
+        for layer in self._layers:
+            layer.lora_B[_ADAPTER].register_forward_hook(self._weighted)
+
+    def count_at(self, is_draft: Tensor | None) -> None:
+        """Say where they count, [B, N] bool, from the next pass on; None: nowhere."""
+        self._weight = None if is_draft is None else is_draft[..., None]
+        for layer in self._layers:
+            layer._disable_adapters = is_draft is None
+
+    def _weighted(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        assert self._weight is not None
+        return output * self._weight.to(output.dtype)
 
 
 def add_adapters(
@@ -54,6 +89,7 @@ def add_adapters(
     target_modules: Sequence[str],
     trained_token_id: int | None,
     seed: int,
+    is_new_token: bool = False,
 ) -> None:
     """Freeze a transformers model and put trainable adapters into it, in place.
 
@@ -62,6 +98,8 @@ def add_adapters(
         target_modules: last parts of the names of linear layers; none is every one but the head.
         trained_token_id: the token whose embedding is trained too.
         seed: decides the adapters' first weights; what they add starts at zero.
+        is_new_token: the model does not know that token, and its own embedding, which may have no
+            such row, stays as it is: the token's starts at the mean of the others.
 
     Raises:
         InputError: peft is not installed, or no layer has such a name.
@@ -98,7 +136,10 @@ def add_adapters(
             ) from error
     if trained_token_id is not None:
         embedding = model.get_input_embeddings()
-        model.set_input_embeddings(_EmbeddingWithRow(embedding, trained_token_id))
+        weight = embedding.weight.detach()
+        start = weight[:trained_token_id].mean(0) if is_new_token else weight[trained_token_id]
+        row = _EmbeddingWithRow(embedding, trained_token_id, start.float())
+        model.set_input_embeddings(row)
 
 
 @contextmanager
@@ -134,16 +175,22 @@ def changed_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, merge()
 
 
+def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All weights of the plain model as they were without adapters; of tied ones the first."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, value in model.state_dict().items():
+        plain = name.replace(".base_layer.", ".")
+        if ".lora_" not in name and not name.endswith(".row") and plain not in tied:
+            yield plain, value
+
+
 def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """All weights of the plain model, the adapters merged into them, in the order of its own. A
     head that is tied to the embedding is not among them: it has the mask's new row too.
     """
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
     merges = _merges(model)
-    for name, value in model.state_dict().items():
-        plain = name.replace(".base_layer.", ".")
-        if ".lora_" not in name and not name.endswith(".row") and plain not in tied:
-            yield plain, merges[plain]() if plain in merges else value
+    for name, value in base_weights(model):
+        yield name, merges[name]() if name in merges else value
 
 
 def _merges(model: nn.Module) -> dict[str, Callable[[], Tensor]]:

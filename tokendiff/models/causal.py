@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tokendiff.diffusion.attention_masks import MaskRule
 from tokendiff.diffusion.interfaces import DecodingCache
 from tokendiff.errors import InputError
+from tokendiff.models.adapters import DraftAdapters
 from tokendiff.models.pretrained import longest_input
 from tokendiff.models.ragged_cache import RaggedCache
 
@@ -29,6 +30,7 @@ class CausalModel(nn.Module):
         super().__init__()
         self.model = model
         self.vocab_size = vocab_size
+        self.draft_adapters: DraftAdapters | None = None
         self._is_split = _has_plain_head(model)
 
     @property
@@ -52,8 +54,15 @@ class CausalModel(nn.Module):
         cache: DecodingCache,
         rows: Tensor,
         rule: MaskRule,
+        *,
+        positions: Tensor | None = None,
+        is_draft: Tensor | None = None,
     ) -> Tensor:
-        return self.encode_layers(tokens, num_tokens, cache, rows, rule, layers=())[0]
+        if self.draft_adapters is not None:
+            self.draft_adapters.count_at(is_draft)
+        return self.encode_layers(
+            tokens, num_tokens, cache, rows, rule, layers=(), positions=positions
+        )[0]
 
     def encode_layers(
         self,
@@ -64,18 +73,22 @@ class CausalModel(nn.Module):
         rule: MaskRule,
         *,
         layers: Sequence[int],
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """As `encode`, and besides the last hidden states [n, N, D] those after each of `layers`,
         counted from 0; -1 is the embedding's output. As transformers has it, what the last layer
         gives has been through the final norm.
         """
         assert isinstance(cache, RaggedCache)
-        positions, width = cache.begin(rows, tokens.shape[1])
+        places, width = cache.begin(rows, tokens.shape[1])
         is_padding = torch.arange(tokens.shape[1], device=tokens.device) >= num_tokens[:, None]
         kv = torch.arange(width, device=tokens.device)
-        end = positions[:, :1] + num_tokens[:, None]
+        end = places[:, :1] + num_tokens[:, None]
         b = torch.arange(len(rows), device=tokens.device)[:, None, None]
-        q = positions[:, :, None]
+        q = places[:, :, None]
+        positions = places if positions is None else positions
+        # A kept token stands at its position.
+        of_keys = kv.expand(len(rows), width).scatter(1, places, positions)
         # Padding sees itself alone: a query with nothing to see has no softmax.
         is_seen = torch.where(q < end[..., None], rule(b, q, kv) & (kv < end)[:, None], kv == q)
         encoder = self.model.base_model if self._is_split else self.model
@@ -83,7 +96,7 @@ class CausalModel(nn.Module):
         chosen = [layer + 1 for layer in layers]
         output = encoder(
             input_ids=tokens,
-            attention_mask=self._masks(is_seen, positions, kv),
+            attention_mask=self._masks(is_seen, positions[:, :, None] - of_keys[:, None]),
             # Padding may stand where a model with learned positions has none.
             position_ids=positions.masked_fill(is_padding, 0),
             past_key_values=cache,
@@ -101,13 +114,17 @@ class CausalModel(nn.Module):
         """What `head` takes, of hidden states that the model's output embedding is for."""
         return hidden if self._is_split else self.model.get_output_embeddings()(hidden)
 
-    def _masks(self, is_seen: Tensor, positions: Tensor, kv: Tensor) -> Any:
-        """What the model takes as attention_mask: one mask, or one for each type of layer."""
+    def _masks(self, is_seen: Tensor, distance: Tensor) -> Any:
+        """What the model takes as attention_mask: one mask, or one for each type of layer.
+
+        Args:
+            is_seen, distance: [n, N, width], of queries to keys.
+        """
         config = self.model.config.get_text_config()
         window = getattr(config, "sliding_window", None)
         masks = {"full_attention": is_seen}
         if window is not None:
-            masks["sliding_attention"] = is_seen & (positions[:, :, None] - kv < window)
+            masks["sliding_attention"] = is_seen & (distance < window)
         check_layers(config)
         if config._attn_implementation == "eager":
             lowest = torch.finfo(self.model.dtype).min

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tokendiff.diffusion.attention_masks import MaskRule
 from tokendiff.models import tiled_attention
+from tokendiff.models.adapters import DraftAdapters
 from tokendiff.models.denoiser import ModelInTwoParts
 from tokendiff.models.families import CAUSAL_TYPES
 from tokendiff.models.masked_attention import (
@@ -39,8 +40,18 @@ class TransformersCausalDenoiser(ModelInTwoParts):
         tiled_attention.register()
         self._kernel = attention_kernel
         self._current: AttentionKernel | None = None
+        self.draft_adapters: DraftAdapters | None = None
 
-    def encode(self, tokens: Tensor, positions: Tensor, rule: MaskRule) -> Tensor:
+    def encode(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        rule: MaskRule,
+        *,
+        is_draft: Tensor | None = None,
+    ) -> Tensor:
+        if self.draft_adapters is not None:
+            self.draft_adapters.count_at(is_draft)
         kernel = self._kernel or best_kernel(self.model, tokens.device)
         if kernel != self._current:
             self.model.set_attn_implementation(IMPLEMENTATIONS[kernel])

@@ -9,6 +9,8 @@ from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.artifacts.tensor_files import TensorFiles, has_tensors
 from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.errors import InputError
+from tokendiff.models.denoiser import ModelInTwoParts
+from tokendiff.models.kept_base import open_draft_adapters
 from tokendiff.models.opening import load_causal_denoiser, load_denoiser
 from tokendiff.models.plans import plan_model
 
@@ -32,16 +34,22 @@ def load_for_inference(checkpoint_path: str | Path) -> tuple[Any, Any, NoiseProc
     """
     folder = open_checkpoint(checkpoint_path)
     tokenizer, process = open_process(folder)
-    load = load_denoiser if process.block_length is None else load_causal_denoiser
-    denoiser = load(
-        str(folder),
-        tokenizer=tokenizer,
-        max_length=process.max_length,
-        dropout=0.0,
-        allow_new_weights=False,
-        field=_FIELD,
-    )
-    take_average(denoiser.model, folder)
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "max_length": process.max_length,
+        "dropout": 0.0,
+        "allow_new_weights": False,
+        "field": _FIELD,
+    }
+    denoiser: ModelInTwoParts
+    if process.block_length is None:
+        denoiser = load_denoiser(str(folder), **options)
+    else:
+        denoiser = load_causal_denoiser(str(folder), keeps_base=process.keeps_base, **options)
+    if process.keeps_base:
+        open_draft_adapters(denoiser, folder)
+    else:
+        take_average(denoiser.model, folder)
     return denoiser.eval(), tokenizer, process
 
 

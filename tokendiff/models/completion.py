@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from tokendiff.artifacts.checkpoint import DRAFT_ADAPTERS
 from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG, local_model
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.prompts import GenerationRow, Prompt, PromptEncoder, prompt_text
@@ -37,6 +38,7 @@ from tokendiff.models.decoding import (
 from tokendiff.models.dflash.decoder import DraftedModel, check_drafted
 from tokendiff.models.dflash.planning import load_draft
 from tokendiff.models.families import family_of
+from tokendiff.models.kept_base import open_draft_adapters
 from tokendiff.models.pretrained import longest_input
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
 from tokendiff.samplers.block_refinement import BlockRefinementSampler
@@ -202,7 +204,10 @@ class CompletionModel:
             dtype=dtype,
             trust_remote_code=config.trust_remote_code,
         )
-        if checkpoint is not None:
+        if checkpoint is not None and (checkpoint / DRAFT_ADAPTERS).is_file():
+            open_draft_adapters(model, checkpoint)
+            model.to(dtype)
+        elif checkpoint is not None:
             take_average(model.model, checkpoint)
         self._model: Decoder = model.to(device)
         self._target = self._model
@@ -428,6 +433,7 @@ def _block_fields(
     found = {"mask_token_id": mask, "block_length": fields["block_length"] or block_length}
     if process is not None:
         found["predicts_next"] = process.predict == "next"
+        found["keeps_base"] = process.keeps_base
         if "draft_temperature" not in fields:  # what judges is causal anyway
             found["context_is_causal"] = process.context_attention == "causal"
     if "attention_mask_mode" in fields:

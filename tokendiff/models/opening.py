@@ -86,11 +86,13 @@ def load_causal_denoiser(
     allow_new_weights: bool = True,
     field: str = MODEL_FIELD,
     is_on_disk: bool = False,
+    keeps_base: bool = False,
 ) -> TransformersCausalDenoiser:
     """A causal language model that stays one, to be told what each position sees.
 
     Args, and what is raised: as `load_denoiser`; a model that attends in both directions is
         refused.
+        keeps_base: nothing is added to it for a mask that it does not know.
     """
     plan = plan_model(
         model_name_or_path,
@@ -108,6 +110,7 @@ def load_causal_denoiser(
         warn,
         allow_new_weights=allow_new_weights,
         is_on_disk=is_on_disk,
+        keeps_base=keeps_base,
     )
     return TransformersCausalDenoiser(model, vocab_size=plan.vocab_size)
 
@@ -121,6 +124,7 @@ def _load(
     *,
     allow_new_weights: bool,
     is_on_disk: bool,
+    keeps_base: bool = False,
 ) -> Any:
     """The transformers model of a plan, whose config it changes."""
     if dropout is not None:
@@ -131,6 +135,8 @@ def _load(
             return plan.auto_class.from_config(plan.config, dtype=torch.float32)
         weights = _open(plan, torch.float32) if not is_on_disk else _open_on_disk(plan)
         model = weights.told(warn) if allow_new_weights else weights.complete()
+        if keeps_base:
+            return model
         grow_embedding(model, plan.vocab_size, warn)
         start_unknown_tokens(model, plan.name, tokenizer, warn)
     return model

@@ -68,6 +68,25 @@ def check_mask_token(tokenizer: Any) -> None:
         )
 
 
+def unknown_mask(name: str, tokenizer: Any, *, field: str = MODEL_FIELD) -> bool:
+    """Whether the mask is a token that a model does not know, which is then the tokenizer's last.
+
+    Raises:
+        InputError: other tokens are new to the model too, so that it cannot stay as it is.
+    """
+    own = set(_vocabulary_of(name, field=field).values())
+    unknown = sorted(set(tokenizer.get_vocab().values()) - own) if own else []
+    if not unknown:
+        return False
+    if unknown != [tokenizer.mask_token_id] or unknown[0] != max(own) + 1:
+        raise InputError(
+            f"keep_base: {field} {name!r} does not know {len(unknown)} tokens of the tokenizer, "
+            f"{tokenizer.convert_ids_to_tokens(unknown[0])!r} for one; only the mask may be new, "
+            "and the last of all; preprocess with the model's own tokenizer"
+        )
+    return True
+
+
 def grow_embedding(model: Any, vocab_size: int, warn: Callable[[str], None]) -> None:
     """Give the model an embedding for each of the tokenizer's ids, where it has fewer."""
     size = model.get_input_embeddings().num_embeddings

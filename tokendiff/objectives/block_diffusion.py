@@ -22,12 +22,18 @@ One set of weights then decodes token by token and block by block, with the same
 
 import math
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from tokendiff.diffusion.attention_masks import block_diffusion
-from tokendiff.diffusion.interfaces import CausalDenoiser, LossOutput, TokenBatch
+from tokendiff.diffusion.interfaces import (
+    CausalDenoiser,
+    DraftingDenoiser,
+    LossOutput,
+    TokenBatch,
+)
 from tokendiff.diffusion.kernels import AbsorbingKernel
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.objectives.autoregressive import Autoregressive, next_token_loss
@@ -48,6 +54,8 @@ class BlockDiffusion:
         max_loss_weight: clips the weight -alpha'/(1 - alpha), or n / l.
         restarts_at_answers: blocks start anew at each answer; see `tokendiff.objectives.blocks`.
         ar_loss_weight: of the next-token loss of the clean half, which is then causal.
+        keeps_base: the clean half is what a causal model makes of it that is not trained; see
+            `BlockSight`.
         diffusion_loss_weight: of the loss of the blocks.
         predicts_next: the state before a token tells it; see `BlockSight`.
         lambda_conf: weight of the confidence term: per row, the mean entropy of
@@ -66,6 +74,7 @@ class BlockDiffusion:
     ar_loss_weight: float = 0.0
     diffusion_loss_weight: float = 1.0
     predicts_next: bool = False
+    keeps_base: bool = False
     lambda_conf: float = 0.0
     conf_temperature: float = 1.0
 
@@ -76,11 +85,15 @@ class BlockDiffusion:
         weights = (self.ar_loss_weight, self.diffusion_loss_weight)
         if min(weights) < 0.0 or max(weights) == 0.0:
             raise ValueError(f"one loss weight must be positive, and none negative: {weights}")
+        if self.keeps_base and self.ar_loss_weight > 0.0:
+            raise ValueError(f"keeps_base leaves ar_loss_weight {self.ar_loss_weight} no effect")
 
     @property
     def sight(self) -> BlockSight:
         return BlockSight(
-            context_is_causal=self.ar_loss_weight > 0.0, predicts_next=self.predicts_next
+            context_is_causal=self.ar_loss_weight > 0.0 or self.keeps_base,
+            predicts_next=self.predicts_next,
+            keeps_base=self.keeps_base,
         )
 
     def loss(self, model: CausalDenoiser, batch: TokenBatch, generator: RowGenerator) -> LossOutput:
@@ -209,6 +222,12 @@ def encode_both(
         is_causal=sight.is_causal,
         context_is_causal=sight.context_is_causal,
     )
-    both = torch.cat([x_t, rows.tokens], dim=1)
-    noisy, clean = model.encode(both, rows.position.repeat(1, 2), rule).chunk(2, dim=1)
+    both, places = torch.cat([x_t, rows.tokens], dim=1), rows.position.repeat(1, 2)
+    if sight.keeps_base:
+        is_draft = torch.arange(both.shape[1], device=both.device) < x_t.shape[1]
+        drafting = cast(DraftingDenoiser, model)
+        states = drafting.encode(both, places, rule, is_draft=is_draft.expand_as(both))
+    else:
+        states = model.encode(both, places, rule)
+    noisy, clean = states.chunk(2, dim=1)
     return sight.telling(rows, noisy, clean), clean

@@ -37,7 +37,6 @@ class BlockRefinement:
         eos_token_id: in mode 4d fills up the block that a document ends in; see
             `tokendiff.objectives.blocks`. In mode 2d no token sees what stands behind it.
         restarts_at_answers: blocks start anew at each answer; see `tokendiff.objectives.blocks`.
-        context_is_causal, predicts_next: with a clean context; see `BlockSight`.
         lambda_conf: the mean of the confidence term is taken per row, over both its views, and a
             row weighs as many tokens as it has: the mean over a micro-batch would depend on how
             rows are spread over workers.
@@ -52,8 +51,6 @@ class BlockRefinement:
     clean_context: bool = False
     prompt_length: int = 0
     restarts_at_answers: bool = False
-    context_is_causal: bool = False
-    predicts_next: bool = False
     lambda_conf: float = 0.0
     conf_temperature: float = 1.0
 
@@ -67,16 +64,10 @@ class BlockRefinement:
             )
         if self.prompt_length < 0:
             raise ValueError(f"prompt_length must not be negative, got {self.prompt_length}")
-        if (self.context_is_causal or self.predicts_next) and not self.clean_context:
-            raise ValueError("context_is_causal and predicts_next need a clean context")
 
     @property
     def sight(self) -> BlockSight:
-        return BlockSight(
-            is_causal=self.attention_mask_mode == "2d",
-            context_is_causal=self.context_is_causal,
-            predicts_next=self.predicts_next,
-        )
+        return BlockSight(is_causal=self.attention_mask_mode == "2d")
 
     def rows(self, batch: TokenBatch) -> BlockRows:
         fill = self.eos_token_id if self.attention_mask_mode == "4d" else None

@@ -85,11 +85,13 @@ class BlockSight:
             model; that of a block's first token is the clean one before the block. The first token
             of a document is told by none. Else the state at its own position tells it. Sources:
             Dream (arXiv 2508.15487), Fast-dLLM v2 (arXiv 2509.26328).
+        keeps_base: the model has adapters, which count at noisy positions alone.
     """
 
     is_causal: bool = False
     context_is_causal: bool = False
     predicts_next: bool = False
+    keeps_base: bool = False
 
     def told(self, rows: BlockRows) -> Tensor:
         """[B, W] bool: the targets that a state tells."""

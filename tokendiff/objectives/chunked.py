@@ -178,7 +178,9 @@ class _KnownGradient(torch.autograd.Function):
 
 
 def without_mask(logits: Tensor, mask_token_id: int) -> Tensor:
-    """SUBS: a copy in which the mask has probability 0, in float32 or better."""
+    """SUBS: a copy in which the mask has probability 0, in float32 or better. A model may have no
+    logit of the mask, where that is the last id.
+    """
     return _WithoutMask.apply(logits, mask_token_id)
 
 
@@ -188,7 +190,8 @@ class _WithoutMask(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, mask_token_id: int) -> Tensor:
         copy = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-        copy[..., mask_token_id] = -torch.inf
+        if mask_token_id < copy.shape[-1]:
+            copy[..., mask_token_id] = -torch.inf
         ctx.dtype = logits.dtype
         return copy
 

@@ -65,12 +65,14 @@ class BlockSampler(OpenEndedSampler):
         block_length: K, as the model was trained.
         context_is_causal: tokens before the active block see only up to themselves.
         predicts_next: the state before a token tells it.
+        keeps_base: the model has adapters, which count in active blocks.
     """
 
     mask_token_id: int
     block_length: int
     context_is_causal: bool = False
     predicts_next: bool = False
+    keeps_base: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,7 +161,9 @@ class BlockSampler(OpenEndedSampler):
             step=slots["step"][rows],
         )
         rule = self._rule(slots, rows)
-        hidden = encode_known(model, slots, rows, begin + self.block_length - cached, rule)
+        counts = begin + self.block_length - cached
+        drafts_from = begin if self.keeps_base else None
+        hidden = encode_known(model, slots, rows, counts, rule, drafts_from=drafts_from)
         offset = begin - cached
         if self.predicts_next:
             hidden, offset = self._shifted(hidden, offset, slots, rows), torch.zeros_like(offset)
@@ -256,7 +260,8 @@ class BlockSampler(OpenEndedSampler):
         for row, place in zip(which.split(size), position.split(size), strict=True):
             logits = model.head(hidden[row, offset[row] + place]).float()
             # index_fill copies, and the head's own tensor is left alone.
-            logits = logits.index_fill(-1, mask, -torch.inf)
+            if self.mask_token_id < logits.shape[-1]:  # else the model has no logit of it
+                logits = logits.index_fill(-1, mask, -torch.inf)
             drawn = self._draw(logits, uniform[row, place])
             log_p = logits.log_softmax(-1)
             tokens[row, place] = drawn

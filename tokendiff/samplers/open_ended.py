@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from tokendiff.diffusion.interfaces import (
     Figures,
     OnProgress,
     Request,
+    SelfDraftingDecoder,
     unwatched,
 )
 from tokendiff.samplers.categorical import check_filters, draw, filter_logits
@@ -116,13 +118,23 @@ def encode_known(
     rows: Tensor,
     counts: Tensor,
     rule: MaskRule,
+    *,
+    drafts_from: Tensor | None = None,
 ) -> Tensor:
     """Hidden states [n, N, D] of the next `counts` [n] tokens of `rows` [n] that are not in the
     cache; they stay out of it.
+
+    Args:
+        drafts_from: [n] the position from which on they are read as a draft, by a
+            `SelfDraftingDecoder`.
     """
     width = int(counts.max())
     begin = slots.cache.lengths[rows]
     at = begin[:, None] + torch.arange(width, device=rows.device)
     tokens = slots.tokens[rows[:, None], at.clamp(max=slots.tokens.shape[1] - 1)]
     slots["num_calls"][rows] += 1
-    return model.encode(tokens, counts, slots.cache, rows, rule)
+    if drafts_from is None:
+        return model.encode(tokens, counts, slots.cache, rows, rule)
+    is_draft = at >= drafts_from[:, None]
+    drafting = cast(SelfDraftingDecoder, model)
+    return drafting.encode(tokens, counts, slots.cache, rows, rule, is_draft=is_draft)

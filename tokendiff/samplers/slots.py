@@ -80,15 +80,21 @@ class Slots:
         """[n] of the rows in use, or [n, size] of a histogram; may be written to."""
         return self._table[: self.num_rows, self._index[name]]
 
-    def kept(self, rows: Tensor, *, like: Tensor) -> Tensor:
-        """[n, D] what `keep` was given of `rows` [n]; zeros before, of the kind of `like`."""
+    def kept(self, rows: Tensor, *, like: Tensor | None = None) -> Tensor:
+        """[n, D] what `keep` was given of `rows` [n]; zeros before.
+
+        Args:
+            like: [..., D] of the same kind; may be left out where something was kept of any row.
+        """
         if self._kept is None:
+            assert like is not None, "nothing was kept yet"
             self._kept = like.new_zeros(self._num_slots, like.shape[-1])
         return self._kept[rows]
 
     def keep(self, rows: Tensor, states: Tensor) -> None:
         """Keep a state [n, D] of each of `rows` [n]."""
-        assert self._kept is not None, "kept() comes first"
+        if self._kept is None:
+            self._kept = states.new_zeros(self._num_slots, states.shape[-1])
         self._kept[rows] = states
 
     @property

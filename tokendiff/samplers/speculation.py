@@ -86,12 +86,12 @@ class SpeculativeSampler(AutoregressiveSampler):
         what they are drawn from [n, D, V].
 
         Args:
-            never: a token that is not proposed.
+            never: a token that is not proposed; the model may have no logit of it.
         """
         tokens, kept = [], []
         for chunk, uniform in _chunks(hidden, uniforms):
             logits = model.head(chunk.flatten(0, 1)).float()
-            if never is not None:
+            if never is not None and never < logits.shape[-1]:
                 at = torch.tensor([never], device=logits.device)
                 logits = logits.index_fill(-1, at, -torch.inf)
             if self.proposal_temperature == 0.0:
@@ -114,7 +114,32 @@ class SpeculativeSampler(AutoregressiveSampler):
         """Read the last token of `rows` [n] and what was drafted behind it [n, K - 1] in one pass,
         and keep what the target accepts of it.
 
+        Args, and what is returned: as `_settle`.
+        """
+        room = (slots["limit"] - slots["length"])[rows]
+        num_tokens = room.clamp(max=drafted.shape[1] + 1)  # what lies behind the limit is not read
+        block = last_and(slots, rows, drafted)
+        hidden = model.encode(block, num_tokens, slots.cache, rows, causal_by_position)
+        slots["num_calls"][rows] += 1
+        return self._settle(model, slots, rows, hidden, drafted, draft_logits, uniforms)
+
+    def _settle(
+        self,
+        model: Decoder,
+        slots: Slots,
+        rows: Tensor,
+        hidden: Tensor,
+        drafted: Tensor,
+        draft_logits: Tensor | None,
+        uniforms: Tensor,
+    ) -> Tensor:
+        """Write what the target accepts of a draft, and one token of its own.
+
         Args:
+            rows: [n].
+            hidden: [n, K, D] states of the last token and of what was drafted behind it, which have
+                just been read and are not kept yet.
+            drafted: [n, K - 1].
             draft_logits: [n, K - 1, V] what was drawn from; None where nothing was drawn.
             uniforms: [n, K, 3] of the positions behind the last token.
 
@@ -125,10 +150,7 @@ class SpeculativeSampler(AutoregressiveSampler):
         size = drafted.shape[1] + 1
         place = torch.arange(size, device=rows.device)
         at = length[:, None] + place
-        block = torch.cat([slots.tokens[rows, length - 1][:, None], drafted], dim=1)
-        num_tokens = room.clamp(max=size)  # what lies behind the limit is not read
-        hidden = model.encode(block, num_tokens, slots.cache, rows, causal_by_position)
-        slots["num_calls"][rows] += 1
+        num_tokens = room.clamp(max=size)
         verdict = self._judge(model, hidden, drafted, draft_logits, uniforms)
         is_own = place == verdict.num_accepted[:, None]
         kept = torch.cat([drafted, drafted[:, :1]], dim=1)
@@ -177,6 +199,12 @@ class SpeculativeSampler(AutoregressiveSampler):
 
     def _filtered(self, logits: Tensor, temperature: float) -> Tensor:
         return filter_logits(logits, temperature=temperature, top_k=self.top_k, top_p=self.top_p)
+
+
+def last_and(slots: Slots, rows: Tensor, following: Tensor) -> Tensor:
+    """[n, 1 + N] the last token of each of `rows` [n], and `following` [n, N] behind it."""
+    last = slots.tokens[rows, slots["length"][rows] - 1]
+    return torch.cat([last[:, None], following], dim=1)
 
 
 def position_uniforms(generator: RowGenerator, at: Tensor) -> Tensor:

@@ -3,20 +3,30 @@ noise process that checkpoints record.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tokendiff.artifacts.checkpoint import DRAFT_ADAPTERS
+from tokendiff.artifacts.model_folders import local_model
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.rows import TokenData
 from tokendiff.diffusion.interfaces import Objective
 from tokendiff.diffusion.kernels import AbsorbingKernel
 from tokendiff.errors import InputError
 from tokendiff.models.adapters import add_adapters
+from tokendiff.models.builtin import is_builtin
 from tokendiff.models.denoiser import ModelInTwoParts
 from tokendiff.models.dflash.model import DFlashDraftConfig
 from tokendiff.models.dflash.planning import plan_draft
 from tokendiff.models.dflash.trainee import DraftTrainee, load_trainee
+from tokendiff.models.kept_base import (
+    draft_adapter_fields,
+    fill_draft_adapters,
+    put_draft_adapters,
+    read_fields,
+)
 from tokendiff.models.opening import load_causal_denoiser, load_denoiser
 from tokendiff.models.plans import plan_model
 from tokendiff.models.vocabulary import check_vocabulary
@@ -64,6 +74,7 @@ def _build_block_diffusion(config: "BlockDiffusionConfig", process: NoiseProcess
         ar_loss_weight=config.ar_loss_weight,
         diffusion_loss_weight=config.diffusion_loss_weight,
         predicts_next=config.predict == "next",
+        keeps_base=process.keeps_base,
         **_common_fields(config),
     )
 
@@ -132,8 +143,10 @@ def build_trainee(
         return trainee, _build_dflash(config.objective, plan.draft), None
     load = load_causal_denoiser if config.objective.is_causal else load_denoiser
     field, start = starting_point(config)
+    kept: dict[str, Any] = {"keeps_base": True} if config.keep_base else {}
     model: ModelInTwoParts = load(
         start,
+        **kept,
         tokenizer=tokenizer,
         max_length=data.max_length,
         from_scratch=config.from_scratch,
@@ -145,9 +158,55 @@ def build_trainee(
     )
     if not config.from_scratch:
         check_vocabulary(start, tokenizer, field=field)
-    if config.lora_rank is not None:
+    if config.keep_base:
+        _add_draft_adapters(config, model, tokenizer)
+    elif config.lora_rank is not None:
         add_configured_adapters(config, model.model, tokenizer)
     return model, *make_objective(config, tokenizer, data)
+
+
+def _add_draft_adapters(config: "TrainConfig", model: ModelInTwoParts, tokenizer: Any) -> None:
+    """New ones, or those of a warm start."""
+    field, start = starting_point(config)
+    fields = draft_adapter_fields(config, tokenizer, name=start, field=field)
+    put_draft_adapters(model, fields, dropout=config.lora_dropout, seed=config.seed)
+    folder = Path(local_model(start))
+    if config.warm_start_from is not None and (folder / DRAFT_ADAPTERS).is_file():
+        fill_draft_adapters(model, folder)
+
+
+def check_kept_base(config: "TrainConfig", tokenizer: Any) -> None:
+    """Check a run against the base model that it keeps, or starts from.
+
+    Raises:
+        InputError: the model cannot stay as it is, or adapters of a warm start would be lost.
+    """
+    field, start = starting_point(config)
+    folder = Path(local_model(start))
+    has_adapters = config.warm_start_from is not None and (folder / DRAFT_ADAPTERS).is_file()
+    if not config.keep_base:
+        if has_adapters:
+            raise InputError(
+                f"warm_start_from {start!r} holds adapters beside a base model that was kept; set "
+                "keep_base to train them on, or give it as model_name_or_path to start from the "
+                "base model alone"
+            )
+        return
+    if is_builtin(start):
+        raise InputError(
+            f"keep_base: {field} {start!r} starts from new weights; give a trained model"
+        )
+    fields = draft_adapter_fields(config, tokenizer, name=start, field=field)
+    if has_adapters and (found := read_fields(folder)) != fields:
+        differing = ", ".join(
+            f"{name} {found[name]!r}"  # type: ignore[literal-required]
+            for name, value in fields.items()
+            if found[name] != value  # type: ignore[literal-required]
+        )
+        raise InputError(
+            f"warm_start_from {start!r} holds other adapters than this run trains (theirs have "
+            f"{differing}); set the lora fields to theirs"
+        )
 
 
 def starting_point(config: "TrainConfig") -> tuple[str, str]:
@@ -210,6 +269,8 @@ def make_objective(
     fields = config.objective.process_fields()
     if fields is None:
         return Autoregressive(), None
+    if config.keep_base:  # blocks see what its own cache holds
+        fields |= {"context_attention": "causal", "keeps_base": True}
     ends: dict[str, Any] = {}
     if config.objective.is_causal:
         ends["eos_token_id"] = tokenizer.eos_token_id

@@ -18,7 +18,12 @@ from tokendiff.models.layers import find_layers
 from tokendiff.models.plans import open_trainable_config, plan_model
 from tokendiff.models.pretrained import check_length, check_weights
 from tokendiff.models.vocabulary import check_vocabulary
-from tokendiff.training.building import make_objective, model_without_weights, starting_point
+from tokendiff.training.building import (
+    check_kept_base,
+    make_objective,
+    model_without_weights,
+    starting_point,
+)
 from tokendiff.training.identity import check_same_run
 
 if TYPE_CHECKING:
@@ -86,6 +91,7 @@ def check_inputs(config: "TrainConfig", data: TokenData) -> None:
     )
     if not config.from_scratch:
         check_vocabulary(name, tokenizer, field=field)
+    check_kept_base(config, tokenizer)
     make_objective(config, tokenizer, data)
     _check_modules(config, tokenizer, max_length=data.max_length)
 

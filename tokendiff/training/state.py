@@ -13,11 +13,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokendiff.artifacts.checkpoint import ADAPTERS, EMA_ADAPTERS, EMA_WEIGHTS, OPTIMIZER, WEIGHTS
+from tokendiff.artifacts.checkpoint import (
+    ADAPTERS,
+    DRAFT_ADAPTERS,
+    EMA_ADAPTERS,
+    EMA_WEIGHTS,
+    OPTIMIZER,
+    WEIGHTS,
+)
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.artifacts.tensor_files import TensorFiles, has_tensors, local_part
 from tokendiff.errors import CorruptFileError
-from tokendiff.models.adapters import adapter_tensors, changed_weights, merged_weights
+from tokendiff.models.adapters import (
+    adapter_tensors,
+    base_weights,
+    changed_weights,
+    merged_weights,
+)
+from tokendiff.models.kept_base import draft_adapter_fields
+from tokendiff.training.building import starting_point
 from tokendiff.training.saving import Contents, NamedTensors
 from tokendiff.training.trainer import Trainer
 
@@ -39,6 +53,7 @@ class RunState:
         self._trainer, self._tokenizer, self._process = trainer, tokenizer, process
         self._model: Any = trainer.denoiser.model
         self._has_adapters = trainer.config.lora_rank is not None
+        self._keeps_base = trainer.config.keep_base
 
     def checkpoint(self, metadata: Mapping[str, Any], watch: "Watch | None") -> Contents:
         """All of it."""
@@ -49,7 +64,8 @@ class RunState:
             tensors[ADAPTERS] = adapter_tensors(self._model).items()
         if average is not None and self._has_adapters:
             tensors[EMA_ADAPTERS] = average.tensors.items()
-            tensors[EMA_WEIGHTS] = self._averaged(changed_weights(self._model))
+            if not self._keeps_base:
+                tensors[EMA_WEIGHTS] = self._averaged(changed_weights(self._model))
         elif average is not None:
             tensors[EMA_WEIGHTS] = average.tensors.items()
         files = {TRAINER_STATE: json.dumps(trainer.state(), indent=1)}
@@ -61,12 +77,14 @@ class RunState:
 
     def final(self, metadata: Mapping[str, Any]) -> Contents:
         """The model alone, with averaged weights where the run keeps them."""
-        weights = self._weights()
+        tensors = {WEIGHTS: self._weights()}
+        trained = WEIGHTS
+        if self._keeps_base:
+            tensors[ADAPTERS] = adapter_tensors(self._model).items()
+            trained = ADAPTERS
         if self._trainer.average is not None:
-            weights = self._averaged(weights)
-        return Contents(
-            tensors={WEIGHTS: weights}, header=_HEADER, beside=self._beside, metadata=metadata
-        )
+            tensors[trained] = self._averaged(tensors[trained])
+        return Contents(tensors=tensors, header=_HEADER, beside=self._beside, metadata=metadata)
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint, of whatever number of workers.
@@ -97,7 +115,9 @@ class RunState:
     def _weights(self) -> NamedTensors:
         """As transformers names them in files."""
         names = self._names_in_files
-        own = merged_weights(self._model) if self._has_adapters else self._own_tensors().items()
+        own: NamedTensors = self._own_tensors().items()
+        if self._has_adapters:
+            own = (base_weights if self._keeps_base else merged_weights)(self._model)
         return ((names[name], tensor) for name, tensor in own)
 
     def _averaged(self, pairs: NamedTensors) -> Iterator[tuple[str, Tensor]]:
@@ -139,6 +159,12 @@ class RunState:
         self._tokenizer.save_pretrained(folder)
         if self._process is not None:
             self._process.save(folder)
+        if self._keeps_base:
+            field, start = starting_point(self._trainer.config)
+            fields = draft_adapter_fields(
+                self._trainer.config, self._tokenizer, name=start, field=field
+            )
+            (folder / DRAFT_ADAPTERS).write_text(json.dumps(fields, indent=2) + "\n")
         return folder
 
 

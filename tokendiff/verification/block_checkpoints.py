@@ -34,6 +34,17 @@ _LAMBDA, _TEMPERATURE = 0.5, 0.7  # of the confidence term that is checked
 
 
 @dataclass(frozen=True, kw_only=True)
+class _UnderSight(BlockRefinement):
+    """Its loss, where positions see what those of any block model do."""
+
+    given: BlockSight
+
+    @property
+    def sight(self) -> BlockSight:
+        return self.given
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadedBlockCheckpoint:
     """
     Attributes:
@@ -70,14 +81,13 @@ class LoadedBlockCheckpoint:
 
     def loss(self, rows: BlockRows, is_masked: Tensor) -> LossOutput:
         assert self.process.block_length is not None
-        objective = BlockRefinement(
+        objective = _UnderSight(
+            given=self.sight,
             mask_token_id=self.process.mask_token_id,
             block_length=self.process.block_length,
             eos_token_id=self.process.eos_token_id,
             attention_mask_mode="2d" if self.sight.is_causal else "4d",
             clean_context=True,
-            context_is_causal=self.sight.context_is_causal,
-            predicts_next=self.sight.predicts_next,
             prompt_length=self.process.prompt_length,
             lambda_conf=_LAMBDA,
             conf_temperature=_TEMPERATURE,
@@ -134,7 +144,9 @@ def one_pass(loaded: LoadedBlockCheckpoint) -> float:
                 rule_ = causal_up_to(torch.tensor([begin]))
             else:
                 rule_ = block_causal(document, block)
-            alone = model.head(model.encode(x_t[None], rows.position[row, before][None], rule_))
+            drafts = {"is_draft": own[None]} if loaded.sight.keeps_base else {}
+            position = rows.position[row, before][None]
+            alone = model.head(model.encode(x_t[None], position, rule_, **drafts))
             told, by = before[own], own.nonzero()[:, 0]
             if loaded.sight.predicts_next:  # the first token of a document is told by none
                 told, by = told[by > 0], by[by > 0] - 1

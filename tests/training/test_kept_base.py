@@ -1,0 +1,363 @@
+"""A model that stays what it was, with adapters that draft beside it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from tests.builders import letter_tokenizer, random_rows, token_folder
+from tests.training.test_block_training import build_run, losses_of
+from tokendiff.artifacts.checkpoint import ADAPTERS, DRAFT_ADAPTERS, EMA_ADAPTERS
+from tokendiff.artifacts.manifest import commit, load_manifest
+from tokendiff.artifacts.noise_process import NoiseProcess
+from tokendiff.config.evaluate import EvaluateConfig
+from tokendiff.config.generate import GenerateConfig
+from tokendiff.config.train import TrainConfig
+from tokendiff.data.prompts import GenerationRow
+from tokendiff.data.rows import TokenData
+from tokendiff.diffusion.attention_masks import block_diffusion, causal_up_to
+from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.evaluation.evaluator import Evaluator
+from tokendiff.models.checkpoints import load_for_inference
+from tokendiff.models.completion import CompletionModel
+from tokendiff.models.opening import load_causal_denoiser
+from tokendiff.objectives.autoregressive import row_nats
+from tokendiff.training.inputs import check_inputs
+from tokendiff.verification.checkpoints import verify_checkpoint
+
+LENGTH, V, BLOCK = 24, 16, 4
+LORA = {"lora_rank": 3, "lora_alpha": 6.0}
+
+
+def known_tokenizer() -> Any:
+    """The letters' own, without a mask: that is token V once it is added."""
+    from transformers import PreTrainedTokenizerFast
+
+    full = letter_tokenizer(V)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=full.backend_tokenizer,
+        **{name: getattr(full, name) for name in ("pad_token", "eos_token") if getattr(full, name)},
+    )
+
+
+def with_mask() -> Any:
+    tokenizer = known_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<new mask>"})
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=["its own rows", "padded", "tied"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=V + (6 if request.param == "padded" else 0),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        tie_word_embeddings=request.param == "tied",
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    known_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TokenData:
+    folder = token_folder(
+        tmp_path_factory.mktemp("tokens") / "data",
+        files=[random_rows(24, LENGTH)],
+        max_length=LENGTH,
+        tokenizer=with_mask(),
+        heldout=random_rows(6, LENGTH, seed=1),
+    )
+    return TokenData.open(folder, split="train")
+
+
+def config(base: Path, objective: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
+    blocks = {"name": "block_diffusion", "block_length": BLOCK, **(objective or {})}
+    fields = {
+        "model_name_or_path": str(base),
+        "objective": blocks,
+        "keep_base": True,
+        "max_train_steps": 4,
+        "per_device_train_batch_size": 6,
+        "learning_rate": 0.03,
+        "ema_decay": 0.5,
+        "logging_steps": 1,
+        "checkpointing_steps": 2,
+        **LORA,
+    }
+    return TrainConfig.model_validate({**fields, **changes})
+
+
+@pytest.fixture(scope="module", params=["own", "next"])
+def trained(
+    request: pytest.FixtureRequest,
+    base: Path,
+    data: TokenData,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    losses_of(config(base, {"predict": request.param}), data, folder)
+    return folder
+
+
+def recommit(folder: Path) -> None:
+    """Of a folder whose files were changed."""
+    metadata = load_manifest(folder).metadata
+    (folder / "MANIFEST.json").unlink()
+    commit(folder, kind="checkpoint", metadata=metadata)
+
+
+def texts(name: str, **fields: Any) -> dict[int, list[int]]:
+    generate = GenerateConfig.model_validate(
+        {"sampler": {"name": name, "max_new_tokens": 9}, "batch_size": 3, **fields}
+    )
+    checkpoint = Path(path) if (path := fields.get("checkpoint_path")) else None
+    model = CompletionModel(generate, checkpoint=checkpoint)
+    rows = [GenerationRow(id=n, prompt=text) for n, text in enumerate(("cdef", "g", "hijklm"))]
+    return {record["id"]: record["tokens"] for record in model.sample(rows)}
+
+
+def test_a_new_mask_starts_at_the_mean_of_all_tokens(
+    base: Path, data: TokenData, tmp_path: Path
+) -> None:
+    model: Any = build_run(config(base), data, tmp_path).trainer.denoiser.model
+    known = load_file(base / "model.safetensors")["model.embed_tokens.weight"][:V]
+    row = model.get_input_embeddings()(torch.tensor([V]))[0]
+    torch.testing.assert_close(row.detach(), known.mean(0))
+
+
+def test_the_weights_are_those_of_the_base_model_to_the_bit(trained: Path, base: Path) -> None:
+    expected = load_file(base / "model.safetensors")
+    for name in ("final", "checkpoint-2", "checkpoint-4"):
+        found = load_file(trained / name / "model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    tokens = torch.tensor(random_rows(2, LENGTH))
+    opened = [AutoModelForCausalLM.from_pretrained(folder) for folder in (base, trained / "final")]
+    with torch.no_grad():
+        logits = [model.eval()(input_ids=tokens).logits for model in opened]
+    assert torch.equal(*logits)
+
+
+def test_its_likelihood_is_that_of_the_base_model_to_the_bit(
+    trained: Path, base: Path, data: TokenData
+) -> None:
+    adapted, _, process = load_for_inference(trained / "final")
+    assert process.keeps_base
+    plain = load_causal_denoiser(
+        str(base), tokenizer=letter_tokenizer(V), max_length=LENGTH, keeps_base=True
+    ).eval()
+    batch = data.read_group(0).take(torch.arange(6).numpy()).batch("cpu")
+    with torch.no_grad():
+        ours, theirs = (row_nats(model, batch)[0] for model in (adapted, plain))
+        assert torch.equal(ours, theirs)
+    held = TokenData.open(data.folder, split="heldout")
+    evaluator = Evaluator(trained / "final", EvaluateConfig(num_mask_samples=1), device="cpu")
+    figures = evaluator.bounds(held.read_group(0))
+    of_base = row_nats(plain, held.read_group(0).batch("cpu"))[0]
+    assert torch.equal(torch.as_tensor(figures["ar_nats"]), of_base.detach())
+
+
+@torch.no_grad()
+def test_adapters_count_in_noisy_blocks_alone(trained: Path) -> None:
+    """Held against transformers: the base model writes the cache, the model with all its adapters
+    reads the block behind it.
+    """
+    adapted, _, process = load_for_inference(trained / "final")
+    mask, model = process.mask_token_id, adapted.model
+    clean = torch.tensor(random_rows(1, 12, seed=3))
+    noisy = clean.clone()
+    noisy[0, [4, 6, 7, 9]] = mask
+    document = torch.zeros_like(clean)
+    block = torch.arange(12)[None] // BLOCK
+    both, position = torch.cat([noisy, clean], 1), torch.arange(12).repeat(2)[None]
+    rule = block_diffusion(document, block, context_is_causal=True)
+    is_draft = torch.arange(24)[None] < 12
+    states = adapted.encode(both, position, rule, is_draft=is_draft)
+    model.set_attn_implementation("sdpa")
+    adapted._current = None
+    for begin in range(0, 12, BLOCK):
+        cache, here = DynamicCache(config=model.config), slice(begin, begin + BLOCK)
+        if begin:
+            adapted.draft_adapters.count_at(None)
+            model(input_ids=clean[:, :begin], past_key_values=cache)
+        adapted.draft_adapters.count_at(torch.ones(1, BLOCK, dtype=torch.bool))
+        told = model.base_model(
+            input_ids=noisy[:, here],
+            position_ids=torch.arange(begin, begin + BLOCK)[None],
+            attention_mask=torch.ones(1, 1, BLOCK, begin + BLOCK, dtype=torch.bool),
+            past_key_values=cache,
+        ).last_hidden_state
+        torch.testing.assert_close(states[:, here], told, rtol=1e-4, atol=1e-4)
+    adapted.draft_adapters.count_at(None)
+    alone = model.base_model(input_ids=clean).last_hidden_state
+    torch.testing.assert_close(states[:, 12:], alone, rtol=1e-4, atol=1e-4)
+    assert (states[:, :BLOCK] - alone[:, :BLOCK]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("way", [{}, {"draft_ahead": True}, {"draft_steps": 2}])
+def test_its_samplers_write_the_text_of_the_base_model(
+    trained: Path, base: Path, way: dict[str, Any]
+) -> None:
+    final = {"checkpoint_path": str(trained / "final")}
+    expected = texts("ar", model_id=str(base))
+    assert texts("ar", **final) == expected
+    sampler = {"name": "self_speculation", "max_new_tokens": 9, "draft_temperature": 0.0, **way}
+    assert texts("", **final, sampler=sampler) == expected
+
+
+def test_blocks_are_decoded_by_the_adapters(trained: Path, base: Path) -> None:
+    """Each token that sampler sdar writes alone is the likeliest one of a pass over all of it."""
+    adapted, _, process = load_for_inference(trained / "final")
+    sampler = {"name": "sdar", "max_new_tokens": 8, "temperature": 0.0, "denoising_steps": BLOCK}
+    sampler["remasking_strategy"] = "sequential"
+    found = texts("", checkpoint_path=str(trained / "final"), sampler=sampler)
+    of_base = 0
+    for tokens, prompt in zip(found.values(), ("cdef", "g", "hijklm"), strict=True):
+        for place in range(len(prompt), len(tokens)):
+            begin = place // BLOCK * BLOCK
+            masks = [process.mask_token_id] * (begin + BLOCK - place)
+            told = torch.tensor([[*tokens[:place], *masks]])
+            is_draft = torch.arange(begin + BLOCK)[None] >= begin
+            position = torch.arange(begin + BLOCK)[None]
+            rule = causal_up_to(torch.tensor([begin]))
+            logits = []
+            for drafts in (is_draft, None):
+                states = adapted.encode(told, position, rule, is_draft=drafts)
+                logits.append(adapted.head(states)[0, place - (process.predict == "next")])
+            assert int(logits[0].argmax()) == tokens[place]
+            of_base += int(logits[1].argmax()) == tokens[place]
+    assert of_base < sum(map(len, found.values())) - 11
+
+
+def test_what_drafts_is_what_was_trained(trained: Path, data: TokenData) -> None:
+    """The bound of a checkpoint is that of the adapters, averaged, and falls as they learn."""
+    stored = load_file(trained / "checkpoint-4" / f"{EMA_ADAPTERS}.safetensors")
+    final = load_file(trained / "final" / f"{ADAPTERS}.safetensors")
+    assert stored.keys() == final.keys()
+    assert all(torch.equal(stored[name], final[name]) for name in stored)
+    nats = {}
+    for name in ("final", "checkpoint-4", "untrained"):
+        folder = trained / name
+        if name == "untrained":
+            shutil.copytree(trained / "final", folder)
+            zeros = {n: v * ("lora_B" not in n) for n, v in final.items()}
+            save_file(zeros, folder / f"{ADAPTERS}.safetensors")
+            recommit(folder)
+        held = TokenData.open(data.folder, split="heldout").read_group(0)
+        evaluator = Evaluator(folder, EvaluateConfig(num_mask_samples=4), device="cpu")
+        nats[name] = float(evaluator.bounds(held)["nats"].sum())
+    shutil.rmtree(trained / "untrained")
+    assert nats["final"] == nats["checkpoint-4"]
+    assert nats["final"] < nats["untrained"]
+
+
+def test_it_resumes_exactly_and_goes_on_from_its_adapters(
+    trained: Path, base: Path, data: TokenData, tmp_path: Path
+) -> None:
+    objective = {"predict": NoiseProcess.load(trained / "final").predict}
+    whole = losses_of(config(base, objective), data, tmp_path / "whole")
+    (tmp_path / "cut").mkdir()
+    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "cut/checkpoint-2")
+    assert losses_of(config(base, objective), data, tmp_path / "cut") == whole[2:]
+    fields = {"max_train_steps": 1, "learning_rate": 1e-9, "ema_decay": 0.0}
+    warm = config(base, objective, warm_start_from=str(trained / "final"), **fields)
+    losses_of(warm, data, tmp_path / "warm")
+    before = load_file(trained / "final" / f"{ADAPTERS}.safetensors")
+    after = load_file(tmp_path / "warm/final" / f"{ADAPTERS}.safetensors")
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_checkpoint_is_certified(trained: Path, data: TokenData) -> None:
+    rows = data.read(np.zeros(4, int), np.arange(4))
+    checks = verify_checkpoint(trained / "final", rows.tokens, rows.lengths)
+    assert checks
+    assert not [check for check in checks if not check.passed]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"lora_rank": None, "lora_alpha": 16.0}, r"keep_base trains adapters .* set lora_rank"),
+        ({"objective": {"name": "ar"}}, "keep_base goes with objective block_diffusion, not with"),
+        (
+            {"objective": {"name": "block_diffusion", "ar_loss_weight": 1.0}},
+            r"ar_loss_weight 1\.0 has no effect with keep_base",
+        ),
+        ({"from_scratch": True}, "from_scratch True has no effect with keep_base"),
+    ],
+)
+def test_configs_that_contradict_it_are_refused(changes: dict[str, Any], says: str) -> None:
+    objective = changes.pop("objective", {"name": "block_diffusion"})
+    with pytest.raises(ValidationError, match=says):
+        TrainConfig.model_validate({"objective": objective, "keep_base": True, **LORA, **changes})
+
+
+def test_models_that_cannot_stay_as_they_are_are_refused(
+    trained: Path, base: Path, data: TokenData, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"keep_base: .*starts from new weights"):
+        check_inputs(config(base, model_name_or_path="builtin:qwen3-tiny"), data)
+    final = str(trained / "final")
+    started: dict[str, Any] = {"warm_start_from": final}
+    with pytest.raises(InputError, match=r"holds other adapters .*theirs have rank 3"):
+        check_inputs(config(base, **started, lora_rank=2), data)
+    plain = config(base, **started, keep_base=False, lora_rank=None, lora_alpha=16.0)
+    with pytest.raises(InputError, match="set keep_base to train them on, or give it as model_na"):
+        check_inputs(plain, data)
+    tokenizer = with_mask()
+    tokenizer.add_tokens(["<one more>"])
+    folder = token_folder(
+        tmp_path / "data", files=[random_rows(6, LENGTH)], max_length=LENGTH, tokenizer=tokenizer
+    )
+    with pytest.raises(InputError, match=r"does not know 2 tokens .* only the mask may be new"):
+        check_inputs(config(base), TokenData.open(folder, split="train"))
+
+
+def test_folders_that_lost_a_part_are_refused(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "final", tmp_path / "a")
+    (tmp_path / "a" / DRAFT_ADAPTERS).unlink()
+    recommit(tmp_path / "a")
+    with pytest.raises(InputError, match="does not say what adapters draft beside the base model"):
+        load_for_inference(tmp_path / "a")
+    shutil.copytree(trained / "final", tmp_path / "b")
+    file = tmp_path / "b" / f"{ADAPTERS}.safetensors"
+    stored = load_file(file)
+    stored.pop(next(iter(stored)))
+    save_file(stored, file)
+    recommit(tmp_path / "b")
+    with pytest.raises(CorruptFileError, match="has no tensor"):
+        CompletionModel(
+            GenerateConfig.model_validate({"sampler": {"name": "self_speculation"}}),
+            checkpoint=tmp_path / "b",
+        )
+    scheduler = tmp_path / "b" / "scheduler_config.json"
+    fields = json.loads(scheduler.read_text())
+    scheduler.write_text(json.dumps({**fields, "context_attention": "block"}))
+    with pytest.raises(InputError, match="keeps_base needs context_attention"):
+        NoiseProcess.load(tmp_path / "b")
+
+
+def test_the_objective_refuses_a_weight_without_effect() -> None:
+    from tests.objectives.test_joint import blocks
+
+    with pytest.raises(ValueError, match="keeps_base leaves ar_loss_weight"):
+        blocks(keeps_base=True, ar_loss_weight=1.0)
+    assert blocks(keeps_base=True).sight.context_is_causal
