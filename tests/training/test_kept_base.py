@@ -53,7 +53,10 @@ def with_mask() -> Any:
     return tokenizer
 
 
-@pytest.fixture(scope="module", params=["its own rows", "padded", "tied"])
+BASES = {"its own rows": "next", "padded": "own", "tied": "own", "bfloat16": "next"}
+
+
+@pytest.fixture(scope="module", params=BASES)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
@@ -70,8 +73,10 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         bos_token_id=None,
         eos_token_id=None,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    dtype = torch.bfloat16 if request.param == "bfloat16" else torch.float32
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     known_tokenizer().save_pretrained(folder)
+    (folder / "predict").write_text(BASES[request.param])  # what it is trained with
     return folder
 
 
@@ -104,15 +109,10 @@ def config(base: Path, objective: dict[str, Any] | None = None, **changes: Any) 
     return TrainConfig.model_validate({**fields, **changes})
 
 
-@pytest.fixture(scope="module", params=["own", "next"])
-def trained(
-    request: pytest.FixtureRequest,
-    base: Path,
-    data: TokenData,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
+@pytest.fixture(scope="module")
+def trained(base: Path, data: TokenData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    losses_of(config(base, {"predict": request.param}), data, folder)
+    losses_of(config(base, {"predict": (base / "predict").read_text()}), data, folder)
     return folder
 
 
@@ -139,7 +139,7 @@ def test_a_new_mask_starts_at_the_mean_of_all_tokens(
     model: Any = build_run(config(base), data, tmp_path).trainer.denoiser.model
     known = load_file(base / "model.safetensors")["model.embed_tokens.weight"][:V]
     row = model.get_input_embeddings()(torch.tensor([V]))[0]
-    torch.testing.assert_close(row.detach(), known.mean(0))
+    torch.testing.assert_close(row.detach(), known.float().mean(0))
 
 
 def test_the_weights_are_those_of_the_base_model_to_the_bit(trained: Path, base: Path) -> None:
@@ -153,6 +153,7 @@ def test_the_weights_are_those_of_the_base_model_to_the_bit(trained: Path, base:
     with torch.no_grad():
         logits = [model.eval()(input_ids=tokens).logits for model in opened]
     assert torch.equal(*logits)
+    assert logits[0].dtype == next(iter(expected.values())).dtype
 
 
 def test_its_likelihood_is_that_of_the_base_model_to_the_bit(

@@ -51,6 +51,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "lora_rank": 2,
         "ema_decay": 0.9,
     },
+    "block_diffusion beside a base model": {
+        "objective": {"name": "block_diffusion", "predict": "next"},
+        "lora_rank": 2,
+        "keep_base": True,
+    },
     "block_refinement": {
         "model_name_or_path": "builtin:qwen3-tiny",
         "objective": {"name": "block_refinement", "lambda_conf": 0.5},
@@ -84,6 +89,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tiny_causal(vocab_size=20, num_hidden_layers=5).save_pretrained(folder / "target")
     letter_tokenizer().save_pretrained(folder / "target")
+    tiny_causal(vocab_size=20, num_hidden_layers=3).float().save_pretrained(folder / "base")
+    letter_tokenizer().save_pretrained(folder / "base")
     return folder
 
 
@@ -105,6 +112,8 @@ def config(name: str, folder: Path, **changes: Any) -> TrainConfig:
     }
     if name == "dflash":
         fields["target_model_id"] = str(folder / "target")
+    elif fields.get("keep_base"):
+        fields["model_name_or_path"] = str(folder / "base")
     return TrainConfig.model_validate(fields)
 
 

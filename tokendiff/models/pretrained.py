@@ -80,7 +80,7 @@ def dtype_in_files(name: str) -> "torch.dtype | None":
     known["BF16"] = torch.bfloat16
     folder, found = Path(local_model(name)), set()
     if folder.is_dir():
-        paths = sorted(folder.glob("*.safetensors"))
+        paths = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     else:
         cached = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False)
         paths = [] if cached is None else [Path(cached)]

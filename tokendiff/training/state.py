@@ -31,6 +31,7 @@ from tokendiff.models.adapters import (
     merged_weights,
 )
 from tokendiff.models.kept_base import draft_adapter_fields
+from tokendiff.models.pretrained import dtype_in_files
 from tokendiff.training.building import starting_point
 from tokendiff.training.saving import Contents, NamedTensors
 from tokendiff.training.trainer import Trainer
@@ -54,6 +55,9 @@ class RunState:
         self._model: Any = trainer.denoiser.model
         self._has_adapters = trainer.config.lora_rank is not None
         self._keeps_base = trainer.config.keep_base
+        _, start = starting_point(trainer.config)
+        # The base model's files are what they were, in the dtype too that they had.
+        self._base_dtype = dtype_in_files(start) if self._keeps_base else None
 
     def checkpoint(self, metadata: Mapping[str, Any], watch: "Watch | None") -> Contents:
         """All of it."""
@@ -116,8 +120,12 @@ class RunState:
         """As transformers names them in files."""
         names = self._names_in_files
         own: NamedTensors = self._own_tensors().items()
-        if self._has_adapters:
-            own = (base_weights if self._keeps_base else merged_weights)(self._model)
+        if self._keeps_base:
+            own = (
+                (name, t.to(self._base_dtype or t.dtype)) for name, t in base_weights(self._model)
+            )
+        elif self._has_adapters:
+            own = merged_weights(self._model)
         return ((names[name], tensor) for name, tensor in own)
 
     def _averaged(self, pairs: NamedTensors) -> Iterator[tuple[str, Tensor]]:
@@ -160,12 +168,20 @@ class RunState:
         if self._process is not None:
             self._process.save(folder)
         if self._keeps_base:
-            field, start = starting_point(self._trainer.config)
-            fields = draft_adapter_fields(
-                self._trainer.config, self._tokenizer, name=start, field=field
-            )
-            (folder / DRAFT_ADAPTERS).write_text(json.dumps(fields, indent=2) + "\n")
+            self._describe_base(folder)
         return folder
+
+    def _describe_base(self, folder: Path) -> None:
+        """Write what adapters there are, and the dtype of the base model beside them."""
+        field, start = starting_point(self._trainer.config)
+        fields = draft_adapter_fields(
+            self._trainer.config, self._tokenizer, name=start, field=field
+        )
+        (folder / DRAFT_ADAPTERS).write_text(json.dumps(fields, indent=2) + "\n")
+        if self._base_dtype is not None:
+            path = folder / "config.json"
+            dtype = str(self._base_dtype).removeprefix("torch.")
+            path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": dtype}, indent=2))
 
 
 class _Reader:
