@@ -24,6 +24,7 @@ METRICS: dict[str, Callable[[float, float], float]] = {
     "ar_nats_per_token": lambda nats, tokens: nats / tokens,
     "expected_acceptance_length": lambda accepted, blocks: accepted / blocks,
     "acceptance_length_mean": lambda accepted, blocks: accepted / blocks,
+    "tokens_per_target_forward": lambda tokens, passes: tokens / passes,
 }
 
 
@@ -50,6 +51,8 @@ def made_up(
                 "ar_tokens": counted,
                 "num_accepted": nats,
                 "num_blocks": counted,
+                "num_new_tokens": nats,
+                "num_model_calls": counted,
             }
         )
     return sides

@@ -1,5 +1,7 @@
 """One pass over `[x_t ; x_0]` that carries two losses: each is that of its own objective."""
 
+import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +19,7 @@ from tokendiff.evaluation.block_bound import block_row_bounds, sight_of
 from tokendiff.models.causal_denoiser import TransformersCausalDenoiser
 from tokendiff.objectives.autoregressive import Autoregressive, row_nats
 from tokendiff.objectives.block_diffusion import BlockDiffusion
-from tokendiff.objectives.blocks import BlockSight
+from tokendiff.objectives.blocks import BlockSight, block_rows
 
 KERNEL = AbsorbingKernel(schedule=LogLinear(), mask_token_id=MASK)
 BATCHES = {"text": lambda: replace(chats(), is_target=chats().is_valid), "chats": chats}
@@ -79,24 +81,76 @@ def test_both_losses_are_added_as_they_are_weighted(
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_without_a_next_token_loss_nothing_changes() -> None:
-    batch, model = chats(), tiny_model()
-    ours, here = gradients(blocks(ar_loss_weight=0.0, diffusion_loss_weight=1.0), batch, model)
-    theirs, there = gradients(blocks(), batch, model)
-    assert torch.equal(ours.loss_sum, theirs.loss_sum)
-    assert ours.metrics.keys() == theirs.metrics.keys()
-    assert all(map(torch.equal, here, there))
+@pytest.mark.parametrize("weights", [(0.0, 1.0), (0.7, 0.3)])
+@pytest.mark.parametrize("restarts", [False, True])
+@pytest.mark.parametrize("predicts_next", [False, True])
+@pytest.mark.parametrize("name", BATCHES)
+@torch.no_grad()
+def test_the_loss_is_that_of_each_document_and_block_by_itself(
+    name: str, predicts_next: bool, restarts: bool, weights: tuple[float, float]
+) -> None:
+    """Held against transformers, with one pass for each document and for each block of it."""
+    batch, model = BATCHES[name](), tiny_model().double()
+    objective = blocks(
+        ar_loss_weight=weights[0],
+        diffusion_loss_weight=weights[1],
+        predicts_next=predicts_next,
+        restarts_at_answers=restarts,
+    )
+    generator = draws(len(batch.tokens))
+    rows = block_rows(batch, block_length=4, fill_token_id=EOS, restarts_at_answers=restarts)
+    spread = generator.stratified()[:, None] + rows.ordinal * ((math.sqrt(5.0) - 1.0) / 2.0)
+    t = objective.min_time + (1.0 - objective.min_time) * torch.remainder(spread, 1.0)
+    is_noise = generator.uniform(rows.tokens.shape[1]) < 1.0 - KERNEL.alpha(t)
+    weight = (1.0 - objective.min_time) * KERNEL.masked_loss_weight(t)
+    has_loss = rows.is_target & (rows.tokens != MASK)
+    plain = copy.deepcopy(model.model)
+    plain.set_attn_implementation("sdpa")
+
+    def logits_of(tokens: Tensor, positions: Tensor, is_seen: Tensor) -> Tensor:
+        output = plain(
+            input_ids=tokens[None], position_ids=positions[None], attention_mask=is_seen[None, None]
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    expected = 0.0
+    for row in range(len(batch.tokens)):
+        for document in range(int(batch.document[row].max()) + 1):
+            own = (batch.document[row] == document).nonzero()[:, 0]
+            text, place = batch.tokens[row, own], torch.arange(len(own))
+            told = logits_of(text, place, place[:, None] >= place).log_softmax(-1)
+            is_next = batch.is_target[row, own[1:]]
+            nll = -told[:-1].gather(1, text[1:, None])[:, 0]
+            expected += weights[0] * float(nll[is_next].sum())
+            here = (rows.document[row] == document).nonzero()[:, 0]
+            for block in rows.block[row, here].unique().tolist():
+                own = here[rows.block[row, here] == block]
+                before = here[(rows.block[row, here] < block) & rows.is_text[row, here]]
+                is_masked = (is_noise & has_loss)[row, own]
+                if predicts_next:
+                    is_masked = is_masked & (rows.position[row, own] > 0)
+                both = torch.cat([before, own])
+                tokens = rows.tokens[row, both].clone()
+                tokens[len(before) :][is_masked] = MASK
+                at, of = torch.arange(len(both)), rows.block[row, both]
+                is_seen = at[:, None] >= at if weights[0] else of[:, None] >= of
+                is_seen[len(before) :] = True
+                logits = logits_of(tokens, rows.position[row, both], is_seen)
+                logits[:, MASK] = -torch.inf
+                by = (torch.arange(len(own)) + len(before) - int(predicts_next)).clamp(min=0)
+                nll = -logits.log_softmax(-1)[by, rows.tokens[row, own]] * weight[row, own]
+                expected += weights[1] * float(nll[is_masked].sum())
+    found = objective.loss(model, batch, generator).loss_sum
+    assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_blocks_of_one_token_that_are_told_by_the_one_before_are_the_ar_likelihood(
     name: str,
 ) -> None:
-    """A mask that the clean token before it tells is no mask that anything sees."""
+    """A mask that the clean token before it predicts is no mask that anything sees."""
     model, batch = tiny_model().double(), BATCHES[name]()
-    # The mask itself is no candidate here, and one there.
-    with torch.no_grad():
-        model.model.get_input_embeddings().weight[MASK] *= 0.0
     process = block_process(
         block_length=1, eos_token_id=None, context_attention="causal", predict="next"
     )

@@ -51,12 +51,12 @@ class Cribbing(SelfSpeculationSampler):
     texts: dict[int, list[int]] = field(default_factory=dict)
 
     def _proposed(
-        self, model: Decoder, slots: Slots, rows: Tensor, states: Tensor, uniforms: Tensor
+        self, model: Decoder, slots: Slots, rows: Tensor, *others: Any
     ) -> tuple[Tensor, Tensor | None]:
-        drafted, logits = super()._proposed(model, slots, rows, states, uniforms)
+        drafted, logits = super()._proposed(model, slots, rows, *others)
         for index, row in enumerate(rows.tolist()):
             request = slots._requests[row]
-            done = int(slots["length"][row]) - len(request.prompt)
+            done = int(slots["length"][row]) - len(request.prompt) + others[-1]
             known = self.texts[request.id][done : done + drafted.shape[1]]
             for place, token in enumerate(known):
                 if (done + place) % 3:
@@ -119,13 +119,13 @@ def test_a_draft_is_what_masks_behind_the_text_tell(
 
     class Watching(SelfSpeculationSampler):
         def _proposed(
-            self, model: Decoder, slots: Slots, rows: Tensor, states: Tensor, uniforms: Tensor
+            self, model: Decoder, slots: Slots, rows: Tensor, states: Tensor, *others: Any
         ) -> tuple[Tensor, Tensor | None]:
             seen.extend(
                 (int(length) - 1, row)
                 for length, row in zip(slots["length"][rows], model.head(states), strict=True)
             )
-            return super()._proposed(model, slots, rows, states, uniforms)
+            return super()._proposed(model, slots, rows, states, *others)
 
     def cached() -> CountingModel:
         return causal_model(architecture)
@@ -139,8 +139,7 @@ def test_a_draft_is_what_masks_behind_the_text_tell(
         text = [*request.prompt, *done.tokens]
         assert len(seen) >= 3
         for length, logits in seen:
-            size = min(BLOCK, len(text) - length)
-            x = torch.tensor([[*text[:length], *[MASK] * size]])
+            x = torch.tensor([[*text[:length], *[MASK] * BLOCK]])
             place = torch.arange(x.shape[1])
             is_seen = (place <= place[:, None]) | (place >= length)[:, None]
             if window is not None:
@@ -152,8 +151,8 @@ def test_a_draft_is_what_masks_behind_the_text_tell(
                 .logits[0]
             )
             told_by = length + 1 - int(predicts_next)
-            here = expected[told_by : told_by + size - 1]
-            torch.testing.assert_close(logits[: size - 1], here, rtol=1e-4, atol=1e-4)
+            here = expected[told_by : told_by + BLOCK - 1]
+            torch.testing.assert_close(logits, here, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -163,9 +162,9 @@ def test_each_step_of_a_draft_sees_what_the_steps_before_settled() -> None:
 
     class Watching(SelfSpeculationSampler):
         def _proposed(
-            self, model: Decoder, slots: Slots, rows: Tensor, states: Tensor, uniforms: Tensor
+            self, model: Decoder, slots: Slots, rows: Tensor, states: Tensor, *others: Any
         ) -> tuple[Tensor, Tensor | None]:
-            found = super()._proposed(model, slots, rows, states, uniforms)
+            found = super()._proposed(model, slots, rows, states, *others)
             steps.append((int(slots["length"][0]), model.head(states[0]), found[0][0]))
             return found
 
@@ -177,18 +176,17 @@ def test_each_step_of_a_draft_sees_what_the_steps_before_settled() -> None:
     text = [*request.prompt, *done.tokens]
     assert len(steps) % 3 == 0
     for index, (length, logits, _) in enumerate(steps):
-        if not index % 3 or length + BLOCK > len(text):
+        place = index % 3  # each of the three steps settles one of the three tokens
+        assert len(logits) == 1
+        if not place:
             continue
-        first = index - index % 3
-        settled = [int(steps[first + place][2][place]) for place in range(index % 3)]
-        masks = [MASK] * (BLOCK - 1 - len(settled))
-        x = torch.tensor([[*text[:length], *settled, *masks]])
-        place = torch.arange(x.shape[1])
-        is_seen = (place <= place[:, None]) | (place >= length - 1)[:, None]
-        expected = model().model(x, attention_mask=is_seen[None, None]).logits[0, length:]
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    cycles = len(steps) // 3
-    assert done.num_model_calls >= 1 + 4 * cycles
+        settled = [int(steps[index - place + n][2][0]) for n in range(place)]
+        x = torch.tensor([[*text[:length], *settled, *[MASK] * (BLOCK - 1 - place)]])
+        at = torch.arange(x.shape[1])
+        is_seen = (at <= at[:, None]) | (at >= length - 1)[:, None]
+        expected = model().model(x, attention_mask=is_seen[None, None]).logits[0, length + place]
+        torch.testing.assert_close(logits[0], expected, rtol=1e-4, atol=1e-4)
+    assert done.num_model_calls >= 1 + 4 * (len(steps) // 3)
 
 
 def test_one_pass_gives_a_token_at_least_where_it_drafts_ahead() -> None:
@@ -239,6 +237,8 @@ _DRAFT = torch.rand(_NUM, _K + 1, _NUM + 1, generator=_GENERATOR).double() ** 2
 
 
 class TableModel(drafts.TableModel):
+    max_length = None
+
     def encode(
         self,
         tokens: Tensor,
@@ -253,7 +253,7 @@ class TableModel(drafts.TableModel):
         assert isinstance(cache, drafts.TableCache)
         if is_draft is not None:  # masks, and nothing but masks, where a draft takes one pass
             assert torch.equal(is_draft, tokens == _NUM)
-        if positions is not None:  # a verification, and masks behind each of its tokens
+        if tokens.shape[1] > _K + 1:  # a verification, and masks behind each of its tokens
             text, place = tokens[:, :_K], torch.arange(1, _K + 1)
             told = self.encode(text, num_tokens.clamp(max=_K), cache, rows, rule)
             of_masks = _DRAFT[text[:, :, None].clamp(max=_NUM - 1), place].flatten(1, 2)
@@ -265,6 +265,26 @@ class TableModel(drafts.TableModel):
         of_mask = _DRAFT[tokens[:, :1].clamp(max=_NUM - 1), place]
         states = torch.where((tokens == _NUM)[..., None], of_mask, _TARGET[before, tokens])
         return states.log()
+
+
+def filtered(drafting: SelfSpeculationSampler) -> Tensor:
+    """The target's law after temperature and filters, entry by entry."""
+    law = _TARGET ** (1.0 / drafting.temperature)
+    law = law / law.sum(-1, keepdim=True)
+    for row in law.view(-1, _NUM + 1):
+        order = row.argsort(descending=True)
+        kept = order[: drafting.top_k or _NUM]
+        if drafting.top_p is not None:
+            mass, kept = 0.0, []
+            for token in order.tolist():
+                if mass < drafting.top_p:
+                    kept.append(token)
+                mass += float(row[token])
+        is_out = torch.ones(_NUM + 1, dtype=torch.bool)
+        is_out[kept] = False
+        row[is_out] = 0.0
+        row /= row.sum()
+    return law
 
 
 @pytest.mark.parametrize(
@@ -279,14 +299,23 @@ class TableModel(drafts.TableModel):
         {"draft_ahead": True, "predicts_next": True},
         {"draft_ahead": True, "draft_temperature": 0.0},
         {"keeps_base": True, "predicts_next": True},
+        {"top_k": 2, "temperature": 0.7, "draft_temperature": 1.3},
+        {"top_p": 0.7, "draft_ahead": True, "draft_temperature": 0.6},
     ],
     ids=str,
 )
 def test_sampled_text_has_the_distribution_of_the_model_alone(way: dict[str, Any]) -> None:
     count, prompt = 25_000, (0, 1)
     drafting = SelfSpeculationSampler(
-        mask_token_id=_NUM, block_length=_K, max_new_tokens=_N, temperature=1.0, **way
+        **{
+            "mask_token_id": _NUM,
+            "block_length": _K,
+            "max_new_tokens": _N,
+            "temperature": 1.0,
+            **way,
+        }
     )
+    target = filtered(drafting)
     requests = [Request(id=index, prompt=prompt) for index in range(count)]
     table: Any = TableModel()
     found = torch.zeros((_NUM,) * _N, dtype=torch.float64)
@@ -295,13 +324,38 @@ def test_sampled_text_has_the_distribution_of_the_model_alone(way: dict[str, Any
     distance = degrees = 0.0
     for continuation in itertools.product(range(_NUM), repeat=_N):
         text = (*prompt, *continuation)
-        pairs = (float(_TARGET[text[k], text[k + 1], text[k + 2]]) for k in range(_N))
+        pairs = (float(target[text[k], text[k + 1], text[k + 2]]) for k in range(_N))
         expected = count * float(torch.tensor(list(pairs)).double().prod())
+        assert expected > 0.0 or not found[continuation]
         if expected >= 5.0:
             distance += (float(found[continuation]) - expected) ** 2 / expected
             degrees += 1
     # Chi-square is normal for so many degrees, about.
     assert distance < degrees + 4.0 * (2.0 * degrees) ** 0.5, (distance, degrees)
+
+
+@pytest.mark.parametrize("way", [{}, {"draft_ahead": True}, {"draft_temperature": 0.0}])
+def test_a_token_that_is_never_to_be_is_not_written(way: dict[str, Any]) -> None:
+    """Nor by `ar`, whose text it still is."""
+
+    class Wanting(CountingModel):
+        def head(self, hidden: Tensor) -> Tensor:
+            logits = super().head(hidden).clone()
+            logits[:, MASK] += 20.0
+            return logits
+
+    wanting = Wanting(model().model, vocab_size=V)
+    fields = {"never_token_id": MASK, "temperature": 1.0, "max_new_tokens": 9, **way}
+    drafting = sampler(**fields)
+    found = completed(drafting, wanting, requests_of((5, 3)))
+    assert not any(MASK in done.tokens for done in found.values())
+    ar = replace(alone(drafting), never_token_id=MASK)
+    expected = completed(ar, wanting, requests_of((5, 3)))
+    assert not any(MASK in done.tokens for done in expected.values())
+    if drafting.proposal_temperature == 0.0:
+        assert {i: d.tokens for i, d in found.items()} == {i: d.tokens for i, d in expected.items()}
+    without = completed(replace(ar, never_token_id=None), wanting, requests_of((5, 3)))
+    assert all(MASK in done.tokens for done in without.values())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

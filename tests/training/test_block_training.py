@@ -28,10 +28,12 @@ from tokendiff.errors import InputError
 from tokendiff.evaluation.evaluator import Evaluator
 from tokendiff.models.adapters import adapter_tensors, add_adapters, merged_weights
 from tokendiff.models.builtin import builtin_config
+from tokendiff.models.causal_denoiser import TransformersCausalDenoiser
 from tokendiff.models.checkpoints import load_for_inference
 from tokendiff.models.completion import CompletionModel
 from tokendiff.models.opening import load_causal_denoiser
 from tokendiff.models.sampling import build_sampler
+from tokendiff.objectives.autoregressive import row_nats
 from tokendiff.training.run import TrainingRun, train_in_process
 from tokendiff.training.world import World
 from tokendiff.verification.checkpoints import verify_checkpoint
@@ -302,3 +304,28 @@ def test_adapters_that_cannot_be_are_refused(data: TokenData, tmp_path: Path) ->
     with pytest.raises(InputError, match=r"lora_target_modules \['proj'\] are no linear layers"):
         build_run(config("2d", lora_rank=2, lora_target_modules=["proj"]), data, tmp_path)
     assert not any(name.startswith("lora") for name in config("2d").result_fields())
+
+
+def test_adapters_of_a_joint_loss_are_saved_as_they_were_trained(
+    data: TokenData, tmp_path: Path
+) -> None:
+    """The mask's logit counts there, and a tied head has the row that was trained."""
+    cfg = config("joint", **{**LORA, "lora_dropout": 0.0}, ema_decay=0.0, learning_rate=0.05)
+    run = build_run(cfg, data, tmp_path)
+    folder = train_in_process(cfg, data, tmp_path)
+    stored = load_file(tmp_path / "checkpoint-4" / f"{ADAPTERS}.safetensors")
+    trained: Any = run.trainer.denoiser.eval()
+    adapters = adapter_tensors(trained.model)
+    for name, tensor in adapters.items():
+        tensor.copy_(stored[name])
+    row = next(tensor for name, tensor in adapters.items() if name.endswith(".row"))
+    row += 0.5  # as a longer run would
+    batch = data.read(np.zeros(4, int), np.arange(4)).batch("cpu")
+    weights = {name: tensor.contiguous() for name, tensor in merged_weights(trained.model)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    opened = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert opened.config.tie_word_embeddings
+    with torch.no_grad():
+        here = row_nats(trained, batch)[0]
+        there = row_nats(TransformersCausalDenoiser(opened, vocab_size=16), batch)[0]
+    torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-4)

@@ -22,7 +22,7 @@ from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.rows import TokenData
-from tokendiff.diffusion.attention_masks import block_diffusion, causal_up_to
+from tokendiff.diffusion.attention_masks import block_diffusion, causal, causal_up_to
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.evaluation.evaluator import Evaluator
 from tokendiff.models.checkpoints import load_for_inference
@@ -74,7 +74,8 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         eos_token_id=None,
     )
     dtype = torch.bfloat16 if request.param == "bfloat16" else torch.float32
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    model: Any = LlamaForCausalLM(config)
+    model.to(dtype).save_pretrained(folder)
     known_tokenizer().save_pretrained(folder)
     (folder / "predict").write_text(BASES[request.param])  # what it is trained with
     return folder
@@ -330,6 +331,47 @@ def test_models_that_cannot_stay_as_they_are_are_refused(
     )
     with pytest.raises(InputError, match=r"does not know 2 tokens .* only the mask may be new"):
         check_inputs(config(base), TokenData.open(folder, split="train"))
+
+
+def test_a_mask_that_the_base_model_knows_keeps_its_own_embedding(
+    base: Path, tmp_path: Path
+) -> None:
+    """Where text is read; what is trained counts where blocks are drafted."""
+    shutil.copytree(base, tmp_path / "base")
+    letter_tokenizer(V).save_pretrained(tmp_path / "base")
+    folder = token_folder(
+        tmp_path / "data",
+        files=[random_rows(12, LENGTH)],
+        max_length=LENGTH,
+        tokenizer=letter_tokenizer(V),
+    )
+    here = TokenData.open(folder, split="train")
+    cfg = config(tmp_path / "base", learning_rate=0.3, max_train_steps=2)
+    losses_of(cfg, here, tmp_path / "out")
+    adapted, _, process = load_for_inference(tmp_path / "out" / "final")
+    plain = load_causal_denoiser(
+        str(base), tokenizer=letter_tokenizer(V), max_length=LENGTH, keeps_base=True
+    ).eval()
+    tokens = torch.tensor(random_rows(2, 9))
+    tokens[:, 4] = process.mask_token_id
+    position, rule = torch.arange(9).expand(2, 9), causal(torch.zeros_like(tokens))
+    everywhere = torch.ones_like(tokens, dtype=torch.bool)
+    with torch.no_grad():
+        ours, theirs = (m.encode(tokens, position, rule) for m in (adapted, plain))
+        drafted = adapted.encode(tokens, position, rule, is_draft=everywhere)
+    assert torch.equal(ours, theirs)
+    assert (drafted - ours).abs().max() > 0.1
+    assert adapted.vocab_size == V
+
+
+def test_a_base_model_with_a_window_is_refused(base: Path, data: TokenData, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    config_file = tmp_path / "base" / "config.json"
+    fields = json.loads(config_file.read_text())
+    mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    config_file.write_text(json.dumps({**fields, **mistral, "sliding_window": 8}))
+    with pytest.raises(InputError, match=r"keep_base: .* see a window of 8 tokens"):
+        check_inputs(config(tmp_path / "base"), data)
 
 
 def test_folders_that_lost_a_part_are_refused(trained: Path, tmp_path: Path) -> None:

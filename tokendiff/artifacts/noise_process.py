@@ -123,14 +123,24 @@ class NoiseProcess:
                 raise InputError(
                     f"context_attention must be 'block' or 'causal', got {self.context_attention!r}"
                 )
-            if self.predict not in ("own", "next"):
-                raise InputError(f"predict must be 'own' or 'next', got {self.predict!r}")
+            if self.context_attention == "causal" or self.predict == "next":
+                self._check_sight()
             if self.keeps_base and self.context_attention != "causal":
                 raise InputError("keeps_base needs context_attention 'causal', that of its base")
+        if self.predict not in ("own", "next"):
+            raise InputError(f"predict must be 'own' or 'next', got {self.predict!r}")
         try:
             self.kernel()
         except ValueError as error:
             raise InputError(str(error)) from error
+
+    def _check_sight(self) -> None:
+        if self.attention_mask_mode != "4d" or self.clean_context is False:
+            raise InputError(
+                f"context_attention {self.context_attention!r} and predict {self.predict!r} go "
+                "with attention_mask_mode '4d' and a clean context, got "
+                f"{self.attention_mask_mode!r} and clean_context {self.clean_context}"
+            )
 
     def kernel(self) -> ForwardKernel:
         if self.forward_process == "hybrid":

@@ -286,9 +286,14 @@ def _generated(record: Mapping[str, Any]) -> list[int]:
 
 
 def _accepted_of(samples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """What sampler dflash had accepted in each sample."""
+    """What was accepted of the drafts of each sample, and what passes gave."""
     blocks = np.array([record["blocks_by_gain"] for record in samples])
-    return {ROW_ID: np.array([record["id"] for record in samples]), **accepted_by_row(blocks)}
+    return {
+        ROW_ID: np.array([record["id"] for record in samples]),
+        **accepted_by_row(blocks),
+        "num_new_tokens": np.array([num_new_tokens(record) for record in samples]),
+        "num_model_calls": np.array([record["num_model_calls"] for record in samples]),
+    }
 
 
 def _sample_metrics(

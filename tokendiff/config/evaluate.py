@@ -10,7 +10,7 @@ from tokendiff.config.base import Section, operational
 # (tokendiff.evaluation.paired).
 PAIRED_METRICS = (
     *("nats_per_token", "bits_per_byte", "perplexity", "ar_nats_per_token"),
-    *("expected_acceptance_length", "acceptance_length_mean"),
+    *("expected_acceptance_length", "acceptance_length_mean", "tokens_per_target_forward"),
 )
 
 

@@ -173,24 +173,16 @@ class BlockDiffusionConfig(_ScheduledConfig):
     ar_loss_weight: float = added(
         0.0,
         ge=0.0,
-        description="weight of the next-token loss of the clean text, which then sees only what is "
-        "left of it, so that the model decodes token by token too (sampler ar)",
+        description="weight of the next-token loss of the clean text, so that the model decodes "
+        "token by token too (sampler ar). Above 0 each token of the clean text sees only those "
+        "left of it; at 0 it sees its block whole",
     )
-    diffusion_loss_weight: float = added(1.0, ge=0.0, description="weight of the loss of blocks")
+    diffusion_loss_weight: float = added(1.0, gt=0.0, description="weight of the loss of blocks")
     predict: Literal["own", "next"] = added(
         "own",
         description="next: the state before a masked token tells it, as the weights of an "
         "autoregressive model do already; own: the state at its place",
     )
-
-    @model_validator(mode="after")
-    def _something_is_trained(self) -> "BlockDiffusionConfig":
-        if self.ar_loss_weight == self.diffusion_loss_weight == 0.0:
-            raise ValueError(
-                "ar_loss_weight and diffusion_loss_weight are both 0, so nothing is trained; raise "
-                "one"
-            )
-        return self
 
     @model_validator(mode="after")
     def _times_are_used(self) -> "BlockDiffusionConfig":

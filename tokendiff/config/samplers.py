@@ -113,7 +113,7 @@ class DFlashSamplerConfig(_SpeculativeConfig):
 
 class SelfSpeculationConfig(_SpeculativeConfig):
     """The text of sampler ar of a model that drafts for itself: objective block_diffusion with
-    ar_loss_weight.
+    ar_loss_weight or keep_base.
     """
 
     name: Literal["self_speculation"] = "self_speculation"  # type: ignore[assignment]
@@ -121,7 +121,10 @@ class SelfSpeculationConfig(_SpeculativeConfig):
         None, ge=2, description="masks that are drafted from; by default as the model was trained"
     )
     draft_steps: int = added(
-        1, ge=1, description="passes that a draft takes; each settles its share, from the left"
+        1,
+        ge=1,
+        description="passes that a draft takes, beside the one that verifies it; each settles its "
+        "share of the block, from the left",
     )
     draft_ahead: bool = added(
         False,

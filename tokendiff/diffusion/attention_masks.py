@@ -147,14 +147,10 @@ def causal_up_to(begin: Tensor) -> MaskRule:
     return lambda b, q, kv: (kv <= q) | (q >= begin[b])
 
 
-def masks_behind_each(begin: Tensor, end: Tensor, block_length: int) -> MaskRule:
+def masks_behind_each(begin: Tensor, block_length: int) -> MaskRule:
     """`causal` where q and kv are places in one row, behind whose first `begin` [B] tokens stand K
     more, then K groups of K masks: group a stands for the text behind the a-th of those tokens. It
     sees the text up to that token, and itself whole.
-
-    Args:
-        end: [B] the position that the text ends before at the latest; masks for later ones are not
-            seen.
     """
     size = block_length
 
@@ -163,8 +159,7 @@ def masks_behind_each(begin: Tensor, end: Tensor, block_length: int) -> MaskRule
         group_q, group_kv = from_q // size - 1, from_kv // size - 1
         is_text = from_kv < size
         sees_text = from_kv <= torch.where(from_q < size, from_q, group_q)
-        position = begin[b] + group_kv + 1 + from_kv % size
-        is_own = ~is_text & (group_q == group_kv) & (position < end[b])
+        is_own = ~is_text & (group_q == group_kv)
         return (is_text & sees_text) | is_own
 
     return rule

@@ -43,7 +43,8 @@ class Denoiser(Protocol):
 class CausalDenoiser(Protocol):
     """A causal language model that is told where each token stands and what it sees.
 
-    Its logits at a position are for the token at that position: nothing is shifted.
+    Whether its logits at a position are for the token there or for the next one is the objective's
+    business: nothing is shifted here.
     """
 
     def encode(self, tokens: Tensor, positions: Tensor, rule: MaskRule) -> Tensor:
@@ -267,6 +268,11 @@ class Decoder(Protocol):
 
 class SelfDraftingDecoder(Decoder, Protocol):
     """A decoder that drafts for itself."""
+
+    @property
+    def max_length(self) -> int | None:
+        """Positions that the model has; None where it does not say."""
+        ...
 
     def encode(
         self,

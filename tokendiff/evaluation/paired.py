@@ -70,6 +70,9 @@ RATIOS = {
     "acceptance_length_mean": Ratio(
         file=SAMPLED_ROWS, numerator="num_accepted", denominator="num_blocks"
     ),
+    "tokens_per_target_forward": Ratio(
+        file=SAMPLED_ROWS, numerator="num_new_tokens", denominator="num_model_calls"
+    ),
 }
 assert set(RATIOS) == set(PAIRED_METRICS)
 

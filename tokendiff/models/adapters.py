@@ -1,10 +1,12 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on a causal model, by the optional library peft.
 
 Only the adapters are trained, and the one row of the input embedding that the mask has: to the
-pretrained model it is a new token. (Its row of a tied head is left alone: no loss or sampler reads
-the mask's logit.) What is saved is a plain transformers model with the adapters merged into its
-weights; the adapters themselves are kept beside the training state. Where the base model is to stay
-what it was (`kept_base`), its weights are saved as they are, and the adapters beside them.
+pretrained model it is a new token. A tied head has that row too once it is saved; where training
+reads the mask's logit, it has the row before, and gives it no gradient.
+
+What is saved is a plain transformers model with the adapters merged into its weights; the adapters
+themselves are kept beside the training state. Where the base model is to stay what it was
+(`kept_base`), its weights are saved as they are, and the adapters beside them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +29,10 @@ class _EmbeddingWithRow(nn.Module):
 
     Args:
         start: [D] of that row.
+
+    Attributes:
+        counts_at: [B, N] bool, where the row counts, or False for nowhere; by default everywhere. A
+            token that the embedding does not have has no other row.
     """
 
     def __init__(self, embedding: nn.Embedding, index: int, start: Tensor) -> None:
@@ -34,6 +40,7 @@ class _EmbeddingWithRow(nn.Module):
         self.base_layer = embedding
         self.index = index
         self.row = nn.Parameter(start.detach().clone())
+        self.counts_at: Tensor | bool = True
 
     @property
     def weight(self) -> Tensor:
@@ -49,6 +56,8 @@ class _EmbeddingWithRow(nn.Module):
         is_row = tokens == self.index
         if self.index >= self.num_embeddings:
             tokens = tokens.masked_fill(is_row, 0)
+        else:
+            is_row = is_row & self.counts_at
         states: Tensor = self.base_layer(tokens)
         return torch.where(is_row[..., None], self.row.to(states.dtype), states)
 
@@ -64,7 +73,9 @@ class DraftAdapters:
     def __init__(self, model: nn.Module) -> None:
         from peft.tuners.lora import LoraLayer
 
-        self._layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
+        modules = list(model.modules())
+        self._layers: list[Any] = [m for m in modules if isinstance(m, LoraLayer)]
+        self._embeddings = [m for m in modules if isinstance(m, _EmbeddingWithRow)]
         self._weight: Tensor | None = None
         for layer in self._layers:
             layer.lora_B[_ADAPTER].register_forward_hook(self._weighted)
@@ -74,6 +85,8 @@ class DraftAdapters:
         self._weight = None if is_draft is None else is_draft[..., None]
         for layer in self._layers:
             layer._disable_adapters = is_draft is None
+        for embedding in self._embeddings:
+            embedding.counts_at = False if is_draft is None else is_draft
 
     def _weighted(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         assert self._weight is not None
@@ -90,6 +103,7 @@ def add_adapters(
     trained_token_id: int | None,
     seed: int,
     is_new_token: bool = False,
+    reads_its_logit: bool = False,
 ) -> None:
     """Freeze a transformers model and put trainable adapters into it, in place.
 
@@ -100,6 +114,7 @@ def add_adapters(
         seed: decides the adapters' first weights; what they add starts at zero.
         is_new_token: the model does not know that token, and its own embedding, which may have no
             such row, stays as it is: the token's starts at the mean of the others.
+        reads_its_logit: that token's logit counts in training; a tied head gets its row then.
 
     Raises:
         InputError: peft is not installed, or no layer has such a name.
@@ -139,7 +154,20 @@ def add_adapters(
         weight = embedding.weight.detach()
         start = weight[:trained_token_id].mean(0) if is_new_token else weight[trained_token_id]
         row = _EmbeddingWithRow(embedding, trained_token_id, start.float())
+        head = model.get_output_embeddings()
+        is_tied = head is not None and head.weight is embedding.weight
         model.set_input_embeddings(row)
+        if is_tied and reads_its_logit:
+            head.register_forward_hook(partial(_with_logit_of, row))
+
+
+def _with_logit_of(
+    embedding: _EmbeddingWithRow, head: nn.Module, inputs: tuple[Tensor], logits: Tensor
+) -> Tensor:
+    """What a tied head gives once it has the trained row."""
+    row = whole(embedding.row.detach()).to(logits.dtype)
+    logits[..., embedding.index] = inputs[0].to(logits.dtype) @ row
+    return logits
 
 
 @contextmanager

@@ -60,6 +60,7 @@ OPEN_ENDED_SAMPLERS: dict[str, type[OpenEndedSampler]] = {
     "sdar": SDARSampler,
     "self_speculation": SelfSpeculationSampler,
 }
+_BY_TOKEN = ("ar", "self_speculation")  # of a checkpoint that was trained with masks
 _WARM_UP_TOKENS = 8
 
 
@@ -110,8 +111,8 @@ class CompletionSetup:
         elif config.sampler.name == "self_speculation":
             raise InputError(
                 f"sampler 'self_speculation': {name} is no checkpoint of objective block_diffusion "
-                "with ar_loss_weight, which alone draft for themselves; train one, or use sampler "
-                "'ar' or 'dflash'"
+                "with ar_loss_weight or keep_base, which alone draft for themselves; train one, or "
+                "use sampler 'ar' or 'dflash'"
             )
         check_decoder(model_config, name, field=field)
         # What we train on is text and EOS alone; others' models are used to what their tokenizer
@@ -150,8 +151,9 @@ class CompletionSetup:
                 f"{shown}: nothing to continue, and the tokenizer has no token that begins a text; "
                 "give a prompt"
             )
-        mask = getattr(self.sampler, "mask_token_id", None)
-        if mask in ids:
+        names = ("mask_token_id", "never_token_id")
+        masks = {getattr(self.sampler, name, None) for name in names} - {None}
+        if (mask := next((index for index in ids if index in masks), None)) is not None:
             raise InputError(
                 f"{shown} holds the mask token {self.tokenizer.convert_ids_to_tokens(mask)!r}; "
                 "samplers that continue a prompt fill no gaps in it"
@@ -164,7 +166,9 @@ class CompletionSetup:
         request = Request(
             id=row.id, prompt=tuple(ids), block_starts=self._block_starts(row.prompt, ids)
         )
-        block = getattr(self.sampler, "block_length", 1)
+        # Nothing is kept of what speculation drafts beyond the limit.
+        is_by_blocks = not isinstance(self.sampler, SpeculativeSampler)
+        block = getattr(self.sampler, "block_length", 1) if is_by_blocks else 1
         limit = len(ids) + self.sampler.max_new_tokens
         wanted = int(request.block_begins(block, limit)[-1]) + block
         if self.max_length is not None and wanted > self.max_length:
@@ -227,8 +231,8 @@ class CompletionModel:
 
         Yields:
             as `SamplingModel.sample`; seconds are those from taking the row to its end. Beside a
-            draft also blocks_by_gain, [K] how many blocks came to 1..K tokens, and source, the file
-            of the prompt.
+            draft also blocks_by_gain, how many blocks came to 1, 2, ... tokens, and source, the
+            file of the prompt.
         """
         taken: dict[int, tuple[GenerationRow, Request, float]] = {}
 
@@ -377,6 +381,8 @@ def _build_sampler(
     fields["stop_token_ids"] = tuple(sorted(stops))
     if "gen_length" in fields:
         fields["max_new_tokens"] = fields.pop("gen_length")
+    if process is not None and not process.keeps_base and section.name in _BY_TOKEN:
+        fields["never_token_id"] = process.mask_token_id
     if section.name not in ("ar", "dflash"):
         fields |= _block_fields(fields, name, model_config, tokenizer, process)
     given = {key: value for key, value in fields.items() if (key, value) != ("block_length", None)}
@@ -396,12 +402,13 @@ def _check_process(sampler: str, name: str, process: NoiseProcess) -> None:
         raise InputError(
             f"sampler 'ar': {name} predicts the token at its own position (objective "
             f"{process.objective!r}), not the next one; use sampler 'block_refinement' "
-            "or 'sdar', or train it with ar_loss_weight"
+            "or 'sdar', or train it with ar_loss_weight or keep_base"
         )
     if sampler == "self_speculation" and not process.decodes_by_token:
         raise InputError(
             f"sampler 'self_speculation': {name} does not decode token by token (objective "
-            f"{process.objective!r}); train it with ar_loss_weight, or use sampler 'sdar'"
+            f"{process.objective!r}); train it with ar_loss_weight or keep_base, or use sampler "
+            "'sdar'"
         )
     mode = process.attention_mask_mode
     if sampler == "sdar" and mode != "4d":

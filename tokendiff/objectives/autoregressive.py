@@ -2,8 +2,8 @@
 
     L = sum over documents and targets x_{i+1} of -ln p(x_{i+1} | x_1 .. x_i)
 
-The first token of a document (or of the row, where the row goes on with one) is told from nothing
-and is not counted. This is the one objective whose logits at a position are for the next token.
+The first token of a document (or of the row, where the row goes on with one) is predicted from
+nothing and is not counted. Logits at a position are for the next token.
 Where only answers are targets, the sum is exactly -ln p(answers | what stands before each).
 """
 

@@ -54,8 +54,8 @@ class BlockDiffusion:
         max_loss_weight: clips the weight -alpha'/(1 - alpha), or n / l.
         restarts_at_answers: blocks start anew at each answer; see `tokendiff.objectives.blocks`.
         ar_loss_weight: of the next-token loss of the clean half, which is then causal.
-        keeps_base: the clean half is what a causal model makes of it that is not trained; see
-            `BlockSight`.
+        keeps_base: the frozen base model encodes the clean half; adapters count in the noisy half
+            alone.
         diffusion_loss_weight: of the loss of the blocks.
         predicts_next: the state before a token tells it; see `BlockSight`.
         lambda_conf: weight of the confidence term: per row, the mean entropy of

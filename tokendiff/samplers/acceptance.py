@@ -60,8 +60,8 @@ def accept_drawn(
     judge: Tensor,
     redraw: Tensor,
 ) -> Verdict:
-    """Speculative sampling of drafted tokens that were drawn from their logits, each independently
-    of the others.
+    """Speculative sampling of drafted tokens, each drawn from its logits, which may depend on the
+    drafted tokens to its left and on none to its right.
 
     Args:
         drafted: [B, D] int64.

@@ -8,13 +8,20 @@ from torch import Tensor
 
 from tokendiff.diffusion.attention_masks import causal_by_position
 from tokendiff.diffusion.interfaces import Decoder
+from tokendiff.samplers.categorical import without_token
 from tokendiff.samplers.open_ended import PREFILL_CHUNK, OpenEndedSampler, encode_known
 from tokendiff.samplers.slots import Slots
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveSampler(OpenEndedSampler):
-    """At temperature 0 its tokens are those of transformers' `generate(do_sample=False)`."""
+    """At temperature 0 its tokens are those of transformers' `generate(do_sample=False)`.
+
+    Attributes:
+        never_token_id: a token that is not written: the mask, of a model that was trained with one.
+    """
+
+    never_token_id: int | None = None
 
     def _slots(self, model: Decoder, *, num_slots: int, key: int) -> Slots:
         return Slots(model, num_slots=num_slots, max_new_tokens=self.max_new_tokens, seed_key=key)
@@ -37,12 +44,16 @@ class AutoregressiveSampler(OpenEndedSampler):
         chosen = (slots.cache.lengths[rows] == slots["length"][rows]).nonzero()[:, 0]
         if not chosen.numel():
             return
-        logits = model.head(hidden[chosen, counts[chosen] - 1]).float()
+        logits = self._logits(model, hidden[chosen, counts[chosen] - 1])
         rows = rows[chosen]
         at = slots["length"][rows]
         uniform = slots.generator.select(rows).fold_in(at).uniform(1)[:, 0]
         slots.tokens[rows, at] = self._draw(logits, uniform)
         slots["length"][rows] += 1
+
+    def _logits(self, model: Decoder, hidden: Tensor) -> Tensor:
+        """[n, V] float32 of hidden states [n, D], before temperature and filters."""
+        return without_token(model.head(hidden).float(), self.never_token_id)
 
     def _finished(self, slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
         end = slots["length"].clone()

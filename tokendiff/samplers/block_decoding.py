@@ -21,6 +21,7 @@ from torch import Tensor
 from tokendiff.diffusion.attention_masks import MaskRule, block_causal_by_begin, causal_up_to
 from tokendiff.diffusion.interfaces import Decoder
 from tokendiff.samplers.base import positions_at_once
+from tokendiff.samplers.categorical import without_token
 from tokendiff.samplers.open_ended import PREFILL_CHUNK, OpenEndedSampler, encode_known
 from tokendiff.samplers.slots import Slots
 
@@ -256,12 +257,9 @@ class BlockSampler(OpenEndedSampler):
         entropy = torch.zeros_like(confidence)
         which, position = self._needs(block).nonzero(as_tuple=True)
         size = positions_at_once(rows.device)
-        mask = torch.tensor([self.mask_token_id], device=rows.device)
         for row, place in zip(which.split(size), position.split(size), strict=True):
             logits = model.head(hidden[row, offset[row] + place]).float()
-            # index_fill copies, and the head's own tensor is left alone.
-            if self.mask_token_id < logits.shape[-1]:  # else the model has no logit of it
-                logits = logits.index_fill(-1, mask, -torch.inf)
+            logits = without_token(logits, self.mask_token_id)
             drawn = self._draw(logits, uniform[row, place])
             log_p = logits.log_softmax(-1)
             tokens[row, place] = drawn

@@ -23,6 +23,16 @@ def check_filters(temperature: float, top_k: int | None, top_p: float | None) ->
         raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
 
 
+def without_token(logits: Tensor, token: int | None) -> Tensor:
+    """A copy of logits [..., V] in which a token has no probability; as they are where that is
+    None, or an id that the model has no logit of.
+    """
+    if token is None or token >= logits.shape[-1]:
+        return logits
+    at = torch.full((1,), token, device=logits.device)
+    return logits.index_fill(-1, at, -torch.inf)
+
+
 def filter_logits(
     logits: Tensor,
     *,

@@ -1,32 +1,33 @@
 """Speculative decoding of a model by itself: it drafts a block as a diffusion model, and judges it
 as the autoregressive one that it is too. One set of weights, one cache.
 
-Two passes take turns, both behind the causal cache of the text so far:
+Passes take turns, all behind the causal cache of the text so far:
 
-- the last token, read from left to right, and a block of K masks behind it, which sees itself
-  whole: the first gives the next token, which is the model's own and stands; the masks give a draft
-  of those behind that;
-- the next token and the draft, read from left to right, as `speculation` has it: the longest prefix
-  that the model would have written itself stays, and one token more.
+- The drafting pass reads the last token from left to right, and a block of K masks behind it that
+  sees itself whole. The last token gives the next one, which is the model's own and stands; the
+  masks give a draft of the K - 1 tokens behind that. With `draft_steps` S the draft takes S passes:
+  each settles its share of the tokens, from the left, and the next pass sees what is settled.
+- The verifying pass reads the next token and the draft from left to right, as `speculation` has it:
+  the longest prefix that the model would have written itself stays, and one token more.
 
-So two passes give two tokens at least, as many as decoding token by token, and K + 1 at most.
+So S + 1 passes give two tokens at least, and K + 1 at most.
 
-With `draft_ahead` the second pass does the work of the first too. Which of the K tokens that it
-reads will stand is not known yet, so K blocks of masks come along, one for the text behind each; of
-these the one is kept that the verdict points to. So one pass gives one token at least and K at
-most. It reads K + K^2 tokens, where the others read K + 1 and K.
+With `draft_ahead` the verifying pass drafts too. It cannot know how many of its K tokens will be
+accepted, so it carries K blocks of masks, one for each outcome, and keeps the block of the outcome
+that comes true. One pass then gives one token at least and K at most. It reads K + K^2 tokens; the
+passes above read K + 1 and K.
 
 Sources: Nemotron-Labs-Diffusion (2026-05), self-speculation; TiDAR (arXiv 2511.08923) for drafts of
 every outcome in one pass; acceptance as in arXiv 2211.17192.
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from tokendiff.diffusion.attention_masks import causal_up_to, masks_behind_each
+from tokendiff.diffusion.attention_masks import MaskRule, causal_up_to, masks_behind_each
 from tokendiff.diffusion.interfaces import Decoder, SelfDraftingDecoder
 from tokendiff.samplers.slots import Slots
 from tokendiff.samplers.speculation import (
@@ -43,14 +44,13 @@ _HAS_DRAFT = "has_draft"
 
 @dataclass(frozen=True, kw_only=True)
 class SelfSpeculationSampler(SpeculativeSampler):
-    """The text of sampler `ar`, in fewer passes.
+    """The text of sampler `ar`, in fewer passes where enough is accepted.
 
     Attributes:
         mask_token_id: never drafted.
         block_length: K masks are drafted from at once, as the model was trained.
-        predicts_next: the state before a token tells it; see `objectives.blocks.BlockSight`.
-        draft_steps: passes over the masks of a draft. Each settles its share of the draft, from the
-            left, and the next one sees what is settled.
+        predicts_next: the state before a token predicts it; see `objectives.blocks.BlockSight`.
+        draft_steps: S, passes that a draft takes.
         draft_ahead: draft in the pass that verifies.
         keeps_base: the model has adapters, which count where it drafts.
     """
@@ -94,21 +94,22 @@ class SelfSpeculationSampler(SpeculativeSampler):
         )
 
     def _speculate(self, model: Decoder, slots: Slots, rows: Tensor) -> None:
+        drafting = cast(SelfDraftingDecoder, model)
         if not self.draft_ahead:
-            states = self._draft(model, slots, rows)
+            states = self._draft(drafting, slots, rows)
             gained = torch.ones_like(rows)
             going_on = self._going_on(slots, rows)
             if going_on.numel():
                 some = rows[going_on]
-                gained[going_on] += self._verify_draft(model, slots, some, states[going_on])
+                gained[going_on] += self._verify_draft(drafting, slots, some, states[going_on])
             slots[GAINS][rows, gained - 1] += 1
             return
         has_draft = slots[_HAS_DRAFT][rows].bool()
         if (started := rows[has_draft]).numel():
-            gained = self._verify_and_draft(model, slots, started)
+            gained = self._verify_and_draft(drafting, slots, started)
             slots[GAINS][started, gained - 1] += 1
         if (new := rows[~has_draft]).numel():
-            _keep(slots, new, self._draft(model, slots, new))
+            _keep(slots, new, self._draft(drafting, slots, new))
             slots[_HAS_DRAFT][new] = 1
             slots[GAINS][new, 0] += 1
 
@@ -118,91 +119,127 @@ class SelfSpeculationSampler(SpeculativeSampler):
         is_stopped = self._first_stop(newest, torch.ones_like(newest, dtype=torch.bool)) == 0
         return (~is_stopped & (slots["length"] < slots["limit"])[rows]).nonzero()[:, 0]
 
-    def _draft(self, model: Decoder, slots: Slots, rows: Tensor) -> Tensor:
+    def _draft(self, model: SelfDraftingDecoder, slots: Slots, rows: Tensor) -> Tensor:
         """Read the last token and a block of masks; write the next token, which is the model's own.
 
         Returns:
-            [n, K - 1, D] states that tell the tokens behind that.
+            [n, K - 1, D] states that predict the tokens behind that.
         """
-        length, room = slots["length"][rows], (slots["limit"] - slots["length"])[rows]
+        length = slots["length"][rows]
         tokens = last_and(slots, rows, self._masks(rows, self.block_length))
-        num_tokens = 1 + room.clamp(max=self.block_length)
-        is_mask = torch.arange(tokens.shape[1], device=rows.device).expand_as(tokens) > 0
-        hidden = cast(SelfDraftingDecoder, model).encode(
-            tokens, num_tokens, slots.cache, rows, causal_up_to(length), **self._drafted(is_mask)
-        )
-        slots["num_calls"][rows] += 1
+        is_mask = torch.arange(tokens.shape[1], device=rows.device) > 0
+        hidden = self._read(model, slots, rows, tokens, is_mask, rule=causal_up_to(length))
         slots.cache.extend(rows, torch.ones_like(length))
         uniforms = position_uniforms(slots.generator.select(rows), length[:, None])
-        own = self._draw(model.head(hidden[:, 0]).float(), uniforms[:, 0, OWN])
+        own = self._draw(self._logits(model, hidden[:, 0]), uniforms[:, 0, OWN])
         slots.tokens[rows, length] = own
         slots["length"][rows] += 1
-        return self._telling(hidden[:, 1:])
+        return self._predicting(hidden[:, 1:])
 
-    def _verify_draft(self, model: Decoder, slots: Slots, rows: Tensor, states: Tensor) -> Tensor:
-        """[n] tokens that are gained by what states [n, K - 1, D] of a first pass tell."""
+    def _verify_draft(
+        self, model: SelfDraftingDecoder, slots: Slots, rows: Tensor, states: Tensor
+    ) -> Tensor:
+        """[n] tokens that are gained by what states [n, K - 1, D] of a first pass predict."""
         uniforms = self._uniforms(slots, rows)
-        tokens, logits = self._proposed(model, slots, rows, states, uniforms)
-        num_drafted = self.block_length - 1
-        for step in range(1, self.draft_steps):
-            settled = num_drafted * step // self.draft_steps
-            states = self._draft_on(model, slots, rows, tokens[:, :settled])
-            again, of_again = self._proposed(model, slots, rows, states, uniforms)
-            tokens = torch.cat([tokens[:, :settled], again[:, settled:]], dim=1)
-            if logits is not None and of_again is not None:
-                logits = torch.cat([logits[:, :settled], of_again[:, settled:]], dim=1)
-        return self._verify(model, slots, rows, tokens, logits, uniforms)
+        tokens: list[Tensor] = []
+        logits: list[Tensor] = []
+        num_drafted, begin = self.block_length - 1, 0
+        for step in range(1, self.draft_steps + 1):
+            if step > 1:
+                states = self._draft_on(model, slots, rows, torch.cat(tokens, dim=1))
+            end = num_drafted * step // self.draft_steps
+            share = self._proposed(model, slots, rows, states[:, begin:end], uniforms, begin)
+            tokens.append(share[0])
+            logits += [] if share[1] is None else [share[1]]
+            begin = end
+        drawn_from = torch.cat(logits, dim=1) if logits else None
+        return self._verify(model, slots, rows, torch.cat(tokens, dim=1), drawn_from, uniforms)
 
-    def _draft_on(self, model: Decoder, slots: Slots, rows: Tensor, settled: Tensor) -> Tensor:
-        """[n, K - 1, D] states that tell a draft of which the first tokens are `settled` [n, S]."""
-        length, room = slots["length"][rows], (slots["limit"] - slots["length"])[rows]
+    def _draft_on(
+        self, model: SelfDraftingDecoder, slots: Slots, rows: Tensor, settled: Tensor
+    ) -> Tensor:
+        """[n, K - 1, D] states that predict a draft whose first tokens are `settled` [n, S]."""
         masks = self._masks(rows, self.block_length - 1 - settled.shape[1])
         tokens = last_and(slots, rows, torch.cat([settled, masks], dim=1))
-        num_tokens = (1 + room).clamp(max=self.block_length)
-        is_draft = torch.ones_like(tokens, dtype=torch.bool)
-        rule = causal_up_to(length - 1)
-        hidden = cast(SelfDraftingDecoder, model).encode(
-            tokens, num_tokens, slots.cache, rows, rule, **self._drafted(is_draft)
-        )
-        slots["num_calls"][rows] += 1
-        return self._telling(hidden)
+        is_draft = torch.ones(self.block_length, dtype=torch.bool, device=rows.device)
+        rule = causal_up_to(slots["length"][rows] - 1)
+        return self._predicting(self._read(model, slots, rows, tokens, is_draft, rule=rule))
 
-    def _verify_and_draft(self, model: Decoder, slots: Slots, rows: Tensor) -> Tensor:
+    def _verify_and_draft(self, model: SelfDraftingDecoder, slots: Slots, rows: Tensor) -> Tensor:
         """[n] tokens that are gained by the drafts that were kept; keep the next ones."""
-        size = self.block_length
+        size, device = self.block_length, rows.device
         uniforms = self._uniforms(slots, rows)
         states = slots.kept(rows).unflatten(1, (size - 1, -1))
-        tokens, logits = self._proposed(model, slots, rows, states, uniforms)
+        tokens, logits = self._proposed(model, slots, rows, states, uniforms, 0)
         read = torch.cat([last_and(slots, rows, tokens), self._masks(rows, size * size)], dim=1)
-        is_mask = torch.arange(read.shape[1], device=rows.device).expand_as(read) >= size
-        length, limit = slots["length"][rows], slots["limit"][rows]
-        place = torch.arange(size, device=rows.device)
-        from_last = torch.cat([place, (place[:, None] + 1 + place).flatten()])
-        positions = length[:, None] - 1 + from_last
-        hidden = cast(SelfDraftingDecoder, model).encode(
-            read,
-            torch.full_like(length, read.shape[1]),
-            slots.cache,
+        place = torch.arange(size, device=device)
+        hidden = self._read(
+            model,
+            slots,
             rows,
-            masks_behind_each(length - 1, limit, size),
-            # Nothing is kept of what lies behind the limit, where a model may have no positions.
-            positions=torch.minimum(positions, limit[:, None] - 1),
-            **self._drafted(is_mask),
+            read,
+            torch.arange(read.shape[1], device=device) >= size,
+            rule=masks_behind_each(slots["length"][rows] - 1, size),
+            offsets=torch.cat([place, (place[:, None] + 1 + place).flatten()]),
         )
-        slots["num_calls"][rows] += 1
         gained = self._settle(model, slots, rows, hidden[:, :size], tokens, logits, uniforms)
         groups = hidden[:, size:].unflatten(1, (size, size))
-        _keep(slots, rows, self._telling(groups[torch.arange(len(rows)), gained - 1]))
+        own = groups[torch.arange(len(rows), device=device), gained - 1]
+        _keep(slots, rows, self._predicting(own))
         return gained
 
+    def _read(
+        self,
+        model: SelfDraftingDecoder,
+        slots: Slots,
+        rows: Tensor,
+        tokens: Tensor,
+        is_draft: Tensor,
+        *,
+        rule: MaskRule,
+        offsets: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [n, N, D] of tokens [n, N] from the last one of `rows` [n] on.
+
+        A draft is read whole also where it goes beyond the row's limit: with fewer masks it would
+        be another than the model learnt.
+
+        Args:
+            is_draft: [N] bool.
+            offsets: [N] of their positions, from that of the last token.
+        """
+        if offsets is None:
+            offsets = torch.arange(tokens.shape[1], device=rows.device)
+        positions = slots["length"][rows, None] - 1 + offsets
+        if model.max_length is not None:  # nothing is kept of what is beyond
+            positions = positions.clamp(max=model.max_length - 1)
+        slots["num_calls"][rows] += 1
+        return model.encode(
+            tokens,
+            torch.full_like(rows, tokens.shape[1]),
+            slots.cache,
+            rows,
+            rule,
+            positions=positions,
+            **({"is_draft": is_draft.expand_as(tokens)} if self.keeps_base else {}),
+        )
+
     def _proposed(
-        self, model: Decoder, slots: Slots, rows: Tensor, states: Tensor, uniforms: Tensor
+        self,
+        model: Decoder,
+        slots: Slots,
+        rows: Tensor,
+        states: Tensor,
+        uniforms: Tensor,
+        begin: int,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `_propose`, for `rows` [n] whose draft states [n, K - 1, D] tell."""
-        at = uniforms[:, :-1, PROPOSAL]
+        """As `_propose`, for the tokens of a draft of `rows` [n] from the `begin`-th on, as many as
+        there are states [n, N, D].
+        """
+        at = uniforms[:, begin : begin + states.shape[1], PROPOSAL]
         return self._propose(model, states, at, never=self.mask_token_id)
 
-    def _telling(self, states: Tensor) -> Tensor:
+    def _predicting(self, states: Tensor) -> Tensor:
         """[n, K - 1, D] of states [n, K, D] of a block, whose first token is not drafted."""
         return states[:, :-1] if self.predicts_next else states[:, 1:]
 
@@ -213,10 +250,6 @@ class SelfSpeculationSampler(SpeculativeSampler):
 
     def _masks(self, rows: Tensor, count: int) -> Tensor:
         return torch.full_like(rows[:, None].expand(-1, count), self.mask_token_id)
-
-    def _drafted(self, is_draft: Tensor) -> dict[str, Any]:
-        """What a model with adapters for its drafts is told of."""
-        return {"is_draft": is_draft} if self.keeps_base else {}
 
 
 def _keep(slots: Slots, rows: Tensor, states: Tensor) -> None:

@@ -15,7 +15,7 @@ from tokendiff.diffusion.interfaces import Decoder
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.samplers.acceptance import Verdict, accept_drawn, accept_own
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
-from tokendiff.samplers.categorical import draw, filter_logits
+from tokendiff.samplers.categorical import draw, filter_logits, without_token
 from tokendiff.samplers.slots import Slots
 
 OWN, PROPOSAL, JUDGE = 0, 1, 2  # what a position's random numbers are for; OWN as in `ar`
@@ -86,14 +86,11 @@ class SpeculativeSampler(AutoregressiveSampler):
         what they are drawn from [n, D, V].
 
         Args:
-            never: a token that is not proposed; the model may have no logit of it.
+            never: a token that is not proposed.
         """
         tokens, kept = [], []
         for chunk, uniform in _chunks(hidden, uniforms):
-            logits = model.head(chunk.flatten(0, 1)).float()
-            if never is not None and never < logits.shape[-1]:
-                at = torch.tensor([never], device=logits.device)
-                logits = logits.index_fill(-1, at, -torch.inf)
+            logits = without_token(self._logits(model, chunk.flatten(0, 1)), never)
             if self.proposal_temperature == 0.0:
                 tokens.append(logits.argmax(-1).view(chunk.shape[:2]))
                 continue
@@ -176,7 +173,7 @@ class SpeculativeSampler(AutoregressiveSampler):
         """What the target, whose hidden states [n, K, D] of the block these are, accepts of it."""
         parts = []
         for chunk, tokens, uniform in _chunks(hidden, drafted, uniforms):
-            logits = model.head(chunk.flatten(0, 1)).float()
+            logits = self._logits(model, chunk.flatten(0, 1))
             if draft_logits is None:
                 own = self._draw(logits, uniform[..., OWN].flatten())
                 parts.append(accept_own(tokens, own.view(chunk.shape[:2])))

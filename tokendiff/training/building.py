@@ -29,6 +29,7 @@ from tokendiff.models.kept_base import (
 )
 from tokendiff.models.opening import load_causal_denoiser, load_denoiser
 from tokendiff.models.plans import plan_model
+from tokendiff.models.pretrained import open_config
 from tokendiff.models.vocabulary import check_vocabulary
 from tokendiff.objectives.autoregressive import Autoregressive
 from tokendiff.objectives.block_diffusion import BlockDiffusion
@@ -196,6 +197,12 @@ def check_kept_base(config: "TrainConfig", tokenizer: Any) -> None:
         raise InputError(
             f"keep_base: {field} {start!r} starts from new weights; give a trained model"
         )
+    text = open_config(start, field=field, remedy="give a folder or hub name").get_text_config()
+    if (window := getattr(text, "sliding_window", None)) is not None:
+        raise InputError(
+            f"keep_base: {field} {start!r} has layers that see a window of {window} tokens, which "
+            "block diffusion does without; give a model without a window, or leave keep_base out"
+        )
     fields = draft_adapter_fields(config, tokenizer, name=start, field=field)
     if has_adapters and (found := read_fields(folder)) != fields:
         differing = ", ".join(
@@ -246,7 +253,8 @@ def add_configured_adapters(config: "TrainConfig", model: Any, tokenizer: Any) -
         InputError: peft is not installed, or the model has no such layers.
     """
     assert config.lora_rank is not None
-    has_noise = config.objective.process_fields() is not None  # without it no mask is read
+    objective = config.objective
+    has_noise = objective.process_fields() is not None  # without it no mask is read
     add_adapters(
         model,
         rank=config.lora_rank,
@@ -254,6 +262,7 @@ def add_configured_adapters(config: "TrainConfig", model: Any, tokenizer: Any) -
         dropout=config.lora_dropout,
         target_modules=config.lora_target_modules,
         trained_token_id=tokenizer.mask_token_id if has_noise else None,
+        reads_its_logit=getattr(objective, "ar_loss_weight", 0.0) > 0.0,
         seed=config.seed,
     )
 
