@@ -32,32 +32,37 @@ def load_for_inference(checkpoint_path: str | Path) -> tuple[Any, Any, NoiseProc
     """
     folder = open_checkpoint(checkpoint_path)
     tokenizer, process = open_process(folder)
-    load = load_denoiser if process.block_length is None else load_causal_denoiser
-    denoiser = load(
-        str(folder),
-        tokenizer=tokenizer,
-        max_length=process.max_length,
-        dropout=0.0,
-        allow_new_weights=False,
-        field=_FIELD,
-    )
+    fields: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "max_length": process.max_length,
+        "dropout": 0.0,
+        "allow_new_weights": False,
+        "field": _FIELD,
+    }
+    denoiser: Any
+    if process.block_length is None:
+        denoiser = load_denoiser(
+            str(folder), predict="next" if process.predict == "next" else "own", **fields
+        )
+    else:
+        denoiser = load_causal_denoiser(str(folder), **fields)
     take_average(denoiser.model, folder)
     return denoiser.eval(), tokenizer, process
 
 
-def check_denoiser(folder: Path) -> tuple[Any, NoiseProcess]:
-    """Tokenizer and noise process of an opened checkpoint, after a look at its config: what
+def check_denoiser(folder: Path) -> tuple[Any, NoiseProcess, Any]:
+    """Tokenizer, noise process and transformers config of an opened checkpoint: what
     `load_for_inference` would raise of them is raised here, before a weight is read.
     """
     tokenizer, process = open_process(folder)
-    plan_model(
+    plan = plan_model(
         str(folder),
         tokenizer=tokenizer,
         max_length=process.max_length,
         is_causal=process.block_length is not None,
         field=_FIELD,
     )
-    return tokenizer, process
+    return tokenizer, process, plan.config
 
 
 def open_process(folder: Path) -> tuple[Any, NoiseProcess]:
