@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config is None or not any(getattr(config, name) for name in models):
         raise InputError(
             "--checkpoint_path is missing: a checkpoint-N or final folder of jobs.train; or, for "
-            "samplers that continue prompts, --model_id: a causal language model; or, for sampler "
+            "samplers that continue prompts, --model_id: a causal language model; or, for those of "
+            "rows of one length, --model_id: a published denoiser (LLaDA, Dream); or, for sampler "
             "dflash, --target_model_id and --draft_model_id"
         )
     from pipelines.builders import generate_stage, in_own_folder

@@ -13,6 +13,8 @@ from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, HybridKe
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.diffusion.schedules import Cosine, Linear, LogLinear
 from tokendiff.evaluation.bound import row_bounds, summarize
+from tokendiff.objectives.mdlm import MDLM
+from tokendiff.objectives.token_noise import TokenNoiseDiffusion
 from tokendiff.verification.oracles import (
     conditional,
     entropy,
@@ -22,6 +24,7 @@ from tokendiff.verification.oracles import (
 )
 
 V, L, MASK = 4, 3, 2
+UNIFORM = UniformKernel(schedule=Cosine(), vocab_size=V, mask_token_id=MASK)
 
 
 def rows_of(table: np.ndarray) -> torch.Tensor:
@@ -176,3 +179,39 @@ def test_summary_has_the_standard_error_of_a_ratio() -> None:
     assert bound.standard_error == pytest.approx(np.std(true), rel=0.15)
     assert bound.bits_per_byte == pytest.approx(nats.sum() / math.log(2) / (tokens * 3).sum())
     assert bound.perplexity == pytest.approx(math.exp(bound.nats_per_token))
+
+
+def test_a_token_that_no_state_stands_before_is_given() -> None:
+    """Of two tokens that leaves one target, whose bound is its exact likelihood."""
+    table = toy_language(V, 2, MASK, seed=6)
+    model, tokens = TableDenoiser(torch.tensor(table), MASK), rows_of(table)
+    kernel = AbsorbingKernel(schedule=Cosine(), mask_token_id=MASK)
+    generator = RowGenerator.for_rows(0, torch.arange(len(tokens)))
+    expected = [-math.log(conditional(table, {0: a}, 1, b)) for a, b in tokens.tolist()]
+    nats, counts = row_bounds(
+        model, whole(tokens), generator, kernel=kernel, predicts_next=True, num_mask_samples=1
+    )
+    assert counts.tolist() == [1] * len(tokens)
+    np.testing.assert_allclose(nats, expected)
+    batch = whole(tokens)
+    mdlm = MDLM(kernel=kernel, predicts_next=True)
+    t = torch.full((len(tokens),), 0.3, dtype=torch.float64)
+    x_t = tokens.clone()
+    x_t[:, 1] = MASK
+    output = mdlm.loss_at(model, batch, x_t, t)
+    weight = (1.0 - mdlm.min_time) * kernel.masked_loss_weight(t)
+    np.testing.assert_allclose(output.loss_sum, (weight * torch.tensor(expected)).sum())
+    for objective in (mdlm, TokenNoiseDiffusion(kernel=UNIFORM, predicts_next=True)):
+        assert int(objective.loss(model, batch, generator).num_tokens) == len(tokens)
+
+
+def test_isolated_documents_each_begin_with_a_token_that_is_given() -> None:
+    tokens = torch.zeros(2, 6, dtype=torch.int64)
+    lengths, is_start = torch.tensor([6, 5]), torch.zeros(2, 6, dtype=torch.bool)
+    is_start[:, 0] = is_start[0, 2] = is_start[1, 4] = True
+    for isolates, expected in (
+        (True, [[0, 1, 0, 1, 1, 1], [0, 1, 1, 1, 0, 0]]),
+        (False, [[0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0]]),
+    ):
+        batch = TokenBatch.of_rows(tokens, lengths, is_start, isolates_documents=isolates)
+        assert batch.without_first_tokens().is_target.long().tolist() == expected

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.builders import letter_tokenizer, random_rows, token_folder
 from tests.training.distributed import Losses, run_distributed
 from tokendiff.artifacts.checkpoint import (
+    ADAPTERS,
     committed_checkpoints,
     newest_sound_checkpoint,
     open_checkpoint,
@@ -30,6 +32,7 @@ from tokendiff.diffusion.kernels import HybridKernel, UniformKernel
 from tokendiff.diffusion.random import key_from, permutation
 from tokendiff.diffusion.schedules import Cosine
 from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.models.adapters import adapter_tensors
 from tokendiff.models.checkpoints import load_for_inference
 from tokendiff.models.sampling import SamplingModel
 from tokendiff.models.vocabulary import check_vocabulary
@@ -803,3 +806,44 @@ def test_bad_noise_processes_are_refused(
     folder = _published(tmp_path / "bad", **{**good, **fields})
     with pytest.raises(InputError, match=message):
         NoiseProcess.load(folder)
+
+
+@pytest.mark.parametrize("name", ["bert-tiny", "qwen3-tiny"])
+def test_adapters_of_a_denoiser_of_whole_rows(name: str, data: TokenData, tmp_path: Path) -> None:
+    """Resumed exactly, merged into what is saved, and nothing else of the model is changed."""
+    cfg = config(
+        model_name_or_path=f"builtin:{name}",
+        lora_rank=2,
+        lora_dropout=0.1,
+        ema_decay=0.0,
+        max_train_steps=4,
+        learning_rate=0.03,
+    )
+    losses, _ = run(cfg, data, tmp_path / "whole")
+    (tmp_path / "cut").mkdir()
+    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "cut/checkpoint-2")
+    resumed, _ = run(cfg, data, tmp_path / "cut")
+    assert resumed == {step: loss for step, loss in losses.items() if step > 2}
+    world = World.current("cpu")
+    adapted: Any = TrainingRun.build(cfg, data, tmp_path, world=world).trainer.denoiser
+    before = {n: p.clone() for n, p in adapted.named_parameters() if p.requires_grad is False}
+    stored = load_file(tmp_path / f"whole/checkpoint-4/{ADAPTERS}.safetensors")
+    for parameter, tensor in adapter_tensors(adapted.model).items():
+        tensor.copy_(stored[parameter])
+    merged = load_for_inference(tmp_path / "whole/final")[0]
+    assert not any("lora" in parameter for parameter, _ in merged.named_parameters())
+    tokens = torch.tensor(random_rows(2, LENGTH))
+    tokens[:, 3:5] = 1
+    with torch.no_grad():
+        ours, theirs = (
+            model.eval().head(model.encode(tokens, tokens > 0, torch.zeros(2)))
+            for model in (adapted, merged)
+        )
+    ours[..., 1] = theirs[..., 1]  # the head may be tied, and then has the mask's new row now
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    embedding = adapted.model.get_input_embeddings()
+    rows = before[
+        next(n for n, p in adapted.named_parameters() if p is embedding.base_layer.weight)
+    ]
+    changed = (rows != merged.model.get_input_embeddings().weight).any(1)
+    assert changed.nonzero()[:, 0].tolist() == [1], "only the mask's embedding"

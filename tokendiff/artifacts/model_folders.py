@@ -65,7 +65,8 @@ def longest_row(fields: Mapping[str, Any]) -> int | None:
 
     The fields are those of the config.json, or of a transformers config's `to_dict()`.
     """
-    longest = fields.get("max_position_embeddings", fields.get("n_positions"))
+    names = ("max_position_embeddings", "n_positions", "max_sequence_length")
+    longest = next((fields[name] for name in names if name in fields), None)
     if not isinstance(longest, int):
         return None
     if fields.get("model_type") not in _OFFSET_TYPES:

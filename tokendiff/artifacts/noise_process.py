@@ -51,6 +51,7 @@ class NoiseProcess:
         prediction: "loo", the leave-one-out posterior that bound and reverse step are built on, or
             "posterior", p(x_0 | x_t), which they convert.
         max_length: length of the training rows, or the most that the model takes.
+        predict: "own", a position's state tells its own token, or "next", the one behind it.
         block_length: of an objective that decodes block by block; None for others, which then have
             none of the fields that follow.
         attention_mask_mode: "2d", a position sees up to itself, or "4d", also the rest of its
@@ -60,7 +61,6 @@ class NoiseProcess:
         eos_token_id: what a document ends with, and its last block is filled up with.
         context_attention: "block", finished blocks see themselves whole, or "causal", each token of
             them sees only up to itself, as in a model that decodes token by token too.
-        predict: "own", a position's state tells its own token, or "next", the one behind it.
         keeps_base: whether the weights are those of a model that was not trained, which decodes
             token by token, and adapters beside them draft.
         block_start: where blocks start anew: at each "answer" of a chat, at its "last_answer"
@@ -171,7 +171,8 @@ class NoiseProcess:
             "hybrid": ("p_uniform", "gamma"),
         }[self.forward_process]
         if self.block_length is not None:
-            names = ("block_length", "attention_mask_mode", "clean_context", *self._set_later)
+            names = ("block_length", "attention_mask_mode", "clean_context")
+        names = (*names, *self._set_later)
         values = ", ".join(f"{name} {getattr(self, name)}" for name in names)
         return f"{self.forward_process} ({values})"
 
@@ -201,7 +202,8 @@ class NoiseProcess:
         """
         names, class_name = _PROCESS_FIELDS[self.forward_process], self._class_name
         if self.block_length is not None:
-            names = (*names, *_BLOCK_FIELDS, *self._set_later)
+            names = (*names, *_BLOCK_FIELDS)
+        names = (*names, *self._set_later)
         fields = {
             "_class_name": class_name,
             "vocab_size": self.vocab_size,

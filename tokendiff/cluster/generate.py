@@ -113,7 +113,6 @@ class _PartSampler:
         if config.is_open_ended:
             self._model = CompletionModel(config, checkpoint=folder, device=device)
         else:
-            assert folder is not None
             self._model = SamplingModel(folder, config, device=device)
 
     def __call__(self, items: dict[str, Any]) -> Iterator[dict[str, Any]]:

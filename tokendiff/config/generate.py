@@ -21,8 +21,8 @@ class GenerateConfig(Section):
     model_id: str | None = Field(
         None,
         min_length=1,
-        description="in place of checkpoint_path: a causal language model that is no checkpoint "
-        "of ours, by its transformers name or folder",
+        description="in place of checkpoint_path: a causal language model, or a published denoiser "
+        "(LLaDA, Dream), that is no checkpoint of ours, by its transformers name or folder",
     )
     trust_remote_code: bool = Field(
         False, description="run code that comes with model_id, where transformers has none for it"
@@ -103,10 +103,9 @@ class GenerateConfig(Section):
         elif self.checkpoint_path is not None:
             raise ValueError("checkpoint_path and model_id both name the model; give one")
         elif not self.is_open_ended:
-            raise ValueError(
-                f"{sampler} needs a checkpoint of ours, whose noise process is known: give "
-                "checkpoint_path, or a sampler that continues prompts (ar, sdar, block_refinement)"
-            )
+            self.refuse_ignored(("trust_remote_code",), f"{sampler}, which runs no remote code")
+            if self.seq_len is None:
+                raise ValueError(f"{sampler} with a model_id needs seq_len, the tokens of a sample")
         if self.is_open_ended:
             self.refuse_ignored(("seq_len",), sampler)
         if not self.prompts:

@@ -28,7 +28,8 @@ class _AnyObjectiveConfig(Section):
 
     def process_fields(self) -> dict[str, Any]:
         """What a checkpoint records of its noise process (`tokendiff.artifacts.noise_process`);
-        `block_start` is what the user set; None leaves it to the rows.
+        `block_start` and `predict` are what the user set; None leaves the first to the rows and the
+        second to the model that training starts from.
         """
         raise NotImplementedError
 
@@ -78,13 +79,29 @@ class _ScheduledConfig(_ObjectiveConfig):
         return {name: getattr(self, name) for name in names}
 
 
-class MDLMConfig(_ScheduledConfig):
+class _WholeRowConfig(_ObjectiveConfig):
+    """Objectives of denoisers that see whole rows."""
+
+    predict: Literal["own", "next"] | None = added(
+        None,
+        description="next: the state before a masked token tells it, as in Dream and in the "
+        "weights of an autoregressive model; own: the state at its place; by default as the model "
+        "that training starts from was trained",
+    )
+
+
+class MDLMConfig(_WholeRowConfig, _ScheduledConfig):
     """Masked (absorbing) diffusion, continuous time. Source: MDLM (arXiv 2406.07524)."""
 
     name: Literal["mdlm"] = "mdlm"
 
     def process_fields(self) -> dict[str, Any]:
-        return {"forward_process": "absorbing", "prediction": "loo", **self._schedule_fields()}
+        return {
+            "forward_process": "absorbing",
+            "prediction": "loo",
+            "predict": self.predict,
+            **self._schedule_fields(),
+        }
 
 
 LOSS_TYPE_HELP = (
@@ -93,7 +110,7 @@ LOSS_TYPE_HELP = (
 )
 
 
-class _TokenNoiseConfig(_ObjectiveConfig):
+class _TokenNoiseConfig(_WholeRowConfig):
     """Objectives whose noise is other tokens."""
 
     min_time: float = Field(1e-4, gt=0.0, lt=1.0, description="smallest time that is trained on")
@@ -121,6 +138,7 @@ class UDLMConfig(_TokenNoiseConfig, _ScheduledConfig):
         return {
             "forward_process": "uniform",
             "prediction": self._prediction(),
+            "predict": self.predict,
             "exclude_mask_from_uniform": self.exclude_mask_from_uniform,
             **self._schedule_fields(),
         }
@@ -144,6 +162,7 @@ class HybridConfig(_TokenNoiseConfig):
         return {
             "forward_process": "hybrid",
             "prediction": self._prediction(),
+            "predict": self.predict,
             "p_uniform": self.p_uniform,
             "gamma": self.gamma,
         }

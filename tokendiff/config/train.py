@@ -200,11 +200,6 @@ class TrainConfig(Section):
         if self.lora_rank is None:
             names = ("lora_alpha", "lora_dropout", "lora_target_modules")
             self.refuse_ignored(names, "lora_rank null")
-        elif not self.objective.is_causal:
-            raise ValueError(
-                f"lora_rank goes with objectives on causal language models, not with "
-                f"{self.objective.name!r}; leave it out"
-            )
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PAD, MASK, EOS = "[PAD]", "[MASK]", "[EOS]"
+# How the mask is written where neither a model's config nor its tokenizer says which token it is.
+MASK_TOKENS = ("<|MASK|>", "<|mask|>", "<|mdm_mask|>", MASK, "<mask>")
+# Tokenizers that come with code of their own, and the class of transformers that each is a copy of.
+_SAME_AS = {"DreamTokenizer": "Qwen2Tokenizer"}
 _REMEDY = "give bytes, bpe, a hub name, or a folder that holds a tokenizer"
 
 
@@ -83,13 +87,18 @@ def open_tokenizer(
     Raises:
         InputError: there is none, or transformers cannot read it.
     """
+    import transformers
     from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     place = f"{field} {str(name)!r}"
     with input_errors(f"{place}: no tokenizer can be opened there", remedy), _quiet_configs():
-        tokenizer = AutoTokenizer.from_pretrained(
-            local_model(str(name)), trust_remote_code=trust_remote_code
-        )
+        folder = local_model(str(name))
+        same_as = _SAME_AS.get(get_tokenizer_config(folder).get("tokenizer_class", ""))
+        if same_as is not None:
+            tokenizer: Any = getattr(transformers, same_as).from_pretrained(folder)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         # transformers makes an empty tokenizer up where the folder has no files of one.
         raise InputError(f"{place} holds no tokenizer; {remedy}")
@@ -149,6 +158,13 @@ def _wrapped(tokenizer: "Tokenizer") -> "PreTrainedTokenizerBase":
 
 def _add_missing_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     notes = []
+    known = next((token for token in MASK_TOKENS if token in tokenizer.get_vocab()), MASK)
+    if tokenizer.mask_token_id is None and known != MASK:
+        tokenizer.add_special_tokens({"mask_token": known})
+        notes.append(
+            f"the tokenizer does not say which token is its mask; {known}, id "
+            f"{tokenizer.mask_token_id}, is taken for it"
+        )
     if tokenizer.mask_token_id is None:
         tokenizer.add_special_tokens({"mask_token": MASK})
         notes.append(

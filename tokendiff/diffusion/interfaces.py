@@ -3,7 +3,7 @@ called by.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
@@ -132,6 +132,15 @@ class TokenBatch:
             object.__setattr__(self, "document", self.is_valid.long() - 1)
         if self.is_target is None:
             object.__setattr__(self, "is_target", self.is_valid)
+
+    def without_first_tokens(self) -> "TokenBatch":
+        """The rows for a model whose state before a token tells it: a token that no state stands
+        before, the first of a row or of an isolated document, is given and no target.
+        """
+        document = self.document if self.isolates_documents else torch.zeros_like(self.document)
+        is_behind_one = torch.zeros_like(self.is_target)
+        is_behind_one[:, 1:] = document[:, 1:] == document[:, :-1]
+        return replace(self, is_target=self.is_target & is_behind_one)
 
     @property
     def isolated(self) -> Tensor | None:

@@ -49,6 +49,7 @@ def row_bounds(
     *,
     kernel: ForwardKernel,
     prediction: str = "loo",
+    predicts_next: bool = False,
     num_mask_samples: int,
 ) -> tuple[Tensor, Tensor]:
     """One estimate of the bound per row.
@@ -56,12 +57,16 @@ def row_bounds(
     Args:
         batch: padding is neither seen nor counted, a literal mask is not counted.
         prediction: what the model gives, "loo" or "posterior"; `NoiseProcess` explains them.
+        predicts_next: a first token is told by no state, and is given as it is in training; see
+            `TokenBatch.without_first_tokens`.
         num_mask_samples: noise levels per row, stratified within the row.
 
     Returns:
         nats [B] float64 of all targets of the row, and the number of tokens [B] int64 that they are
         the bound of.
     """
+    if predicts_next:
+        batch = batch.without_first_tokens()
     batch = replace(batch, is_target=batch.is_target & (batch.tokens != kernel.mask_token_id))
     length = batch.tokens.shape[1]
     stratum = generator.fold_in(_STRATUM).uniform(1)[:, 0]

@@ -126,6 +126,7 @@ def nats_by_row(
         generator,
         kernel=process.kernel(),
         prediction=process.prediction,
+        predicts_next=process.predict == "next",
         num_mask_samples=num_mask_samples,
     )
 

@@ -79,7 +79,7 @@ class EvaluationInputs:
         elif objective_of(checkpoint) == "ar":
             check_autoregressive(checkpoint)
         else:
-            _, process = check_denoiser(checkpoint)
+            _, process, _ = check_denoiser(checkpoint)
         if config.verify and process is None:
             raise InputError(
                 f"verify proves a noise process, and checkpoint_path {checkpoint} has none; "

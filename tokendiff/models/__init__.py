@@ -3,7 +3,7 @@
 For other rooms:
     opening           a denoiser by name
     checkpoints       a checkpoint of ours, with its averaged weights
-    sampling          a checkpoint with its sampler, for rows of one length
+    sampling          a denoiser with its sampler, for rows of one length
     completion        a causal model with its sampler, for prompts that are continued
     requests          whether a row can be sampled, told before a weight is read
     plans             a model and its tokenizer, planned together before a weight is read
@@ -11,6 +11,7 @@ For other rooms:
     builtin           small models that need no download
     vocabulary        a model's vocabulary beside that of the tokenizer that made the data
     families          what is known of a family that its config does not say
+    layouts           files of a family that has a config and names of weights of its own
     causal decoding
                       a causal model that decodes with a cache; opening and trying one
     denoiser          a model in two parts, encoder and head
@@ -23,6 +24,7 @@ For other rooms:
     dflash            the draft: a room of its own
 
 Of this room alone:
+    sources           what samplers of one length sample from, before a weight is read
     causal_denoiser   a causal model under explicit masks and positions
     diffusion_transformer
                       our own small architecture, which is told the time

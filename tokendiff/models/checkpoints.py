@@ -43,7 +43,9 @@ def load_for_inference(checkpoint_path: str | Path) -> tuple[Any, Any, NoiseProc
     }
     denoiser: ModelInTwoParts
     if process.block_length is None:
-        denoiser = load_denoiser(str(folder), **options)
+        denoiser = load_denoiser(
+            str(folder), predict="next" if process.predict == "next" else "own", **options
+        )
     else:
         denoiser = load_causal_denoiser(str(folder), keeps_base=process.keeps_base, **options)
     if process.keeps_base:
@@ -53,19 +55,19 @@ def load_for_inference(checkpoint_path: str | Path) -> tuple[Any, Any, NoiseProc
     return denoiser.eval(), tokenizer, process
 
 
-def check_denoiser(folder: Path) -> tuple[Any, NoiseProcess]:
-    """Tokenizer and noise process of an opened checkpoint, after a look at its config: what
+def check_denoiser(folder: Path) -> tuple[Any, NoiseProcess, Any]:
+    """Tokenizer, noise process and transformers config of an opened checkpoint: what
     `load_for_inference` would raise of them is raised here, before a weight is read.
     """
     tokenizer, process = open_process(folder)
-    plan_model(
+    plan = plan_model(
         str(folder),
         tokenizer=tokenizer,
         max_length=process.max_length,
         is_causal=process.block_length is not None,
         field=_FIELD,
     )
-    return tokenizer, process
+    return tokenizer, process, plan.config
 
 
 def open_process(folder: Path) -> tuple[Any, NoiseProcess]:

@@ -37,7 +37,7 @@ from tokendiff.models.decoding import (
 )
 from tokendiff.models.dflash.decoder import DraftedModel, check_drafted
 from tokendiff.models.dflash.planning import load_draft
-from tokendiff.models.families import family_of
+from tokendiff.models.families import family_of, published_type
 from tokendiff.models.kept_base import open_draft_adapters
 from tokendiff.models.pretrained import longest_input
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
@@ -113,6 +113,13 @@ class CompletionSetup:
                 f"sampler 'self_speculation': {name} is no checkpoint of objective block_diffusion "
                 "with ar_loss_weight or keep_base, which alone draft for themselves; train one, or "
                 "use sampler 'ar' or 'dflash'"
+            )
+        family = family_of(published_type(model_config))
+        if process is None and family.attention == "rows":
+            raise InputError(
+                f"sampler {config.sampler.name!r}: {field} {name!r} is of type "
+                f"{published_type(model_config)!r}, a denoiser of whole rows; use sampler "
+                f"{family.sampler!r}"
             )
         check_decoder(model_config, name, field=field)
         # What we train on is text and EOS alone; others' models are used to what their tokenizer
@@ -458,5 +465,4 @@ def _block_fields(
 
 
 def _mode_of(model_config: Any) -> str:
-    model_type = getattr(model_config, "published_model_type", model_config.model_type)
-    return "4d" if family_of(model_type).sees_blocks_whole else "2d"
+    return "4d" if family_of(published_type(model_config)).attention == "blocks" else "2d"

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from tokendiff.artifacts.model_folders import local_model
-from tokendiff.data.tokenizers import open_tokenizer
+from tokendiff.data.tokenizers import MASK_TOKENS, open_tokenizer
 from tokendiff.diffusion.attention_masks import block_causal_by_position, causal_by_position
 from tokendiff.errors import InputError, input_errors, reason_of
 from tokendiff.models.causal import CausalModel, check_layers
-from tokendiff.models.families import MASK_TOKENS
 from tokendiff.models.pretrained import (
     check_causal_model,
     open_config,

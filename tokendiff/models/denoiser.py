@@ -144,8 +144,8 @@ class ModelInTwoParts(nn.Module):
 class TransformersDenoiser(ModelInTwoParts):
     """A `transformers` language model as a denoiser (`tokendiff.diffusion.interfaces.Denoiser`).
 
-    The logits at position i are for the token at position i, also of what was a causal model:
-    nothing is shifted. Rows are padded at the right.
+    The hidden states at position i are those that tell the token at position i, also of what was a
+    causal model. Rows are padded at the right.
 
     Args:
         model: from AutoModelForMaskedLM; or from AutoModelForCausalLM with a config that
@@ -153,15 +153,24 @@ class TransformersDenoiser(ModelInTwoParts):
         attention_kernel: what computes attention between isolated documents, with the same numbers
             to rounding; see `TransformersCausalDenoiser`. Rows that are one document each are left
             to the model's own attention.
+        predicts_next: the model's state before a token tells it, as in an autoregressive model;
+            `encode` moves each state to the token that it tells. The first token of a row, or of an
+            isolated document, has none before it and keeps its own.
 
     Raises:
         ValueError: the model is still causal.
     """
 
     def __init__(
-        self, model: Any, *, vocab_size: int, attention_kernel: AttentionKernel | None = None
+        self,
+        model: Any,
+        *,
+        vocab_size: int,
+        attention_kernel: AttentionKernel | None = None,
+        predicts_next: bool = False,
     ) -> None:
         super().__init__(model, vocab_size=vocab_size)
+        self.predicts_next = predicts_next
         model_type = model.config.model_type
         if model_type in CAUSAL_TYPES and getattr(model.config, "is_causal", True):
             raise ValueError(f"the {model_type} model is causal; build it with attend_both_ways")
@@ -186,7 +195,16 @@ class TransformersDenoiser(ModelInTwoParts):
         condition = {"time": time} if self.is_time_conditioned else {}
         encoder = self.model if self._head is None else self.model.base_model
         output = encoder(input_ids=tokens, **inputs, **condition)
-        return output.logits if self._head is None else output.last_hidden_state
+        hidden: Tensor = output.logits if self._head is None else output.last_hidden_state
+        return self._at_what_they_tell(hidden, document) if self.predicts_next else hidden
+
+    def _at_what_they_tell(self, hidden: Tensor, document: Tensor | None) -> Tensor:
+        """Hidden states [B, L, D], each moved one position to the right."""
+        moved = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
+        if document is None:
+            return moved
+        is_first = document != torch.cat([document[:, :1], document[:, :-1]], dim=1)
+        return torch.where(is_first[..., None], hidden, moved)
 
     def _isolating(self, document: Tensor) -> dict[str, Any]:
         """What the model is given where rows hold several documents [B, L]."""

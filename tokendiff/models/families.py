@@ -3,6 +3,9 @@ that a new family is added to.
 """
 
 from dataclasses import dataclass
+from typing import Any, Literal
+
+from tokendiff.models.layouts import LLADA, SAME_FIELDS, Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,35 +15,88 @@ class Family:
     Attributes:
         same_as: the model_type of transformers that it is under a name of its own, with other
             attention masks; it is opened as that one, without the code that comes with its weights.
+        layout: how its files differ from those of that one.
         can_see_both_ways: a causal architecture that can be trained as a denoiser: attention is all
             that mixes its positions, it honours the config's `is_causal`, and its logits are a
             linear map of the last hidden state (no soft-capping, no scale).
-        sees_blocks_whole: a position sees the rest of its block; other causal models see up to
-            themselves, unless they were trained here.
+        attention: what a position of a published checkpoint sees: "causal", up to itself;
+            "blocks", also the rest of its block; "rows", the whole row.
+        predict: "own", a position's state tells its own token, or "next", the one behind it.
+        forward_process: the noise that it was trained under, as `NoiseProcess` names it; of those
+            that see rows.
+        mask_token_id: its mask, where neither config nor tokenizer tells.
+        chat_template: how its chats are written, where its tokenizer does not say.
+        stop_tokens: what ends an answer, beside the EOS of its tokenizer.
+        sampler: the one to use by default.
     """
 
     same_as: str | None = None
+    layout: Layout | None = None
     can_see_both_ways: bool = False
-    sees_blocks_whole: bool = False
+    attention: Literal["causal", "blocks", "rows"] = "causal"
+    predict: Literal["own", "next"] = "own"
+    forward_process: str = "absorbing"
+    mask_token_id: int | None = None
+    chat_template: str | None = None
+    stop_tokens: tuple[str, ...] = ()
+    sampler: str = "ar"
 
+
+_LLADA_CHAT = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ message['content'] | trim }}{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+_CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 FAMILIES: dict[str, Family] = {
+    "Dream": Family(  # arXiv 2508.15487: Qwen2.5 that was trained on as a denoiser
+        same_as="qwen2",
+        layout=SAME_FIELDS,
+        attention="rows",
+        predict="next",
+        mask_token_id=151_666,
+        chat_template=_CHATML,
+        stop_tokens=("<|im_end|>",),
+        sampler="blockwise",
+    ),
     "gpt2": Family(can_see_both_ways=True),
     "gpt_neox": Family(can_see_both_ways=True),
+    "llada": Family(  # arXiv 2502.09992
+        same_as="llama",
+        layout=LLADA,
+        attention="rows",
+        mask_token_id=126_336,
+        chat_template=_LLADA_CHAT,
+        stop_tokens=("<|eot_id|>",),
+        sampler="blockwise",
+    ),
+    "llada2_moe": Family(attention="blocks", sampler="block_refinement"),
     "llama": Family(can_see_both_ways=True),
-    "llada2_moe": Family(sees_blocks_whole=True),
     "mistral": Family(can_see_both_ways=True),
     "olmo2": Family(can_see_both_ways=True),
     "qwen2": Family(can_see_both_ways=True),
     "qwen3": Family(can_see_both_ways=True),
-    "sdar": Family(same_as="qwen3", sees_blocks_whole=True),  # arXiv 2510.06303
+    "sdar": Family(  # arXiv 2510.06303
+        same_as="qwen3", layout=SAME_FIELDS, attention="blocks", sampler="sdar"
+    ),
 }
 CAUSAL_TYPES = tuple(name for name, family in FAMILIES.items() if family.can_see_both_ways)
-
-# How the mask is written where neither the config nor the tokenizer says which token it is.
-MASK_TOKENS = ("<|MASK|>", "<|mask|>", "[MASK]", "<mask>")
+WHOLE_ROW_TYPES = tuple(name for name, family in FAMILIES.items() if family.attention == "rows")
 
 
 def family_of(model_type: object) -> Family:
     """What is known of a model_type; of one that is not in the table, nothing."""
     return FAMILIES.get(model_type, Family()) if isinstance(model_type, str) else Family()
+
+
+def published_type(config: Any) -> str:
+    """The model_type that a transformers config was published under."""
+    model_type: str = getattr(config, "published_model_type", config.model_type)
+    return model_type

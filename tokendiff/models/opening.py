@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,8 +27,10 @@ def load_denoiser(
     allow_new_weights: bool = True,
     field: str = MODEL_FIELD,
     is_on_disk: bool = False,
+    predict: Literal["own", "next"] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> TransformersDenoiser:
-    """A denoiser in float32 on the CPU.
+    """A denoiser on the CPU.
 
     Args:
         tokenizer: the one that made the data; the model's embedding grows to its size where it is
@@ -45,6 +47,9 @@ def load_denoiser(
         is_on_disk: leave weights in their files, in their dtype, until somebody makes float32 of
             them layer by layer; embeddings and head are float32 all the same. A model that gets
             new weights is in memory.
+        predict: "own", a position's state tells its own token, or "next", the one behind it; by
+            default as the weights were trained.
+        dtype: of weights in memory; less than float32 only for a model that is not trained.
 
     Raises:
         InputError: no such model, neither a masked LM nor a causal one that can be made
@@ -56,6 +61,7 @@ def load_denoiser(
         max_length=max_length,
         is_causal=False,
         from_scratch=from_scratch,
+        predict=predict,
         field=field,
     )
     model = _load(
@@ -66,8 +72,11 @@ def load_denoiser(
         warn,
         allow_new_weights=allow_new_weights,
         is_on_disk=is_on_disk,
+        dtype=dtype,
     )
-    denoiser = TransformersDenoiser(model, vocab_size=plan.vocab_size)
+    denoiser = TransformersDenoiser(
+        model, vocab_size=plan.vocab_size, predicts_next=plan.predict == "next"
+    )
     # The architectures that are split are known to use all they have.
     if not denoiser.is_split and (unused := denoiser.freeze_unused()):
         warn(f"{len(unused)} parameters do not lead to logits and stay as they are: {unused}")
@@ -125,6 +134,7 @@ def _load(
     allow_new_weights: bool,
     is_on_disk: bool,
     keeps_base: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
     """The transformers model of a plan, whose config it changes."""
     if dropout is not None:
@@ -133,7 +143,7 @@ def _load(
         torch.manual_seed(seed % 2**63)
         if plan.is_new:
             return plan.auto_class.from_config(plan.config, dtype=torch.float32)
-        weights = _open(plan, torch.float32) if not is_on_disk else _open_on_disk(plan)
+        weights = _open(plan, dtype) if not is_on_disk else _open_on_disk(plan)
         model = weights.told(warn) if allow_new_weights else weights.complete()
         if keeps_base:
             return model

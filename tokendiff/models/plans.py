@@ -1,8 +1,11 @@
 """What a name, a tokenizer and an objective make of a model, by its config alone."""
 
+import json
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG, local_model
 from tokendiff.errors import InputError
 from tokendiff.models.builtin import (
     BUILTIN_PREFIX,
@@ -16,7 +19,7 @@ from tokendiff.models.denoiser import (
     attend_without_window,
     check_isolation,
 )
-from tokendiff.models.families import CAUSAL_TYPES
+from tokendiff.models.families import CAUSAL_TYPES, family_of, published_type
 from tokendiff.models.pretrained import (
     check_length,
     check_weights,
@@ -38,6 +41,8 @@ class ModelPlan:
         auto_class: what makes a model of it.
         vocab_size: ids that the tokenizer has.
         is_new: whether it starts from new weights.
+        predict: of a denoiser of whole rows, what its weights were trained to tell: "own", a
+            position's state tells its own token, or "next", the one behind it.
     """
 
     name: str
@@ -46,6 +51,7 @@ class ModelPlan:
     auto_class: Any
     vocab_size: int
     is_new: bool
+    predict: Literal["own", "next"] = "own"
 
 
 def plan_model(
@@ -56,12 +62,14 @@ def plan_model(
     is_causal: bool,
     from_scratch: bool = False,
     isolates_documents: bool = False,
+    predict: Literal["own", "next"] | None = None,
     field: str = MODEL_FIELD,
 ) -> ModelPlan:
     """What `load_denoiser`, or `load_causal_denoiser` if `is_causal`, would load; no weight is
     read.
 
     Args:
+        predict: what a denoiser of whole rows is to tell; by default what it has learnt to.
         isolates_documents: of the rows; every causal model hides their documents from each other.
         field: of the config that gave the name.
 
@@ -82,12 +90,15 @@ def plan_model(
             config.vocab_size = vocab_size
             if tokenizer.pad_token_id is not None:  # another's may lie outside the vocabulary
                 config.pad_token_id = tokenizer.pad_token_id
+            if family_of(published_type(config)).attention == "rows":
+                config.mask_token_id = tokenizer.mask_token_id
     is_new = from_scratch or is_builtin(name)
     check_length(config, name, field=field, max_length=max_length)
     if isolates_documents and not is_causal:
         check_isolation(config, origin=f"{field} {name!r}")
     if not is_new:
         check_weights(name, field=field, remedy=NO_WEIGHTS)
+        _check_mask(config, name, tokenizer, field=field)
     return ModelPlan(
         name=name,
         field=field,
@@ -95,7 +106,50 @@ def plan_model(
         auto_class=auto_class,
         vocab_size=vocab_size,
         is_new=is_new,
+        predict="own" if is_causal else _prediction(name, config, predict, field=field),
     )
+
+
+def _prediction(
+    name: str, config: Any, wanted: Literal["own", "next"] | None, *, field: str
+) -> Literal["own", "next"]:
+    learnt = _learnt_to_predict(name, config)
+    is_published = family_of(published_type(config)).attention == "rows"
+    if is_published and wanted not in (None, learnt):
+        raise InputError(
+            f"predict {wanted!r}: {field} {name!r} is of type {published_type(config)!r}, whose "
+            f"loaders take it to predict {learnt!r}; leave predict out"
+        )
+    return wanted or learnt
+
+
+def _check_mask(config: Any, name: str, tokenizer: Any, *, field: str) -> None:
+    """Raise InputError where a published denoiser has learnt another mask than the rows have."""
+    family = family_of(published_type(config))
+    if family.attention != "rows":
+        return
+    mask = getattr(config, "mask_token_id", None)
+    mask = family.mask_token_id if mask is None else mask
+    if mask != tokenizer.mask_token_id:
+        raise InputError(
+            f"{field} {name!r}: its mask is id {mask}, and that of the rows' tokenizer is "
+            f"{tokenizer.mask_token!r}, id {tokenizer.mask_token_id}; preprocess with "
+            "tokenizer_name_or_path set to the model, or name mask_token in its "
+            "tokenizer_config.json"
+        )
+
+
+def _learnt_to_predict(name: str, config: Any) -> Literal["own", "next"]:
+    """What the weights of a denoiser tell: as its checkpoint records, else as its family does."""
+    path = Path(local_model(name)) / SCHEDULER_CONFIG
+    if path.is_file():
+        try:
+            fields = json.loads(path.read_text())
+        except ValueError:
+            fields = {}
+        if isinstance(fields, dict) and fields.get("predict") == "next":
+            return "next" if fields.get("block_length") is None else "own"
+    return family_of(published_type(config)).predict
 
 
 def open_trainable_config(
@@ -133,6 +187,11 @@ def _fitted(config: Any, name: str, *, is_causal: bool, field: str) -> Any:
 
 def _check_causal(config: Any, name: str, field: str) -> None:
     is_known = config.model_type in CAUSAL_TYPES
+    if family_of(published_type(config)).attention == "rows":
+        raise InputError(
+            f"{field} {name!r} is of type {published_type(config)!r}, a denoiser of whole rows; "
+            "train it with objective 'mdlm'"
+        )
     if not is_known or not getattr(config, "is_causal", True):
         what = "but attends in both directions" if is_known else "and no causal one"
         raise InputError(

@@ -17,7 +17,7 @@ from tokendiff.artifacts.model_folders import (
     longest_row,
 )
 from tokendiff.errors import InputError, input_errors
-from tokendiff.models.families import family_of
+from tokendiff.models.families import family_of, published_type
 
 if TYPE_CHECKING:
     import torch
@@ -45,12 +45,21 @@ def open_config(name: str, *, field: str, remedy: str, trust_remote_code: bool =
     with input_errors(f"{field} {name!r} cannot be opened", remedy):
         folder = local_model(name)
         fields, _ = PreTrainedConfig.get_config_dict(folder)
-        known = family_of(fields.get("model_type")).same_as
-        if known is None:
+        family = family_of(fields.get("model_type"))
+        if family.same_as is None or family.layout is None:
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         foreign = ("model_type", "architectures", "auto_map")
-        kept = {key: value for key, value in fields.items() if key not in foreign}
-        return AutoConfig.for_model(known, published_model_type=fields["model_type"], **kept)
+        own = family.layout.to_transformers(fields)
+        kept = {key: value for key, value in own.items() if key not in foreign}
+        if family.attention == "rows":
+            kept["is_causal"] = False
+        return AutoConfig.for_model(
+            family.same_as,
+            published_model_type=fields["model_type"],
+            published_name=name,
+            published_config={k: v for k, v in fields.items() if k != "_commit_hash"},
+            **kept,
+        )
 
 
 def longest_input(config: Any) -> int | None:
@@ -173,6 +182,8 @@ def open_weights(
     """
     check_weights(name, field=field, remedy=remedy)
     folder, origin = local_model(name), f"{field} {name!r}"
+    layout = family_of(published_type(config)).layout
+    own_names = {} if layout is None else layout.patterns(config.num_hidden_layers)
     with input_errors(f"{origin}: weights cannot be read", "give files that are whole"):
         model, info = model_class.from_pretrained(
             folder,
@@ -180,8 +191,11 @@ def open_weights(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            key_mapping=own_names or None,
             ignore_mismatched_sizes=True,  # said below, with the names
         )
+    if own_names:
+        model._weight_conversions = None  # it is the layout that names weights in files again
     if mismatched := sorted(info["mismatched_keys"]):
         key, there, here = mismatched[0]
         raise InputError(

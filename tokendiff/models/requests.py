@@ -25,7 +25,6 @@ def make_check(checkpoint: Path | None, config: "GenerateConfig") -> RowCheck:
     """
     if config.is_open_ended:
         return CompletionSetup.of(config, checkpoint)
-    assert checkpoint is not None, "GenerateConfig sees to it"
     return PromptCheck.of(checkpoint, config)
 
 

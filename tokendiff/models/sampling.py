@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from tokendiff.artifacts.model_folders import longest_row, read_config
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.prompts import GenerationRow, PromptEncoder, prompt_text
 from tokendiff.data.samples import num_new_tokens
 from tokendiff.diffusion.interfaces import Figures, OnProgress, StepCallback, unwatched
 from tokendiff.diffusion.random import RowGenerator, key_from
 from tokendiff.errors import InputError
-from tokendiff.models.checkpoints import check_denoiser, load_for_inference
+from tokendiff.models.sources import DenoiserSource
 from tokendiff.samplers.ancestral import AncestralSampler
 from tokendiff.samplers.base import Sampler
 from tokendiff.samplers.batch import prefix_batch
@@ -94,29 +93,27 @@ class PromptCheck:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, checkpoint: Path, config: "GenerateConfig") -> "PromptCheck":
-        """Of an opened checkpoint.
+    def of(cls, checkpoint: Path | None, config: "GenerateConfig") -> "PromptCheck":
+        """Of an opened checkpoint, or of the published model that the config names.
 
         Raises:
             InputError: process, model, sampler and lengths do not go together.
         """
-        process = NoiseProcess.load(checkpoint)
+        source = DenoiserSource.of(config, checkpoint)
+        process, longest = source.process, source.max_length
         seq_len = config.seq_len or process.max_length
-        longest = longest_row(read_config(checkpoint))
         if config.seq_len is not None and longest is not None and seq_len > longest:
             raise InputError(
                 f"seq_len {seq_len}: the model has positions for {longest} tokens; lower seq_len"
             )
         build_sampler(_fixed_length(config), process, seq_len=seq_len)
         notes: tuple[str, ...] = ()
-        if seq_len > process.max_length:
+        if checkpoint is not None and seq_len > process.max_length:
             notes = (
                 f"seq_len {seq_len} is longer than the {process.max_length} tokens of the rows "
                 "that the checkpoint was trained on; text behind them may be worse",
             )
-        tokenizer, _ = check_denoiser(checkpoint)
-        encoder = prompt_encoder(tokenizer, config)
-        return cls(seq_len=seq_len, encoder=encoder, notes=notes)
+        return cls(seq_len=seq_len, encoder=prompt_encoder(source, config), notes=notes)
 
     def request(self, row: GenerationRow) -> list[int]:
         """Token ids of the row's prompt.
@@ -134,15 +131,19 @@ class PromptCheck:
 
 
 class SamplingModel:
-    """A checkpoint ready to sample rows of one length: what one actor holds."""
+    """A checkpoint, or the published model that the config names, ready to sample rows of one
+    length: what one actor holds.
+    """
 
-    def __init__(self, checkpoint: Path, config: "GenerateConfig", *, device: str) -> None:
-        denoiser, self.tokenizer, self.process = load_for_inference(checkpoint)
-        self._denoiser = denoiser.to(device)
+    def __init__(self, checkpoint: Path | None, config: "GenerateConfig", *, device: str) -> None:
+        source = DenoiserSource.of(config, checkpoint)
+        self.tokenizer, self.process = source.tokenizer, source.process
+        dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+        self._denoiser = source.load(dtype=dtype).to(device)
         self._device, self._config = torch.device(device), config
         self.seq_len = config.seq_len or self.process.max_length
         self._sampler = build_sampler(_fixed_length(config), self.process, seq_len=self.seq_len)
-        self._encoder = prompt_encoder(self.tokenizer, config)
+        self._encoder = prompt_encoder(source, config)
 
     def samples(
         self, rows: Iterable[GenerationRow], *, on_progress: OnProgress = unwatched
@@ -262,11 +263,13 @@ def _behind(num_rows: int, num_tokens: int, on_progress: OnProgress) -> OnProgre
     return tell
 
 
-def prompt_encoder(tokenizer: Any, config: "GenerateConfig") -> PromptEncoder:
+def prompt_encoder(source: DenoiserSource, config: "GenerateConfig") -> PromptEncoder:
     return PromptEncoder(
-        tokenizer=tokenizer,
+        tokenizer=source.tokenizer,
         use_chat_template=config.use_chat_template,
         add_generation_prompt=config.add_generation_prompt,
+        keeps_prefix=source.checkpoint is None,
+        subject="the checkpoint" if source.checkpoint is not None else source.name,
     )
 
 

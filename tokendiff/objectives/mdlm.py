@@ -23,6 +23,8 @@ class MDLM:
         max_loss_weight: clips the weight -alpha'/(1 - alpha).
         lambda_conf: weight of the confidence term: per row, the mean entropy of
             softmax(logits / conf_temperature) over the correctly predicted masked tokens.
+        predicts_next: the state before a token tells it, so that a first token is told by none and
+            is given; see `TokenBatch.without_first_tokens`.
 
     Where clipping or confidence change the loss, the bound itself is logged beside it as `elbo`.
     """
@@ -32,6 +34,7 @@ class MDLM:
     max_loss_weight: float | None = None
     lambda_conf: float = 0.0
     conf_temperature: float = 1.0
+    predicts_next: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self.min_time, self.max_loss_weight, self.lambda_conf, self.conf_temperature)
@@ -43,6 +46,7 @@ class MDLM:
         reconstruction of the last few tokens, and belongs to the reported bound
         (`tokendiff.evaluation.bound`), not to training.
         """
+        batch = self._rows(batch)
         t = self.min_time + (1.0 - self.min_time) * generator.stratified()
         uniform = generator.uniform(batch.tokens.shape[1])
         # A literal mask token in the text has no likelihood under SUBS: it is context, never a
@@ -53,6 +57,7 @@ class MDLM:
 
     def loss_at(self, model: Denoiser, batch: TokenBatch, x_t: Tensor, t: Tensor) -> LossOutput:
         """The loss at given times t [B] and noisy tokens x_t [B, L]; nothing is drawn here."""
+        batch = self._rows(batch)
         x_0, mask = batch.tokens, self.kernel.mask_token_id
         is_target = batch.is_target & (x_0 != mask)
         is_masked = is_target & (x_t == mask)
@@ -73,3 +78,6 @@ class MDLM:
             lambda_conf=self.lambda_conf,
             conf_temperature=self.conf_temperature,
         )
+
+    def _rows(self, batch: TokenBatch) -> TokenBatch:
+        return batch.without_first_tokens() if self.predicts_next else batch

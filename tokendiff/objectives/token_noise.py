@@ -47,6 +47,7 @@ class TokenNoiseDiffusion:
             then no longer the bound.
         lambda_conf: weight of the confidence term: per row, the mean entropy of
             softmax(logits / conf_temperature) over the correctly predicted tokens.
+        predicts_next: the state before a token tells it; see `MDLM`.
 
     Where clipping or confidence change the loss, the bound itself is logged beside it as `elbo`.
     """
@@ -57,6 +58,7 @@ class TokenNoiseDiffusion:
     max_loss_weight: float | None = None
     lambda_conf: float = 0.0
     conf_temperature: float = 1.0
+    predicts_next: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self.min_time, self.max_loss_weight, self.lambda_conf, self.conf_temperature)
@@ -75,6 +77,7 @@ class TokenNoiseDiffusion:
         The sum estimates the bound's integral over [min_time, 1], at times that crowd where it is
         large; the cross-entropy is the mean over times that are spread evenly.
         """
+        batch = self._rows(batch)
         u = generator.stratified()
         if self.loss_type == "elbo":
             t, slope = self.kernel.warped_time(u, min_time=self.min_time)
@@ -94,7 +97,7 @@ class TokenNoiseDiffusion:
             slope: [B] what a row's bound counts: dt/du of the draw of t. The cross-entropy is not
                 an integral and leaves it out.
         """
-        mask = self.kernel.mask_token_id
+        batch, mask = self._rows(batch), self.kernel.mask_token_id
         is_target = batch.is_target & (batch.tokens != mask)
         at = is_target.nonzero(as_tuple=True)
         row = at[0]
@@ -115,6 +118,9 @@ class TokenNoiseDiffusion:
         if self.lambda_conf > 0.0:
             metrics["confidence_entropy"] = (sums[2], num_tokens)
         return LossOutput(loss_sum=loss_sum, num_tokens=num_tokens, metrics=metrics)
+
+    def _rows(self, batch: TokenBatch) -> TokenBatch:
+        return batch.without_first_tokens() if self.predicts_next else batch
 
     def _loss_of(
         self,

@@ -4,7 +4,7 @@ noise process that checkpoints record.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -39,6 +39,8 @@ from tokendiff.objectives.mdlm import MDLM
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
 from tokendiff.training.world import World
 
+Prediction = Literal["own", "next"]
+
 if TYPE_CHECKING:
     from tokendiff.config.objectives import (
         BlockDiffusionConfig,
@@ -54,12 +56,16 @@ if TYPE_CHECKING:
 def _build_mdlm(config: "MDLMConfig", process: NoiseProcess) -> Objective:
     kernel = process.kernel()
     assert isinstance(kernel, AbsorbingKernel)
-    return MDLM(kernel=kernel, **_common_fields(config))
+    predicts_next = process.predict == "next"
+    return MDLM(kernel=kernel, predicts_next=predicts_next, **_common_fields(config))
 
 
 def _build_token_noise(config: "UDLMConfig | HybridConfig", process: NoiseProcess) -> Objective:
     return TokenNoiseDiffusion(
-        kernel=process.kernel(), loss_type=config.loss_type, **_common_fields(config)
+        kernel=process.kernel(),
+        loss_type=config.loss_type,
+        predicts_next=process.predict == "next",
+        **_common_fields(config),
     )
 
 
@@ -142,28 +148,36 @@ def build_trainee(
             warn(note)
         trainee = load_trainee(plan, device=world.device, seed=config.seed, dropout=config.dropout)
         return trainee, _build_dflash(config.objective, plan.draft), None
-    load = load_causal_denoiser if config.objective.is_causal else load_denoiser
     field, start = starting_point(config)
-    kept: dict[str, Any] = {"keeps_base": True} if config.keep_base else {}
-    model: ModelInTwoParts = load(
-        start,
-        **kept,
-        tokenizer=tokenizer,
-        max_length=data.max_length,
-        from_scratch=config.from_scratch,
-        dropout=config.dropout,
-        seed=config.seed,
-        warn=warn,
-        field=field,
-        is_on_disk=config.sharding != "none" and world.size > 1,
-    )
+    fields: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "max_length": data.max_length,
+        "from_scratch": config.from_scratch,
+        "dropout": config.dropout,
+        "seed": config.seed,
+        "warn": warn,
+        "field": field,
+        "is_on_disk": config.sharding != "none" and world.size > 1,
+    }
+    model: ModelInTwoParts
+    predict: Prediction = "own"
+    if config.objective.is_causal:
+        model = load_causal_denoiser(start, keeps_base=config.keep_base, **fields)
+    else:
+        denoiser = load_denoiser(start, predict=wanted_prediction(config), **fields)
+        model, predict = denoiser, "next" if denoiser.predicts_next else "own"
     if not config.from_scratch:
         check_vocabulary(start, tokenizer, field=field)
     if config.keep_base:
         _add_draft_adapters(config, model, tokenizer)
     elif config.lora_rank is not None:
         add_configured_adapters(config, model.model, tokenizer)
-    return model, *make_objective(config, tokenizer, data)
+    return model, *make_objective(config, tokenizer, data, predict=predict)
+
+
+def wanted_prediction(config: "TrainConfig") -> Prediction | None:
+    """What a denoiser of whole rows is to predict; None where the config leaves it to the model."""
+    return getattr(config.objective, "predict", None)
 
 
 def _add_draft_adapters(config: "TrainConfig", model: ModelInTwoParts, tokenizer: Any) -> None:
@@ -235,6 +249,7 @@ def model_without_weights(config: "TrainConfig", tokenizer: Any, *, max_length: 
         max_length=max_length,
         is_causal=config.objective.is_causal,
         from_scratch=config.from_scratch,
+        predict=wanted_prediction(config),
         field=field,
     )
     text = plan.config.get_text_config()
@@ -268,9 +283,12 @@ def add_configured_adapters(config: "TrainConfig", model: Any, tokenizer: Any) -
 
 
 def make_objective(
-    config: "TrainConfig", tokenizer: Any, data: TokenData
+    config: "TrainConfig", tokenizer: Any, data: TokenData, *, predict: Prediction
 ) -> tuple[Objective, NoiseProcess | None]:
     """The objective of a model that gives logits of the tokenizer's ids, and its noise process.
+
+    Args:
+        predict: what the model does, where it is a denoiser of whole rows.
 
     Raises:
         InputError: the objective does not go with the rows.
@@ -284,6 +302,8 @@ def make_objective(
     if config.objective.is_causal:
         ends["eos_token_id"] = tokenizer.eos_token_id
         ends["block_start"] = _block_start(fields.pop("block_start"), data)
+    else:
+        fields["predict"] = predict
     process = NoiseProcess(
         objective=config.objective.name,
         vocab_size=len(tokenizer),

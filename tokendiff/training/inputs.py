@@ -23,6 +23,7 @@ from tokendiff.training.building import (
     make_objective,
     model_without_weights,
     starting_point,
+    wanted_prediction,
 )
 from tokendiff.training.identity import check_same_run
 
@@ -80,19 +81,20 @@ def check_inputs(config: "TrainConfig", data: TokenData) -> None:
             check_weights(draft.draft_model_id, field="draft_model_id")
         return
     field, name = starting_point(config)
-    plan_model(
+    plan = plan_model(
         name,
         tokenizer=tokenizer,
         max_length=data.max_length,
         is_causal=config.objective.is_causal,
         from_scratch=config.from_scratch,
         isolates_documents=data.isolates_documents,
+        predict=wanted_prediction(config),
         field=field,
     )
     if not config.from_scratch:
         check_vocabulary(name, tokenizer, field=field)
     check_kept_base(config, tokenizer)
-    make_objective(config, tokenizer, data)
+    make_objective(config, tokenizer, data, predict=plan.predict)
     _check_modules(config, tokenizer, max_length=data.max_length)
 
 

@@ -30,7 +30,9 @@ from tokendiff.models.adapters import (
     changed_weights,
     merged_weights,
 )
+from tokendiff.models.families import family_of
 from tokendiff.models.kept_base import draft_adapter_fields
+from tokendiff.models.layouts import Layout, forget_publication, write_beside
 from tokendiff.models.pretrained import dtype_in_files
 from tokendiff.training.building import starting_point
 from tokendiff.training.saving import Contents, NamedTensors
@@ -147,11 +149,30 @@ class RunState:
 
         tied = getattr(self._model, "all_tied_weights_keys", None) or {}
         plain = [name.replace(".base_layer.", ".") for name in self._model.state_dict()]
+        if (layout := self._layout) is not None:
+            return {name: layout.published_name(name) for name in plain if name not in tied}
         return {
             name: next(iter(revert_weight_conversion(self._model, {name: torch.empty(1)})))
             for name in plain
             if name not in tied
         }
+
+    @cached_property
+    def _layout(self) -> Layout | None:
+        """Of a published model, whose files are to be what they were; None where its weights are no
+        more what its own loader takes them for, or where it is written as transformers does.
+        """
+        family = family_of(getattr(self._model.config, "published_model_type", None))
+        process = self._process
+        if process is None:
+            return None
+        sees_blocks = process.attention_mask_mode == "4d" and process.context_attention == "block"
+        is_same = (
+            family.attention == ("blocks" if sees_blocks else "rows")
+            and family.predict == process.predict
+            and family.forward_process == process.forward_process
+        )
+        return family.layout if is_same else None
 
     @cached_property
     def _beside(self) -> Path | None:
@@ -163,7 +184,12 @@ class RunState:
         disable_progress_bar()  # written over the progress of the run
         self._folder = TemporaryDirectory()
         folder = Path(self._folder.name)
+        layout = self._layout
+        if layout is None:
+            forget_publication(self._model.config)
         self._model.save_pretrained(folder, state_dict={})
+        if layout is not None:
+            write_beside(self._model.config, layout, folder)
         self._tokenizer.save_pretrained(folder)
         if self._process is not None:
             self._process.save(folder)

@@ -5,9 +5,9 @@ token: one that no text has.
 import re
 from typing import Any
 
+from tokendiff.data.tokenizers import MASK_TOKENS
 from tokendiff.errors import InputError
 from tokendiff.models.decoding import find_stop_tokens
-from tokendiff.models.families import MASK_TOKENS
 
 # <|reserved_special_token_0|>, <unused0>, [unused1]: a name that says so, in brackets of any kind.
 _RESERVED = re.compile(r"[<\[].*(reserved|unused).*[>\]]", re.IGNORECASE)

@@ -1,0 +1,177 @@
+"""Small random checkpoints in the layouts that LLaDA and Dream were published in, each beside the
+plain model of transformers that its weights were taken from.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from tests.builders import letter_tokenizer
+
+V, EMBEDDINGS, MASK, EOS = 16, 24, 1, 2
+LLADA_CONFIG: dict[str, Any] = {
+    "activation_type": "silu",
+    "alibi": False,
+    "architectures": ["LLaDAModelLM"],
+    "attention_dropout": 0.0,
+    "attention_layer_norm": False,
+    "auto_map": {
+        "AutoConfig": "configuration_llada.LLaDAConfig",
+        "AutoModel": "modeling_llada.LLaDAModelLM",
+    },
+    "bias_for_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "d_model": 32,
+    "embedding_size": EMBEDDINGS,
+    "eos_token_id": EOS,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "mask_token_id": MASK,
+    "max_sequence_length": 64,
+    "mlp_hidden_size": 48,
+    "model_type": "llada",
+    "multi_query_attention": None,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "n_layers": 2,
+    "pad_token_id": EOS,
+    "rms_norm_eps": 1e-5,
+    "rope": True,
+    "rope_theta": 5000.0,
+    "scale_logits": False,
+    "vocab_size": EMBEDDINGS,
+    "weight_tying": False,
+}
+DREAM_CONFIG: dict[str, Any] = {
+    "architectures": ["DreamModel"],
+    "attention_dropout": 0.0,
+    "bos_token_id": EOS,
+    "eos_token_id": EOS,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "mask_token_id": MASK,
+    "max_position_embeddings": 64,
+    "model_type": "Dream",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 7000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": EMBEDDINGS,
+}
+# What LLaDA calls the weights of a layer; written down here a second time, not read from the code.
+_LLADA_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "q_proj",
+    "self_attn.k_proj": "k_proj",
+    "self_attn.v_proj": "v_proj",
+    "self_attn.o_proj": "attn_out",
+    "post_attention_layernorm": "ff_norm",
+    "mlp.gate_proj": "ff_proj",
+    "mlp.up_proj": "up_proj",
+    "mlp.down_proj": "ff_out",
+}
+
+
+def llada_names(num_layers: int = 2) -> dict[str, str]:
+    """From the names of a Llama's weights to LLaDA's."""
+    names = {
+        "model.embed_tokens.weight": "model.transformer.wte.weight",
+        "model.norm.weight": "model.transformer.ln_f.weight",
+        "lm_head.weight": "model.transformer.ff_out.weight",
+    }
+    for layer in range(num_layers):
+        for ours, theirs in _LLADA_LAYER.items():
+            names[f"model.layers.{layer}.{ours}.weight"] = (
+                f"model.transformer.blocks.{layer}.{theirs}.weight"
+            )
+    return names
+
+
+def llada(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A LLaDA in `folder`; returns the causal Llama that has its weights."""
+    fields = LLADA_CONFIG | changes
+    config = LlamaConfig(
+        vocab_size=fields["embedding_size"],
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=fields["n_kv_heads"],
+        max_position_embeddings=64,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        tie_word_embeddings=fields["weight_tying"],
+    )
+    model = _random(LlamaForCausalLM(config), dtype)
+    return _write(folder, fields, model, llada_names(), dtype)
+
+
+def dream(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A Dream in `folder`; returns the causal Qwen2 that has its weights."""
+    fields = DREAM_CONFIG | changes
+    config = Qwen2Config(
+        vocab_size=EMBEDDINGS,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 7000.0},
+        tie_word_embeddings=False,
+    )
+    return _write(folder, fields, _random(Qwen2ForCausalLM(config), dtype), {}, dtype)
+
+
+FAMILIES = {"llada": llada, "Dream": dream}
+
+
+def reference_logits(model: Any, tokens: Tensor) -> Tensor:
+    """[B, L, V] of a causal model that is shown all of each row by an explicit mask."""
+    sees_all = torch.ones(len(tokens), 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool)
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=tokens, attention_mask=sees_all).logits[..., :V]
+    return logits
+
+
+def _random(model: Any, dtype: torch.dtype) -> Any:
+    """Weights that are no initialisation: norms and biases differ from one and zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            parameter.data = 0.2 * torch.randn_like(parameter) + float("norm" in name)
+            parameter.data = parameter.data.to(dtype).float()
+    return model.eval()
+
+
+def _write(
+    folder: Path, fields: dict[str, Any], model: Any, names: dict[str, str], dtype: torch.dtype
+) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(fields))
+    tied = model.all_tied_weights_keys
+    tensors = {
+        names.get(name, name): tensor.to(dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    letter_tokenizer(V).save_pretrained(folder)
+    return model

@@ -1,0 +1,191 @@
+"""Published layouts: a `config.json` and names of weights that are a family's own, where the model
+is an architecture of transformers all the same.
+
+What is opened by a layout is written by it again (`tokendiff.training.state`), so that the loader
+that a family was published with, and serving engines, open what was trained here.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokendiff.artifacts.model_folders import CONFIG_NAME, local_model
+from tokendiff.errors import InputError
+
+_GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a published folder differs from one that transformers wrote.
+
+    Attributes:
+        to_transformers: from the fields of the published config.json to those of the architecture's
+            own config. Raises InputError where the architecture cannot do what they ask for.
+        sizes: names of the published fields that say how many embeddings there are.
+        outer: names of weights outside the layers, from those of transformers.
+        layer: what stands in front of the names of a layer's weights, with {} for its number: in
+            transformers, and as published.
+        inner: names of the weights in a layer, from those of transformers.
+    """
+
+    to_transformers: Callable[[Mapping[str, Any]], dict[str, Any]]
+    sizes: tuple[str, ...] = ("vocab_size",)
+    outer: Mapping[str, str] | None = None
+    layer: tuple[str, str] = ("", "")
+    inner: Mapping[str, str] | None = None
+
+    def published_name(self, name: str) -> str:
+        """The name in published files of a weight that transformers calls `name`."""
+        if self.outer is None or self.inner is None:
+            return name
+        module, _, kind = name.rpartition(".")
+        pattern = re.escape(self.layer[0]).replace(r"\{\}", r"(\d+)")
+        if found := re.match(pattern, module):
+            rest = module[found.end() :]
+            return f"{self.layer[1].format(found[1])}{self.inner.get(rest, rest)}.{kind}"
+        return f"{self.outer.get(module, module)}.{kind}"
+
+    def patterns(self, num_layers: int) -> dict[str, str]:
+        """Regular expressions of published names, each with its name in transformers."""
+        if self.outer is None or self.inner is None:
+            return {}
+        ours, theirs = self.layer
+        modules = {theirs: ours for ours, theirs in self.outer.items()}
+        for number in range(num_layers):
+            for inner, published in self.inner.items():
+                modules[theirs.format(number) + published] = ours.format(number) + inner
+        return {
+            f"^{re.escape(published)}\\.weight$": f"{module}.weight"
+            for published, module in modules.items()
+        }
+
+
+def unchanged(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a family whose config.json has the fields of the architecture that it is."""
+    # transformers warns of a field that it has another name for, also where it says nothing.
+    return {k: v for k, v in fields.items() if k != "rope_scaling" or v is not None}
+
+
+# Fields of LLaDA's config that a Llama has no place for: what they are where they are missing, and
+# with which values the model is a Llama all the same.
+_LLADA_FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "activation_type": ("swiglu", ("silu",)),
+    "alibi": (False, (False,)),
+    "attention_layer_norm": (False, (False,)),
+    "bias_for_layer_norm": (None, (None, False)),
+    "block_group_size": (1, (1,)),
+    "block_type": ("sequential", ("llama",)),
+    "include_bias": (False, (False,)),
+    "include_qkv_bias": (False, (False, None)),
+    "input_emb_norm": (False, (False,)),
+    "layer_norm_type": ("default", ("rms",)),
+    "layer_norm_with_affine": (True, (True,)),
+    "multi_query_attention": (None, (None, False)),
+    "rope": (False, (True,)),
+    "scale_logits": (False, (False,)),
+}
+
+
+def _llama_of_llada(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Source: LLaDA (arXiv 2502.09992), App. B.1; the names of OLMo's configs, which it has."""
+    for name, (default, allowed) in _LLADA_FIXED.items():
+        if (value := fields.get(name, default)) not in allowed:
+            raise InputError(
+                f"{CONFIG_NAME} has {name} {value!r}, and the Llama that LLaDA is opened as has no "
+                f"place for it; known is {' or '.join(map(repr, allowed))}"
+            )
+    width, num_heads = _size(fields, "d_model"), _size(fields, "n_heads")
+    num_embeddings = fields.get("embedding_size") or fields.get("vocab_size")
+    return {
+        "vocab_size": num_embeddings,
+        "hidden_size": width,
+        "intermediate_size": fields.get("mlp_hidden_size") or fields.get("mlp_ratio", 4) * width,
+        "num_hidden_layers": _size(fields, "n_layers"),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": fields.get("n_kv_heads") or num_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": fields.get("max_sequence_length", 1024),
+        "rms_norm_eps": fields.get("rms_norm_eps", 1e-5),
+        "rope_theta": fields.get("rope_theta", 10_000.0),
+        "attention_dropout": fields.get("attention_dropout", 0.0),
+        "initializer_range": fields.get("init_std", 0.02),
+        "tie_word_embeddings": fields.get("weight_tying", True),
+        "bos_token_id": fields.get("bos_token_id"),
+        "eos_token_id": fields.get("eos_token_id"),
+        # Padding is EOS there: an embedding that knows its padding would not train that row.
+        "pad_token_id": None,
+        "mask_token_id": fields.get("mask_token_id"),
+    }
+
+
+def _size(fields: Mapping[str, Any], name: str) -> int:
+    value = fields.get(name)
+    if not isinstance(value, int) or value < 1:
+        raise InputError(f"{CONFIG_NAME} must have {name}, a whole number, got {value!r}")
+    return value
+
+
+LLADA = Layout(
+    to_transformers=_llama_of_llada,
+    sizes=("vocab_size", "embedding_size"),
+    outer={
+        "model.embed_tokens": "model.transformer.wte",
+        "model.norm": "model.transformer.ln_f",
+        "lm_head": "model.transformer.ff_out",
+    },
+    layer=("model.layers.{}.", "model.transformer.blocks.{}."),
+    inner={
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "q_proj",
+        "self_attn.k_proj": "k_proj",
+        "self_attn.v_proj": "v_proj",
+        "self_attn.o_proj": "attn_out",
+        "post_attention_layernorm": "ff_norm",
+        "mlp.gate_proj": "ff_proj",
+        "mlp.up_proj": "up_proj",
+        "mlp.down_proj": "ff_out",
+    },
+)
+SAME_FIELDS = Layout(to_transformers=unchanged)
+
+
+def forget_publication(config: Any) -> None:
+    """Make the config of a published model one of transformers alone: what was trained of it is no
+    more what its own loader takes it for.
+    """
+    for name in ("published_model_type", "published_name", "published_config"):
+        if hasattr(config, name):
+            delattr(config, name)
+
+
+def write_beside(config: Any, layout: Layout, folder: Path) -> None:
+    """Write the published `config.json` of a model that was opened by a layout, and what its own
+    loader needs beside it, over what `save_pretrained` wrote.
+
+    Args:
+        config: of transformers, as `open_config` made it.
+    """
+    fields = dict(config.published_config)
+    opened = layout.to_transformers(fields)
+    if config.vocab_size != opened["vocab_size"]:  # the embedding grew
+        fields |= dict.fromkeys(layout.sizes, config.vocab_size)
+    mask = getattr(config, "mask_token_id", None)
+    if mask != opened.get("mask_token_id"):
+        fields["mask_token_id"] = mask
+    fields |= {name: "float32" for name in ("torch_dtype", "dtype") if name in fields}
+    source, name = Path(local_model(config.published_name)), config.published_name
+    if source.is_dir():
+        for path in (*source.glob("*.py"), source / _GENERATION_CONFIG):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    elif "auto_map" in fields:  # the code stays where it is published
+        fields["auto_map"] = {
+            key: value if "--" in value else f"{name}--{value}"
+            for key, value in fields["auto_map"].items()
+        }
+    (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n")

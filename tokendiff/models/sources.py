@@ -1,0 +1,125 @@
+"""What samplers of one length sample from: a checkpoint of ours, or a published denoiser of whole
+rows by its name. All that can be known of it before a weight is read.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tokendiff.artifacts.noise_process import NoiseProcess
+from tokendiff.data.tokenizers import open_tokenizer
+from tokendiff.errors import InputError
+from tokendiff.models.checkpoints import check_denoiser, load_for_inference
+from tokendiff.models.decoding import find_mask_token
+from tokendiff.models.families import WHOLE_ROW_TYPES, Family, family_of, published_type
+from tokendiff.models.opening import load_denoiser
+from tokendiff.models.plans import plan_model
+from tokendiff.models.pretrained import longest_input, open_config
+
+if TYPE_CHECKING:
+    from tokendiff.config.generate import GenerateConfig
+
+_FIELD = "model_id"
+_REMEDY = "give the hub name or the folder of a published denoiser, or a checkpoint_path"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserSource:
+    """
+    Attributes:
+        name: a folder or a hub name.
+        checkpoint: the folder of a checkpoint of ours; None of a published model.
+        max_length: tokens that the model takes; None where its config does not say.
+    """
+
+    name: str
+    checkpoint: Path | None
+    tokenizer: Any
+    process: NoiseProcess
+    config: Any
+    max_length: int | None
+
+    @classmethod
+    def of(cls, config: "GenerateConfig", checkpoint: Path | None) -> "DenoiserSource":
+        """What a config names, of an opened checkpoint where there is one.
+
+        Raises:
+            InputError: no such model, or one that is no denoiser of whole rows.
+        """
+        if checkpoint is None:
+            assert config.model_id is not None, "GenerateConfig asks for one of the two"
+            return cls._published(config.model_id, sampler=config.sampler.name)
+        tokenizer, process, model_config = check_denoiser(checkpoint)
+        return cls(
+            name=str(checkpoint),
+            checkpoint=checkpoint,
+            tokenizer=tokenizer,
+            process=process,
+            config=model_config,
+            max_length=longest_input(model_config),
+        )
+
+    @classmethod
+    def _published(cls, name: str, *, sampler: str) -> "DenoiserSource":
+        config = open_config(name, field=_FIELD, remedy=_REMEDY)
+        family = family_of(published_type(config))
+        if family.attention != "rows":
+            raise InputError(
+                f"sampler {sampler!r}: {_FIELD} {name!r} is of type {published_type(config)!r}, "
+                f"and published denoisers of whole rows are {', '.join(WHOLE_ROW_TYPES)}; use "
+                f"sampler {family.sampler!r}, which goes with this one, or another model"
+            )
+        tokenizer = _with_mask(open_tokenizer(name, field=_FIELD), config, family, name)
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = family.chat_template
+        longest = longest_input(config)
+        process = NoiseProcess(
+            forward_process=family.forward_process,
+            vocab_size=len(tokenizer),
+            mask_token_id=tokenizer.mask_token_id,
+            max_length=longest or 1,
+            predict=family.predict,
+        )
+        plan = plan_model(name, tokenizer=tokenizer, max_length=1, is_causal=False, field=_FIELD)
+        return cls(
+            name=name,
+            checkpoint=None,
+            tokenizer=tokenizer,
+            process=process,
+            config=plan.config,
+            max_length=longest,
+        )
+
+    def load(self, *, dtype: torch.dtype = torch.float32) -> Any:
+        """The denoiser on the CPU in eval mode.
+
+        Args:
+            dtype: of the weights of a published model; a checkpoint of ours is float32.
+        """
+        if self.checkpoint is not None:
+            return load_for_inference(self.checkpoint)[0]
+        return load_denoiser(
+            self.name,
+            tokenizer=self.tokenizer,
+            max_length=1,
+            dropout=0.0,
+            allow_new_weights=False,
+            field=_FIELD,
+            dtype=dtype,
+        ).eval()
+
+
+def _with_mask(tokenizer: Any, config: Any, family: Family, name: str) -> Any:
+    """A tokenizer whose mask token is that of the model."""
+    mask = find_mask_token(config, tokenizer)
+    mask = family.mask_token_id if mask is None else mask
+    if mask is None or not 0 <= mask < len(tokenizer):
+        raise InputError(
+            f"{_FIELD} {name!r}: its mask token has id {mask}, but the tokenizer ids below "
+            f"{len(tokenizer)}; give a model with the tokenizer that it was trained with"
+        )
+    if tokenizer.mask_token_id != mask:
+        tokenizer.add_special_tokens({"mask_token": tokenizer.convert_ids_to_tokens(mask)})
+    return tokenizer
