@@ -11,7 +11,7 @@ import yaml
 
 from tests.builders import tiny_causal, token_folder
 from tests.in_this_process import jobs_here
-from tokendiff.artifacts.locations import files_under
+from tokendiff.artifacts.locations import Location, files_under, location
 from tokendiff.artifacts.manifest import commit, load_manifest
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.config.cluster import ClusterConfig
@@ -103,7 +103,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def evaluate_tasks(
-    checkpoint: Path, output_dir: Path, tasks_path: str, *, num_actors: int = 1, **fields: Any
+    checkpoint: Path, output_dir: Location, tasks_path: str, *, num_actors: int = 1, **fields: Any
 ) -> list[dict[str, Any]]:
     """Its events."""
     from tokendiff.cluster.evaluate import evaluate
@@ -192,6 +192,35 @@ def test_killed_twice_it_answers_nothing_again_and_the_same(
     evaluate_tasks(checkpoint, tmp_path / "killed", tasks_path, seed=1)  # nothing of another seed
     assert contents(tmp_path / "killed").keys() != contents(tmp_path / "whole").keys()
     assert answered.total() == 2 * len(answered)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_behind_a_uri_it_goes_on_too(
+    checkpoints: dict[str, Path], tasks_path: str, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokendiff.evaluation.tasks.answering import TaskModel
+
+    folder = location(f"{s3}/evaluation")
+    choice: dict[str, Any] = {"tasks": ["local_choice"]}
+    answer, left = TaskModel.answers, 3
+
+    def until_killed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        return answer(*args, **kwargs)
+
+    monkeypatch.setattr(TaskModel, "answers", until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_tasks(checkpoints["ar"], folder, tasks_path, **choice)
+    left = 4  # of 26 requests in parts of four
+    evaluate_tasks(checkpoints["ar"], folder, tasks_path, **choice)
+    assert left == 0
+    monkeypatch.undo()
+    files = load_manifest(folder).files
+    assert {"tasks.json", "documents/local_choice.parquet"} <= files.keys()
+    assert sum(name.startswith("answers/") for name in files) == 7
 
 
 @pytest.mark.ray

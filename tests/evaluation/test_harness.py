@@ -13,6 +13,7 @@ from tokendiff.evaluation.tasks.requests import TaskRequest, cut_at, generation_
 
 pytest.importorskip("lm_eval", reason="the extra eval")
 
+from tokendiff.evaluation.tasks.answering import TaskModel
 from tokendiff.evaluation.tasks.harness import AnsweredModel, HarnessModel
 from tokendiff.evaluation.tasks.suite import (
     ask_tasks,
@@ -169,7 +170,10 @@ def test_the_registered_model_is_built_from_model_args(model_id: str, tasks_path
         ({}, "either checkpoint_path or model_id"),
         ({"model_id": "DIR", "sampler": "arr"}, "sampler"),
         ({"model_id": "DIR", "sampler": "ancestral"}, "needs a checkpoint of ours"),
-        ({"model_id": "DIR", "num_steps": 3}, "num_steps"),
+        (
+            {"model_id": "DIR", "max_tokens": 3},
+            "'ar' has no such field; did you mean 'max_new_tokens'",
+        ),
         ({"model_id": "DIR", "batch_size": "auto"}, "batch_size"),
         ({"model_id": "/nowhere"}, "/nowhere"),
     ],
@@ -203,12 +207,13 @@ def test_documents_that_cannot_be_served_are_wrong(tasks_path: str) -> None:
     """The harness by itself finds the first choice the likeliest where all are impossible."""
 
     def answer(requests: list[TaskRequest]) -> list[Any]:
-        return [
+        answers: list[Any] = [
             {"error": "too long"}
             if request.continuation in (" wet", " dry", " a stone", " weight")
             else {"nats": float(request.continuation not in (" size", "End")), "is_greedy": False}
             for request in requests
         ]
+        return [(r.digest, answer) for r, answer in zip(requests, answers, strict=True)]
 
     loaded = load_tasks(["local_choice"], tasks_path=tasks_path)
     result = ask_tasks(loaded, AnsweredModel(answer, tokenizer=None))
@@ -218,12 +223,43 @@ def test_documents_that_cannot_be_served_are_wrong(tasks_path: str) -> None:
     assert len(result.unserved) == 4
 
 
+def test_what_is_answered_before_a_kill_is_in_the_harness_cache(
+    model_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import CachingLM
+
+    asked = [
+        Instance(request_type="loglikelihood", doc={}, arguments=("abcdefgh"[:n], "b"), idx=0)
+        for n in range(1, 8)
+    ]
+    score, left = TaskModel._score, 2
+
+    def until_killed(self: TaskModel, pairs: Any) -> Any:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        return score(self, pairs)
+
+    expected = HarnessModel(model_id=model_id, batch_size=3).loglikelihood(asked)
+    monkeypatch.setattr(TaskModel, "_score", until_killed)
+    model = CachingLM(HarnessModel(model_id=model_id, batch_size=3), str(tmp_path / "cache.db"))
+    with pytest.raises(KeyboardInterrupt):
+        model.loglikelihood(asked)
+    left = 1  # of seven requests in batches of three, the last one
+    found = [nats for nats, _ in model.loglikelihood(asked)]
+    assert found == pytest.approx([nats for nats, _ in expected], rel=1e-6)
+    assert len(set(found)) == 7
+    assert left == 0
+
+
 def test_equal_requests_are_answered_once_and_repeats_apart() -> None:
     asked: list[TaskRequest] = []
 
     def answer(requests: list[TaskRequest]) -> list[Any]:
         asked.extend(requests)
-        return [{"text": str(request.noise_id)} for request in requests]
+        return [(request.digest, {"text": str(request.noise_id)}) for request in requests]
 
     from lm_eval.api.instance import Instance
 

@@ -35,7 +35,7 @@ from tokendiff.cluster.session import (
     wait_for_resources,
     wants_gpu,
 )
-from tokendiff.cluster.tasks import ANSWERS, run_tasks
+from tokendiff.cluster.tasks import ANSWERS, copy_answers, run_tasks
 from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.samplers import AncestralConfig
 from tokendiff.data.prompts import GenerationRow
@@ -446,6 +446,7 @@ def evaluate(
         write_rows(folder / ROWS, rows)
         if suite is not None:
             write_suite(folder, suite)
+            copy_answers(output_dir, folder)
         if "speculation" in made:
             write_rows(folder / SAMPLED_ROWS, _accepted_of(samples))
         write_report(folder / "report", report)

@@ -7,6 +7,7 @@ any number of actors, bit by bit.
 
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray.data
@@ -86,13 +87,12 @@ class Answerers:
         self._answers = output_dir / ANSWERS
         self._asked: set[str] = set()
 
-    def __call__(self, requests: list[TaskRequest]) -> list[Answer]:
+    def __call__(self, requests: list[TaskRequest]) -> list[tuple[str, Answer]]:
         """The harness asks once for each kind of request."""
         self._setup.check_kinds({request.kind for request in requests})
         unique = {request.digest: request for request in requests}
         ordered = sorted(unique.values(), key=lambda r: (r.settings != {}, r.length, r.digest))
-        found = dict(zip((r.digest for r in ordered), self._answered(ordered), strict=True))
-        return [found[request.digest] for request in requests]
+        return list(zip((r.digest for r in ordered), self._answered(ordered), strict=True))
 
     def remove_others(self) -> None:
         """Delete answers to what was not asked: those of another config."""
@@ -194,6 +194,16 @@ def run_tasks(
             f"wrong (tasks.json names them); the first: {request}: {why}",
         )
     return result
+
+
+def copy_answers(output_dir: Location, folder: Path) -> None:
+    """Put what was answered beside the result, where that is built in another folder."""
+    if folder == output_dir:
+        return
+    for name in files_under(output_dir / ANSWERS):
+        copy = folder / ANSWERS / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes((output_dir / ANSWERS / name).read_bytes())
 
 
 def _parts(requests: list[TaskRequest], batch_size: int) -> list[list[TaskRequest]]:

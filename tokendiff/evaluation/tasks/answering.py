@@ -49,12 +49,19 @@ class TaskModel:
         The randomness of a request is its own. Rounding depends on what it shares a batch with, so
         give the same requests together where answers are to be the same to the bit.
         """
-        unique = list({request.digest: request for request in requests}.values())
         found: dict[str, Answer] = {}
-        for place, answer in self._answered(unique):
-            found[unique[place].digest] = answer
+        for digest, answer in self.answered(requests):
+            found[digest] = answer
             on_progress(lambda: (len(found), 0))
         return [found[request.digest] for request in requests]
+
+    def answered(self, requests: Sequence[TaskRequest]) -> Iterator[tuple[str, Answer]]:
+        """(digest, answer) of each request as it is answered, equal requests once; those first that
+        cannot be served.
+        """
+        unique = list({request.digest: request for request in requests}.values())
+        for place, answer in self._answered(unique):
+            yield unique[place].digest, answer
 
     def _answered(self, requests: Sequence[TaskRequest]) -> Iterator[tuple[int, Answer]]:
         scored: list[tuple[int, TokenPair]] = []

@@ -7,9 +7,10 @@ the harness (0.4.13) looks for models in its own table only, and the script puts
 This module alone imports the harness, which is an extra: pip install 'tokendiff[eval]'.
 """
 
+import difflib
 import json
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import lm_eval.models  # noqa: F401  # fills the harness's table of models
@@ -20,12 +21,15 @@ from pydantic import ValidationError
 
 from tokendiff.artifacts.checkpoint import open_checkpoint
 from tokendiff.config.generate import GenerateConfig
+from tokendiff.config.loader import models_in, tags
+from tokendiff.config.samplers import SamplerConfig
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.evaluation.tasks.answering import TaskModel
 from tokendiff.evaluation.tasks.requests import Answer, Kind, TaskRequest, generation_settings
 from tokendiff.evaluation.tasks.setup import TaskSetup, default_sampler
 
-Answerer = Callable[[list[TaskRequest]], list[Answer]]
+# Gives the digest of each request with its answer, in any order, equal requests once or each.
+Answerer = Callable[[list[TaskRequest]], Iterable[tuple[str, Answer]]]
 
 
 class AnsweredModel(LM):
@@ -54,15 +58,18 @@ class AnsweredModel(LM):
     def _ask(self, kind: Kind, instances: Any, value: Callable[[Answer], Any]) -> list[Any]:
         seen: Counter[str] = Counter()
         requests = [_request(kind, instance.args, seen) for instance in instances]
-        values = []
-        for request, instance, answer in zip(
-            requests, instances, self._answer(requests), strict=True
-        ):
+        places: dict[str, list[int]] = defaultdict(list)
+        for place, request in enumerate(requests):
+            places[request.digest].append(place)
+        values: dict[int, Any] = {}
+        for digest, answer in self._answer(requests):
+            for place in places[digest]:
+                values[place] = value(answer)
+                # At once, so that after a kill --use_cache has all that was answered.
+                self.cache_hook.add_partial(kind, instances[place].args, values[place])
             if "error" in answer:
-                self.unserved[request.describe()] = answer["error"]
-            values.append(value(answer))
-            self.cache_hook.add_partial(kind, instance.args, values[-1])
-        return values
+                self.unserved[requests[places[digest][0]].describe()] = answer["error"]
+        return [values[place] for place in range(len(requests))]
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -136,12 +143,9 @@ class HarnessModel(AnsweredModel):
         self._model = TaskModel(setup, num_mask_samples=num_mask_samples, device=device)
         super().__init__(self._answers, tokenizer=setup.tokenizer)
 
-    def _answers(self, requests: list[TaskRequest]) -> list[Answer]:
+    def _answers(self, requests: list[TaskRequest]) -> Iterator[tuple[str, Answer]]:
         self._setup.check_kinds({request.kind for request in requests})
-        order = sorted(range(len(requests)), key=lambda at: requests[at].length)
-        answers = self._model.answers([requests[at] for at in order])
-        found = dict(zip(order, answers, strict=True))
-        return [found[at] for at in range(len(requests))]
+        return self._model.answered(sorted(requests, key=lambda request: request.length))
 
 
 def answering_config(sampler: Mapping[str, Any], **fields: Any) -> GenerateConfig:
@@ -153,11 +157,19 @@ def answering_config(sampler: Mapping[str, Any], **fields: Any) -> GenerateConfi
     try:
         return GenerateConfig.model_validate({"sampler": dict(sampler), **fields})
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
-            for problem in error.errors()
-        ]
-        raise InputError("\n".join(problems)) from error
+        raise InputError("\n".join(map(_explained, error.errors()))) from error
+
+
+def _explained(problem: Any) -> str:
+    place = [str(part) for part in problem["loc"]]
+    if problem["type"] != "extra_forbidden":
+        return ": ".join([*filter(None, [".".join(place)]), problem["msg"]])
+    name = place[-1]
+    (section,) = (m for m in models_in(SamplerConfig) if tags(m)[0] in place)
+    known = [field for field in section.model_fields if field != "name"]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
+    return f"{name}: sampler {tags(section)[0]!r} has no such field; {hint}"
 
 
 def _request(kind: Kind, arguments: Any, seen: Counter[str]) -> TaskRequest:
