@@ -91,12 +91,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("mdlm", BertForMaskedLM(bert), {}),
         ("block_diffusion", causal, blocks),
         ("ar", causal, None),
+        ("joint", causal, {**blocks, "predict": "next", "context_attention": "causal"}),
     ):
         made[objective] = place = folder / objective
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
         if fields is not None:
-            NoiseProcess(**process, max_length=LENGTH, objective=objective, **fields).save(place)
+            trained = "block_diffusion" if objective == "joint" else objective
+            NoiseProcess(**process, max_length=LENGTH, objective=trained, **fields).save(place)
         metadata = {"run": {"objective": {"name": objective}}, "data_path": str(rows)}
         commit(place, kind="checkpoint", metadata=metadata)
     return made
@@ -132,7 +134,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.usefixtures("in_this_process")
-@pytest.mark.parametrize("objective", ["mdlm", "block_diffusion", "ar"])
+@pytest.mark.parametrize("objective", ["mdlm", "block_diffusion", "ar", "joint"])
 def test_every_kind_of_checkpoint_answers(
     objective: str, checkpoints: dict[str, Path], tasks_path: str, tmp_path: Path
 ) -> None:
@@ -152,6 +154,28 @@ def test_every_kind_of_checkpoint_answers(
     page = (tmp_path / "report" / "index.html").read_text()
     assert "local_choice" in page
     assert "Requests that could not be served: 3" in page
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_joint_checkpoint_is_read_as_the_sampler_reads_it(
+    checkpoints: dict[str, Path], tasks_path: str, tmp_path: Path
+) -> None:
+    """Its weights are those of the checkpoint of objective ar."""
+    figures = {}
+    for objective, sampler in (
+        ("ar", "ar"),
+        ("joint", "ar"),
+        ("joint", "self_speculation"),
+        ("joint", "sdar"),
+    ):
+        fields = {"tasks": ["local_text", "local_writing"], "sampler": {"name": sampler}}
+        folder = tmp_path / objective / sampler
+        evaluate_tasks(checkpoints[objective], folder, tasks_path, **fields)
+        metrics = load_manifest(folder).metadata["metrics"]
+        figures[objective, sampler] = metrics["local_text/bits_per_byte"]
+    assert figures["joint", "ar"] == pytest.approx(figures["ar", "ar"], rel=1e-6)
+    assert figures["joint", "self_speculation"] == pytest.approx(figures["ar", "ar"], rel=1e-6)
+    assert figures["joint", "sdar"] != pytest.approx(figures["ar", "ar"], rel=1e-2)
 
 
 @pytest.mark.usefixtures("in_this_process")
