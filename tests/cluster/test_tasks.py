@@ -168,7 +168,8 @@ def test_a_joint_checkpoint_is_read_as_the_sampler_reads_it(
         ("joint", "self_speculation"),
         ("joint", "sdar"),
     ):
-        fields = {"tasks": ["local_text", "local_writing"], "sampler": {"name": sampler}}
+        fields: dict[str, Any] = {"tasks": ["local_text", "local_writing"]}
+        fields["sampler"] = {"name": sampler}
         folder = tmp_path / objective / sampler
         evaluate_tasks(checkpoints[objective], folder, tasks_path, **fields)
         metrics = load_manifest(folder).metadata["metrics"]

@@ -75,6 +75,8 @@ def tasks_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "gone.yaml").write_text(yaml.safe_dump({**gone, **TASKS["local_choice"]}))
     beams = TASKS["local_writing"] | {"generation_kwargs": {"until": ["."], "num_beams": 4}}
     (folder / "beams.yaml").write_text(yaml.safe_dump({"task": "local_beams", **common, **beams}))
+    code = {"task": "local_code", **common, **TASKS["local_writing"], "unsafe_code": True}
+    (folder / "code.yaml").write_text(yaml.safe_dump(code))
     return str(folder)
 
 
@@ -308,9 +310,10 @@ def test_tasks_that_cannot_be_loaded(tasks_path: str) -> None:
     ):
         with pytest.raises(InputError, match=message):
             load_tasks(names, tasks_path=path)
-    config = EvaluateConfig(tasks=["local_beams"], tasks_path=tasks_path)
-    with pytest.raises(InputError, match=r"local_beams.*num_beams"):
-        check_tasks(config)
+    for name, message in (("local_beams", "num_beams"), ("local_code", "runs code")):
+        config = EvaluateConfig(tasks=[name], tasks_path=tasks_path)
+        with pytest.raises(InputError, match=f"{name}.*{message}"):
+            check_tasks(config)
 
 
 def test_the_builtin_tasks() -> None:

@@ -161,9 +161,14 @@ def _indexed(tasks_path: str | None, has_harness_own: bool, content: str) -> Any
 
 
 def check_tasks(config: "EvaluateConfig") -> None:
-    """Raise InputError where a config's tasks cannot be loaded, or ask for what no sampler does."""
+    """Raise InputError where a config's tasks cannot be loaded, or need what is not done here."""
     loaded = load_tasks(config.tasks, tasks_path=config.tasks_path, num_fewshot=config.num_fewshot)
     for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise InputError(
+                f"tasks: {name} shows images or sounds, or runs code that the model writes, which "
+                "is not done here; leave it out"
+            )
         if task.get_config("output_type") == "generate_until":
             try:
                 generation_settings(task.get_config("generation_kwargs") or {})
