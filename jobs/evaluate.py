@@ -1,9 +1,11 @@
 """Judge a checkpoint: the bound on held-out rows, metrics of its samples, and an HTML report; with
---verify also a certificate, on which the job fails (exit code 1) where a check does. Figures by row
-(rows.parquet) let a gate tell the difference of two checkpoints from chance.
+--verify also a certificate, on which the job fails (exit code 1) where a check does; with --tasks
+also tasks of lm-evaluation-harness. Figures by row (rows.parquet, documents/) let a gate tell the
+difference of two checkpoints from chance.
 
     python -m jobs.evaluate --checkpoint_path mdlm-output/final \\
         --samples_path mdlm-output/samples --output_dir mdlm-output/evaluation
+    python -m jobs.evaluate --checkpoint_path mdlm-output/final --tasks builtin
 """
 
 import sys

@@ -8,6 +8,7 @@ stage's key already.
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,10 @@ def evaluate_stage(
 
         if not stage.is_keyed:  # a pipeline empties the folders of its stages
             check_claim(stage.output, kind=KIND)
+        if section.tasks:
+            from tokendiff.evaluation.tasks.suite import check_tasks
+
+            check_tasks(section)
         if stage.has_inputs:
             EvaluationInputs.open(
                 section,
@@ -341,7 +346,9 @@ def evaluate_stage(
 
     settings = {
         **keyed_section.result_fields(),
-        "inputs": identity_of(keyed_section.reference_model_name_or_path),
+        "inputs": identity_of(keyed_section.reference_model_name_or_path, keyed_section.tasks_path),
+        # What the harness's own tasks ask comes with it.
+        **({"lm_eval": _version_of("lm_eval")} if keyed_section.tasks else {}),
     }
     given = {"evaluation": data_path, "samples": samples_path}
     reads = {context: location(path) for context, path in given.items() if path is not None}
@@ -420,6 +427,14 @@ def _metrics_in(path: Location, *, event: str = "metrics") -> list[dict[str, Any
     with tempfile.NamedTemporaryFile() as copy:
         Path(copy.name).write_bytes(path.read_bytes() if path.is_file() else b"")
         return metrics_by_step(Path(copy.name), event=event)
+
+
+def _version_of(package: str) -> str | None:
+    """None of a package that is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _data_files(config: Config) -> list[str]:

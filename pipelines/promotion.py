@@ -21,15 +21,16 @@ from tokendiff.artifacts.manifest import (
     write_atomically,
 )
 from tokendiff.artifacts.model_folders import is_draft_folder, local_model
+from tokendiff.config.evaluate import is_task_metric
 from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.pipeline import Config
 from tokendiff.config.promote import GateConfig, PromoteConfig
 from tokendiff.config.stage_graph import config_of, set_fields, stages_of
 from tokendiff.errors import InputError
 from tokendiff.evaluation.paired import (
-    RATIOS,
     SAMPLED_ROWS,
     paired_standard_error,
+    ratio_of,
     read_rows,
 )
 from tokendiff.tracking.mlflow_outbox import load_state
@@ -137,7 +138,7 @@ def promote(
     candidate = load_manifest(stage.inputs["candidate"].output).metadata
     checkpoint = location(candidate["checkpoint"])
     holder = registry.holder(section.registered_model, section.alias)
-    champion = _champion_of(stage, candidate)
+    champion = _champion_of(stage, candidate, section.gate)
     digest = checkpoint_identity(checkpoint)
     is_champion = (
         holder is not None and registry.digest_of(section.registered_model, holder) == digest
@@ -254,7 +255,9 @@ def _served_with(
     return {**fields, "target_model_id": target}, None
 
 
-def _champion_of(stage: Stage, candidate: Mapping[str, Any]) -> dict[str, Any] | None:
+def _champion_of(
+    stage: Stage, candidate: Mapping[str, Any], gate: Sequence[GateConfig]
+) -> dict[str, Any] | None:
     """The champion's evaluation; None where the stage that makes it had nothing to do."""
     source = stage.inputs.get("champion")
     if source is None or not source.is_done:
@@ -265,6 +268,14 @@ def _champion_of(stage: Stage, candidate: Mapping[str, Any]) -> dict[str, Any] |
             f"{stage.title}: candidate and champion were evaluated on different rows; give both "
             "stages the same data, split, seed, max_eval_rows and num_mask_samples"
         )
+    ours, theirs = (judged.get("tasks", {}) for judged in (candidate, champion))
+    for task in {line.metric.partition("/")[0] for line in gate if is_task_metric(line.metric)}:
+        if ours.get(task) != theirs.get(task):
+            raise InputError(
+                f"{stage.title}: candidate and champion were not asked about the same documents of "
+                f"task {task}; give both stages the same tasks, tasks_path, num_fewshot and "
+                "max_task_documents"
+            )
     return champion
 
 
@@ -278,7 +289,7 @@ def _standard_error_of(stage: Stage, gate: Sequence[GateConfig]) -> StandardErro
         if all(rows is not None for rows in found):
             rows, others = (rows for rows in found if rows is not None)
             try:
-                if RATIOS[metric].file == SAMPLED_ROWS:
+                if (ratio := ratio_of(metric)) is not None and ratio.file == SAMPLED_ROWS:
                     _check_same_conditions(stage.title, metric, judges)
                 return paired_standard_error(metric, rows, others)
             except InputError:

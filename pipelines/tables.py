@@ -11,8 +11,10 @@ from pipelines.runner import store_command
 from pipelines.schedule import Step
 from tokendiff.artifacts.locations import Location, location
 from tokendiff.artifacts.manifest import verify
+from tokendiff.config.evaluate import is_task_metric
 from tokendiff.config.pipeline import Config
 from tokendiff.data.samples import KIND, first_records
+from tokendiff.evaluation.tasks.suite import STANDARD_ERROR
 from tokendiff.verification.certificate import Check, failure, read_certificate
 
 _SHOWN_SAMPLES = 2
@@ -256,7 +258,19 @@ def _bound_lines(figures: Mapping[str, Any]) -> list[Line]:
         unigram_bits = unigram * figures["num_tokens"] / figures["num_bytes"] / math.log(2.0)
         bits = f"{figures['bits_per_byte']:.3f}, against {unigram_bits:.3f} at the unigram entropy"
         shown.append(("bits/byte", bits))
-    return [*shown, *lines]
+    return [*shown, *_task_lines(figures), *lines]
+
+
+def _task_lines(figures: Mapping[str, Any]) -> list[Line]:
+    shown = []
+    for name in filter(is_task_metric, figures):
+        if not name.endswith(STANDARD_ERROR):
+            error = figures.get(name + STANDARD_ERROR)
+            chance = "" if error is None else f" ± {error:.2g}"
+            shown.append(("task", f"{name} {figures[name]:.4g}{chance}"))
+    if unserved := figures.get("unserved_requests"):
+        shown.append(("not served", f"{unserved:,} requests of tasks, which tasks.json names"))
+    return shown
 
 
 def _next_token_lines(figures: Mapping[str, Any]) -> list[Line]:

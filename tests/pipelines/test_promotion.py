@@ -359,6 +359,46 @@ def test_acceptance_of_other_prompts_is_not_compared(shop: Shop, history: Any) -
     assert "difference -0.1 ± 0: not passed" in result["gate"][0]
 
 
+def test_the_gate_compares_tasks_document_by_document(shop: Shop, history: Any) -> None:
+    _, second, third = history["checkpoints"]
+    gate: dict[str, Any] = {
+        "metric": "quiz/acc",
+        "direction": "higher",
+        "min_standard_errors": 2.0,
+    }
+    was_right = (np.random.default_rng(0).random(60) < 0.5).astype(float)
+    now_right = was_right.copy()
+    now_right[np.flatnonzero(was_right == 0.0)[:3]] = 1.0
+
+    def judged(name: str, checkpoint: Path, right: np.ndarray, documents: str = "same") -> Stage:
+        stage = shop.evaluation(name, checkpoint, 1.0)
+        metadata = {"checkpoint": str(checkpoint), "rows": "rows", "tasks": {"quiz": documents}}
+
+        def act(stage: Stage, log: Any) -> None:
+            (stage.folder / "documents").mkdir(parents=True, exist_ok=True)
+            columns = {"row_id": np.arange(60), "quiz/acc": right, "count": np.ones(60)}
+            write_rows(stage.folder / "documents" / "quiz.parquet", columns)
+            metrics = {"quiz/acc": float(right.mean()), "quiz/f1": float(right.mean())}
+            commit(stage.folder, kind="evaluation", metadata={**metadata, "metrics": metrics})
+
+        settings = {**stage.settings, "right": right.tolist(), "documents": documents}
+        return replace(stage, action=act, settings=settings)
+
+    candidate = judged("judge", second, now_right)
+    state, result = shop.run(candidate, judged("champion", third, was_right), gate)
+    # Three answers of sixty: the standard error of a mean of 57 zeros and 3 ones.
+    error = math.sqrt((3 - 9 / 60) / 59 / 60)
+    assert state == "rejected"
+    assert result["gate"][0].endswith(f"difference 0.05 ± {error:.2g}: not passed")
+    with pytest.raises(InputError, match=r"not asked about the same documents of task quiz"):
+        shop.run(candidate, judged("champion", third, was_right, "others"), gate)
+    with pytest.raises(InputError, match=r"^judge and champion kept nothing by row of quiz/f1"):
+        shop.run(candidate, judged("champion", third, was_right), {**gate, "metric": "quiz/f1"})
+    now, before = ({"quiz/acc": float(right.mean())} for right in (now_right, was_right))
+    (verdict,) = judge([GateConfig(**gate)], now, before, lambda metric: error / 1.5)
+    assert verdict.passed
+
+
 def test_a_promotion_that_was_cut_off_registers_once(
     shop: Shop, history: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -437,3 +437,30 @@ def test_bad_rows_are_counted_where_a_person_looks_and_change_no_key(tmp_path: P
     assert shown(errors=0) == [alone]
     assert shown(errors=3) == [alone, ("left out", f"3 bad rows, named in {stage.output}/errors")]
     assert stage.result(stage)["errors"] == 3
+
+
+def test_figures_of_tasks_are_shown_with_their_chance() -> None:
+    figures = {
+        **{"report": "page", "nats_per_token": 2.0, "standard_error": 0.1},
+        **{"unigram_entropy_nats": 3.0, "bits_per_byte": None, "unserved_requests": 1200},
+        **{"quiz/acc": 0.5, "quiz/acc_standard_error": 0.0625, "text/bits_per_byte": 4.25},
+    }
+    record = StageRecord(stage="a", kind="evaluate", key="", folder="", result=figures)
+    lines = figure_lines([record])
+    assert [text for label, text in lines if label == "task"] == [
+        "quiz/acc 0.5 ± 0.062",
+        "text/bits_per_byte 4.25",
+    ]
+    assert ("not served", "1,200 requests of tasks, which tasks.json names") in lines
+
+
+def test_another_task_file_is_another_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    task = tmp_path / "tasks" / "quiz.yaml"
+    asked = [f"evaluate.{fields}" for fields in ("tasks=quiz", f"tasks_path={task.parent}")]
+    task.write_text("task: quiz")
+    plain, before = keys(tmp_path, NO_MATRIX), keys(tmp_path, NO_MATRIX, *asked)
+    task.write_text("task: quiz\nrepeats: 2")
+    after = keys(tmp_path, NO_MATRIX, *asked)
+    assert len({found["judge"] for found in (plain, before, after)}) == 3
+    assert plain["model"] == before["model"] == after["model"]

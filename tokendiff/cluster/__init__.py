@@ -7,6 +7,7 @@ For other rooms:
     stopping          ending on SIGTERM
 
 Of this room alone:
+    tasks             the tasks of an evaluation, answered by actors
     elastic           how many workers there is room for, and when that changes
     progress          how far a job is, counted together from its workers
     rank_rows         the rows of each worker, for Ray Data

@@ -13,7 +13,7 @@ import ray
 import ray.data
 
 import tokendiff
-from tokendiff.artifacts.locations import Location, location
+from tokendiff.artifacts.locations import Location, location, remove
 from tokendiff.artifacts.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -35,6 +35,7 @@ from tokendiff.cluster.session import (
     wait_for_resources,
     wants_gpu,
 )
+from tokendiff.cluster.tasks import ANSWERS, copy_answers, run_tasks
 from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.samplers import AncestralConfig
 from tokendiff.data.prompts import GenerationRow
@@ -52,9 +53,10 @@ from tokendiff.evaluation.generation_metrics import (
     unigram_entropy_nats,
 )
 from tokendiff.evaluation.inputs import KIND, EvaluationInputs
-from tokendiff.evaluation.paired import ROW_ID, ROWS, SAMPLED_ROWS, write_rows
+from tokendiff.evaluation.paired import DOCUMENTS, ROW_ID, ROWS, SAMPLED_ROWS, write_rows
 from tokendiff.evaluation.report import write_report
 from tokendiff.evaluation.summary import make_report
+from tokendiff.evaluation.tasks.suite import TASKS, SuiteResult, write_suite
 from tokendiff.training.trainer import OnEvent
 from tokendiff.verification.certificate import CERTIFICATE, Check, counts, tables, write_certificate
 
@@ -370,8 +372,11 @@ def evaluate(
     source, process, data = inputs.source, inputs.process, inputs.data
     samples = [] if samples_path is None else read_samples(location(samples_path))
     mark = claim_folder(output_dir, kind=KIND)
-    for left_over in (MANIFEST_NAME, CERTIFICATE, SAMPLED_ROWS):  # of an earlier evaluation
+    for left_over in (MANIFEST_NAME, CERTIFICATE, SAMPLED_ROWS, TASKS):  # of an earlier evaluation
         (output_dir / left_over).unlink(missing_ok=True)
+    for left_over in (DOCUMENTS, *(() if config.tasks else (ANSWERS,))):
+        if (output_dir / left_over).is_dir():
+            remove(output_dir / left_over)
 
     bound: Bound | None = None
     with JobProgress(on_event) as progress:
@@ -412,12 +417,19 @@ def evaluate(
             checks = verify(
                 cluster, checkpoint=source, data=data, process=process, progress=progress
             )
+        suite: SuiteResult | None = None
+        if config.tasks:
+            suite = run_tasks(
+                config, cluster, checkpoint=source, output_dir=output_dir, progress=progress
+            )
+            metrics |= suite.metrics
+            metrics["unserved_requests"] = len(suite.unserved)
     metrics |= counts(checks) if checks else {}
     report = make_report(
         title=title,
         subtitle=f"{kind}, {source.parent.name}/{source.name}",
         bound=bound,
-        more_tables=tables(checks),
+        more_tables=[*(suite.tables if suite else []), *tables(checks)],
         metrics=metrics,
         samples=samples,
         training_log=training_log,
@@ -428,6 +440,7 @@ def evaluate(
         "metrics": metrics,
         "checkpoint": str(source),
         "rows": rows_identity(config, data),
+        **({} if suite is None else {"tasks": suite.identities}),
         "sampled": made.get("conditions"),
     }
     with built_for(output_dir) as folder:
@@ -436,6 +449,9 @@ def evaluate(
             write_certificate(folder, checks, about={**about, "process": kind})
         write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
         write_rows(folder / ROWS, rows)
+        if suite is not None:
+            write_suite(folder, suite)
+            copy_answers(output_dir, folder)
         if "speculation" in made:
             write_rows(folder / SAMPLED_ROWS, _accepted_of(samples))
         write_report(folder / "report", report)

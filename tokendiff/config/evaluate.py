@@ -1,10 +1,11 @@
 """The section `evaluate`: what is measured, on which rows and samples."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from tokendiff.config.base import Section, operational
+from tokendiff.config.base import Section, added, operational
+from tokendiff.config.samplers import SamplerConfig
 
 # Figures that an evaluation keeps by row too, so that two can be compared row by row
 # (tokendiff.evaluation.paired).
@@ -12,6 +13,19 @@ PAIRED_METRICS = (
     *("nats_per_token", "bits_per_byte", "perplexity", "ar_nats_per_token"),
     *("expected_acceptance_length", "acceptance_length_mean", "tokens_per_target_forward"),
 )
+
+
+def is_task_metric(name: str) -> bool:
+    """Whether a figure is one of a task: TASK/METRIC, arc_easy/acc."""
+    return "/" in name
+
+
+def _split_at_commas(names: object) -> object:
+    """`a,b` is short for `[a, b]`, as in lm-evaluation-harness."""
+    listed = [names] if isinstance(names, str) else names
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        return names  # which pydantic refuses
+    return [part.strip() for name in listed for part in name.split(",") if part.strip()]
 
 
 class EvaluateConfig(Section):
@@ -50,3 +64,33 @@ class EvaluateConfig(Section):
     )
     mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16 autocast")
     seed: int = Field(0, ge=0, lt=2**63, description="with a row's id, decides its noise")
+    tasks: Annotated[list[str], BeforeValidator(_split_at_commas)] = added(
+        [],
+        description="tasks of lm-evaluation-harness to measure, arc_easy,gsm8k; builtin: a small "
+        "set that needs no network",
+    )
+    tasks_path: str | None = added(
+        None, min_length=1, description="folder with task files (YAML) of your own"
+    )
+    sampler: SamplerConfig | None = added(
+        None,
+        description="tasks: how the checkpoint reads and writes; ar and self_speculation read it "
+        "from left to right, with exact likelihoods, the others give bounds; by default one that "
+        "goes with the checkpoint",
+    )
+    num_fewshot: int | None = added(
+        None, ge=0, description="tasks: solved examples before each document; by default the task's"
+    )
+    max_task_documents: int | None = added(
+        None, ge=1, description="tasks: documents of each at most; by default all"
+    )
+    apply_chat_template: bool = added(
+        False, description="tasks: write documents out as chats, by the tokenizer's template"
+    )
+
+    @model_validator(mode="after")
+    def _tasks_are_named(self) -> "EvaluateConfig":
+        if not self.tasks:
+            beside = ("tasks_path", "num_fewshot", "max_task_documents", "apply_chat_template")
+            self.refuse_ignored((*beside, "sampler"), "no tasks")
+        return self

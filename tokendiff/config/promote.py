@@ -5,13 +5,16 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from tokendiff.config.base import Section
-from tokendiff.config.evaluate import PAIRED_METRICS
+from tokendiff.config.evaluate import PAIRED_METRICS, is_task_metric
 
 
 class GateConfig(Section):
     """One thing that a candidate must show before it becomes the champion."""
 
-    metric: str = Field(min_length=1, description="a figure of the evaluation, nats_per_token")
+    metric: str = Field(
+        min_length=1,
+        description="a figure of the evaluation, nats_per_token; of a task, arc_easy/acc",
+    )
     direction: Literal["lower", "higher"] = Field(description="which is better")
     margin: float = Field(
         0.0,
@@ -20,9 +23,9 @@ class GateConfig(Section):
     min_standard_errors: float = Field(
         0.0,
         ge=0.0,
-        description="how many standard errors of the difference, paired by row, it must be better "
-        "than the champion by, besides; of many rows, 2 lets chance pass in one of 44 cases, of 10 "
-        "rows in one of 26, of 2 rows in one of 7; 0 leaves chance out",
+        description="how many standard errors of the difference, paired by row (by document of a "
+        "task), it must be better than the champion by, besides; of many rows, 2 lets chance pass "
+        "in one of 44 cases, of 10 rows in one of 26, of 2 rows in one of 7; 0 leaves chance out",
     )
     limit: float | None = Field(
         None, description="what it must reach in any case, with a champion or without"
@@ -32,10 +35,11 @@ class GateConfig(Section):
     def _chance_can_be_told(self) -> "GateConfig":
         if not self.min_standard_errors:
             return self
-        if self.metric not in PAIRED_METRICS:
+        if self.metric not in PAIRED_METRICS and not is_task_metric(self.metric):
             raise ValueError(
                 f"min_standard_errors: an evaluation keeps no figures by row of {self.metric!r}, "
-                f"only of {', '.join(PAIRED_METRICS)}; remove it, or gate on one of these"
+                f"only of {', '.join(PAIRED_METRICS)} and those of tasks (arc_easy/acc); remove "
+                "it, or gate on one of these"
             )
         if self.margin < 0.0:
             raise ValueError(

@@ -243,7 +243,7 @@ def _pieces(config: "PreprocessConfig", rows_are: str) -> tuple[str, Iterator[Pi
         row_bytes = 4 * config.max_length
         return "dummy", _one_by_one([row_bytes] * config.num_dummy_samples)
     if name == "builtin":
-        return "builtin", _one_by_one([len(document.encode()) for document in _builtin_documents()])
+        return "builtin", _one_by_one([len(document.encode()) for document in builtin_documents()])
     if name == "samples":
         folders = find_sample_folders(config.data_files)
         return name, (piece for folder in folders for piece in sample_pieces(folder))
@@ -285,7 +285,7 @@ def _pieces(config: "PreprocessConfig", rows_are: str) -> tuple[str, Iterator[Pi
 def _read_piece(partition: Partition, piece: Piece) -> Iterator[Document]:
     match partition.format:
         case "builtin":
-            return iter(_builtin_documents()[piece.start : piece.stop])
+            return iter(builtin_documents()[piece.start : piece.stop])
         case "text" if partition.sample_by == "document":
             return files.read_whole(piece)
         case "text":
@@ -311,7 +311,7 @@ def _one_by_one(sizes: list[int]) -> Iterator[Piece]:
 
 
 @cache
-def _builtin_documents() -> tuple[str, ...]:
+def builtin_documents() -> tuple[str, ...]:
     """CPython's own documentation: neighbouring paragraphs of a topic, about 2,000 characters each.
 
     Whole topics are too few (79) and too unequal for a split by document.

@@ -10,5 +10,6 @@ For other rooms:
     generation_metrics reference
                       figures of samples; how likely another model finds them
     paired            two evaluations of the same rows, row by row
+    tasks             tasks of lm-evaluation-harness, and our own: a room of its own
     report summary    the page that a person reads, and what stands at its top
 """

@@ -13,11 +13,13 @@ from tokendiff.artifacts.locations import Location, location
 from tokendiff.artifacts.manifest import fetch, load_manifest
 from tokendiff.artifacts.model_folders import is_draft_folder, is_foreign
 from tokendiff.artifacts.noise_process import NoiseProcess, objective_of
+from tokendiff.config.generate import GenerateConfig
 from tokendiff.data.rows import TokenData, check_rows_to_judge
 from tokendiff.data.samples import verified
 from tokendiff.errors import InputError
 from tokendiff.evaluation.draft_acceptance import plan_of_checkpoint
 from tokendiff.evaluation.reference import check_reference
+from tokendiff.evaluation.tasks.setup import TaskSetup, default_sampler
 from tokendiff.models.checkpoints import check_autoregressive, check_denoiser, load_tokenizer
 from tokendiff.models.dflash.planning import check_rows
 from tokendiff.models.pretrained import check_weights
@@ -88,6 +90,13 @@ class EvaluationInputs:
         data = TokenData.open(data_path or _trained_on(checkpoint), split=config.split)
         check_same_tokenizer(checkpoint, data)
         check_rows_to_judge(data.folder, data.split)
+        if config.tasks:
+            if plan is not None:
+                raise InputError(
+                    f"tasks are answered by a model that writes text, and checkpoint_path "
+                    f"{checkpoint} is a DFlash draft; give its target"
+                )
+            task_setup(config, checkpoint)
         if plan is not None:
             tokenizer = load_tokenizer(checkpoint)
             check_rows(data, plan.target, tokenizer, target_model_id=plan.target_model_id)
@@ -102,6 +111,35 @@ class EvaluationInputs:
             is_draft=plan is not None,
             data=data,
         )
+
+
+def task_setup(config: "EvaluateConfig", checkpoint: Path) -> TaskSetup:
+    """How an opened checkpoint answers the config's tasks.
+
+    Raises:
+        InputError: the sampler does not go with it.
+    """
+    sampler = config.sampler
+    fields = {"name": default_sampler(checkpoint)}
+    if sampler is not None:
+        fields = {**sampler.model_dump(include=sampler.model_fields_set), "name": sampler.name}
+    setup = TaskSetup.of(
+        GenerateConfig.model_validate(
+            {
+                "sampler": fields,
+                "batch_size": config.batch_size,
+                "mixed_precision": config.mixed_precision,
+                "seed": config.seed,
+            }
+        ),
+        checkpoint,
+    )
+    if config.apply_chat_template and not setup.tokenizer.chat_template:
+        raise InputError(
+            f"apply_chat_template: the tokenizer of checkpoint {checkpoint} has no chat template; "
+            "remove it"
+        )
+    return setup
 
 
 def check_same_tokenizer(checkpoint: Path, data: TokenData) -> None:

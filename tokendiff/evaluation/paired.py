@@ -18,11 +18,12 @@ import numpy as np
 
 from tokendiff.artifacts.locations import Location, open_binary
 from tokendiff.artifacts.manifest import load_manifest, sha256_of, write_atomically
-from tokendiff.config.evaluate import PAIRED_METRICS
+from tokendiff.config.evaluate import PAIRED_METRICS, is_task_metric
 from tokendiff.errors import CorruptFileError, InputError
 
 ROWS, SAMPLED_ROWS = "rows.parquet", "sampled_rows.parquet"
-ROW_ID = "row_id"
+DOCUMENTS = "documents"  # the folder of a file per task
+ROW_ID, COUNT = "row_id", "count"
 
 Rows = Mapping[str, np.ndarray]  # columns [n]; one of them ROW_ID
 
@@ -77,6 +78,20 @@ RATIOS = {
 assert set(RATIOS) == set(PAIRED_METRICS)
 
 
+def ratio_of(metric: str) -> Ratio | None:
+    """How a metric is made of what an evaluation has by row; a task's, TASK/METRIC, is a mean over
+    documents. None of one that is made of no rows.
+    """
+    if is_task_metric(metric):
+        return Ratio(file=documents_file(metric), numerator=metric, denominator=COUNT)
+    return RATIOS.get(metric)
+
+
+def documents_file(metric: str) -> str:
+    """The file of an evaluation that has a task's metrics by document."""
+    return f"{DOCUMENTS}/{metric.partition('/')[0]}.parquet"
+
+
 def paired_standard_error(metric: str, rows: Rows, others: Rows) -> float:
     """The standard error of the difference of a metric between two evaluations of the same rows.
 
@@ -91,7 +106,7 @@ def paired_standard_error(metric: str, rows: Rows, others: Rows) -> float:
     standard error of `evaluation.bound.summarize`.
 
     Args:
-        metric: of `RATIOS`.
+        metric: one that `ratio_of` knows.
         rows, others: the columns of its file, in any order.
 
     Returns:
@@ -114,7 +129,8 @@ def paired_standard_error(metric: str, rows: Rows, others: Rows) -> float:
         )
     if len(ids) < 2:
         return math.inf
-    ratio = RATIOS[metric]
+    ratio = ratio_of(metric)
+    assert ratio is not None
     with np.errstate(all="ignore"):  # what is not finite is said by the result
         influence = ratio.influence(rows)[order] - ratio.influence(others)[order_of_others]
         return float(influence.std(ddof=1) / math.sqrt(len(influence)))
@@ -138,7 +154,7 @@ def read_rows(folder: Location, metric: str) -> dict[str, np.ndarray] | None:
     """
     import pyarrow.parquet as pq
 
-    ratio = RATIOS.get(metric)
+    ratio = ratio_of(metric)
     entry = None if ratio is None else load_manifest(folder).files.get(ratio.file)
     if ratio is None or entry is None:
         return None

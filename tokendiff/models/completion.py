@@ -2,6 +2,7 @@
 what a generation actor, or a notebook, holds.
 """
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -229,6 +230,12 @@ class CompletionModel:
             self._model = DraftedModel(model, draft)
         self._is_warm = False
         self._key, self._num_slots = key_from(config.seed, "sample"), config.batch_size
+
+    def with_setup(self, setup: CompletionSetup) -> "CompletionModel":
+        """The same weights with another sampler: a setup of the same model."""
+        other = copy.copy(self)
+        other.setup = setup
+        return other
 
     def samples(
         self, rows: Iterable[GenerationRow], *, on_progress: OnProgress = unwatched

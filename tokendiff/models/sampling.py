@@ -2,6 +2,7 @@
 notebook, holds. Samples here have one length; `tokendiff.models.completion` continues prompts.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -144,6 +145,13 @@ class SamplingModel:
         self.seq_len = config.seq_len or self.process.max_length
         self._sampler = build_sampler(_fixed_length(config), self.process, seq_len=self.seq_len)
         self._encoder = prompt_encoder(source, config)
+
+    def with_sampler(self, config: "GenerateConfig") -> "SamplingModel":
+        """The same weights with another sampler: a config that differs in nothing else."""
+        other = copy.copy(self)
+        other._config = config
+        other._sampler = build_sampler(_fixed_length(config), self.process, seq_len=self.seq_len)
+        return other
 
     def samples(
         self, rows: Iterable[GenerationRow], *, on_progress: OnProgress = unwatched

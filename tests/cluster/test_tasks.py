@@ -1,0 +1,298 @@
+"""Tasks as part of an evaluation; neither a kill nor more actors change what they write."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.builders import tiny_causal, token_folder
+from tests.in_this_process import jobs_here
+from tokendiff.artifacts.locations import Location, files_under, location
+from tokendiff.artifacts.manifest import commit, load_manifest
+from tokendiff.artifacts.noise_process import NoiseProcess
+from tokendiff.config.cluster import ClusterConfig
+from tokendiff.config.evaluate import EvaluateConfig
+from tokendiff.data.tokenizers import build_tokenizer
+from tokendiff.errors import InputError
+
+pytest.importorskip("lm_eval", reason="the extra eval")
+
+LENGTH = 64
+TASKS = ["local_choice", "local_writing", "local_text"]
+
+
+@pytest.fixture(scope="module")
+def tasks_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tasks")
+    documents = [{"q": f"{n} and {n}", "choices": [" is", " are"], "a": n % 2} for n in range(12)]
+    documents.append({"q": "too long " * 9, "choices": [" is", " are"], "a": 0})
+    (folder / "documents.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "documents.jsonl")}},
+        "test_split": "test",
+        "doc_to_text": "{{q}}",
+        "target_delimiter": "",
+    }
+    of_task: dict[str, dict[str, Any]] = {
+        "local_choice": {
+            "output_type": "multiple_choice",
+            "doc_to_choice": "choices",
+            "doc_to_target": "a",
+            "metric_list": [{"metric": "acc"}],
+        },
+        "local_writing": {
+            "output_type": "generate_until",
+            "doc_to_target": "{{choices[a]}}",
+            "generation_kwargs": {"until": ["."], "max_gen_toks": 6},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+        "local_text": {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{q}}",
+            "metric_list": [{"metric": "bits_per_byte"}],
+        },
+    }
+    for name, fields in of_task.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **fields}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One of each kind, of random weights, with its rows."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tokenizer: Any = build_tokenizer("bytes", documents=(), vocab_size=0)[0]
+    size, mask, eos = len(tokenizer), tokenizer.mask_token_id, tokenizer.eos_token_id
+    text = [tokenizer(f"row {n} of some text".ljust(LENGTH))["input_ids"] for n in range(6)]
+    rows = token_folder(
+        folder / "rows", files=[text[:4]], heldout=text[4:], max_length=LENGTH, tokenizer=tokenizer
+    )
+    process = {"forward_process": "absorbing", "vocab_size": size, "mask_token_id": mask}
+    blocks = {"block_length": 4, "attention_mask_mode": "4d", "eos_token_id": eos}
+    bert = BertConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        vocab_size=size,
+        max_position_embeddings=LENGTH,
+    )
+    causal = tiny_causal(vocab_size=size, max_position_embeddings=LENGTH, eos_token_id=eos).float()
+    made = {}
+    for objective, model, fields in (
+        ("mdlm", BertForMaskedLM(bert), {}),
+        ("block_diffusion", causal, blocks),
+        ("ar", causal, None),
+        ("joint", causal, {**blocks, "predict": "next", "context_attention": "causal"}),
+    ):
+        made[objective] = place = folder / objective
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        if fields is not None:
+            trained = "block_diffusion" if objective == "joint" else objective
+            NoiseProcess(**process, max_length=LENGTH, objective=trained, **fields).save(place)
+        metadata = {"run": {"objective": {"name": objective}}, "data_path": str(rows)}
+        commit(place, kind="checkpoint", metadata=metadata)
+    return made
+
+
+def evaluate_tasks(
+    checkpoint: Path, output_dir: Location, tasks_path: str, *, num_actors: int = 1, **fields: Any
+) -> list[dict[str, Any]]:
+    """Its events."""
+    from tokendiff.cluster.evaluate import evaluate
+
+    events: list[dict[str, Any]] = []
+    config = {"batch_size": 4, "num_mask_samples": 2, "tasks": TASKS, "tasks_path": tasks_path}
+    evaluate(
+        EvaluateConfig.model_validate({**config, **fields}),
+        ClusterConfig(cpus_per_worker=0.5, threads_per_worker=1, num_actors=num_actors),
+        title="toy",
+        checkpoint_path=str(checkpoint),
+        data_path=None,
+        samples_path=None,
+        training_log=[],
+        config_yaml="",
+        output_dir=output_dir,
+        on_event=lambda event, **fields: events.append({"event": event, **fields}),
+    )
+    return events
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All that tasks wrote, by name."""
+    names = [name for name in files_under(folder) if name.startswith(("tasks", "answers", "doc"))]
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("objective", ["mdlm", "block_diffusion", "ar", "joint"])
+def test_every_kind_of_checkpoint_answers(
+    objective: str, checkpoints: dict[str, Path], tasks_path: str, tmp_path: Path
+) -> None:
+    events = evaluate_tasks(checkpoints[objective], tmp_path, tasks_path)
+    metrics = load_manifest(tmp_path).metadata["metrics"]
+    for name in ("local_choice/acc", "local_writing/exact_match"):
+        assert 0.0 <= metrics[name] <= 1.0
+        assert metrics[f"{name}_standard_error"] >= 0.0
+    assert 1.0 < metrics["local_text/bits_per_byte"] < 40.0
+    # Both choices of one document, and what is to be written behind it; its text is cut up.
+    assert metrics["unserved_requests"] == 3
+    (warning,) = [event["message"] for event in events if event["event"] == "warning"]
+    assert "3 requests of tasks could not be served" in warning
+    written = json.loads((tmp_path / "tasks.json").read_text())
+    assert len(written["unserved"]) == 3
+    assert all("too long" in request for request in written["unserved"])
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "local_choice" in page
+    assert "Requests that could not be served: 3" in page
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_joint_checkpoint_is_read_as_the_sampler_reads_it(
+    checkpoints: dict[str, Path], tasks_path: str, tmp_path: Path
+) -> None:
+    """Its weights are those of the checkpoint of objective ar."""
+    figures = {}
+    for objective, sampler in (
+        ("ar", "ar"),
+        ("joint", "ar"),
+        ("joint", "self_speculation"),
+        ("joint", "sdar"),
+    ):
+        fields: dict[str, Any] = {"tasks": ["local_text", "local_writing"]}
+        fields["sampler"] = {"name": sampler}
+        folder = tmp_path / objective / sampler
+        evaluate_tasks(checkpoints[objective], folder, tasks_path, **fields)
+        metrics = load_manifest(folder).metadata["metrics"]
+        figures[objective, sampler] = metrics["local_text/bits_per_byte"]
+    assert figures["joint", "ar"] == pytest.approx(figures["ar", "ar"], rel=1e-6)
+    assert figures["joint", "self_speculation"] == pytest.approx(figures["ar", "ar"], rel=1e-6)
+    assert figures["joint", "sdar"] != pytest.approx(figures["ar", "ar"], rel=1e-2)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_killed_twice_it_answers_nothing_again_and_the_same(
+    checkpoints: dict[str, Path],
+    tasks_path: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tokendiff.evaluation.tasks.answering import TaskModel
+    from tokendiff.evaluation.tasks.requests import TaskRequest
+
+    checkpoint = checkpoints["block_diffusion"]
+    evaluate_tasks(checkpoint, tmp_path / "whole", tasks_path)
+
+    answered: Counter[str] = Counter()
+    left = 0
+    answer = TaskModel.answers
+
+    def until_killed(self: TaskModel, requests: Sequence[TaskRequest], **kwargs: Any) -> Any:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        answered.update(request.digest for request in requests)
+        return answer(self, requests, **kwargs)
+
+    monkeypatch.setattr(TaskModel, "answers", until_killed)
+    for left in (3, 5):  # counted down above
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_tasks(checkpoint, tmp_path / "killed", tasks_path)
+        assert not left
+    left = 1000
+    evaluate_tasks(checkpoint, tmp_path / "killed", tasks_path)
+    assert set(answered.values()) == {1}
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+    evaluate_tasks(checkpoint, tmp_path / "killed", tasks_path, seed=1)  # nothing of another seed
+    assert contents(tmp_path / "killed").keys() != contents(tmp_path / "whole").keys()
+    assert answered.total() == 2 * len(answered)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_behind_a_uri_it_goes_on_too(
+    checkpoints: dict[str, Path], tasks_path: str, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokendiff.evaluation.tasks.answering import TaskModel
+
+    folder = location(f"{s3}/evaluation")
+    choice: dict[str, Any] = {"tasks": ["local_choice"]}
+    answer, left = TaskModel.answers, 3
+
+    def until_killed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        return answer(*args, **kwargs)
+
+    monkeypatch.setattr(TaskModel, "answers", until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_tasks(checkpoints["ar"], folder, tasks_path, **choice)
+    left = 4  # of 26 requests in parts of four
+    evaluate_tasks(checkpoints["ar"], folder, tasks_path, **choice)
+    assert left == 0
+    monkeypatch.undo()
+    files = load_manifest(folder).files
+    assert {"tasks.json", "documents/local_choice.parquet"} <= files.keys()
+    assert sum(name.startswith("answers/") for name in files) == 7
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_on_three_actors_the_files_are_the_same(
+    checkpoints: dict[str, Path], tasks_path: str, tmp_path: Path
+) -> None:
+    checkpoint = checkpoints["block_diffusion"]
+    choice: dict[str, Any] = {
+        "tasks": ["local_choice"]
+    }  # a pool of actors starts for each kind of request
+    evaluate_tasks(checkpoint, tmp_path / "three", tasks_path, num_actors=3, **choice)
+    with jobs_here():
+        evaluate_tasks(checkpoint, tmp_path / "one", tasks_path, **choice)
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("objective", "fields", "message"),
+    [
+        ("mdlm", {"sampler": {"name": "sdar"}}, "sampler 'sdar'"),
+        ("block_diffusion", {"sampler": {"name": "ar"}}, "sampler 'ar'"),
+        ("ar", {"sampler": {"name": "ancestral"}}, "ancestral|noise"),
+        ("ar", {"sampler": {"name": "dflash"}}, "dflash"),
+        ("ar", {"apply_chat_template": True}, "no chat template"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_a_cluster_starts(
+    objective: str, fields: Any, message: str, checkpoints: dict[str, Path], tasks_path: str
+) -> None:
+    from tokendiff.evaluation.inputs import EvaluationInputs
+
+    config = EvaluateConfig.model_validate({"tasks": TASKS, "tasks_path": tasks_path, **fields})
+    with pytest.raises(InputError, match=message):
+        EvaluationInputs.open(
+            config, checkpoint_path=str(checkpoints[objective]), data_path=None, samples_path=None
+        )
+
+
+def test_the_job_takes_names_with_commas() -> None:
+    from jobs.cli import parse
+
+    arguments = ["--tasks", "a,b", "c", "--sampler", "sdar", "--denoising_steps", "2"]
+    config = parse(arguments, prog="jobs.evaluate", description="", sections=("evaluate",)).config
+    assert config.evaluate is not None
+    assert config.evaluate.tasks == ["a", "b", "c"]
+    assert config.evaluate.sampler is not None
+    assert config.evaluate.sampler.model_dump()["denoising_steps"] == 2
+    with pytest.raises(InputError, match="no tasks"):
+        parse(["--num_fewshot", "1"], prog="jobs.evaluate", description="", sections=("evaluate",))

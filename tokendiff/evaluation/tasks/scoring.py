@@ -1,0 +1,225 @@
+"""Log-likelihoods of continuations given their contexts.
+
+Of a model that reads from left to right they are exact. Of the others they are the bound of
+`tokendiff.evaluation.bound` or `block_bound`, with the continuation alone masked: the context is
+clean, and -ln p(continuation | context) is bounded.
+
+A block that a continuation ends in is decoded whole. Its other positions stay masked: they are
+neither known nor counted, so the bound is of the continuation, and not of an end behind it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokendiff.artifacts.noise_process import NoiseProcess
+from tokendiff.diffusion.attention_masks import causal_by_position
+from tokendiff.diffusion.interfaces import Decoder, TokenBatch
+from tokendiff.diffusion.kernels import AbsorbingKernel
+from tokendiff.diffusion.random import RowGenerator
+from tokendiff.evaluation.block_bound import sight_of, target_rows
+from tokendiff.evaluation.evaluator import nats_by_row
+from tokendiff.objectives.block_diffusion import encode_beside_clean
+from tokendiff.objectives.chunked import (
+    is_likeliest,
+    negative_log_likelihood,
+    predict_through_head,
+    without_mask,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenPair:
+    """What is scored.
+
+    Attributes:
+        context: token ids that are given.
+        continuation: token ids that are scored, at least one.
+        noise_id: with the seed, what decides the noise.
+    """
+
+    context: list[int]
+    continuation: list[int]
+    noise_id: int = 0
+
+
+@torch.no_grad()
+def exact_nats(model: Decoder, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
+    """-ln p(continuation | context) of a model that decodes token by token.
+
+    Args:
+        pairs: each with a context of at least one token.
+
+    Returns:
+        [B] float64, and [B] bool: whether each token of the continuation is the likeliest one.
+    """
+    device = model.device
+    # The last token is told, and tells nothing.
+    rows = [[*pair.context, *pair.continuation][:-1] for pair in pairs]
+    num_tokens = torch.tensor([len(row) for row in rows], device=device)
+    tokens = _padded(rows, 0).to(device)
+    place = torch.arange(tokens.shape[1], device=device)
+    first = torch.tensor([len(pair.context) - 1 for pair in pairs], device=device)
+    tells = (place >= first[:, None]) & (place < num_tokens[:, None])
+    every = torch.arange(len(pairs), device=device)
+    cache = model.new_cache(len(pairs))
+    hidden = model.encode(tokens, num_tokens, cache, every, causal_by_position)[tells]
+    targets = torch.tensor([t for pair in pairs for t in pair.continuation], device=device)
+
+    def judged(logits: Tensor, targets: Tensor) -> Tensor:
+        logits = logits.double()
+        nats = negative_log_likelihood(logits, targets)
+        return torch.stack([nats, is_likeliest(logits, targets).double()], dim=1)
+
+    found = predict_through_head(model.head, hidden, (targets,), judged)
+    row = tells.nonzero()[:, 0]
+    zeros = torch.zeros(len(pairs), dtype=torch.float64, device=device)
+    num_likeliest = zeros.index_add(0, row, found[:, 1])
+    return zeros.index_add(0, row, found[:, 0]), num_likeliest == row.bincount()
+
+
+def bounded_nats(
+    denoiser: Any,
+    process: NoiseProcess,
+    pairs: Sequence[TokenPair],
+    *,
+    key: int,
+    num_mask_samples: int,
+    device: torch.device,
+) -> Tensor:
+    """[B] float64: one estimate of the bound on -ln p(continuation | context) for each pair.
+
+    Args:
+        denoiser: a Denoiser, or a CausalDenoiser where the process has blocks.
+        key: with the pair's noise_id, what decides the noise.
+        num_mask_samples: as for `row_bounds`.
+    """
+    ids = torch.tensor([pair.noise_id for pair in pairs], device=device)
+    process = _anywhere(process)
+    nats, _ = nats_by_row(
+        denoiser,
+        process,
+        pair_batch(pairs, process, device=device),
+        RowGenerator.for_rows(key, ids),
+        num_mask_samples=num_mask_samples,
+    )
+    return nats
+
+
+def pair_batch(
+    pairs: Sequence[TokenPair], process: NoiseProcess, *, device: torch.device | str = "cpu"
+) -> TokenBatch:
+    """Pairs as rows of one document each, their continuations the targets; blocks are whole."""
+    mask = process.mask_token_id
+    rows, is_target = [], []
+    for pair in pairs:
+        filling = [mask] * num_filling(pair, process)  # literal masks are never counted
+        rows.append([*pair.context, *pair.continuation, *filling])
+        num_targets = len(pair.continuation) + len(filling)
+        is_target.append([0] * len(pair.context) + [1] * num_targets)
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = _padded(rows, mask)
+    is_valid = torch.arange(tokens.shape[1]) < lengths[:, None]
+    return TokenBatch(
+        tokens=tokens.to(device),
+        is_valid=is_valid.to(device),
+        is_target=_padded(is_target, 0).bool().to(device),
+    )
+
+
+def num_filling(pair: TokenPair, process: NoiseProcess) -> int:
+    """Positions behind the continuation that its last block has, where blocks see themselves
+    whole.
+    """
+    if process.block_length is None or process.attention_mask_mode != "4d":
+        return 0
+    starts_anew = process.block_start is not None
+    length = len(pair.continuation) + (0 if starts_anew else len(pair.context))
+    return -length % process.block_length
+
+
+@torch.no_grad()
+def greedily_written(
+    denoiser: Any, process: NoiseProcess, pairs: Sequence[TokenPair], *, device: torch.device
+) -> Tensor:
+    """[B] bool: whether the continuation is what the model writes given the context where, again
+    and again, the surest of the masked tokens (of each block, from the first on) is set to its
+    likeliest value. False under noise that is not absorbing, which leaves no masks to fill.
+
+    Source: how LLaDA (arXiv 2502.09992) is judged on tasks that ask for it.
+    """
+    kernel, process = process.kernel(), _anywhere(process)
+    if not isinstance(kernel, AbsorbingKernel):
+        return torch.zeros(len(pairs), dtype=torch.bool, device=device)
+    batch, mask = pair_batch(pairs, process, device=device), process.mask_token_id
+    if process.block_length is None:
+        is_target = batch.is_target
+        total = is_target.sum(1).clamp(min=1)
+
+        def states(is_open: Tensor) -> Tensor:
+            time = kernel.schedule.time(1.0 - is_open.sum(1).double() / total)
+            x_t = batch.tokens.masked_fill(is_open, mask)
+            return denoiser.encode(x_t, batch.is_valid, time, batch.isolated)
+
+        group = torch.zeros_like(batch.tokens)
+        return _is_greedy(denoiser.head, states, batch.tokens, is_target, group, mask)
+    rows, is_target = target_rows(batch, process)
+
+    def block_states(is_open: Tensor) -> Tensor:
+        return encode_beside_clean(
+            denoiser, rows, is_open, mask_token_id=mask, sight=sight_of(process)
+        )
+
+    return _is_greedy(denoiser.head, block_states, rows.tokens, is_target, rows.ordinal, mask)
+
+
+def _is_greedy(
+    head: Callable[[Tensor], Tensor],
+    states: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    is_target: Tensor,
+    group: Tensor,
+    mask: int,
+) -> Tensor:
+    """[B] bool.
+
+    Args:
+        states: from which positions are masked ([B, W]) to hidden states [B, W, D].
+        group: [B, W], of which masked tokens the surest is set; all groups advance together, since
+            earlier ones are right as long as the row is.
+    """
+
+    def judged(logits: Tensor, targets: Tensor) -> Tensor:
+        logits = without_mask(logits, mask)
+        surest = logits.double().log_softmax(-1).amax(-1)
+        return torch.stack([surest, is_likeliest(logits, targets).double()], dim=1)
+
+    is_open = is_target.clone()
+    is_right = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    while is_open.any():
+        found = predict_through_head(head, states(is_open)[is_open], (tokens[is_open],), judged)
+        confidence = torch.full(tokens.shape, -torch.inf, dtype=torch.float64, device=tokens.device)
+        confidence[is_open] = found[:, 0]
+        is_wrong = torch.zeros_like(is_open)
+        is_wrong[is_open] = found[:, 1] == 0.0
+        surest = torch.full_like(confidence, -torch.inf).scatter_reduce(
+            1, group, confidence, "amax"
+        )
+        is_set = is_open & (confidence == surest.gather(1, group))
+        is_right &= ~(is_set & is_wrong).any(1)
+        is_open &= ~is_set & is_right[:, None]
+    return is_right
+
+
+def _anywhere(process: NoiseProcess) -> NoiseProcess:
+    """Contexts here are of any length, also shorter than the prompt that training left clean."""
+    return replace(process, prompt_length=0)
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """[B, L] int64."""
+    length = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])

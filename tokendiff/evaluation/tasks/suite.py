@@ -1,0 +1,316 @@
+"""Tasks of lm-evaluation-harness by name, asked and judged: what `jobs.evaluate --tasks` measures.
+
+A figure is called TASK/METRIC, arc_easy/acc, or TASK/METRIC/FILTER where a task filters answers. A
+metric that is a mean over documents is also kept by document, so that two evaluations can be held
+against each other (`tokendiff.evaluation.paired`).
+"""
+
+import difflib
+import hashlib
+import json
+import logging
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tokendiff.artifacts.identity import identity_of
+from tokendiff.artifacts.manifest import fingerprint, write_atomically
+from tokendiff.errors import InputError, input_errors, reason_of
+from tokendiff.evaluation.paired import COUNT, DOCUMENTS, ROW_ID, documents_file, write_rows
+from tokendiff.evaluation.report import Table
+from tokendiff.evaluation.tasks.requests import generation_settings
+
+if TYPE_CHECKING:
+    from tokendiff.config.evaluate import EvaluateConfig
+
+STANDARD_ERROR = "_standard_error"
+TASKS = "tasks.json"
+BUILTIN = "builtin"  # stands for all tasks of `tokendiff.evaluation.tasks.builtin`
+
+_FEWSHOT_SEED = 1234  # the harness's own default
+_BOOTSTRAP_ITERATIONS = 1000  # for standard errors that no formula gives
+_SHOWN_UNSERVED = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteResult:
+    """What tasks came to.
+
+    Attributes:
+        metrics: figures by name, each with its standard error where there is one.
+        documents: by task, columns [n]: row_id, and the metrics that are means over documents.
+        num_documents, num_fewshot: by task.
+        unserved: requests that could not be served, and why.
+    """
+
+    metrics: dict[str, float]
+    documents: dict[str, dict[str, np.ndarray]]
+    num_documents: dict[str, int]
+    num_fewshot: dict[str, int]
+    unserved: dict[str, str]
+
+    @property
+    def identities(self) -> dict[str, str]:
+        """By task, equal where the same documents were asked about, behind as many examples."""
+        return {
+            task: fingerprint([columns[ROW_ID].tolist(), self.num_fewshot.get(task)])
+            for task, columns in self.documents.items()
+        }
+
+    @property
+    def tables(self) -> list[Table]:
+        """As the report shows them."""
+        names = [name for name in self.metrics if not name.endswith(STANDARD_ERROR)]
+        rows = []
+        for name in names:
+            task, _, metric = name.partition("/")
+            error = self.metrics.get(name + STANDARD_ERROR)
+            value = f"{self.metrics[name]:.4g}" + ("" if error is None else f" ± {error:.2g}")
+            rows.append([task, metric, value, f"{self.num_documents.get(task, 0):,}"])
+        tables: list[Table] = [("Tasks", ["task", "metric", "value", "documents"], rows)]
+        if self.unserved:
+            first = list(self.unserved.items())[:_SHOWN_UNSERVED]
+            title = f"Requests that could not be served: {len(self.unserved):,}"
+            tables.append((title, ["request", "why"], [list(item) for item in first]))
+        return tables
+
+
+def load_tasks(
+    names: Sequence[str], *, tasks_path: str | None = None, num_fewshot: int | None = None
+) -> dict[str, Any]:
+    """Tasks and groups as the harness has them; their data is read, and downloaded if need be.
+
+    Args:
+        names: of tasks, groups or tags of the harness, of those below tasks_path, or `builtin`.
+        tasks_path: a folder of task files (YAML), looked through first.
+        num_fewshot: solved examples in front of each document, but of tasks that have 0.
+
+    Raises:
+        InputError: the harness is not installed; there is no such task; its data cannot be had.
+    """
+    from tokendiff.evaluation.tasks.builtin import builtin_tasks
+
+    builtin = builtin_tasks()
+    manager = _manager(tasks_path, has_harness_own=False)
+    is_known = all(name in {BUILTIN, *builtin, *manager.all_tasks} for name in names)
+    if not is_known or manager.all_groups:  # a group may be of the harness's own tasks
+        manager = _manager(tasks_path, has_harness_own=True)
+    specs: list[Any] = []
+    for name in dict.fromkeys(names):
+        if name == BUILTIN or name in builtin:
+            specs += builtin.values() if name == BUILTIN else [builtin[name]]
+        elif name in manager.all_tasks:
+            specs.append(name)
+        else:
+            known = [BUILTIN, *builtin, *manager.all_tasks]
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            where = "" if tasks_path is None else f", nor below tasks_path {tasks_path}"
+            raise InputError(f"tasks: there is no task {name!r} in the harness{where}{hint}")
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    for spec in specs:
+        name = spec if isinstance(spec, str) else spec["task"]
+        try:
+            with _quiet():
+                found = manager.load([spec])
+        except Exception as error:  # of any library that reads data, and of a task's own code
+            raise InputError(
+                f"tasks: {name} cannot be loaded ({reason_of(error)}); without a network only data "
+                "that was downloaded before is there: run it once with one, or give tasks of "
+                f"local files (tasks_path), or {BUILTIN!r}"
+            ) from error
+        for part in loaded:
+            loaded[part] |= found.get(part, {})
+    for task in loaded["tasks"].values():
+        if num_fewshot is not None and task.get_config("num_fewshot") != 0:
+            task.set_config(key="num_fewshot", value=num_fewshot)
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    return loaded
+
+
+def _manager(tasks_path: str | None, *, has_harness_own: bool) -> Any:
+    """The harness's index of tasks. That of its own, thousands of files, takes seconds."""
+    if tasks_path is not None and not Path(tasks_path).is_dir():
+        raise InputError(
+            f"tasks_path {tasks_path}: no such folder; give one with task files (YAML)"
+        )
+    if find_spec("lm_eval") is None:
+        raise InputError(
+            "tasks need lm-evaluation-harness; install it with pip install 'tokendiff[eval]'"
+        )
+    content = json.dumps(identity_of(tasks_path))
+    with _quiet(), input_errors(f"tasks_path {tasks_path}: cannot be read", "mend its task files"):
+        return _indexed(tasks_path, has_harness_own, content)
+
+
+@lru_cache(maxsize=4)
+def _indexed(tasks_path: str | None, has_harness_own: bool, content: str) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=tasks_path, include_defaults=has_harness_own)
+
+
+def check_tasks(config: "EvaluateConfig") -> None:
+    """Raise InputError where a config's tasks cannot be loaded, or need what is not done here."""
+    loaded = load_tasks(config.tasks, tasks_path=config.tasks_path, num_fewshot=config.num_fewshot)
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise InputError(
+                f"tasks: {name} shows images or sounds, or runs code that the model writes, which "
+                "is not done here; leave it out"
+            )
+        if task.get_config("output_type") == "generate_until":
+            try:
+                generation_settings(task.get_config("generation_kwargs") or {})
+            except InputError as error:
+                raise InputError(f"tasks: {name}: {error}") from error
+
+
+def ask_tasks(
+    loaded: Mapping[str, Any],
+    model: Any,
+    *,
+    max_documents: int | None = None,
+    apply_chat_template: bool = False,
+) -> SuiteResult:
+    """Let a model answer all tasks, and judge the answers.
+
+    Args:
+        loaded: from `load_tasks`; it can be asked once.
+        model: a `tokendiff.evaluation.tasks.harness.AnsweredModel`.
+        max_documents: of each task, the first ones.
+    """
+    from lm_eval.evaluator import evaluate
+
+    random.seed(0)  # tasks may draw from it
+    np.random.seed(_FEWSHOT_SEED)
+    for task in loaded["tasks"].values():
+        _let_unserved_be_wrong(task)
+    with _quiet(), np.errstate(all="ignore"):
+        found = evaluate(
+            lm=model,
+            task_dict=dict(loaded),
+            limit=max_documents,
+            bootstrap_iters=_BOOTSTRAP_ITERATIONS,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=apply_chat_template,
+        )
+    metrics: dict[str, float] = {}
+    for task, figures in sorted({**found["results"], **found.get("groups", {})}.items()):
+        metrics |= _figures(task, figures)
+    documents = {
+        task: _by_document(task, samples, metrics)
+        for task, samples in sorted(found["samples"].items())
+    }
+    return SuiteResult(
+        metrics=metrics,
+        documents=documents,
+        num_documents={task: count["effective"] for task, count in found["n-samples"].items()},
+        num_fewshot=dict(found["n-shot"]),
+        unserved=dict(model.unserved),
+    )
+
+
+def _let_unserved_be_wrong(task: Any) -> None:
+    """Where a choice of a document could not be served, the document counts as wrong; the harness
+    would compare the others, and find the first choice the likeliest where there is none.
+    """
+    judge, is_better = task.process_results, task.higher_is_better()
+
+    def process_results(document: Any, results: Any) -> dict[str, Any]:
+        figures: dict[str, Any] = judge(document, results)
+        if any(isinstance(result, tuple) and result[0] == -math.inf for result in results):
+            for name, value in figures.items():
+                if is_better.get(name) and isinstance(value, int | float | np.number):
+                    figures[name] = 0.0
+        return figures
+
+    task.process_results = process_results
+
+
+def write_suite(folder: Path, result: SuiteResult) -> None:
+    """`tasks.json`, for people and tools, and a file by document for each task."""
+    about = {
+        "metrics": result.metrics,
+        "num_documents": result.num_documents,
+        "unserved": result.unserved,
+    }
+    write_atomically(folder / TASKS, json.dumps(about, indent=1, ensure_ascii=False).encode())
+    (folder / DOCUMENTS).mkdir(exist_ok=True)
+    for task, columns in result.documents.items():
+        write_rows(folder / documents_file(task), columns)
+
+
+def _figures(task: str, figures: Mapping[str, Any]) -> dict[str, float]:
+    """Finite ones. The harness calls them METRIC,FILTER and METRIC_stderr,FILTER."""
+    found = {}
+    for key, value in sorted(figures.items()):
+        metric, comma, filter_name = key.partition(",")
+        is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        if comma and is_number and math.isfinite(value):
+            is_error = metric.endswith("_stderr")
+            name = figure_name(task, metric.removesuffix("_stderr"), filter_name)
+            found[name + STANDARD_ERROR * is_error] = float(value)
+    return found
+
+
+def figure_name(task: str, metric: str, filter_name: str) -> str:
+    return f"{task}/{metric}" + ("" if filter_name == "none" else f"/{filter_name}")
+
+
+def _by_document(
+    task: str, samples: Sequence[Mapping[str, Any]], metrics: Mapping[str, float]
+) -> dict[str, np.ndarray]:
+    values: dict[str, dict[int, float]] = {}
+    for sample in samples:
+        row_id = _row_id(sample)
+        for metric in sample["metrics"]:
+            value = sample[metric]
+            if isinstance(value, int | float | np.number):
+                name = figure_name(task, metric, sample["filter"])
+                values.setdefault(name, {})[row_id] = float(value)
+    ids = sorted({_row_id(sample) for sample in samples})
+    columns: dict[str, np.ndarray] = {ROW_ID: np.array(ids, dtype=np.int64)}
+    for name, by_id in sorted(values.items()):
+        column = np.array([by_id.get(row_id, math.nan) for row_id in ids])
+        # Of other metrics, say a perplexity, the mean over documents is not the figure.
+        if name in metrics and math.isclose(
+            column.mean(), metrics[name], rel_tol=1e-9, abs_tol=1e-12
+        ):
+            columns |= {name: column, COUNT: np.ones(len(ids))}
+    return columns
+
+
+def _row_id(sample: Mapping[str, Any]) -> int:
+    """Equal for the same document of a task."""
+    text = f"{sample['doc_id']} {sample['doc_hash']}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The harness warns of every default that a task leaves open, and draws a bar for each task
+    while it makes its requests, which takes no time.
+    """
+    import lm_eval.api.task as tasks
+
+    logger, bar = logging.getLogger("lm_eval"), tasks.tqdm
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    tasks.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        tasks.tqdm = bar
