@@ -62,6 +62,20 @@ def tiny_trainee(**kwargs: Any) -> DraftTrainee:
     return DraftTrainee(tiny_draft().double(), tiny_target().double(), **kwargs)
 
 
+def taught_trainee() -> DraftTrainee:
+    """One whose draft has learnt a little of `some_batch`: it is right at some places, and wrong
+    before some of them.
+    """
+    trainee = tiny_trainee()
+    optimizer = torch.optim.Adam(trainee.model.parameters(), lr=3e-3)
+    objective = DFlash(block_size=BLOCK, mask_token_id=MASK)
+    for _ in range(10):
+        objective.loss_at(trainee, some_batch(), *as_tensors(every_anchor())).loss_sum.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return trainee
+
+
 def plain_hidden(trainee: DraftTrainee, tokens: list[int], anchor: int) -> Tensor:
     """Hidden states [K - 1, D] behind an anchor of a document, from a call of its own."""
     states: Any = trainee.target(torch.tensor([tokens]), output_hidden_states=True).hidden_states
@@ -133,12 +147,15 @@ def test_blocks_of_a_batch_are_what_each_is_alone(
 
 @pytest.mark.parametrize("gamma", [None, 0.7])
 def test_loss_is_the_weighted_mean_of_a_plain_loop(gamma: float | None) -> None:
-    trainee, batch = tiny_trainee(), some_batch()
+    trainee, batch = taught_trainee(), some_batch()
     objective = DFlash(block_size=BLOCK, mask_token_id=MASK, decay_gamma=gamma)
     output = objective.loss_at(trainee, batch, *as_tensors(every_anchor()))
     loss = weights = right = total = nats = 0.0
-    lengths = []
+    lengths: list[int] = []
+    by_place: list[list[bool]] = [[] for _ in range(1, BLOCK)]
     for _, _, nll, is_right in plain_blocks(trainee):
+        for k, one in enumerate(is_right):
+            by_place[k].append(one)
         for k, value in enumerate(nll, start=1):
             weight = math.exp(-(k - 1) / (gamma or 2.0))
             loss, weights = loss + weight * value, weights + weight
@@ -150,6 +167,10 @@ def test_loss_is_the_weighted_mean_of_a_plain_loop(gamma: float | None) -> None:
     figures = {name: (s.item(), n.item()) for name, (s, n) in output.metrics.items()}
     assert figures["draft_nll"] == (pytest.approx(nats, rel=1e-5), total)
     assert figures["draft_accuracy"] == (right, total)
+    for k, ones in enumerate(by_place, start=1):
+        assert figures.pop(f"draft_accuracy_{k}") == (sum(ones), len(ones))
+    assert len({len(ones) for ones in by_place}) == BLOCK - 1
+    assert not [name for name in figures if name.startswith("draft_accuracy_")]
     assert figures["expected_acceptance_length"] == (sum(lengths), len(lengths))
 
 
@@ -332,8 +353,9 @@ def test_acceptance_is_what_transformers_accepts_of_the_target_s_own_text(
     assert torch.equal(text, own)
     taken = [b - a for a, b in pairwise(anchors)]
     anchors = [anchor for anchor in anchors[:-1] if anchor + BLOCK <= text.shape[1]]
-    lengths, is_whole = objective.acceptance(trainee, batch, *as_tensors([anchors]))
+    is_right, is_whole = objective.agreement(trainee, batch, *as_tensors([anchors]))
     assert is_whole.all()
+    lengths = accepted(is_right)
     assert lengths[0].tolist() == taken[: len(anchors)]
     assert len(set(taken)) > 2, "one length alone would prove little"
 

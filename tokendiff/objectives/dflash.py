@@ -104,6 +104,7 @@ class DFlash:
                 "draft_nll": (nats, num_targets),
                 "draft_accuracy": (is_right.sum(), num_targets),
                 "expected_acceptance_length": (accepted(is_right)[is_whole].sum(), is_whole.sum()),
+                **_accuracy_by_place(is_right, blocks.is_target),
             },
         )
 
@@ -146,14 +147,15 @@ class DFlash:
         return loss_sum, nats, is_right, is_target[:, :, 0].sum() if weighs_blocks else fixed.sum()
 
     @torch.no_grad()
-    def acceptance(
+    def agreement(
         self, model: DraftBesideTarget, batch: TokenBatch, anchors: Tensor, is_anchor: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """How many tokens of each block a target whose greedy text this is would take.
+        """Which tokens of each block are the text's. A target whose greedy text this is takes as
+        many tokens of a block as `accepted` says.
 
         Returns:
-            [B, A] from 1 (none of the draft's, and the target's own next token) to K; and [B, A]
-            whether the block is a whole one of an anchor: only such are to be counted.
+            [B, A, K - 1]; and [B, A] whether the block is a whole one of an anchor: only such are
+            to be counted.
         """
         blocks = self.blocks_at(batch, anchors, is_anchor)
         at = blocks.is_target.nonzero(as_tuple=True)
@@ -165,7 +167,7 @@ class DFlash:
         )
         is_right = torch.zeros_like(blocks.is_target)
         is_right[at] = right
-        return accepted(is_right), blocks.is_target.all(-1)
+        return is_right, blocks.is_target.all(-1)
 
     def blocks_at(self, batch: TokenBatch, anchors: Tensor, is_anchor: Tensor) -> Blocks:
         length, size = batch.tokens.shape[1], self.block_size
@@ -234,6 +236,16 @@ def accepted(is_right: Tensor) -> Tensor:
     Its mean over blocks is 1 + sum over k of the share of blocks whose first k tokens are right.
     """
     return 1 + is_right.long().cumprod(-1).sum(-1)
+
+
+def _accuracy_by_place(is_right: Tensor, is_target: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """draft_accuracy_k, k = 1..K-1: share of the targets k places behind their anchor that are the
+    likeliest token, whatever stands before them. They leave the device with all other metrics.
+    """
+    counts = [of.flatten(0, 1).sum(0).unbind() for of in (is_right, is_target)]
+    return {
+        f"draft_accuracy_{k}": pair for k, pair in enumerate(zip(*counts, strict=True), start=1)
+    }
 
 
 def _exact(logits: Tensor) -> Tensor:
