@@ -121,7 +121,7 @@ def test_a_block_sees_its_own_document_before_its_anchor_and_itself() -> None:
                 assert mask[row, 0, block * BLOCK + k].tolist() == seen
 
 
-@pytest.mark.parametrize("kernel", ["dense", "flex"])
+@pytest.mark.parametrize("kernel", ["dense", "tiles", "flex"])
 @torch.no_grad()
 def test_blocks_of_a_batch_are_what_each_is_alone(
     kernel: Any, monkeypatch: pytest.MonkeyPatch
