@@ -269,7 +269,7 @@ def _add_section_flags(
         parent = fields.get(path[:-1])
         if parent and len(models_in(parent[0][1].annotation)) > len(variants):
             details.insert(0, f"{path[-2]} {', '.join(tags(owner)[0] for owner, _ in variants)}")
-        text = f"{field.description or ''} ({'; '.join(details)})".replace(" ()", "")
+        text = f"{_description(variants)} ({'; '.join(details)})".replace(" ()", "")
         kwargs: dict[str, Any] = _shape(field.annotation)
         group.add_argument(
             f"--{path[-1]}",
@@ -281,6 +281,18 @@ def _add_section_flags(
         if short := _SHORT_FLAGS.get(path[-1]):
             kwargs |= {"dest": ".".join(path), "default": argparse.SUPPRESS}
             group.add_argument(short, help=argparse.SUPPRESS, **kwargs)
+
+
+def _choices(field: Any) -> tuple[str, ...]:
+    literals = (t for t in alternatives(field.annotation) if get_origin(t) is Literal)
+    return tuple(str(choice) for literal in literals for choice in get_args(literal))
+
+
+def _description(variants: Variants) -> str:
+    """What a field is; of one that means another choice in each model, what it is in each."""
+    texts = [field.description or "" for _, field in variants]
+    is_one = len({_choices(field) for _, field in variants}) == 1
+    return texts[0] if is_one else "; ".join(dict.fromkeys(texts))
 
 
 def _shape(annotation: Any) -> dict[str, Any]:
@@ -297,11 +309,16 @@ def _shape(annotation: Any) -> dict[str, Any]:
 def _details(variants: Variants) -> list[str]:
     """Allowed values of a field, and its default, by model where the models differ."""
     field = variants[0][1]
-    types = alternatives(field.annotation)
-    choices = [str(c) for t in types if get_origin(t) is Literal for c in get_args(t)]
+    owners: dict[str, list[str]] = {}
+    for owner, variant in variants:
+        owners.setdefault(", ".join(_choices(variant)), []).extend(tags(owner)[:1])
     if is_tagged(field):
-        choices = [tag for model in models_in(field.annotation) for tag in tags(model)]
-    details = [f"one of {', '.join(choices)}"] if choices else []
+        choices = ", ".join(tag for model in models_in(field.annotation) for tag in tags(model))
+    elif len(owners) == 1:
+        (choices,) = owners
+    else:
+        choices = " or ".join(f"{names} for {', '.join(of)}" for names, of in owners.items())
+    details = [f"one of {choices}"] if choices else []
     for rule in field.metadata:
         details += [
             f"{sign} {getattr(rule, at)}" for at, sign in _BOUNDS.items() if hasattr(rule, at)

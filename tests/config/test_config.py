@@ -583,6 +583,14 @@ def test_a_published_pipeline_can_be_turned_into_the_builtin_one(name: str) -> N
             "-o train.objective: max_loss_weight 5.0 has no effect with loss_type",
         ),
         (
+            ["train.objective={name: dflash, loss_type: dpace, decay_gamma: 5.0}"],
+            "-o train.objective: decay_gamma 5.0 has no effect with loss_type 'dpace'",
+        ),
+        (
+            ["train.objective={name: dflash, dpace_alpha: 0.4}"],
+            "-o train.objective: dpace_alpha 0.4 has no effect with loss_type 'dflash'",
+        ),
+        (
             ["train.objective={name: udlm, alpha_schedule: cosine, sigma_max: 5.0}"],
             "-o train.objective: sigma_max: not used by alpha_schedule 'cosine'",
         ),

@@ -132,6 +132,7 @@ def test_help_says_what_is_allowed_and_what_is_the_default(
     )
     assert "(objective hybrid; >= 0.0; < 1.0; default: 0.1)" in text
     names = ", ".join(objective_names())
+    assert "one of elbo, cross_entropy for udlm, hybrid or dflash, dpace for dflash" in text
     assert f"--objective TEXT what is trained (one of {names}; default: mdlm)" in text
     assert "--compile [true|false] torch.compile the encoder (default: false)" in text
     assert "--data_path TEXT folder that jobs.preprocess wrote --output_dir" in text

@@ -1,7 +1,7 @@
 """The dflash objective: anchors, mask, loss and acceptance length, held against plain loops."""
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -16,7 +16,9 @@ from tokendiff.diffusion.random import RowGenerator
 from tokendiff.errors import InputError
 from tokendiff.models.dflash.model import DFlashDraftModel
 from tokendiff.models.dflash.trainee import DraftTrainee, check_target
-from tokendiff.objectives.dflash import DFlash, accepted, decay_gamma_of, draw_anchors
+from tokendiff.objectives import chunked
+from tokendiff.objectives.dflash import DFlash, accepted, draw_anchors
+from tokendiff.objectives.draft_weights import decay_gamma_of, decay_weights, dpace_weights
 
 LENGTH = 14
 STARTS = ((0, 9), (0, 4, 5, 12), (0,))  # of the documents of each row
@@ -58,6 +60,20 @@ def as_tensors(anchors: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 def tiny_trainee(**kwargs: Any) -> DraftTrainee:
     return DraftTrainee(tiny_draft().double(), tiny_target().double(), **kwargs)
+
+
+def taught_trainee() -> DraftTrainee:
+    """One whose draft has learnt a little of `some_batch`: it is right at some places, and wrong
+    before some of them.
+    """
+    trainee = tiny_trainee()
+    optimizer = torch.optim.Adam(trainee.model.parameters(), lr=3e-3)
+    objective = DFlash(block_size=BLOCK, mask_token_id=MASK)
+    for _ in range(10):
+        objective.loss_at(trainee, some_batch(), *as_tensors(every_anchor())).loss_sum.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return trainee
 
 
 def plain_hidden(trainee: DraftTrainee, tokens: list[int], anchor: int) -> Tensor:
@@ -105,7 +121,7 @@ def test_a_block_sees_its_own_document_before_its_anchor_and_itself() -> None:
                 assert mask[row, 0, block * BLOCK + k].tolist() == seen
 
 
-@pytest.mark.parametrize("kernel", ["dense", "flex"])
+@pytest.mark.parametrize("kernel", ["dense", "tiles", "flex"])
 @torch.no_grad()
 def test_blocks_of_a_batch_are_what_each_is_alone(
     kernel: Any, monkeypatch: pytest.MonkeyPatch
@@ -116,9 +132,9 @@ def test_blocks_of_a_batch_are_what_each_is_alone(
     # flex_attention as plain arithmetic: compiling it takes a while.
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     with torch._dynamo.config.patch(disable=True):
-        hidden, at = objective._hidden(
-            trainee, batch, anchors, objective.blocks_at(batch, anchors, is_anchor)
-        )
+        blocks = objective.blocks_at(batch, anchors, is_anchor)
+        at = blocks.is_target.nonzero(as_tuple=True)
+        hidden = objective._hidden(trainee, batch, anchors, blocks)[at]
     place = list(zip(*(index.tolist() for index in at), strict=True))
     for row, places in enumerate(every_anchor()):
         for block, anchor in enumerate(places):
@@ -131,12 +147,15 @@ def test_blocks_of_a_batch_are_what_each_is_alone(
 
 @pytest.mark.parametrize("gamma", [None, 0.7])
 def test_loss_is_the_weighted_mean_of_a_plain_loop(gamma: float | None) -> None:
-    trainee, batch = tiny_trainee(), some_batch()
+    trainee, batch = taught_trainee(), some_batch()
     objective = DFlash(block_size=BLOCK, mask_token_id=MASK, decay_gamma=gamma)
     output = objective.loss_at(trainee, batch, *as_tensors(every_anchor()))
     loss = weights = right = total = nats = 0.0
-    lengths = []
+    lengths: list[int] = []
+    by_place: list[list[bool]] = [[] for _ in range(1, BLOCK)]
     for _, _, nll, is_right in plain_blocks(trainee):
+        for k, one in enumerate(is_right):
+            by_place[k].append(one)
         for k, value in enumerate(nll, start=1):
             weight = math.exp(-(k - 1) / (gamma or 2.0))
             loss, weights = loss + weight * value, weights + weight
@@ -148,7 +167,83 @@ def test_loss_is_the_weighted_mean_of_a_plain_loop(gamma: float | None) -> None:
     figures = {name: (s.item(), n.item()) for name, (s, n) in output.metrics.items()}
     assert figures["draft_nll"] == (pytest.approx(nats, rel=1e-5), total)
     assert figures["draft_accuracy"] == (right, total)
+    for k, ones in enumerate(by_place, start=1):
+        assert figures.pop(f"draft_accuracy_{k}") == (sum(ones), len(ones))
+    assert len({len(ones) for ones in by_place}) == BLOCK - 1
+    assert not [name for name in figures if name.startswith("draft_accuracy_")]
     assert figures["expected_acceptance_length"] == (sum(lengths), len(lengths))
+
+
+def plain_dpace(nll: list[float], alpha: float) -> list[float]:
+    """The weights of a block as sums of products."""
+    smoothed = [(1 - alpha) * math.exp(-value) + alpha for value in nll]
+    return [sum(math.prod(smoothed[: m + 1]) for m in range(j, len(nll))) for j in range(len(nll))]
+
+
+def test_dpace_weights_are_sums_of_products_over_what_the_text_reaches() -> None:
+    nll = torch.rand(7, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 4
+    reach = torch.tensor([5, 5, 4, 3, 2, 1, 0])
+    is_target = torch.arange(5) < reach[:, None]
+    for alpha in (0.0, 0.3, 1.0):
+        weights = dpace_weights(nll, is_target, alpha=alpha)
+        for row, count in enumerate(reach.tolist()):
+            expected = plain_dpace(nll[row, :count].tolist(), alpha)
+            assert weights[row].tolist() == pytest.approx([*expected, *[0.0] * (5 - count)])
+    assert weights[0].tolist() == [5.0, 4.0, 3.0, 2.0, 1.0]
+
+
+def test_dpace_without_smoothing_follows_the_gradient_of_the_accepted_length() -> None:
+    """That length is taken from every way in which the tokens of a block may be accepted or not."""
+    nll = torch.rand(3, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 2
+    nll.requires_grad_()
+    length = nll.new_zeros(())
+    for outcome in product([True, False], repeat=4):
+        took = torch.tensor(outcome)
+        chance = torch.where(took, torch.exp(-nll), 1 - torch.exp(-nll)).prod(-1)
+        length = length + (chance * took.long().cumprod(-1).sum()).sum()
+    (by_length,) = torch.autograd.grad(-length, nll)
+    weights = dpace_weights(nll, torch.ones(3, 4, dtype=torch.bool), alpha=0.0)
+    assert not weights.requires_grad
+    torch.testing.assert_close(weights, by_length)
+
+
+@pytest.mark.parametrize("most_tokens", [None, (11, 5)])
+def test_dpace_loss_and_gradient_are_those_of_plain_blocks(
+    most_tokens: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where logits are made of a few tokens at a time, which no block is cut by."""
+    if most_tokens is not None:
+        monkeypatch.setattr(chunked, "_CPU_ELEMENTS", tuple(V * count for count in most_tokens))
+    trainee, batch = tiny_trainee(), some_batch()
+    objective = DFlash(block_size=BLOCK, mask_token_id=MASK, loss_type="dpace", dpace_alpha=0.3)
+    output = objective.loss_at(trainee, batch, *as_tensors(every_anchor()))
+    output.loss_sum.backward()
+    grads = [parameter.grad.clone() for parameter in trainee.model.parameters()]  # type: ignore[union-attr]
+    trainee.zero_grad()
+    losses, blocks = [], plain_blocks(trainee)
+    for row, anchor, values, _ in blocks:
+        start, end = document_of(row, anchor)
+        tokens = batch.tokens[row, start:end]
+        hidden = plain_hidden(trainee, tokens.tolist(), anchor - start)[: len(values)]
+        nll = torch.nn.functional.cross_entropy(
+            trainee.target.lm_head(hidden),
+            tokens[anchor - start + 1 :][: len(values)],
+            reduction="none",
+        )
+        losses.append((nll * torch.tensor(plain_dpace(values, 0.3))).sum())
+    assert len({len(values) for _, _, values, _ in blocks}) > 1
+    total = torch.stack(losses).sum()
+    total.backward()
+    assert output.loss_sum.item() == pytest.approx(total.item(), rel=1e-5)
+    assert output.num_tokens.item() == len(blocks)
+    for grad, parameter in zip(grads, trainee.model.parameters(), strict=True):
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-5)
+    fixed = DFlash(block_size=BLOCK, mask_token_id=MASK)
+    others = fixed.loss_at(trainee, batch, *as_tensors(every_anchor())).metrics
+    figures = {name: [float(part) for part in pair] for name, pair in output.metrics.items()}
+    assert figures == {
+        name: pytest.approx([float(p) for p in pair]) for name, pair in others.items()
+    }
 
 
 def test_gradient_reaches_every_weight_of_the_draft_and_none_of_the_target() -> None:
@@ -258,8 +353,9 @@ def test_acceptance_is_what_transformers_accepts_of_the_target_s_own_text(
     assert torch.equal(text, own)
     taken = [b - a for a, b in pairwise(anchors)]
     anchors = [anchor for anchor in anchors[:-1] if anchor + BLOCK <= text.shape[1]]
-    lengths, is_whole = objective.acceptance(trainee, batch, *as_tensors([anchors]))
+    is_right, is_whole = objective.agreement(trainee, batch, *as_tensors([anchors]))
     assert is_whole.all()
+    lengths = accepted(is_right)
     assert lengths[0].tolist() == taken[: len(anchors)]
     assert len(set(taken)) > 2, "one length alone would prove little"
 
@@ -271,9 +367,11 @@ def test_accepted_counts_the_agreeing_prefix_and_the_target_s_own_token() -> Non
 
 def test_published_gammas_and_what_cannot_be() -> None:
     assert [decay_gamma_of(size) for size in (16, 10, 8)] == [7.0, 5.0, 4.0]
-    weights = DFlash(block_size=16, mask_token_id=0).weights
-    assert weights.tolist() == pytest.approx([math.exp(-k / 7) for k in range(15)])
-    for fields in ({"block_size": 1}, {"num_anchors": 0}, {"decay_gamma": 0.0}):
+    assert decay_weights(16).tolist() == pytest.approx([math.exp(-k / 7) for k in range(15)])
+    for fields in (
+        *({"block_size": 1}, {"num_anchors": 0}, {"decay_gamma": 0.0}),
+        *({"loss_type": "pace"}, {"dpace_alpha": 1.1}, {"dpace_alpha": -0.1}),
+    ):
         with pytest.raises(ValueError, match=next(iter(fields))):
             DFlash(**{"block_size": 8, "mask_token_id": 0, **fields})  # type: ignore[arg-type]
 

@@ -34,6 +34,7 @@ from tokendiff.objectives.block_diffusion import BlockDiffusion, encode_beside_c
 from tokendiff.objectives.block_refinement import BlockRefinement
 from tokendiff.objectives.blocks import BlockSight, block_rows
 from tokendiff.objectives.dflash import DFlash, draw_anchors
+from tokendiff.objectives.draft_weights import decay_weights
 from tokendiff.objectives.mdlm import MDLM
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
 from tokendiff.samplers.block_refinement import BlockRefinementSampler
@@ -548,6 +549,7 @@ def test_a_drafts_loss_ends_with_the_answer_that_its_block_is_in() -> None:
     trainee, batch = drafts.tiny_trainee(), draft_chats()
     objective = DFlash(block_size=drafts.BLOCK, mask_token_id=drafts.MASK)
     output = objective.loss_at(trainee, batch, *drafts.as_tensors(allowed_anchors(batch)))
+    weights = decay_weights(drafts.BLOCK).tolist()
     expected, total, count = 0.0, 0.0, 0
     for row, anchor, nll, _ in drafts.plain_blocks(trainee):
         if anchor not in allowed_anchors(batch)[row]:
@@ -555,8 +557,8 @@ def test_a_drafts_loss_ends_with_the_answer_that_its_block_is_in() -> None:
         for k, value in enumerate(nll):
             if not batch.is_target[row, anchor + 1 + k]:
                 break
-            expected += float(objective.weights[k]) * value
-            total, count = total + float(objective.weights[k]), count + 1
+            expected += weights[k] * value
+            total, count = total + weights[k], count + 1
     assert float(output.loss_sum.detach()) == pytest.approx(expected, rel=1e-6)
     assert float(output.num_tokens) == pytest.approx(total)
     assert int(output.metrics["draft_accuracy"][1]) == count

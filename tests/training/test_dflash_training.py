@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from tests.builders import letter_tokenizer, random_rows, tiny_causal, token_folder
+from tests.objectives import test_dflash as drafts
 from tests.training.distributed import run_distributed
 from tests.training.test_training import run
 from tokendiff.artifacts.checkpoint import open_checkpoint
@@ -25,14 +26,21 @@ from tokendiff.data.rows import TokenData
 from tokendiff.data.shard_index import ShardIndex
 from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.diffusion.interfaces import TokenBatch
+from tokendiff.diffusion.random import RowGenerator
 from tokendiff.errors import InputError
-from tokendiff.evaluation.draft_acceptance import DraftEvaluator, acceptance_figures
+from tokendiff.evaluation.draft_acceptance import (
+    DraftEvaluator,
+    acceptance_figures,
+    accuracy_figures,
+    count_blocks,
+)
 from tokendiff.evaluation.evaluator import evaluation_rows
 from tokendiff.evaluation.paired import read_rows
 from tokendiff.models.checkpoints import load_autoregressive
 from tokendiff.models.dflash.model import DFlashDraftModel
 from tokendiff.models.dflash.planning import plan_draft
 from tokendiff.objectives.autoregressive import row_nats
+from tokendiff.objectives.dflash import DFlash
 from tokendiff.training.inputs import check_inputs
 
 LENGTH = 16
@@ -437,6 +445,10 @@ def test_ar_checkpoints_and_drafts_are_judged_and_reported(
     assert mean == pytest.approx(sum(n * share for n, share in enumerate(shares, start=1)))
     at = [metrics[f"expected_acceptance_at_{n}"] for n in range(1, 4)]
     assert mean == pytest.approx(1.0 + sum(at))
+    accuracy = [metrics[f"draft_accuracy_{n}"] for n in range(1, 4)]
+    assert accuracy[0] == at[0]
+    assert all(of_token >= of_prefix for of_token, of_prefix in zip(accuracy, at, strict=True))
+    assert "Agreement with the text by place" in page
     by_row = read_rows(tmp_path / "of-draft", "expected_acceptance_length")
     assert by_row is not None
     assert sorted(by_row["row_id"]) == sorted(rows.row_ids)
@@ -452,6 +464,24 @@ def test_ar_checkpoints_and_drafts_are_judged_and_reported(
     ):
         with pytest.raises(InputError, match=message):
             judge(checkpoint, "refused", **fields)
+
+
+def test_blocks_are_counted_as_a_plain_loop_counts_them() -> None:
+    trainee, batch = drafts.taught_trainee(), drafts.some_batch()
+    objective = DFlash(block_size=drafts.BLOCK, mask_token_id=drafts.MASK, num_anchors=99)
+    generator = RowGenerator(keys=torch.arange(3))
+    blocks, right = np.zeros((3, drafts.BLOCK)), np.zeros((3, drafts.BLOCK - 1))
+    for row, _, _, is_right in drafts.plain_blocks(trainee):
+        if len(is_right) == drafts.BLOCK - 1:
+            blocks[row, [*is_right, False].index(False)] += 1
+            right[row] += is_right
+    found = count_blocks(objective, trainee, batch, generator)
+    assert [counts.tolist() for counts in found] == [blocks.tolist(), right.tolist()]
+    figures = accuracy_figures(right, blocks)
+    in_all = [right[:, k].sum() / blocks.sum() for k in range(drafts.BLOCK - 1)]
+    assert list(figures.values()) == pytest.approx(in_all)
+    at = acceptance_figures(blocks.astype(int))
+    assert figures["draft_accuracy_2"] > at["expected_acceptance_at_2"]
 
 
 def test_acceptance_figures_are_those_of_the_blocks_one_by_one() -> None:

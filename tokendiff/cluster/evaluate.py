@@ -45,7 +45,11 @@ from tokendiff.diffusion.interfaces import OnProgress
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.evaluation.acceptance import accepted_by_row
 from tokendiff.evaluation.bound import Bound, summarize
-from tokendiff.evaluation.draft_acceptance import DraftEvaluator, acceptance_figures
+from tokendiff.evaluation.draft_acceptance import (
+    DraftEvaluator,
+    acceptance_figures,
+    accuracy_figures,
+)
 from tokendiff.evaluation.evaluator import Evaluator, evaluation_rows
 from tokendiff.evaluation.generation_metrics import (
     cost_metrics,
@@ -385,6 +389,7 @@ def evaluate(
             blocks = judged["blocks"]
             rows = {ROW_ID: judged[ROW_ID], **accepted_by_row(blocks)}
             metrics: dict[str, Any] = acceptance_figures(blocks)
+            metrics |= accuracy_figures(judged["right"], blocks)
             kind = "DFlash draft"
         else:
             bound, rows, token_counts = evaluate_bound(

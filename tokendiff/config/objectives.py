@@ -290,6 +290,18 @@ class DFlashConfig(_NoiselessConfig):
     num_anchors: int = Field(
         64, ge=1, description="blocks drafted per row, behind tokens chosen at random"
     )
+    loss_type: Literal["dflash", "dpace"] = added(
+        "dflash",
+        description="dflash weighs a block's tokens by decay_gamma; dpace by what the draft knows "
+        "by now, so that the tokens that end the accepted prefix count most",
+    )
+    dpace_alpha: float = added(
+        0.5,
+        gt=0.0,
+        le=1.0,
+        description="of loss_type dpace: how much of a later token's weight does not depend on the "
+        "tokens before it; 1 gives fixed weights that fall along a line",
+    )
     decay_gamma: float | None = Field(
         None,
         gt=0.0,
@@ -309,6 +321,12 @@ class DFlashConfig(_NoiselessConfig):
         description="false: a new draft is told the target's embeddings of the text in their "
         "place, to measure what they are worth",
     )
+
+    @model_validator(mode="after")
+    def _weights_are_used(self) -> "DFlashConfig":
+        idle = "dpace_alpha" if self.loss_type == "dflash" else "decay_gamma"
+        self.refuse_ignored((idle,), f"loss_type {self.loss_type!r}")
+        return self
 
 
 NEW_DRAFT_FIELDS = ("draft_num_layers", "block_size", "mask_token_id", "use_target_hidden_states")

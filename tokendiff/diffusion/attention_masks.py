@@ -10,6 +10,7 @@ which rises along a document.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -165,26 +166,40 @@ def masks_behind_each(begin: Tensor, block_length: int) -> MaskRule:
     return rule
 
 
-def dflash_blocks(document: Tensor, anchors: Tensor, block_size: int) -> MaskRule:
-    """Queries are blocks of `block_size`, one per anchor; keys are the row's L tokens, then the
-    same blocks.
+@dataclass(frozen=True, kw_only=True)
+class AnchoredBlocks:
+    """A rule: queries are A blocks of `block_size`; keys are the row's L tokens, then the same
+    blocks. A block sees a run of the tokens, and itself whole.
 
-    A block sees the tokens of its anchor's document strictly before the anchor, and itself whole.
+    Being two runs of keys per block, it can be had without asking it for each pair
+    (`tokendiff.models.dflash.block_attention`).
+
+    Attributes:
+        begin, end: [B, A] int64, the run of tokens; empty where they are equal.
+        length: L.
+    """
+
+    begin: Tensor
+    end: Tensor
+    length: int
+    block_size: int
+
+    def __call__(self, b: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        block = q // self.block_size
+        is_context = (kv >= self.begin[b, block]) & (kv < self.end[b, block])
+        is_own = (kv >= self.length) & ((kv - self.length) // self.block_size == block)
+        return is_context | is_own
+
+
+def dflash_blocks(document: Tensor, anchors: Tensor, block_size: int) -> AnchoredBlocks:
+    """A block sees the tokens of its anchor's document strictly before the anchor.
 
     Args:
         anchors: [B, A] int64 places in the row; a block that is not used has 0, and sees itself.
 
     Source: DFlash (arXiv 2602.06036).
     """
-    length = document.shape[1]
-
-    def rule(b: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        block = q // block_size
-        anchor = anchors[b, block]
-        is_before = kv < anchor
-        place = torch.where(is_before, kv, 0)  # of a key that is no token of the row, any will do
-        is_context = is_before & (document[b, place] == document[b, anchor])
-        is_own = (kv >= length) & ((kv - length) // block_size == block)
-        return is_context | is_own
-
-    return rule
+    place = positions_in_document(document).gather(1, anchors)
+    return AnchoredBlocks(
+        begin=anchors - place, end=anchors, length=document.shape[1], block_size=block_size
+    )

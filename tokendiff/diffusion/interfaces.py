@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from tokendiff.diffusion.attention_masks import MaskRule
+from tokendiff.diffusion.attention_masks import AnchoredBlocks, MaskRule
 from tokendiff.diffusion.random import RowGenerator
 
 
@@ -90,7 +90,9 @@ class DraftBesideTarget(Protocol):
         """
         ...
 
-    def draft(self, tokens: Tensor, context: Tensor, positions: Tensor, rule: MaskRule) -> Tensor:
+    def draft(
+        self, tokens: Tensor, context: Tensor, positions: Tensor, rule: AnchoredBlocks
+    ) -> Tensor:
         """Hidden states [B, Q, D] of blocks.
 
         Args:

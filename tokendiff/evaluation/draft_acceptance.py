@@ -34,7 +34,7 @@ from tokendiff.models.dflash.planning import (
 )
 from tokendiff.models.dflash.trainee import load_trainee
 from tokendiff.models.vocabulary import check_vocabulary
-from tokendiff.objectives.dflash import DFlash, draw_anchors
+from tokendiff.objectives.dflash import DFlash, accepted, draw_anchors
 
 if TYPE_CHECKING:
     from tokendiff.config.evaluate import EvaluateConfig
@@ -85,7 +85,9 @@ class DraftEvaluator:
     def acceptance(
         self, rows: TokenRows, *, on_progress: OnProgress = unwatched
     ) -> dict[str, np.ndarray]:
-        """Per row: blocks [rows, K], how many of its blocks have 1..K tokens accepted."""
+        """Per row: blocks [rows, K], how many of its blocks have 1..K tokens accepted, and right
+        [rows, K - 1], in how many of them the 1st, 2nd, ... drafted token is the text's.
+        """
         counts = []
         for at in range(0, len(rows), self._config.batch_size):
             part = rows.take(slice(at, at + self._config.batch_size))
@@ -94,22 +96,28 @@ class DraftEvaluator:
             generator = RowGenerator.for_rows(key_from(self._config.seed, "evaluate"), ids)
             is_bf16 = self._config.mixed_precision == "bf16"
             with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_bf16):
-                found = blocks_by_length(self._objective, self._trainee, batch, generator)
-            counts.append(found.cpu().numpy())
+                found = count_blocks(self._objective, self._trainee, batch, generator)
+            counts.append(torch.cat(found, dim=1).cpu().numpy())
             on_progress(partial(rows.first, at + self._config.batch_size))
-        return {"blocks": np.concatenate(counts)}
+        blocks, right = np.split(np.concatenate(counts), [self._objective.block_size], axis=1)
+        return {"blocks": blocks, "right": right}
 
 
-def blocks_by_length(
+def count_blocks(
     objective: DFlash, model: DraftBesideTarget, batch: TokenBatch, generator: RowGenerator
-) -> torch.Tensor:
-    """[B, K] how many of the row's blocks, behind anchors that are drawn, have 1..K tokens
-    accepted; those that the text ends in are left out.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row's blocks behind anchors that are drawn, those that the text ends in left out.
+
+    Returns:
+        [B, K] how many have 1..K tokens accepted; and [B, K - 1] in how many the 1st, 2nd, ...
+        drafted token is the text's, whatever stands before it.
     """
     anchors = draw_anchors(batch, generator, objective.num_anchors)
-    lengths, is_whole = objective.acceptance(model, batch, *anchors)
+    is_right, is_whole = objective.agreement(model, batch, *anchors)
+    lengths = accepted(is_right)
     sizes = torch.arange(1, objective.block_size + 1, device=lengths.device)
-    return ((lengths[:, :, None] == sizes) & is_whole[:, :, None]).sum(1)
+    has_length = (lengths[:, :, None] == sizes) & is_whole[:, :, None]
+    return has_length.sum(1), (is_right & is_whole[:, :, None]).sum(1)
 
 
 def acceptance_figures(blocks: np.ndarray) -> dict[str, float]:
@@ -146,3 +154,14 @@ def acceptance_figures(blocks: np.ndarray) -> dict[str, float]:
         "num_rows": rows,
         "num_blocks": total,
     }
+
+
+def accuracy_figures(right: np.ndarray, blocks: np.ndarray) -> dict[str, float]:
+    """draft_accuracy_k, k = 1..K-1: share of the blocks whose k-th drafted token is the text's,
+    whatever stands before it.
+
+    Args:
+        right, blocks: counts [rows, K - 1] and [rows, K] from `DraftEvaluator`, of some block.
+    """
+    shares = right.sum(0) / blocks.sum()
+    return {f"draft_accuracy_{k}": float(share) for k, share in enumerate(shares, start=1)}

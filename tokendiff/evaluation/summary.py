@@ -9,6 +9,7 @@ from tokendiff.evaluation.bound import Bound
 from tokendiff.evaluation.report import Denoising, Report, Table, explain_bound
 
 _SHOWN_SAMPLES = 16
+_ACCURACY = "draft_accuracy_"
 
 
 def make_report(
@@ -64,7 +65,7 @@ def make_report(
         metrics={name: float(value) for name, value in metrics.items() if value is not None},
         samples=[dict(record) for record in samples[:_SHOWN_SAMPLES]],
         denoising=None if trace is None else Denoising(**trace, num_prompt_tokens=0),
-        tables=[*speculation_tables(metrics), *more_tables],
+        tables=[*accuracy_tables(metrics), *speculation_tables(metrics), *more_tables],
         config_yaml=config_yaml,
     )
 
@@ -140,6 +141,20 @@ def acceptance_headline(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]
             "share of the blocks whose first 1, 2, 3, ... drafted tokens all agree",
         ),
     ]
+
+
+def accuracy_tables(metrics: Mapping[str, Any]) -> list[Table]:
+    """A draft's figures place by place; nothing where there are none."""
+    accuracy = {
+        int(name.removeprefix(_ACCURACY)): value
+        for name, value in metrics.items()
+        if name.startswith(_ACCURACY)
+    }
+    if not accuracy:
+        return []
+    rows = [[k, value, metrics[f"expected_acceptance_at_{k}"]] for k, value in accuracy.items()]
+    columns = ["drafted token", "share that is right", "share right with all before it"]
+    return [("Agreement with the text by place in the block", columns, rows)]
 
 
 def _speed(training_log: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:

@@ -24,7 +24,8 @@ class Tile:
     """Queries [start, stop), the runs of keys that they see something of, and the mask there.
 
     Attributes:
-        mask: [B, 1, stop - start, keys of all runs] bool; None where all is seen.
+        mask: [B, 1, stop - start, keys of all runs] bool, or floats that are added to scores; None
+            where all is seen.
     """
 
     start: int

@@ -7,5 +7,6 @@ For other rooms:
     blocks            rows of packed documents, cut into blocks
 
 Of this room alone:
+    draft_weights     what each drafted token of a block counts
     masked            what the losses at masked positions share
 """

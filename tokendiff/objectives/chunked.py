@@ -32,6 +32,7 @@ def reduce_through_head(
     loss_of: ChunkLoss,
     *,
     chunk_tokens: int | None = None,
+    group: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Sum of a loss over N tokens, and of its metrics.
 
@@ -40,6 +41,8 @@ def reduce_through_head(
         hidden: [N, D]; N may be 0.
         columns: what the loss needs to know of each token, each [N, ...].
         chunk_tokens: by default as many as fit the device.
+        group: so many tokens in a row belong together: `loss_of` is given them at once. N is a
+            multiple of it.
 
     Returns:
         (loss, a scalar whose gradient is known already and may be asked for once; metrics [M],
@@ -49,14 +52,14 @@ def reduce_through_head(
     grads: list[Tensor] = []
     hidden_grads: list[Tensor] = []
     loss_sum, metric_sum = None, None
-    for states, *chunk in _chunks(head, hidden, columns, chunk_tokens):
+    for states, *chunk in _chunks(head, hidden, columns, chunk_tokens, group):
         states = states.detach().requires_grad_(hidden.requires_grad)
         logits = head(states)
         by_logits = None
         if logits.requires_grad:
             is_spent = _is_product(logits)
             by_logits = logits.detach() if is_spent else torch.empty_like(logits)
-        for loss, metrics in _parts(logits.detach(), chunk, loss_of, by_logits):
+        for loss, metrics in _parts(logits.detach(), chunk, loss_of, by_logits, group):
             loss_sum = loss if loss_sum is None else loss_sum + loss
             metric_sum = metrics if metric_sum is None else metric_sum + metrics
         if by_logits is not None:
@@ -76,13 +79,17 @@ def reduce_through_head(
 
 
 def _parts(
-    logits: Tensor, columns: Sequence[Tensor], loss_of: ChunkLoss, by_logits: Tensor | None
+    logits: Tensor,
+    columns: Sequence[Tensor],
+    loss_of: ChunkLoss,
+    by_logits: Tensor | None,
+    group: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Loss and metrics of each part of a chunk; its gradient is written to `by_logits` [n, V],
     which may be the logits themselves.
     """
     _, most = _most_elements(logits.device)
-    num_tokens = max(1, most // logits.shape[-1])
+    num_tokens = max(1, most // logits.shape[-1] // group) * group
     by_parts = by_logits.split(num_tokens) if by_logits is not None else itertools.repeat(None)
     parts = zip(*(column.split(num_tokens) for column in (logits, *columns)), strict=True)
     for (part, *chunk), by_part in zip(parts, by_parts, strict=False):
@@ -116,6 +123,7 @@ def _chunks(
     hidden: Tensor,
     columns: tuple[Tensor, ...],
     chunk_tokens: int | None,
+    group: int = 1,
 ) -> Iterator[tuple[Tensor, ...]]:
     if chunk_tokens is None:
         with torch.no_grad():
@@ -123,6 +131,7 @@ def _chunks(
         most, _ = _most_elements(hidden.device)
         num_chunks = max(1, math.ceil(len(hidden) * vocab_size / most))
         chunk_tokens = max(1, math.ceil(len(hidden) / num_chunks))  # none much smaller than others
+    chunk_tokens = math.ceil(chunk_tokens / group) * group
     yield from zip(*(column.split(chunk_tokens) for column in (hidden, *columns)), strict=True)
 
 

@@ -4,15 +4,20 @@ For an anchor at place a of a document, the draft reads the frozen target's hidd
 tokens before a and the block [x_a, m, ..., m]; what it says at place k of the block is judged
 against x_{a+k}:
 
-    L = sum over anchors and k = 1..K-1 of w_k * -ln p_k(x_{a+k}),   w_k = exp(-(k - 1) / gamma)
+    L = sum over anchors and k = 1..K-1 of w_k * -ln p_k(x_{a+k})
 
-divided by the sum of the weights of the whole global batch. An early token counts more since the
-later ones are thrown away where it is refused.
+With `loss_type` "dflash" the weights are fixed, w_k = exp(-(k - 1) / gamma), and L is divided by
+their sum over the whole global batch. With "dpace" they follow from what the draft knows by now
+(`tokendiff.objectives.draft_weights`), and L is divided by the number of anchors: the sum of these
+weights is the length that is expected to be accepted, and dividing by it would take away that a
+block counts more, the more of it is accepted.
 
-Source: DFlash (arXiv 2602.06036), section 4.
+Source: DFlash (arXiv 2602.06036), section 4; D-PACE (arXiv 2605.18810).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,13 +31,7 @@ from tokendiff.objectives.chunked import (
     predict_through_head,
     reduce_through_head,
 )
-
-
-def decay_gamma_of(block_size: int) -> float:
-    """The published gamma, 7, 5 and 4 for blocks of 16, 10 and 8, and between them a straight
-    line; half the block size below.
-    """
-    return block_size / 2 if block_size <= 10 else 5 + (block_size - 10) / 3
+from tokendiff.objectives.draft_weights import decay_weights, dpace_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +58,17 @@ class DFlash:
     Attributes:
         block_size: K, the anchor included.
         num_anchors: A, per row at most; a row with fewer places for one has fewer.
-        decay_gamma: None takes `decay_gamma_of(block_size)`.
+        loss_type: what the drafted tokens weigh.
+        decay_gamma: of "dflash"; None takes `decay_gamma_of(block_size)`.
+        dpace_alpha: of "dpace".
     """
 
     block_size: int
     mask_token_id: int
     num_anchors: int = 64
+    loss_type: Literal["dflash", "dpace"] = "dflash"
     decay_gamma: float | None = None
+    dpace_alpha: float = 0.5
 
     def __post_init__(self) -> None:
         if self.block_size < 2:
@@ -74,12 +77,10 @@ class DFlash:
             raise ValueError(f"num_anchors must be at least 1, got {self.num_anchors}")
         if self.decay_gamma is not None and self.decay_gamma <= 0.0:
             raise ValueError(f"decay_gamma must be positive, got {self.decay_gamma}")
-
-    @property
-    def weights(self) -> Tensor:
-        """[K - 1] float64, falling from 1."""
-        gamma = self.decay_gamma or decay_gamma_of(self.block_size)
-        return torch.exp(-torch.arange(self.block_size - 1, dtype=torch.float64) / gamma)
+        if self.loss_type not in ("dflash", "dpace"):
+            raise ValueError(f"loss_type must be dflash or dpace, got {self.loss_type!r}")
+        if not 0.0 <= self.dpace_alpha <= 1.0:
+            raise ValueError(f"dpace_alpha must lie between 0 and 1, got {self.dpace_alpha}")
 
     def loss(
         self, model: DraftBesideTarget, batch: TokenBatch, generator: RowGenerator
@@ -92,55 +93,81 @@ class DFlash:
     ) -> LossOutput:
         """The loss at given anchors [B, A]; nothing is drawn here."""
         blocks = self.blocks_at(batch, anchors, is_anchor)
-        hidden, at = self._hidden(model, batch, anchors, blocks)
-        targets = blocks.targets[at]
-        weight = self.weights.to(hidden.device)[at[2]]
-        right = torch.zeros_like(targets, dtype=torch.bool)  # written to, part by part
-
-        def loss_of(
-            logits: Tensor, targets: Tensor, weight: Tensor, right: Tensor
-        ) -> tuple[Tensor, Tensor]:
-            logits = _exact(logits)
-            nll = negative_log_likelihood(logits, targets)
-            right.copy_(is_likeliest(logits, targets))
-            return (weight.to(nll.dtype) * nll).sum(), nll.detach().double().sum()[None]
-
-        loss_sum, sums = reduce_through_head(model.head, hidden, (targets, weight, right), loss_of)
-        is_right = torch.zeros_like(blocks.is_target)
-        is_right[at] = right
-        is_whole = blocks.is_target.all(-1)
-        num_tokens = blocks.is_target.sum()
+        loss_sum, nats, is_right, num_tokens = self._reduce(
+            model.head, self._hidden(model, batch, anchors, blocks), blocks
+        )
+        is_whole, num_targets = blocks.is_target.all(-1), blocks.is_target.sum()
         return LossOutput(
             loss_sum=loss_sum,
-            num_tokens=weight.sum(),
+            num_tokens=num_tokens,
             metrics={
-                "draft_nll": (sums[0], num_tokens),
-                "draft_accuracy": (is_right.sum(), num_tokens),
+                "draft_nll": (nats, num_targets),
+                "draft_accuracy": (is_right.sum(), num_targets),
                 "expected_acceptance_length": (accepted(is_right)[is_whole].sum(), is_whole.sum()),
+                **_accuracy_by_place(is_right, blocks.is_target),
             },
         )
 
+    def _reduce(
+        self, head: Callable[[Tensor], Tensor], hidden: Tensor, blocks: Blocks
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss and nats, summed; [B, A, K - 1] whether a target is the likeliest token; and what
+        the loss is a mean over.
+        """
+        is_target, weighs_blocks = blocks.is_target, self.loss_type == "dpace"
+        # Weights that depend on the whole block are given whole blocks, those with any target.
+        chosen = is_target[:, :, :1].expand_as(is_target) if weighs_blocks else is_target
+        at = chosen.nonzero(as_tuple=True)
+        fixed = decay_weights(self.block_size, self.decay_gamma).to(hidden.device)[at[2]]
+        targets = blocks.targets.masked_fill(~is_target, 0)[at]
+        right = torch.zeros_like(targets, dtype=torch.bool)  # written to, part by part
+
+        def loss_of(
+            logits: Tensor, targets: Tensor, is_target: Tensor, fixed: Tensor, right: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            logits = _exact(logits)
+            nll = negative_log_likelihood(logits, targets)
+            right.copy_(is_likeliest(logits, targets) & is_target)
+            weight = fixed.to(nll.dtype)
+            if weighs_blocks:
+                by_block = (part.view(-1, self.block_size - 1) for part in (nll, is_target))
+                weight = dpace_weights(*by_block, alpha=self.dpace_alpha).flatten()
+            nats = nll.detach().double().masked_fill(~is_target, 0.0)
+            return (weight * nll).sum(), nats.sum()[None]
+
+        loss_sum, (nats,) = reduce_through_head(
+            head,
+            hidden[at],
+            (targets, is_target[at], fixed, right),
+            loss_of,
+            group=self.block_size - 1 if weighs_blocks else 1,
+        )
+        is_right = torch.zeros_like(is_target)
+        is_right[at] = right
+        return loss_sum, nats, is_right, is_target[:, :, 0].sum() if weighs_blocks else fixed.sum()
+
     @torch.no_grad()
-    def acceptance(
+    def agreement(
         self, model: DraftBesideTarget, batch: TokenBatch, anchors: Tensor, is_anchor: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """How many tokens of each block a target whose greedy text this is would take.
+        """Which tokens of each block are the text's. A target whose greedy text this is takes as
+        many tokens of a block as `accepted` says.
 
         Returns:
-            [B, A] from 1 (none of the draft's, and the target's own next token) to K; and [B, A]
-            whether the block is a whole one of an anchor: only such are to be counted.
+            [B, A, K - 1]; and [B, A] whether the block is a whole one of an anchor: only such are
+            to be counted.
         """
         blocks = self.blocks_at(batch, anchors, is_anchor)
-        hidden, at = self._hidden(model, batch, anchors, blocks)
+        at = blocks.is_target.nonzero(as_tuple=True)
         right = predict_through_head(
             model.head,
-            hidden,
+            self._hidden(model, batch, anchors, blocks)[at],
             (blocks.targets[at],),
             lambda logits, targets: is_likeliest(_exact(logits), targets),
         )
         is_right = torch.zeros_like(blocks.is_target)
         is_right[at] = right
-        return accepted(is_right), blocks.is_target.all(-1)
+        return is_right, blocks.is_target.all(-1)
 
     def blocks_at(self, batch: TokenBatch, anchors: Tensor, is_anchor: Tensor) -> Blocks:
         length, size = batch.tokens.shape[1], self.block_size
@@ -168,17 +195,13 @@ class DFlash:
 
     def _hidden(
         self, model: DraftBesideTarget, batch: TokenBatch, anchors: Tensor, blocks: Blocks
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Hidden states [N, D] for the head, of the N drafted tokens that have a target, and where
-        those are in [B, A, K - 1].
-        """
+    ) -> Tensor:
+        """Hidden states [B, A, K - 1, D] of the drafted tokens, for the head."""
         length = batch.tokens.shape[1]
         context = model.read(batch.tokens, blocks.positions[:, :length])
         rule = dflash_blocks(batch.document, anchors, self.block_size)
         hidden = model.draft(blocks.tokens, context, blocks.positions, rule)
-        hidden = hidden.unflatten(1, (-1, self.block_size))[:, :, 1:]
-        at = blocks.is_target.nonzero(as_tuple=True)
-        return hidden[at], at
+        return hidden.unflatten(1, (-1, self.block_size))[:, :, 1:]
 
 
 def draw_anchors(
@@ -213,6 +236,16 @@ def accepted(is_right: Tensor) -> Tensor:
     Its mean over blocks is 1 + sum over k of the share of blocks whose first k tokens are right.
     """
     return 1 + is_right.long().cumprod(-1).sum(-1)
+
+
+def _accuracy_by_place(is_right: Tensor, is_target: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """draft_accuracy_k, k = 1..K-1: share of the targets k places behind their anchor that are the
+    likeliest token, whatever stands before them. They leave the device with all other metrics.
+    """
+    counts = [of.flatten(0, 1).sum(0).unbind() for of in (is_right, is_target)]
+    return {
+        f"draft_accuracy_{k}": pair for k, pair in enumerate(zip(*counts, strict=True), start=1)
+    }
 
 
 def _exact(logits: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ Each line is `{"time": unix seconds, "event": name, ...fields}`. Events, and the
     start       step (0, or the one resumed from), max_train_steps, and facts of the run: rows,
                 tokens_per_step, num_params, num_workers
     memory      total, bytes that a worker needs at the peak of a step; description: what for
-    metrics     step, loss, lr, grad_norm, tokens_per_second, data_wait_fraction, ...
+    metrics     step, loss, lr, grad_norm, tokens_per_second, data_wait_fraction, and what the
+                objective tells: of a draft draft_nll, draft_accuracy, draft_accuracy_1, ... by
+                place in the block, and expected_acceptance_length
     progress    done and total, counted in unit (rows, steps, bytes, ...), and tokens, those of this
                 attempt; parts of what is under way count. Preprocessing adds rows, sampling errors:
                 the prompts that could not be used

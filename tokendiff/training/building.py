@@ -119,7 +119,9 @@ def _build_dflash(config: "DFlashConfig", draft: DFlashDraftConfig) -> Objective
         block_size=draft.block_size,
         mask_token_id=draft.mask_token_id,
         num_anchors=config.num_anchors,
+        loss_type=config.loss_type,
         decay_gamma=config.decay_gamma,
+        dpace_alpha=config.dpace_alpha,
     )
 
 

@@ -6,7 +6,7 @@ import torch
 
 from tokendiff.data.rows import TokenData
 from tokendiff.diffusion.random import RowGenerator, key_from
-from tokendiff.evaluation.draft_acceptance import acceptance_figures, blocks_by_length
+from tokendiff.evaluation.draft_acceptance import acceptance_figures, count_blocks
 from tokendiff.evaluation.evaluator import evaluation_rows
 from tokendiff.objectives.dflash import DFlash
 from tokendiff.training.trainer import Trainer
@@ -31,7 +31,7 @@ def heldout_acceptance(
 
     def measure() -> dict[str, float]:
         with trainer.as_a_checkpoint() as judge:
-            blocks = judge(lambda trainee: blocks_by_length(objective, trainee, batch, generator))
+            blocks = judge(lambda trainee: count_blocks(objective, trainee, batch, generator)[0])
         if not int(blocks.sum()):
             return {}  # no row has room for a block
         figures = acceptance_figures(blocks.cpu().numpy())

@@ -22,7 +22,7 @@ from tokendiff.data.rows import TokenData, TokenRows, check_rows_to_judge
 from tokendiff.diffusion.interfaces import Objective, TokenBatch
 from tokendiff.diffusion.random import RowGenerator, key_from
 from tokendiff.errors import InputError
-from tokendiff.evaluation.draft_acceptance import blocks_by_length
+from tokendiff.evaluation.draft_acceptance import count_blocks
 from tokendiff.evaluation.evaluator import evaluation_rows, nats_by_row
 from tokendiff.objectives.dflash import DFlash
 
@@ -61,7 +61,8 @@ def yardstick_of(objective: Objective, process: NoiseProcess | None) -> Yardstic
         def judge_draft(
             model: Any, rows: TokenRows, batch: TokenBatch, generator: RowGenerator
         ) -> Tensor:
-            blocks = blocks_by_length(objective, model, batch, generator).double()
+            counts, _ = count_blocks(objective, model, batch, generator)
+            blocks = counts.double()
             return torch.stack([blocks @ sizes.to(blocks.device), blocks.sum(1)], dim=1)
 
         return Yardstick(

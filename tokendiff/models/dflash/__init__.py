@@ -6,4 +6,7 @@ For other rooms:
     mask_token        the id that stands for what is to be filled in
     trainee           a draft beside its frozen target, in training
     decoder           a target with its draft, in decoding
+
+Of this room alone:
+    block_attention   attention of many blocks at once, computed where they see something
 """

@@ -31,7 +31,9 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from tokendiff.models.pretrained import is_draft_config
+from tokendiff.models.tiled_attention import Tile, tiled_attention
 
+AnyMask = Tensor | BlockMask | tuple[Tile, ...] | None  # what a query sees, in one of these forms
 EMBEDDING_OUTPUT = -1  # as a target layer id: what the target's first layer is given
 _KNOWN_FIELDS = frozenset({"target_layer_ids", "mask_token_id", "block_size"})
 
@@ -178,7 +180,7 @@ class DFlashDraftModel(PreTrainedModel):
         self,
         noise_embeds: Tensor,
         context_hidden_states: Tensor,
-        attention_mask: Tensor | BlockMask | None = None,
+        attention_mask: AnyMask = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
@@ -194,8 +196,8 @@ class DFlashDraftModel(PreTrainedModel):
             context_hidden_states: [B, C, n D] the outputs of the target's layers
                 `config.target_layer_ids`, side by side; C may be 0.
             attention_mask: None where every query sees every key; [B, past + C + Q], 0 at keys that
-                none of the row's queries sees; [B, 1, Q, past + C + Q] bool; or flex attention's
-                BlockMask of that size.
+                none of the row's queries sees; [B, 1, Q, past + C + Q] bool; flex attention's
+                BlockMask of that size; or tiles that cover it.
             position_ids: [B or 1, C + Q] true positions; None counts on from the cache.
 
         Returns:
@@ -216,11 +218,9 @@ class DFlashDraftModel(PreTrainedModel):
             last_hidden_state=self.norm(hidden), past_key_values=past_key_values
         )
 
-    def _prepare(
-        self, mask: Tensor | BlockMask | None, dtype: torch.dtype
-    ) -> Tensor | BlockMask | None:
+    def _prepare(self, mask: AnyMask, dtype: torch.dtype) -> AnyMask:
         """The mask in the form that the attention function takes."""
-        if mask is None or isinstance(mask, BlockMask):
+        if not isinstance(mask, Tensor):
             return mask
         if mask.ndim == 2:
             mask = mask.bool()
@@ -245,7 +245,7 @@ class DFlashDraftLayer(GradientCheckpointingLayer):
         hidden: Tensor,
         context: Tensor,
         rotation: tuple[Tensor, Tensor],
-        mask: Tensor | BlockMask | None,
+        mask: AnyMask,
         cache: Cache | None,
     ) -> Tensor:
         # The context is normed already, once for all layers.
@@ -280,7 +280,7 @@ class DFlashDraftAttention(nn.Module):
         hidden: Tensor,
         context: Tensor,
         rotation: tuple[Tensor, Tensor],
-        mask: Tensor | BlockMask | None,
+        mask: AnyMask,
         cache: Cache | None,
     ) -> Tensor:
         states = torch.cat([context, hidden], dim=1)
@@ -293,19 +293,18 @@ class DFlashDraftAttention(nn.Module):
         key = _rotate(key, cosine, sine)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        name = self.config._attn_implementation
-        if isinstance(mask, BlockMask):
-            name = "flex_attention"
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        output, _ = attend(
-            self,
-            query,
-            key,
-            value,
-            mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.head_dim**-0.5,
-        )
+        how: dict[str, Any] = {
+            "dropout": self.config.attention_dropout if self.training else 0.0,
+            "scaling": self.head_dim**-0.5,
+        }
+        if isinstance(mask, tuple):
+            output, _ = tiled_attention(self, query, key, value, None, tiles=mask, **how)
+        else:
+            name = self.config._attn_implementation
+            if isinstance(mask, BlockMask):
+                name = "flex_attention"
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+            output, _ = attend(self, query, key, value, mask, **how)
         return self.o_proj(output.reshape(*hidden.shape[:-1], -1))
 
     def _heads(self, states: Tensor) -> Tensor:

@@ -6,18 +6,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask
 
-from tokendiff.diffusion.attention_masks import MaskRule, dense, mask_mod
+from tokendiff.diffusion.attention_masks import AnchoredBlocks, dense
 from tokendiff.errors import InputError, reason_of
-from tokendiff.models.dflash.model import DFlashDraftConfig, DFlashDraftModel
+from tokendiff.models.dflash.block_attention import block_mask_of, tiles_of_blocks
+from tokendiff.models.dflash.model import AnyMask, DFlashDraftConfig, DFlashDraftModel
 from tokendiff.models.dflash.planning import DraftPlan, load_draft
 from tokendiff.models.pretrained import open_weights
 
-AttentionKernel = Literal["flex", "dense"]
-# Scores of one head and row above which flex_attention, which skips what the mask leaves out, beats
-# one call with the whole mask, whose memory it also saves.
-_FLEX_SCORES = 2**20
+AttentionKernel = Literal["flex", "tiles", "dense"]
+# Scores of one head and row above which the mask of all of them is not made: it is computed what a
+# block sees, by flex_attention or in tiles. Tiles are faster from fewer scores on, but differ from
+# one call by rounding, and runs of the usual 64 anchors in rows of 1,024 go on as they began.
+_FLEX_SCORES, _TILED_SCORES = 2**20, 2**22
 _CHECK_LENGTH = 5
 
 
@@ -28,8 +29,9 @@ class DraftTrainee(nn.Module):
         draft: the module that is trained.
         target: from AutoModelForCausalLM. It is frozen here, keeps its dtype, and stays in eval
             mode.
-        attention_kernel: of the draft; both give the same numbers to rounding. By default flex
-            where there are many anchors and the device has its backward pass, which a CPU does not.
+        attention_kernel: of the draft; all give the same numbers to rounding. By default one call
+            under the whole mask where there are few anchors. Where there are many it is flex, or
+            tiles on a CPU, which has no backward pass of flex, and with dropout, which flex lacks.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class DraftTrainee(nn.Module):
         self.model = draft
         self.target = target.requires_grad_(False).eval()
         self._kernel = attention_kernel
+        self._is_compiled = False
 
     def train(self, mode: bool = True) -> "DraftTrainee":
         super().train(mode)
@@ -64,14 +67,18 @@ class DraftTrainee(nn.Module):
         )
         return torch.cat([output.hidden_states[index] for index in chosen], dim=-1)
 
-    def draft(self, tokens: Tensor, context: Tensor, positions: Tensor, rule: MaskRule) -> Tensor:
+    def draft(
+        self, tokens: Tensor, context: Tensor, positions: Tensor, rule: AnchoredBlocks
+    ) -> Tensor:
         (batch, num_queries), num_keys = tokens.shape, positions.shape[1]
-        if self._kernel_for(tokens.device, num_queries * num_keys) == "flex":
-            mask: Any = create_block_mask(
-                mask_mod(rule), batch, None, num_queries, num_keys, device=tokens.device
-            )
-        else:
-            mask = dense(rule, batch, num_queries, num_keys, tokens.device)
+        mask: AnyMask
+        match self._kernel_for(tokens.device, num_queries * num_keys):
+            case "flex":
+                mask = block_mask_of(rule)
+            case "tiles":
+                mask = tiles_of_blocks(rule, dtype=self.model.fc.weight.dtype)
+            case "dense":
+                mask = dense(rule, batch, num_queries, num_keys, tokens.device)
         output = self.model(
             noise_embeds=self.target.get_input_embeddings()(tokens),
             context_hidden_states=context,
@@ -87,8 +94,10 @@ class DraftTrainee(nn.Module):
     def _kernel_for(self, device: torch.device, num_scores: int) -> AttentionKernel:
         if self._kernel is not None:
             return self._kernel
-        can_flex = device.type == "cuda" and not self.model.config.attention_dropout
-        return "flex" if can_flex and num_scores > _FLEX_SCORES else "dense"
+        if device.type == "cuda" and not self.model.config.attention_dropout:
+            return "flex" if num_scores > _FLEX_SCORES else "dense"
+        # Where tiles begin and end differs by batch, and each would be compiled anew.
+        return "tiles" if num_scores > _TILED_SCORES and not self._is_compiled else "dense"
 
     def recompute_activations(self) -> None:
         """Keep no activations between the draft's layers; the backward pass computes them again."""
@@ -96,6 +105,7 @@ class DraftTrainee(nn.Module):
 
     def compile_encoder(self) -> None:
         """torch.compile draft and target in place; the head stays eager."""
+        self._is_compiled = True
         self.model.compile()
         self.target.base_model.compile()
 
