@@ -219,7 +219,7 @@ def _memory_of_a_worker(
         replica_size=None if sharding == "none" or num_workers == 1 else num_workers,
         device=torch.device("cuda" if config.cluster.use_gpu else "cpu"),
     )
-    return {} if plan is None else {"memory of a worker": plan.describe()}
+    return {"memory of a worker": plan.describe()}
 
 
 def generate_stage(

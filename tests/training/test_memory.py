@@ -7,15 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.builders import letter_tokenizer, random_rows, token_folder
+from tests.builders import letter_tokenizer, random_rows, tiny_causal, token_folder
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
 from tokendiff.diffusion.random import RowGenerator, key_from, strata_of
 from tokendiff.errors import InputError
+from tokendiff.models.dflash import trainee
+from tokendiff.models.dflash.planning import plan_draft
+from tokendiff.models.dflash.trainee import new_draft
 from tokendiff.training import memory
+from tokendiff.training.activations import activation_bytes
 from tokendiff.training.building import model_without_weights
 from tokendiff.training.inputs import check_inputs
-from tokendiff.training.memory import activation_bytes, plan_memory
+from tokendiff.training.memory import plan_memory
 from tokendiff.training.run import TrainingRun
 from tokendiff.training.world import World
 
@@ -71,11 +75,24 @@ def kept_by_a_real_pass(cfg: TrainConfig, data: TokenData, folder: Path) -> int:
             logits: Tensor = head(hidden)
             return logits
 
+    class WatchedDraft:
+        read = getattr(model, "read", None)
+
+        def draft(self, *args: Any) -> Tensor:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                hidden: Tensor = model.draft(*args)
+            return hidden
+
+        def head(self, hidden: Tensor) -> Tensor:
+            logits: Tensor = head(hidden)
+            return logits
+
     ids = torch.arange(ROWS)
     draws = RowGenerator.for_rows(key_from(0), ids, strata=strata_of(key_from(0), ids, ROWS))
     batch = data.read_group(0).take(ids.numpy()).batch("cpu")
     with torch.autocast("cpu", torch.bfloat16, enabled=cfg.mixed_precision == "bf16"):
-        trainer.objective.loss(Watched(), batch, draws)
+        watched = WatchedDraft() if cfg.objective.name == "dflash" else Watched()
+        trainer.objective.loss(watched, batch, draws)
     return sum(size for size, _ in kept.values())
 
 
@@ -90,6 +107,74 @@ def test_activations_are_those_that_a_pass_keeps(
     planned, again = activation_bytes(cfg, model, *shape, CPU)
     assert again == 0
     assert planned == pytest.approx(kept_by_a_real_pass(cfg, data, tmp_path), rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("target")
+    tiny_causal(vocab_size=20, num_hidden_layers=5).float().save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def draft_config(target: Path, *, num_anchors: int, **changes: Any) -> TrainConfig:
+    sizes = {"num_anchors": num_anchors, "block_size": 4, "draft_num_layers": 2}
+    fields = {"objective": {"name": "dflash", **sizes}, "target_model_id": str(target)}
+    fields |= {"per_device_train_batch_size": ROWS, "max_train_steps": 2, **changes}
+    return TrainConfig.model_validate(fields)
+
+
+def planned(cfg: TrainConfig, **changes: Any) -> Any:
+    fields = {"max_length": LENGTH, "num_workers": 1, "replica_size": None, "device": CPU}
+    return plan_memory(cfg, letter_tokenizer(), **{**fields, **changes})
+
+
+@pytest.mark.parametrize("scores", [0, 2**40])
+@pytest.mark.parametrize("num_anchors", [3, 40])
+def test_activations_of_a_draft_are_those_that_a_pass_keeps(
+    num_anchors: int,
+    scores: int,
+    target: Path,
+    data: TokenData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a mask of everything, and in tiles; those depend a little on where anchors lie."""
+    monkeypatch.setattr(trainee, "_TILED_SCORES", scores)
+    cfg = draft_config(target, num_anchors=num_anchors)
+    kept = kept_by_a_real_pass(cfg, data, tmp_path)
+    assert planned(cfg).activations == pytest.approx(kept, rel=0.05)
+
+
+def test_what_is_counted_of_a_draft(target: Path) -> None:
+    cfg = draft_config(target, num_anchors=3, gradient_accumulation_steps=2, ema_decay=0.9)
+    draft = new_draft(
+        plan_draft(cfg, tokenizer=letter_tokenizer(), max_length=LENGTH).draft, seed=0
+    )
+    of_target = tiny_causal(vocab_size=20, num_hidden_layers=5)
+    trained, frozen = (sum(p.numel() for p in m.parameters()) for m in (draft, of_target))
+    alone = planned(cfg)
+    assert alone.weights == 4 * trained + 4 * frozen
+    assert (alone.gradients, alone.optimizer, alone.average) == (
+        4 * trained,
+        8 * trained,
+        4 * trained,
+    )
+    assert alone.logits == 4 * ROWS * 3 * 3 * 20
+    layer = sum(p.numel() for p in of_target.model.layers[0].parameters())
+    shared = {"num_workers": 4, "replica_size": 4}
+    full = planned(draft_config(target, num_anchors=3, sharding="full"), **shared)
+    both = planned(draft_config(target, num_anchors=3, sharding="gradients"), **shared)
+    assert full.optimizer == both.optimizer == 2 * trained
+    of_layers = sum(p.numel() for p in draft.layers[0].parameters())
+    rest = trained - 2 * of_layers
+    # Two layers of the draft are all that it has, so it is whole at a time in both.
+    assert full.weights == trained + 4 * (rest + 2 * of_layers) + 4 * (
+        frozen - 5 * layer + 5 * layer // 4 + 2 * layer
+    )
+    assert both.weights == trained + 4 * (rest + 2 * of_layers) + 4 * frozen
+    again = planned(draft_config(target, num_anchors=3, gradient_checkpointing=True))
+    assert again.activations < alone.activations
 
 
 def test_layers_that_compute_again_keep_their_inputs_and_one_of_them_all() -> None:

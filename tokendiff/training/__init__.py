@@ -3,7 +3,8 @@
 For other rooms:
     inputs            what a run starts from, checked before a cluster starts
     identity          which run a folder holds, and whether it is finished
-    memory            what a worker will need of it
+    memory activations
+                      what a worker will need of it; what a pass keeps of it
     run               from config and data to `checkpoint-N/` and `final/`
     trainer           the loop
     world             the workers of a run, seen from one of them

@@ -1,24 +1,22 @@
 """How much memory a worker will need, told before it needs it.
 
-Weights, gradients, optimiser state and averages are counted. Activations are computed: the encoder
-runs once on tensors that have shapes and no memory, and what it would keep for its backward pass is
-added up. Left out is what lasts no longer than one operation, and what the libraries take for
+Weights, gradients, optimiser state and averages are counted, activations computed (`activations`).
+Left out is what lasts no longer than one operation, and what the libraries take for
 themselves.
 """
 
-import copy
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from tokendiff.errors import InputError
-from tokendiff.models.denoiser import ModelInTwoParts
+from tokendiff.models.dflash.model import DFlashDraftModel
+from tokendiff.models.dflash.planning import plan_draft
+from tokendiff.models.dflash.trainee import DraftTrainee
 from tokendiff.models.layers import find_layers
-from tokendiff.models.masked_attention import IMPLEMENTATIONS
-from tokendiff.models.tiled_attention import register, tiles_of
 from tokendiff.objectives.chunked import most_logits
+from tokendiff.training.activations import activation_bytes, draft_activation_bytes
 from tokendiff.training.building import model_without_weights
 from tokendiff.training.world import World
 
@@ -65,14 +63,21 @@ def plan_memory(
     num_workers: int,
     replica_size: int | None,
     device: torch.device,
-) -> MemoryPlan | None:
-    """What a worker of a run will need; None for a draft, whose encoder takes other inputs.
+) -> MemoryPlan:
+    """What a worker of a run will need.
 
     Args:
         replica_size: workers that hold all of the model between them; None where each does.
     """
     if config.objective.name == "dflash":
-        return None
+        return _plan_draft_memory(
+            config,
+            tokenizer,
+            max_length=max_length,
+            num_workers=num_workers,
+            replica_size=replica_size,
+            device=device,
+        )
     model = model_without_weights(config, tokenizer, max_length=max_length)
     rows = min(config.per_device_train_batch_size, -(-config.rows_per_step // num_workers))
     rows, length = config.objective.encoded_shape(rows, max_length)
@@ -90,8 +95,7 @@ def plan_memory(
     logits = chunk * (_HALF if is_bf16 else _FLOAT)
     logits += _FLOAT * head.weight.numel() if is_head_trained else 0
     kept, again = activation_bytes(config, model, rows, length, device)
-    is_added_up = num_workers > 1 or config.rows_per_step > config.per_device_train_batch_size
-    if not is_added_up:
+    if not _is_added_up(config, num_workers):
         gradients = max(0, gradients - kept)
     return MemoryPlan(
         weights=weights,
@@ -101,6 +105,62 @@ def plan_memory(
         activations=kept + again,
         logits=logits,
     )
+
+
+def _plan_draft_memory(
+    config: "TrainConfig",
+    tokenizer: Any,
+    *,
+    max_length: int,
+    num_workers: int,
+    replica_size: int | None,
+    device: torch.device,
+) -> MemoryPlan:
+    """A draft in float32 beside its frozen target."""
+    from transformers import AutoModelForCausalLM
+
+    plan = plan_draft(config, tokenizer=tokenizer, max_length=max_length)
+    with torch.device("meta"):
+        draft: Any = DFlashDraftModel(plan.draft)
+        target: Any = AutoModelForCausalLM.from_config(plan.target)
+    rows = min(config.per_device_train_batch_size, -(-config.rows_per_step // num_workers))
+    parts = replica_size or 1
+    # On CUDA the target is in bfloat16, as are its logits then.
+    of_target = _HALF if device.type == "cuda" else _FLOAT
+    num_trained, num_frozen = (sum(p.numel() for p in m.parameters()) for m in (draft, target))
+    weights, gradients = _FLOAT * num_trained // parts, _FLOAT * num_trained // parts
+    if replica_size is not None:
+        whole, apart = _gathered(config, draft)
+        weights, gradients = weights + whole, gradients + apart
+    if replica_size is None or config.sharding == "gradients":
+        frozen = num_frozen
+    else:  # its layers lie in parts, and one is gathered while another is computed with
+        layers = find_layers(target, field="sharding")
+        sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+        frozen = num_frozen - sum(sizes) + sum(sizes) // parts + 2 * max(sizes)
+    kept, again = draft_activation_bytes(
+        config, DraftTrainee(draft, target), rows, max_length, device
+    )
+    if not _is_added_up(config, num_workers):
+        gradients = max(0, gradients - kept)
+    objective, size = config.objective, plan.draft.block_size
+    assert objective.name == "dflash"
+    assert size is not None
+    num_drafted = rows * min(objective.num_anchors, max_length) * (size - 1)
+    num_hidden = _hidden_numbers(draft) if config.optimizer == "muon" else 0
+    return MemoryPlan(
+        weights=weights + of_target * frozen,
+        gradients=gradients,
+        optimizer=_FLOAT * (2 * (num_trained - num_hidden) + num_hidden) // parts,
+        average=_FLOAT * num_trained // parts if config.ema_decay > 0.0 else 0,
+        activations=kept + again,
+        logits=of_target * min(most_logits(device), num_drafted * plan.draft.vocab_size),
+    )
+
+
+def _is_added_up(config: "TrainConfig", num_workers: int) -> bool:
+    """Whether gradients of several passes, or workers, are added up."""
+    return num_workers > 1 or config.rows_per_step > config.per_device_train_batch_size
 
 
 def check_memory(config: "TrainConfig", plan: MemoryPlan, world: World) -> None:
@@ -124,64 +184,6 @@ def check_memory(config: "TrainConfig", plan: MemoryPlan, world: World) -> None:
         f"a worker needs {plan.describe()}, and {world.device} has {_shown(there)} for it; "
         f"{', or '.join(remedies)}"
     )
-
-
-def activation_bytes(
-    config: "TrainConfig", model: Any, rows: int, length: int, device: torch.device
-) -> tuple[int, int]:
-    """What a forward pass of the encoder keeps for the backward pass; and what one layer keeps
-    when it computes that again, where layers do.
-
-    Args:
-        model: of transformers, on the meta device.
-        rows, length: of the tokens that it encodes.
-    """
-    if not config.gradient_checkpointing:
-        return _kept_bytes(config, model, rows, length, device), 0
-    again = copy.deepcopy(model)
-    ModelInTwoParts(again, vocab_size=1).recompute_activations()
-    num_layers = len(find_layers(model, field="gradient_checkpointing"))
-    of_a_layer = _kept_bytes(config, model, rows, length, device) // num_layers
-    return _kept_bytes(config, again, rows, length, device), of_a_layer
-
-
-def _kept_bytes(
-    config: "TrainConfig", model: Any, rows: int, length: int, device: torch.device
-) -> int:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    encoder = copy.deepcopy(model)
-    # Packed rows have no padding to mask, and flex attention keeps no mask.
-    attention: dict[str, Any] = {"attention_mask": None}
-    has_tiles = config.objective.is_causal and device.type == "cpu"
-    if has_tiles:
-        register()
-        encoder.set_attn_implementation(IMPLEMENTATIONS["tiles"])  # as in training on a CPU
-        mask = torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
-        attention = {"attention_mask": mask, "tiles": tiles_of(mask)}
-    kept: dict[int, tuple[int, Tensor]] = {}  # tensors too, or their places would be used again
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        encoder = encoder.to_empty(device="cpu").train()
-        own = {p.untyped_storage()._cdata for p in encoder.parameters()}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = (storage.nbytes(), tensor)
-            return tensor
-
-        tokens = torch.zeros(rows, length, dtype=torch.int64)
-        inputs: dict[str, Any] = {"position_ids": tokens}
-        if config.objective.is_causal:
-            inputs["use_cache"] = False
-        if getattr(model.config, "is_time_conditioned", False):
-            inputs = {"time": torch.zeros(rows)}
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"),
-        ):
-            encoder.base_model(input_ids=tokens, **inputs, **attention)
-    return sum(size for size, _ in kept.values())
 
 
 def _gathered(config: "TrainConfig", model: Any) -> tuple[int, int]:

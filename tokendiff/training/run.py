@@ -94,8 +94,7 @@ class TrainingRun:
             replica_size=replica_size(config.sharding, world),
             device=world.device,
         )
-        if memory is not None:
-            check_memory(config, memory, world)
+        check_memory(config, memory, world)
         denoiser, objective, process = build_trainee(
             config, data, tokenizer, world=world, warn=notes.append
         )

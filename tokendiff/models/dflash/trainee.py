@@ -70,15 +70,7 @@ class DraftTrainee(nn.Module):
     def draft(
         self, tokens: Tensor, context: Tensor, positions: Tensor, rule: AnchoredBlocks
     ) -> Tensor:
-        (batch, num_queries), num_keys = tokens.shape, positions.shape[1]
-        mask: AnyMask
-        match self._kernel_for(tokens.device, num_queries * num_keys):
-            case "flex":
-                mask = block_mask_of(rule)
-            case "tiles":
-                mask = tiles_of_blocks(rule, dtype=self.model.fc.weight.dtype)
-            case "dense":
-                mask = dense(rule, batch, num_queries, num_keys, tokens.device)
+        mask = self.mask_of(rule, tokens.shape[1], tokens.device)
         output = self.model(
             noise_embeds=self.target.get_input_embeddings()(tokens),
             context_hidden_states=context,
@@ -86,6 +78,17 @@ class DraftTrainee(nn.Module):
             position_ids=positions,
         )
         return output.last_hidden_state
+
+    def mask_of(self, rule: AnchoredBlocks, num_queries: int, device: torch.device) -> AnyMask:
+        """What the draft is given, so that its queries see what a rule says."""
+        num_keys = rule.length + num_queries
+        match self._kernel_for(device, num_queries * num_keys):
+            case "flex":
+                return block_mask_of(rule)
+            case "tiles":
+                return tiles_of_blocks(rule, dtype=self.model.fc.weight.dtype)
+            case "dense":
+                return dense(rule, len(rule.begin), num_queries, num_keys, device)
 
     def head(self, hidden: Tensor) -> Tensor:
         head = self.target.get_output_embeddings()

@@ -1,0 +1,130 @@
+"""How many bytes a forward pass keeps for its backward pass: found by running it on tensors that have
+shapes and no memory, and adding up what it would keep.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tokendiff.diffusion.attention_masks import dflash_blocks
+from tokendiff.models.denoiser import ModelInTwoParts
+from tokendiff.models.dflash.trainee import DraftTrainee
+from tokendiff.models.layers import find_layers
+from tokendiff.models.masked_attention import IMPLEMENTATIONS
+from tokendiff.models.tiled_attention import register, tiles_of
+
+if TYPE_CHECKING:
+    from tokendiff.config.train import TrainConfig
+
+
+def activation_bytes(
+    config: "TrainConfig", model: Any, rows: int, length: int, device: torch.device
+) -> tuple[int, int]:
+    """What a forward pass of the encoder keeps for the backward pass; and what one layer keeps
+    when it computes that again, where layers do.
+
+    Args:
+        model: of transformers, on the meta device.
+        rows, length: of the tokens that it encodes.
+    """
+    if not config.gradient_checkpointing:
+        return _kept_bytes(config, model, rows, length, device), 0
+    again = copy.deepcopy(model)
+    ModelInTwoParts(again, vocab_size=1).recompute_activations()
+    num_layers = len(find_layers(model, field="gradient_checkpointing"))
+    of_a_layer = _kept_bytes(config, model, rows, length, device) // num_layers
+    return _kept_bytes(config, again, rows, length, device), of_a_layer
+
+
+def _kept_bytes(
+    config: "TrainConfig", model: Any, rows: int, length: int, device: torch.device
+) -> int:
+    encoder = copy.deepcopy(model)
+    # Packed rows have no padding to mask, and flex attention keeps no mask.
+    attention: dict[str, Any] = {"attention_mask": None}
+    has_tiles = config.objective.is_causal and device.type == "cpu"
+    if has_tiles:
+        register()
+        encoder.set_attn_implementation(IMPLEMENTATIONS["tiles"])  # as in training on a CPU
+        mask = torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
+        attention = {"attention_mask": mask, "tiles": tiles_of(mask)}
+    with _kept_by(config, encoder) as kept:
+        tokens = torch.zeros(rows, length, dtype=torch.int64)
+        inputs: dict[str, Any] = {"position_ids": tokens}
+        if config.objective.is_causal:
+            inputs["use_cache"] = False
+        if getattr(model.config, "is_time_conditioned", False):
+            inputs = {"time": torch.zeros(rows)}
+        encoder.base_model(input_ids=tokens, **inputs, **attention)
+    return sum(size for size, _ in kept.values())
+
+
+def draft_activation_bytes(
+    config: "TrainConfig", trainee: DraftTrainee, rows: int, length: int, device: torch.device
+) -> tuple[int, int]:
+    """As `activation_bytes`, of a draft that fills blocks behind anchors spread over the rows.
+
+    Args:
+        trainee: draft and target on the meta device.
+    """
+    if not config.gradient_checkpointing:
+        return _kept_by_draft(config, trainee, rows, length, device), 0
+    of_a_layer = _kept_by_draft(config, trainee, rows, length, device) // len(trainee.model.layers)
+    again = DraftTrainee(copy.deepcopy(trainee.model), trainee.target)
+    again.recompute_activations()
+    return _kept_by_draft(config, again, rows, length, device), of_a_layer
+
+
+def _kept_by_draft(
+    config: "TrainConfig", trainee: DraftTrainee, rows: int, length: int, device: torch.device
+) -> int:
+    objective, shape = config.objective, trainee.model.config
+    assert objective.name == "dflash"
+    assert shape.block_size is not None
+    count = max(1, min(objective.num_anchors, length - 2))  # a token stands before and behind each
+    anchors = torch.linspace(1, max(1, length - 2), count).long().expand(rows, count)
+    document = torch.zeros(rows, length, dtype=torch.int64)
+    rule = dflash_blocks(document, anchors, shape.block_size)
+    num_queries = count * shape.block_size
+    mask: Any = None  # flex attention keeps none
+    if device.type == "cpu":
+        mask = trainee.mask_of(rule, num_queries, torch.device("cpu"))
+    draft = copy.deepcopy(trainee.model)
+    with _kept_by(config, draft) as kept:
+        width = shape.hidden_size
+        draft(
+            noise_embeds=torch.zeros(rows, num_queries, width),
+            context_hidden_states=torch.zeros(rows, length, len(shape.target_layer_ids) * width),
+            attention_mask=mask,
+            position_ids=torch.zeros(rows, length + num_queries, dtype=torch.int64),
+        )
+    return sum(size for size, _ in kept.values())
+
+
+@contextmanager
+def _kept_by(config: "TrainConfig", model: nn.Module) -> Iterator[dict[int, tuple[int, Tensor]]]:
+    """What a pass of a model of the meta device inside this block keeps, by its place: bytes, and
+    the tensors themselves, whose places would be used again otherwise.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    kept: dict[int, tuple[int, Tensor]] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu").train()
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = (storage.nbytes(), tensor)
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"),
+        ):
+            yield kept
