@@ -78,7 +78,6 @@ def work(rank: int, sharding: str, folder: Path, queue: Any) -> None:
     world = World.current("cpu")
     run = TrainingRun.build(config, data, folder / f"out-{sharding}", world=world, on_event=note)
     trainer = run.trainer
-    assert run.memory is not None
     plan = step_plan(config, data, rank=rank, world_size=WORKERS)
     trainer.run(step_batches(data, plan, 0, STEPS), last_good=lambda: None, save=lambda: None)
     of_training = peak.most_bytes - before

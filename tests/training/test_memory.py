@@ -119,9 +119,15 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def draft_config(target: Path, *, num_anchors: int, **changes: Any) -> TrainConfig:
     sizes = {"num_anchors": num_anchors, "block_size": 4, "draft_num_layers": 2}
-    fields = {"objective": {"name": "dflash", **sizes}, "target_model_id": str(target)}
-    fields |= {"per_device_train_batch_size": ROWS, "max_train_steps": 2, **changes}
-    return TrainConfig.model_validate(fields)
+    return TrainConfig.model_validate(
+        {
+            "objective": {"name": "dflash", **sizes},
+            "target_model_id": str(target),
+            "per_device_train_batch_size": ROWS,
+            "max_train_steps": 2,
+            **changes,
+        }
+    )
 
 
 def planned(cfg: TrainConfig, **changes: Any) -> Any:
@@ -222,7 +228,6 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would_help(
     data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = TrainingRun.build(config("ar"), data, tmp_path, world=World.current()).memory
-    assert planned is not None
     assert planned.total > 2**20
     monkeypatch.setattr(memory, "_memory_of", lambda world: 2**20)
     with pytest.raises(

@@ -1,5 +1,5 @@
-"""How many bytes a forward pass keeps for its backward pass: found by running it on tensors that have
-shapes and no memory, and adding up what it would keep.
+"""How many bytes a forward pass keeps for its backward pass: found by running it on tensors that
+have shapes and no memory, and adding up what it would keep.
 """
 
 import copy

@@ -49,7 +49,7 @@ class TrainingRun:
     Attributes:
         state, saver: what its checkpoints hold, and what writes them.
         notes: what a user should know of the model that the run begins with.
-        memory: what a worker needs; None where it is not known.
+        memory: what a worker needs.
         watch: None where no held-out rows are judged.
     """
 
@@ -60,8 +60,8 @@ class TrainingRun:
     process: NoiseProcess | None
     tokenizer: Any
     on_event: OnEvent
+    memory: MemoryPlan
     measure: Callable[[], dict[str, float]] = dict
-    memory: MemoryPlan | None = None
     watch: Watch | None = None
     notes: Sequence[str] = ()
 
@@ -160,9 +160,8 @@ class TrainingRun:
             for note in self.notes if self.trainer.step == 0 else ():
                 self.on_event("warning", message=note)
             self.on_event("start", **self._facts())
-            if self.memory is not None:
-                needs = self.memory.describe()
-                self.on_event("memory", total=self.memory.total, description=needs)
+            needs = self.memory.describe()
+            self.on_event("memory", total=self.memory.total, description=needs)
         try:
             return self._fit(batches, should_stop)
         finally:
