@@ -1,6 +1,7 @@
 """Judge a checkpoint: the bound on held-out rows, metrics of its samples, and an HTML report; with
 --verify also a certificate, on which the job fails (exit code 1) where a check does; with --tasks
-also tasks of lm-evaluation-harness. Figures by row (rows.parquet, documents/) let a gate tell the
+also tasks of lm-evaluation-harness; with --time_passes true what speculative decoding would gain
+here. Figures by row (rows.parquet, documents/) let a gate tell the
 difference of two checkpoints from chance.
 
     python -m jobs.evaluate --checkpoint_path mdlm-output/final \\
@@ -38,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pipelines.paths import input_path
     from pipelines.registered import checkpoint_folder
     from pipelines.runner import run_job
-    from pipelines.tables import verified_lines
-    from tokendiff.artifacts.manifest import fetch
+    from pipelines.tables import table_lines, verified_lines
+    from tokendiff.artifacts.manifest import fetch, load_manifest
+    from tokendiff.evaluation.pass_times import outlook_tables
     from tokendiff.verification.certificate import failure, read_certificate
 
     checkpoint = checkpoint_folder(config.checkpoint_path, args.config)
@@ -58,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     checks = read_certificate(fetch(stage.output))
     if checks and not args.json:
         print("\n".join(verified_lines(checks)))
+    if config.time_passes and not args.json:
+        metrics = load_manifest(stage.output).metadata["metrics"]
+        print("\n".join(table_lines(outlook_tables(metrics))))
     cli.print_result(result, as_json=args.json)
     message = failure(checks)
     return cli.EXIT_OK if message is None else cli.fail(message)

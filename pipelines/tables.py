@@ -316,6 +316,19 @@ def verified_lines(checks: Sequence[Check]) -> list[str]:
     return lines
 
 
+def table_lines(tables: Sequence[tuple[str, list[str], list[list[Any]]]]) -> list[str]:
+    """Tables (title, columns, rows) as lines for a terminal, in columns."""
+    lines = []
+    for title, columns, rows in tables:
+        cells = [columns, *([str(value) for value in row] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines.append(f"{title}:")
+        for row in cells:
+            padded = (value.rjust(width) for value, width in zip(row, widths, strict=True))
+            lines.append("  " + "  ".join(padded))
+    return lines
+
+
 def _apart(bound: float, unigram: float) -> str:
     share = 100 * (1 - bound / unigram) if unigram else 0.0
     if share < 0:

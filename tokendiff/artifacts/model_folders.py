@@ -83,13 +83,28 @@ def is_draft_folder(folder: str | Path) -> bool:
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether the published scripts made this checkpoint: a model beside a scheduler_config.json
-    that names no objective, and no manifest. There is nothing to verify it by.
+    """Whether others made this checkpoint, and there is no manifest to verify it by: the published
+    scripts, a model beside a scheduler_config.json that names no objective; or it is a causal
+    language model as transformers saves one.
     """
     path = folder / SCHEDULER_CONFIG
-    if is_committed(folder) or not path.is_file() or not (folder / CONFIG_NAME).is_file():
+    if is_committed(folder) or not (folder / CONFIG_NAME).is_file():
         return False
-    return '"objective"' not in path.read_text()
+    return '"objective"' not in path.read_text() if path.is_file() else is_plain_causal(folder)
+
+
+def is_plain_causal(folder: Path) -> bool:
+    """Whether a local folder holds a causal language model, by its config.json, that says nothing
+    of a noise process, and was not committed by a training run.
+    """
+    if is_committed(folder) or (folder / SCHEDULER_CONFIG).is_file():
+        return False
+    if not (folder / CONFIG_NAME).is_file() or lacks_weights(folder):
+        return False
+    if (folder / "trainer_state.json").is_file():  # a checkpoint of ours that lost its manifest
+        return False
+    names = read_config(folder).get("architectures") or []
+    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
 def lacks_weights(folder: Path) -> bool:

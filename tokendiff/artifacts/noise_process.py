@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tokendiff.artifacts.manifest import is_committed, load_manifest
-from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG, longest_row, read_config
+from tokendiff.artifacts.model_folders import (
+    SCHEDULER_CONFIG,
+    is_plain_causal,
+    longest_row,
+    read_config,
+)
 from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
 from tokendiff.diffusion.schedules import make_schedule
 from tokendiff.errors import InputError
@@ -277,7 +282,11 @@ def _longest_row(folder: Path) -> int:
 
 
 def objective_of(folder: Path) -> str | None:
-    """What trained an opened checkpoint; None where it does not say."""
+    """What trained an opened checkpoint; None where it does not say. Causal language models of
+    others are taken for what "ar" trains.
+    """
+    if is_plain_causal(folder):
+        return "ar"
     if not is_committed(folder):
         return None
     objective = load_manifest(folder).metadata.get("run", {}).get("objective", {})

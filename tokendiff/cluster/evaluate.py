@@ -58,9 +58,11 @@ from tokendiff.evaluation.generation_metrics import (
 )
 from tokendiff.evaluation.inputs import KIND, EvaluationInputs
 from tokendiff.evaluation.paired import DOCUMENTS, ROW_ID, ROWS, SAMPLED_ROWS, write_rows
+from tokendiff.evaluation.pass_times import num_passes, outlook_tables, pass_seconds
 from tokendiff.evaluation.report import write_report
 from tokendiff.evaluation.summary import make_report
 from tokendiff.evaluation.tasks.suite import TASKS, SuiteResult, write_suite
+from tokendiff.models.decoding import open_causal
 from tokendiff.training.trainer import OnEvent
 from tokendiff.verification.certificate import CERTIFICATE, Check, counts, tables, write_certificate
 
@@ -278,6 +280,34 @@ def verify(
     return _run_task(work, cluster, progress, use_gpu=False)  # float64 matters here, not speed
 
 
+def timed_passes(
+    config: "EvaluateConfig",
+    cluster: "ClusterConfig",
+    *,
+    checkpoint: Location,
+    progress: JobProgress,
+) -> dict[str, float]:
+    """What decoding passes of a causal model take on a worker of its own."""
+
+    def work(device: str, on_progress: OnProgress) -> dict[str, float]:
+        import torch
+
+        dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+        model, _ = open_causal(str(fetch(checkpoint)), field="checkpoint_path", dtype=dtype)
+        done: list[int] = []
+
+        def note() -> None:
+            done.append(1)
+            on_progress(lambda: (len(done), 0))
+
+        found: dict[str, float] = pass_seconds(model.to(device), on_pass=note)
+        return found
+
+    progress.begin("passes", total=num_passes())
+    answer: dict[str, float] = _run_task(work, cluster, progress, use_gpu=wants_gpu(cluster))
+    return answer
+
+
 def rows_identity(config: "EvaluateConfig", data: TokenData) -> str:
     """Equal where bounds can be compared: they were taken on the same rows, with the same noise."""
     fields = [config.split, config.seed, config.max_eval_rows, config.num_mask_samples]
@@ -416,6 +446,8 @@ def evaluate(
         trace: dict[str, Any] | None = None
         if process is not None and process.block_length is None:
             trace = trace_sample(config, cluster, checkpoint=source, progress=progress)
+        if config.time_passes:
+            metrics |= timed_passes(config, cluster, checkpoint=source, progress=progress)
         checks: list[Check] = []
         if config.verify:
             assert process is not None, "EvaluationInputs sees to it"
@@ -434,7 +466,11 @@ def evaluate(
         title=title,
         subtitle=f"{kind}, {source.parent.name}/{source.name}",
         bound=bound,
-        more_tables=[*(suite.tables if suite else []), *tables(checks)],
+        more_tables=[
+            *(suite.tables if suite else []),
+            *outlook_tables(metrics),
+            *tables(checks),
+        ],
         metrics=metrics,
         samples=samples,
         training_log=training_log,

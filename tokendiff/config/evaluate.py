@@ -58,6 +58,11 @@ class EvaluateConfig(Section):
         description="prove the installed code and the checkpoint against brute force first; "
         "the certificate stands in the report",
     )
+    time_passes: bool = added(
+        False,
+        description="time decoding passes over one token and over many, and say how much would "
+        "have to be accepted for speculative decoding to pay here; of a causal model",
+    )
     batch_size: int = Field(16, ge=1, description="rows in one forward pass")
     reference_model_name_or_path: str | None = Field(
         None, description="causal LM that scores the samples (generative perplexity)"

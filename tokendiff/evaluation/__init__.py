@@ -9,6 +9,7 @@ For other rooms:
     acceptance        what decoding with a draft gained
     generation_metrics reference
                       figures of samples; how likely another model finds them
+    pass_times        whether speculative decoding would pay here
     paired            two evaluations of the same rows, row by row
     tasks             tasks of lm-evaluation-harness, and our own: a room of its own
     report summary    the page that a person reads, and what stands at its top

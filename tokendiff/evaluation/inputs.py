@@ -87,6 +87,11 @@ class EvaluationInputs:
                 f"verify proves a noise process, and checkpoint_path {checkpoint} has none; "
                 "remove it"
             )
+        if config.time_passes and (plan or (process and not process.decodes_by_token)):
+            raise InputError(
+                "time_passes is for a model that decodes token by token, and checkpoint_path "
+                f"{checkpoint} does not; give a causal language model, say a draft's target"
+            )
         data = TokenData.open(data_path or _trained_on(checkpoint), split=config.split)
         check_same_tokenizer(checkpoint, data)
         check_rows_to_judge(data.folder, data.split)

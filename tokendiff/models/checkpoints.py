@@ -102,6 +102,8 @@ def load_autoregressive(folder: Path) -> tuple[Any, Any]:
         dropout=0.0,
         allow_new_weights=False,
         field=_FIELD,
+        keeps_base=True,
+        needs_mask=False,
     )
     take_average(denoiser.model, folder)
     return denoiser.eval(), tokenizer
@@ -110,7 +112,14 @@ def load_autoregressive(folder: Path) -> tuple[Any, Any]:
 def check_autoregressive(folder: Path) -> None:
     """Raise what `load_autoregressive` would of tokenizer and config, before a weight is read."""
     tokenizer = load_tokenizer(folder)
-    plan_model(str(folder), tokenizer=tokenizer, max_length=1, is_causal=True, field=_FIELD)
+    plan_model(
+        str(folder),
+        tokenizer=tokenizer,
+        max_length=1,
+        is_causal=True,
+        field=_FIELD,
+        needs_mask=False,
+    )
 
 
 def take_average(model: Any, folder: Path) -> None:

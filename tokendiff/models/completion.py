@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from tokendiff.artifacts.checkpoint import DRAFT_ADAPTERS
-from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG, local_model
+from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG, is_plain_causal, local_model
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.prompts import GenerationRow, Prompt, PromptEncoder, prompt_text
 from tokendiff.data.samples import num_new_tokens
@@ -125,7 +125,8 @@ class CompletionSetup:
         check_decoder(model_config, name, field=field)
         # What we train on is text and EOS alone; others' models are used to what their tokenizer
         # puts in front.
-        starts = [None if checkpoint else tokenizer.bos_token_id, tokenizer.eos_token_id]
+        is_ours = checkpoint is not None and not is_plain_causal(checkpoint)
+        starts = [None if is_ours else tokenizer.bos_token_id, tokenizer.eos_token_id]
         return cls(
             name=name,
             field=field,
@@ -134,7 +135,7 @@ class CompletionSetup:
                 tokenizer=tokenizer,
                 use_chat_template=config.use_chat_template,
                 add_generation_prompt=config.add_generation_prompt,
-                keeps_prefix=checkpoint is None,
+                keeps_prefix=not is_ours,
                 subject=name,
             ),
             sampler=_build_sampler(config, name, model_config, tokenizer, process),

@@ -96,12 +96,14 @@ def load_causal_denoiser(
     field: str = MODEL_FIELD,
     is_on_disk: bool = False,
     keeps_base: bool = False,
+    needs_mask: bool = True,
 ) -> TransformersCausalDenoiser:
     """A causal language model that stays one, to be told what each position sees.
 
     Args, and what is raised: as `load_denoiser`; a model that attends in both directions is
         refused.
         keeps_base: nothing is added to it for a mask that it does not know.
+        needs_mask: see `plan_model`.
     """
     plan = plan_model(
         model_name_or_path,
@@ -110,6 +112,7 @@ def load_causal_denoiser(
         is_causal=True,
         from_scratch=from_scratch,
         field=field,
+        needs_mask=needs_mask,
     )
     model = _load(
         plan,

@@ -64,11 +64,13 @@ def plan_model(
     isolates_documents: bool = False,
     predict: Literal["own", "next"] | None = None,
     field: str = MODEL_FIELD,
+    needs_mask: bool = True,
 ) -> ModelPlan:
     """What `load_denoiser`, or `load_causal_denoiser` if `is_causal`, would load; no weight is
     read.
 
     Args:
+        needs_mask: False: a model that is judged token by token is given no mask.
         predict: what a denoiser of whole rows is to tell; by default what it has learnt to.
         isolates_documents: of the rows; every causal model hides their documents from each other.
         field: of the config that gave the name.
@@ -77,7 +79,8 @@ def plan_model(
         InputError: no such model, one that does not go with the tokenizer, the objective or rows of
             isolated documents, or one that is too short for max_length.
     """
-    check_mask_token(tokenizer)
+    if needs_mask:
+        check_mask_token(tokenizer)
     name, vocab_size = model_name_or_path, len(tokenizer)
     if is_builtin(name):
         config = builtin_config(

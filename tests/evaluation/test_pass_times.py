@@ -1,0 +1,71 @@
+"""What passes take, and what they say of speculative decoding."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.builders import tiny_causal
+from tokendiff.evaluation import pass_times
+from tokendiff.evaluation.pass_times import num_passes, outlook_tables, pass_seconds
+from tokendiff.models.causal import CausalModel
+
+
+class Clocked(CausalModel):
+    """Its passes take a second for each row, and half a second for each token of a row."""
+
+    now = 0.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: list[tuple[int, int, int]] = []
+
+    def encode(
+        self, tokens: Tensor, num_tokens: Tensor, cache: Any, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        self.seen.append((*tokens.shape, int(cache.lengths.max())))
+        Clocked.now += tokens.shape[0] + tokens.shape[1] / 2
+        hidden: Tensor = super().encode(tokens, num_tokens, cache, *args, **kwargs)
+        return hidden
+
+
+@pytest.fixture
+def clocked(monkeypatch: pytest.MonkeyPatch) -> Clocked:
+    monkeypatch.setattr(pass_times, "_now", lambda device: Clocked.now)
+    return Clocked(tiny_causal(max_position_embeddings=512), vocab_size=48)
+
+
+def test_passes_of_all_kinds_are_timed_behind_the_same_text(clocked: Clocked) -> None:
+    done: list[int] = []
+    found = pass_seconds(clocked, on_pass=lambda: done.append(1))
+    assert len(found) == num_passes() == len(done)
+    for name, seconds in found.items():
+        batch, width = map(int, re.findall(r"\d+", name))
+        assert seconds == batch + width / 2
+    contexts = {context for _, width, context in clocked.seen if width != 240}
+    assert contexts == {240}, "512 positions, less the widest pass of 16 + 16 * 16"
+
+
+def test_the_outlook_is_the_ratio_of_passes(clocked: Clocked) -> None:
+    needed, gained = outlook_tables(pass_seconds(clocked))
+    by_place = {(row[0], row[1]): row for row in needed[2]}
+    # One token: 1.5 s; nine: 5.5 s; 72: 37 s.
+    row = dict(zip(needed[1], by_place[1, 8], strict=True))
+    assert by_place[1, 8][2:5] == ["1500.0", "5500.0", "37000.0"]
+    assert row["a draft"] == f"{5.5 / 1.5 - 1:.1f}"
+    assert row["self_speculation"] == f"{2 * 5.5 / 1.5 - 2:.1f}"
+    assert row["draft_ahead"] == f"never ({37 / 1.5 - 1:.1f})"
+    best = dict(zip(gained[1], gained[2][1], strict=True))
+    assert (best["batch"], best["K"]) == (1, 8)
+    assert best["a draft"] == f"{8 * 1.5 / 5.5:.2f}"
+    assert best["self_speculation"] == f"{9 * 1.5 / 11.0:.2f}"
+    assert outlook_tables({"nats_per_token": 1.0}) == []
+
+
+def test_a_short_model_is_timed_behind_what_fits() -> None:
+    model = Clocked(tiny_causal(max_position_embeddings=300).float(), vocab_size=48)
+    with torch.no_grad():
+        pass_seconds(model)
+    assert max(width + context for _, width, context in model.seen) == 300
