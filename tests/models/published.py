@@ -110,7 +110,7 @@ def llada(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -
         vocab_size=fields["embedding_size"],
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=fields["n_layers"],
         num_attention_heads=4,
         num_key_value_heads=fields["n_kv_heads"],
         max_position_embeddings=64,
@@ -119,17 +119,17 @@ def llada(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -
         tie_word_embeddings=fields["weight_tying"],
     )
     model = _random(LlamaForCausalLM(config), dtype)
-    return _write(folder, fields, model, llada_names(), dtype)
+    return _write(folder, fields, model, llada_names(fields["n_layers"]), dtype)
 
 
 def dream(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A Dream in `folder`; returns the causal Qwen2 that has its weights."""
     fields = DREAM_CONFIG | changes
     config = Qwen2Config(
-        vocab_size=EMBEDDINGS,
+        vocab_size=fields["vocab_size"],
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=fields["num_hidden_layers"],
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,

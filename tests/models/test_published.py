@@ -381,7 +381,10 @@ def test_config_fields_that_have_no_effect(tmp_path: Path) -> None:
             lambda: generate_config("m", trust_remote_code=True),
             "trust_remote_code True has no effect with sampler 'ancestral', which runs no remote",
         ),
-        (lambda: generate_config("m", seq_len=None), "with a model_id needs seq_len"),
+        (
+            lambda: generate_config("m", seq_len=None),
+            "with a model_id needs the length of a sample",
+        ),
     ]
     for make, says in makes:
         with pytest.raises(ValueError, match=says):
