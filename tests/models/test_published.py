@@ -270,6 +270,7 @@ def test_chats_are_written_as_the_family_writes_them(tmp_path: Path) -> None:
 # What does not go.
 
 CHANGES: list[tuple[dict[str, Any], str]] = [
+    ({"num_experts": 64}, "it is a LLaDA-MoE, which is not supported"),
     ({"alibi": True}, "alibi True"),
     ({"layer_norm_type": "default"}, "layer_norm_type 'default'"),
     ({"scale_logits": True}, "scale_logits True"),
@@ -283,7 +284,7 @@ def test_a_llada_that_is_no_llama_is_refused(
     changes: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLADA_CONFIG | changes))
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=rf"^model_id '.*' cannot be opened \(.*{says}.*; give"):
         open_config(str(tmp_path), field="model_id", remedy="give another")
 
 
@@ -312,8 +313,19 @@ def test_published_denoisers_are_listed_where_another_model_is_given(tmp_path: P
     ):
         PromptCheck.of(None, generate_config(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "nobody", "auto_map": {"AutoConfig": 1}}')
-    with pytest.raises(InputError, match=r"model_id '.*' cannot be opened"):
+    with pytest.raises(
+        InputError, match=r"'nobody' is neither .* known, which are Dream, llada, sd"
+    ):
         PromptCheck.of(None, generate_config(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llada2_moe"}')
+    with pytest.raises(
+        InputError, match=r"no architecture for 'llada2_moe': trust_remote_code runs"
+    ):
+        PromptCheck.of(None, generate_config(tmp_path))
+    with pytest.raises(
+        InputError, match=r"model_id 'nobody/there' cannot be opened \(.*; give the hub"
+    ):
+        PromptCheck.of(None, generate_config("nobody/there"))
 
 
 def test_a_mask_that_the_model_did_not_learn_is_refused(data: TokenData, tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 CAUSAL_TYPES = tuple(name for name, family in FAMILIES.items() if family.can_see_both_ways)
+PUBLISHED_TYPES = tuple(name for name, family in FAMILIES.items() if family.same_as is not None)
 WHOLE_ROW_TYPES = tuple(name for name, family in FAMILIES.items() if family.attention == "rows")
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from tokendiff.artifacts.model_folders import CONFIG_NAME, local_model
-from tokendiff.errors import InputError
 
 _GENERATION_CONFIG = "generation_config.json"
 
@@ -25,7 +24,7 @@ class Layout:
 
     Attributes:
         to_transformers: from the fields of the published config.json to those of the architecture's
-            own config. Raises InputError where the architecture cannot do what they ask for.
+            own config. Raises ValueError where the architecture cannot do what they ask for.
         sizes: names of the published fields that say how many embeddings there are.
         outer: names of weights outside the layers, from those of transformers.
         layer: what stands in front of the names of a layer's weights, with {} for its number: in
@@ -93,9 +92,14 @@ _LLADA_FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 def _llama_of_llada(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Source: LLaDA (arXiv 2502.09992), App. B.1; the names of OLMo's configs, which it has."""
+    if "num_experts" in fields:
+        raise ValueError(
+            f"{CONFIG_NAME} has num_experts: it is a LLaDA-MoE, which is not supported; LLaDA "
+            "without experts is"
+        )
     for name, (default, allowed) in _LLADA_FIXED.items():
         if (value := fields.get(name, default)) not in allowed:
-            raise InputError(
+            raise ValueError(
                 f"{CONFIG_NAME} has {name} {value!r}, and the Llama that LLaDA is opened as has no "
                 f"place for it; known is {' or '.join(map(repr, allowed))}"
             )
@@ -126,7 +130,7 @@ def _llama_of_llada(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _size(fields: Mapping[str, Any], name: str) -> int:
     value = fields.get(name)
     if not isinstance(value, int) or value < 1:
-        raise InputError(f"{CONFIG_NAME} must have {name}, a whole number, got {value!r}")
+        raise ValueError(f"{CONFIG_NAME} must have {name}, a whole number, got {value!r}")
     return value
 
 
