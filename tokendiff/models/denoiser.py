@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from tokendiff.diffusion.attention_masks import positions_in_document, whole_documents
 from tokendiff.errors import InputError
 from tokendiff.models import tiled_attention
-from tokendiff.models.families import CAUSAL_TYPES
+from tokendiff.models.families import CAUSAL_TYPES, DECODER_TYPES
 from tokendiff.models.masked_attention import (
     IMPLEMENTATIONS,
     AttentionKernel,
@@ -33,7 +33,7 @@ _HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "roberta": lambda model, hidden: model.lm_head(hidden),
     "tokendiff_dit": lambda model, hidden: model.lm_head(hidden),
     "xlm-roberta": lambda model, hidden: model.lm_head(hidden),
-    **dict.fromkeys(CAUSAL_TYPES, lambda model, hidden: model.get_output_embeddings()(hidden)),
+    **dict.fromkeys(DECODER_TYPES, lambda model, hidden: model.get_output_embeddings()(hidden)),
 }
 
 
@@ -64,7 +64,7 @@ def check_windows(config: Any, *, origin: str) -> None:
     Args:
         origin: what the error begins with.
     """
-    if config.model_type not in CAUSAL_TYPES:
+    if config.model_type not in DECODER_TYPES:
         raise InputError(
             f"{origin} is of type {config.model_type!r}, which keeps no keys and values; set cache "
             f"to none, or give a model of type {', '.join(CAUSAL_TYPES)}"

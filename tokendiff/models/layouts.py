@@ -92,17 +92,7 @@ _LLADA_FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 def _llama_of_llada(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Source: LLaDA (arXiv 2502.09992), App. B.1; the names of OLMo's configs, which it has."""
-    if "num_experts" in fields:
-        raise ValueError(
-            f"{CONFIG_NAME} has num_experts: it is a LLaDA-MoE, which is not supported; LLaDA "
-            "without experts is"
-        )
-    for name, (default, allowed) in _LLADA_FIXED.items():
-        if (value := fields.get(name, default)) not in allowed:
-            raise ValueError(
-                f"{CONFIG_NAME} has {name} {value!r}, and the Llama that LLaDA is opened as has no "
-                f"place for it; known is {' or '.join(map(repr, allowed))}"
-            )
+    _check_fixed(fields, _LLADA_FIXED, "Llama that LLaDA")
     width, num_heads = _size(fields, "d_model"), _size(fields, "n_heads")
     num_embeddings = fields.get("embedding_size") or fields.get("vocab_size")
     return {
@@ -125,6 +115,47 @@ def _llama_of_llada(fields: Mapping[str, Any]) -> dict[str, Any]:
         "pad_token_id": None,
         "mask_token_id": fields.get("mask_token_id"),
     }
+
+
+def _check_fixed(
+    fields: Mapping[str, Any], fixed: Mapping[str, tuple[Any, tuple[Any, ...]]], opened: str
+) -> None:
+    """Raise ValueError where a field has a value that the architecture has no place for."""
+    for name, (default, allowed) in fixed.items():
+        if (value := fields.get(name, default)) not in allowed:
+            raise ValueError(
+                f"{CONFIG_NAME} has {name} {value!r}, and the {opened} is opened as has no place "
+                f"for it; known is {' or '.join(map(repr, allowed))}"
+            )
+
+
+# The same of LLaDA-MoE and a Qwen3 with experts.
+_LLADA_MOE_FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "clip_qkv": (None, (None,)),
+    "moe_router_enable_expert_bias": (None, (None, False)),
+    "qk_layernorm": (None, (True,)),
+    "rope_scaling": (None, (None,)),
+    "shared_expert_intermediate_size": (-1, (None,)),
+}
+
+
+def _qwen3_of_llada_moe(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Its router takes the softmax over all experts and does not scale the chosen ones up to 1,
+    whatever its norm_topk_prob says.
+    """
+    _check_fixed(fields, _LLADA_MOE_FIXED, "Qwen3 with experts that LLaDA-MoE")
+    frequency = fields.get("moe_layer_freq") or [1] * _size(fields, "num_hidden_layers")
+    renamed = {
+        "head_dim": _size(fields, "hidden_size") // _size(fields, "num_attention_heads"),
+        "intermediate_size": fields.get("dense_intermediate_size"),
+        "moe_intermediate_size": fields.get("expert_intermediate_size"),
+        "mlp_only_layers": [layer for layer, times in enumerate(frequency) if times == 0],
+        "norm_topk_prob": False,
+        "pad_token_id": None,  # it is EOS, as LLaDA's
+        "num_key_value_heads": fields.get("num_key_value_heads")
+        or _size(fields, "num_attention_heads"),
+    }
+    return {**unchanged(fields), **renamed}
 
 
 def _size(fields: Mapping[str, Any], name: str) -> int:
@@ -155,6 +186,7 @@ LLADA = Layout(
         "mlp.down_proj": "ff_out",
     },
 )
+LLADA_MOE = Layout(to_transformers=_qwen3_of_llada_moe)
 SAME_FIELDS = Layout(to_transformers=unchanged)
 
 

@@ -22,6 +22,7 @@ from tokendiff.models.families import (
     PUBLISHED_TYPES,
     family_of,
     published_type,
+    type_of,
 )
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def open_config(name: str, *, field: str, remedy: str, trust_remote_code: bool =
     with input_errors(f"{field} {name!r} cannot be opened", remedy):
         folder = local_model(name)
         fields, _ = PreTrainedConfig.get_config_dict(folder)
-        family = family_of(fields.get("model_type"))
+        family = family_of(type_of(fields))
         if family.same_as is None or family.layout is None:
             if not trust_remote_code:
                 _check_type(fields)
@@ -62,7 +63,7 @@ def open_config(name: str, *, field: str, remedy: str, trust_remote_code: bool =
             kept["is_causal"] = False
         return AutoConfig.for_model(
             family.same_as,
-            published_model_type=fields["model_type"],
+            published_model_type=type_of(fields),
             published_name=name,
             published_config={k: v for k, v in fields.items() if k != "_commit_hash"},
             **kept,
