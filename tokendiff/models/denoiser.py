@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from tokendiff.models.masked_attention import (
     best_kernel,
     under_rule,
 )
-from tokendiff.models.ragged_cache import RaggedCache
+
+if TYPE_CHECKING:
+    from tokendiff.models.ragged_cache import RaggedCache
 
 _FEW, _LARGE = 12, 2**20  # rows, weights
 
@@ -213,8 +215,10 @@ class TransformersDenoiser(ModelInTwoParts):
         hidden: Tensor = output.logits if self._head is None else output.last_hidden_state
         return self._at_what_they_tell(hidden, document) if self.predicts_next else hidden
 
-    def new_memory(self, num_rows: int) -> RaggedCache:
+    def new_memory(self, num_rows: int) -> "RaggedCache":
         """See `tokendiff.diffusion.interfaces.WindowedDenoiser`."""
+        from tokendiff.models.ragged_cache import RaggedCache
+
         check_windows(self.model.config, origin="the model")
         layers = self.model.config.num_hidden_layers
         return RaggedCache(num_rows, num_layers=layers, device=self.model.device)
