@@ -9,6 +9,7 @@ What Ray would start a process for is done in this one; see `tests.in_this_proce
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 from jobs import evaluate, generate, pipeline, preprocess, train
 from tests import ROOT
 from tests.builders import tiny_causal
+from tests.models import published
 from tokendiff.artifacts.locations import RemotePath, files_under, upload
 from tokendiff.models.dflash.model import DFlashDraftModel
 from tokendiff.models.dflash.planning import new_draft_config
@@ -134,6 +136,19 @@ def save_draft(folder: Path, target: Path, target_config: Any, *, mask_token_id:
     DFlashDraftModel(config).save_pretrained(folder)
 
 
+def save_denoisers(llada: Path, dream: Path) -> None:
+    """Published denoisers beside the kind of tokenizer that they have, which names no mask."""
+    sizes: dict[str, Any] = {"vocab_size": 320, "mask_token_id": 3}
+    published.llada(llada, **sizes, embedding_size=320, max_sequence_length=2048)
+    published.dream(dream, **sizes, max_position_embeddings=2048)
+    for folder, mask in ((llada, "<|mdm_mask|>"), (dream, "<|mask|>")):
+        beside = folder / "tokenizer"
+        save_causal(beside, "qwen2", num_layers=1, mask=mask)
+        for path in (*beside.glob("tokenizer*"), *beside.glob("chat_template*")):
+            path.replace(folder / path.name)
+        shutil.rmtree(beside)
+
+
 @pytest.fixture
 def hub(tmp_path: Path) -> dict[str, str]:
     """What README names on the hub, and the folders that stand for it."""
@@ -142,6 +157,7 @@ def hub(tmp_path: Path) -> dict[str, str]:
         for name in (
             *("bert-base-uncased", "wikitext", "Qwen/Qwen2.5-0.5B", "Qwen/Qwen3-4B"),
             *("Qwen/Qwen3-8B", "JetLM/SDAR-1.7B-Chat", "z-lab/Qwen3-4B-DFlash-b16"),
+            *("GSAI-ML/LLaDA-8B-Instruct", "Dream-org/Dream-v0-Instruct-7B"),
             "z-lab/Qwen3-8B-DFlash-b16",
         )
     }
@@ -154,9 +170,10 @@ def hub(tmp_path: Path) -> dict[str, str]:
         save_draft(draft, target, config, mask_token_id=310)
     sdar = folders["JetLM/SDAR-1.7B-Chat"]
     save_causal(sdar, "qwen3", num_layers=1, mask="<|MASK|>")
-    published = {"model_type": "sdar", "architectures": ["SDARForCausalLM"]}
+    foreign = {"model_type": "sdar", "architectures": ["SDARForCausalLM"]}
     config_path = sdar / "config.json"
-    config_path.write_text(json.dumps({**json.loads(config_path.read_text()), **published}))
+    config_path.write_text(json.dumps({**json.loads(config_path.read_text()), **foreign}))
+    save_denoisers(folders["GSAI-ML/LLaDA-8B-Instruct"], folders["Dream-org/Dream-v0-Instruct-7B"])
     wikitext = folders["wikitext"]
     wikitext.mkdir()
     pq.write_table(pa.table({"text": TEXT * 3}), wikitext / "train.parquet")

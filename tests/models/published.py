@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from tests.builders import letter_tokenizer
 
@@ -110,7 +117,7 @@ def llada(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -
         vocab_size=fields["embedding_size"],
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=fields["n_layers"],
         num_attention_heads=4,
         num_key_value_heads=fields["n_kv_heads"],
         max_position_embeddings=64,
@@ -119,17 +126,17 @@ def llada(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -
         tie_word_embeddings=fields["weight_tying"],
     )
     model = _random(LlamaForCausalLM(config), dtype)
-    return _write(folder, fields, model, llada_names(), dtype)
+    return _write(folder, fields, model, llada_names(fields["n_layers"]), dtype)
 
 
 def dream(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A Dream in `folder`; returns the causal Qwen2 that has its weights."""
     fields = DREAM_CONFIG | changes
     config = Qwen2Config(
-        vocab_size=EMBEDDINGS,
+        vocab_size=fields["vocab_size"],
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=fields["num_hidden_layers"],
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
@@ -138,6 +145,65 @@ def dream(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -
         tie_word_embeddings=False,
     )
     return _write(folder, fields, _random(Qwen2ForCausalLM(config), dtype), {}, dtype)
+
+
+LLADA_MOE_CONFIG: dict[str, Any] = {
+    "architectures": ["LLaDAMoEModelLM"],
+    "attention_bias": False,
+    "clip_qkv": None,
+    "dense_intermediate_size": 40,
+    "eos_token_id": EOS,
+    "expert_intermediate_size": 24,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "mask_token_id": MASK,
+    "max_position_embeddings": 64,
+    "model_type": "llada",
+    "moe_layer_freq": [0, 1],
+    "moe_router_enable_expert_bias": False,
+    "norm_topk_prob": None,
+    "num_attention_heads": 4,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": EOS,
+    "qk_layernorm": True,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "rope_theta": 9000.0,
+    "shared_expert_intermediate_size": None,
+    "tie_word_embeddings": False,
+    "vocab_size": EMBEDDINGS,
+}
+
+
+def llada_moe(folder: Path) -> Any:
+    """A LLaDA-MoE in `folder`, its first layer without experts; returns the causal Qwen3 with
+    experts that has its weights, whose names in files are the same.
+    """
+    config = Qwen3MoeConfig(
+        vocab_size=EMBEDDINGS,
+        hidden_size=32,
+        intermediate_size=40,
+        moe_intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 9000.0},
+        tie_word_embeddings=False,
+        num_experts=6,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+        mlp_only_layers=[0],
+    )
+    model = _random(Qwen3MoeForCausalLM(config), torch.float32)
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(LLADA_MOE_CONFIG))
+    letter_tokenizer(V).save_pretrained(folder)
+    return model
 
 
 FAMILIES = {"llada": llada, "Dream": dream}

@@ -315,7 +315,7 @@ def test_what_a_tokenizer_lacks_is_said(tmp_path: Path, model_id: str) -> None:
     ("fields", "says"),
     [
         ({"model_id": "m", "checkpoint_path": "c", "sampler": "ar"}, "both name the model"),
-        ({"model_id": "m"}, "sampler 'ancestral' with a model_id needs seq_len"),
+        ({"model_id": "m"}, "sampler 'ancestral' with a model_id needs the length of"),
         ({"trust_remote_code": True}, "trust_remote_code True has no effect with no model_id"),
         ({"sampler": "ar", "seq_len": 9}, "seq_len 9 has no effect with sampler 'ar'"),
         ({"add_generation_prompt": True}, "add_generation_prompt True has no effect"),

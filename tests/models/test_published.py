@@ -15,10 +15,12 @@ from tests.models.published import (
     EOS,
     FAMILIES,
     LLADA_CONFIG,
+    LLADA_MOE_CONFIG,
     MASK,
     V,
     dream,
     llada,
+    llada_moe,
     llada_names,
     reference_logits,
 )
@@ -76,6 +78,24 @@ def test_dream_is_a_qwen2_whose_states_tell_what_is_behind_them(tmp_path: Path) 
     ours = logits_of(opened(tmp_path), tokens)
     torch.testing.assert_close(ours[:, 1:], expected[:, :-1])
     torch.testing.assert_close(ours[:, 0], expected[:, 0])  # which no state stands before
+
+
+def test_llada_moe_is_a_qwen3_with_experts_and_is_not_trained(
+    data: TokenData, tmp_path: Path
+) -> None:
+    model = llada_moe(tmp_path)
+    assert "model.layers.1.mlp.experts.5.up_proj.weight" in load_file(
+        tmp_path / "model.safetensors"
+    )
+    tokens = some_tokens()
+    torch.testing.assert_close(logits_of(opened(tmp_path), tokens), reference_logits(model, tokens))
+    sampler = {"name": "blockwise", "cache": "dual", "block_size": 4}
+    sampling = SamplingModel(None, generate_config(tmp_path, sampler=sampler), device="cpu")
+    (record,) = sampling.sample([GenerationRow(id=0, prompt="ab")])
+    assert MASK not in record["tokens"]
+    for make in (check_inputs, lambda cfg, rows: train_in_process(cfg, rows, tmp_path / "run")):
+        with pytest.raises(InputError, match="type 'lladamoe', which can be sampled from but not"):
+            make(train_config(tmp_path), data)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -270,6 +290,9 @@ def test_chats_are_written_as_the_family_writes_them(tmp_path: Path) -> None:
 # What does not go.
 
 CHANGES: list[tuple[dict[str, Any], str]] = [
+    (LLADA_MOE_CONFIG | {"qk_layernorm": None}, "qk_layernorm None"),
+    (LLADA_MOE_CONFIG | {"shared_expert_intermediate_size": 8}, "shared_expert_.*size 8"),
+    (LLADA_MOE_CONFIG | {"moe_router_enable_expert_bias": True}, "enable_expert_bias True"),
     ({"alibi": True}, "alibi True"),
     ({"layer_norm_type": "default"}, "layer_norm_type 'default'"),
     ({"scale_logits": True}, "scale_logits True"),
@@ -283,7 +306,7 @@ def test_a_llada_that_is_no_llama_is_refused(
     changes: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLADA_CONFIG | changes))
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=rf"^model_id '.*' cannot be opened \(.*{says}.*; give"):
         open_config(str(tmp_path), field="model_id", remedy="give another")
 
 
@@ -308,12 +331,23 @@ def test_published_denoisers_are_listed_where_another_model_is_given(tmp_path: P
     tiny_causal(vocab_size=V).save_pretrained(tmp_path)
     letter_tokenizer(V).save_pretrained(tmp_path)
     with pytest.raises(
-        InputError, match=r"'qwen3', and published .* are Dream, llada; use .* 'ar'"
+        InputError, match=r"'qwen3', and published .* are Dream, llada, lladamoe; use .* 'ar'"
     ):
         PromptCheck.of(None, generate_config(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "nobody", "auto_map": {"AutoConfig": 1}}')
-    with pytest.raises(InputError, match=r"model_id '.*' cannot be opened"):
+    with pytest.raises(
+        InputError, match=r"'nobody' is neither .* known, which are Dream, llada, .*sdar"
+    ):
         PromptCheck.of(None, generate_config(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llada2_moe"}')
+    with pytest.raises(
+        InputError, match=r"no architecture for 'llada2_moe': trust_remote_code runs"
+    ):
+        PromptCheck.of(None, generate_config(tmp_path))
+    with pytest.raises(
+        InputError, match=r"model_id 'nobody/there' cannot be opened \(.*; give the hub"
+    ):
+        PromptCheck.of(None, generate_config("nobody/there"))
 
 
 def test_a_mask_that_the_model_did_not_learn_is_refused(data: TokenData, tmp_path: Path) -> None:
@@ -381,7 +415,10 @@ def test_config_fields_that_have_no_effect(tmp_path: Path) -> None:
             lambda: generate_config("m", trust_remote_code=True),
             "trust_remote_code True has no effect with sampler 'ancestral', which runs no remote",
         ),
-        (lambda: generate_config("m", seq_len=None), "with a model_id needs seq_len"),
+        (
+            lambda: generate_config("m", seq_len=None),
+            "with a model_id needs the length of a sample",
+        ),
     ]
     for make, says in makes:
         with pytest.raises(ValueError, match=says):

@@ -23,7 +23,7 @@ from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, HybridKe
 from tokendiff.evaluation import bound
 from tokendiff.models.denoiser import TransformersDenoiser
 from tokendiff.objectives import chunked
-from tokendiff.samplers import ancestral, base
+from tokendiff.samplers import ancestral, base, hidden_states
 from tokendiff.training.run import train_in_process
 from tokendiff.verification import certificate, toys
 from tokendiff.verification import checkpoints as checkpoint_verification
@@ -246,7 +246,7 @@ def stale_cache(monkeypatch: pytest.MonkeyPatch) -> None:
             self._hidden = self._model.encode(tokens, torch.ones_like(tokens).bool(), time)
         return is_needed
 
-    monkeypatch.setattr(base._HiddenStates, "update", update)
+    monkeypatch.setattr(hidden_states.HiddenStates, "update", update)
 
 
 def skipped_too_much(monkeypatch: pytest.MonkeyPatch) -> None:

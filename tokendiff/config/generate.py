@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from tokendiff.config.base import Section, operational
 from tokendiff.config.samplers import (
     AncestralConfig,
+    BlockwiseConfig,
     DFlashSamplerConfig,
     OpenEndedSamplerConfig,
     SamplerConfig,
@@ -86,6 +87,11 @@ class GenerateConfig(Section):
         return isinstance(self.sampler, OpenEndedSamplerConfig)
 
     @property
+    def max_new_tokens(self) -> int | None:
+        """Of a sampler of rows of one length, where each row is a prompt and its answer."""
+        return self.sampler.max_new_tokens if isinstance(self.sampler, BlockwiseConfig) else None
+
+    @property
     def is_speculative(self) -> bool:
         return isinstance(self.sampler, DFlashSamplerConfig | SelfSpeculationConfig)
 
@@ -104,10 +110,15 @@ class GenerateConfig(Section):
             raise ValueError("checkpoint_path and model_id both name the model; give one")
         elif not self.is_open_ended:
             self.refuse_ignored(("trust_remote_code",), f"{sampler}, which runs no remote code")
-            if self.seq_len is None:
-                raise ValueError(f"{sampler} with a model_id needs seq_len, the tokens of a sample")
+            if self.seq_len is None and self.max_new_tokens is None:
+                raise ValueError(
+                    f"{sampler} with a model_id needs the length of a sample: seq_len, or "
+                    "max_new_tokens of sampler 'blockwise'"
+                )
         if self.is_open_ended:
             self.refuse_ignored(("seq_len",), sampler)
+        elif self.max_new_tokens is not None:
+            self.refuse_ignored(("seq_len",), f"max_new_tokens {self.max_new_tokens}")
         if not self.prompts:
             self.refuse_ignored(("max_errors",), "no prompts of files")
         if not self.use_chat_template and not self.prompts:

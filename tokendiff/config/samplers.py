@@ -44,11 +44,65 @@ class AncestralConfig(_FixedLengthConfig):
 
 
 class BlockwiseConfig(_FixedLengthConfig):
-    """Ancestral sampling of one block after the other, from left to right."""
+    """One block after the other, from left to right, each on a grid of times or by confidence."""
 
     name: Literal["blockwise"] = "blockwise"
-    num_inference_steps: int = Field(64, ge=1, description="steps of the time grid, of each block")
+    num_inference_steps: int = Field(
+        64, ge=1, description="steps of each block, on the time grid or at most"
+    )
     block_size: int = Field(32, ge=1, description="tokens of a block")
+    remasking_strategy: Literal[
+        "ancestral",
+        "sequential",
+        "low_confidence_static",
+        "low_confidence_dynamic",
+        "entropy_bounded",
+    ] = added(
+        "ancestral",
+        description="which tokens of a block a step commits: those that the noise process reveals "
+        "(ancestral), or as in sampler sdar",
+    )
+    confidence_threshold: float = added(
+        0.85, ge=0.0, description="low_confidence_dynamic commits all above this probability"
+    )
+    entropy_threshold: float = added(
+        0.5, ge=0.0, description="nats; entropy_bounded commits tokens up to this total"
+    )
+    max_new_tokens: int | None = added(
+        None,
+        ge=1,
+        description="tokens of an answer at most, in place of seq_len: each row is a prompt and "
+        "its answer, whose blocks begin behind the prompt, and which ends at EOS",
+    )
+    stop_token_ids: list[int] = added(
+        [],
+        description="ids that end an answer, beside the tokenizer's EOS and those of the model",
+    )
+
+    cache: Literal["none", "prefix", "dual"] = added(
+        "none",
+        description="keys and values that are kept while a block is filled in: none (exact), those "
+        "before it (prefix), or on both sides (dual); the samples are then an approximation",
+    )
+    cache_refresh_steps: int | None = added(
+        None,
+        ge=1,
+        description="forward passes from one that renews the cache to the next; by default it is "
+        "renewed where a block begins",
+    )
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> "BlockwiseConfig":
+        beside = f"remasking_strategy {self.remasking_strategy!r}"
+        if self.remasking_strategy != "low_confidence_dynamic":
+            self.refuse_ignored(("confidence_threshold",), beside)
+        if self.remasking_strategy != "entropy_bounded":
+            self.refuse_ignored(("entropy_threshold",), beside)
+        if self.max_new_tokens is None:
+            self.refuse_ignored(("stop_token_ids",), "max_new_tokens null")
+        if self.cache == "none":
+            self.refuse_ignored(("cache_refresh_steps",), "cache 'none'")
+        return self
 
 
 class RemaskingConfig(_FixedLengthConfig):

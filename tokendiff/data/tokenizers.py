@@ -4,6 +4,7 @@ Whatever the tokenizer, what comes out has a mask, an EOS and a padding token.
 """
 
 import logging
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,14 +108,16 @@ def open_tokenizer(
 
 @contextmanager
 def _quiet_configs() -> Iterator[None]:
-    """Within it transformers does not warn that the model beside a tokenizer is of a type that it
-    does not know: whether the model can be opened is seen where it is.
+    """Within it transformers does not warn of the config of the model beside a tokenizer, say that
+    it does not know its type: whether the model can be opened is seen where it is.
     """
     logger = logging.getLogger("transformers.configuration_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`rope_scaling` is deprecated")
+            yield
     finally:
         logger.setLevel(level)
 

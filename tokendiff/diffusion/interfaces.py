@@ -40,6 +40,35 @@ class Denoiser(Protocol):
         ...
 
 
+@runtime_checkable
+class WindowedDenoiser(Denoiser, Protocol):
+    """A denoiser that can read some positions of a row again, beside the keys and values that it
+    has kept of the others.
+
+    The result is that of `encode` where the others were read with the same tokens all over the row,
+    and an approximation else.
+    """
+
+    def new_memory(self, num_rows: int) -> Any:
+        """What is kept of so many rows."""
+        ...
+
+    def encode_window(
+        self, tokens: Tensor, positions: Tensor, is_valid: Tensor, memory: Any, rows: Tensor
+    ) -> Tensor:
+        """Hidden states [n, N, D] that tell the tokens at some positions of n rows; what is kept of
+        these positions is written anew.
+
+        Args:
+            tokens: [n, L] of the whole rows.
+            positions: [n, N] without gaps, rising; the last one may be repeated, to fill a row up,
+                and what is returned for a repetition means nothing.
+            is_valid: [n, L] as in `encode`.
+            rows: [n] int64, the rows of the memory that they belong to.
+        """
+        ...
+
+
 class CausalDenoiser(Protocol):
     """A causal language model that is told where each token stands and what it sees.
 

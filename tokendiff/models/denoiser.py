@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,16 @@ from torch.overrides import TorchFunctionMode
 from tokendiff.diffusion.attention_masks import positions_in_document, whole_documents
 from tokendiff.errors import InputError
 from tokendiff.models import tiled_attention
-from tokendiff.models.families import CAUSAL_TYPES
+from tokendiff.models.families import CAUSAL_TYPES, DECODER_TYPES
 from tokendiff.models.masked_attention import (
     IMPLEMENTATIONS,
     AttentionKernel,
     best_kernel,
     under_rule,
 )
+
+if TYPE_CHECKING:
+    from tokendiff.models.ragged_cache import RaggedCache
 
 _FEW, _LARGE = 12, 2**20  # rows, weights
 
@@ -32,7 +35,7 @@ _HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "roberta": lambda model, hidden: model.lm_head(hidden),
     "tokendiff_dit": lambda model, hidden: model.lm_head(hidden),
     "xlm-roberta": lambda model, hidden: model.lm_head(hidden),
-    **dict.fromkeys(CAUSAL_TYPES, lambda model, hidden: model.get_output_embeddings()(hidden)),
+    **dict.fromkeys(DECODER_TYPES, lambda model, hidden: model.get_output_embeddings()(hidden)),
 }
 
 
@@ -53,6 +56,20 @@ def check_isolation(config: Any, *, origin: str) -> None:
             f"{origin} is of type {config.model_type!r}, which is not known to take positions and "
             "masks by document; preprocess with isolate_documents false, or give a model of type "
             f"{', '.join(sorted(_HEADS))}"
+        )
+
+
+def check_windows(config: Any, *, origin: str) -> None:
+    """Raise InputError where a model of this config cannot read some positions of a row beside what
+    it has kept of the others.
+
+    Args:
+        origin: what the error begins with.
+    """
+    if config.model_type not in DECODER_TYPES:
+        raise InputError(
+            f"{origin} is of type {config.model_type!r}, which keeps no keys and values; set cache "
+            f"to none, or give a model of type {', '.join(CAUSAL_TYPES)}"
         )
 
 
@@ -197,6 +214,39 @@ class TransformersDenoiser(ModelInTwoParts):
         output = encoder(input_ids=tokens, **inputs, **condition)
         hidden: Tensor = output.logits if self._head is None else output.last_hidden_state
         return self._at_what_they_tell(hidden, document) if self.predicts_next else hidden
+
+    def new_memory(self, num_rows: int) -> "RaggedCache":
+        """See `tokendiff.diffusion.interfaces.WindowedDenoiser`."""
+        from tokendiff.models.ragged_cache import RaggedCache
+
+        check_windows(self.model.config, origin="the model")
+        layers = self.model.config.num_hidden_layers
+        return RaggedCache(num_rows, num_layers=layers, device=self.model.device)
+
+    def encode_window(
+        self, tokens: Tensor, positions: Tensor, is_valid: Tensor, memory: Any, rows: Tensor
+    ) -> Tensor:
+        """See `tokendiff.diffusion.interfaces.WindowedDenoiser`."""
+        if self.predicts_next:  # what tells the first of them is the state before it
+            positions = torch.cat([(positions[:, :1] - 1).clamp(min=0), positions], dim=1)
+        self._attend_by(self._own_attention)
+        width = tokens.shape[1]
+        memory.begin_within(rows, positions, width)
+        is_seen = is_valid[:, None, None].expand(-1, 1, positions.shape[1], width)
+        if self.model.config._attn_implementation == "eager":
+            lowest = torch.finfo(self.model.dtype).min
+            is_seen = torch.zeros_like(is_seen, dtype=self.model.dtype).masked_fill(
+                ~is_seen, lowest
+            )
+        output = self.model.base_model(
+            input_ids=tokens.gather(1, positions),
+            attention_mask=is_seen,
+            position_ids=positions,
+            past_key_values=memory,
+            use_cache=True,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden[:, :-1] if self.predicts_next else hidden
 
     def _at_what_they_tell(self, hidden: Tensor, document: Tensor | None) -> Tensor:
         """Hidden states [B, L, D], each moved one position to the right."""

@@ -2,10 +2,11 @@
 that a new family is added to.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tokendiff.models.layouts import LLADA, SAME_FIELDS, Layout
+from tokendiff.models.layouts import LLADA, LLADA_MOE, SAME_FIELDS, Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class Family:
         mask_token_id: its mask, where neither config nor tokenizer tells.
         chat_template: how its chats are written, where its tokenizer does not say.
         stop_tokens: what ends an answer, beside the EOS of its tokenizer.
+        can_be_trained: whether what is trained of it can be saved as it came.
         sampler: the one to use by default.
     """
 
@@ -39,6 +41,7 @@ class Family:
     mask_token_id: int | None = None
     chat_template: str | None = None
     stop_tokens: tuple[str, ...] = ()
+    can_be_trained: bool = True
     sampler: str = "ar"
 
 
@@ -78,6 +81,14 @@ FAMILIES: dict[str, Family] = {
         sampler="blockwise",
     ),
     "llada2_moe": Family(attention="blocks", sampler="block_refinement"),
+    "lladamoe": Family(
+        same_as="qwen3_moe",
+        layout=LLADA_MOE,
+        attention="rows",
+        stop_tokens=("<|role_end|>",),
+        can_be_trained=False,
+        sampler="blockwise",
+    ),
     "llama": Family(can_see_both_ways=True),
     "mistral": Family(can_see_both_ways=True),
     "olmo2": Family(can_see_both_ways=True),
@@ -88,7 +99,18 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 CAUSAL_TYPES = tuple(name for name, family in FAMILIES.items() if family.can_see_both_ways)
+PUBLISHED_TYPES = tuple(name for name, family in FAMILIES.items() if family.same_as is not None)
+# Architectures that keep keys and values, and whose logits are linear in the last hidden state.
+DECODER_TYPES = (*CAUSAL_TYPES, "qwen3_moe")
 WHOLE_ROW_TYPES = tuple(name for name, family in FAMILIES.items() if family.attention == "rows")
+
+
+def type_of(fields: Mapping[str, Any]) -> object:
+    """The model_type of a config.json, as the table has it: LLaDA-MoE is published under that of
+    LLaDA.
+    """
+    model_type = fields.get("model_type")
+    return "lladamoe" if model_type == "llada" and "num_experts" in fields else model_type
 
 
 def family_of(model_type: object) -> Family:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from tokendiff.artifacts.model_folders import CONFIG_NAME, local_model
-from tokendiff.errors import InputError
 
 _GENERATION_CONFIG = "generation_config.json"
 
@@ -25,7 +24,7 @@ class Layout:
 
     Attributes:
         to_transformers: from the fields of the published config.json to those of the architecture's
-            own config. Raises InputError where the architecture cannot do what they ask for.
+            own config. Raises ValueError where the architecture cannot do what they ask for.
         sizes: names of the published fields that say how many embeddings there are.
         outer: names of weights outside the layers, from those of transformers.
         layer: what stands in front of the names of a layer's weights, with {} for its number: in
@@ -93,12 +92,7 @@ _LLADA_FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 def _llama_of_llada(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Source: LLaDA (arXiv 2502.09992), App. B.1; the names of OLMo's configs, which it has."""
-    for name, (default, allowed) in _LLADA_FIXED.items():
-        if (value := fields.get(name, default)) not in allowed:
-            raise InputError(
-                f"{CONFIG_NAME} has {name} {value!r}, and the Llama that LLaDA is opened as has no "
-                f"place for it; known is {' or '.join(map(repr, allowed))}"
-            )
+    _check_fixed(fields, _LLADA_FIXED, "Llama that LLaDA")
     width, num_heads = _size(fields, "d_model"), _size(fields, "n_heads")
     num_embeddings = fields.get("embedding_size") or fields.get("vocab_size")
     return {
@@ -123,10 +117,51 @@ def _llama_of_llada(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _check_fixed(
+    fields: Mapping[str, Any], fixed: Mapping[str, tuple[Any, tuple[Any, ...]]], opened: str
+) -> None:
+    """Raise ValueError where a field has a value that the architecture has no place for."""
+    for name, (default, allowed) in fixed.items():
+        if (value := fields.get(name, default)) not in allowed:
+            raise ValueError(
+                f"{CONFIG_NAME} has {name} {value!r}, and the {opened} is opened as has no place "
+                f"for it; known is {' or '.join(map(repr, allowed))}"
+            )
+
+
+# The same of LLaDA-MoE and a Qwen3 with experts.
+_LLADA_MOE_FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "clip_qkv": (None, (None,)),
+    "moe_router_enable_expert_bias": (None, (None, False)),
+    "qk_layernorm": (None, (True,)),
+    "rope_scaling": (None, (None,)),
+    "shared_expert_intermediate_size": (-1, (None,)),
+}
+
+
+def _qwen3_of_llada_moe(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Its router takes the softmax over all experts and does not scale the chosen ones up to 1,
+    whatever its norm_topk_prob says.
+    """
+    _check_fixed(fields, _LLADA_MOE_FIXED, "Qwen3 with experts that LLaDA-MoE")
+    frequency = fields.get("moe_layer_freq") or [1] * _size(fields, "num_hidden_layers")
+    renamed = {
+        "head_dim": _size(fields, "hidden_size") // _size(fields, "num_attention_heads"),
+        "intermediate_size": fields.get("dense_intermediate_size"),
+        "moe_intermediate_size": fields.get("expert_intermediate_size"),
+        "mlp_only_layers": [layer for layer, times in enumerate(frequency) if times == 0],
+        "norm_topk_prob": False,
+        "pad_token_id": None,  # it is EOS, as LLaDA's
+        "num_key_value_heads": fields.get("num_key_value_heads")
+        or _size(fields, "num_attention_heads"),
+    }
+    return {**unchanged(fields), **renamed}
+
+
 def _size(fields: Mapping[str, Any], name: str) -> int:
     value = fields.get(name)
     if not isinstance(value, int) or value < 1:
-        raise InputError(f"{CONFIG_NAME} must have {name}, a whole number, got {value!r}")
+        raise ValueError(f"{CONFIG_NAME} must have {name}, a whole number, got {value!r}")
     return value
 
 
@@ -151,6 +186,7 @@ LLADA = Layout(
         "mlp.down_proj": "ff_out",
     },
 )
+LLADA_MOE = Layout(to_transformers=_qwen3_of_llada_moe)
 SAME_FIELDS = Layout(to_transformers=unchanged)
 
 

@@ -93,7 +93,7 @@ def plan_model(
             config.vocab_size = vocab_size
             if tokenizer.pad_token_id is not None:  # another's may lie outside the vocabulary
                 config.pad_token_id = tokenizer.pad_token_id
-            if family_of(published_type(config)).attention == "rows":
+            if _sees_rows(config):
                 config.mask_token_id = tokenizer.mask_token_id
     is_new = from_scratch or is_builtin(name)
     check_length(config, name, field=field, max_length=max_length)
@@ -183,14 +183,27 @@ def _fitted(config: Any, name: str, *, is_causal: bool, field: str) -> Any:
         attend_without_window(config)
         return AutoModelForCausalLM
     auto_class = _auto_class(config, name, field)
-    if config.model_type in CAUSAL_TYPES:
+    if config.model_type in CAUSAL_TYPES or _sees_rows(config):
         attend_both_ways(config)
     return auto_class
 
 
+def check_trainable(config: Any, name: str, *, field: str) -> None:
+    """Raise InputError where a published model can be sampled from, and no more."""
+    if not family_of(published_type(config)).can_be_trained:
+        raise InputError(
+            f"{field} {name!r} is of type {published_type(config)!r}, which can be sampled from "
+            "but not trained: its experts could not be saved as they came; give another model"
+        )
+
+
+def _sees_rows(config: Any) -> bool:
+    return family_of(published_type(config)).attention == "rows"
+
+
 def _check_causal(config: Any, name: str, field: str) -> None:
     is_known = config.model_type in CAUSAL_TYPES
-    if family_of(published_type(config)).attention == "rows":
+    if _sees_rows(config):
         raise InputError(
             f"{field} {name!r} is of type {published_type(config)!r}, a denoiser of whole rows; "
             "train it with objective 'mdlm'"
@@ -215,7 +228,7 @@ def _auto_class(config: Any, name: str, field: str) -> Any:
 
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         return AutoModelForMaskedLM
-    if config.model_type in CAUSAL_TYPES:
+    if config.model_type in CAUSAL_TYPES or _sees_rows(config):
         return AutoModelForCausalLM
     is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     reason = (

@@ -17,7 +17,13 @@ from tokendiff.artifacts.model_folders import (
     longest_row,
 )
 from tokendiff.errors import InputError, input_errors
-from tokendiff.models.families import family_of, published_type
+from tokendiff.models.families import (
+    FAMILIES,
+    PUBLISHED_TYPES,
+    family_of,
+    published_type,
+    type_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +51,10 @@ def open_config(name: str, *, field: str, remedy: str, trust_remote_code: bool =
     with input_errors(f"{field} {name!r} cannot be opened", remedy):
         folder = local_model(name)
         fields, _ = PreTrainedConfig.get_config_dict(folder)
-        family = family_of(fields.get("model_type"))
+        family = family_of(type_of(fields))
         if family.same_as is None or family.layout is None:
+            if not trust_remote_code:
+                _check_type(fields)
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         foreign = ("model_type", "architectures", "auto_map")
         own = family.layout.to_transformers(fields)
@@ -55,11 +63,31 @@ def open_config(name: str, *, field: str, remedy: str, trust_remote_code: bool =
             kept["is_causal"] = False
         return AutoConfig.for_model(
             family.same_as,
-            published_model_type=fields["model_type"],
+            published_model_type=type_of(fields),
             published_name=name,
             published_config={k: v for k, v in fields.items() if k != "_commit_hash"},
             **kept,
         )
+
+
+def _check_type(fields: dict[str, Any]) -> None:
+    """Raise ValueError where a config.json is of a type that only code beside it could open."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str) or model_type in CONFIG_MAPPING:
+        return
+    family = family_of(model_type)
+    if model_type in FAMILIES:
+        raise ValueError(
+            f"transformers has no architecture for {model_type!r}: trust_remote_code runs the code "
+            f"that comes with it, in jobs.generate with sampler {family.sampler!r} alone"
+        )
+    raise ValueError(
+        f"{model_type!r} is neither an architecture of transformers nor a published family that is "
+        f"known, which are {', '.join(PUBLISHED_TYPES)}; code that comes with a model runs where "
+        "trust_remote_code asks for it, in jobs.generate"
+    )
 
 
 def longest_input(config: Any) -> int | None:

@@ -109,19 +109,25 @@ class RaggedCache(Cache):
         """As `begin`, for tokens at `offsets` [n, N] behind the end of their rows, a permutation of
         0..N-1 in each row.
         """
-        num_new = offsets.shape[1]
         lengths = self._lengths[rows]
         positions = lengths[:, None] + offsets
+        width = int(lengths.max()) + offsets.shape[1]
+        self.begin_within(rows, positions, width)
+        return positions, width
+
+    def begin_within(self, rows: Tensor, positions: Tensor, width: int) -> None:
+        """Say that the next forward pass writes at `positions` [n, N], over what stands there, and
+        sees the first `width` keys of each row.
+        """
         leading = torch.arange(len(rows), device=rows.device)
         call = _Call(
             rows=rows,
             positions=positions,
-            width=int(lengths.max()) + num_new,
+            width=width,
             is_leading=bool((rows == leading).all()),
         )
         for layer in self._layers:
             layer.call = call
-        return positions, call.width
 
     def extend(self, rows: Tensor, counts: Tensor) -> None:
         self._lengths[rows] += counts

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.prompts import GenerationRow, PromptEncoder, prompt_text
@@ -18,6 +19,7 @@ from tokendiff.data.samples import num_new_tokens
 from tokendiff.diffusion.interfaces import Figures, OnProgress, StepCallback, unwatched
 from tokendiff.diffusion.random import RowGenerator, key_from
 from tokendiff.errors import InputError
+from tokendiff.models.denoiser import check_windows
 from tokendiff.models.sources import DenoiserSource
 from tokendiff.samplers.ancestral import AncestralSampler
 from tokendiff.samplers.base import Sampler
@@ -42,19 +44,28 @@ SAMPLERS: dict[str, type[Sampler]] = {
 
 
 def build_sampler(
-    config: "FixedLengthSamplerConfig", process: NoiseProcess, *, seq_len: int | None = None
+    config: "FixedLengthSamplerConfig",
+    process: NoiseProcess,
+    *,
+    seq_len: int | None = None,
+    stop_token_ids: tuple[int, ...] = (),
 ) -> Sampler:
     """The sampler that a config asks for, of a checkpoint's process.
 
     Args:
         seq_len: tokens of a sample; by default the trained max_length.
+        stop_token_ids: of a sampler of answers.
 
     Raises:
         InputError: the process does not go with the sampler, or a block is longer than a sample.
     """
     seq_len = seq_len or process.max_length
     fields = config.model_dump(exclude={"name"})
-    if fields.get("block_size", 1) > seq_len:
+    is_of_answers = fields.pop("max_new_tokens", None) is not None
+    fields.pop("stop_token_ids", None)
+    if is_of_answers:
+        fields |= {"begins_at_answer": True, "stop_token_ids": stop_token_ids}
+    elif fields.get("block_size", 1) > seq_len:
         raise InputError(
             f"sampler block_size {fields['block_size']} must not exceed seq_len {seq_len}; lower it"
         )
@@ -86,11 +97,16 @@ class PromptCheck:
     """What of a row can be known without a model's weights.
 
     Attributes:
+        seq_len: tokens of a row; None where each is a prompt and its answer.
+        max_new_tokens: of those, tokens of an answer at most.
+        max_length: tokens that the model takes; None where its config does not say.
         notes: what a person should know before samples are drawn.
     """
 
-    seq_len: int
+    seq_len: int | None
     encoder: PromptEncoder
+    max_new_tokens: int = 0
+    max_length: int | None = None
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -102,19 +118,28 @@ class PromptCheck:
         """
         source = DenoiserSource.of(config, checkpoint)
         process, longest = source.process, source.max_length
+        encoder = prompt_encoder(source, config)
+        if config.max_new_tokens is not None:
+            _sampler_of(config, source)
+            return cls(
+                seq_len=None,
+                encoder=encoder,
+                max_new_tokens=config.max_new_tokens,
+                max_length=longest,
+            )
         seq_len = config.seq_len or process.max_length
         if config.seq_len is not None and longest is not None and seq_len > longest:
             raise InputError(
                 f"seq_len {seq_len}: the model has positions for {longest} tokens; lower seq_len"
             )
-        build_sampler(_fixed_length(config), process, seq_len=seq_len)
+        _sampler_of(config, source)
         notes: tuple[str, ...] = ()
         if checkpoint is not None and seq_len > process.max_length:
             notes = (
                 f"seq_len {seq_len} is longer than the {process.max_length} tokens of the rows "
                 "that the checkpoint was trained on; text behind them may be worse",
             )
-        return cls(seq_len=seq_len, encoder=prompt_encoder(source, config), notes=notes)
+        return cls(seq_len=seq_len, encoder=encoder, notes=notes)
 
     def request(self, row: GenerationRow) -> list[int]:
         """Token ids of the row's prompt.
@@ -123,10 +148,23 @@ class PromptCheck:
             InputError: it cannot be used.
         """
         ids = self.encoder(row.prompt)
-        if len(ids) > self.seq_len:
+        shown = f"prompt {(prompt_text(row.prompt) or '')[:60]!r}"
+        if self.seq_len is not None:
+            if len(ids) > self.seq_len:
+                raise InputError(
+                    f"{shown} has {len(ids)} tokens; it must fit seq_len {self.seq_len}"
+                )
+            return ids
+        if self.encoder.tokenizer.mask_token_id in ids:
             raise InputError(
-                f"prompt {(prompt_text(row.prompt) or '')[:60]!r} has {len(ids)} tokens; it must "
-                f"fit seq_len {self.seq_len}"
+                f"{shown} holds the mask token {self.encoder.tokenizer.mask_token!r}; gaps are "
+                "filled in rows of one length: give seq_len in place of max_new_tokens"
+            )
+        if self.max_length is not None and len(ids) + self.max_new_tokens > self.max_length:
+            raise InputError(
+                f"{shown} has {len(ids):,} tokens; with {self.max_new_tokens:,} new ones that "
+                f"exceeds the {self.max_length:,} that the model takes; shorten the prompt, or "
+                "lower max_new_tokens"
             )
         return ids
 
@@ -143,7 +181,8 @@ class SamplingModel:
         self._denoiser = source.load(dtype=dtype).to(device)
         self._device, self._config = torch.device(device), config
         self.seq_len = config.seq_len or self.process.max_length
-        self._sampler = build_sampler(_fixed_length(config), self.process, seq_len=self.seq_len)
+        self._sampler = _sampler_of(config, source)
+        self._stops = getattr(self._sampler, "stop_token_ids", ())
         self._encoder = prompt_encoder(source, config)
 
     def with_sampler(self, config: "GenerateConfig") -> "SamplingModel":
@@ -185,15 +224,13 @@ class SamplingModel:
         """
         start = time.perf_counter()
         prompts = [self._encoder(row.prompt) for row in rows]
-        tokens, is_given = prefix_batch(
-            prompts, seq_len=self.seq_len, mask_token_id=self.process.mask_token_id
-        )
+        tokens, is_given, is_valid = self._laid_out(prompts)
         ids = torch.tensor([row.id for row in rows], dtype=torch.int64, device=self._device)
         generator = RowGenerator.for_rows(key_from(self._config.seed, "sample"), ids)
         is_bf16 = self._config.mixed_precision == "bf16"
-        num_open = (~is_given).sum(1).tolist()
+        num_open = (~is_given & is_valid).sum(1).tolist()
         watch = _StepWatch(
-            num_steps=self._sampler.num_steps(is_given),
+            num_steps=self._sampler.num_steps(is_given | ~is_valid),
             num_rows=len(rows),
             num_tokens=sum(num_open),
             on_step=on_step,
@@ -205,35 +242,59 @@ class SamplingModel:
                 tokens.to(self._device),
                 is_given.to(self._device),
                 generator,
+                is_valid=None if bool(is_valid.all()) else is_valid.to(self._device),
                 on_step=watch,
             )
         seconds = round(time.perf_counter() - start, 3)
-        mask = self.process.mask_token_id
         return [
-            {
-                "id": row.id,
-                "prompt": prompt_text(row.prompt),
-                "num_prompt_tokens": len(prompt),
-                "gaps": [at for at, token in enumerate(prompt) if token == mask],
-                "tokens": sampled,
-                "text": self.tokenizer.decode(sampled, skip_special_tokens=True),
-                "completion": self.tokenizer.decode(
-                    sampled[len(prompt) :], skip_special_tokens=True
-                ),
-                "finish_reason": "length",
-                "num_model_calls": calls,
-                "tokens_per_forward": filled / calls if calls else None,
-                "seconds": seconds,
-            }
-            for row, prompt, sampled, calls, filled in zip(
+            {**self._record(row, prompt, sampled[:length], calls), "seconds": seconds}
+            for row, prompt, sampled, length, calls in zip(
                 rows,
                 prompts,
                 samples.tokens.tolist(),
+                is_valid.sum(1).tolist(),
                 samples.num_model_calls.tolist(),
-                num_open,
                 strict=True,
             )
         ]
+
+    def _laid_out(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, is_given and is_valid [B, L] of a batch."""
+        new = self._config.max_new_tokens
+        longest = max(map(len, prompts))
+        tokens, is_given = prefix_batch(
+            prompts,
+            seq_len=self.seq_len if new is None else longest + new,
+            mask_token_id=self.process.mask_token_id,
+        )
+        is_valid = torch.ones_like(is_given)
+        if new is not None:
+            ends = torch.tensor([len(prompt) + new for prompt in prompts])
+            is_valid = torch.arange(tokens.shape[1]) < ends[:, None]
+        return tokens, is_given, is_valid
+
+    def _record(
+        self, row: GenerationRow, prompt: list[int], sampled: list[int], calls: int
+    ) -> dict[str, Any]:
+        mask, num_prompt = self.process.mask_token_id, len(prompt)
+        gaps = [at for at, token in enumerate(prompt) if token == mask]
+        behind = range(num_prompt, len(sampled))
+        stop = next((at for at in behind if sampled[at] in self._stops), None)
+        if stop is not None:
+            sampled = sampled[: stop + 1]
+        num_new = len(sampled) - num_prompt + len(gaps)
+        return {
+            "id": row.id,
+            "prompt": prompt_text(row.prompt),
+            "num_prompt_tokens": num_prompt,
+            "gaps": gaps,
+            "tokens": sampled,
+            "text": self.tokenizer.decode(sampled, skip_special_tokens=True),
+            "completion": self.tokenizer.decode(sampled[num_prompt:], skip_special_tokens=True),
+            "finish_reason": "length" if stop is None else "stop",
+            "num_model_calls": calls,
+            "tokens_per_forward": num_new / calls if calls else None,
+        }
 
 
 @dataclass(kw_only=True)
@@ -247,7 +308,7 @@ class _StepWatch:
     on_progress: OnProgress
     _taken: int = -1  # the first call shows what the steps begin with
 
-    def __call__(self, time: float, x_t: torch.Tensor) -> None:
+    def __call__(self, time: float, x_t: Tensor) -> None:
         self._taken += 1
         if self.on_step is not None:
             self.on_step(time, x_t)
@@ -279,6 +340,16 @@ def prompt_encoder(source: DenoiserSource, config: "GenerateConfig") -> PromptEn
         keeps_prefix=source.checkpoint is None,
         subject="the checkpoint" if source.checkpoint is not None else source.name,
     )
+
+
+def _sampler_of(config: "GenerateConfig", source: DenoiserSource) -> Sampler:
+    """The sampler that a config asks for, of what it samples from."""
+    section = _fixed_length(config)
+    if (cache := getattr(section, "cache", "none")) != "none":
+        check_windows(source.config, origin=f"cache {cache!r}: {source.name}")
+    listed = getattr(section, "stop_token_ids", ())
+    stops = () if config.max_new_tokens is None else source.stop_tokens(listed)
+    return build_sampler(section, source.process, seq_len=config.seq_len, stop_token_ids=stops)
 
 
 def _fixed_length(config: "GenerateConfig") -> "FixedLengthSamplerConfig":

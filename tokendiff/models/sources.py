@@ -2,6 +2,7 @@
 rows by its name. All that can be known of it before a weight is read.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.errors import InputError
 from tokendiff.models.checkpoints import check_denoiser, load_for_inference
-from tokendiff.models.decoding import find_mask_token
+from tokendiff.models.decoding import find_mask_token, find_stop_tokens
 from tokendiff.models.families import WHOLE_ROW_TYPES, Family, family_of, published_type
 from tokendiff.models.opening import load_denoiser
 from tokendiff.models.plans import plan_model
@@ -91,6 +92,25 @@ class DenoiserSource:
             config=plan.config,
             max_length=longest,
         )
+
+    def stop_tokens(self, listed: Sequence[int]) -> tuple[int, ...]:
+        """Ids that end an answer: those that are listed, the tokenizer's EOS, those of the model's
+        generation config, and what its family ends answers with.
+
+        Raises:
+            InputError: an id that the tokenizer does not have.
+        """
+        for index in listed:
+            if not 0 <= index < len(self.tokenizer):
+                raise InputError(
+                    f"stop_token_ids {index}: the tokenizer of {self.name} has ids below "
+                    f"{len(self.tokenizer)}"
+                )
+        vocabulary = self.tokenizer.get_vocab()
+        known = family_of(published_type(self.config)).stop_tokens
+        of_family = [vocabulary[token] for token in known if token in vocabulary]
+        found = find_stop_tokens(self.name, self.config, self.tokenizer)
+        return tuple(sorted({*listed, *of_family, *found}))
 
     def load(self, *, dtype: torch.dtype = torch.float32) -> Any:
         """The denoiser on the CPU in eval mode.

@@ -12,6 +12,7 @@ For other rooms:
 Of this room alone:
     block_decoding    blocks behind a cache, which `sdar` and `block_refinement` share
     commit_rules      which candidates a step commits
+    hidden_states     what a model says of a batch, read again where it has changed
     acceptance        which drafted tokens a target accepts
     categorical       exact draws and filters
     slots             rows in flight, for continuous batching

@@ -11,6 +11,8 @@ from tokendiff.diffusion.interfaces import Denoiser, Samples, StepCallback
 from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, UniformKernel
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.samplers.categorical import check_filters, draw, filter_logits
+from tokendiff.samplers.commit_rules import Candidates
+from tokendiff.samplers.hidden_states import HiddenStates
 
 _CPU_CHUNK, _GPU_CHUNK = 256, 4096  # positions whose [N, V] logits exist at once
 _PRIOR = -1  # steps are numbered from 0
@@ -60,6 +62,7 @@ class Sampler(ABC):
         is_given: Tensor,
         generator: RowGenerator,
         *,
+        is_valid: Tensor | None = None,
         on_step: StepCallback | None = None,
     ) -> Samples:
         """Fill every position that is not given.
@@ -68,18 +71,25 @@ class Sampler(ABC):
             tokens: [B, L] int64; read where `is_given`, not written to.
             is_given: [B, L] bool: the prompt, or any other subset; never changed.
             generator: one key per row; a row's sample depends on no other row.
+            is_valid: [B, L] bool, False on padding at the right of rows that are shorter, which is
+                neither seen nor changed; None where there is none.
             on_step: called with (1.0, x_1) and then after every step.
         """
+        if is_valid is not None:
+            is_given = is_given | ~is_valid
         one = torch.ones((), dtype=torch.float64, device=tokens.device)
         prior = self.kernel.draw_noise(one, generator.fold_in(_PRIOR).uniform(tokens.shape[1]))
         x_t = torch.where(is_given, tokens, prior)
         report = on_step if on_step is not None else _ignore
         report(1.0, x_t)
-        predictor = Predictor(self, model, is_given)
+        predictor = self._predictor(model, is_given, is_valid)
         x_0 = self._denoise(x_t, ~is_given, predictor, generator, report)
         is_mask = ~is_given & (x_0 == self.kernel.mask_token_id)
         assert not bool(is_mask.any()), "the last step removes all noise"
         return Samples(tokens=x_0, num_model_calls=predictor.num_model_calls)
+
+    def _predictor(self, model: Denoiser, is_given: Tensor, is_valid: Tensor | None) -> "Predictor":
+        return Predictor(self, model, is_given, is_valid)
 
     @abstractmethod
     def num_steps(self, is_given: Tensor) -> int:
@@ -118,18 +128,36 @@ class Predictor:
     """A model's belief about one batch of rows while it is sampled.
 
     Attributes:
-        is_given: [B, L].
+        is_given, is_valid: [B, L].
         num_model_calls: [B] int64, so far; unconditional passes count too.
     """
 
-    def __init__(self, sampler: Sampler, model: Denoiser, is_given: Tensor) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        model: Denoiser,
+        is_given: Tensor,
+        is_valid: Tensor | None = None,
+        *,
+        has_memory: bool = False,
+        passes_per_refresh: int | None = None,
+    ) -> None:
         self.is_given = is_given
+        self.is_valid = valid = torch.ones_like(is_given) if is_valid is None else is_valid
         self.num_model_calls = is_given.new_zeros(len(is_given), dtype=torch.int64)
         self._sampler, self._model = sampler, model
         self._mask = torch.tensor([sampler.kernel.mask_token_id], device=is_given.device)
         # What a row without anything given is guided towards is what it is guided away from.
-        self._is_guided = is_given.any(1) & (sampler.guidance_scale != 1.0)
-        self._conditional, self._unconditional = _HiddenStates(model), _HiddenStates(model)
+        self._is_guided = (is_given & valid).any(1) & (sampler.guidance_scale != 1.0)
+        self._conditional, self._unconditional = (
+            HiddenStates(model, valid, has_memory=has_memory, passes_per_refresh=passes_per_refresh)
+            for _ in range(2)
+        )
+
+    def move_window(self, window: Tensor) -> None:
+        """Say which positions [B, L] a pass reads from now on; see `HiddenStates`."""
+        self._conditional.move(window)
+        self._unconditional.move(window)
 
     def logits(
         self, x_t: Tensor, is_needed: Tensor, time: Tensor
@@ -146,6 +174,37 @@ class Predictor:
         Yields:
             (row [n], position [n], logits [n, V] float32, the mask at -inf), in row-major order.
         """
+        for row, position, logits in self._unfiltered(x_t, is_needed, time):
+            yield row, position, self._filtered(logits)
+
+    def candidates(
+        self, x_t: Tensor, is_needed: Tensor, time: Tensor, uniform: Tensor
+    ) -> Candidates:
+        """A token for each position where one is asked for, drawn by numbers [B, L] in (0, 1), and
+        how sure the model is of it.
+        """
+        tokens = torch.zeros_like(x_t)
+        confidence = torch.zeros_like(x_t, dtype=torch.float32)
+        entropy = torch.zeros_like(confidence)
+        for row, position, logits in self._unfiltered(x_t, is_needed, time):
+            at = (row, position)
+            drawn = self._sampler._draw(self._filtered(logits), uniform[at])
+            log_p = logits.log_softmax(-1)
+            tokens[at] = drawn
+            confidence[at] = log_p.gather(-1, drawn[:, None])[:, 0].exp()
+            entropy[at] = -(log_p.exp() * log_p.clamp(min=torch.finfo().min)).sum(-1)
+        return Candidates(tokens=tokens, confidence=confidence, entropy=entropy)
+
+    def _filtered(self, logits: Tensor) -> Tensor:
+        sampler = self._sampler
+        return filter_logits(
+            logits, temperature=sampler.temperature, top_k=sampler.top_k, top_p=sampler.top_p
+        )
+
+    def _unfiltered(
+        self, x_t: Tensor, is_needed: Tensor, time: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """As `logits`, before temperature and filters."""
         rows, positions = is_needed.nonzero(as_tuple=True)
         if not rows.numel():
             return
@@ -169,9 +228,7 @@ class Predictor:
         logits = logits.index_fill(-1, self._mask, -torch.inf)
         if sampler.prediction == "posterior":
             logits = sampler.kernel.loo_logits(logits, x_t, time)
-        return filter_logits(
-            logits, temperature=sampler.temperature, top_k=sampler.top_k, top_p=sampler.top_p
-        )
+        return logits
 
     def _guided(self, logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
         guided = self._is_guided[row].nonzero()[:, 0]
@@ -189,41 +246,6 @@ def guide(given: Tensor, free: Tensor, scale: float) -> Tensor:
     excluded.
     """
     return (free + scale * (given - free)).masked_fill(given == -torch.inf, -torch.inf)
-
-
-class _HiddenStates:
-    """Hidden states of a batch; a row is encoded again where its tokens have changed, or, for a
-    model that is conditioned on it, the time.
-    """
-
-    def __init__(self, model: Denoiser) -> None:
-        self._model = model
-        self._tokens: Tensor | None = None
-        self._hidden: Tensor | None = None
-
-    def update(self, tokens: Tensor, is_needed: Tensor, time: Tensor) -> Tensor:
-        """Make the rows that are needed ([B] bool) those of tokens [B, L] at times [B].
-
-        Returns:
-            [B] bool: the rows that it took a forward pass for.
-        """
-        is_stale = is_needed
-        if self._tokens is not None and not self._model.is_time_conditioned:
-            is_stale = is_needed & (tokens != self._tokens).any(1)
-        rows = is_stale.nonzero()[:, 0]
-        if rows.numel():
-            is_valid = torch.ones_like(tokens[rows], dtype=torch.bool)
-            hidden = self._model.encode(tokens[rows], is_valid, time[rows])
-            if self._hidden is None or self._tokens is None:
-                self._hidden = hidden.new_empty(len(tokens), *hidden.shape[1:])
-                self._tokens = torch.full_like(tokens, -1)
-            self._hidden[rows], self._tokens[rows] = hidden, tokens[rows]
-        return is_stale
-
-    def at(self, row: Tensor, position: Tensor) -> Tensor:
-        """[N, D]."""
-        assert self._hidden is not None, "update comes first"
-        return self._hidden[row, position]
 
 
 def _ignore(time: float, x_t: Tensor) -> None:

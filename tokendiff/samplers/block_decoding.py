@@ -22,6 +22,7 @@ from tokendiff.diffusion.attention_masks import MaskRule, block_causal_by_begin,
 from tokendiff.diffusion.interfaces import Decoder
 from tokendiff.samplers.base import positions_at_once
 from tokendiff.samplers.categorical import without_token
+from tokendiff.samplers.commit_rules import Candidates
 from tokendiff.samplers.open_ended import PREFILL_CHUNK, OpenEndedSampler, encode_known
 from tokendiff.samplers.slots import Slots
 
@@ -41,21 +42,6 @@ class BlockState:
     is_masked: Tensor
     is_given: Tensor
     step: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidates:
-    """What the model would put at each position, [n, K] each; 0 where it was not asked.
-
-    Attributes:
-        confidence: the token's probability under the model, before temperature and filters, the
-            mask having none.
-        entropy: nats, of that whole distribution.
-    """
-
-    tokens: Tensor
-    confidence: Tensor
-    entropy: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

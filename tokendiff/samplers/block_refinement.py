@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokendiff.diffusion.attention_masks import MaskRule, causal_by_position
-from tokendiff.samplers.block_decoding import BlockSampler, BlockState, Candidates
-from tokendiff.samplers.commit_rules import commit_confident, edit_confident, quotas
+from tokendiff.samplers.block_decoding import BlockSampler, BlockState
+from tokendiff.samplers.commit_rules import Candidates, commit_confident, edit_confident, quotas
 from tokendiff.samplers.slots import Slots
 
 

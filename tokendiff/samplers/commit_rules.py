@@ -7,8 +7,60 @@ Sources: LLaDA (arXiv 2502.09992), SDAR (arXiv 2510.06303), EB-Sampler (arXiv 25
 LLaDA2.1 for editing.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """What the model would put at each position, [n, K] each; 0 where it was not asked.
+
+    Attributes:
+        confidence: the token's probability under the model, before temperature and filters, the
+            mask having none.
+        entropy: nats, of that whole distribution.
+    """
+
+    tokens: Tensor
+    confidence: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitRule:
+    """A strategy by its name, with the numbers that it goes by.
+
+    Attributes:
+        strategy: "sequential", "low_confidence_static", "low_confidence_dynamic" or
+            "entropy_bounded".
+        confidence_threshold: of low_confidence_dynamic.
+        entropy_threshold: of entropy_bounded, nats.
+    """
+
+    strategy: str
+    confidence_threshold: float
+    entropy_threshold: float
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(
+                f"remasking_strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}"
+            )
+        if not self.confidence_threshold >= 0.0:
+            raise ValueError(
+                f"confidence_threshold must not be negative, got {self.confidence_threshold}"
+            )
+        if not self.entropy_threshold >= 0.0:
+            raise ValueError(
+                f"entropy_threshold must not be negative, got {self.entropy_threshold}"
+            )
+
+    def __call__(self, candidates: Candidates, is_masked: Tensor, quota: Tensor) -> Tensor:
+        """[n, K] bool: which candidates a step commits, of those at masks; about `quota` [n]."""
+        return STRATEGIES[self.strategy](self, is_masked, candidates, quota)
 
 
 def quotas(block_length: int, num_steps: int) -> Tensor:
@@ -81,3 +133,18 @@ def _rank(cost: Tensor, is_masked: Tensor) -> Tensor:
     # A masked position of infinite cost must still come before those that are not masked.
     order = order.gather(1, (~is_masked).gather(1, order).long().argsort(dim=1, stable=True))
     return order.argsort(dim=1)
+
+
+# The closed table behind `remasking_strategy`.
+STRATEGIES: dict[str, Callable[[CommitRule, Tensor, Candidates, Tensor], Tensor]] = {
+    "sequential": lambda rule, is_masked, candidates, quota: commit_leftmost(is_masked, quota),
+    "low_confidence_static": lambda rule, is_masked, candidates, quota: commit_most_confident(
+        candidates.confidence, is_masked, quota
+    ),
+    "low_confidence_dynamic": lambda rule, is_masked, candidates, quota: commit_confident(
+        candidates.confidence, is_masked, quota, threshold=rule.confidence_threshold
+    ),
+    "entropy_bounded": lambda rule, is_masked, candidates, quota: commit_entropy_bounded(
+        candidates.entropy, is_masked, bound=rule.entropy_threshold
+    ),
+}

@@ -28,7 +28,7 @@ from tokendiff.models.kept_base import (
     read_fields,
 )
 from tokendiff.models.opening import load_causal_denoiser, load_denoiser
-from tokendiff.models.plans import plan_model
+from tokendiff.models.plans import check_trainable, plan_model
 from tokendiff.models.pretrained import open_config
 from tokendiff.models.vocabulary import check_vocabulary
 from tokendiff.objectives.autoregressive import Autoregressive
@@ -167,6 +167,7 @@ def build_trainee(
         model = load_causal_denoiser(start, keeps_base=config.keep_base, **fields)
     else:
         denoiser = load_denoiser(start, predict=wanted_prediction(config), **fields)
+        check_trainable(denoiser.model.config, start, field=field)
         model, predict = denoiser, "next" if denoiser.predicts_next else "own"
     if not config.from_scratch:
         check_vocabulary(start, tokenizer, field=field)
@@ -254,6 +255,7 @@ def model_without_weights(config: "TrainConfig", tokenizer: Any, *, max_length: 
         predict=wanted_prediction(config),
         field=field,
     )
+    check_trainable(plan.config, name, field=field)
     text = plan.config.get_text_config()
     text.vocab_size = max(text.vocab_size, plan.vocab_size)  # as the embedding will have grown
     with torch.device("meta"):

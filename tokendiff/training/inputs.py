@@ -15,7 +15,7 @@ from tokendiff.models.builtin import check_builtin, is_builtin
 from tokendiff.models.denoiser import ModelInTwoParts
 from tokendiff.models.dflash.planning import check_pair, check_rows, plan_draft
 from tokendiff.models.layers import find_layers
-from tokendiff.models.plans import open_trainable_config, plan_model
+from tokendiff.models.plans import check_trainable, open_trainable_config, plan_model
 from tokendiff.models.pretrained import check_length, check_weights
 from tokendiff.models.vocabulary import check_vocabulary
 from tokendiff.training.building import (
@@ -91,6 +91,7 @@ def check_inputs(config: "TrainConfig", data: TokenData) -> None:
         predict=wanted_prediction(config),
         field=field,
     )
+    check_trainable(plan.config, name, field=field)
     if not config.from_scratch:
         check_vocabulary(name, tokenizer, field=field)
     check_kept_base(config, tokenizer)
@@ -112,6 +113,7 @@ def check_model(config: "TrainConfig", *, max_length: int) -> None:
         check_builtin(name)
         return
     model, _ = open_trainable_config(name, is_causal=config.objective.is_causal, field=field)
+    check_trainable(model, name, field=field)
     check_length(model, name, field=field, max_length=max_length)
     if not config.from_scratch:
         check_weights(name, field=field)
