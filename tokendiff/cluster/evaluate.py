@@ -293,9 +293,7 @@ def _accepted_of(samples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     return {ROW_ID: np.array([record["id"] for record in samples]), **accepted_by_row(blocks)}
 
 
-def _sample_metrics(
-    samples: Sequence[Mapping[str, Any]], made: Mapping[str, Any]
-) -> dict[str, Any]:
+def sample_metrics(samples: Sequence[Mapping[str, Any]], made: Mapping[str, Any]) -> dict[str, Any]:
     """What samples are like and what they cost.
 
     Args:
@@ -396,7 +394,7 @@ def evaluate(
         if samples:
             assert samples_path is not None
             made = load_manifest(location(samples_path)).metadata
-            metrics |= _sample_metrics(samples, made)
+            metrics |= sample_metrics(samples, made)
             if config.reference_model_name_or_path is not None:
                 texts = [record["text"] for record in samples]
                 metrics |= score_with_reference(
