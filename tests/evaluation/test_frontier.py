@@ -61,6 +61,13 @@ def test_the_operating_point_is_the_fastest_that_is_good_enough(rule: dict, expe
     assert Rule(**{**vars(RULE), **higher}).choose(turned) == expected
 
 
+@pytest.mark.parametrize(("within", "expected"), [(0.0, 0), (0.05, 1), (0.5, 2)])
+def test_an_accuracy_may_fall_by_a_share_of_the_best(within: float, expected: int) -> None:
+    points = [point(0.8, 1.0), point(0.77, 2.0), point(0.41, 3.0), point(0.39, 4.0)]
+    rule = Rule(**{**vars(RULE), "is_lower_better": False, "within": within})
+    assert rule.choose(points) == expected
+
+
 def test_a_rule_that_no_point_satisfies() -> None:
     points = [point(20.0, 1.0), point(30.0, 2.0)]
     with pytest.raises(InputError, match=r"no point reaches the limit 10 .*the best reaches 20;"):
@@ -73,11 +80,11 @@ def test_the_report_names_the_points() -> None:
     points = [point(20.0, 1.0, steps=8), point(30.0, 2.0, steps=4), point(40.0, 1.5, steps=2)]
     report = frontier_report("toy", points, RULE, 0, config_yaml="")
     ((_, header, rows),) = report.tables
-    assert header[:4] == ["sampler", "on the front", "perplexity", "tokens_per_forward"]
+    assert header[:4] == ["front", "sampler", "perplexity", "tokens_per_forward"]
     assert [row[:2] for row in rows] == [
-        ["sdar steps=8", "yes"],
-        ["sdar steps=4", "yes"],
-        ["sdar steps=2", ""],
+        ["1", "sdar steps=8"],
+        ["2", "sdar steps=4"],
+        ["", "sdar steps=2"],
     ]
     assert report.summary[0][1] == "sdar steps=8"
     assert draw(points, RULE, 0).startswith(b"\x89PNG")

@@ -108,14 +108,15 @@ def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
 def frontier_report(
     title: str, points: Sequence[Point], rule: Rule, chosen: int, *, config_yaml: str
 ) -> Report:
-    """The points as a table, those of the front first, and the chosen one at the top."""
+    """The points as a table, those of the front first and numbered; above it the chosen one."""
     front = rule.front(points)
     names = list(dict.fromkeys([rule.quality, rule.speed, ENTROPY, *_names(points)]))
     order = [*front, *(at for at in range(len(points)) if at not in front)]
     rows = [
-        [points[at].label, "yes" if at in front else "", *_cells(points[at], names)] for at in order
+        [str(number) if at in front else "", points[at].label, *_cells(points[at], names)]
+        for number, at in enumerate(order, start=1)
     ]
-    table: Table = ("Points", ["sampler", "on the front", *names], rows)
+    table: Table = ("Points", ["front", "sampler", *names], rows)
     figures = points[chosen].figures
     return Report(
         title=title,
@@ -135,7 +136,9 @@ def frontier_report(
 
 
 def draw(points: Sequence[Point], rule: Rule, chosen: int) -> bytes:
-    """A PNG: every point, the front as a line, and the operating point."""
+    """A PNG: every point, the front as a line, and the operating point. The front's points have the
+    numbers that `frontier_report` gives them.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -143,7 +146,8 @@ def draw(points: Sequence[Point], rule: Rule, chosen: int) -> bytes:
     front = [at for at in rule.front(points) if at in known]
     with matplotlib.rc_context({"text.parse_math": False}):
         figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-        axes = figure.add_subplot(xlabel=rule.speed, ylabel=rule.quality)
+        title = "points of the front are numbered as in the report"
+        axes = figure.add_subplot(title=title, xlabel=rule.speed, ylabel=rule.quality)
 
         def places(chosen: Sequence[int]) -> tuple[list[float], list[float]]:
             of = [points[at].figures for at in chosen]
@@ -154,9 +158,11 @@ def draw(points: Sequence[Point], rule: Rule, chosen: int) -> bytes:
         axes.scatter(
             *places([chosen]), color="tab:red", s=120, marker="*", zorder=3, label="chosen"
         )
-        for at in front:
-            x, y = places([at])
-            axes.annotate(points[at].label, (x[0], y[0]), fontsize=6, rotation=20)
+        numbers: dict[tuple[float, float], list[str]] = {}
+        for number, place in enumerate(zip(*places(front), strict=True), start=1):
+            numbers.setdefault(place, []).append(str(number))
+        for place, found in numbers.items():
+            axes.annotate(", ".join(found), place, xytext=(6, 6), textcoords="offset points")
         axes.grid(alpha=0.3)
         axes.legend()
         png = BytesIO()
