@@ -210,5 +210,7 @@ def test_the_job_takes_names_with_commas() -> None:
     assert config.evaluate.tasks == ["a", "b", "c"]
     assert config.evaluate.sampler is not None
     assert config.evaluate.sampler.model_dump()["denoising_steps"] == 2
+    with pytest.raises(InputError, match="none is named; add --sampler NAME"):
+        parse(arguments[:3] + arguments[-2:], prog="", description="", sections=("evaluate",))
     with pytest.raises(InputError, match="no tasks"):
         parse(["--num_fewshot", "1"], prog="jobs.evaluate", description="", sections=("evaluate",))
