@@ -362,6 +362,71 @@ def evaluate_stage(
     return _stage("evaluate", settings, folder, action, result, **kwargs)
 
 
+def frontier_stage(
+    config: Config,
+    folder: str | Location,
+    *,
+    checkpoint_path: str,
+    keyed: Config | None = None,
+    **kwargs: Any,
+) -> Stage:
+    section, keyed_section = config.frontier, (keyed or config).frontier
+    assert section is not None
+    assert keyed_section is not None
+
+    def check(stage: Stage) -> None:
+        from tokendiff.evaluation.reference import check_reference
+        from tokendiff.evaluation.tasks.suite import check_tasks
+        from tokendiff.models.requests import check_generation
+
+        if section.tasks:
+            check_tasks(section)
+        if not stage.has_inputs:
+            return
+        if section.reference_model_name_or_path is not None:
+            check_reference(section.reference_model_name_or_path)
+        for point in section.points:
+            check_generation(section.sampling(point), checkpoint_path=checkpoint_path)
+
+    def action(stage: Stage, log: RunLog) -> None:
+        from tokendiff.cluster.frontier import run_frontier
+        from tokendiff.config.loader import to_yaml
+        from tokendiff.secrets import without_credentials
+
+        run_frontier(
+            section,
+            config.cluster,
+            title=f"{config.name}: {stage.name}",
+            checkpoint_path=checkpoint_path,
+            config_yaml=without_credentials(to_yaml(config)),
+            output_dir=stage.output,
+            on_event=log.write,
+        )
+
+    def result(stage: Stage) -> dict[str, Any]:
+        found = load_manifest(stage.output).metadata
+        return {
+            **found["chosen"]["figures"],
+            "operating_point": found["chosen"]["sampler"],
+            "num_points": len(found["points"]),
+            "num_on_front": len(found["front"]),
+            "report": str(stage.output / "report" / "index.html"),
+            "plot": str(stage.output / "frontier.png"),
+        }
+
+    settings = {
+        **keyed_section.result_fields(),
+        "samplers": [point.result_fields() for point in keyed_section.points],
+        "inputs": identity_of(
+            *prompt_paths(keyed_section.prompts),
+            keyed_section.reference_model_name_or_path,
+            keyed_section.tasks_path,
+        ),
+        **({"lm_eval": _version_of("lm_eval")} if keyed_section.tasks else {}),
+    }
+    return _stage("frontier", settings, folder, action, result, check=check, **kwargs)
+
+
 def promote_stage(
     config: Config, folder: str | Location, *, keyed: Config | None = None, **kwargs: Any
 ) -> Stage:

@@ -14,7 +14,7 @@ from tokendiff.artifacts.manifest import write_atomically
 from tokendiff.evaluation.report import Report, render_page
 
 PAGE_NAME = "comparison.html"
-_KINDS = ("train", "generate", "evaluate", "promote")  # whose figures are compared
+_KINDS = ("train", "generate", "evaluate", "frontier", "promote")  # whose figures are compared
 _SHOWN = (
     *("nats_per_token", "standard_error", "ar_nats_per_token", "bits_per_byte"),
     "tokens_per_forward",

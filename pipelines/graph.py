@@ -8,6 +8,7 @@ from typing import Any
 
 from pipelines.builders import (
     evaluate_stage,
+    frontier_stage,
     generate_stage,
     preprocess_stage,
     promote_stage,
@@ -250,6 +251,10 @@ def _evaluate(config: Config, section: Any, folder: Location, fields: dict[str, 
     )
 
 
+def _frontier(config: Config, section: Any, folder: Location, fields: dict[str, Any]) -> Stage:
+    return frontier_stage(config, folder, checkpoint_path=section.checkpoint_path, **fields)
+
+
 # The closed table behind `kind: NAME`.
 _BUILDERS: dict[str, Callable[[Config, Any, Location, dict[str, Any]], Stage]] = {
     "preprocess": _preprocess,
@@ -257,6 +262,7 @@ _BUILDERS: dict[str, Callable[[Config, Any, Location, dict[str, Any]], Stage]] =
     "regenerate": _regenerate,
     "generate": _generate,
     "evaluate": _evaluate,
+    "frontier": _frontier,
     "promote": _promote,
 }
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from pipelines.lock import alone
 from pipelines.paths import model_path
 from pipelines.stage import Stage
@@ -162,7 +164,7 @@ def promote(
         "model": uri,
     }
     if passed:
-        sampling, target = _served_with(checkpoint, config.generate or GenerateConfig())
+        sampling, target = _served_with(checkpoint, _at_operating_point(stage, config, digest))
         version = registry.register(
             section.registered_model,
             checkpoint,
@@ -253,6 +255,33 @@ def _served_with(
     if Path(target).is_dir():
         return fields, Path(target)
     return {**fields, "target_model_id": target}, None
+
+
+def _at_operating_point(stage: Stage, config: Config, digest: str) -> GenerateConfig:
+    """The generate section, with the sampler that a frontier chose where the stage has one.
+
+    Raises:
+        InputError: the frontier is of another checkpoint, or the section does not go with it.
+    """
+    section = config.generate or GenerateConfig()
+    source = stage.inputs.get("frontier")
+    if source is None:
+        return section
+    found = load_manifest(source.output).metadata
+    if found["checkpoint_files"] != digest:
+        raise InputError(
+            f"{stage.title}: {source.title} chose an operating point of {found['checkpoint']}, "
+            "which is not the candidate; give both stages the same checkpoint"
+        )
+    fields = {**sampling_fields(section), "sampler": found["chosen"]["sampler"]}
+    try:
+        return GenerateConfig.model_validate(fields)
+    except ValidationError as error:
+        problems = "; ".join(str(problem["msg"]) for problem in error.errors())
+        raise InputError(
+            f"{stage.title}: the generate section does not go with the operating point "
+            f"{found['chosen']['sampler']}: {problems}"
+        ) from error
 
 
 def _champion_of(

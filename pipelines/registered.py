@@ -26,6 +26,7 @@ MODEL_FIELDS = {
     "train": ("warm_start_from", "model_name_or_path"),
     "generate": ("checkpoint_path", "draft_model_id"),
     "evaluate": ("checkpoint_path",),
+    "frontier": ("checkpoint_path",),
 }
 # Those that make do without a model that is not there yet.
 _LENIENT = ("new_since", "warm_start_from")

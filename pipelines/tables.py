@@ -285,12 +285,22 @@ def _promotion_lines(result: Mapping[str, Any]) -> list[Line]:
     return [("gate", line) for line in result["gate"]] + [(result["decision"], result["summary"])]
 
 
+def _frontier_lines(result: Mapping[str, Any]) -> list[Line]:
+    point = result["operating_point"]
+    fields = " ".join(f"{name}={value}" for name, value in point.items() if name != "name")
+    return [
+        ("operating point", f"{point['name']} {fields}".strip()),
+        ("front", f"{result['num_on_front']} of {result['num_points']} settings, {result['plot']}"),
+    ]
+
+
 _FIGURES = {
     "preprocess": _data_lines,
     "train": _training_lines,
     "regenerate": _sampling_lines,
     "generate": _sampling_lines,
     "evaluate": _bound_lines,
+    "frontier": _frontier_lines,
     "promote": _promotion_lines,
 }
 

@@ -418,7 +418,8 @@ def test_an_override_reaches_into_an_objective_given_by_name(write: Write, short
         (
             "train.checkpoint_path=a",
             "-o train.checkpoint_path: unknown field; "
-            "did you mean 'generate.checkpoint_path' or 'evaluate.checkpoint_path'?",
+            "did you mean 'generate.checkpoint_path' or 'evaluate.checkpoint_path' or "
+            "'frontier.checkpoint_path'?",
         ),
         ("train.zzz=1", "-o train.zzz: unknown field; the fields here are model_name_or_path, "),
     ],

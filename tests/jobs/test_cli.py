@@ -221,7 +221,7 @@ def test_subcommands_take_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert found.splitlines()[:2] == [
         "unknown flag --config; the file is given as FILE.yaml after the command",
         "unknown flag --seed; did you mean -o train.seed=... or -o generate.seed=... "
-        "or -o evaluate.seed=...?",
+        "or -o evaluate.seed=... or -o frontier.seed=...?",
     ]
     assert "FILE.yaml" in problem(["run"], commands=commands)
     assert "choose from" in problem(["rnu", str(path)], commands=commands)
@@ -234,8 +234,8 @@ def test_a_hidden_field_has_no_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert not told & {"--num_workers", "--seed"}
     assert "--num_actors" in told
     for given, expected in (("2", 2), ("2:4", "2:4")):
-        for flags in (["--num_workers", given], ["-o", f"cluster.num_workers={given}"]):
-            assert parse(flags, sections=TRAIN).config.cluster.num_workers == expected
+        for words in (["--num_workers", given], ["-o", f"cluster.num_workers={given}"]):
+            assert parse(words, sections=TRAIN).config.cluster.num_workers == expected
     config = parse(["-o", "cluster.num_workers=2"], sections=TRAIN, hidden=hidden).config
     assert config.cluster.num_workers == 2
     assert problem(["--num_workers", "2"], sections=TRAIN, hidden=hidden).startswith(

@@ -195,7 +195,7 @@ MISTAKES: list[tuple[str, str, str]] = [
         "kind: train",
         "kind: trian",
         "12: stages.model.kind: must be one of 'preprocess', 'train', 'regenerate', "
-        "'generate', 'evaluate', 'promote', got 'trian'; did you mean 'train'?",
+        "'generate', 'evaluate', 'frontier', 'promote', got 'trian'; did you mean 'train'?",
     ),
     (
         "data: corpus}\n    config",

@@ -2,7 +2,7 @@
 
 For other rooms:
     session           a running cluster, or one started on this machine
-    preprocess train generate evaluate
+    preprocess train generate evaluate frontier
                       what each job does on a cluster
     stopping          ending on SIGTERM
 

@@ -332,9 +332,7 @@ def _accepted_of(samples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     }
 
 
-def _sample_metrics(
-    samples: Sequence[Mapping[str, Any]], made: Mapping[str, Any]
-) -> dict[str, Any]:
+def sample_metrics(samples: Sequence[Mapping[str, Any]], made: Mapping[str, Any]) -> dict[str, Any]:
     """What samples are like and what they cost.
 
     Args:
@@ -436,7 +434,7 @@ def evaluate(
         if samples:
             assert samples_path is not None
             made = load_manifest(location(samples_path)).metadata
-            metrics |= _sample_metrics(samples, made)
+            metrics |= sample_metrics(samples, made)
             if config.reference_model_name_or_path is not None:
                 texts = [record["text"] for record in samples]
                 metrics |= score_with_reference(

@@ -20,7 +20,7 @@ def is_task_metric(name: str) -> bool:
     return "/" in name
 
 
-def _split_at_commas(names: object) -> object:
+def split_at_commas(names: object) -> object:
     """`a,b` is short for `[a, b]`, as in lm-evaluation-harness."""
     listed = [names] if isinstance(names, str) else names
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
@@ -69,7 +69,7 @@ class EvaluateConfig(Section):
     )
     mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16 autocast")
     seed: int = Field(0, ge=0, lt=2**63, description="with a row's id, decides its noise")
-    tasks: Annotated[list[str], BeforeValidator(_split_at_commas)] = added(
+    tasks: Annotated[list[str], BeforeValidator(split_at_commas)] = added(
         [],
         description="tasks of lm-evaluation-harness to measure, arc_easy,gsm8k; builtin: a small "
         "set that needs no network",

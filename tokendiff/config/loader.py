@@ -293,6 +293,10 @@ class _Draft:
         keys = tuple(name.split("."))
         place = _Place(2, number, f"--{keys[-1]}", keys)
         field = self._field(keys)
+        if field is None and self._is_undecided(keys[:-1]):
+            words = f"is a field of one {keys[-2]}, and none is named; add --{keys[-2]} NAME"
+            self.problems.append((place, f"{place.text}: {words}"))
+            return
         try:
             value = _read_flag(field.annotation, raw) if field else raw
             self._assign(keys, value, place)
@@ -312,6 +316,14 @@ class _Draft:
         place = self._place(keys, "")
         name = "" if keys == place.names else f"{_dotted(keys)}: "
         return place, f"{place.text}: {name}{text}"
+
+    def _is_undecided(self, keys: KeyPath) -> bool:
+        """Whether a field may be one of several models, and nothing says which."""
+        field = self._field(keys)
+        value: Any = self.data
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return is_tagged(field) and _chosen_model(field, value) is None
 
     def _field(self, keys: KeyPath) -> FieldInfo | None:
         model: type[BaseModel] | None = self.model

@@ -7,6 +7,7 @@ from pydantic import Field
 from tokendiff.config.base import Section, operational
 from tokendiff.config.cluster import ClusterConfig
 from tokendiff.config.evaluate import EvaluateConfig
+from tokendiff.config.frontier import FrontierConfig
 from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.preprocess import PreprocessConfig
 from tokendiff.config.promote import PromoteConfig
@@ -17,9 +18,9 @@ from tokendiff.errors import InputError
 class StageConfig(Section):
     """One entry of `stages`; `tokendiff.config.stage_graph` knows which inputs each kind takes."""
 
-    kind: Literal["preprocess", "train", "regenerate", "generate", "evaluate", "promote"] = Field(
-        description="what the stage does"
-    )
+    kind: Literal[
+        "preprocess", "train", "regenerate", "generate", "evaluate", "frontier", "promote"
+    ] = Field(description="what the stage does")
     inputs: dict[str, str] = Field({}, description="role of an input -> the stage that it is")
     config: dict[str, Any] = Field(
         {}, description="fields of the kind's section that differ in this stage"
@@ -67,6 +68,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     generate: GenerateConfig | None = GenerateConfig()
     evaluate: EvaluateConfig | None = EvaluateConfig()
+    frontier: FrontierConfig | None = None
     promote: PromoteConfig = PromoteConfig()
     stages: dict[str, StageConfig] = Field(
         {},

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from tokendiff.config.base import Section
 from tokendiff.config.evaluate import EvaluateConfig
+from tokendiff.config.frontier import PERPLEXITY, FrontierConfig
 from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.pipeline import Config, StageConfig
 from tokendiff.config.strict_yaml import KeyPath
@@ -31,7 +32,14 @@ SECTION_OF = {
     "regenerate": "generate",
     "generate": "generate",
     "evaluate": "evaluate",
+    "frontier": "frontier",
     "promote": "promote",
+}
+# Of sections that may be left out, what a stage's own fields then make.
+_WITHOUT_SECTION: dict[str, type[Section]] = {
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+    "frontier": FrontierConfig,
 }
 # What a preprocess stage would read the text from, if it were not the samples of another stage.
 SOURCE_FIELDS = (
@@ -92,9 +100,14 @@ ROLES: dict[str, dict[str, Role]] = {
         "data": Role(kinds=("preprocess",), field="data_path"),
         "samples": Role(kinds=("generate",), field="samples_path"),
     },
+    "frontier": {
+        "checkpoint": Role(kinds=("train",), field="checkpoint_path", is_needed=True),
+        "reference": Role(kinds=("train",), field="reference_model_name_or_path"),
+    },
     "promote": {
         "candidate": Role(kinds=("evaluate",), is_needed=True),
         "champion": Role(kinds=("evaluate",), is_optional=True),
+        "frontier": Role(kinds=("frontier",)),
     },
 }
 
@@ -130,9 +143,10 @@ def config_of(config: Config, stage: StageConfig) -> Config:
 
 def section_fields(config: Config, stage: StageConfig) -> tuple[type[Section], dict[str, Any]]:
     """The model of the stage's config, and the fields that are given, of section and stage."""
-    section = getattr(config, SECTION_OF[stage.kind])
+    name = SECTION_OF[stage.kind]
+    section = getattr(config, name)
     if section is None:  # no such stage in a file without `stages`; here, nothing in common
-        section = GenerateConfig() if SECTION_OF[stage.kind] == "generate" else EvaluateConfig()
+        return _WITHOUT_SECTION[name], dict(stage.config)
     return type(section), _laid_over(set_fields(section), stage.config)
 
 
@@ -290,6 +304,8 @@ def agreement_problems(config: Config) -> list[str]:
             found = [*found, *_model_problems(chain, stage)]
         elif stage.kind == "evaluate" and "preprocess" in kinds:
             found = chain.evaluate_problems()
+        elif stage.kind == "frontier":
+            found = _frontier_problems(chain, stage)
         elif stage.kind == "promote":
             found = _serving_problems(config, stage)
         problems += [f"stages.{name}: {text}" if config.stages else text for text in found]
@@ -316,6 +332,19 @@ def _model_problems(config: Config, stage: StageConfig) -> list[str]:
     return [
         *(f"{sampler} needs the input {role!r}, or {role}_model_id" for role in missing),
         *(f"input {role!r} has no effect with {sampler}; remove it" for role in unused),
+    ]
+
+
+def _frontier_problems(config: Config, stage: StageConfig) -> list[str]:
+    """Where nothing measures the quality that points are compared by."""
+    section = config.frontier
+    assert section is not None, "config_of fills it in"
+    given = {"reference"} & set(stage.inputs) or section.reference_model_name_or_path
+    if section.quality != PERPLEXITY or given:
+        return []
+    return [
+        f"quality {PERPLEXITY!r} needs the input 'reference', a stage that trains a causal model, "
+        "or reference_model_name_or_path; or take the figure of a task"
     ]
 
 

@@ -11,6 +11,7 @@ For other rooms:
                       figures of samples; how likely another model finds them
     pass_times        whether speculative decoding would pay here
     paired            two evaluations of the same rows, row by row
+    frontier          quality against speed, and the setting that a rule chooses
     tasks             tasks of lm-evaluation-harness, and our own: a room of its own
     report summary    the page that a person reads, and what stands at its top
 """

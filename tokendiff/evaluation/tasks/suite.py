@@ -30,6 +30,7 @@ from tokendiff.evaluation.tasks.requests import generation_settings
 
 if TYPE_CHECKING:
     from tokendiff.config.evaluate import EvaluateConfig
+    from tokendiff.config.frontier import FrontierConfig
 
 STANDARD_ERROR = "_standard_error"
 TASKS = "tasks.json"
@@ -160,9 +161,9 @@ def _indexed(tasks_path: str | None, has_harness_own: bool, content: str) -> Any
     return TaskManager(include_path=tasks_path, include_defaults=has_harness_own)
 
 
-def check_tasks(config: "EvaluateConfig") -> None:
+def check_tasks(config: "EvaluateConfig | FrontierConfig") -> None:
     """Raise InputError where a config's tasks cannot be loaded, or need what is not done here."""
-    loaded = load_tasks(config.tasks, tasks_path=config.tasks_path, num_fewshot=config.num_fewshot)
+    loaded = load_tasks(config.tasks, tasks_path=config.tasks_path)
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise InputError(

@@ -1,0 +1,154 @@
+"""A checkpoint sampled and measured with one setting after the other, on the cluster.
+
+Each point has a folder of its own, in which samples and answers to tasks go on after a restart, and
+its figures once they are known.
+"""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from tokendiff.artifacts.checkpoint import find_checkpoint
+from tokendiff.artifacts.identity import checkpoint_identity
+from tokendiff.artifacts.locations import Location
+from tokendiff.artifacts.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    claim_folder,
+    commit,
+    load_manifest,
+    write_atomically,
+)
+from tokendiff.cluster.evaluate import sample_metrics, score_with_reference
+from tokendiff.cluster.generate import generate
+from tokendiff.cluster.progress import JobProgress
+from tokendiff.cluster.tasks import run_tasks
+from tokendiff.config.evaluate import EvaluateConfig
+from tokendiff.data.samples import read_samples
+from tokendiff.evaluation.frontier import Point, Rule, draw, frontier_report
+from tokendiff.evaluation.report import render_page
+from tokendiff.training.trainer import OnEvent
+
+if TYPE_CHECKING:
+    from tokendiff.config.cluster import ClusterConfig
+    from tokendiff.config.frontier import FrontierConfig
+
+KIND = "frontier"
+_MAX_SCORED_TOKENS = 2048  # of a sample, by the reference
+
+
+def run_frontier(
+    config: "FrontierConfig",
+    cluster: "ClusterConfig",
+    *,
+    title: str,
+    checkpoint_path: str,
+    config_yaml: str,
+    output_dir: Location,
+    on_event: OnEvent,
+) -> Manifest:
+    """Measure every point, write `frontier.json`, `frontier.png` and `report/index.html` under
+    `output_dir`, and commit it.
+
+    Raises:
+        InputError: a sampler does not go with the checkpoint, or no point satisfies the rule.
+    """
+    source = find_checkpoint(checkpoint_path)
+    mark = claim_folder(output_dir, kind=KIND)
+    (output_dir / MANIFEST_NAME).unlink(missing_ok=True)
+    points = []
+    for number, sampler in enumerate(config.points):
+        on_event("doing", what=f"point {number + 1} of {len(config.points)}")
+        folder = output_dir / "points" / f"{number:03d}"
+        fields = sampler.model_dump(include=sampler.model_fields_set | {"name"})
+        figures = _figures(
+            config, cluster, sampler, checkpoint=source, folder=folder, on_event=on_event
+        )
+        points.append(Point(sampler=fields, figures=figures))
+    rule = rule_of(config)
+    chosen = rule.choose(points)
+    found = [{"sampler": dict(p.sampler), "figures": dict(p.figures)} for p in points]
+    metadata = {
+        "checkpoint": str(source),
+        "checkpoint_files": checkpoint_identity(source),
+        "points": found,
+        "front": rule.front(points),
+        "chosen": found[chosen],
+    }
+    report = frontier_report(title, points, rule, chosen, config_yaml=config_yaml)
+    (output_dir / "report").mkdir(parents=True, exist_ok=True)
+    write_atomically(output_dir / "frontier.json", json.dumps(metadata, indent=1).encode())
+    write_atomically(output_dir / "frontier.png", draw(points, rule, chosen))
+    write_atomically(output_dir / "report" / "index.html", render_page(report))
+    manifest = commit(output_dir, kind=KIND, metadata=metadata)
+    mark.unlink()
+    return manifest
+
+
+def rule_of(config: "FrontierConfig") -> Rule:
+    return Rule(
+        quality=config.quality,
+        speed=config.speed,
+        is_lower_better=config.direction == "lower",
+        within=config.within,
+        limit=config.limit,
+        min_entropy_nats=config.min_entropy_nats,
+    )
+
+
+def judging(config: "FrontierConfig", sampler: Any) -> EvaluateConfig:
+    """What is measured of the samples at a point."""
+    fields = {
+        name: getattr(config, name)
+        for name in ("reference_model_name_or_path", "batch_size", "mixed_precision", "seed")
+    }
+    if config.tasks:
+        names = ("tasks", "tasks_path", "max_task_documents")
+        fields |= {name: getattr(config, name) for name in names}
+        fields["sampler"] = sampler.model_dump(include=sampler.model_fields_set | {"name"})
+    return EvaluateConfig.model_validate(fields)
+
+
+def _figures(
+    config: "FrontierConfig",
+    cluster: "ClusterConfig",
+    sampler: Any,
+    *,
+    checkpoint: Location,
+    folder: Location,
+    on_event: OnEvent,
+) -> dict[str, float]:
+    """Of one point; read where they are known already."""
+    known = folder / "figures.json"
+    if known.is_file():
+        figures: dict[str, float] = json.loads(known.read_text())
+        return figures
+    samples_path = folder / "samples"
+    generate(
+        config.sampling(sampler),
+        cluster,
+        checkpoint_path=str(checkpoint),
+        output_dir=samples_path,
+        on_event=on_event,
+    )
+    samples = read_samples(samples_path)
+    made = load_manifest(samples_path).metadata
+    figures = sample_metrics(samples, made)
+    if (speed := figures.pop("sampled_tokens_per_second", None)) is not None:
+        figures["tokens_per_second"] = speed
+    judge = judging(config, sampler)
+    with JobProgress(on_event) as progress:
+        if config.reference_model_name_or_path is not None:
+            figures |= score_with_reference(
+                judge,
+                cluster,
+                texts=[record["text"] for record in samples],
+                max_length=_MAX_SCORED_TOKENS,
+                progress=progress,
+            )
+        if config.tasks:
+            found = run_tasks(
+                judge, cluster, checkpoint=checkpoint, output_dir=folder, progress=progress
+            )
+            figures |= {**found.metrics, "unserved_requests": len(found.unserved)}
+    write_atomically(known, json.dumps(figures, indent=1).encode())
+    return figures
