@@ -33,6 +33,8 @@ from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.tracking.run_log import LOG_NAME, RunLog, metrics_by_step
 from tokendiff.verification.certificate import CERTIFICATE
 
+_NEW_DRAFT_VERSION = 2  # 1: drafts that began as Qwen3 does
+
 
 def preprocess_stage(
     config: Config, folder: str | Location, *, keyed: Config | None = None, **kwargs: Any
@@ -182,6 +184,8 @@ def train_stage(
         ),
     }
     kwargs = {"reads": {"training": location(data_path)}, "result_subfolder": FINAL, **kwargs}
+    if config.train.objective.name == "dflash" and config.train.draft_model_id is None:
+        kwargs["version"] = _NEW_DRAFT_VERSION
     return _stage("train", settings, folder, action, result, check=check, preview=preview, **kwargs)
 
 

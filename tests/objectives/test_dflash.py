@@ -270,13 +270,14 @@ def test_gradient_reaches_every_weight_of_the_draft_and_none_of_the_target() -> 
     assert float(losses[1] - losses[0]) / 2e-5 == pytest.approx(norm, rel=2e-2)
 
 
-def test_a_row_without_an_anchor_still_takes_part() -> None:
+@pytest.mark.parametrize("loss_type", ["dflash", "dpace"])
+def test_a_row_without_an_anchor_still_takes_part(loss_type: Any) -> None:
     """Every worker must reach every weight, or they wait for each other."""
     trainee = tiny_trainee()
     batch = TokenBatch.of_rows(
         torch.ones(1, 5, dtype=torch.int64), torch.tensor([5]), torch.tensor([[True] * 5])
     )
-    objective = DFlash(block_size=BLOCK, mask_token_id=MASK)
+    objective = DFlash(block_size=BLOCK, mask_token_id=MASK, loss_type=loss_type)
     generator = RowGenerator(keys=torch.tensor([1]))
     output = objective.loss(trainee, batch, generator)
     output.loss_sum.backward()

@@ -1,5 +1,6 @@
 """A pipeline file's `stages` and `matrix`: what they mean, and what is said of mistakes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,31 @@ def test_stages_run_behind_their_inputs_with_their_own_config(tmp_path: Path) ->
     assert model.settings["model_name_or_path"] == "builtin:bert-tiny"  # the section's
     assert model.inputs["data"] is stages["corpus"]
     assert judge.folder == tmp_path / "out" / f"judge-{judge.key}"
+
+
+def test_only_runs_that_begin_a_draft_have_a_key_of_its_new_start(tmp_path: Path) -> None:
+    """Results of the start before it are not taken for theirs; all others are what they were."""
+    text = """
+name: drafts
+stages:
+  corpus: {kind: preprocess, config: {use_dummy_data: true}}
+  other: {kind: train, inputs: {data: corpus}, config: {model_name_or_path: org/model}}
+  new:
+    kind: train
+    inputs: {data: corpus}
+    config: {objective: dflash, target_model_id: org/model}
+  onward:
+    kind: train
+    inputs: {data: corpus, draft: new}
+    config: {objective: dflash, target_model_id: org/model}
+"""
+    stages = stages_of(tmp_path, text)
+    versions = {name: stage.version for name, stage in stages.items()}
+    assert versions == {"corpus": 1, "other": 1, "new": 2, "onward": 1}
+    before = replace(stages["new"], version=1)
+    assert before.key != stages["new"].key
+    inputs = {**stages["onward"].inputs, "draft": before}
+    assert replace(stages["onward"], inputs=inputs).key != stages["onward"].key
 
 
 def test_it_is_known_beforehand_which_rows_are_judged(tmp_path: Path) -> None:

@@ -125,6 +125,23 @@ def test_losses_do_not_depend_on_workers(data: TokenData, target: str, tmp_path:
             assert here == pytest.approx(there, rel=1e-5)
 
 
+def test_dpace_losses_do_not_depend_on_micro_batches(
+    data: TokenData, target: str, tmp_path: Path
+) -> None:
+    """Rows with few anchors and with many count by their blocks, however they are put together."""
+    losses = []
+    for rows in (8, 3, 1):
+        cfg = config(
+            {**DRAFT, "loss_type": "dpace", "dpace_alpha": 0.4},
+            target_model_id=target,
+            max_train_steps=2,
+            per_device_train_batch_size=rows,
+        )
+        losses.append(run(cfg, data, tmp_path / f"{rows}")[0])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_a_step_that_has_nothing_to_learn_from_is_a_step(target: str, tmp_path: Path) -> None:
     folder = token_folder(
         tmp_path / "data",
