@@ -121,7 +121,7 @@ def train(folder: Path, *, steps: int, is_draft: bool, block: int) -> Path:
             "max_train_steps": steps,
             "per_device_train_batch_size": 4,
             "learning_rate": 1e-3,
-            "lr_warmup_steps": 10,
+            "lr_warmup_steps": min(10, steps),
             "logging_steps": 10,
             "checkpointing_steps": steps,
         }

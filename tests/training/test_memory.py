@@ -13,8 +13,8 @@ from tokendiff.data.rows import TokenData
 from tokendiff.diffusion.random import RowGenerator, key_from, strata_of
 from tokendiff.errors import InputError
 from tokendiff.models.dflash import trainee
+from tokendiff.models.dflash.model import DFlashDraftModel
 from tokendiff.models.dflash.planning import plan_draft
-from tokendiff.models.dflash.trainee import new_draft
 from tokendiff.training import memory
 from tokendiff.training.activations import activation_bytes
 from tokendiff.training.building import model_without_weights
@@ -154,9 +154,7 @@ def test_activations_of_a_draft_are_those_that_a_pass_keeps(
 
 def test_what_is_counted_of_a_draft(target: Path) -> None:
     cfg = draft_config(target, num_anchors=3, gradient_accumulation_steps=2, ema_decay=0.9)
-    draft = new_draft(
-        plan_draft(cfg, tokenizer=letter_tokenizer(), max_length=LENGTH).draft, seed=0
-    )
+    draft = DFlashDraftModel(plan_draft(cfg, tokenizer=letter_tokenizer(), max_length=LENGTH).draft)
     of_target = tiny_causal(vocab_size=20, num_hidden_layers=5)
     trained, frozen = (sum(p.numel() for p in m.parameters()) for m in (draft, of_target))
     alone = planned(cfg)
