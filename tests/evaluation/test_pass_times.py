@@ -4,7 +4,6 @@ import re
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from tests.builders import tiny_causal
@@ -64,8 +63,13 @@ def test_the_outlook_is_the_ratio_of_passes(clocked: Clocked) -> None:
     assert outlook_tables({"nats_per_token": 1.0}) == []
 
 
-def test_a_short_model_is_timed_behind_what_fits() -> None:
-    model = Clocked(tiny_causal(max_position_embeddings=300).float(), vocab_size=48)
-    with torch.no_grad():
-        pass_seconds(model)
-    assert max(width + context for _, width, context in model.seen) == 300
+@pytest.mark.parametrize(("length", "widest"), [(300, 272), (100, 72)])
+def test_a_short_model_is_timed_behind_what_fits(length: int, widest: int) -> None:
+    model = Clocked(tiny_causal("gpt2", n_positions=length).float(), vocab_size=48)
+    found = pass_seconds(model)
+    assert max(width + context for _, width, context in model.seen) == length
+    assert max(width for _, width, _ in model.seen) == widest
+    needed, _ = outlook_tables(found)
+    shown = dict(zip(needed[1], needed[2][2], strict=True))
+    assert shown["K"] == 16
+    assert (shown["draft_ahead"] == "-") == (length == 100)

@@ -13,7 +13,9 @@ Passes over K tokens are taken for passes over K + 1. A draft model costs time t
 is the most that it can give.
 """
 
+import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -46,17 +48,17 @@ def pass_seconds(
     model: CausalModel, *, on_pass: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
     """Median seconds of decoding passes behind 256 tokens, or as many as the model takes, by
-    figure: `pass_seconds_batch_B_tokens_N` for N tokens in each of B rows.
+    figure: `pass_seconds_batch_B_tokens_N` for N tokens in each of B rows. Passes that the model is
+    too short for are left out.
     """
-    found = {}
-    context = _CONTEXT
-    if model.max_length is not None:
-        context = max(1, min(_CONTEXT, model.max_length - max(_widths())))
+    found, most = {}, model.max_length or sys.maxsize
+    widths = [width for width in _widths() if width < most]
+    context = min(_CONTEXT, most - max(widths))
     for batch in BATCHES:
         rows, cache = torch.arange(batch, device=model.device), model.new_cache(batch)
         _read(model, cache, rows, context)
         cache.extend(rows, torch.full_like(rows, context))
-        for width in _widths():
+        for width in widths:
             seconds = []
             for _ in range(1 + _REPEATS):  # the first does what is done once
                 begun = _now(model.device)
@@ -77,7 +79,7 @@ def outlook_tables(
     for batch in BATCHES:
 
         def seconds(width: int, batch: int = batch) -> float:
-            return float(metrics[_name(batch, width)])
+            return float(metrics.get(_name(batch, width), math.nan))
 
         for block in BLOCKS:
             times = [1e3 * seconds(width) for width in (1, block + 1, block + block * block)]
@@ -85,9 +87,9 @@ def outlook_tables(
             most: list[Any] = []
             for own, cost in _WAYS.values():
                 ratio = cost(seconds, block) / seconds(1)
-                least.append(_shown_least(max(0.0, ratio - own), block))
-                most.append(f"{(block - 1 + own) / ratio:.2f}")
-            needed.append([batch, block, *(f"{value:.1f}" for value in times), *least])
+                least.append(_least_accepted(ratio - own, block))
+                most.append(_shown((block - 1 + own) / ratio, 2))
+            needed.append([batch, block, *(_shown(value, 1) for value in times), *least])
             gained.append([batch, block, *most])
     sizes = ["ms for 1", "for K + 1", "for K + K^2"]
     return [
@@ -100,8 +102,13 @@ def outlook_tables(
     ]
 
 
-def _shown_least(accepted: float, block: int) -> str:
-    return f"{accepted:.1f}" if accepted <= block - 1 else f"never ({accepted:.1f})"
+def _least_accepted(accepted: float, block: int) -> str:
+    shown = _shown(max(accepted, 0.0), 1)  # of what is not known, max gives its first
+    return f"never ({shown})" if accepted > block - 1 else shown
+
+
+def _shown(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _widths() -> list[int]:
