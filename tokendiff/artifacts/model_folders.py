@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokendiff.artifacts.locations import is_uri, location
-from tokendiff.artifacts.manifest import fetch, is_committed
+from tokendiff.artifacts.manifest import RECORD_FOLDER, fetch, is_committed
 from tokendiff.errors import InputError
 
 CONFIG_NAME = "config.json"
@@ -101,7 +101,8 @@ def is_plain_causal(folder: Path) -> bool:
         return False
     if not (folder / CONFIG_NAME).is_file() or lacks_weights(folder):
         return False
-    if (folder / "trainer_state.json").is_file():  # a checkpoint of ours that lost its manifest
+    # One of ours that lost its manifest, or never had one: what its run wrote lies there too.
+    if any(folder.glob("optimizer*.safetensors")) or (folder.parent / RECORD_FOLDER).is_dir():
         return False
     names = read_config(folder).get("architectures") or []
     return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)

@@ -66,8 +66,8 @@ class NoiseProcess:
         eos_token_id: what a document ends with, and its last block is filled up with.
         context_attention: "block", finished blocks see themselves whole, or "causal", each token of
             them sees only up to itself, as in a model that decodes token by token too.
-        keeps_base: whether the weights are those of a model that was not trained, which decodes
-            token by token, and adapters beside them draft.
+        keeps_base: True, the weights are those of a causal model that was not trained, and adapters
+            beside them fill blocks; False, the weights themselves were trained.
         block_start: where blocks start anew: at each "answer" of a chat, at its "last_answer"
             alone, or, None, at the first token of a document only.
 
@@ -130,8 +130,10 @@ class NoiseProcess:
                 )
             if self.context_attention == "causal" or self.predict == "next":
                 self._check_sight()
-            if self.keeps_base and self.context_attention != "causal":
-                raise InputError("keeps_base needs context_attention 'causal', that of its base")
+        if self.keeps_base and (self.block_length is None or self.context_attention != "causal"):
+            raise InputError(
+                "keeps_base needs a block_length, and context_attention 'causal', that of its base"
+            )
         if self.predict not in ("own", "next"):
             raise InputError(f"predict must be 'own' or 'next', got {self.predict!r}")
         try:

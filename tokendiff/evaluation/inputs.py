@@ -3,6 +3,7 @@ checkpoint, its rows, its samples and the reference model go together.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,7 +70,7 @@ class EvaluationInputs:
         """
         source = find_checkpoint(checkpoint_path, hashes=hashes)
         checkpoint = fetch(source)
-        plan, process = None, None
+        plan, process, num_embeddings = None, None, sys.maxsize
         if is_draft_folder(checkpoint):
             plan = plan_of_checkpoint(checkpoint, config.target_model_id)
             check_weights(plan.target_model_id, field="target_model_id")
@@ -79,7 +80,7 @@ class EvaluationInputs:
                 f"checkpoint_path {checkpoint} is not; remove it"
             )
         elif objective_of(checkpoint) == "ar":
-            check_autoregressive(checkpoint)
+            num_embeddings = check_autoregressive(checkpoint)
         else:
             _, process, _ = check_denoiser(checkpoint)
         if config.verify and process is None:
@@ -94,6 +95,12 @@ class EvaluationInputs:
             )
         data = TokenData.open(data_path or _trained_on(checkpoint), split=config.split)
         check_same_tokenizer(checkpoint, data)
+        if (highest := data.highest_token() or 0) >= num_embeddings:
+            raise InputError(
+                f"data_path {data.folder} holds tokens up to id {highest}, and checkpoint_path "
+                f"{checkpoint} has {num_embeddings} embeddings; preprocess with its own tokenizer, "
+                "and leave tokens out of the text that it does not have"
+            )
         check_rows_to_judge(data.folder, data.split)
         if config.tasks:
             if plan is not None:

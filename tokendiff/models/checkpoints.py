@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from tokendiff.artifacts.checkpoint import EMA_WEIGHTS, open_checkpoint
-from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG
+from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG, is_plain_causal
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.artifacts.tensor_files import TensorFiles, has_tensors
 from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.errors import InputError
 from tokendiff.models.denoiser import ModelInTwoParts
+from tokendiff.models.families import family_of, published_type
 from tokendiff.models.kept_base import open_draft_adapters
 from tokendiff.models.opening import load_causal_denoiser, load_denoiser
 from tokendiff.models.plans import plan_model
@@ -109,10 +110,12 @@ def load_autoregressive(folder: Path) -> tuple[Any, Any]:
     return denoiser.eval(), tokenizer
 
 
-def check_autoregressive(folder: Path) -> None:
-    """Raise what `load_autoregressive` would of tokenizer and config, before a weight is read."""
+def check_autoregressive(folder: Path) -> int:
+    """How many ids the model takes; raises what `load_autoregressive` would of tokenizer and
+    config, before a weight is read.
+    """
     tokenizer = load_tokenizer(folder)
-    plan_model(
+    plan = plan_model(
         str(folder),
         tokenizer=tokenizer,
         max_length=1,
@@ -120,6 +123,15 @@ def check_autoregressive(folder: Path) -> None:
         field=_FIELD,
         needs_mask=False,
     )
+    published = published_type(plan.config)
+    if is_plain_causal(folder) and family_of(published).attention != "causal":
+        raise InputError(
+            f"{_FIELD} {folder} is of type {published!r}, which is no model that predicts text "
+            "token by token, and it does not say what noise it was trained under; sample from it "
+            "with jobs.generate --model_id"
+        )
+    size: int = plan.config.get_text_config().vocab_size
+    return size
 
 
 def take_average(model: Any, folder: Path) -> None:

@@ -5,6 +5,7 @@ tokenizer by `tokendiff.data.tokenizers.open_tokenizer`: every field takes the s
 named by the error where one cannot be opened.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,6 @@ def dtype_in_files(name: str) -> "torch.dtype | None":
     """
     import torch
     from safetensors import safe_open
-    from transformers.utils import cached_file
 
     known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
     known["BF16"] = torch.bfloat16
@@ -119,13 +119,27 @@ def dtype_in_files(name: str) -> "torch.dtype | None":
     if folder.is_dir():
         paths = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     else:
-        cached = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False)
-        paths = [] if cached is None else [Path(cached)]
+        paths = _cached_weights(name)
     for path in paths:
         with safe_open(path, framework="pt") as file:
             found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
     kinds = {known[dtype] for dtype in found if dtype in known}
     return kinds.pop() if len(kinds) == 1 else None
+
+
+def _cached_weights(name: str) -> list[Path]:
+    """The safetensors files of a hub model that are on this machine."""
+    from transformers.utils import cached_file
+
+    def cached(file: str) -> str | None:
+        found: str | None = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        return found
+
+    index = cached("model.safetensors.index.json")
+    names = ["model.safetensors"]
+    if index is not None:
+        names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    return [Path(path) for file in names if (path := cached(file)) is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
