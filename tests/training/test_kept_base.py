@@ -394,7 +394,7 @@ def test_folders_that_lost_a_part_are_refused(trained: Path, tmp_path: Path) -> 
     scheduler = tmp_path / "b" / "scheduler_config.json"
     fields = json.loads(scheduler.read_text())
     scheduler.write_text(json.dumps({**fields, "context_attention": "block"}))
-    with pytest.raises(InputError, match="keeps_base needs context_attention"):
+    with pytest.raises(InputError, match="keeps_base needs a block_length, and context_attention"):
         NoiseProcess.load(tmp_path / "b")
 
 

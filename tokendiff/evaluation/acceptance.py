@@ -17,9 +17,9 @@ def acceptance_metrics(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Figures of samples that were written with a draft.
 
     A block's acceptance length is what it added to its row: the drafted tokens that were accepted,
-    and one of the target's own, or two where the pass that drafts gives one
-    too. A block that a stop token or the length ended counts with what was kept of it, so short
-    texts push the mean down.
+    and one of the target's own, or two where the pass that drafts gives one too. A block that a
+    stop token or the length ended counts with what was kept of it, so short texts push the mean
+    down.
 
     Args:
         records: as part files hold them; with `blocks_by_gain` and `source`.

@@ -9,8 +9,8 @@ and t_n the seconds of a pass over n tokens of each row:
     self_speculation                         (a + 2) t_1 / (2 t_(K+1))
     self_speculation with draft_ahead        (a + 1) t_1 / t_(K+K^2)
 
-Passes over K tokens are taken for passes over K + 1. A draft model costs time too, so that its line
-is the most that it can give.
+Passes over K tokens are taken for passes over K + 1. A draft model, and adapters that draft, cost
+time too, which is not in these figures: they are the most that can be gained.
 """
 
 import math
@@ -27,6 +27,7 @@ from tokendiff.models.causal import CausalModel
 
 BATCHES, BLOCKS = (1, 8), (4, 8, 16)
 _CONTEXT, _REPEATS = 256, 5  # tokens that a row has read before; passes of each kind
+_AT_ONCE = 256  # states whose logits exist at once
 _PREFIX = "pass_seconds"
 
 # By the name of a way: the tokens that a block of K gives beside the accepted ones, and what it
@@ -62,7 +63,9 @@ def pass_seconds(
             seconds = []
             for _ in range(1 + _REPEATS):  # the first does what is done once
                 begun = _now(model.device)
-                model.head(_read(model, cache, rows, width).flatten(0, 1))
+                hidden = _read(model, cache, rows, width)
+                for states in hidden[:, : _num_predicting(width)].flatten(0, 1).split(_AT_ONCE):
+                    model.head(states)
                 seconds.append(_now(model.device) - begun)
             found[_name(batch, width)] = statistics.median(seconds[1:])
             on_pass()
@@ -109,6 +112,14 @@ def _least_accepted(accepted: float, block: int) -> str:
 
 def _shown(value: float, digits: int) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _num_predicting(width: int) -> int:
+    """How many states of a pass tell a token: with `draft_ahead` those that are verified, and those
+    of one of the K blocks.
+    """
+    ahead = {k + k * k: 2 * k - 1 for k in BLOCKS}
+    return ahead.get(width, width)
 
 
 def _widths() -> list[int]:

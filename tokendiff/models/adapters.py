@@ -82,7 +82,11 @@ class DraftAdapters:
             layer.lora_B[_ADAPTER].register_forward_hook(self._weighted)
 
     def count_at(self, is_draft: Tensor | None) -> None:
-        """Say where they count, [B, N] bool, from the next pass on; None: nowhere."""
+        """Set the positions at which the adapters change a layer's output in all later passes.
+
+        Args:
+            is_draft: [B, N] bool; None turns them off everywhere.
+        """
         self._weight = None if is_draft is None else is_draft[..., None]
         for embedding in self._embeddings:
             embedding.counts_at = False if is_draft is None else is_draft
@@ -132,7 +136,8 @@ def add_adapters(
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise InputError(
-            "lora_rank needs the library peft; install it with pip install 'tokendiff[lora]'"
+            "adapters (lora_rank, or a checkpoint that keeps its base) need the library peft; "
+            "install it with pip install 'tokendiff[lora]'"
         ) from error
     model.requires_grad_(False)
     config = LoraConfig(

@@ -209,7 +209,7 @@ def _check_causal(config: Any, name: str, field: str) -> None:
             "train it with objective 'mdlm'"
         )
     if not is_known or not getattr(config, "is_causal", True):
-        what = "but attends in both directions" if is_known else "and no causal one"
+        what = "but attends in both directions" if is_known else "and no causal one known here"
         raise InputError(
             f"{field} {name!r} is of type {config.model_type!r}, {what}; this objective takes a "
             f"causal language model of type {', '.join(CAUSAL_TYPES)}, or "

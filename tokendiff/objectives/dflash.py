@@ -8,9 +8,9 @@ against x_{a+k}:
 
 With `loss_type` "dflash" the weights are fixed, w_k = exp(-(k - 1) / gamma), and L is divided by
 their sum over the whole global batch. With "dpace" they follow from what the draft knows by now
-(`tokendiff.objectives.draft_weights`), and L is divided by the number of anchors: the sum of these
-weights is the length that is expected to be accepted, and dividing by it would take away that a
-block counts more, the more of it is accepted.
+(`tokendiff.objectives.draft_weights`), and L is divided by the number of anchors. Their sum is the
+length that is expected to be accepted. Divided by it, all blocks would count the same, however much
+of them is accepted.
 
 Source: DFlash (arXiv 2602.06036), section 4; D-PACE (arXiv 2605.18810).
 """

@@ -44,7 +44,8 @@ _HAS_DRAFT = "has_draft"
 
 @dataclass(frozen=True, kw_only=True)
 class SelfSpeculationSampler(SpeculativeSampler):
-    """The text of sampler `ar`, in fewer passes where enough is accepted.
+    """The text of sampler `ar`, or text of the same distribution (`draft_temperature`), in fewer
+    passes where enough is accepted.
 
     Attributes:
         mask_token_id: never drafted.

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 import tokendiff
-from tokendiff.artifacts.checkpoint import find_checkpoint
+from tokendiff.artifacts.checkpoint import DRAFT_ADAPTERS, find_checkpoint
 from tokendiff.artifacts.identity import checkpoint_identity, model_identity
 from tokendiff.artifacts.locations import Location, files_under, folders_in, upload
 from tokendiff.artifacts.manifest import fetch, fingerprint
@@ -298,7 +298,9 @@ def save_model(
             model_config=dict(sampling),
             signature=model_signature(),
             input_example={"prompt": ["Once upon a time"]},
-            pip_requirements=_requirements(),
+            pip_requirements=_requirements(
+                *(["peft"] if (checkpoint / DRAFT_ADAPTERS).is_file() else [])
+            ),
             code_paths=[str(Path(tokendiff.__file__).parent)],
         )
 
@@ -330,9 +332,12 @@ def _checkpoint_in(folder: Location) -> Location:
     return found[0]
 
 
-def _requirements() -> list[str]:
-    """The versions that are installed here, without a local build's mark (torch's +cpu)."""
-    return [f"{name}=={metadata.version(name).split('+')[0]}" for name in _SERVED_WITH]
+def _requirements(*others: str) -> list[str]:
+    """The versions that are installed here of what serving needs, and of `others`, without a local
+    build's mark (torch's +cpu).
+    """
+    names = (*_SERVED_WITH, *others)
+    return [f"{name}=={metadata.version(name).split('+')[0]}" for name in names]
 
 
 def _now() -> str:

@@ -90,9 +90,11 @@ def _kept_by_draft(
     document = torch.zeros(rows, length, dtype=torch.int64)
     rule = dflash_blocks(document, anchors, shape.block_size)
     num_queries = count * shape.block_size
+    kernel = trainee.kernel_for(device, num_queries * (length + num_queries))
     mask: Any = None  # flex attention keeps none
-    if device.type == "cpu":
-        mask = trainee.mask_of(rule, num_queries, torch.device("cpu"))
+    if kernel != "flex":
+        alike = DraftTrainee(trainee.model, trainee.target, attention_kernel=kernel)
+        mask = alike.mask_of(rule, num_queries, torch.device("cpu"))
     draft = copy.deepcopy(trainee.model)
     with _kept_by(config, draft) as kept:
         width = shape.hidden_size

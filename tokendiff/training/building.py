@@ -193,8 +193,11 @@ def _add_draft_adapters(config: "TrainConfig", model: ModelInTwoParts, tokenizer
         fill_draft_adapters(model, folder)
 
 
-def check_kept_base(config: "TrainConfig", tokenizer: Any) -> None:
+def check_kept_base(config: "TrainConfig", tokenizer: Any | None) -> None:
     """Check a run against the base model that it keeps, or starts from.
+
+    Args:
+        tokenizer: that made the rows; None where they are still to be made.
 
     Raises:
         InputError: the model cannot stay as it is, or adapters of a warm start would be lost.
@@ -220,6 +223,8 @@ def check_kept_base(config: "TrainConfig", tokenizer: Any) -> None:
             f"keep_base: {field} {start!r} has layers that see a window of {window} tokens, which "
             "block diffusion does without; give a model without a window, or leave keep_base out"
         )
+    if tokenizer is None:
+        return
     fields = draft_adapter_fields(config, tokenizer, name=start, field=field)
     if has_adapters and (found := read_fields(folder)) != fields:
         differing = ", ".join(

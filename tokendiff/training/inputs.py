@@ -109,6 +109,7 @@ def check_model(config: "TrainConfig", *, max_length: int) -> None:
         check_pair(config, max_length=max_length)
         return
     field, name = starting_point(config)
+    check_kept_base(config, None)
     if is_builtin(name):
         check_builtin(name)
         return

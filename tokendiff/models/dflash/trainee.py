@@ -15,9 +15,10 @@ from tokendiff.models.dflash.planning import DraftPlan, load_draft
 from tokendiff.models.pretrained import open_weights
 
 AttentionKernel = Literal["flex", "tiles", "dense"]
-# Scores of one head and row above which the mask of all of them is not made: it is computed what a
-# block sees, by flex_attention or in tiles. Tiles are faster from fewer scores on, but differ from
-# one call by rounding, and runs of the usual 64 anchors in rows of 1,024 go on as they began.
+# Above so many scores of one head and row, no mask of all queries by all keys is made:
+# flex_attention or tiles compute only what a block sees. Tiles are faster from fewer scores on, but
+# differ from one call by rounding, and runs of the usual 64 anchors in rows of 1,024 go on as they
+# began.
 _FLEX_SCORES, _TILED_SCORES = 2**20, 2**22
 _CHECK_LENGTH = 5
 
@@ -82,7 +83,7 @@ class DraftTrainee(nn.Module):
     def mask_of(self, rule: AnchoredBlocks, num_queries: int, device: torch.device) -> AnyMask:
         """What the draft is given, so that its queries see what a rule says."""
         num_keys = rule.length + num_queries
-        match self._kernel_for(device, num_queries * num_keys):
+        match self.kernel_for(device, num_queries * num_keys):
             case "flex":
                 return block_mask_of(rule)
             case "tiles":
@@ -94,7 +95,7 @@ class DraftTrainee(nn.Module):
         head = self.target.get_output_embeddings()
         return head(hidden.to(head.weight.dtype))
 
-    def _kernel_for(self, device: torch.device, num_scores: int) -> AttentionKernel:
+    def kernel_for(self, device: torch.device, num_scores: int) -> AttentionKernel:
         if self._kernel is not None:
             return self._kernel
         if device.type == "cuda" and not self.model.config.attention_dropout:
