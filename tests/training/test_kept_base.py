@@ -28,8 +28,9 @@ from tokendiff.evaluation.evaluator import Evaluator
 from tokendiff.models.checkpoints import load_for_inference
 from tokendiff.models.completion import CompletionModel
 from tokendiff.models.opening import load_causal_denoiser
+from tokendiff.models.pretrained import dtype_in_files
 from tokendiff.objectives.autoregressive import row_nats
-from tokendiff.training.inputs import check_inputs
+from tokendiff.training.inputs import check_inputs, check_training
 from tokendiff.verification.checkpoints import verify_checkpoint
 
 LENGTH, V, BLOCK = 24, 16, 4
@@ -404,3 +405,77 @@ def test_the_objective_refuses_a_weight_without_effect() -> None:
     with pytest.raises(ValueError, match="keeps_base leaves ar_loss_weight"):
         blocks(keeps_base=True, ar_loss_weight=1.0)
     assert blocks(keeps_base=True).sight.context_is_causal
+
+
+def test_what_is_off_is_the_layer_that_it_was(trained: Path) -> None:
+    adapted, _, _ = load_for_inference(trained / "final")
+    layer = adapted.model.model.layers[0].self_attn.q_proj
+    hidden = torch.randn(2, 3, 32)
+    is_draft = torch.tensor([[True, False, False], [False, False, True]])
+    with torch.no_grad():
+        adapted.draft_adapters.count_at(None)
+        assert layer.forward == layer.base_layer.forward
+        off = layer(hidden)
+        adapted.draft_adapters.count_at(is_draft)
+        on = layer(hidden)
+        adapted.draft_adapters.count_at(None)
+        assert torch.equal(layer(hidden), off)
+    assert torch.equal((on != off).any(-1), is_draft)
+
+
+def test_it_is_served_with_the_library_that_its_adapters_need(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow.pyfunc
+
+    from tokendiff.tracking.registry import save_model
+
+    given: list[list[str]] = []
+    monkeypatch.setattr(
+        mlflow.pyfunc, "save_model", lambda **fields: given.append(fields["pip_requirements"])
+    )
+    for name in ("final", "checkpoint-4"):
+        save_model(tmp_path / name, trained / name, sampling={}, trained_on=[])
+    shutil.copytree(trained / "final", tmp_path / "merged")
+    (tmp_path / "merged" / DRAFT_ADAPTERS).unlink()
+    save_model(tmp_path / "other", tmp_path / "merged", sampling={}, trained_on=[])
+    names = [{line.partition("==")[0] for line in lines} for lines in given]
+    assert [("peft" in found, "torch" in found) for found in names] == [
+        (True, True),
+        (True, True),
+        (False, True),
+    ]
+
+
+def test_a_base_model_in_several_files_keeps_its_dtype_too(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder, and a model of the hub that is on this machine."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    snapshot = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
+    model.save_pretrained(snapshot, max_shard_size="10KB")
+    assert len(list(snapshot.glob("model-*.safetensors"))) > 1
+    refs = tmp_path / "models--some--model" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path), raising=False)
+    assert dtype_in_files(str(snapshot)) == model.dtype
+    assert dtype_in_files("some/model") == model.dtype
+
+
+def test_what_cannot_be_kept_is_refused_before_there_are_rows(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    config_file = tmp_path / "base" / "config.json"
+    fields = json.loads(config_file.read_text())
+    mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    config_file.write_text(json.dumps({**fields, **mistral, "sliding_window": 8}))
+    for name, says in ((str(tmp_path / "base"), "a window of 8"), ("builtin:qwen3-tiny", "new we")):
+        with pytest.raises(InputError, match=says):
+            check_training(
+                config(base, model_name_or_path=name),
+                data_path=tmp_path / "nowhere",
+                output_dir=None,
+                num_workers=1,
+                planned_length=LENGTH,
+            )
