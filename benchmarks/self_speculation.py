@@ -106,8 +106,8 @@ def train(folder: Path, *, steps: int, is_draft: bool, block: int) -> Path:
             "exact_mask_counts": True,
         },
         "keep_base": True,
-        "lora_rank": 64,
-        "lora_alpha": 64,
+        "lora_rank": 32,
+        "lora_alpha": 32,
     }
     if is_draft:
         sizes = {"block_size": block, "draft_num_layers": 2, "num_anchors": 32}
@@ -143,13 +143,14 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--block", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=16, help="unseen prompts that are answered")
     parser.add_argument("--dflash", action="store_true")
     arguments = parser.parse_args()
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder)
     trained = train(folder, steps=arguments.steps, is_draft=arguments.dflash, block=arguments.block)
-    asked = rows_of(questions(UNSEEN))
+    asked = rows_of(questions(UNSEEN))[: arguments.rows]
     ways: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"name": "self_speculation"}, {"checkpoint_path": str(trained)}),
         ({"name": "self_speculation", "draft_ahead": True}, {"checkpoint_path": str(trained)}),
