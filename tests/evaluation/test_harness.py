@@ -171,7 +171,7 @@ def test_the_registered_model_is_built_from_model_args(model_id: str, tasks_path
     [
         ({}, "either checkpoint_path or model_id"),
         ({"model_id": "DIR", "sampler": "arr"}, "sampler"),
-        ({"model_id": "DIR", "sampler": "ancestral"}, "needs seq_len"),
+        ({"model_id": "DIR", "sampler": "ancestral"}, "needs the length of a sample"),
         (
             {"model_id": "DIR", "max_tokens": 3},
             "'ar' has no such field; did you mean 'max_new_tokens'",

@@ -26,6 +26,8 @@ from tokendiff.config.evaluate import EvaluateConfig
 from tokendiff.data.samples import read_samples
 from tokendiff.evaluation.frontier import Point, Rule, draw, frontier_report
 from tokendiff.evaluation.report import render_page
+from tokendiff.evaluation.tasks.quality import Quality, quality_of
+from tokendiff.evaluation.tasks.setup import drawn_as_asked
 from tokendiff.training.trainer import OnEvent
 
 if TYPE_CHECKING:
@@ -50,21 +52,24 @@ def run_frontier(
     `output_dir`, and commit it.
 
     Raises:
-        InputError: a sampler does not go with the checkpoint, or no point satisfies the rule.
+        InputError: a sampler does not go with the checkpoint, no task has the quality, or no point
+            satisfies the rule.
     """
     source = find_checkpoint(checkpoint_path)
+    quality = quality_of(config)
     mark = claim_folder(output_dir, kind=KIND)
     (output_dir / MANIFEST_NAME).unlink(missing_ok=True)
     points = []
-    for number, sampler in enumerate(config.points):
-        on_event("doing", what=f"point {number + 1} of {len(config.points)}")
+    samplers = samplers_of(config, quality)
+    for number, sampler in enumerate(samplers):
+        on_event("doing", what=f"point {number + 1} of {len(samplers)}")
         folder = output_dir / "points" / f"{number:03d}"
         fields = sampler.model_dump(include=sampler.model_fields_set | {"name"})
         figures = _figures(
             config, cluster, sampler, checkpoint=source, folder=folder, on_event=on_event
         )
         points.append(Point(sampler=fields, figures=figures))
-    rule = rule_of(config)
+    rule = rule_of(config, quality)
     chosen = rule.choose(points)
     found = [{"sampler": dict(p.sampler), "figures": dict(p.figures)} for p in points]
     metadata = {
@@ -84,11 +89,25 @@ def run_frontier(
     return manifest
 
 
-def rule_of(config: "FrontierConfig") -> Rule:
+def samplers_of(config: "FrontierConfig", quality: Quality) -> list[Any]:
+    """The settings to try. One that leaves the temperature open, where a task's text is the
+    quality, takes the task's: texts are sampled, timed, judged and later served alike.
+    """
+    if quality.settings is None:
+        return config.points
+    found: list[Any] = []
+    for point in config.points:
+        drawn = drawn_as_asked(point, quality.settings)
+        if drawn not in found:
+            found.append(drawn)
+    return found
+
+
+def rule_of(config: "FrontierConfig", quality: Quality) -> Rule:
     return Rule(
-        quality=config.quality,
+        quality=quality.name,
         speed=config.speed,
-        is_lower_better=config.direction == "lower",
+        is_lower_better=quality.is_lower_better,
         within=config.within,
         limit=config.limit,
         min_entropy_nats=config.min_entropy_nats,

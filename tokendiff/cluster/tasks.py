@@ -25,6 +25,7 @@ from tokendiff.cluster.session import (
 )
 from tokendiff.evaluation.inputs import task_setup
 from tokendiff.evaluation.tasks.answering import TaskModel
+from tokendiff.evaluation.tasks.quality import cut_short
 from tokendiff.evaluation.tasks.requests import Answer, TaskRequest
 from tokendiff.evaluation.tasks.setup import TaskSetup
 from tokendiff.evaluation.tasks.suite import SuiteResult, ask_tasks, load_tasks
@@ -171,6 +172,8 @@ def run_tasks(
     progress.on_event("doing", what="reading tasks")
     loaded = load_tasks(config.tasks, tasks_path=config.tasks_path, num_fewshot=config.num_fewshot)
     setup = task_setup(config, fetch(checkpoint))
+    for message in cut_short(loaded, setup.config.sampler):
+        progress.on_event("warning", message=message)
     answerers = Answerers(
         config,
         cluster,

@@ -5,6 +5,7 @@ For other rooms:
     setup             requests to tokens, and which a model cannot serve
     answering         a model that answers: what an actor holds
     suite             tasks by name, asked and judged
+    quality           a task's figure as the quality of a frontier
     harness           the model `tokendiff` of lm-evaluation-harness; imports it
 
 Of this room alone:

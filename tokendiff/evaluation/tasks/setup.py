@@ -3,6 +3,7 @@ tokens, and which of them it cannot serve.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -218,19 +219,33 @@ class TaskSetup:
         return ids
 
 
-def _with_settings(config: GenerateConfig, settings: dict[str, Any]) -> GenerateConfig:
-    section = config.sampler
+def drawn_as_asked(section: Any, settings: Mapping[str, Any]) -> Any:
+    """A sampler's section with a task's temperature, top_k and top_p where it leaves them open.
+
+    Raises:
+        InputError: section and task do not go together.
+    """
     given = section.model_dump(include=section.model_fields_set)
-    length, temperature = settings["max_gen_toks"], settings["temperature"]
-    asked = {"max_new_tokens": length, "gen_length": length, "temperature": temperature}
-    if given.get("temperature", temperature) > 0.0:
+    asked = {"temperature": settings["temperature"]}
+    if given.get("temperature", asked["temperature"]) > 0.0:
         asked |= {name: settings[name] for name in ("top_k", "top_p") if name in settings}
+    return _filled(section, asked)
+
+
+def _with_settings(config: GenerateConfig, settings: dict[str, Any]) -> GenerateConfig:
+    length = settings["max_gen_toks"]
+    section = _filled(config.sampler, {"max_new_tokens": length, "gen_length": length})
+    return config.model_copy(update={"sampler": drawn_as_asked(section, settings)})
+
+
+def _filled(section: Any, asked: Mapping[str, Any]) -> Any:
+    """A section with what is asked for in the fields that it has and leaves open."""
+    given = section.model_dump(include=section.model_fields_set)
     known = {name: value for name, value in asked.items() if name in type(section).model_fields}
     try:
-        sampler = type(section).model_validate({**known, **given})
+        return type(section).model_validate({**known, **given, "name": section.name})
     except ValidationError as error:
         problems = "; ".join(str(problem["msg"]) for problem in error.errors())
         raise InputError(
             f"sampler {section.name!r} with what the task asks for: {problems}"
         ) from error
-    return config.model_copy(update={"sampler": sampler})
