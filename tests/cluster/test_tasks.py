@@ -13,6 +13,7 @@ from tokendiff.artifacts.locations import Location, files_under, location
 from tokendiff.artifacts.manifest import load_manifest
 from tokendiff.config.cluster import ClusterConfig
 from tokendiff.config.evaluate import EvaluateConfig
+from tokendiff.config.generate import GenerateConfig
 from tokendiff.errors import InputError
 
 pytest.importorskip("lm_eval", reason="the extra eval")
@@ -70,6 +71,35 @@ def test_every_kind_of_checkpoint_answers(
     page = (tmp_path / "report" / "index.html").read_text()
     assert "local_choice" in page
     assert "Requests that could not be served: 3" in page
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_blockwise_writes_the_answers_of_tasks(
+    checkpoints: dict[str, Path], tasks_path: str, tmp_path: Path
+) -> None:
+    """Each a prompt and the tokens that the task asks for, as `jobs.generate` writes them."""
+    from tokendiff.data.prompts import GenerationRow
+    from tokendiff.evaluation.tasks.requests import TaskRequest
+    from tokendiff.models.sampling import SamplingModel
+
+    sampler = {"name": "blockwise", "block_size": 2, "temperature": 1.0}
+    evaluate_tasks(
+        checkpoints["mdlm"], tmp_path, tasks_path, tasks=["local_writing"], sampler=sampler
+    )
+    assert load_manifest(tmp_path).metadata["metrics"]["unserved_requests"] == 1
+    (part,) = {name for name in files_under(tmp_path) if name.endswith("part-00000.jsonl")}
+    answers = {json.loads(line)["text"] for line in (tmp_path / part).read_text().splitlines()}
+    settings = {"until": ["."], "max_gen_toks": 6, "temperature": 0.0}
+    asked = {"max_new_tokens": 6}
+    config = GenerateConfig.model_validate({"sampler": {**sampler, **asked}})
+    model = SamplingModel(checkpoints["mdlm"], config, device="cpu")
+    rows = []
+    for n in range(12):
+        request = TaskRequest(kind="generate_until", context=f"{n} and {n}", settings=settings)
+        rows.append(GenerationRow(id=request.noise_id, prompt=request.context))
+    written = {r["text"].removeprefix(f"{r['prompt']}").split(".")[0] for r in model.samples(rows)}
+    assert answers <= written
+    assert len(answers) > 1
 
 
 @pytest.mark.usefixtures("in_this_process")

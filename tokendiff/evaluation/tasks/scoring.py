@@ -96,7 +96,13 @@ def bounded_nats(
         denoiser: a Denoiser, or a CausalDenoiser where the process has blocks.
         key: with the pair's noise_id, what decides the noise.
         num_mask_samples: as for `row_bounds`.
+
+    Raises:
+        ValueError: a pair has no context, and the state before a token predicts it: the first token
+            would be given, and cost nothing.
     """
+    if process.predict == "next" and not all(pair.context for pair in pairs):
+        raise ValueError("a process that predicts the next token needs a context in every pair")
     ids = torch.tensor([pair.noise_id for pair in pairs], device=device)
     process = _anywhere(process)
     nats, _ = nats_by_row(

@@ -127,7 +127,7 @@ class TaskSetup:
             check.request(row)
             return row
         num_tokens, wanted = len(check.request(row)), request.settings["max_gen_toks"]
-        if num_tokens + wanted > check.seq_len:
+        if check.seq_len is not None and num_tokens + wanted > check.seq_len:
             raise InputError(
                 f"its context of {num_tokens:,} tokens and {wanted:,} new ones exceed the "
                 f"{check.seq_len:,} tokens of a sample"
@@ -137,7 +137,7 @@ class TaskSetup:
     def _check_pair(self, pair: TokenPair) -> None:
         if not pair.continuation:
             raise InputError("its continuation has no token of its own")
-        if self.is_exact and not pair.context:
+        if self._needs_context and not pair.context:
             raise InputError("it has no context, and the tokenizer no token that begins a text")
         num_tokens = len(pair.context) + len(pair.continuation)
         if self.process is not None:
@@ -160,16 +160,25 @@ class TaskSetup:
         assert self.process is not None
         return longest_row(read_config(self.checkpoint)) or self.process.max_length
 
+    @property
+    def _needs_context(self) -> bool:
+        """Whether a state before a token predicts it: the first token of a row has none."""
+        return self.is_exact or (self.process is not None and self.process.predict == "next")
+
     @cached_property
     def _prefix(self) -> list[int]:
-        """What a text without a context is told from, where its first token must be told from
-        something.
+        """What stands before a text without a context, where the model needs a token there: EOS of
+        our checkpoints, whose rows are texts that EOS ends; BOS of others, or EOS without BOS.
         """
-        needs_one = self.is_exact or (self.process is not None and self.process.predict == "next")
-        if needs_one and isinstance(self.check, CompletionSetup):
+        if not self._needs_context:
+            return []
+        if isinstance(self.check, CompletionSetup):
             start = self.check.start_token_id
-            return [] if start is None else [start]
-        return []
+        else:
+            encoder = self.check.encoder
+            bos = encoder.tokenizer.bos_token_id if encoder.keeps_prefix else None
+            start = encoder.tokenizer.eos_token_id if bos is None else bos
+        return [] if start is None else [start]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids, cut as lm-evaluation-harness cuts them: both texts are encoded as one, and
@@ -234,7 +243,8 @@ def drawn_as_asked(section: Any, settings: Mapping[str, Any]) -> Any:
 
 def _with_settings(config: GenerateConfig, settings: dict[str, Any]) -> GenerateConfig:
     length = settings["max_gen_toks"]
-    section = _filled(config.sampler, {"max_new_tokens": length, "gen_length": length})
+    lengths = {"max_new_tokens": length, "gen_length": length}
+    section = _filled(config.sampler, {} if config.seq_len is not None else lengths)
     return config.model_copy(update={"sampler": drawn_as_asked(section, settings)})
 
 
