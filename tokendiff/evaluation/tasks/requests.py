@@ -21,6 +21,15 @@ DEFAULT_NEW_TOKENS = 256  # where a task does not say
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
+class Unserved(float):
+    """The log-likelihood of a request that could not be served: minus infinity, told apart from
+    that of a text which a model finds impossible.
+    """
+
+
+UNSERVED = Unserved("-inf")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskRequest:
     """One thing to compute.

@@ -26,7 +26,7 @@ from tokendiff.artifacts.manifest import fingerprint, write_atomically
 from tokendiff.errors import InputError, input_errors, reason_of
 from tokendiff.evaluation.paired import COUNT, DOCUMENTS, ROW_ID, documents_file, write_rows
 from tokendiff.evaluation.report import Table
-from tokendiff.evaluation.tasks.requests import generation_settings
+from tokendiff.evaluation.tasks.requests import Unserved, generation_settings
 
 if TYPE_CHECKING:
     from tokendiff.config.evaluate import EvaluateConfig
@@ -48,7 +48,8 @@ class SuiteResult:
     Attributes:
         metrics: figures by name, each with its standard error where there is one.
         documents: by task, columns [n]: row_id, and the metrics that are means over documents.
-        num_documents, num_fewshot: by task.
+        num_documents: by task, without those that no metric is of since they could not be served.
+        num_fewshot: by task.
         unserved: requests that could not be served, and why.
     """
 
@@ -190,6 +191,9 @@ def ask_tasks(
         loaded: from `load_tasks`; it can be asked once.
         model: a `tokendiff.evaluation.tasks.harness.AnsweredModel`.
         max_documents: of each task, the first ones.
+
+    Raises:
+        InputError: a log-likelihood is not a number, or no document of a task could be served.
     """
     from lm_eval.evaluator import evaluate
 
@@ -213,30 +217,58 @@ def ask_tasks(
         task: _by_document(task, samples, metrics)
         for task, samples in sorted(found["samples"].items())
     }
+    num_documents = _num_judged(found["samples"])
+    _check_judged(num_documents, model.unserved)
     return SuiteResult(
         metrics=metrics,
         documents=documents,
-        num_documents={task: count["effective"] for task, count in found["n-samples"].items()},
+        num_documents=num_documents,
         num_fewshot=dict(found["n-shot"]),
         unserved=dict(model.unserved),
     )
 
 
 def _let_unserved_be_wrong(task: Any) -> None:
-    """Where a choice of a document could not be served, the document counts as wrong; the harness
-    would compare the others, and find the first choice the likeliest where there is none.
+    """Let a document count as wrong that has a request which could not be served; the harness would
+    compare the other choices, and find the first the likeliest where there is none. Metrics of
+    which less is better (perplexities) have no such value: they leave the document out.
     """
     judge, is_better = task.process_results, task.higher_is_better()
 
     def process_results(document: Any, results: Any) -> dict[str, Any]:
         figures: dict[str, Any] = judge(document, results)
-        if any(isinstance(result, tuple) and result[0] == -math.inf for result in results):
-            for name, value in figures.items():
-                if is_better.get(name) and isinstance(value, int | float | np.number):
-                    figures[name] = 0.0
-        return figures
+        if not any(map(_is_unserved, results)):
+            return figures
+        kept = {name: value for name, value in figures.items() if is_better.get(name)}
+        return {
+            name: 0.0 if isinstance(value, int | float | np.number) else value
+            for name, value in kept.items()
+        }
 
     task.process_results = process_results
+
+
+def _is_unserved(result: Any) -> bool:
+    return isinstance(result[0] if isinstance(result, tuple) else result, Unserved)
+
+
+def _num_judged(samples: Mapping[str, Any]) -> dict[str, int]:
+    """Documents by task, without those that no metric is of."""
+    return {
+        task: len({_row_id(sample) for sample in found if sample["metrics"]})
+        for task, found in samples.items()
+    }
+
+
+def _check_judged(num_documents: Mapping[str, int], unserved: Mapping[str, str]) -> None:
+    """Raise InputError where a task has no figure, since none of its documents could be served."""
+    for task, number in num_documents.items():
+        if not number:
+            request, why = next(iter(unserved.items()), ("none", "it has no documents"))
+            raise InputError(
+                f"tasks: {task} has no document that could be served, and so no figure; leave it "
+                f"out, or give shorter documents; one of its requests: {request}: {why}"
+            )
 
 
 def write_suite(folder: Path, result: SuiteResult) -> None:
