@@ -22,7 +22,12 @@ TASKS = ["local_choice", "local_writing", "local_text"]
 
 
 def evaluate_tasks(
-    checkpoint: Path, output_dir: Location, tasks_path: str, *, num_actors: int = 1, **fields: Any
+    checkpoint: Path,
+    output_dir: Location,
+    tasks_path: str | None,
+    *,
+    num_actors: int = 1,
+    **fields: Any,
 ) -> list[dict[str, Any]]:
     """Its events."""
     from tokendiff.cluster.evaluate import evaluate
@@ -100,6 +105,40 @@ def test_blockwise_writes_the_answers_of_tasks(
     written = {r["text"].removeprefix(f"{r['prompt']}").split(".")[0] for r in model.samples(rows)}
     assert answers <= written
     assert len(answers) > 1
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_settings_that_make_answers_differ_are_in_the_identity(
+    checkpoints: dict[str, Path], tasks_path: str, tmp_path: Path
+) -> None:
+    """Two checkpoints stay comparable; a sampler that was set, and another one, do not."""
+    found = []
+    for number, (objective, fields) in enumerate(
+        [
+            ("block_diffusion", {}),
+            ("joint", {}),
+            ("block_diffusion", {"sampler": {"name": "sdar", "denoising_steps": 1}}),
+            ("block_diffusion", {"sampler": {"name": "sdar", "denoising_steps": 2}}),
+        ]
+    ):
+        folder, choice = tmp_path / str(number), {"tasks": ["local_choice"], **fields}
+        events = evaluate_tasks(
+            checkpoints[objective], folder, tasks_path, num_fewshot=None, **choice
+        )
+        assert not any("num_fewshot" in str(event) for event in events)
+        found.append(load_manifest(folder).metadata["tasks"]["local_choice"])
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_examples_that_a_task_cannot_show_are_said(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {"tasks": ["builtin_arithmetic"], "max_task_documents": 2}
+    events = evaluate_tasks(checkpoints["ar"], tmp_path, None, num_fewshot=2, **fields)
+    (said,) = [e["message"] for e in events if "num_fewshot" in str(e.get("message"))]
+    assert said.startswith("num_fewshot 2 has no effect on builtin_arithmetic: ")
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -172,6 +172,13 @@ def run_tasks(
     progress.on_event("doing", what="reading tasks")
     loaded = load_tasks(config.tasks, tasks_path=config.tasks_path, num_fewshot=config.num_fewshot)
     setup = task_setup(config, fetch(checkpoint))
+    unshown = [name for name, t in loaded["tasks"].items() if t.get_config("num_fewshot") == 0]
+    if config.num_fewshot and unshown:
+        progress.on_event(
+            "warning",
+            message=f"num_fewshot {config.num_fewshot} has no effect on {', '.join(unshown)}: the "
+            "task's file says 0, since it has no solved examples to show",
+        )
     for message in cut_short(loaded, setup.config.sampler):
         progress.on_event("warning", message=message)
     answerers = Answerers(
@@ -187,6 +194,8 @@ def run_tasks(
         AnsweredModel(answerers, tokenizer=setup.tokenizer),
         max_documents=config.max_task_documents,
         apply_chat_template=config.apply_chat_template,
+        # The default goes with the checkpoint; two of different kinds can be compared under it.
+        answered_with=config.sampler and setup.config.sampler.result_fields(),
     )
     answerers.remove_others()
     if result.unserved:

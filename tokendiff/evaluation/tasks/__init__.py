@@ -10,5 +10,6 @@ For other rooms:
 
 Of this room alone:
     scoring           log-likelihoods of continuations, exact or bounded
+    documents         what tasks came to by document, and a digest of what they asked
     builtin           a small set of tasks that needs no network
 """

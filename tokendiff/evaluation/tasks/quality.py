@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from tokendiff.config.evaluate import is_task_metric
 from tokendiff.errors import InputError
+from tokendiff.evaluation.tasks.documents import figure_name
 from tokendiff.evaluation.tasks.requests import generation_settings
-from tokendiff.evaluation.tasks.suite import figure_name, load_tasks
+from tokendiff.evaluation.tasks.suite import load_tasks
 
 if TYPE_CHECKING:
     from tokendiff.config.frontier import FrontierConfig
