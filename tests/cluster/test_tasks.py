@@ -113,18 +113,15 @@ def test_settings_that_make_answers_differ_are_in_the_identity(
 ) -> None:
     """Two checkpoints stay comparable; a sampler that was set, and another one, do not."""
     found = []
-    for number, (objective, fields) in enumerate(
-        [
-            ("block_diffusion", {}),
-            ("joint", {}),
-            ("block_diffusion", {"sampler": {"name": "sdar", "denoising_steps": 1}}),
-            ("block_diffusion", {"sampler": {"name": "sdar", "denoising_steps": 2}}),
-        ]
-    ):
+    evaluations: list[tuple[str, dict[str, Any]]] = [
+        ("block_diffusion", {}),
+        ("joint", {}),
+        ("block_diffusion", {"sampler": {"name": "sdar", "denoising_steps": 1}}),
+        ("block_diffusion", {"sampler": {"name": "sdar", "denoising_steps": 2}}),
+    ]
+    for number, (objective, fields) in enumerate(evaluations):
         folder, choice = tmp_path / str(number), {"tasks": ["local_choice"], **fields}
-        events = evaluate_tasks(
-            checkpoints[objective], folder, tasks_path, num_fewshot=None, **choice
-        )
+        events = evaluate_tasks(checkpoints[objective], folder, tasks_path, **choice)
         assert not any("num_fewshot" in str(event) for event in events)
         found.append(load_manifest(folder).metadata["tasks"]["local_choice"])
     assert found[0] == found[1]

@@ -100,9 +100,11 @@ def test_evaluations_are_comparable_that_asked_and_answered_alike(
 
     assert differ(write_tasks(tmp_path / "same")) == set()
     # The same documents in other words.
-    for number, fields in enumerate(
-        ({"doc_to_text": "Number {{q}}"}, {"doc_to_choice": [" an odd one", " even"]})
-    ):
+    other_words: tuple[dict[str, Any], ...] = (
+        {"doc_to_text": "Number {{q}}"},
+        {"doc_to_choice": [" an odd one", " even"]},
+    )
+    for number, fields in enumerate(other_words):
         path = write_tasks(tmp_path / f"words-{number}", **fields)
         assert differ(path) == {"first", "second"}
     sampler = {"name": "sdar", "denoising_steps": 1}

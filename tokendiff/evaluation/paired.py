@@ -25,6 +25,8 @@ ROWS, SAMPLED_ROWS = "rows.parquet", "sampled_rows.parquet"
 DOCUMENTS = "documents"  # the folder of a file per task
 ROW_ID, COUNT = "row_id", "count"
 
+_ROUNDING = 1e-12  # share of a difference, below which its standard error is 0
+
 Rows = Mapping[str, np.ndarray]  # columns [n]; one of them ROW_ID
 
 
@@ -41,6 +43,10 @@ class Ratio:
     numerator: str
     denominator: str
     slope: Callable[[float], float] = lambda ratio: 1.0
+
+    def value(self, rows: Rows) -> float:
+        """The ratio."""
+        return float(rows[self.numerator].sum() / rows[self.denominator].sum())
 
     def influence(self, rows: Rows) -> np.ndarray:
         """[n] what each row moves the metric by, to first order, times n; they sum to 0."""
@@ -110,7 +116,9 @@ def paired_standard_error(metric: str, rows: Rows, others: Rows) -> float:
         rows, others: the columns of its file, in any order.
 
     Returns:
-        infinite for a single row, of which nothing can be said; nan where a figure is not finite.
+        infinite where nothing can be said: for a single row, and where all rows differ by the same
+        amount (two answers right against two wrong), which has no deviation to tell chance by; nan
+        where a figure is not finite.
 
     Raises:
         InputError: these are not the same rows.
@@ -133,7 +141,9 @@ def paired_standard_error(metric: str, rows: Rows, others: Rows) -> float:
     assert ratio is not None
     with np.errstate(all="ignore"):  # what is not finite is said by the result
         influence = ratio.influence(rows)[order] - ratio.influence(others)[order_of_others]
-        return float(influence.std(ddof=1) / math.sqrt(len(influence)))
+        error = float(influence.std(ddof=1) / math.sqrt(len(influence)))
+        difference = abs(ratio.value(rows) - ratio.value(others))
+    return math.inf if error <= _ROUNDING * difference and difference > 0.0 else error
 
 
 def write_rows(path: Location, columns: Rows) -> None:
