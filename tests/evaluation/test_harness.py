@@ -343,6 +343,12 @@ def test_what_tasks_ask_of_a_text(given: Any, expected: Any) -> None:
     assert generation_settings(given) == expected
 
 
+@pytest.mark.parametrize("given", [{"max_gen_toks": 0}, {"max_new_tokens": -1}])
+def test_a_text_has_tokens(given: Any) -> None:
+    with pytest.raises(InputError, match=r"at least 1; raise max_gen_toks"):
+        generation_settings(given)
+
+
 def test_a_text_ends_before_its_first_stop_string() -> None:
     assert cut_at("abcdef", ["e", "bc"]) == "a"
     assert cut_at("abcdef", ["x"]) == "abcdef"

@@ -144,7 +144,7 @@ class Answerers:
                 yield row["part"], row["requests"]
 
     def _identity(self, requests: Sequence[TaskRequest]) -> str:
-        """Of what decides the answers."""
+        """A fingerprint of everything that decides the answers."""
         answering = self._setup.config.result_fields()
         asked = [request.digest for request in requests]
         files = checkpoint_identity(self._checkpoint)

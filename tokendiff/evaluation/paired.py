@@ -1,13 +1,14 @@
 """Two evaluations of the same rows, held against each other row by row.
 
-Rows differ far more from one another than two models differ on a row, and the noise that a row is
-evaluated with is keyed by its id and the seed: what the two evaluations have in common leaves their
-difference. So its standard error, taken over pairs, is a fraction of that of either mean.
+Rows differ far more from one another than two models differ on a row. Both evaluations use the same
+noise for a row, since its id and the seed decide the noise. Whatever a row adds to both evaluations
+cancels in their difference, so the paired standard error of the difference is much smaller than the
+standard error of either mean.
 
 An evaluation keeps its figures by row in Parquet files beside its metrics. Rows are taken as
 independent, as in `evaluation.bound` and `evaluation.acceptance`: for rows cut from few documents,
-or many samples of few prompts, the standard error is optimistic. Of fewer than about 20 rows it is
-itself uncertain: a difference in units of it has Student's quantiles, which are wider.
+or many samples of few prompts, the standard error is too small. With fewer than about 20 rows the
+standard error is itself uncertain: use Student's quantiles for the difference, which are wider.
 """
 
 import math

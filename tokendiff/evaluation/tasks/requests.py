@@ -84,13 +84,19 @@ def generation_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         and top_p where they are given and something is drawn.
 
     Raises:
-        InputError: the task asks for what no sampler here does.
+        InputError: the task asks for what no sampler here does, or for no tokens.
     """
     left = dict(given)
     until = left.pop("until", None) or []
     until = [until] if isinstance(until, str) else [text for text in until if text]
     lengths = [left.pop(name, None) for name in _LENGTH_NAMES]
     length = next((int(value) for value in lengths if value is not None), DEFAULT_NEW_TOKENS)
+    if length < 1:
+        raise InputError(
+            f"generation_kwargs of the task: its texts have {length} tokens, and need at least 1; "
+            "raise max_gen_toks in the task's file, or leave it out "
+            f"({DEFAULT_NEW_TOKENS} tokens)"
+        )
     temperature = float(left.pop("temperature", None) or 0.0)
     does_sample = left.pop("do_sample", None)
     if does_sample is False:
