@@ -230,3 +230,50 @@ def test_the_direction_is_the_tasks(tasks_path: str) -> None:
     # Stages that compare by perplexity keep their keys.
     without = frontier_config(tasks_path, quality=PERPLEXITY)
     assert without.result_fields()["direction"] == "lower"
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_figures_of_other_settings_are_not_taken(
+    checkpoints: dict[str, Path], tasks_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A point is told by what it is of, not by its number; equal ones are read."""
+    sampled: list[Any] = []
+
+    def watched(config: GenerateConfig, *args: Any, **kwargs: Any) -> Any:
+        sampled.append(config.sampler)
+        return generate(config, *args, **kwargs)
+
+    monkeypatch.setattr("tokendiff.cluster.frontier.generate", watched)
+
+    def run(objective: str, **fields: Any) -> int:
+        sampled.clear()
+        measure(frontier_config(tasks_path, **fields), checkpoints[objective], tmp_path)
+        return len(sampled)
+
+    first = {"over": {"denoising_steps": [1, 2]}}
+    assert run("block_diffusion", **first) == 2
+    assert run("block_diffusion", **first) == 0
+    assert run("block_diffusion", over={"denoising_steps": [1, 4]}) == 1
+    assert [sampler.denoising_steps for sampler in sampled] == [4]
+    assert run("block_diffusion", over={"denoising_steps": [1, 4]}, max_task_documents=3) == 2
+    assert run("joint", over={"denoising_steps": [1, 4]}, max_task_documents=3) == 2
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_samples_without_a_time_are_drawn_again_where_speed_decides(
+    checkpoints: dict[str, Path], tasks_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after all parts were there: the time that they took is lost."""
+    config = frontier_config(tasks_path, over={}, speed="tokens_per_second")
+
+    def cut_off(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tokendiff.cluster.generate.commit", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            measure(config, checkpoints["block_diffusion"], tmp_path)
+    assert (tmp_path / "points" / "000" / "samples" / "part-00000.jsonl").is_file()
+    found = measure(config, checkpoints["block_diffusion"], tmp_path)
+    assert found["points"][0]["figures"]["tokens_per_second"] > 0.0
+    assert found["front"] == [0]

@@ -8,13 +8,14 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from tokendiff.artifacts.checkpoint import find_checkpoint
-from tokendiff.artifacts.identity import checkpoint_identity
-from tokendiff.artifacts.locations import Location
+from tokendiff.artifacts.identity import checkpoint_identity, identity_of
+from tokendiff.artifacts.locations import Location, remove
 from tokendiff.artifacts.manifest import (
     MANIFEST_NAME,
     Manifest,
     claim_folder,
     commit,
+    fingerprint,
     load_manifest,
     write_atomically,
 )
@@ -23,6 +24,7 @@ from tokendiff.cluster.generate import generate
 from tokendiff.cluster.progress import JobProgress
 from tokendiff.cluster.tasks import run_tasks
 from tokendiff.config.evaluate import EvaluateConfig
+from tokendiff.data.prompt_index import prompt_paths
 from tokendiff.data.samples import read_samples
 from tokendiff.evaluation.frontier import Point, Rule, draw, frontier_report
 from tokendiff.evaluation.report import render_page
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from tokendiff.config.frontier import FrontierConfig
 
 KIND = "frontier"
+TOKENS_PER_SECOND = "tokens_per_second"
+_POINT = "point.sha256"  # what the files in a point's folder are of
 _MAX_SCORED_TOKENS = 2048  # of a sample, by the reference
 
 
@@ -136,24 +140,22 @@ def _figures(
     folder: Location,
     on_event: OnEvent,
 ) -> dict[str, float]:
-    """Of one point; read where they are known already."""
+    """The figures of one point. They are read where the same was measured before; what is left of
+    other settings, another checkpoint or other tasks in its folder is deleted.
+    """
+    identity = folder / _POINT
+    found = _identity(config, sampler, checkpoint)
+    if not identity.is_file() or identity.read_text() != found:
+        remove(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(identity, found.encode())
     known = folder / "figures.json"
     if known.is_file():
         figures: dict[str, float] = json.loads(known.read_text())
         return figures
-    samples_path = folder / "samples"
-    generate(
-        config.sampling(sampler),
-        cluster,
-        checkpoint_path=str(checkpoint),
-        output_dir=samples_path,
-        on_event=on_event,
+    samples, figures = _sampled(
+        config, cluster, sampler, checkpoint=checkpoint, folder=folder, on_event=on_event
     )
-    samples = read_samples(samples_path)
-    made = load_manifest(samples_path).metadata
-    figures = sample_metrics(samples, made)
-    if (speed := figures.pop("sampled_tokens_per_second", None)) is not None:
-        figures["tokens_per_second"] = speed
     judge = judging(config, sampler)
     with JobProgress(on_event) as progress:
         if config.reference_model_name_or_path is not None:
@@ -165,9 +167,54 @@ def _figures(
                 progress=progress,
             )
         if config.tasks:
-            found = run_tasks(
+            result = run_tasks(
                 judge, cluster, checkpoint=checkpoint, output_dir=folder, progress=progress
             )
-            figures |= {**found.metrics, "unserved_requests": len(found.unserved)}
+            figures |= {**result.metrics, "unserved_requests": len(result.unserved)}
     write_atomically(known, json.dumps(figures, indent=1).encode())
     return figures
+
+
+def _sampled(
+    config: "FrontierConfig",
+    cluster: "ClusterConfig",
+    sampler: Any,
+    *,
+    checkpoint: Location,
+    folder: Location,
+    on_event: OnEvent,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The samples of a point, and their figures. Samples that were all there before have no speed:
+    where that decides, they are drawn again.
+    """
+    samples_path = folder / "samples"
+    for _ in range(2):
+        generate(
+            config.sampling(sampler),
+            cluster,
+            checkpoint_path=str(checkpoint),
+            output_dir=samples_path,
+            on_event=on_event,
+        )
+        made = load_manifest(samples_path).metadata
+        if config.speed != TOKENS_PER_SECOND or made["tokens_per_second"] is not None:
+            break
+        on_event("doing", what="drawing samples again: the time that they took is not known")
+        remove(samples_path)
+    samples = read_samples(samples_path)
+    figures = sample_metrics(samples, made)
+    if (speed := figures.pop("sampled_tokens_per_second", None)) is not None:
+        figures[TOKENS_PER_SECOND] = speed
+    return samples, figures
+
+
+def _identity(config: "FrontierConfig", sampler: Any, checkpoint: Location) -> str:
+    """A fingerprint of everything that decides a point's figures."""
+    inputs = identity_of(
+        *prompt_paths(config.prompts), config.reference_model_name_or_path, config.tasks_path
+    )
+    settings = [
+        config.sampling(sampler).result_fields(),
+        judging(config, sampler).result_fields(),
+    ]
+    return fingerprint([settings, checkpoint_identity(checkpoint), inputs])

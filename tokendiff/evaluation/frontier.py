@@ -88,7 +88,8 @@ class Rule:
             most = max((p.figures.get(ENTROPY, math.nan) for p in points), default=math.nan)
             raise InputError(
                 f"frontier: of {len(points)} points none has a finite {self.quality}, a figure "
-                f"{self.speed} and min_entropy_nats {self.min_entropy_nats:g} (the most is {most:.3g}); lower it"
+                f"{self.speed} and min_entropy_nats {self.min_entropy_nats:g} (the most is "
+                f"{most:.3g}); lower it"
             )
         best = min(self.loss(points[at]) for at in sound)
         worst = best + self.within * abs(best)

@@ -86,8 +86,8 @@ assert set(RATIOS) == set(PAIRED_METRICS)
 
 
 def ratio_of(metric: str) -> Ratio | None:
-    """How a metric is made of what an evaluation has by row; a task's, TASK/METRIC, is a mean over
-    documents. None of one that is made of no rows.
+    """The columns that a metric is computed from. A task's figure, TASK/METRIC, is a mean over
+    documents. None where an evaluation keeps no rows for the metric.
     """
     if is_task_metric(metric):
         return Ratio(file=documents_file(metric), numerator=metric, denominator=COUNT)

@@ -80,7 +80,7 @@ def pooled(group: str, by_task: Mapping[str, Columns], metrics: Mapping[str, flo
 
 
 def _is_mean(column: np.ndarray, figure: float | None) -> bool:
-    """Of other metrics, say a perplexity, the mean over documents is not the figure."""
+    """Whether a figure is the mean over documents, which a perplexity is not."""
     return figure is not None and math.isclose(column.mean(), figure, rel_tol=1e-9, abs_tol=1e-12)
 
 

@@ -49,7 +49,7 @@ class TaskRequest:
 
     @property
     def digest(self) -> str:
-        """Of the whole request: equal for equal requests."""
+        """A digest of the whole request, equal for equal requests."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

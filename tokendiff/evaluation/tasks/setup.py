@@ -151,7 +151,7 @@ class TaskSetup:
 
     @cached_property
     def _max_tokens(self) -> int | None:
-        """Of context and continuation together, at most; None where nothing says."""
+        """How many tokens context and continuation may have together; None where nothing says."""
         if isinstance(self.check, CompletionSetup):
             longest = self.check.max_length
             # The last token is told, and is not read.
