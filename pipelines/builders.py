@@ -380,11 +380,13 @@ def frontier_stage(
 
     def check(stage: Stage) -> None:
         from tokendiff.evaluation.reference import check_reference
+        from tokendiff.evaluation.tasks.quality import quality_of
         from tokendiff.evaluation.tasks.suite import check_tasks
         from tokendiff.models.requests import check_generation
 
         if section.tasks:
             check_tasks(section)
+            quality_of(section)
         if not stage.has_inputs:
             return
         if section.reference_model_name_or_path is not None:

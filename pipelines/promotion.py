@@ -302,8 +302,10 @@ def _champion_of(
         if ours.get(task) != theirs.get(task):
             raise InputError(
                 f"{stage.title}: candidate and champion were not asked about the same documents of "
-                f"task {task}; give both stages the same tasks, tasks_path, num_fewshot and "
-                "max_task_documents"
+                f"task {task} in the same words, or answered with different samplers; give both "
+                "stages the same tasks, tasks_path, num_fewshot, max_task_documents, "
+                "apply_chat_template and sampler, checkpoints with the same chat template, and "
+                "evaluate again what an earlier version evaluated (--force)"
             )
     return champion
 
@@ -326,6 +328,13 @@ def _standard_error_of(stage: Stage, gate: Sequence[GateConfig]) -> StandardErro
                     raise
                 return None  # nobody asked; the figures can be held against each other
         lacking = [j.title for j, rows in zip(judges, found, strict=True) if rows is None]
+        if metric in needed and is_task_metric(metric):
+            raise InputError(
+                f"{' and '.join(lacking)} kept nothing by document of {metric}, which "
+                "min_standard_errors is about: it is no mean over documents, as a perplexity, or "
+                "a group that gives its tasks the same weight; gate on a figure that is one, say "
+                "of a task of the group, or remove min_standard_errors"
+            )
         if metric in needed:
             raise InputError(
                 f"{' and '.join(lacking)} kept nothing by row of {metric}, which "

@@ -13,6 +13,7 @@ from tokendiff.artifacts.locations import Location, files_under, location
 from tokendiff.artifacts.manifest import load_manifest
 from tokendiff.config.cluster import ClusterConfig
 from tokendiff.config.evaluate import EvaluateConfig
+from tokendiff.config.generate import GenerateConfig
 from tokendiff.errors import InputError
 
 pytest.importorskip("lm_eval", reason="the extra eval")
@@ -21,7 +22,12 @@ TASKS = ["local_choice", "local_writing", "local_text"]
 
 
 def evaluate_tasks(
-    checkpoint: Path, output_dir: Location, tasks_path: str, *, num_actors: int = 1, **fields: Any
+    checkpoint: Path,
+    output_dir: Location,
+    tasks_path: str | None,
+    *,
+    num_actors: int = 1,
+    **fields: Any,
 ) -> list[dict[str, Any]]:
     """Its events."""
     from tokendiff.cluster.evaluate import evaluate
@@ -70,6 +76,66 @@ def test_every_kind_of_checkpoint_answers(
     page = (tmp_path / "report" / "index.html").read_text()
     assert "local_choice" in page
     assert "Requests that could not be served: 3" in page
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_blockwise_writes_the_answers_of_tasks(
+    checkpoints: dict[str, Path], tasks_path: str, tmp_path: Path
+) -> None:
+    """Each a prompt and the tokens that the task asks for, as `jobs.generate` writes them."""
+    from tokendiff.data.prompts import GenerationRow
+    from tokendiff.evaluation.tasks.requests import TaskRequest
+    from tokendiff.models.sampling import SamplingModel
+
+    sampler = {"name": "blockwise", "block_size": 2, "temperature": 1.0}
+    evaluate_tasks(
+        checkpoints["mdlm"], tmp_path, tasks_path, tasks=["local_writing"], sampler=sampler
+    )
+    assert load_manifest(tmp_path).metadata["metrics"]["unserved_requests"] == 1
+    (part,) = {name for name in files_under(tmp_path) if name.endswith("part-00000.jsonl")}
+    answers = {json.loads(line)["text"] for line in (tmp_path / part).read_text().splitlines()}
+    settings = {"until": ["."], "max_gen_toks": 6, "temperature": 0.0}
+    asked = {"max_new_tokens": 6}
+    config = GenerateConfig.model_validate({"sampler": {**sampler, **asked}})
+    model = SamplingModel(checkpoints["mdlm"], config, device="cpu")
+    rows = []
+    for n in range(12):
+        request = TaskRequest(kind="generate_until", context=f"{n} and {n}", settings=settings)
+        rows.append(GenerationRow(id=request.noise_id, prompt=request.context))
+    written = {r["text"].removeprefix(f"{r['prompt']}").split(".")[0] for r in model.samples(rows)}
+    assert answers <= written
+    assert len(answers) > 1
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_settings_that_make_answers_differ_are_in_the_identity(
+    checkpoints: dict[str, Path], tasks_path: str, tmp_path: Path
+) -> None:
+    """Two checkpoints stay comparable; a sampler that was set, and another one, do not."""
+    found = []
+    evaluations: list[tuple[str, dict[str, Any]]] = [
+        ("block_diffusion", {}),
+        ("joint", {}),
+        ("block_diffusion", {"sampler": {"name": "sdar", "denoising_steps": 1}}),
+        ("block_diffusion", {"sampler": {"name": "sdar", "denoising_steps": 2}}),
+    ]
+    for number, (objective, fields) in enumerate(evaluations):
+        folder, choice = tmp_path / str(number), {"tasks": ["local_choice"], **fields}
+        events = evaluate_tasks(checkpoints[objective], folder, tasks_path, **choice)
+        assert not any("num_fewshot" in str(event) for event in events)
+        found.append(load_manifest(folder).metadata["tasks"]["local_choice"])
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_examples_that_a_task_cannot_show_are_said(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {"tasks": ["builtin_arithmetic"], "max_task_documents": 2}
+    events = evaluate_tasks(checkpoints["ar"], tmp_path, None, num_fewshot=2, **fields)
+    (said,) = [e["message"] for e in events if "num_fewshot" in str(e.get("message"))]
+    assert said.startswith("num_fewshot 2 has no effect on builtin_arithmetic: ")
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -35,6 +35,35 @@ def test_the_front_is_what_no_other_point_beats(is_lower_better: bool) -> None:
         assert speeds == sorted(speeds)
 
 
+def test_the_front_is_of_points_that_the_rule_allows() -> None:
+    rule = Rule(**{**vars(RULE), "min_entropy_nats": 2.0, "within": 9.0})
+    points = [
+        point(20.0, 1.0),
+        point(5.0, 9.0, entropy=1.0),  # beats all, with samples that repeat themselves
+        point(30.0, 2.0),
+        point(math.nan, 99.0),  # no quality
+        point(40.0, 1.5),
+    ]
+    figures = {"perplexity": 1.0, ENTROPY: 3.0}  # no speed
+    points.append(Point(sampler={"name": "sdar"}, figures=figures))
+    assert rule.front(points) == [0, 2]
+    assert rule.choose(points) == 2
+    assert draw(points, rule, 2).startswith(b"\x89PNG")
+
+
+def test_the_report_states_the_rule() -> None:
+    fields = {"within": 0.25, "limit": 0.5, "min_entropy_nats": 2.0, "is_lower_better": False}
+    rule = Rule(**{**vars(RULE), **fields})
+    report = frontier_report("toy", [point(0.9, 1.0)], rule, 0, config_yaml="")
+    for part in (
+        "higher is better",
+        "at most 0.25 of it",
+        "at least 0.5",
+        f"{ENTROPY} of at least 2",
+    ):
+        assert part in report.summary[0][2]
+
+
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [

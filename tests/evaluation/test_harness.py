@@ -1,6 +1,8 @@
 """lm-evaluation-harness over our models: against its own model `hf`, on tasks of local files."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +227,52 @@ def test_documents_that_cannot_be_served_are_wrong(tasks_path: str) -> None:
     assert len(result.unserved) == 4
 
 
+def answered(answer_of: Callable[[TaskRequest], dict[str, Any]]) -> AnsweredModel:
+    def answer(requests: list[TaskRequest]) -> list[Any]:
+        return [(request.digest, answer_of(request)) for request in requests]
+
+    return AnsweredModel(answer, tokenizer=None)
+
+
+def test_a_likelihood_that_is_not_a_number_is_an_error(tasks_path: str) -> None:
+    """An accuracy of it would look like any other."""
+
+    def answer(request: TaskRequest) -> dict[str, Any]:
+        nats = float("nan") if request.continuation == " dry" else 1.0
+        return {"nats": nats, "is_greedy": False}
+
+    loaded = load_tasks(["local_choice"], tasks_path=tasks_path)
+    with pytest.raises(InputError, match=r"loglikelihood 'Water is dry' is not a number"):
+        ask_tasks(loaded, answered(answer))
+
+
+def test_a_choice_that_the_model_finds_impossible_is_no_unserved_one(tasks_path: str) -> None:
+    def answer(request: TaskRequest) -> dict[str, Any]:
+        is_right = request.continuation in (" wet", "four legs", " weight", "End", " three")
+        return {"nats": 1.0 if is_right else float("inf"), "is_greedy": False}
+
+    result = ask_tasks(load_tasks(["local_choice"], tasks_path=tasks_path), answered(answer))
+    assert result.metrics["local_choice/acc"] == 1.0
+
+
+def test_texts_that_cannot_be_served_are_left_out_of_a_perplexity(tasks_path: str) -> None:
+    def answer(request: TaskRequest) -> dict[str, Any]:
+        if "dog" in request.continuation:
+            return {"error": "it holds the mask token"}
+        return {"nats": 2.0 * len(request.continuation.encode()), "is_greedy": False}
+
+    result = ask_tasks(load_tasks(["local_text"], tasks_path=tasks_path), answered(answer))
+    # Every byte costs two nats, those of the text that is left out too, had they counted.
+    assert result.metrics["local_text/bits_per_byte"] == pytest.approx(2.0 / math.log(2.0))
+    assert result.num_documents == {"local_text": 4}
+    assert result.tables[0][2][0][3] == "4"
+    with pytest.raises(InputError, match=r"local_text has no document that could be served.*mask"):
+        ask_tasks(
+            load_tasks(["local_text"], tasks_path=tasks_path),
+            answered(lambda request: {"error": "it holds the mask token"}),
+        )
+
+
 def test_what_is_answered_before_a_kill_is_in_the_harness_cache(
     model_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +341,12 @@ def test_equal_requests_are_answered_once_and_repeats_apart() -> None:
 )
 def test_what_tasks_ask_of_a_text(given: Any, expected: Any) -> None:
     assert generation_settings(given) == expected
+
+
+@pytest.mark.parametrize("given", [{"max_gen_toks": 0}, {"max_new_tokens": -1}])
+def test_a_text_has_tokens(given: Any) -> None:
+    with pytest.raises(InputError, match=r"at least 1; raise max_gen_toks"):
+        generation_settings(given)
 
 
 def test_a_text_ends_before_its_first_stop_string() -> None:

@@ -122,6 +122,15 @@ def test_a_difference_that_nothing_can_be_said_of() -> None:
     rows, others = made_up(30)
     one = [{name: column[:1] for name, column in side.items()} for side in (rows, others)]
     assert paired_standard_error("nats_per_token", *one) == math.inf
+    # Two right answers against two wrong ones; a hundred that differ by the same, but for rounding.
+    columns: dict[str, np.ndarray] = {"row_id": np.arange(2), "count": np.ones(2)}
+    right, wrong = ({**columns, "quiz/acc": np.full(2, value)} for value in (1.0, 0.0))
+    assert paired_standard_error("quiz/acc", right, wrong) == math.inf
+    assert paired_standard_error("quiz/acc", right, right) == 0.0
+    scores = np.random.default_rng(0).random(100)
+    columns = {"row_id": np.arange(100), "count": np.ones(100)}
+    low, high = ({**columns, "quiz/f1": scores + shift} for shift in (0.0, 0.3))
+    assert paired_standard_error("quiz/f1", low, high) == math.inf
     broken = {**others, "nats": np.where(others["row_id"] == 14, np.inf, others["nats"])}
     assert math.isnan(paired_standard_error("nats_per_token", rows, broken))
     nothing = {**others, "num_blocks": np.zeros(30)}

@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def process_of(block_length: int | None, mode: str = "4d", **fields: Any) -> NoiseProcess:
-    blocks = {} if block_length is None else {"attention_mask_mode": mode, **fields}
+    blocks = fields if block_length is None else {"attention_mask_mode": mode, **fields}
     return NoiseProcess(
         forward_process="absorbing",
         vocab_size=4,
@@ -47,6 +47,7 @@ def exact_nats_of(row: Tensor, begin: int, stop: int) -> float:
 
 CASES = {
     "whole": process_of(None),
+    "whole, next token": process_of(None, predict="next"),
     "blocks of 1": process_of(1),
     "blocks of 2": process_of(2),
     "one block": process_of(4),
@@ -81,6 +82,7 @@ def test_the_conditional_bound_of_an_enumerated_language(case: str, begin: int, 
     nats = estimates(process, pair, seed=0, copies=200)
     error = nats.std(ddof=1) / math.sqrt(len(nats))
     exact = exact_nats_of(row, begin, stop)
+    assert exact > 0.1
     if process.attention_mask_mode == "2d":  # beliefs that do not see what stands behind them
         assert nats.mean() >= exact - 3 * error - 1e-6
     else:
@@ -198,3 +200,9 @@ def test_under_uniform_noise_nothing_is_said_to_be_written_greedily() -> None:
     assert not isinstance(process.kernel(), AbsorbingKernel)
     pairs = [TokenPair(context=[1], continuation=[2, 3, 1])]
     assert greedily_written(None, process, pairs, device=CPU).tolist() == [False]
+
+
+def test_a_first_token_that_nothing_predicts_is_not_free() -> None:
+    pair = TokenPair(context=[], continuation=[1, 2, 3, 1])
+    with pytest.raises(ValueError, match="needs a context"):
+        estimates(CASES["whole, next token"], pair, seed=0, copies=2)

@@ -392,7 +392,9 @@ def test_the_gate_compares_tasks_document_by_document(shop: Shop, history: Any) 
     assert result["gate"][0].endswith(f"difference 0.05 ± {error:.2g}: not passed")
     with pytest.raises(InputError, match=r"not asked about the same documents of task quiz"):
         shop.run(candidate, judged("champion", third, was_right, "others"), gate)
-    with pytest.raises(InputError, match=r"^judge and champion kept nothing by row of quiz/f1"):
+    with pytest.raises(
+        InputError, match=r"^judge and champion kept nothing by document of quiz/f1"
+    ):
         shop.run(candidate, judged("champion", third, was_right), {**gate, "metric": "quiz/f1"})
     now, before = ({"quiz/acc": float(right.mean())} for right in (now_right, was_right))
     (verdict,) = judge([GateConfig(**gate)], now, before, lambda metric: error / 1.5)

@@ -8,13 +8,14 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from tokendiff.artifacts.checkpoint import find_checkpoint
-from tokendiff.artifacts.identity import checkpoint_identity
-from tokendiff.artifacts.locations import Location
+from tokendiff.artifacts.identity import checkpoint_identity, identity_of
+from tokendiff.artifacts.locations import Location, remove
 from tokendiff.artifacts.manifest import (
     MANIFEST_NAME,
     Manifest,
     claim_folder,
     commit,
+    fingerprint,
     load_manifest,
     write_atomically,
 )
@@ -23,9 +24,12 @@ from tokendiff.cluster.generate import generate
 from tokendiff.cluster.progress import JobProgress
 from tokendiff.cluster.tasks import run_tasks
 from tokendiff.config.evaluate import EvaluateConfig
+from tokendiff.data.prompt_index import prompt_paths
 from tokendiff.data.samples import read_samples
 from tokendiff.evaluation.frontier import Point, Rule, draw, frontier_report
 from tokendiff.evaluation.report import render_page
+from tokendiff.evaluation.tasks.quality import Quality, quality_of
+from tokendiff.evaluation.tasks.setup import drawn_as_asked
 from tokendiff.training.trainer import OnEvent
 
 if TYPE_CHECKING:
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
     from tokendiff.config.frontier import FrontierConfig
 
 KIND = "frontier"
+TOKENS_PER_SECOND = "tokens_per_second"
+_POINT = "point.sha256"  # what the files in a point's folder are of
 _MAX_SCORED_TOKENS = 2048  # of a sample, by the reference
 
 
@@ -50,21 +56,24 @@ def run_frontier(
     `output_dir`, and commit it.
 
     Raises:
-        InputError: a sampler does not go with the checkpoint, or no point satisfies the rule.
+        InputError: a sampler does not go with the checkpoint, no task has the quality, or no point
+            satisfies the rule.
     """
     source = find_checkpoint(checkpoint_path)
+    quality = quality_of(config)
     mark = claim_folder(output_dir, kind=KIND)
     (output_dir / MANIFEST_NAME).unlink(missing_ok=True)
     points = []
-    for number, sampler in enumerate(config.points):
-        on_event("doing", what=f"point {number + 1} of {len(config.points)}")
+    samplers = samplers_of(config, quality)
+    for number, sampler in enumerate(samplers):
+        on_event("doing", what=f"point {number + 1} of {len(samplers)}")
         folder = output_dir / "points" / f"{number:03d}"
         fields = sampler.model_dump(include=sampler.model_fields_set | {"name"})
         figures = _figures(
             config, cluster, sampler, checkpoint=source, folder=folder, on_event=on_event
         )
         points.append(Point(sampler=fields, figures=figures))
-    rule = rule_of(config)
+    rule = rule_of(config, quality)
     chosen = rule.choose(points)
     found = [{"sampler": dict(p.sampler), "figures": dict(p.figures)} for p in points]
     metadata = {
@@ -84,11 +93,25 @@ def run_frontier(
     return manifest
 
 
-def rule_of(config: "FrontierConfig") -> Rule:
+def samplers_of(config: "FrontierConfig", quality: Quality) -> list[Any]:
+    """The settings to try. One that leaves the temperature open, where a task's text is the
+    quality, takes the task's: texts are sampled, timed, judged and later served alike.
+    """
+    if quality.settings is None:
+        return config.points
+    found: list[Any] = []
+    for point in config.points:
+        drawn = drawn_as_asked(point, quality.settings)
+        if drawn not in found:
+            found.append(drawn)
+    return found
+
+
+def rule_of(config: "FrontierConfig", quality: Quality) -> Rule:
     return Rule(
-        quality=config.quality,
+        quality=quality.name,
         speed=config.speed,
-        is_lower_better=config.direction == "lower",
+        is_lower_better=quality.is_lower_better,
         within=config.within,
         limit=config.limit,
         min_entropy_nats=config.min_entropy_nats,
@@ -117,24 +140,22 @@ def _figures(
     folder: Location,
     on_event: OnEvent,
 ) -> dict[str, float]:
-    """Of one point; read where they are known already."""
+    """The figures of one point. They are read where the same was measured before; what is left of
+    other settings, another checkpoint or other tasks in its folder is deleted.
+    """
+    identity = folder / _POINT
+    found = _identity(config, sampler, checkpoint)
+    if not identity.is_file() or identity.read_text() != found:
+        remove(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(identity, found.encode())
     known = folder / "figures.json"
     if known.is_file():
         figures: dict[str, float] = json.loads(known.read_text())
         return figures
-    samples_path = folder / "samples"
-    generate(
-        config.sampling(sampler),
-        cluster,
-        checkpoint_path=str(checkpoint),
-        output_dir=samples_path,
-        on_event=on_event,
+    samples, figures = _sampled(
+        config, cluster, sampler, checkpoint=checkpoint, folder=folder, on_event=on_event
     )
-    samples = read_samples(samples_path)
-    made = load_manifest(samples_path).metadata
-    figures = sample_metrics(samples, made)
-    if (speed := figures.pop("sampled_tokens_per_second", None)) is not None:
-        figures["tokens_per_second"] = speed
     judge = judging(config, sampler)
     with JobProgress(on_event) as progress:
         if config.reference_model_name_or_path is not None:
@@ -146,9 +167,54 @@ def _figures(
                 progress=progress,
             )
         if config.tasks:
-            found = run_tasks(
+            result = run_tasks(
                 judge, cluster, checkpoint=checkpoint, output_dir=folder, progress=progress
             )
-            figures |= {**found.metrics, "unserved_requests": len(found.unserved)}
+            figures |= {**result.metrics, "unserved_requests": len(result.unserved)}
     write_atomically(known, json.dumps(figures, indent=1).encode())
     return figures
+
+
+def _sampled(
+    config: "FrontierConfig",
+    cluster: "ClusterConfig",
+    sampler: Any,
+    *,
+    checkpoint: Location,
+    folder: Location,
+    on_event: OnEvent,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The samples of a point, and their figures. Samples that were all there before have no speed:
+    where that decides, they are drawn again.
+    """
+    samples_path = folder / "samples"
+    for _ in range(2):
+        generate(
+            config.sampling(sampler),
+            cluster,
+            checkpoint_path=str(checkpoint),
+            output_dir=samples_path,
+            on_event=on_event,
+        )
+        made = load_manifest(samples_path).metadata
+        if config.speed != TOKENS_PER_SECOND or made["tokens_per_second"] is not None:
+            break
+        on_event("doing", what="drawing samples again: the time that they took is not known")
+        remove(samples_path)
+    samples = read_samples(samples_path)
+    figures = sample_metrics(samples, made)
+    if (speed := figures.pop("sampled_tokens_per_second", None)) is not None:
+        figures[TOKENS_PER_SECOND] = speed
+    return samples, figures
+
+
+def _identity(config: "FrontierConfig", sampler: Any, checkpoint: Location) -> str:
+    """A fingerprint of everything that decides a point's figures."""
+    inputs = identity_of(
+        *prompt_paths(config.prompts), config.reference_model_name_or_path, config.tasks_path
+    )
+    settings = [
+        config.sampling(sampler).result_fields(),
+        judging(config, sampler).result_fields(),
+    ]
+    return fingerprint([settings, checkpoint_identity(checkpoint), inputs])

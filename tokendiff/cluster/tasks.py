@@ -25,6 +25,7 @@ from tokendiff.cluster.session import (
 )
 from tokendiff.evaluation.inputs import task_setup
 from tokendiff.evaluation.tasks.answering import TaskModel
+from tokendiff.evaluation.tasks.quality import cut_short
 from tokendiff.evaluation.tasks.requests import Answer, TaskRequest
 from tokendiff.evaluation.tasks.setup import TaskSetup
 from tokendiff.evaluation.tasks.suite import SuiteResult, ask_tasks, load_tasks
@@ -143,7 +144,7 @@ class Answerers:
                 yield row["part"], row["requests"]
 
     def _identity(self, requests: Sequence[TaskRequest]) -> str:
-        """Of what decides the answers."""
+        """A fingerprint of everything that decides the answers."""
         answering = self._setup.config.result_fields()
         asked = [request.digest for request in requests]
         files = checkpoint_identity(self._checkpoint)
@@ -171,6 +172,15 @@ def run_tasks(
     progress.on_event("doing", what="reading tasks")
     loaded = load_tasks(config.tasks, tasks_path=config.tasks_path, num_fewshot=config.num_fewshot)
     setup = task_setup(config, fetch(checkpoint))
+    unshown = [name for name, t in loaded["tasks"].items() if t.get_config("num_fewshot") == 0]
+    if config.num_fewshot and unshown:
+        progress.on_event(
+            "warning",
+            message=f"num_fewshot {config.num_fewshot} has no effect on {', '.join(unshown)}: the "
+            "task's file says 0, since it has no solved examples to show",
+        )
+    for message in cut_short(loaded, setup.config.sampler):
+        progress.on_event("warning", message=message)
     answerers = Answerers(
         config,
         cluster,
@@ -184,6 +194,8 @@ def run_tasks(
         AnsweredModel(answerers, tokenizer=setup.tokenizer),
         max_documents=config.max_task_documents,
         apply_chat_template=config.apply_chat_template,
+        # The default goes with the checkpoint; two of different kinds can be compared under it.
+        answered_with=config.sampler and setup.config.sampler.result_fields(),
     )
     answerers.remove_others()
     if result.unserved:

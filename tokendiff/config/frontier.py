@@ -18,7 +18,6 @@ class FrontierConfig(Section):
     """A checkpoint and settings of its samplers to an operating point."""
 
     checkpoint_path: str | None = operational(None, description="a checkpoint-N/ or final/ folder")
-    output_dir: str | None = operational(None, description="folder for the points and the report")
     samplers: list[SamplerConfig] = Field(min_length=1, description="samplers to try")
     over: dict[str, list[Any]] = Field(
         {},
@@ -50,7 +49,11 @@ class FrontierConfig(Section):
         "of a task that has text written; choices are scored by likelihood, which no step or "
         "threshold changes",
     )
-    direction: Literal["lower", "higher"] = Field("lower", description="which quality is better")
+    direction: Literal["lower", "higher"] | None = Field(
+        None,
+        description="which quality is better; by default what the task says of its metric, and "
+        "lower of a perplexity",
+    )
     speed: Literal["tokens_per_forward", "tokens_per_second"] = Field(
         "tokens_per_forward", description="what points are fast by; only the first can be repeated"
     )
@@ -116,6 +119,14 @@ class FrontierConfig(Section):
             raise ValueError(
                 f"quality {self.quality!r} must be {PERPLEXITY}, or TASK/METRIC of one of tasks"
             )
+        if self.quality == PERPLEXITY and self.direction == "higher":
+            raise ValueError(f"direction 'higher': {PERPLEXITY} is better when lower; remove it")
         if not self.tasks:
             self.refuse_ignored(("tasks_path", "max_task_documents"), "no tasks")
         return self
+
+    def result_fields(self) -> dict[str, Any]:
+        fields = super().result_fields()
+        if self.quality == PERPLEXITY:  # as it was when lower was the default of every quality
+            fields["direction"] = "lower"
+        return fields

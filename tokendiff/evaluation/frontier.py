@@ -56,23 +56,40 @@ class Rule:
             return math.inf
         return value if self.is_lower_better else -value
 
+    def is_eligible(self, point: Point) -> bool:
+        """Whether quality and speed were measured, and its samples do not repeat themselves."""
+        return (
+            self.loss(point) < math.inf
+            and self._speed(point) > -math.inf
+            and point.figures.get(ENTROPY, math.inf) >= self.min_entropy_nats
+        )
+
+    def describe(self) -> str:
+        """The rule in words."""
+        better = "lower" if self.is_lower_better else "higher"
+        words = [
+            f"the most {self.speed} of the settings whose {self.quality} ({better} is better) is "
+            f"worse than the best by at most {self.within:.3g} of it"
+        ]
+        if self.limit is not None:
+            words.append(f"{'at most' if self.is_lower_better else 'at least'} {self.limit:g}")
+        if self.min_entropy_nats:
+            words.append(f"of samples with {ENTROPY} of at least {self.min_entropy_nats:g}")
+        return ", ".join(words)
+
     def choose(self, points: Sequence[Point]) -> int:
         """The place of the operating point; of equally fast ones the better, then the first.
 
         Raises:
             InputError: no point satisfies the rule.
         """
-        sound = [
-            at
-            for at, point in enumerate(points)
-            if self.loss(point) < math.inf
-            and point.figures.get(ENTROPY, math.inf) >= self.min_entropy_nats
-        ]
+        sound = [at for at, point in enumerate(points) if self.is_eligible(point)]
         if not sound:
             most = max((p.figures.get(ENTROPY, math.nan) for p in points), default=math.nan)
             raise InputError(
-                f"frontier: of {len(points)} points none has a finite {self.quality} and "
-                f"min_entropy_nats {self.min_entropy_nats:g} (the most is {most:.3g}); lower it"
+                f"frontier: of {len(points)} points none has a finite {self.quality}, a figure "
+                f"{self.speed} and min_entropy_nats {self.min_entropy_nats:g} (the most is "
+                f"{most:.3g}); lower it"
             )
         best = min(self.loss(points[at]) for at in sound)
         worst = best + self.within * abs(best)
@@ -88,14 +105,20 @@ class Rule:
         return min(allowed, key=lambda at: (-self._speed(points[at]), self.loss(points[at]), at))
 
     def front(self, points: Sequence[Point]) -> list[int]:
-        """Places of the points that no other is better than in one of quality and speed without
-        being worse in the other, by rising speed.
+        """Places of the eligible points that no other eligible one is better than in one of quality
+        and speed without being worse in the other, by rising speed.
         """
-        values = [(self._speed(point), -self.loss(point)) for point in points]
-        return sorted(
-            (at for at, mine in enumerate(values) if not any(_beats(v, mine) for v in values)),
-            key=lambda at: values[at],
+        values = {
+            at: (self._speed(point), -self.loss(point))
+            for at, point in enumerate(points)
+            if self.is_eligible(point)
+        }
+        best = (
+            at
+            for at, mine in values.items()
+            if not any(_beats(value, mine) for value in values.values())
         )
+        return sorted(best, key=lambda at: values[at])
 
     def _speed(self, point: Point) -> float:
         return float(point.figures.get(self.speed, -math.inf))
@@ -126,8 +149,7 @@ def frontier_report(
                 "Operating point",
                 points[chosen].label,
                 f"{rule.quality} {figures[rule.quality]:.4g}, {rule.speed} "
-                f"{figures.get(rule.speed, math.nan):.4g}: the fastest within {rule.within:.3g} of "
-                "the best",
+                f"{figures.get(rule.speed, math.nan):.4g}: {rule.describe()}",
             )
         ],
         tables=[table],
@@ -143,7 +165,7 @@ def draw(points: Sequence[Point], rule: Rule, chosen: int) -> bytes:
     from matplotlib.figure import Figure
 
     known = [at for at in range(len(points)) if rule.loss(points[at]) < math.inf]
-    front = [at for at in rule.front(points) if at in known]
+    front = rule.front(points)
     with matplotlib.rc_context({"text.parse_math": False}):
         figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
         title = "points of the front are numbered as in the report"

@@ -1,13 +1,14 @@
 """Two evaluations of the same rows, held against each other row by row.
 
-Rows differ far more from one another than two models differ on a row, and the noise that a row is
-evaluated with is keyed by its id and the seed: what the two evaluations have in common leaves their
-difference. So its standard error, taken over pairs, is a fraction of that of either mean.
+Rows differ far more from one another than two models differ on a row. Both evaluations use the same
+noise for a row, since its id and the seed decide the noise. Whatever a row adds to both evaluations
+cancels in their difference, so the paired standard error of the difference is much smaller than the
+standard error of either mean.
 
 An evaluation keeps its figures by row in Parquet files beside its metrics. Rows are taken as
 independent, as in `evaluation.bound` and `evaluation.acceptance`: for rows cut from few documents,
-or many samples of few prompts, the standard error is optimistic. Of fewer than about 20 rows it is
-itself uncertain: a difference in units of it has Student's quantiles, which are wider.
+or many samples of few prompts, the standard error is too small. With fewer than about 20 rows the
+standard error is itself uncertain: use Student's quantiles for the difference, which are wider.
 """
 
 import math
@@ -25,6 +26,8 @@ ROWS, SAMPLED_ROWS = "rows.parquet", "sampled_rows.parquet"
 DOCUMENTS = "documents"  # the folder of a file per task
 ROW_ID, COUNT = "row_id", "count"
 
+_ROUNDING = 1e-12  # share of a difference, below which its standard error is 0
+
 Rows = Mapping[str, np.ndarray]  # columns [n]; one of them ROW_ID
 
 
@@ -41,6 +44,10 @@ class Ratio:
     numerator: str
     denominator: str
     slope: Callable[[float], float] = lambda ratio: 1.0
+
+    def value(self, rows: Rows) -> float:
+        """The ratio."""
+        return float(rows[self.numerator].sum() / rows[self.denominator].sum())
 
     def influence(self, rows: Rows) -> np.ndarray:
         """[n] what each row moves the metric by, to first order, times n; they sum to 0."""
@@ -79,8 +86,8 @@ assert set(RATIOS) == set(PAIRED_METRICS)
 
 
 def ratio_of(metric: str) -> Ratio | None:
-    """How a metric is made of what an evaluation has by row; a task's, TASK/METRIC, is a mean over
-    documents. None of one that is made of no rows.
+    """The columns that a metric is computed from. A task's figure, TASK/METRIC, is a mean over
+    documents. None where an evaluation keeps no rows for the metric.
     """
     if is_task_metric(metric):
         return Ratio(file=documents_file(metric), numerator=metric, denominator=COUNT)
@@ -110,7 +117,9 @@ def paired_standard_error(metric: str, rows: Rows, others: Rows) -> float:
         rows, others: the columns of its file, in any order.
 
     Returns:
-        infinite for a single row, of which nothing can be said; nan where a figure is not finite.
+        infinite where nothing can be said: for a single row, and where all rows differ by the same
+        amount (two answers right against two wrong), which has no deviation to tell chance by; nan
+        where a figure is not finite.
 
     Raises:
         InputError: these are not the same rows.
@@ -133,7 +142,9 @@ def paired_standard_error(metric: str, rows: Rows, others: Rows) -> float:
     assert ratio is not None
     with np.errstate(all="ignore"):  # what is not finite is said by the result
         influence = ratio.influence(rows)[order] - ratio.influence(others)[order_of_others]
-        return float(influence.std(ddof=1) / math.sqrt(len(influence)))
+        error = float(influence.std(ddof=1) / math.sqrt(len(influence)))
+        difference = abs(ratio.value(rows) - ratio.value(others))
+    return math.inf if error <= _ROUNDING * difference and difference > 0.0 else error
 
 
 def write_rows(path: Location, columns: Rows) -> None:

@@ -118,7 +118,7 @@ class TaskModel:
             return nats, greedily_written(model, setup.process, pairs, device=device)
 
     def _texts(self, group: list[tuple[int, TaskRequest]]) -> Iterator[tuple[int, Answer]]:
-        """Of requests of the same settings."""
+        """Write the texts of requests that have the same settings."""
         config, check = self._setup.writing(group[0][1])
         rows = [self._setup.row(request) for _, request in group]
         by_row = {row.id: (place, r) for row, (place, r) in zip(rows, group, strict=True)}

@@ -9,6 +9,7 @@ This module alone imports the harness, which is an extra: pip install 'tokendiff
 
 import difflib
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -25,7 +26,13 @@ from tokendiff.config.loader import models_in, tags
 from tokendiff.config.samplers import SamplerConfig
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.evaluation.tasks.answering import TaskModel
-from tokendiff.evaluation.tasks.requests import Answer, Kind, TaskRequest, generation_settings
+from tokendiff.evaluation.tasks.requests import (
+    UNSERVED,
+    Answer,
+    Kind,
+    TaskRequest,
+    generation_settings,
+)
 from tokendiff.evaluation.tasks.setup import TaskSetup, default_sampler
 
 # Gives the digest of each request with its answer, in any order, equal requests once or each.
@@ -35,10 +42,13 @@ Answerer = Callable[[list[TaskRequest]], Iterable[tuple[str, Answer]]]
 class AnsweredModel(LM):
     """A model of the harness whose requests `answer` answers.
 
-    A request that cannot be served has log-likelihood -inf, or the text "": it counts as wrong.
+    A request that cannot be served has log-likelihood `UNSERVED`, or the text "".
 
     Args:
         tokenizer: for chat templates.
+
+    Raises:
+        InputError: a log-likelihood is not a number. The harness would make an accuracy of it.
     """
 
     def __init__(self, answer: Answerer, *, tokenizer: Any) -> None:
@@ -63,6 +73,12 @@ class AnsweredModel(LM):
             places[request.digest].append(place)
         values: dict[int, Any] = {}
         for digest, answer in self._answer(requests):
+            if math.isnan(answer.get("nats", 0.0)):
+                raise InputError(
+                    f"the log-likelihood of {requests[places[digest][0]].describe()} is not a "
+                    "number; the model's weights are damaged, or too large for mixed_precision "
+                    "bf16: train them anew, or set mixed_precision no"
+                )
             for place in places[digest]:
                 values[place] = value(answer)
                 # At once, so that after a kill --use_cache has all that was answered.
@@ -188,7 +204,9 @@ def _request(kind: Kind, arguments: Any, seen: Counter[str]) -> TaskRequest:
 
 
 def _scored(answer: Answer) -> tuple[float, bool]:
-    return -answer.get("nats", float("inf")), answer.get("is_greedy", False)
+    if "error" in answer:
+        return UNSERVED, False
+    return -answer["nats"], answer["is_greedy"]
 
 
 def main() -> None:

@@ -21,6 +21,15 @@ DEFAULT_NEW_TOKENS = 256  # where a task does not say
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
+class Unserved(float):
+    """The log-likelihood of a request that could not be served: minus infinity, told apart from
+    that of a text which a model finds impossible.
+    """
+
+
+UNSERVED = Unserved("-inf")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskRequest:
     """One thing to compute.
@@ -40,7 +49,7 @@ class TaskRequest:
 
     @property
     def digest(self) -> str:
-        """Of the whole request: equal for equal requests."""
+        """A digest of the whole request, equal for equal requests."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -75,13 +84,19 @@ def generation_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         and top_p where they are given and something is drawn.
 
     Raises:
-        InputError: the task asks for what no sampler here does.
+        InputError: the task asks for what no sampler here does, or for no tokens.
     """
     left = dict(given)
     until = left.pop("until", None) or []
     until = [until] if isinstance(until, str) else [text for text in until if text]
     lengths = [left.pop(name, None) for name in _LENGTH_NAMES]
     length = next((int(value) for value in lengths if value is not None), DEFAULT_NEW_TOKENS)
+    if length < 1:
+        raise InputError(
+            f"generation_kwargs of the task: its texts have {length} tokens, and need at least 1; "
+            "raise max_gen_toks in the task's file, or leave it out "
+            f"({DEFAULT_NEW_TOKENS} tokens)"
+        )
     temperature = float(left.pop("temperature", None) or 0.0)
     does_sample = left.pop("do_sample", None)
     if does_sample is False:

@@ -1,11 +1,11 @@
 """Log-likelihoods of continuations given their contexts.
 
-Of a model that reads from left to right they are exact. Of the others they are the bound of
-`tokendiff.evaluation.bound` or `block_bound`, with the continuation alone masked: the context is
-clean, and -ln p(continuation | context) is bounded.
+They are exact for a model that reads from left to right. For other models they are the bound of
+`tokendiff.evaluation.bound` or `block_bound` on -ln p(continuation | context): only tokens of the
+continuation are masked, and the context stays clean.
 
-A block that a continuation ends in is decoded whole. Its other positions stay masked: they are
-neither known nor counted, so the bound is of the continuation, and not of an end behind it.
+The last block may have positions behind the continuation. They stay masked and are not counted, so
+the bound does not depend on what would follow the continuation.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,7 +57,7 @@ def exact_nats(model: Decoder, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tens
         [B] float64, and [B] bool: whether each token of the continuation is the likeliest one.
     """
     device = model.device
-    # The last token is told, and tells nothing.
+    # The state at a token predicts the next one, so the last token is a target but no input.
     rows = [[*pair.context, *pair.continuation][:-1] for pair in pairs]
     num_tokens = torch.tensor([len(row) for row in rows], device=device)
     tokens = _padded(rows, 0).to(device)
@@ -96,7 +96,13 @@ def bounded_nats(
         denoiser: a Denoiser, or a CausalDenoiser where the process has blocks.
         key: with the pair's noise_id, what decides the noise.
         num_mask_samples: as for `row_bounds`.
+
+    Raises:
+        ValueError: a pair has no context, and the state before a token predicts it: the first token
+            would be given, and cost nothing.
     """
+    if process.predict == "next" and not all(pair.context for pair in pairs):
+        raise ValueError("a process that predicts the next token needs a context in every pair")
     ids = torch.tensor([pair.noise_id for pair in pairs], device=device)
     process = _anywhere(process)
     nats, _ = nats_by_row(

@@ -3,6 +3,7 @@ tokens, and which of them it cannot serve.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -126,7 +127,7 @@ class TaskSetup:
             check.request(row)
             return row
         num_tokens, wanted = len(check.request(row)), request.settings["max_gen_toks"]
-        if num_tokens + wanted > check.seq_len:
+        if check.seq_len is not None and num_tokens + wanted > check.seq_len:
             raise InputError(
                 f"its context of {num_tokens:,} tokens and {wanted:,} new ones exceed the "
                 f"{check.seq_len:,} tokens of a sample"
@@ -136,7 +137,7 @@ class TaskSetup:
     def _check_pair(self, pair: TokenPair) -> None:
         if not pair.continuation:
             raise InputError("its continuation has no token of its own")
-        if self.is_exact and not pair.context:
+        if self._needs_context and not pair.context:
             raise InputError("it has no context, and the tokenizer no token that begins a text")
         num_tokens = len(pair.context) + len(pair.continuation)
         if self.process is not None:
@@ -150,7 +151,7 @@ class TaskSetup:
 
     @cached_property
     def _max_tokens(self) -> int | None:
-        """Of context and continuation together, at most; None where nothing says."""
+        """How many tokens context and continuation may have together; None where nothing says."""
         if isinstance(self.check, CompletionSetup):
             longest = self.check.max_length
             # The last token is told, and is not read.
@@ -159,16 +160,25 @@ class TaskSetup:
         assert self.process is not None
         return longest_row(read_config(self.checkpoint)) or self.process.max_length
 
+    @property
+    def _needs_context(self) -> bool:
+        """Whether a state before a token predicts it: the first token of a row has none."""
+        return self.is_exact or (self.process is not None and self.process.predict == "next")
+
     @cached_property
     def _prefix(self) -> list[int]:
-        """What a text without a context is told from, where its first token must be told from
-        something.
+        """What stands before a text without a context, where the model needs a token there: EOS of
+        our checkpoints, whose rows are texts that EOS ends; BOS of others, or EOS without BOS.
         """
-        needs_one = self.is_exact or (self.process is not None and self.process.predict == "next")
-        if needs_one and isinstance(self.check, CompletionSetup):
+        if not self._needs_context:
+            return []
+        if isinstance(self.check, CompletionSetup):
             start = self.check.start_token_id
-            return [] if start is None else [start]
-        return []
+        else:
+            encoder = self.check.encoder
+            bos = encoder.tokenizer.bos_token_id if encoder.keeps_prefix else None
+            start = encoder.tokenizer.eos_token_id if bos is None else bos
+        return [] if start is None else [start]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids, cut as lm-evaluation-harness cuts them: both texts are encoded as one, and
@@ -218,19 +228,34 @@ class TaskSetup:
         return ids
 
 
-def _with_settings(config: GenerateConfig, settings: dict[str, Any]) -> GenerateConfig:
-    section = config.sampler
+def drawn_as_asked(section: Any, settings: Mapping[str, Any]) -> Any:
+    """A sampler's section with a task's temperature, top_k and top_p where it leaves them open.
+
+    Raises:
+        InputError: section and task do not go together.
+    """
     given = section.model_dump(include=section.model_fields_set)
-    length, temperature = settings["max_gen_toks"], settings["temperature"]
-    asked = {"max_new_tokens": length, "gen_length": length, "temperature": temperature}
-    if given.get("temperature", temperature) > 0.0:
+    asked = {"temperature": settings["temperature"]}
+    if given.get("temperature", asked["temperature"]) > 0.0:
         asked |= {name: settings[name] for name in ("top_k", "top_p") if name in settings}
+    return _filled(section, asked)
+
+
+def _with_settings(config: GenerateConfig, settings: dict[str, Any]) -> GenerateConfig:
+    length = settings["max_gen_toks"]
+    lengths = {"max_new_tokens": length, "gen_length": length}
+    section = _filled(config.sampler, {} if config.seq_len is not None else lengths)
+    return config.model_copy(update={"sampler": drawn_as_asked(section, settings)})
+
+
+def _filled(section: Any, asked: Mapping[str, Any]) -> Any:
+    """A section with what is asked for in the fields that it has and leaves open."""
+    given = section.model_dump(include=section.model_fields_set)
     known = {name: value for name, value in asked.items() if name in type(section).model_fields}
     try:
-        sampler = type(section).model_validate({**known, **given})
+        return type(section).model_validate({**known, **given, "name": section.name})
     except ValidationError as error:
         problems = "; ".join(str(problem["msg"]) for problem in error.errors())
         raise InputError(
             f"sampler {section.name!r} with what the task asks for: {problems}"
         ) from error
-    return config.model_copy(update={"sampler": sampler})

@@ -6,7 +6,6 @@ against each other (`tokendiff.evaluation.paired`).
 """
 
 import difflib
-import hashlib
 import json
 import logging
 import math
@@ -24,9 +23,16 @@ import numpy as np
 from tokendiff.artifacts.identity import identity_of
 from tokendiff.artifacts.manifest import fingerprint, write_atomically
 from tokendiff.errors import InputError, input_errors, reason_of
-from tokendiff.evaluation.paired import COUNT, DOCUMENTS, ROW_ID, documents_file, write_rows
+from tokendiff.evaluation.paired import DOCUMENTS, documents_file, write_rows
 from tokendiff.evaluation.report import Table
-from tokendiff.evaluation.tasks.requests import generation_settings
+from tokendiff.evaluation.tasks.documents import (
+    by_document,
+    digest_of,
+    figure_name,
+    num_judged,
+    pooled,
+)
+from tokendiff.evaluation.tasks.requests import Unserved, generation_settings
 
 if TYPE_CHECKING:
     from tokendiff.config.evaluate import EvaluateConfig
@@ -47,24 +53,36 @@ class SuiteResult:
 
     Attributes:
         metrics: figures by name, each with its standard error where there is one.
-        documents: by task, columns [n]: row_id, and the metrics that are means over documents.
-        num_documents, num_fewshot: by task.
+        documents: by task and group, columns [n]: row_id, and the metrics that are means over
+            documents.
+        num_documents: by task, without those that no metric is of since they could not be served.
+        asked: by task, a digest of all that it asked.
+        groups: by group, the names of all its tasks.
         unserved: requests that could not be served, and why.
+        answered_with: what was set of how answers are made.
     """
 
     metrics: dict[str, float]
     documents: dict[str, dict[str, np.ndarray]]
     num_documents: dict[str, int]
-    num_fewshot: dict[str, int]
+    asked: dict[str, str]
+    groups: dict[str, list[str]]
     unserved: dict[str, str]
+    answered_with: Any = None
 
     @property
     def identities(self) -> dict[str, str]:
-        """By task, equal where the same documents were asked about, behind as many examples."""
-        return {
-            task: fingerprint([columns[ROW_ID].tolist(), self.num_fewshot.get(task)])
-            for task, columns in self.documents.items()
+        """By task and group: equal where the same was asked in the same words, and answered with
+        the same settings.
+        """
+        found = {
+            task: fingerprint([digest, self.answered_with]) for task, digest in self.asked.items()
         }
+        of_groups = {
+            group: fingerprint([found[task] for task in tasks if task in found])
+            for group, tasks in self.groups.items()
+        }
+        return {**found, **of_groups}
 
     @property
     def tables(self) -> list[Table]:
@@ -183,6 +201,7 @@ def ask_tasks(
     *,
     max_documents: int | None = None,
     apply_chat_template: bool = False,
+    answered_with: Any = None,
 ) -> SuiteResult:
     """Let a model answer all tasks, and judge the answers.
 
@@ -190,6 +209,10 @@ def ask_tasks(
         loaded: from `load_tasks`; it can be asked once.
         model: a `tokendiff.evaluation.tasks.harness.AnsweredModel`.
         max_documents: of each task, the first ones.
+        answered_with: what was set of how answers are made, as plain JSON.
+
+    Raises:
+        InputError: a log-likelihood is not a number, or no document of a task could be served.
     """
     from lm_eval.evaluator import evaluate
 
@@ -209,34 +232,65 @@ def ask_tasks(
     metrics: dict[str, float] = {}
     for task, figures in sorted({**found["results"], **found.get("groups", {})}.items()):
         metrics |= _figures(task, figures)
+    groups = {
+        name: sorted(task.task_name for task in group.get_all_tasks())
+        for name, group in loaded["groups"].items()
+    }
+    num_documents = num_judged(found["samples"])
+    _check_judged(num_documents, model.unserved)
     documents = {
-        task: _by_document(task, samples, metrics)
+        task: by_document(task, samples, metrics)
         for task, samples in sorted(found["samples"].items())
     }
+    pooled_ones = {
+        group: pooled(group, {task: documents[task] for task in tasks}, metrics)
+        for group, tasks in groups.items()
+    }
+    of_groups = {group: sum(num_documents[t] for t in tasks) for group, tasks in groups.items()}
     return SuiteResult(
         metrics=metrics,
-        documents=documents,
-        num_documents={task: count["effective"] for task, count in found["n-samples"].items()},
-        num_fewshot=dict(found["n-shot"]),
+        documents={**documents, **pooled_ones},
+        num_documents={**num_documents, **of_groups},
+        asked={task: digest_of(samples) for task, samples in found["samples"].items()},
+        groups=groups,
         unserved=dict(model.unserved),
+        answered_with=answered_with,
     )
 
 
 def _let_unserved_be_wrong(task: Any) -> None:
-    """Where a choice of a document could not be served, the document counts as wrong; the harness
-    would compare the others, and find the first choice the likeliest where there is none.
+    """Let a document count as wrong that has a request which could not be served; the harness would
+    compare the other choices, and find the first the likeliest where there is none. Metrics of
+    which less is better (perplexities) have no such value: they leave the document out.
     """
     judge, is_better = task.process_results, task.higher_is_better()
 
     def process_results(document: Any, results: Any) -> dict[str, Any]:
         figures: dict[str, Any] = judge(document, results)
-        if any(isinstance(result, tuple) and result[0] == -math.inf for result in results):
-            for name, value in figures.items():
-                if is_better.get(name) and isinstance(value, int | float | np.number):
-                    figures[name] = 0.0
-        return figures
+        if not any(map(_is_unserved, results)):
+            return figures
+        kept = {name: value for name, value in figures.items() if is_better.get(name)}
+        return {
+            name: 0.0 if isinstance(value, int | float | np.number) else value
+            for name, value in kept.items()
+        }
 
     task.process_results = process_results
+
+
+def _is_unserved(result: Any) -> bool:
+    return isinstance(result[0] if isinstance(result, tuple) else result, Unserved)
+
+
+def _check_judged(num_documents: Mapping[str, int], unserved: Mapping[str, str]) -> None:
+    """Raise InputError where a task has no figure, since none of its documents could be served."""
+    for task, number in num_documents.items():
+        if not number:
+            request, why = next(iter(unserved.items()), ("none", "it has no documents"))
+            raise InputError(
+                f"tasks: {task} has no document that could be served, and so no figure; leave it "
+                f"out, or give shorter documents; one of its requests: {request}: {why}"
+            )
 
 
 def write_suite(folder: Path, result: SuiteResult) -> None:
@@ -263,40 +317,6 @@ def _figures(task: str, figures: Mapping[str, Any]) -> dict[str, float]:
             name = figure_name(task, metric.removesuffix("_stderr"), filter_name)
             found[name + STANDARD_ERROR * is_error] = float(value)
     return found
-
-
-def figure_name(task: str, metric: str, filter_name: str) -> str:
-    return f"{task}/{metric}" + ("" if filter_name == "none" else f"/{filter_name}")
-
-
-def _by_document(
-    task: str, samples: Sequence[Mapping[str, Any]], metrics: Mapping[str, float]
-) -> dict[str, np.ndarray]:
-    values: dict[str, dict[int, float]] = {}
-    for sample in samples:
-        row_id = _row_id(sample)
-        for metric in sample["metrics"]:
-            value = sample[metric]
-            if isinstance(value, int | float | np.number):
-                name = figure_name(task, metric, sample["filter"])
-                values.setdefault(name, {})[row_id] = float(value)
-    ids = sorted({_row_id(sample) for sample in samples})
-    columns: dict[str, np.ndarray] = {ROW_ID: np.array(ids, dtype=np.int64)}
-    for name, by_id in sorted(values.items()):
-        column = np.array([by_id.get(row_id, math.nan) for row_id in ids])
-        # Of other metrics, say a perplexity, the mean over documents is not the figure.
-        if name in metrics and math.isclose(
-            column.mean(), metrics[name], rel_tol=1e-9, abs_tol=1e-12
-        ):
-            columns |= {name: column, COUNT: np.ones(len(ids))}
-    return columns
-
-
-def _row_id(sample: Mapping[str, Any]) -> int:
-    """Equal for the same document of a task."""
-    text = f"{sample['doc_id']} {sample['doc_hash']}"
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 2
 
 
 @contextmanager
