@@ -1,5 +1,7 @@
 """Answers of denoisers of whole rows: block by block behind prompts of any length, to EOS."""
 
+import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,31 @@ def test_a_row_that_has_ended_costs_nothing_more(tmp_path: Path) -> None:
         new = len(record["tokens"]) - 1
         assert record["num_model_calls"] == -(-new // BLOCK)
         assert record["tokens_per_forward"] == new / record["num_model_calls"]
+
+
+def test_another_sampler_on_the_same_weights_is_a_model_opened_with_it(tmp_path: Path) -> None:
+    llada(tmp_path)
+    rows = [GenerationRow(id=number, prompt=prompt) for number, prompt in enumerate("abcdefghijkl")]
+    begun = SamplingModel(None, config_of(tmp_path, stop_token_ids=[5]), device="cpu")
+    in_one_length = {"model_id": str(tmp_path), "seq_len": 12, "sampler": "ancestral"}
+    for config in (
+        config_of(tmp_path, **GREEDY),
+        config_of(tmp_path, stop_token_ids=[7], temperature=0.7),
+        GenerateConfig.model_validate(in_one_length),
+    ):
+        changed, fresh = (
+            [{**record, "seconds": 0.0} for record in model.samples(rows)]
+            for model in (
+                begun.with_sampler(config),
+                SamplingModel(None, config, device="cpu"),
+            )
+        )
+        assert changed == fresh
+        assert (config.seq_len is None) == ("stop" in {r["finish_reason"] for r in fresh})
+    table = copy.copy(begun)
+    table._source = dataclasses.replace(begun._source, config=BertConfig())
+    with pytest.raises(InputError, match="type 'bert', which keeps no keys and values"):
+        table.with_sampler(config_of(tmp_path, cache="dual"))
 
 
 def test_listed_tokens_end_an_answer_too(tmp_path: Path) -> None:

@@ -93,6 +93,30 @@ class DenoiserSource:
             max_length=longest,
         )
 
+    def begun(self, ids: list[int]) -> list[int]:
+        """A row's prompt, with a token in front that begins a text where the row has no first token
+        and the model's states tell the next one: no state was trained to tell the first.
+
+        Training, and the bound, take the first token as given. Rows of ours follow an EOS; others'
+        models are used to what their tokenizer puts in front of a text.
+
+        Raises:
+            InputError: the row needs such a token, and the tokenizer has none.
+        """
+        is_told = bool(ids) and ids[0] != self.process.mask_token_id
+        if self.process.predict == "own" or is_told:
+            return ids
+        starts = [self.tokenizer.eos_token_id]
+        if self.checkpoint is None:
+            starts.insert(0, self.tokenizer.bos_token_id)
+        start = next((index for index in starts if index is not None), None)
+        if start is None:
+            raise InputError(
+                f"{self.name} tells each token from the one before it, the tokenizer has no token "
+                "that begins a text, and this row has no token to begin with; give a prompt"
+            )
+        return [start, *ids]
+
     def stop_tokens(self, listed: Sequence[int]) -> tuple[int, ...]:
         """Ids that end an answer: those that are listed, the tokenizer's EOS, those of the model's
         generation config, and what its family ends answers with.

@@ -126,7 +126,7 @@ class TaskSetup:
             check.request(row)
             return row
         num_tokens, wanted = len(check.request(row)), request.settings["max_gen_toks"]
-        if num_tokens + wanted > check.seq_len:
+        if check.seq_len is not None and num_tokens + wanted > check.seq_len:
             raise InputError(
                 f"its context of {num_tokens:,} tokens and {wanted:,} new ones exceed the "
                 f"{check.seq_len:,} tokens of a sample"
@@ -233,4 +233,7 @@ def _with_settings(config: GenerateConfig, settings: dict[str, Any]) -> Generate
         raise InputError(
             f"sampler {section.name!r} with what the task asks for: {problems}"
         ) from error
-    return config.model_copy(update={"sampler": sampler})
+    changed = config.model_copy(update={"sampler": sampler})
+    if changed.max_new_tokens is not None:  # a row then is as long as its prompt and answer
+        changed = changed.model_copy(update={"seq_len": None})
+    return changed
