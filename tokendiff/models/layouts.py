@@ -16,6 +16,8 @@ from typing import Any
 from tokendiff.artifacts.model_folders import CONFIG_NAME, local_model
 
 _GENERATION_CONFIG = "generation_config.json"
+# Fields that are ids of a tokenizer.
+_TOKEN_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +201,21 @@ def forget_publication(config: Any) -> None:
             delattr(config, name)
 
 
+def take_tokens(config: Any, layout: Layout, tokenizer: Any) -> None:
+    """Give the config of a published model, in both of its forms, the special tokens of another
+    tokenizer: those that it was published with may lie outside the new vocabulary.
+    """
+    published = config.published_config
+    of_tokenizer = {name: getattr(tokenizer, name) for name in _TOKEN_FIELDS}
+    config.published_config = published | {
+        name: index for name, index in of_tokenizer.items() if name in published
+    }
+    opened = layout.to_transformers(config.published_config)
+    for name in _TOKEN_FIELDS:
+        if hasattr(config, name):
+            setattr(config, name, opened.get(name))
+
+
 def write_beside(config: Any, layout: Layout, folder: Path) -> None:
     """Write the published `config.json` of a model that was opened by a layout, and what its own
     loader needs beside it, over what `save_pretrained` wrote.
@@ -216,9 +233,12 @@ def write_beside(config: Any, layout: Layout, folder: Path) -> None:
     fields |= {name: "float32" for name in ("torch_dtype", "dtype") if name in fields}
     source, name = Path(local_model(config.published_name)), config.published_name
     if source.is_dir():
-        for path in (*source.glob("*.py"), source / _GENERATION_CONFIG):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+        beside = list(source.glob("*.py"))
+        known = json.loads((source / CONFIG_NAME).read_text())
+        if all(fields.get(name) == known.get(name) for name in _TOKEN_FIELDS[:3]):
+            beside.append(source / _GENERATION_CONFIG)  # which holds ids too
+        for path in filter(Path.is_file, beside):
+            shutil.copyfile(path, folder / path.name)
     elif "auto_map" in fields:  # the code stays where it is published
         fields["auto_map"] = {
             key: value if "--" in value else f"{name}--{value}"
