@@ -328,6 +328,15 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     (LLADA_MOE_CONFIG | {"qk_layernorm": None}, "qk_layernorm None"),
     (LLADA_MOE_CONFIG | {"shared_expert_intermediate_size": 8}, "shared_expert_.*size 8"),
     (LLADA_MOE_CONFIG | {"moe_router_enable_expert_bias": True}, "enable_expert_bias True"),
+    (LLADA_MOE_CONFIG | {"moe_router_score_function": "sigmoid"}, "score_function 'sigmoid'"),
+    (LLADA_MOE_CONFIG | {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    (LLADA_MOE_CONFIG | {"routed_scaling_factor": 2.5}, "routed_scaling_factor 2.5"),
+    (LLADA_MOE_CONFIG | {"n_group": 8}, "n_group 8"),
+    (LLADA_MOE_CONFIG | {"num_shared_experts": 1}, "num_shared_experts 1"),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling .*linear"),
+    ({"residual_dropout": 0.3}, "residual_dropout 0.3"),
+    ({"embedding_dropout": 0.3}, "embedding_dropout 0.3"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ({"alibi": True}, "alibi True"),
     ({"layer_norm_type": "default"}, "layer_norm_type 'default'"),
     ({"scale_logits": True}, "scale_logits True"),
@@ -343,6 +352,21 @@ def test_a_llada_that_is_no_llama_is_refused(
     (tmp_path / "config.json").write_text(json.dumps(LLADA_CONFIG | changes))
     with pytest.raises(InputError, match=rf"^model_id '.*' cannot be opened \(.*{says}.*; give"):
         open_config(str(tmp_path), field="model_id", remedy="give another")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        LLADA_CONFIG | {"residual_dropout": 0.0, "rope_scaling": None, "partial_rotary_factor": 1},
+        LLADA_CONFIG | {"flash_attention": False, "precision": "amp_bf16", "mlp_ratio": 4},
+        LLADA_MOE_CONFIG | {"partial_rotary_factor": 1, "moe_router_score_function": "softmax"},
+        LLADA_MOE_CONFIG | {"routed_scaling_factor": 1, "router_num_group": -2, "n_group": None},
+    ],
+)
+def test_fields_that_change_nothing_are_allowed(fields: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = open_config(str(tmp_path), field="model_id", remedy="give another")
+    assert config.model_type == ("qwen3_moe" if "num_experts" in fields else "llama")
 
 
 def test_what_does_not_go_with_a_denoiser_is_said(data: TokenData, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import BertConfig, LlamaConfig
 
 from tests.builders import TableDenoiser
 from tests.models.published import EOS, MASK, V, dream, llada
@@ -18,6 +19,7 @@ from tokendiff.diffusion.interfaces import TokenBatch
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.errors import InputError
 from tokendiff.evaluation.bound import row_bounds
+from tokendiff.models.denoiser import attend_both_ways
 from tokendiff.models.sampling import PromptCheck, SamplingModel
 
 TOKENS, ROWS = (5, 6, 7), 3000
@@ -96,3 +98,24 @@ def test_what_rows_begin_with(tmp_path: Path) -> None:
     source.tokenizer.bos_token = source.tokenizer.eos_token = None
     with pytest.raises(InputError, match=r"no token that begins a text.*; give a prompt"):
         check["dream"].request(GenerationRow(id=0, prompt=None))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "both_ways", "says"),
+    [
+        ("bert", True, "; give a checkpoint_path, whose noise process is known"),
+        ("llama", True, "; give a checkpoint_path, whose noise process is known"),
+        ("llama", False, "; use sampler 'ar', which goes with this one"),
+    ],
+)
+def test_a_sampler_is_advised_where_it_goes_with_the_model(
+    model_type: str, both_ways: bool, says: str, tmp_path: Path
+) -> None:
+    config: Any = BertConfig()
+    if model_type == "llama":
+        config = LlamaConfig()
+        if both_ways:
+            attend_both_ways(config)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=says):
+        PromptCheck.of(None, config_of(tmp_path))
