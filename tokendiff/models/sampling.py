@@ -57,7 +57,8 @@ def build_sampler(
         stop_token_ids: of a sampler of answers.
 
     Raises:
-        InputError: the process does not go with the sampler, or a block is longer than a sample.
+        InputError: the process does not go with the sampler, a block is longer than a sample, or
+            the sampler refuses a setting.
     """
     seq_len = seq_len or process.max_length
     fields = config.model_dump(exclude={"name"})
@@ -85,6 +86,8 @@ def build_sampler(
             kernel=process.kernel(), prediction=process.prediction, **fields
         )
     except ValueError as error:
+        if process.forward_process == "absorbing":  # which every sampler goes with
+            raise InputError(f"sampler {config.name!r}: {error}; change its settings") from error
         raise InputError(
             f"sampler {config.name!r} does not go with this checkpoint, whose forward_process is "
             f"{process.forward_process!r}: {error}; use sampler 'ancestral', or a "
@@ -256,7 +259,7 @@ class SamplingModel:
                 on_step=watch,
             )
         seconds = round(time.perf_counter() - start, 3)
-        return [
+        records = [
             {**self._record(row, prompt, sampled[:length], calls), "seconds": seconds}
             for row, prompt, sampled, length, calls in zip(
                 rows,
@@ -267,6 +270,8 @@ class SamplingModel:
                 strict=True,
             )
         ]
+        watch.finish(sum(map(num_new_tokens, records)))
+        return records
 
     def _laid_out(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, is_given and is_valid [B, L] of a batch."""
@@ -323,6 +328,11 @@ class _StepWatch:
         if self.on_step is not None:
             self.on_step(time, x_t)
         self.on_progress(self._figures)
+
+    def finish(self, num_tokens: int) -> None:
+        """Tell of the whole batch where it took fewer steps than it might have."""
+        if self._taken < self.num_steps:
+            self.on_progress(lambda: (self.num_rows, num_tokens))
 
     def _figures(self) -> Figures:
         share = self._taken / max(self.num_steps, 1)
