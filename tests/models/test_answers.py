@@ -1,5 +1,7 @@
 """Answers of denoisers of whole rows: block by block behind prompts of any length, to EOS."""
 
+import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,16 @@ from transformers import BertConfig
 
 from tests.builders import TableDenoiser, letter_tokenizer
 from tests.models.published import EOS, FAMILIES, MASK, V, llada, reference_logits
+from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.config.generate import GenerateConfig
+from tokendiff.config.samplers import BlockwiseConfig
 from tokendiff.data.prompts import GenerationRow
 from tokendiff.diffusion.kernels import AbsorbingKernel
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.diffusion.schedules import Cosine
 from tokendiff.errors import InputError
 from tokendiff.models.denoiser import TransformersDenoiser, check_windows
-from tokendiff.models.sampling import PromptCheck, SamplingModel
+from tokendiff.models.sampling import PromptCheck, SamplingModel, build_sampler
 from tokendiff.samplers.blockwise import BlockwiseSampler
 
 NEW, BLOCK = 10, 4
@@ -115,6 +119,31 @@ def test_a_row_that_has_ended_costs_nothing_more(tmp_path: Path) -> None:
         assert record["tokens_per_forward"] == new / record["num_model_calls"]
 
 
+def test_another_sampler_on_the_same_weights_is_a_model_opened_with_it(tmp_path: Path) -> None:
+    llada(tmp_path)
+    rows = [GenerationRow(id=number, prompt=prompt) for number, prompt in enumerate("abcdefghijkl")]
+    begun = SamplingModel(None, config_of(tmp_path, stop_token_ids=[5]), device="cpu")
+    in_one_length = {"model_id": str(tmp_path), "seq_len": 12, "sampler": "ancestral"}
+    for config in (
+        config_of(tmp_path, **GREEDY),
+        config_of(tmp_path, stop_token_ids=[7], temperature=0.7),
+        GenerateConfig.model_validate(in_one_length),
+    ):
+        changed, fresh = (
+            [{**record, "seconds": 0.0} for record in model.samples(rows)]
+            for model in (
+                begun.with_sampler(config),
+                SamplingModel(None, config, device="cpu"),
+            )
+        )
+        assert changed == fresh
+        assert (config.seq_len is None) == ("stop" in {r["finish_reason"] for r in fresh})
+    table = copy.copy(begun)
+    table._source = dataclasses.replace(begun._source, config=BertConfig())
+    with pytest.raises(InputError, match="type 'bert', which keeps no keys and values"):
+        table.with_sampler(config_of(tmp_path, cache="dual"))
+
+
 def test_listed_tokens_end_an_answer_too(tmp_path: Path) -> None:
     llada(tmp_path)
     plain = records_of(config_of(tmp_path, **GREEDY))
@@ -144,6 +173,32 @@ def test_what_does_not_go_with_answers_is_said(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=says):
             GenerateConfig.model_validate(config_of(tmp_path).model_dump() | changes)
+
+
+def test_progress_ends_with_all_rows_where_blocks_are_full_early(tmp_path: Path) -> None:
+    """Four steps fill a block of which every candidate passes the threshold in one."""
+    llada(tmp_path)
+    fields = {"remasking_strategy": "low_confidence_dynamic", "confidence_threshold": 0.0}
+    config = config_of(tmp_path, batch_size=2, **fields, num_inference_steps=4)
+    rows = [GenerationRow(id=number, prompt=prompt) for number, prompt in enumerate("abc")]
+    told: list[tuple[float, float]] = []
+    model = SamplingModel(None, config, device="cpu")
+    records = list(model.samples(rows, on_progress=lambda figures: told.append(figures())))
+    num_tokens = sum(len(record["tokens"]) - 1 for record in records)
+    assert told[-1] == (3, num_tokens)
+    assert sorted(row for row, _ in told) == [row for row, _ in told]
+
+
+@pytest.mark.parametrize("noise", ["absorbing", "uniform"])
+def test_what_a_sampler_refuses_is_laid_to_the_checkpoint_where_it_is_its_noise(noise: str) -> None:
+    process = NoiseProcess(forward_process=noise, vocab_size=V, mask_token_id=MASK, max_length=64)
+    config = BlockwiseConfig().model_copy(update={"cache_refresh_steps": 0})
+    says = {
+        "absorbing": "^sampler 'blockwise': cache_refresh_steps must be at least 1, got 0; change",
+        "uniform": "does not go with this checkpoint, whose forward_process is 'uniform'",
+    }
+    with pytest.raises(InputError, match=says[noise]):
+        build_sampler(config, process)
 
 
 def test_older_keys_stay() -> None:

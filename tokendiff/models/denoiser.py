@@ -172,7 +172,8 @@ class TransformersDenoiser(ModelInTwoParts):
             to the model's own attention.
         predicts_next: the model's state before a token tells it, as in an autoregressive model;
             `encode` moves each state to the token that it tells. The first token of a row, or of an
-            isolated document, has none before it and keeps its own.
+            isolated document, has none before it and keeps its own, which is trained for the token
+            behind it; so losses, bounds and `DenoiserSource.begun` take the first token as given.
 
     Raises:
         ValueError: the model is still causal.

@@ -14,22 +14,21 @@ class Family:
     """One model_type.
 
     Attributes:
-        same_as: the model_type of transformers that it is under a name of its own, with other
-            attention masks; it is opened as that one, without the code that comes with its weights.
-        layout: how its files differ from those of that one.
+        same_as: the model_type of transformers with the same architecture, where the family has a
+            model_type of its own. Its models are opened as that type, with other attention masks,
+            and the code that comes with their weights is not run.
+        layout: how its files differ from those of `same_as`.
         can_see_both_ways: a causal architecture that can be trained as a denoiser: attention is all
             that mixes its positions, it honours the config's `is_causal`, and its logits are a
             linear map of the last hidden state (no soft-capping, no scale).
         attention: what a position of a published checkpoint sees: "causal", up to itself;
             "blocks", also the rest of its block; "rows", the whole row.
         predict: "own", a position's state tells its own token, or "next", the one behind it.
-        forward_process: the noise that it was trained under, as `NoiseProcess` names it; of those
-            that see rows.
         mask_token_id: its mask, where neither config nor tokenizer tells.
         chat_template: how its chats are written, where its tokenizer does not say.
         stop_tokens: what ends an answer, beside the EOS of its tokenizer.
         can_be_trained: whether what is trained of it can be saved as it came.
-        sampler: the one to use by default.
+        sampler: the one that errors advise where another was asked for that does not go with it.
     """
 
     same_as: str | None = None
@@ -37,7 +36,6 @@ class Family:
     can_see_both_ways: bool = False
     attention: Literal["causal", "blocks", "rows"] = "causal"
     predict: Literal["own", "next"] = "own"
-    forward_process: str = "absorbing"
     mask_token_id: int | None = None
     chat_template: str | None = None
     stop_tokens: tuple[str, ...] = ()

@@ -16,6 +16,8 @@ from typing import Any
 from tokendiff.artifacts.model_folders import CONFIG_NAME, local_model
 
 _GENERATION_CONFIG = "generation_config.json"
+# Fields that are ids of a tokenizer.
+_TOKEN_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +81,20 @@ _LLADA_FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bias_for_layer_norm": (None, (None, False)),
     "block_group_size": (1, (1,)),
     "block_type": ("sequential", ("llama",)),
+    "clip_qkv": (None, (None,)),
+    "embedding_dropout": (0.0, (0.0, None)),
+    "embedding_layer_norm": (False, (False, None)),
     "include_bias": (False, (False,)),
     "include_qkv_bias": (False, (False, None)),
     "input_emb_norm": (False, (False,)),
     "layer_norm_type": ("default", ("rms",)),
     "layer_norm_with_affine": (True, (True,)),
     "multi_query_attention": (None, (None, False)),
+    "norm_after": (False, (False, None)),
+    "partial_rotary_factor": (1.0, (1.0, None)),
+    "residual_dropout": (0.0, (0.0, None)),
     "rope": (False, (True,)),
+    "rope_scaling": (None, (None,)),
     "scale_logits": (False, (False,)),
 }
 
@@ -129,12 +138,20 @@ def _check_fixed(
             )
 
 
-# The same of LLaDA-MoE and a Qwen3 with experts.
+# The same of LLaDA-MoE and a Qwen3 with experts. Its config says "none" and "all" by -1 and -2 too.
+_ONE_GROUP = (None, 1, 0, -1, -2)
 _LLADA_MOE_FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    **dict.fromkeys(
+        ("n_group", "topk_group", "router_num_group", "router_topk_group"), (None, _ONE_GROUP)
+    ),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts"), (None, (None, 0, -1))),
     "clip_qkv": (None, (None,)),
     "moe_router_enable_expert_bias": (None, (None, False)),
+    "moe_router_score_function": (None, (None, "softmax")),
+    "partial_rotary_factor": (1.0, (1.0, None, -1)),
     "qk_layernorm": (None, (True,)),
     "rope_scaling": (None, (None,)),
+    "routed_scaling_factor": (1.0, (1.0, None)),
     "shared_expert_intermediate_size": (-1, (None,)),
 }
 
@@ -155,7 +172,8 @@ def _qwen3_of_llada_moe(fields: Mapping[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": fields.get("num_key_value_heads")
         or _size(fields, "num_attention_heads"),
     }
-    return {**unchanged(fields), **renamed}
+    kept = {name: value for name, value in fields.items() if name not in _LLADA_MOE_FIXED}
+    return {**kept, **renamed}
 
 
 def _size(fields: Mapping[str, Any], name: str) -> int:
@@ -191,12 +209,27 @@ SAME_FIELDS = Layout(to_transformers=unchanged)
 
 
 def forget_publication(config: Any) -> None:
-    """Make the config of a published model one of transformers alone: what was trained of it is no
-    more what its own loader takes it for.
+    """Make the config of a published model a plain one of transformers. The trained model is no
+    longer of the family, so the family's own loader must not open it.
     """
     for name in ("published_model_type", "published_name", "published_config"):
         if hasattr(config, name):
             delattr(config, name)
+
+
+def take_tokens(config: Any, layout: Layout, tokenizer: Any) -> None:
+    """Give the config of a published model, in both of its forms, the special tokens of another
+    tokenizer: those that it was published with may lie outside the new vocabulary.
+    """
+    published = config.published_config
+    of_tokenizer = {name: getattr(tokenizer, name) for name in _TOKEN_FIELDS}
+    config.published_config = published | {
+        name: index for name, index in of_tokenizer.items() if name in published
+    }
+    opened = layout.to_transformers(config.published_config)
+    for name in _TOKEN_FIELDS:
+        if hasattr(config, name):
+            setattr(config, name, opened.get(name))
 
 
 def write_beside(config: Any, layout: Layout, folder: Path) -> None:
@@ -216,9 +249,12 @@ def write_beside(config: Any, layout: Layout, folder: Path) -> None:
     fields |= {name: "float32" for name in ("torch_dtype", "dtype") if name in fields}
     source, name = Path(local_model(config.published_name)), config.published_name
     if source.is_dir():
-        for path in (*source.glob("*.py"), source / _GENERATION_CONFIG):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+        beside = list(source.glob("*.py"))
+        known = json.loads((source / CONFIG_NAME).read_text())
+        if all(fields.get(name) == known.get(name) for name in _TOKEN_FIELDS[:3]):
+            beside.append(source / _GENERATION_CONFIG)  # which holds ids too
+        for path in filter(Path.is_file, beside):
+            shutil.copyfile(path, folder / path.name)
     elif "auto_map" in fields:  # the code stays where it is published
         fields["auto_map"] = {
             key: value if "--" in value else f"{name}--{value}"

@@ -20,6 +20,7 @@ from tokendiff.models.denoiser import (
     check_isolation,
 )
 from tokendiff.models.families import CAUSAL_TYPES, family_of, published_type
+from tokendiff.models.layouts import take_tokens
 from tokendiff.models.pretrained import (
     check_length,
     check_weights,
@@ -91,7 +92,9 @@ def plan_model(
         config, auto_class = open_trainable_config(name, is_causal=is_causal, field=field)
         if from_scratch:
             config.vocab_size = vocab_size
-            if tokenizer.pad_token_id is not None:  # another's may lie outside the vocabulary
+            if (layout := family_of(published_type(config)).layout) is not None:
+                take_tokens(config, layout, tokenizer)
+            elif tokenizer.pad_token_id is not None:  # another's may lie outside the vocabulary
                 config.pad_token_id = tokenizer.pad_token_id
             if _sees_rows(config):
                 config.mask_token_id = tokenizer.mask_token_id

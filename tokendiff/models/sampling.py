@@ -57,7 +57,8 @@ def build_sampler(
         stop_token_ids: of a sampler of answers.
 
     Raises:
-        InputError: the process does not go with the sampler, or a block is longer than a sample.
+        InputError: the process does not go with the sampler, a block is longer than a sample, or
+            the sampler refuses a setting.
     """
     seq_len = seq_len or process.max_length
     fields = config.model_dump(exclude={"name"})
@@ -85,6 +86,8 @@ def build_sampler(
             kernel=process.kernel(), prediction=process.prediction, **fields
         )
     except ValueError as error:
+        if process.forward_process == "absorbing":  # which every sampler goes with
+            raise InputError(f"sampler {config.name!r}: {error}; change its settings") from error
         raise InputError(
             f"sampler {config.name!r} does not go with this checkpoint, whose forward_process is "
             f"{process.forward_process!r}: {error}; use sampler 'ancestral', or a "
@@ -103,6 +106,7 @@ class PromptCheck:
         notes: what a person should know before samples are drawn.
     """
 
+    source: DenoiserSource
     seq_len: int | None
     encoder: PromptEncoder
     max_new_tokens: int = 0
@@ -122,6 +126,7 @@ class PromptCheck:
         if config.max_new_tokens is not None:
             _sampler_of(config, source)
             return cls(
+                source=source,
                 seq_len=None,
                 encoder=encoder,
                 max_new_tokens=config.max_new_tokens,
@@ -139,15 +144,15 @@ class PromptCheck:
                 f"seq_len {seq_len} is longer than the {process.max_length} tokens of the rows "
                 "that the checkpoint was trained on; text behind them may be worse",
             )
-        return cls(seq_len=seq_len, encoder=encoder, notes=notes)
+        return cls(source=source, seq_len=seq_len, encoder=encoder, notes=notes)
 
     def request(self, row: GenerationRow) -> list[int]:
-        """Token ids of the row's prompt.
+        """Token ids that the row begins with: see `DenoiserSource.begun`.
 
         Raises:
-            InputError: it cannot be used.
+            InputError: the prompt cannot be used.
         """
-        ids = self.encoder(row.prompt)
+        ids = self.source.begun(self.encoder(row.prompt))
         shown = f"prompt {(prompt_text(row.prompt) or '')[:60]!r}"
         if self.seq_len is not None:
             if len(ids) > self.seq_len:
@@ -179,18 +184,26 @@ class SamplingModel:
         self.tokenizer, self.process = source.tokenizer, source.process
         dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         self._denoiser = source.load(dtype=dtype).to(device)
-        self._device, self._config = torch.device(device), config
-        self.seq_len = config.seq_len or self.process.max_length
-        self._sampler = _sampler_of(config, source)
-        self._stops = getattr(self._sampler, "stop_token_ids", ())
+        self._device = torch.device(device)
+        self._source = source
+        self._take_sampler(config)
         self._encoder = prompt_encoder(source, config)
 
     def with_sampler(self, config: "GenerateConfig") -> "SamplingModel":
-        """The same weights with another sampler: a config that differs in nothing else."""
+        """The same weights with the sampler, the lengths and the seed of another config.
+
+        Raises:
+            InputError: the sampler does not go with the model.
+        """
         other = copy.copy(self)
-        other._config = config
-        other._sampler = build_sampler(_fixed_length(config), self.process, seq_len=self.seq_len)
+        other._take_sampler(config)
         return other
+
+    def _take_sampler(self, config: "GenerateConfig") -> None:
+        self._config = config
+        self.seq_len = config.seq_len or self.process.max_length
+        self._sampler = _sampler_of(config, self._source)
+        self._stops = getattr(self._sampler, "stop_token_ids", ())
 
     def samples(
         self, rows: Iterable[GenerationRow], *, on_progress: OnProgress = unwatched
@@ -223,7 +236,7 @@ class SamplingModel:
             not given over model calls; null without one); and seconds: what the row's batch took.
         """
         start = time.perf_counter()
-        prompts = [self._encoder(row.prompt) for row in rows]
+        prompts = [self._source.begun(self._encoder(row.prompt)) for row in rows]
         tokens, is_given, is_valid = self._laid_out(prompts)
         ids = torch.tensor([row.id for row in rows], dtype=torch.int64, device=self._device)
         generator = RowGenerator.for_rows(key_from(self._config.seed, "sample"), ids)
@@ -246,7 +259,7 @@ class SamplingModel:
                 on_step=watch,
             )
         seconds = round(time.perf_counter() - start, 3)
-        return [
+        records = [
             {**self._record(row, prompt, sampled[:length], calls), "seconds": seconds}
             for row, prompt, sampled, length, calls in zip(
                 rows,
@@ -257,6 +270,8 @@ class SamplingModel:
                 strict=True,
             )
         ]
+        watch.finish(sum(map(num_new_tokens, records)))
+        return records
 
     def _laid_out(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, is_given and is_valid [B, L] of a batch."""
@@ -313,6 +328,11 @@ class _StepWatch:
         if self.on_step is not None:
             self.on_step(time, x_t)
         self.on_progress(self._figures)
+
+    def finish(self, num_tokens: int) -> None:
+        """Tell of the whole batch where it took fewer steps than it might have."""
+        if self._taken < self.num_steps:
+            self.on_progress(lambda: (self.num_rows, num_tokens))
 
     def _figures(self) -> Figures:
         share = self._taken / max(self.num_steps, 1)

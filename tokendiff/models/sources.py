@@ -1,5 +1,5 @@
-"""What samplers of one length sample from: a checkpoint of ours, or a published denoiser of whole
-rows by its name. All that can be known of it before a weight is read.
+"""The model behind samplers of one length: a checkpoint of ours, or a published denoiser of whole
+rows by its name. Tokenizer, noise process and config are known before a weight is read.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.errors import InputError
 from tokendiff.models.checkpoints import check_denoiser, load_for_inference
 from tokendiff.models.decoding import find_mask_token, find_stop_tokens
-from tokendiff.models.families import WHOLE_ROW_TYPES, Family, family_of, published_type
+from tokendiff.models.families import FAMILIES, WHOLE_ROW_TYPES, Family, family_of, published_type
 from tokendiff.models.opening import load_denoiser
 from tokendiff.models.plans import plan_model
 from tokendiff.models.pretrained import longest_input, open_config
@@ -69,15 +69,15 @@ class DenoiserSource:
         if family.attention != "rows":
             raise InputError(
                 f"sampler {sampler!r}: {_FIELD} {name!r} is of type {published_type(config)!r}, "
-                f"and published denoisers of whole rows are {', '.join(WHOLE_ROW_TYPES)}; use "
-                f"sampler {family.sampler!r}, which goes with this one, or another model"
+                f"and published denoisers of whole rows are {', '.join(WHOLE_ROW_TYPES)}; "
+                + _way_out(config)
             )
         tokenizer = _with_mask(open_tokenizer(name, field=_FIELD), config, family, name)
         if not tokenizer.chat_template:
             tokenizer.chat_template = family.chat_template
         longest = longest_input(config)
         process = NoiseProcess(
-            forward_process=family.forward_process,
+            forward_process="absorbing",
             vocab_size=len(tokenizer),
             mask_token_id=tokenizer.mask_token_id,
             max_length=longest or 1,
@@ -92,6 +92,30 @@ class DenoiserSource:
             config=plan.config,
             max_length=longest,
         )
+
+    def begun(self, ids: list[int]) -> list[int]:
+        """A row's prompt, with a token in front that begins a text where the row has no first token
+        and the model's states tell the next one: no state was trained to tell the first.
+
+        Training, and the bound, take the first token as given. Rows of ours follow an EOS; others'
+        models are used to what their tokenizer puts in front of a text.
+
+        Raises:
+            InputError: the row needs such a token, and the tokenizer has none.
+        """
+        is_told = bool(ids) and ids[0] != self.process.mask_token_id
+        if self.process.predict == "own" or is_told:
+            return ids
+        starts = [self.tokenizer.eos_token_id]
+        if self.checkpoint is None:
+            starts.insert(0, self.tokenizer.bos_token_id)
+        start = next((index for index in starts if index is not None), None)
+        if start is None:
+            raise InputError(
+                f"{self.name} tells each token from the one before it, the tokenizer has no token "
+                "that begins a text, and this row has no token to begin with; give a prompt"
+            )
+        return [start, *ids]
 
     def stop_tokens(self, listed: Sequence[int]) -> tuple[int, ...]:
         """Ids that end an answer: those that are listed, the tokenizer's EOS, those of the model's
@@ -129,6 +153,15 @@ class DenoiserSource:
             field=_FIELD,
             dtype=dtype,
         ).eval()
+
+
+def _way_out(config: Any) -> str:
+    """What to give in place of a published model that is no denoiser of whole rows."""
+    model_type = published_type(config)
+    if model_type in FAMILIES and getattr(config, "is_causal", True):
+        sampler = FAMILIES[model_type].sampler
+        return f"use sampler {sampler!r}, which goes with this one, or another model"
+    return "give a checkpoint_path, whose noise process is known, or another model"
 
 
 def _with_mask(tokenizer: Any, config: Any, family: Family, name: str) -> Any:

@@ -37,8 +37,8 @@ class BlockwiseSampler(AncestralSampler):
             block's masks over the steps.
         confidence_threshold, entropy_threshold: see `CommitRule`.
         begins_at_answer: a row's blocks are counted from its first open position.
-        stop_token_ids: a row ends with the block in which one of them is sampled. What is open
-            behind it is filled with the first of them.
+        stop_token_ids: a row ends with the block in which one of these tokens is sampled. Open
+            positions in later blocks of the row are filled with the first of these ids.
         cache: "none", "prefix" or "dual".
         cache_refresh_steps: passes of a block, at most, from one over the whole row to the next; 1
             gives the tokens of cache "none". None: one such pass for each block.

@@ -16,7 +16,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """What the model would put at each position, [n, K] each; 0 where it was not asked.
+    """The token that the model would put at each position, [n, K] each.
+
+    All three are 0 at positions that were not predicted, such as those already committed.
 
     Attributes:
         confidence: the token's probability under the model, before temperature and filters, the

@@ -170,7 +170,7 @@ class RunState:
         is_same = (
             family.attention == ("blocks" if sees_blocks else "rows")
             and family.predict == process.predict
-            and family.forward_process == process.forward_process
+            and process.forward_process == "absorbing"  # as all published families
         )
         return family.layout if is_same else None
 
