@@ -78,7 +78,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return RayInOneProcess(config, log)
 
 
-_LONG_TO_MAKE = ("ray_session", "head", "history", "portable_failures")
+_LONG_TO_MAKE = ("ray_session", "head", "history", "portable_failures", "trained")
 
 
 @functools.cache

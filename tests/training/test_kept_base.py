@@ -27,6 +27,8 @@ from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.evaluation.evaluator import Evaluator
 from tokendiff.models.checkpoints import load_for_inference
 from tokendiff.models.completion import CompletionModel
+from tokendiff.models.decoding import open_causal
+from tokendiff.models.kept_base import read_as_base
 from tokendiff.models.opening import load_causal_denoiser
 from tokendiff.models.pretrained import dtype_in_files
 from tokendiff.objectives.autoregressive import row_nats
@@ -479,3 +481,11 @@ def test_what_cannot_be_kept_is_refused_before_there_are_rows(base: Path, tmp_pa
                 num_workers=1,
                 planned_length=LENGTH,
             )
+
+
+def test_read_as_the_base_model_it_has_the_logits_of_that(trained: Path) -> None:
+    """Of a padded one too, whose embedding has a row for the mask that it does not know."""
+    model, _ = open_causal(str(trained / "final"), field="checkpoint_path")
+    read_as_base(model, trained / "final")
+    assert model.vocab_size == V
+    assert model.draft_adapters is None

@@ -90,6 +90,18 @@ def open_draft_adapters(model: Any, folder: Path) -> None:
     fill_draft_adapters(model, folder)
 
 
+def read_as_base(model: Any, folder: Path) -> None:
+    """Make of an opened denoiser or decoder the base model alone, in place: it has the logits that
+    the base model had.
+
+    Raises:
+        InputError: what adapters there are cannot be read.
+    """
+    fields = read_fields(folder)
+    if fields["is_new_token"]:
+        model.vocab_size = fields["mask_token_id"]
+
+
 @torch.no_grad()
 def fill_draft_adapters(model: Any, folder: Path) -> None:
     """Take the adapters of a checkpoint.

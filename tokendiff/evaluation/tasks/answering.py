@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tokendiff.artifacts.checkpoint import DRAFT_ADAPTERS
 from tokendiff.diffusion.interfaces import OnProgress, unwatched
 from tokendiff.diffusion.random import key_from
 from tokendiff.errors import InputError
@@ -25,6 +26,7 @@ from tokendiff.evaluation.tasks.setup import TaskSetup
 from tokendiff.models.checkpoints import load_for_inference, take_average
 from tokendiff.models.completion import CompletionModel, CompletionSetup
 from tokendiff.models.decoding import open_causal
+from tokendiff.models.kept_base import read_as_base
 from tokendiff.models.sampling import SamplingModel
 
 
@@ -151,7 +153,6 @@ class TaskModel:
         setup = self._setup
         if setup.config.is_open_ended:
             return CompletionModel(setup.config, checkpoint=setup.checkpoint, device=self._device)
-        assert setup.checkpoint is not None
         return SamplingModel(setup.checkpoint, setup.config, device=self._device)
 
     def _open_scoring(self) -> Any:
@@ -166,6 +167,8 @@ class TaskModel:
             dtype=torch.bfloat16 if self._is_bf16 else torch.float32,
             trust_remote_code=setup.config.trust_remote_code,
         )
-        if setup.checkpoint is not None:
+        if setup.checkpoint is not None and (setup.checkpoint / DRAFT_ADAPTERS).is_file():
+            read_as_base(model, setup.checkpoint)
+        elif setup.checkpoint is not None:
             take_average(model.model, setup.checkpoint)
         return model.to(self._device)
