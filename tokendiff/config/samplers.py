@@ -183,8 +183,8 @@ class SelfSpeculationConfig(_SpeculativeConfig):
     draft_ahead: bool = added(
         False,
         description="draft the next block in the pass that verifies this one: half the passes, "
-        "each over K + K^2 tokens for blocks of K; pays where a pass takes as long for so many, as "
-        "on a GPU with few rows",
+        "each over K + K^2 tokens for blocks of K; pays where a pass takes little longer for so "
+        "many (jobs.evaluate --time_passes)",
     )
 
     @model_validator(mode="after")

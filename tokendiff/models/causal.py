@@ -87,8 +87,6 @@ class CausalModel(nn.Module):
         b = torch.arange(len(rows), device=tokens.device)[:, None, None]
         q = places[:, :, None]
         positions = places if positions is None else positions
-        # A kept token stands at its position.
-        of_keys = kv.expand(len(rows), width).scatter(1, places, positions)
         # Padding sees itself alone: a query with nothing to see has no softmax.
         is_seen = torch.where(q < end[..., None], rule(b, q, kv) & (kv < end)[:, None], kv == q)
         encoder = self.model.base_model if self._is_split else self.model
@@ -96,7 +94,7 @@ class CausalModel(nn.Module):
         chosen = [layer + 1 for layer in layers]
         output = encoder(
             input_ids=tokens,
-            attention_mask=self._masks(is_seen, positions[:, :, None] - of_keys[:, None]),
+            attention_mask=self._masks(is_seen, places, positions),
             # Padding may stand where a model with learned positions has none.
             position_ids=positions.masked_fill(is_padding, 0),
             past_key_values=cache,
@@ -114,16 +112,21 @@ class CausalModel(nn.Module):
         """What `head` takes, of hidden states that the model's output embedding is for."""
         return hidden if self._is_split else self.model.get_output_embeddings()(hidden)
 
-    def _masks(self, is_seen: Tensor, distance: Tensor) -> Any:
+    def _masks(self, is_seen: Tensor, places: Tensor, positions: Tensor) -> Any:
         """What the model takes as attention_mask: one mask, or one for each type of layer.
 
         Args:
-            is_seen, distance: [n, N, width], of queries to keys.
+            is_seen: [n, N, width].
+            places, positions: [n, N] of the queries, in the cache and in their texts.
         """
         config = self.model.config.get_text_config()
         window = getattr(config, "sliding_window", None)
         masks = {"full_attention": is_seen}
         if window is not None:
+            # A key that was kept stands at its position.
+            kept = torch.arange(is_seen.shape[-1], device=is_seen.device)
+            of_keys = kept.expand(len(is_seen), -1).scatter(1, places, positions)
+            distance = positions[:, :, None] - of_keys[:, None]
             masks["sliding_attention"] = is_seen & (distance < window)
         check_layers(config)
         if config._attn_implementation == "eager":

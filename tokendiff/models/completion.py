@@ -61,7 +61,8 @@ OPEN_ENDED_SAMPLERS: dict[str, type[OpenEndedSampler]] = {
     "sdar": SDARSampler,
     "self_speculation": SelfSpeculationSampler,
 }
-_BY_TOKEN = ("ar", "self_speculation")  # of a checkpoint that was trained with masks
+# Samplers that write what a model says from left to right.
+READ_BY_TOKEN = ("ar", "self_speculation")
 _WARM_UP_TOKENS = 8
 
 
@@ -396,7 +397,7 @@ def _build_sampler(
     fields["stop_token_ids"] = tuple(sorted(stops))
     if "gen_length" in fields:
         fields["max_new_tokens"] = fields.pop("gen_length")
-    if process is not None and not process.keeps_base and section.name in _BY_TOKEN:
+    if process is not None and not process.keeps_base and section.name in READ_BY_TOKEN:
         fields["never_token_id"] = process.mask_token_id
     if section.name not in ("ar", "dflash"):
         fields |= _block_fields(fields, name, model_config, tokenizer, process)

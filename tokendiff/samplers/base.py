@@ -10,7 +10,7 @@ from torch import Tensor
 from tokendiff.diffusion.interfaces import Denoiser, Samples, StepCallback
 from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, UniformKernel
 from tokendiff.diffusion.random import RowGenerator
-from tokendiff.samplers.categorical import check_filters, draw, filter_logits
+from tokendiff.samplers.categorical import check_filters, draw, filter_logits, without_token
 from tokendiff.samplers.commit_rules import Candidates
 from tokendiff.samplers.hidden_states import HiddenStates
 
@@ -146,7 +146,6 @@ class Predictor:
         self.is_valid = valid = torch.ones_like(is_given) if is_valid is None else is_valid
         self.num_model_calls = is_given.new_zeros(len(is_given), dtype=torch.int64)
         self._sampler, self._model = sampler, model
-        self._mask = torch.tensor([sampler.kernel.mask_token_id], device=is_given.device)
         # What a row without anything given is guided towards is what it is guided away from.
         self._is_guided = (is_given & valid).any(1) & (sampler.guidance_scale != 1.0)
         self._conditional, self._unconditional = (
@@ -183,17 +182,11 @@ class Predictor:
         """A token for each position where one is asked for, drawn by numbers [B, L] in (0, 1), and
         how sure the model is of it.
         """
-        tokens = torch.zeros_like(x_t)
-        confidence = torch.zeros_like(x_t, dtype=torch.float32)
-        entropy = torch.zeros_like(confidence)
+        found = Candidates.none(x_t)
         for row, position, logits in self._unfiltered(x_t, is_needed, time):
-            at = (row, position)
-            drawn = self._sampler._draw(self._filtered(logits), uniform[at])
-            log_p = logits.log_softmax(-1)
-            tokens[at] = drawn
-            confidence[at] = log_p.gather(-1, drawn[:, None])[:, 0].exp()
-            entropy[at] = -(log_p.exp() * log_p.clamp(min=torch.finfo().min)).sum(-1)
-        return Candidates(tokens=tokens, confidence=confidence, entropy=entropy)
+            drawn = self._sampler._draw(self._filtered(logits), uniform[row, position])
+            found.put((row, position), drawn, logits)
+        return found
 
     def _filtered(self, logits: Tensor) -> Tensor:
         sampler = self._sampler
@@ -224,8 +217,7 @@ class Predictor:
         logits = self._model.head(self._conditional.at(row, position)).float()
         if sampler.guidance_scale != 1.0:
             logits = self._guided(logits, row, position)
-        # index_fill copies, and the head's own tensor is left alone.
-        logits = logits.index_fill(-1, self._mask, -torch.inf)
+        logits = without_token(logits, sampler.kernel.mask_token_id)
         if sampler.prediction == "posterior":
             logits = sampler.kernel.loo_logits(logits, x_t, time)
         return logits

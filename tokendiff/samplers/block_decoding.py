@@ -238,17 +238,11 @@ class BlockSampler(OpenEndedSampler):
         generator = slots.generator.select(rows).fold_in(slots["num_draws"][rows])
         uniform = generator.uniform(self.block_length)
         slots["num_draws"][rows] += 1
-        tokens = torch.zeros_like(block.tokens)
-        confidence = torch.zeros_like(block.tokens, dtype=torch.float32)
-        entropy = torch.zeros_like(confidence)
+        candidates = Candidates.none(block.tokens)
         which, position = self._needs(block).nonzero(as_tuple=True)
         size = positions_at_once(rows.device)
         for row, place in zip(which.split(size), position.split(size), strict=True):
             logits = model.head(hidden[row, offset[row] + place]).float()
             logits = without_token(logits, self.mask_token_id)
-            drawn = self._draw(logits, uniform[row, place])
-            log_p = logits.log_softmax(-1)
-            tokens[row, place] = drawn
-            confidence[row, place] = log_p.gather(-1, drawn[:, None])[:, 0].exp()
-            entropy[row, place] = -(log_p.exp() * log_p.clamp(min=torch.finfo().min)).sum(-1)
-        return Candidates(tokens=tokens, confidence=confidence, entropy=entropy)
+            candidates.put((row, place), self._draw(logits, uniform[row, place]), logits)
+        return candidates

@@ -157,8 +157,7 @@ class BlockwiseSampler(AncestralSampler):
     def _time_of_masks(self, x_t: Tensor, is_given: Tensor) -> Tensor:
         """[B] the time at which plain sampling expects as many masks as a row has."""
         num_masks = ((x_t == self.kernel.mask_token_id) & ~is_given).sum(1)
-        share = num_masks.double() / (~is_given).sum(1).clamp(min=1)
-        return self.kernel.schedule.time(1.0 - share)
+        return self._time_of(num_masks.double(), is_given)
 
     def _model_time(self, t: Tensor, x_t: Tensor, is_open: Tensor, is_given: Tensor) -> Tensor:
         """The time at which plain sampling expects as many masks as there are: those of the active
@@ -166,4 +165,7 @@ class BlockwiseSampler(AncestralSampler):
         """
         is_behind = (x_t == self.kernel.mask_token_id) & ~is_open & ~is_given
         num_masks = is_open.sum(1) * (1.0 - self.kernel.alpha(t)) + is_behind.sum(1)
+        return self._time_of(num_masks, is_given)
+
+    def _time_of(self, num_masks: Tensor, is_given: Tensor) -> Tensor:
         return self.kernel.schedule.time(1.0 - num_masks / (~is_given).sum(1).clamp(min=1))

@@ -25,7 +25,7 @@ def check_filters(temperature: float, top_k: int | None, top_p: float | None) ->
 
 def without_token(logits: Tensor, token: int | None) -> Tensor:
     """A copy of logits [..., V] in which a token has no probability; as they are where that is
-    None, or an id that the model has no logit of.
+    None, or an id that the model has no logit of. What the head gave is left alone.
     """
     if token is None or token >= logits.shape[-1]:
         return logits

@@ -30,6 +30,19 @@ class Candidates:
     confidence: Tensor
     entropy: Tensor
 
+    @classmethod
+    def none(cls, like: Tensor) -> "Candidates":
+        """None yet, for tokens of the shape [n, K] of `like`."""
+        zeros = torch.zeros_like(like, dtype=torch.float32)
+        return cls(tokens=torch.zeros_like(like), confidence=zeros, entropy=zeros.clone())
+
+    def put(self, at: tuple[Tensor, Tensor], tokens: Tensor, logits: Tensor) -> None:
+        """Write tokens [N] that were drawn at places `at`, with what logits [N, V] say of them."""
+        log_p = logits.log_softmax(-1)
+        self.tokens[at] = tokens
+        self.confidence[at] = log_p.gather(-1, tokens[:, None])[:, 0].exp()
+        self.entropy[at] = -(log_p.exp() * log_p.clamp(min=torch.finfo().min)).sum(-1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CommitRule:

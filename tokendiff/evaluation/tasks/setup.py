@@ -18,10 +18,9 @@ from tokendiff.data.prompts import GenerationRow
 from tokendiff.errors import InputError
 from tokendiff.evaluation.tasks.requests import TaskRequest
 from tokendiff.evaluation.tasks.scoring import TokenPair, num_filling
-from tokendiff.models.completion import CompletionSetup
+from tokendiff.models.completion import READ_BY_TOKEN, CompletionSetup
 from tokendiff.models.requests import RowCheck, make_check
 
-_EXACT = ("ar", "self_speculation")
 _DEFAULT_WINDOW = 2048  # tokens, of a model whose config does not say what it takes
 _MAX_NOISE_ID = 1 << 62
 
@@ -66,14 +65,14 @@ class TaskSetup:
             )
         check = make_check(checkpoint, config)
         process = None
-        if checkpoint is not None and config.sampler.name not in _EXACT:
+        if checkpoint is not None and config.sampler.name not in READ_BY_TOKEN:
             process = NoiseProcess.load(checkpoint)
         return cls(config=config, checkpoint=checkpoint, check=check, process=process)
 
     @property
     def is_exact(self) -> bool:
         """Whether likelihoods are those of the model read from left to right, and not bounds."""
-        return self.config.sampler.name in _EXACT
+        return self.config.sampler.name in READ_BY_TOKEN
 
     @property
     def tokenizer(self) -> Any:
