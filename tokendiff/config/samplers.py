@@ -184,7 +184,7 @@ class SelfSpeculationConfig(_SpeculativeConfig):
         False,
         description="draft the next block in the pass that verifies this one: half the passes, "
         "each over K + K^2 tokens for blocks of K; pays where a pass takes little longer for so "
-        "many (jobs.evaluate --time_passes)",
+        "many (time_passes of jobs.evaluate tells)",
     )
 
     @model_validator(mode="after")
