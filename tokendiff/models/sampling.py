@@ -25,6 +25,7 @@ from tokendiff.samplers.ancestral import AncestralSampler
 from tokendiff.samplers.base import Sampler
 from tokendiff.samplers.batch import prefix_batch
 from tokendiff.samplers.blockwise import BlockwiseSampler
+from tokendiff.samplers.corrector import check_correctable
 from tokendiff.samplers.first_hitting import FirstHittingSampler
 from tokendiff.samplers.remasking import RemaskingSampler
 
@@ -81,6 +82,14 @@ def build_sampler(
             f"guidance_scale {config.guidance_scale}: a checkpoint of forward_process 'uniform' "
             "was not trained on masks in place of a prompt; set guidance_scale to 1"
         )
+    if fields.get("corrector_steps"):
+        try:
+            check_correctable(process.kernel())
+        except ValueError as error:
+            raise InputError(
+                f"sampler {config.name!r} of a checkpoint of forward_process "
+                f"{process.forward_process!r}: {error}; set corrector_steps to 0"
+            ) from error
     try:
         return SAMPLERS[config.name](
             kernel=process.kernel(), prediction=process.prediction, **fields
