@@ -2,7 +2,8 @@
 
 An accelerator computes while Python runs ahead. Whoever asks for a value of the device (`.item()`,
 `bool(x.any())`, `x[mask]`, whose size is a value) waits until all that was asked before is done,
-and the device is idle until the next work arrives. So does a copy that is not `non_blocking`.
+and the device is idle until the next work arrives. So does a copy that is not `non_blocking`; who
+reads what such a copy brings must wait for an event, which is not counted.
 
     with count_waits() as waits:
         step()
@@ -19,9 +20,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -49,7 +51,7 @@ class Waits:
 
     Attributes:
         read: for values of the device, copies to the CPU among them.
-        sent: for copies to the device that were not `non_blocking`.
+        sent: for copies to the device.
     """
 
     read: list[str] = field(default_factory=list)
@@ -79,6 +81,9 @@ def count_waits() -> Iterator[Waits]:
             _Hook.is_on = True
             modes.callback(_turn_off)
             modes.enter_context(_Factories())
+            modes.enter_context(mock.patch.object(nn.Module, "_apply", _apply_keeping_ties))
+            # Threads of backward passes are started once, for the devices that there are then.
+            modes.enter_context(torch.autograd.set_multithreading_enabled(False))
         modes.enter_context(_Counted(waits))
         yield waits
 
@@ -110,6 +115,24 @@ class _Hook(torch._C._acc.PrivateUse1Hooks):
 
     def is_built(self) -> bool:
         return True
+
+
+_apply = nn.Module._apply
+
+
+def _apply_keeping_ties(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+    """A model that is moved has tied parameters then too, as it has on a GPU."""
+    places = [
+        (part, name, id(parameter))
+        for part in module.modules()
+        for name, parameter in part._parameters.items()
+        if parameter is not None
+    ]
+    _apply(module, fn, recurse)
+    moved: dict[int, Any] = {}
+    for part, name, was in places:
+        part._parameters[name] = moved.setdefault(was, part._parameters[name])
+    return module
 
 
 def _turn_off() -> None:
@@ -209,11 +232,9 @@ class _Counted(TorchDispatchMode):
             is_waited_for = not (
                 kwargs.get("non_blocking") or (name is _aten.copy_ and len(args) > 2 and args[2])
             )
-            if target.type == source.device.type:
+            if target.type == source.device.type or not is_waited_for:
                 return None
-            if target.type == "cpu":
-                return self._waits.read
-            return self._waits.sent if is_waited_for else None
+            return self._waits.read if target.type == "cpu" else self._waits.sent
         if not any(tensor.device.type != "cpu" for tensor in tensors):
             return None
         is_sized = name is _aten.repeat_interleave and kwargs.get("output_size") is None
