@@ -4,6 +4,7 @@ For other rooms:
     schedules         alpha(t) and its derivative
     kernels           forward processes: corruption, reverse step, bound
     attention_masks   which position sees which
+    devices           tensors of the CPU, sent to where the model is
     random            noise that belongs to a row, whatever batch or worker it is in
     interfaces        the protocols by which objectives and samplers call models
 """

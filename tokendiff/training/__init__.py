@@ -13,6 +13,7 @@ Of this room alone:
     sharding          how a model lies on the workers
     optimizer muon ema
                       what steps the weights, with its schedule; averaged weights
+    late_figures      what a step came to, read when the next one is queued
     building          what a config trains: model, adapters, objective
     state             what checkpoints hold, and how it is read again
     saving            checkpoints written while training goes on
