@@ -14,6 +14,7 @@ Of this room alone:
     optimizer muon ema
                       what steps the weights, with its schedule; averaged weights
     building          what a config trains: model, adapters, objective
+    spikes            steps whose loss or gradient jumps, and what ends a run of them
     state             what checkpoints hold, and how it is read again
     saving            checkpoints written while training goes on
     watching          held-out rows judged as the run goes on, the best step, an early end

@@ -23,6 +23,7 @@ from tokendiff.diffusion.random import RowGenerator, key_from, strata_of
 from tokendiff.training.ema import WeightAverage
 from tokendiff.training.optimizer import Optimizer, StoredTensors
 from tokendiff.training.sharding import SpreadModel
+from tokendiff.training.spikes import SpikeWatch
 from tokendiff.training.world import World
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ Batches = Iterator[dict[str, Any]]
 
 _STOP = "stop"  # beside the metrics' names: how many workers want to
 _TELL_SECONDS = 2.0
+_NAMED_ROWS = 8
 
 
 class Trainer:
@@ -79,6 +81,7 @@ class Trainer:
         self.average = (
             WeightAverage(denoiser.model, config.ema_decay) if config.ema_decay > 0.0 else None
         )
+        self.spikes = SpikeWatch.build(config)
         self.step = 0
         self._learning_rate = 0.0  # of the last step
         self._num_tokens = 0.0  # that this process has seen the workers train on
@@ -94,6 +97,7 @@ class Trainer:
         *,
         last_good: Callable[[], Location | None],
         save: Callable[[], None],
+        rewind: Callable[[], None] = lambda: None,
         should_stop: Callable[[], bool] = lambda: False,
         poll: Callable[[], None] = lambda: None,
         measure: Callable[[], dict[str, float]] = dict,
@@ -106,26 +110,36 @@ class Trainer:
             watch: evaluates before the step is saved, so that no checkpoint lacks a decision.
             measure: figures that are logged beside those of training; asked on the main worker, and
                 on all where the model is sharded.
+            rewind: called on every worker at a spike with `on_spike: rewind`; loads the state of
+                the checkpoint to go back to.
             poll: called in every step on every worker, for what goes on in the background.
             should_stop: asked in every step on every worker; when one of them says so, all end
                 after that step, which is saved.
 
         Raises:
             FloatingPointError: on all workers alike, before the optimiser step, when loss or
-                gradient is not finite.
+                gradient is not finite, or is a spike that ends the run.
         """
         self._tell(0.0, 0.0)
         if watch is not None and self.step == 0:
             self._evaluate(watch)
+        if self.spikes is not None and self.spikes.action == "rewind" and self.step == 0:
+            save()  # the first spike may come before the first checkpoint
         clock = _Clock()
         while self.step < self.config.max_train_steps and not (watch and watch.is_over):
             with clock.waiting():
                 batch = next(batches)
-            totals, grad_norm = self._take_step(batch, last_good, should_stop)
+            totals, grad_norm = self._accumulate(batch, should_stop)
+            spike = self._judge(totals["loss"], grad_norm, last_good)
+            if spike is None:
+                self._step_with_gradient()
+            else:
+                self._pass_over(spike, batch, rewind)
             poll()
             is_stopped = totals.pop(_STOP)[0] > 0.0
             num_tokens, _ = totals.pop(_TOKENS)
-            self._count(totals)
+            if spike is None:
+                self._count(totals)
             clock.steps += 1
             clock.tokens += num_tokens
             self._num_tokens += num_tokens
@@ -166,14 +180,12 @@ class Trainer:
             finally:
                 self.denoiser.train()
 
-    def _take_step(
-        self,
-        columns: dict[str, Any],
-        last_good: Callable[[], Location | None],
-        should_stop: Callable[[], bool],
+    def _accumulate(
+        self, columns: dict[str, Any], should_stop: Callable[[], bool]
     ) -> tuple[dict[str, list[float]], float]:
-        """One optimiser step; returns the global sums and counts of loss and metrics (and of the
-        workers that want to stop), and the gradient norm.
+        """The clipped gradient of one step; returns the global sums and counts of loss and metrics
+        (and of the workers that want to stop), and the gradient norm before clipping, NaN where the
+        loss is not finite.
         """
         self.optimizer.zero_grad()
         micro_batches, rows_per_pass = (
@@ -210,20 +222,76 @@ class Trainer:
         reduced = self.world.sum(torch.stack([sums[name] for name in names])).tolist()
         totals = dict(zip(names, reduced, strict=True))
         loss_sum, num_tokens = totals["loss"]
+        self._learning_rate = self.optimizer.learning_rate
         if not math.isfinite(loss_sum):
-            raise FloatingPointError(self._divergence("loss", loss_sum, last_good()))
+            return totals, math.nan
         # DistributedDataParallel averages over workers; what is wanted is the sum over workers per
         # token. A step whose rows have nothing to learn from has no gradient either.
         self.optimizer.scale_grad(self.world.size / num_tokens if num_tokens else 0.0)
-        self._learning_rate = self.optimizer.learning_rate
-        grad_norm = self.optimizer.clip_grad(self.config.max_grad_norm)
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(self._divergence("gradient norm", grad_norm, last_good()))
+        return totals, self.optimizer.clip_grad(self.config.max_grad_norm)
+
+    def _step_with_gradient(self) -> None:
         self.optimizer.step()
         self.step += 1
         if self.average is not None:
             self.average.update(self.step)
-        return totals, grad_norm
+
+    def _judge(
+        self, loss: list[float], grad_norm: float, last_good: Callable[[], Location | None]
+    ) -> str | None:
+        """Why the step is a spike that is passed over, or None.
+
+        Args:
+            loss: its sum over the global batch, and the number of tokens.
+        """
+        loss_sum, num_tokens = loss
+        if self.spikes is None:
+            if not math.isfinite(loss_sum):
+                raise FloatingPointError(self._divergence("loss", loss_sum, last_good()))
+            if not math.isfinite(grad_norm):
+                raise FloatingPointError(self._divergence("gradient norm", grad_norm, last_good()))
+            return None
+        if not num_tokens:  # nothing to learn from, and nothing to compare with
+            return None
+        step = self.step + 1
+        spike = self.spikes.judge(step, loss=loss_sum / num_tokens, gradient_norm=grad_norm)
+        if spike is not None and self.spikes.is_over:
+            raise FloatingPointError(f"step {step}: {spike}; {self._why_over(last_good())}")
+        return spike
+
+    def _why_over(self, checkpoint: Location | None) -> str:
+        assert self.spikes is not None
+        kept = f"last good checkpoint: {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        if self.spikes.action == "stop":
+            return (
+                f"stopped before the optimiser step, as on_spike says, {kept}. Look at the rows of "
+                "this step, or run the same command with on_spike skip or rewind: it goes on from "
+                "the checkpoint"
+            )
+        return (
+            f"stopped, as {len(self.spikes.spikes)} of the last {self.spikes.window} steps were "
+            f"spikes, {kept}. Lower learning_rate or max_grad_norm, or raise spike_deviations"
+        )
+
+    def _pass_over(self, spike: str, columns: dict[str, Any], rewind: Callable[[], None]) -> None:
+        """Take the step without learning from its rows: the order of rows and the learning rates of
+        later steps stay as they are.
+        """
+        assert self.spikes is not None
+        step, counted = self.step + 1, self.spikes.counted()
+        what = "its rows are passed over"
+        if self.spikes.action == "rewind":
+            rewind()
+            self.spikes.recount(counted)
+            self._since_log = {}
+            what = f"back to the weights of step {self.step}, all rows since are passed over"
+        self.step = step
+        self.optimizer.stand_at(step)
+        if self.world.is_main:
+            some = ", ".join(str(row) for row in columns["row_id"][:_NAMED_ROWS].tolist())
+            self._on_event(
+                "warning", message=f"step {step}: {spike}; {what} (the first row_ids: {some})"
+            )
 
     def _loss(self, batch: TokenBatch, generator: RowGenerator, model: Any) -> tuple[Any, ...]:
         """The fields of a LossOutput."""
@@ -276,10 +344,15 @@ class Trainer:
     def _log(
         self, clock: "_Clock", grad_norm: float, measure: Callable[[], dict[str, float]]
     ) -> None:
+        if not self._since_log:  # all steps since were spikes
+            return
         means = {name: total / count for name, (total, count) in self._since_log.items() if count}
         means.setdefault("loss", 0.0)  # of steps whose rows had nothing to learn from
         self._since_log = {}
         figures = measure() if self.world.is_main or self.spread.is_sharded else {}
+        if self.spikes is not None:
+            figures = {**figures, "num_spikes": self.spikes.num_spikes}
+            grad_norm = self.spikes.last("gradient_norm", default=grad_norm)
         if self.world.is_main:
             self._on_event(
                 "metrics",
@@ -319,11 +392,14 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """The rest of the state, plain JSON; floats survive JSON exactly."""
-        return {"step": self.step, "since_log": self._since_log}
+        spikes = {} if self.spikes is None else {"spikes": self.spikes.state()}
+        return {"step": self.step, "since_log": self._since_log, **spikes}
 
     def load_state(self, state: dict[str, Any], optimizer_tensors: StoredTensors) -> None:
         self.step = state["step"]
         self._since_log = state["since_log"]
+        if self.spikes is not None and "spikes" in state:
+            self.spikes.load(state["spikes"])
         self.optimizer.load(optimizer_tensors, step=self.step)
 
 
