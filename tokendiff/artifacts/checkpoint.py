@@ -110,16 +110,18 @@ def best_step_of(folder: Location) -> int | None:
     return best
 
 
-def remove_old_checkpoints(output_dir: Location, *, newest: int, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints up to step `newest`, which was just saved, and
-    those that one of them names as its best: final/ may be made of it.
+def remove_old_checkpoints(
+    output_dir: Location, *, newest: int, keep: int, needed: int | None = None
+) -> None:
+    """Delete all but the `keep` newest checkpoints up to step `newest`, which was just saved, those
+    that one of them names as its best (final/ may be made of it), and the one of step `needed`.
 
     Later ones are damaged (or the run would have gone on from them), and are deleted too, as are
     temporary folders that a killed run left.
     """
     folders = committed_checkpoints(output_dir)
     sound = [folder for folder in folders if step_of(folder) <= newest][-keep:]
-    best = {best_step_of(folder) for folder in sound}
+    best = {needed, *(best_step_of(folder) for folder in sound)}
     for folder in folders:
         if folder not in sound and step_of(folder) not in best:
             # Without its manifest the folder no longer counts, however far the deletion gets.

@@ -214,6 +214,12 @@ class SamplingModel:
         self._sampler = _sampler_of(config, self._source)
         self._stops = getattr(self._sampler, "stop_token_ids", ())
 
+    def num_tokens(self, row: GenerationRow) -> int:
+        """Tokens that the row takes up, its prompt included."""
+        if self._config.max_new_tokens is None:
+            return self.seq_len
+        return len(self._source.begun(self._encoder(row.prompt))) + self._config.max_new_tokens
+
     def samples(
         self, rows: Iterable[GenerationRow], *, on_progress: OnProgress = unwatched
     ) -> Iterator[dict[str, Any]]:

@@ -11,5 +11,6 @@ For other rooms:
 Of this room alone:
     mlflow_delivery mlflow_entities system_metrics
                       bringing outboxes to MLflow; what it stores; the machine's load
-    served_model      a registered model as MLflow serves it
+    served_model serving_limits
+                      a registered model as MLflow serves it; how much one request may ask for
 """

@@ -15,6 +15,7 @@ Of this room alone:
                       what steps the weights, with its schedule; averaged weights
     late_figures      what a step came to, read when the next one is queued
     building          what a config trains: model, adapters, objective
+    spikes            steps whose loss or gradient jumps, and what ends a run of them
     state             what checkpoints hold, and how it is read again
     saving            checkpoints written while training goes on
     watching          held-out rows judged as the run goes on, the best step, an early end

@@ -19,11 +19,13 @@ class StepFigures:
     Attributes:
         step: the step that they are of.
         names: of the totals.
+        is_learnt: whether the step was taken; one that is a spike may be passed over.
     """
 
     step: int
     names: Sequence[str]
     numbers: "HostCopy"
+    is_learnt: bool = True
 
     @classmethod
     def of(

@@ -125,6 +125,7 @@ class Optimizer:
         for name, parameter, optimizer in self._places():
             kept = _KEPT[type(optimizer)]
             if f"{name}.{kept[0]}" not in tensors:
+                optimizer.state.pop(parameter, None)
                 continue  # no gradient ever reached it
             state = {
                 each: torch.zeros((), device=parameter.device)
@@ -135,6 +136,10 @@ class Optimizer:
             for each, tensor in state.items():
                 tensors.fill(f"{name}.{each}", tensor)
             optimizer.state[parameter] = state
+        self.stand_at(step)
+
+    def stand_at(self, step: int) -> None:
+        """Give the steps from here on the learning rates of steps `step`, `step` + 1, ..."""
         for optimizer, schedule in zip(self._optimizers, self._schedules, strict=True):
             _stand_at(step, optimizer, schedule)
 

@@ -29,6 +29,7 @@ from tokendiff.training.ema import WeightAverage
 from tokendiff.training.late_figures import StepFigures
 from tokendiff.training.optimizer import Optimizer, StoredTensors
 from tokendiff.training.sharding import SpreadModel
+from tokendiff.training.spikes import SpikeWatch
 from tokendiff.training.world import World
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ Batches = Iterator[dict[str, Any]]
 
 _STOP = "stop"  # beside the metrics' names: how many workers want to
 _TELL_SECONDS = 2.0
+_NAMED_ROWS = 8
 
 
 class Trainer:
@@ -85,12 +87,13 @@ class Trainer:
         self.average = (
             WeightAverage(denoiser.model, config.ema_decay) if config.ema_decay > 0.0 else None
         )
+        self.spikes = SpikeWatch.build(config)
         self.step = 0
         self._learning_rate = 0.0  # of the last step
         self._grad_norm = 0.0  # of the last step whose figures were read
         self._late: list[StepFigures] = []  # of steps that were queued
         # How many steps' figures may be on their way while more is queued.
-        self._most_late = 0 if world.device.type == "cpu" else 1
+        self._most_late = 0 if world.device.type == "cpu" or self.spikes is not None else 1
         self._num_tokens = 0.0  # that this process has seen the workers train on
         self._tell_at = 0.0
         self._on_event = on_event
@@ -104,6 +107,7 @@ class Trainer:
         *,
         last_good: Callable[[], Location | None],
         save: Callable[[], None],
+        rewind: Callable[[], None] = lambda: None,
         should_stop: Callable[[], bool] = lambda: False,
         poll: Callable[[], None] = lambda: None,
         measure: Callable[[], dict[str, float]] = dict,
@@ -116,23 +120,28 @@ class Trainer:
             watch: evaluates before the step is saved, so that no checkpoint lacks a decision.
             measure: figures that are logged beside those of training; asked on the main worker, and
                 on all where the model is sharded.
+            rewind: called on every worker at a spike with `on_spike: rewind`; loads the state of
+                the checkpoint to go back to.
             poll: called in every step on every worker, for what goes on in the background.
             should_stop: asked in every step on every worker; when one of them says so, all end
                 after that step, which is saved. On a device several workers end one step later.
 
         Raises:
-            FloatingPointError: on all workers alike, when loss or gradient is not finite: before
-                the optimiser step, or on a device a step later, and before anything is saved.
+            FloatingPointError: on all workers alike, when loss or gradient is not finite, or is a
+                spike that ends the run: before the optimiser step, or, without `on_spike` on a
+                device, a step later, and before anything is saved.
         """
         self._tell(0.0, 0.0)
         if watch is not None and self.step == 0:
             self._evaluate(watch)
+        if self.spikes is not None and self.spikes.action == "rewind" and self.step == 0:
+            save()  # the first spike may come before the first checkpoint
         clock = _Clock()
         while self.step < self.config.max_train_steps and not (watch and watch.is_over):
             with clock.waiting():
                 batch = next(batches)
             is_asked_to_stop = should_stop()
-            self._take_step(batch, last_good, is_asked_to_stop)
+            self._take_step(batch, last_good, rewind, is_asked_to_stop)
             poll()
             clock.steps += 1
             is_evaluated = watch is not None and watch.is_due(self.step)
@@ -170,10 +179,13 @@ class Trainer:
         """
         is_stopped = False
         while len(self._late) > (0 if is_waited_for or is_stopped else self._most_late):
-            totals, self._grad_norm = self._checked(self._late.pop(0), last_good)
+            figures = self._late.pop(0)
+            totals, grad_norm = self._checked(figures, last_good)
             is_stopped |= totals.pop(_STOP)[0] > 0.0
             num_tokens, _ = totals.pop(_TOKENS)
-            self._count(totals)
+            if figures.is_learnt:
+                self._grad_norm = grad_norm
+                self._count(totals)
             clock.tokens += num_tokens
             self._num_tokens += num_tokens
         return is_stopped
@@ -182,6 +194,8 @@ class Trainer:
         self, figures: StepFigures, last_good: Callable[[], Location | None]
     ) -> tuple[dict[str, list[float]], float]:
         totals, grad_norm = figures.read()
+        if not figures.is_learnt:
+            return totals, grad_norm
         for what, value in (("loss", totals["loss"][0]), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
                 raise FloatingPointError(self._divergence(figures.step, what, value, last_good()))
@@ -213,10 +227,12 @@ class Trainer:
         self,
         columns: dict[str, Any],
         last_good: Callable[[], Location | None],
+        rewind: Callable[[], None],
         is_asked_to_stop: bool,
     ) -> None:
-        """One optimiser step. Its figures are under way then: global sums and counts of loss and
-        metrics (and of the workers that want to stop), and the gradient norm.
+        """One optimiser step, or none where the step is a spike. Its figures are under way then:
+        global sums and counts of loss and metrics (and of the workers that want to stop), and the
+        gradient norm before clipping.
         """
         self.optimizer.zero_grad()
         device = self.world.device
@@ -260,13 +276,68 @@ class Trainer:
         self.optimizer.scale_grad(torch.where(num_tokens > 0, self.world.size / num_tokens, 0.0))
         self._learning_rate = self.optimizer.learning_rate
         grad_norm = self.optimizer.clip_grad(self.config.max_grad_norm)
-        self._late.append(StepFigures.of(self.step + 1, names, totals, grad_norm))
+        figures = StepFigures.of(self.step + 1, names, totals, grad_norm)
+        if self.spikes is not None:
+            spike = self._judge(self.spikes, figures, last_good)
+            if spike is not None:
+                self._late.append(replace(figures, is_learnt=False))
+                self._pass_over(self.spikes, spike, columns, rewind)
+                return
+        self._late.append(figures)
         if not self._most_late:
-            self._checked(self._late[-1], last_good)
+            self._checked(figures, last_good)
         self.optimizer.step()
         self.step += 1
         if self.average is not None:
             self.average.update(self.step)
+
+    def _judge(
+        self, spikes: SpikeWatch, figures: StepFigures, last_good: Callable[[], Location | None]
+    ) -> str | None:
+        """Why the step is a spike that is passed over, or None; waits for its figures."""
+        totals, grad_norm = figures.read()
+        loss_sum, num_tokens = totals["loss"]
+        if not num_tokens:  # nothing to learn from, and nothing to compare with
+            return None
+        spike = spikes.judge(figures.step, loss=loss_sum / num_tokens, gradient_norm=grad_norm)
+        if spike is not None and spikes.is_over:
+            why = self._why_over(spikes, last_good())
+            raise FloatingPointError(f"step {figures.step}: {spike}; {why}")
+        return spike
+
+    def _why_over(self, spikes: SpikeWatch, checkpoint: Location | None) -> str:
+        kept = f"last good checkpoint: {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        if spikes.action == "stop":
+            return (
+                f"stopped before the optimiser step, as on_spike says, {kept}. Look at the rows of "
+                "this step, or run the same command with on_spike skip or rewind: it goes on from "
+                "the checkpoint"
+            )
+        return (
+            f"stopped, as {len(spikes.spikes)} of the last {spikes.window} steps were "
+            f"spikes, {kept}. Lower learning_rate or max_grad_norm, or raise spike_deviations"
+        )
+
+    def _pass_over(
+        self, spikes: SpikeWatch, spike: str, columns: dict[str, Any], rewind: Callable[[], None]
+    ) -> None:
+        """Take the step without learning from its rows: the order of rows and the learning rates of
+        later steps stay as they are.
+        """
+        step, counted = self.step + 1, spikes.counted()
+        what = "its rows are passed over"
+        if spikes.action == "rewind":
+            rewind()
+            spikes.recount(counted)
+            self._since_log = {}
+            what = f"back to the weights of step {self.step}, all rows since are passed over"
+        self.step = step
+        self.optimizer.stand_at(step)
+        if self.world.is_main:
+            some = ", ".join(str(row) for row in columns["row_id"][:_NAMED_ROWS].tolist())
+            self._on_event(
+                "warning", message=f"step {step}: {spike}; {what} (the first row_ids: {some})"
+            )
 
     def _loss(self, batch: TokenBatch, generator: RowGenerator, model: Any) -> tuple[Any, ...]:
         """The fields of a LossOutput."""
@@ -316,10 +387,15 @@ class Trainer:
             kept[1] += count
 
     def _log(self, clock: "_Clock", measure: Callable[[], dict[str, float]]) -> None:
+        if not self._since_log:  # all steps since were spikes
+            return
         means = {name: total / count for name, (total, count) in self._since_log.items() if count}
         means.setdefault("loss", 0.0)  # of steps whose rows had nothing to learn from
         self._since_log = {}
         figures = measure() if self.world.is_main or self.spread.is_sharded else {}
+        if self.spikes is not None:
+            figures = {**figures, "num_spikes": self.spikes.num_spikes}
+            self._grad_norm = self.spikes.last("gradient_norm", default=self._grad_norm)
         if self.world.is_main:
             self._on_event(
                 "metrics",
@@ -359,11 +435,14 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """The rest of the state, plain JSON; floats survive JSON exactly."""
-        return {"step": self.step, "since_log": self._since_log}
+        spikes = {} if self.spikes is None else {"spikes": self.spikes.state()}
+        return {"step": self.step, "since_log": self._since_log, **spikes}
 
     def load_state(self, state: dict[str, Any], optimizer_tensors: StoredTensors) -> None:
         self.step = state["step"]
         self._since_log = state["since_log"]
+        if self.spikes is not None and "spikes" in state:
+            self.spikes.load(state["spikes"])
         self.optimizer.load(optimizer_tensors, step=self.step)
 
 
