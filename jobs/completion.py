@@ -5,12 +5,11 @@ the same function through its own `bashcompinit`.
 """
 
 import argparse
-import importlib
 import shlex
 from collections.abc import Iterable, Mapping
 
 from jobs import cli
-from jobs.console import COMMANDS, SHELLS
+from jobs.console import COMMANDS, SHELLS, main_of
 from tokendiff.config.loader import walk_fields
 from tokendiff.config.pipeline import Config
 
@@ -57,7 +56,7 @@ def script(shell: str) -> str:
     flags: list[str] = []
     values: list[str] = []
     for command in COMMANDS:
-        parser = cli.parser_of(importlib.import_module(f"jobs.{command}").main)
+        parser = cli.parser_of(main_of(command))
         for key, one in _parsers(command, parser).items():
             flags.append(_branch(key, _flags(one)))
             values += [_branch(f"{key} {flag}", words) for flag, words in _values(one).items()]

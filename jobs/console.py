@@ -8,9 +8,8 @@
 the standard library is imported before a job is chosen.
 """
 
-import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 COMMANDS = {
     "preprocess": "tokenize and pack text into rows",
@@ -41,8 +40,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     from jobs import cli
 
     with cli.called_as("tokendiff"):
-        code: int = importlib.import_module(f"jobs.{command}").main(rest)
-    return code
+        return main_of(command)(rest)
+
+
+def main_of(command: str) -> Callable[[Sequence[str]], int]:
+    """The `main` of a job in COMMANDS, which is imported now."""
+    match command:
+        case "preprocess":
+            from jobs.preprocess import main as run
+        case "train":
+            from jobs.train import main as run
+        case "generate":
+            from jobs.generate import main as run
+        case "evaluate":
+            from jobs.evaluate import main as run
+        case "pipeline":
+            from jobs.pipeline import main as run
+        case _:
+            raise KeyError(command)
+    return run
 
 
 def _help() -> str:

@@ -15,6 +15,8 @@ from tokendiff.config.train import TrainConfig
 def test_every_job_is_a_command() -> None:
     texts = {path.stem: path.read_text() for path in (ROOT / "jobs").glob("*.py")}
     assert set(console.COMMANDS) == {n for n, text in texts.items() if "@cli.entry_point" in text}
+    for name in console.COMMANDS:
+        assert console.main_of(name).__module__ == f"jobs.{name}"
 
 
 def test_help_imports_the_standard_library_alone() -> None:
