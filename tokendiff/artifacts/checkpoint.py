@@ -16,8 +16,9 @@ is written.
 Where workers shared a model they shared its files too: `model-00001-of-00004.safetensors` and so
 on, with an index, for each of the files of tensors.
 
-`final/` is the same without the training state. What was trained, weights or adapters beside those
-of a base model, is averaged there where the run keeps averages.
+`final/` is the same without the training state, and with a model card (README.md). What was
+trained, weights or adapters beside those of a base model, is averaged there where the run keeps
+averages.
 """
 
 import re

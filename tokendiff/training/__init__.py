@@ -19,5 +19,6 @@ Of this room alone:
     state             what checkpoints hold, and how it is read again
     saving            checkpoints written while training goes on
     watching          held-out rows judged as the run goes on, the best step, an early end
+    model_card        the README.md of final/
     heldout           what an unwatched draft says of rows that it does not learn from
 """

@@ -299,7 +299,7 @@ class TrainingRun:
         holds_weights = self.trainer.world.is_main or self.trainer.spread.is_sharded
         if best_step != self.trainer.step and holds_weights:
             self.state.load_weights(self._fetch_best(best_step))
-        self.saver.save(FINAL, lambda: self.state.final(metadata))
+        self.saver.save(FINAL, lambda: self.state.final(metadata, self.watch))
         self.saver.wait()
 
 
