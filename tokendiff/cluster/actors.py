@@ -5,7 +5,7 @@ depends on who works at it.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tokendiff.cluster.console import without_restart_warning
 from tokendiff.cluster.session import (
@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
 _MAX_BLOCKS = 4096
 Item = Mapping[str, Any]
-Worker = Callable[[Item], Iterable[Item]]
+
+
+class Worker(Protocol):
+    """What an actor's class makes."""
+
+    def __call__(self, items: Item) -> Iterable[Item]:
+        """Columns of one value, for columns of one value."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +51,7 @@ class Crew:
 
     def answers(
         self,
-        worker: type[Worker],
+        worker: Callable[..., Worker],
         make_arguments: Callable[[bool], tuple[Any, ...]],
         items: Sequence[Item],
         *,
@@ -54,8 +61,7 @@ class Crew:
         """What the actors yield for each item.
 
         Args:
-            worker: an actor's class. Called with a column of one value for each name of an item, it
-                yields columns of one value.
+            worker: an actor's class.
             make_arguments: says whether there is a GPU for each actor; returns what the class is
                 built with.
             in_order: answers come in the order of the items, and not in that of completion.
