@@ -19,8 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray.data
-
 from tokendiff.artifacts.checkpoint import find_checkpoint
 from tokendiff.artifacts.identity import checkpoint_identity, model_identity
 from tokendiff.artifacts.locations import Location, files_under
@@ -35,14 +33,9 @@ from tokendiff.artifacts.manifest import (
     sha256_of,
     write_atomically,
 )
-from tokendiff.cluster.console import without_restart_warning
+from tokendiff.cluster.actors import Crew, Item
 from tokendiff.cluster.progress import JobProgress, Reporter
-from tokendiff.cluster.session import (
-    data_context,
-    set_up_torch,
-    wait_for_resources,
-    wants_gpu,
-)
+from tokendiff.cluster.session import set_up_torch
 from tokendiff.data.bad_rows import ERRORS, ErrorCount, error_line, errors_file
 from tokendiff.data.prompt_index import IndexedRow, PromptIndex, error_record
 from tokendiff.data.prompts import GenerationRow
@@ -60,7 +53,6 @@ if TYPE_CHECKING:
 
 _MAX_PARTS = 256
 _MAX_BATCHES_PER_PART = 64
-_MAX_BLOCKS = 4096
 
 
 class _Parts:
@@ -91,7 +83,7 @@ class _Parts:
 
 
 class _PartSampler:
-    """The Ray Data actor: samples the rows of a part, writes its files, returns counts."""
+    """The actor: samples the rows of a part, writes its files, returns counts."""
 
     def __init__(
         self,
@@ -102,8 +94,9 @@ class _PartSampler:
         output_dir: Location,
         reporter: Reporter,
         use_gpu: bool,
+        num_actors: int,
     ) -> None:
-        device = set_up_torch(cluster, use_gpu=use_gpu, num_processes=cluster.num_actors)
+        device = set_up_torch(cluster, use_gpu=use_gpu, num_processes=num_actors)
         folder = None if checkpoint is None else fetch(checkpoint)
         self._index, self._output_dir, self._reporter = index, output_dir, reporter
         self._parts = _Parts(index.num_rows, config)
@@ -115,7 +108,7 @@ class _PartSampler:
         else:
             self._model = SamplingModel(folder, config, device=device)
 
-    def __call__(self, items: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def __call__(self, items: Item) -> Iterator[Item]:
         for number in items["item"]:
             yield {name: [value] for name, value in self._sample(int(number)).items()}
 
@@ -298,7 +291,7 @@ class _Totals:
                 self._count_errors(part, len(lines), f"{first['place']}: {first['reason']}")
         return missing, num_rows
 
-    def add(self, counts: dict[str, Any]) -> None:
+    def add(self, counts: Item) -> None:
         for name in self._sums:
             self._sums[name] += counts[name]
         self.measured.update(json.loads(counts["measured"]))
@@ -376,24 +369,18 @@ def _sample_parts(
     cluster: "ClusterConfig",
     on_event: OnEvent,
     progress: JobProgress,
-) -> Iterator[dict[str, Any]]:
-    if not parts:
-        return
+) -> Iterator[Item]:
     most = min(cluster.num_actors, len(parts))
-    least = min(cluster.min_actors or cluster.num_actors, most)
-    use_gpu = wants_gpu(cluster)
-    wait_for_resources(
-        cluster, count=least, what="sampling actors", on_event=on_event, gpus=cluster.gpus_per_actor
+    crew = Crew(
+        cluster=cluster,
+        what="sampling actor",
+        least=min(cluster.min_actors or cluster.num_actors, most),
+        most=most,
+        gpus_per_actor=cluster.gpus_per_actor,
     )
-    on_event("doing", what=f"starting {least} sampling actor{'s' * (least > 1)}")
-    with data_context(), without_restart_warning():
-        num_blocks = min(len(parts), _MAX_BLOCKS)
-        dataset = ray.data.from_items(parts, override_num_blocks=num_blocks).map_batches(
-            _PartSampler,
-            fn_constructor_args=(*arguments, progress.reporter, use_gpu),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
-            num_cpus=cluster.cpus_per_worker,
-            num_gpus=cluster.gpus_per_actor if use_gpu else None,
-        )
-        yield from dataset.iter_rows()
+    return crew.answers(
+        _PartSampler,
+        lambda use_gpu: (*arguments, progress.reporter, use_gpu, most),
+        [{"item": part} for part in parts],
+        on_event=on_event,
+    )
