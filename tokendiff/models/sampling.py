@@ -25,6 +25,7 @@ from tokendiff.samplers.ancestral import AncestralSampler
 from tokendiff.samplers.base import Sampler
 from tokendiff.samplers.batch import prefix_batch
 from tokendiff.samplers.blockwise import BlockwiseSampler
+from tokendiff.samplers.continuous import ContinuousSampler, FilledRow, RowToFill
 from tokendiff.samplers.corrector import check_correctable
 from tokendiff.samplers.first_hitting import FirstHittingSampler
 from tokendiff.samplers.remasking import RemaskingSampler
@@ -223,7 +224,15 @@ class SamplingModel:
     def samples(
         self, rows: Iterable[GenerationRow], *, on_progress: OnProgress = unwatched
     ) -> Iterator[dict[str, Any]]:
-        """One record per row, as `sample`, a batch after the other."""
+        """One record per row, as `sample`, in the order of the rows.
+
+        Rows are sampled a batch after the other; where a sampler's rows end at different times,
+        `batch_size` rows are in flight, a row that is done leaves its place to the next one, and
+        its seconds are those from taking it to its end.
+        """
+        if isinstance(self._sampler, ContinuousSampler):
+            yield from self._in_flight(self._sampler, rows, on_progress=on_progress)
+            return
         waiting = iter(rows)
         num_rows = num_tokens = 0
         while batch := list(islice(waiting, self._config.batch_size)):
@@ -231,6 +240,46 @@ class SamplingModel:
             num_rows += len(records)
             num_tokens += sum(map(num_new_tokens, records))
             yield from records
+
+    def _in_flight(
+        self, sampler: ContinuousSampler, rows: Iterable[GenerationRow], *, on_progress: OnProgress
+    ) -> Iterator[dict[str, Any]]:
+        taken: dict[int, tuple[GenerationRow, list[int], float]] = {}  # by id, in their order
+        ready: dict[int, dict[str, Any]] = {}
+        done = [0, 0]  # rows, tokens
+
+        def requests() -> Iterator[RowToFill]:
+            for row in rows:
+                prompt = self._source.begun(self._encoder(row.prompt))
+                taken[row.id] = (row, prompt, time.perf_counter())
+                tokens, is_given, _ = self._laid_out([prompt])
+                yield RowToFill(id=row.id, tokens=tokens[0], is_given=is_given[0])
+
+        stream = sampler.stream(
+            self._denoiser,
+            requests(),
+            key=key_from(self._config.seed, "sample"),
+            num_slots=self._config.batch_size,
+            device=self._device,
+            on_step=lambda figures: _behind(done[0], done[1], on_progress)(figures),
+        )
+        while finished := self._next_of(stream):
+            for filled in finished:
+                row, prompt, start = taken[filled.id]
+                record = self._record(row, prompt, filled.tokens, filled.num_model_calls)
+                ready[filled.id] = {**record, "seconds": round(time.perf_counter() - start, 3)}
+                done[0] += 1
+                done[1] += num_new_tokens(record)
+            on_progress(lambda: (done[0], done[1]))
+            while taken and (first := next(iter(taken))) in ready:
+                del taken[first]
+                yield ready.pop(first)
+
+    def _next_of(self, stream: Iterator[list[FilledRow]]) -> list[FilledRow] | None:
+        """What a round finished, None at the end. Autocast must not outlast the call."""
+        is_bf16 = self._config.mixed_precision == "bf16"
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_bf16):
+            return next(stream, None)
 
     def sample(
         self,

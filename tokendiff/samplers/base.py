@@ -12,7 +12,7 @@ from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, UniformK
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.samplers.categorical import check_filters, draw, filter_logits, without_token
 from tokendiff.samplers.commit_rules import Candidates
-from tokendiff.samplers.hidden_states import HiddenStates
+from tokendiff.samplers.hidden_states import HiddenStates, fitted
 
 _CPU_CHUNK, _GPU_CHUNK = 256, 4096  # positions whose [N, V] logits exist at once
 _PRIOR = -1  # steps are numbered from 0
@@ -77,9 +77,7 @@ class Sampler(ABC):
         """
         if is_valid is not None:
             is_given = is_given | ~is_valid
-        one = torch.ones((), dtype=torch.float64, device=tokens.device)
-        prior = self.kernel.draw_noise(one, generator.fold_in(_PRIOR).uniform(tokens.shape[1]))
-        x_t = torch.where(is_given, tokens, prior)
+        x_t = self._start(tokens, is_given, generator)
         report = on_step if on_step is not None else _ignore
         report(1.0, x_t)
         predictor = self._predictor(model, is_given, is_valid)
@@ -87,6 +85,12 @@ class Sampler(ABC):
         is_mask = ~is_given & (x_0 == self.kernel.mask_token_id)
         assert not bool(is_mask.any()), "the last step removes all noise"
         return Samples(tokens=x_0, num_model_calls=predictor.num_model_calls)
+
+    def _start(self, tokens: Tensor, is_given: Tensor, generator: RowGenerator) -> Tensor:
+        """x_1 [B, L]: tokens where they are given, else noise."""
+        one = torch.ones((), dtype=torch.float64, device=tokens.device)
+        prior = self.kernel.draw_noise(one, generator.fold_in(_PRIOR).uniform(tokens.shape[1]))
+        return torch.where(is_given, tokens, prior)
 
     def _predictor(self, model: Denoiser, is_given: Tensor, is_valid: Tensor | None) -> "Predictor":
         return Predictor(self, model, is_given, is_valid)
@@ -146,12 +150,28 @@ class Predictor:
         self.is_valid = valid = torch.ones_like(is_given) if is_valid is None else is_valid
         self.num_model_calls = is_given.new_zeros(len(is_given), dtype=torch.int64)
         self._sampler, self._model = sampler, model
-        # What a row without anything given is guided towards is what it is guided away from.
-        self._is_guided = (is_given & valid).any(1) & (sampler.guidance_scale != 1.0)
         self._conditional, self._unconditional = (
             HiddenStates(model, valid, has_memory=has_memory, passes_per_refresh=passes_per_refresh)
             for _ in range(2)
         )
+
+    @property
+    def _is_guided(self) -> Tensor:
+        """[B] bool. A row without anything given would be guided towards what it is guided away
+        from.
+        """
+        return (self.is_given & self.is_valid).any(1) & (self._sampler.guidance_scale != 1.0)
+
+    def replace(self, rows: Tensor, is_given: Tensor, is_valid: Tensor) -> None:
+        """Other texts in rows [n]: is_given and is_valid [n, L] of them. L may differ from what it
+        was; other rows are cut there, or padded.
+        """
+        self.is_given = fitted(self.is_given, is_given.shape[1], True)
+        self.is_valid = fitted(self.is_valid, is_given.shape[1], False)
+        self.is_given[rows], self.is_valid[rows] = is_given, is_valid
+        self.num_model_calls[rows] = 0
+        for states in (self._conditional, self._unconditional):
+            states.replace(rows, self.is_valid)
 
     def move_window(self, window: Tensor) -> None:
         """Say which positions [B, L] a pass reads from now on; see `HiddenStates`."""

@@ -43,6 +43,19 @@ class HiddenStates:
         self._window = window
         self._num_passes.zero_()
 
+    def replace(self, rows: Tensor, is_valid: Tensor) -> None:
+        """Forget what was read of rows [n], which hold other texts now.
+
+        Args:
+            is_valid: [B, L] of all rows; L may differ from what it was.
+        """
+        self._is_valid, self._window = is_valid, torch.ones_like(is_valid)
+        self._num_passes[rows] = 0
+        if self._tokens is not None and self._hidden is not None:
+            self._tokens = fitted(self._tokens, is_valid.shape[1], -1)
+            self._tokens[rows] = -1
+            self._hidden = fitted(self._hidden, is_valid.shape[1], 0.0)
+
     def update(self, tokens: Tensor, is_needed: Tensor, time: Tensor) -> Tensor:
         """Make the rows that are needed ([B] bool) those of tokens [B, L] at times [B].
 
@@ -96,3 +109,11 @@ class HiddenStates:
         """[N, D]."""
         assert self._hidden is not None, "update comes first"
         return self._hidden[row, position]
+
+
+def fitted(states: Tensor, length: int, value: float) -> Tensor:
+    """A copy of [B, L, ...] that is cut at `length`, or padded with a value up to it."""
+    fit = states.new_full((len(states), length, *states.shape[2:]), value)
+    kept = min(length, states.shape[1])
+    fit[:, :kept] = states[:, :kept]
+    return fit
