@@ -73,6 +73,19 @@ def test_tensorboard_shows_the_log_once_whatever_was_cut_off(tmp_path: Path) -> 
     assert scalars(folder) == expected
 
 
+def test_tensorboard_forgets_what_a_restart_within_a_run_makes_void(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    place = folder / "tensorboard"
+    outbox = LogOutbox("train", "TensorBoard", place, lambda _: TensorBoardSink(place))
+    write(folder, 1, 2, 3, 4)
+    outbox.deliver(None)
+    write(folder, 4, resume=2)  # lost workers; with other logging_steps, step 3 is not told again
+    outbox.deliver(None)
+    outbox.finish("FINISHED", 0.0)
+    outbox.deliver(None)
+    assert scalars(folder)["loss"] == [(1, 9.0), (2, 8.0), (4, 6.0)]
+
+
 def test_a_run_goes_on_while_its_mirror_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
