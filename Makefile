@@ -68,7 +68,7 @@ real: setup  ## instruction tuning of a chat model of 135M that a package carrie
 
 lock:  ## resolve pyproject.toml anew in a new .venv, and write requirements.lock (torch stays)
 	"$(PYTHON)" -m venv --clear $(VENV)
-	$(BIN)/python -m pip install setuptools "$$(grep '^torch==' requirements.lock)" -e '.[dev,eval,lora]'
+	$(BIN)/python -m pip install setuptools "$$(grep '^torch==' requirements.lock)" -e '.[dev,eval,lora,tensorboard,wandb]'
 	sed -n '/^#/p' requirements.lock > requirements.lock.new
 	$(BIN)/python -m pip freeze --all --exclude pip --exclude-editable \
 		| sed -E '/^(cuda|nvidia|triton)/d; s/\+.*$$//' >> requirements.lock.new
