@@ -81,6 +81,12 @@ class GenerateConfig(Section):
         description="prompts of files that may be of no use (too long, not text) before the job "
         "fails; errors/ names them",
     )
+    max_row_failures: int = operational(
+        4,
+        ge=3,
+        description="deaths of the actor that samples a row, the last one with no other row, after "
+        "which the row is set aside; set_aside/ names it, and the job ends with exit code 1",
+    )
 
     @property
     def is_open_ended(self) -> bool:
