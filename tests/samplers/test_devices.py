@@ -3,16 +3,27 @@
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.device_reads import count_waits, emulated_device
+from tests.models.test_windows import V as ROW_VOCABULARY
+from tests.models.test_windows import denoiser_of
 from tests.samplers import test_dflash as drafts
 from tests.samplers import test_self_speculation as own_drafts
 from tests.samplers.test_decoding import STOPS, causal_model, completed, requests_of
+from tokendiff.diffusion.kernels import AbsorbingKernel, HybridKernel
+from tokendiff.diffusion.random import RowGenerator, key_from
+from tokendiff.diffusion.schedules import LogLinear
 from tokendiff.models.causal import CausalModel
+from tokendiff.samplers.ancestral import AncestralSampler
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
+from tokendiff.samplers.base import Sampler
 from tokendiff.samplers.block_refinement import BlockRefinementSampler
+from tokendiff.samplers.blockwise import BlockwiseSampler
 from tokendiff.samplers.dflash import DFlashSampler
+from tokendiff.samplers.first_hitting import FirstHittingSampler
 from tokendiff.samplers.open_ended import OpenEndedSampler
+from tokendiff.samplers.remasking import RemaskingSampler
 from tokendiff.samplers.sdar import SDARSampler
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "temperature": 0.0, "stop_token_ids": STOPS}
@@ -84,3 +95,69 @@ def test_a_prompt_that_is_read_in_pieces_is_waited_for_once() -> None:
         completed(sampler, model, requests_of((1300,)))
     assert model.num_calls == 3
     assert waits.reads == 1, waits.places()
+
+
+# Whole rows.
+
+MASK = 1
+ABSORBING = AbsorbingKernel(schedule=LogLinear(), mask_token_id=MASK)
+HYBRID = HybridKernel(vocab_size=ROW_VOCABULARY, mask_token_id=MASK, p_uniform=0.3, gamma=1.0)
+OF_ROWS: dict[str, tuple[Sampler, int]] = {  # with the most waits of a step
+    "ancestral": (AncestralSampler(kernel=ABSORBING, num_inference_steps=4), 1),
+    "ancestral, guided": (
+        AncestralSampler(kernel=ABSORBING, num_inference_steps=4, guidance_scale=2.0, top_k=9),
+        1,
+    ),
+    # What is drawn depends on how likely the token is that stands there.
+    "ancestral, hybrid": (
+        AncestralSampler(kernel=HYBRID, num_inference_steps=4, prediction="posterior"),
+        2,
+    ),
+    "remasking": (RemaskingSampler(kernel=ABSORBING, eta=0.3, num_inference_steps=4), 1),
+    "first_hitting": (FirstHittingSampler(kernel=ABSORBING, temperature=0.0), 1),
+    "blockwise": (
+        BlockwiseSampler(
+            kernel=ABSORBING,
+            num_inference_steps=2,
+            block_size=3,
+            remasking_strategy="low_confidence_dynamic",
+            cache="dual",
+        ),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
+def test_rows_are_those_of_the_cpu_and_a_step_waits_for_what_it_draws(name: str) -> None:
+    sampler, most = OF_ROWS[name]
+    tokens = torch.randint(2, ROW_VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(1))
+    is_given = torch.arange(9).expand(3, -1) < torch.tensor([[2], [3], [0]])
+    is_valid = torch.arange(9).expand(3, -1) < torch.tensor([[9], [7], [9]])
+    generator = RowGenerator.for_rows(key_from(3), torch.arange(3))
+
+    def sampled(model: Any) -> tuple[Any, int]:
+        steps: list[float] = []
+        done = sampler.sample(
+            model,
+            tokens,
+            is_given,
+            generator,
+            is_valid=is_valid,
+            on_step=lambda time, x_t: steps.append(time),
+        )
+        return done, len(steps)
+
+    def model() -> Any:
+        return denoiser_of("llama", predicts_next=False)
+
+    expected, _ = sampled(model())
+    there, device = model(), emulated_device()
+    with count_waits() as waits:
+        there.to(device)
+        waits.sent.clear()
+        found, num_steps = sampled(there)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(found.num_model_calls, expected.num_model_calls)
+    assert waits.sends == 0, waits.places()
+    assert 0 < waits.reads <= most * num_steps, waits.places()
