@@ -51,7 +51,7 @@ class Waits:
 
     Attributes:
         read: for values of the device, copies to the CPU among them.
-        sent: for copies to the device.
+        sent: for copies to the device, those of indices of the CPU among them.
     """
 
     read: list[str] = field(default_factory=list)
@@ -237,6 +237,10 @@ class _Counted(TorchDispatchMode):
             return self._waits.read if target.type == "cpu" else self._waits.sent
         if not any(tensor.device.type != "cpu" for tensor in tensors):
             return None
+        if name in _INDEXED and any(
+            index is not None and index.device.type == "cpu" for index in args[1]
+        ):
+            return self._waits.sent
         is_sized = name is _aten.repeat_interleave and kwargs.get("output_size") is None
         is_read = name in _READS or is_sized or (name in _INDEXED and _is_by_mask(name, args))
         return self._waits.read if is_read else None

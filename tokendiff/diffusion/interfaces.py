@@ -255,7 +255,7 @@ class DecodingCache(Protocol):
 
     @property
     def lengths(self) -> Tensor:
-        """[R] int64, tokens that are kept per row; not to be written to."""
+        """[R] int64 on the CPU, tokens that are kept per row; not to be written to."""
         ...
 
     def extend(self, rows: Tensor, counts: Tensor) -> None:
@@ -273,6 +273,9 @@ class DecodingCache(Protocol):
 
 class Decoder(Protocol):
     """A causal language model that keeps what it has read.
+
+    Numbers of rows and tokens may be on the CPU, and then nothing waits for the device; hidden
+    states, and what a rule closes over, are on it.
 
     Hidden states at position i are those of the token at i; whether they are read as logits for i
     or for i + 1 is the sampler's business.

@@ -236,16 +236,17 @@ class TransformersDenoiser(ModelInTwoParts):
         self._attend_by(self._own_attention)
         width = tokens.shape[1]
         memory.begin_within(rows, positions, width)
-        is_seen = is_valid[:, None, None].expand(-1, 1, positions.shape[1], width)
+        is_seen = sent(is_valid, self.device)[:, None, None]
+        is_seen = is_seen.expand(-1, 1, positions.shape[1], width)
         if self.model.config._attn_implementation == "eager":
             lowest = torch.finfo(self.model.dtype).min
             is_seen = torch.zeros_like(is_seen, dtype=self.model.dtype).masked_fill(
                 ~is_seen, lowest
             )
         output = self.model.base_model(
-            input_ids=tokens.gather(1, positions),
+            input_ids=sent(tokens.gather(1, positions), self.device),
             attention_mask=is_seen,
-            position_ids=positions,
+            position_ids=sent(positions, self.device),
             past_key_values=memory,
             use_cache=True,
         )

@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import StepCallback
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.samplers.base import Predictor, Sampler
@@ -104,7 +105,7 @@ class AncestralSampler(Sampler):
             to_clean, to_noise = self._move_probability(x_t[at], belief, s=s, t=t)
             tokens = torch.where(move[at] < to_clean + to_noise, new_noise[at], x_t[at])
             drawn = (move[at] < to_clean).nonzero()[:, 0]
-            tokens[drawn] = self._draw(logits[drawn], token[at][drawn])
+            tokens[drawn] = self._draw(logits[sent(drawn, logits.device)], token[at][drawn])
             x_s[at] = tokens
         return x_s
 
@@ -139,8 +140,10 @@ class AncestralSampler(Sampler):
 def _belief_in(tokens: Tensor, logits: Tensor, *, where: Tensor) -> Tensor:
     """[N] float64: the probability of each token under logits [N, V], and 0 elsewhere."""
     index = where.nonzero()[:, 0]
-    chosen = logits[index]
-    log_belief = chosen.gather(-1, tokens[index, None])[:, 0] - chosen.logsumexp(-1)
-    return torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device).index_copy(
-        0, index, log_belief.double().exp()
-    )
+    zeros = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+    if not index.numel():
+        return zeros
+    chosen = logits[sent(index, logits.device)]
+    of_tokens = sent(tokens[index, None], logits.device)
+    log_belief = chosen.gather(-1, of_tokens)[:, 0] - chosen.logsumexp(-1)
+    return zeros.index_copy(0, index, log_belief.double().exp().to(tokens.device))

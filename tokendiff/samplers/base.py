@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import Denoiser, Samples, StepCallback
 from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, UniformKernel
 from tokendiff.diffusion.random import RowGenerator
@@ -68,7 +69,8 @@ class Sampler(ABC):
         """Fill every position that is not given.
 
         Args:
-            tokens: [B, L] int64; read where `is_given`, not written to.
+            tokens: [B, L] int64; read where `is_given`, not written to. Rows may be on the CPU
+                whatever the model's device is; then a pass waits for what is drawn, and no more.
             is_given: [B, L] bool: the prompt, or any other subset; never changed.
             generator: one key per row; a row's sample depends on no other row.
             is_valid: [B, L] bool, False on padding at the right of rows that are shorter, which is
@@ -111,10 +113,13 @@ class Sampler(ABC):
         """Clean tokens [B, L] from x_1; only positions that are open change."""
 
     def _draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """[N] tokens from logits [N, V] that `Predictor.logits` gave."""
+        """[N] tokens from logits [N, V] that `Predictor.logits` gave, by numbers [N] in (0, 1), on
+        the device of those.
+        """
         if self.temperature == 0.0:
-            return logits.argmax(-1)
-        return draw((logits - logits.amax(-1, keepdim=True)).exp_(), uniform)
+            return logits.argmax(-1).to(uniform.device)
+        weights = (logits - logits.amax(-1, keepdim=True)).exp_()
+        return draw(weights, sent(uniform, logits.device)).to(uniform.device)
 
 
 def positions_at_once(device: torch.device) -> int:
@@ -191,7 +196,8 @@ class Predictor:
             time: [B].
 
         Yields:
-            (row [n], position [n], logits [n, V] float32, the mask at -inf), in row-major order.
+            (row [n], position [n], logits [n, V] float32, the mask at -inf), in row-major order;
+            logits are on the device of the model.
         """
         for row, position, logits in self._unfiltered(x_t, is_needed, time):
             yield row, position, self._filtered(logits)
@@ -204,7 +210,8 @@ class Predictor:
         """
         found = Candidates.none(x_t)
         for row, position, logits in self._unfiltered(x_t, is_needed, time):
-            drawn = self._sampler._draw(self._filtered(logits), uniform[row, position])
+            at_random = sent(uniform[row, position], logits.device)
+            drawn = self._sampler._draw(self._filtered(logits), at_random)
             found.put((row, position), drawn, logits)
         return found
 
@@ -228,7 +235,7 @@ class Predictor:
             self.num_model_calls += self._unconditional.update(
                 free, is_needed_row & self._is_guided, time
             )
-        size = positions_at_once(rows.device)
+        size = positions_at_once(self._conditional.device)
         for row, position in zip(rows.split(size), positions.split(size), strict=True):
             yield row, position, self._belief(row, position, x_t[row, position], time[row])
 
@@ -239,7 +246,8 @@ class Predictor:
             logits = self._guided(logits, row, position)
         logits = without_token(logits, sampler.kernel.mask_token_id)
         if sampler.prediction == "posterior":
-            logits = sampler.kernel.loo_logits(logits, x_t, time)
+            there = logits.device
+            logits = sampler.kernel.loo_logits(logits, sent(x_t, there), sent(time, there))
         return logits
 
     def _guided(self, logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
@@ -248,6 +256,7 @@ class Predictor:
             return logits
         hidden = self._unconditional.at(row[guided], position[guided])
         free = self._model.head(hidden).float()
+        guided = sent(guided, logits.device)
         return logits.index_copy(
             0, guided, guide(logits[guided], free, self._sampler.guidance_scale)
         )
