@@ -6,6 +6,7 @@ For other rooms:
     mlflow_mirror     the log in MLflow: a parent run, a child for each stage
     mlflow_store mlflow_outbox
                       where the store is; what it has yet to get
+    hub               a checkpoint on the Hugging Face hub
     registry          registered models and their aliases
 
 Of this room alone:
