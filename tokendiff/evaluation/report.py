@@ -82,6 +82,8 @@ class Report:
         samples: records with id, prompt (None without one), text (the prompt included),
             num_model_calls, tokens_per_forward (may be null). All are shown: choose before.
         tables: (title, header, rows).
+        refresh_seconds: after which a browser loads the page again; None for one that stays as it
+            is.
     """
 
     title: str
@@ -97,6 +99,7 @@ class Report:
     denoising: Denoising | None = None
     tables: list[Table] = field(default_factory=list)
     config_yaml: str = ""
+    refresh_seconds: int | None = None
 
 
 def write_report(folder: Path, report: Report) -> Path:

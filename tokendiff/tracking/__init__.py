@@ -3,6 +3,7 @@
 For other rooms:
     run_log           log.jsonl, the truth of a run
     progress          what a person sees of it while the run goes on
+    live              how the runs under a folder stand, by their logs
     mlflow_mirror     the log in MLflow: a parent run, a child for each stage
     mlflow_store mlflow_outbox
                       where the store is; what it has yet to get
