@@ -7,6 +7,8 @@ For other rooms:
     promotion         the gate, and the champion
     registered        models:/NAME@ALIAS in the place of a path
     record            what a run leaves behind: result.json
+    watch             a table and a page of what runs now
+    side_by_side      two runs on one page
     tables            what is printed of all this
     paths             where output goes when a path is relative
 

@@ -52,6 +52,13 @@ class TrainConfig(Section):
     data_path: str | None = operational(None, description="folder that jobs.preprocess wrote")
     output_dir: str | None = operational(None, description="gets checkpoint-N/ and final/")
 
+    push_to_hub: str | None = operational(
+        None,
+        pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?$",
+        description="repository of the Hugging Face hub that final/ is uploaded to once it is "
+        "committed; a new one is private; the token is read from HF_TOKEN",
+    )
+
     max_train_steps: int = Field(1000, ge=1, description="optimiser steps")
     per_device_train_batch_size: int = operational(
         8, ge=1, description="rows in one forward and backward pass of one worker, at most"
