@@ -128,8 +128,8 @@ class PreprocessConfig(Section):
             )
         if self.new_since is not None and self.dataset_name not in FILE_FORMATS:
             raise ValueError(
-                "new_since tells files apart: it goes with dataset_name "
-                f"{', '.join(FILE_FORMATS)}, not {self.dataset_name!r}"
+                "new_since compares files, so it needs dataset_name "
+                f"{', '.join(FILE_FORMATS)}, not {self.dataset_name!r}; remove it"
             )
         if "num_dummy_samples" in self.model_fields_set and not self.use_dummy_data:
             raise ValueError("num_dummy_samples goes with use_dummy_data")
