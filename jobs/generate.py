@@ -34,10 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = ("checkpoint_path", "model_id", "target_model_id", "draft_model_id")
     if config is None or not any(getattr(config, name) for name in models):
         raise InputError(
-            "--checkpoint_path is missing: a checkpoint-N or final folder of jobs.train; or, for "
-            "samplers that continue prompts, --model_id: a causal language model; or, for those of "
-            "rows of one length, --model_id: a published denoiser (LLaDA, Dream); or, for sampler "
-            "dflash, --target_model_id and --draft_model_id"
+            "--checkpoint_path is missing: give a checkpoint-N or final folder of jobs.train; or "
+            "--model_id, a causal language model or a published denoiser (LLaDA, Dream); or, for "
+            "sampler dflash, --target_model_id and --draft_model_id"
         )
     from pipelines.builders import generate_stage, in_own_folder
     from pipelines.registered import checkpoint_folder, with_models

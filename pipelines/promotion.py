@@ -240,9 +240,9 @@ def _served_with(
     fields, is_draft = sampling_fields(section), is_draft_folder(opened)
     if is_draft != (section.sampler.name == "dflash"):
         raise InputError(
-            f"generate.sampler {section.sampler.name!r} is what the model would be served with, "
-            f"and {checkpoint} is {'a' if is_draft else 'no'} DFlash draft; a draft, and nothing "
-            "else, takes sampler 'dflash'"
+            f"generate.sampler {section.sampler.name!r}: the model would be served with it, but "
+            f"{checkpoint} is {'a' if is_draft else 'not a'} DFlash draft; set sampler 'dflash' "
+            "for a draft, and another one for all other models"
         )
     if not is_draft:
         served = GenerateConfig.model_validate(fields)
@@ -331,15 +331,15 @@ def _standard_error_of(stage: Stage, gate: Sequence[GateConfig]) -> StandardErro
         if metric in needed and is_task_metric(metric):
             raise InputError(
                 f"{' and '.join(lacking)} kept nothing by document of {metric}, which "
-                "min_standard_errors is about: it is no mean over documents, as a perplexity, or "
-                "a group that gives its tasks the same weight; gate on a figure that is one, say "
-                "of a task of the group, or remove min_standard_errors"
+                "min_standard_errors needs: the figure is not a mean over documents (a perplexity "
+                "is not, nor a group that gives its tasks the same weight); gate on another "
+                "figure, for example one of a task of the group, or remove min_standard_errors"
             )
         if metric in needed:
             raise InputError(
                 f"{' and '.join(lacking)} kept nothing by row of {metric}, which "
-                "min_standard_errors is about: an earlier version evaluated it; evaluate again "
-                f"(--force {lacking[0]})"
+                "min_standard_errors needs: an earlier version of tokendiff evaluated it; evaluate "
+                f"again (--force {lacking[0]})"
             )
         return None
 
@@ -351,9 +351,9 @@ def _check_same_conditions(title: str, metric: str, judges: Sequence[Stage]) -> 
     conditions = [load_manifest(judge.output).metadata.get("sampled") for judge in judges]
     if None not in conditions and conditions[0] != conditions[1]:  # earlier versions do not say
         raise InputError(
-            f"{title}: candidate and champion have {metric} of samples that were not asked for "
-            "alike; give the stages that sample the same prompts, target, sampler, num_samples, "
-            "seed, mixed_precision and chat settings"
+            f"{title}: the samples of candidate and champion were drawn with different settings, "
+            f"so their {metric} cannot be compared; give the stages that sample the same prompts, "
+            "target, sampler, num_samples, seed, mixed_precision and chat settings"
         )
 
 

@@ -78,7 +78,7 @@ def test_models_behind_uris_write_the_same(models: dict[str, str], prompts: list
     for here, there in zip(expected, records, strict=True):
         assert here["tokens"] == there["tokens"]
         assert here["blocks_by_gain"] == there["blocks_by_gain"]
-    with pytest.raises(InputError, match=r"no checkpoint and no tokenizer of ours there"):
+    with pytest.raises(InputError, match=r"holds no checkpoint or tokenizer that tokendiff wrote"):
         CompletionModel(config_of({**remote, "draft_model_id": "memory://drafted/nothing"}))
 
 

@@ -141,7 +141,7 @@ def test_the_last_answer_or_all_tokens_can_be_the_targets() -> None:
 def test_a_template_that_rewrites_earlier_turns_takes_last_answers_alone() -> None:
     tokenizer = chat_tokenizer(FORGETFUL)
     talk = conversation("a", "hm>b", "c", "ha>d")
-    with pytest.raises(RenderError, match=r"up to message 1 otherwise.*last_answer.*generation"):
+    with pytest.raises(RenderError, match=r"before message 1 when later.*last_answer.*generation"):
         ChatRenderer(tokenizer=tokenizer)(talk)
     rendered = ChatRenderer(tokenizer=tokenizer, train_on="last_answer")(talk)
     assert tokenizer.decode(rendered.tokens[rendered.is_target]) == "ha>d<|im_end|>"
@@ -283,9 +283,12 @@ def assistant(content: Any = "b") -> dict[str, Any]:
         ([user()], "no message of the assistant"),
         ([], "a list of at least one message"),
         ([user(), assistant(" ")], "message 1 is an empty answer"),
-        ([user(), user(), assistant()], "message 1 is of the user, where one of the assistant"),
-        ([assistant(), user()], "message 0 is of the assistant, where one of the user"),
-        ([user(), {"role": "system", "content": "s"}, assistant()], "message 1 is of the system"),
+        ([user(), user(), assistant()], "message 1 has the role user, but assistant is expected"),
+        ([assistant(), user()], "message 0 has the role assistant, but user is expected"),
+        (
+            [user(), {"role": "system", "content": "s"}, assistant()],
+            "message 1 has the role system",
+        ),
         ([user(), {"role": "tool", "content": "s"}], r"messages\[1\]: role must be one of .* tool"),
         ('[{"role": "user"}]', "is a text, .*, not a list of messages; .*fromjson"),
         ([user(3), assistant()], r"messages\[0\].content must be a text, got 3"),

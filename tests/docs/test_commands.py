@@ -58,7 +58,7 @@ FEW_STEPS = {
 HERE = {"jobs.train": ["--num_workers", "1"], "jobs.pipeline": ["-o", "runner.max_parallel=1"]}
 # Pages whose commands run, those that need what others make behind them.
 CHAINS = [
-    ["objectives.md", "batch-generation.md", "resume.md", "notebook.md"],
+    ["objectives.md", "batch-generation.md", "notebook.md"],
     ["published-models.md", "instruction-tuning.md"],
     ["self-speculation.md", "drafts.md"],
 ]

@@ -101,7 +101,7 @@ def test_a_rule_that_no_point_satisfies() -> None:
     points = [point(20.0, 1.0), point(30.0, 2.0)]
     with pytest.raises(InputError, match=r"no point reaches the limit 10 .*the best reaches 20;"):
         Rule(**{**vars(RULE), "limit": 10.0}).choose(points)
-    with pytest.raises(InputError, match=r"min_entropy_nats 4 \(the most is 3\)"):
+    with pytest.raises(InputError, match=r"min_entropy_nats 4 \(the highest entropy is 3\)"):
         Rule(**{**vars(RULE), "min_entropy_nats": 4.0}).choose(points)
 
 

@@ -98,7 +98,7 @@ def _draft_of(target: Any) -> Any:
         ({"checkpoint": "draft"}, {}, None),
         ({"checkpoint": "mixed"}, {}, "one of the two belongs to another model"),
         ({"checkpoint": "model"}, {"target_model_id": "target"}, "goes with a DFlash draft, which"),
-        ({"checkpoint": "ar"}, {"verify": True}, "verify proves a noise process"),
+        ({"checkpoint": "ar"}, {"verify": True}, "verify checks a noise process"),
         ({"checkpoint": "draft"}, {"target_model_id": "model"}, "^target_model_id .* 'bert', not"),
         ({"checkpoint": "draft"}, {"target_model_id": "headless"}, "a config but no weights"),
         ({"checkpoint": "model", "data": "other-rows"}, {}, "made with another tokenizer"),

@@ -126,15 +126,15 @@ def test_help_says_what_is_allowed_and_what_is_the_default(
     assert "--learning_rate FLOAT peak learning rate of AdamW (> 0.0; default: 0.0001)" in text
     assert "bf16 autocast; weights stay fp32 (one of no, bf16; default: no)" in text
     assert (
-        "smallest time that is trained on (objective mdlm, udlm, hybrid, block_diffusion; > 0.0; "
+        "the loss weight would be infinite (objective mdlm, udlm, hybrid, block_diffusion; > 0.0; "
         "< 1.0; default: 0.001 for mdlm, 0.0001 for udlm, "
         "0.0001 for hybrid, 0.001 for block_diffusion)" in text
     )
     assert "(objective hybrid; >= 0.0; < 1.0; default: 0.1)" in text
     names = ", ".join(objective_names())
     assert "one of elbo, cross_entropy for udlm, hybrid or dflash, dpace for dflash" in text
-    assert f"--objective TEXT what is trained (one of {names}; default: mdlm)" in text
-    assert "--compile [true|false] torch.compile the encoder (default: false)" in text
+    assert f"a name, or a mapping with its fields (one of {names}; default: mdlm)" in text
+    assert "--compile [true|false] compile the encoder with torch.compile (default: false)" in text
     assert "--data_path TEXT folder that jobs.preprocess wrote --output_dir" in text
 
 

@@ -245,7 +245,7 @@ def refused(
     ("name", "says"),
     [
         ("bad-config", "did you mean --max_train_steps?"),
-        ("plan", "root /proc/self/cwd is not seen by 1 of the cluster's 2 nodes"),
+        ("plan", "root /proc/self/cwd is not visible on 1 of the cluster's 2 nodes"),
     ],
 )
 def test_a_job_that_cannot_work_fails_with_code_2(

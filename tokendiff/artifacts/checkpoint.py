@@ -166,7 +166,7 @@ def find_checkpoint(checkpoint_path: str | Location, *, hashes: bool = True) -> 
         if not inner:
             raise InputError(
                 f"checkpoint_path {checkpoint_path}: no committed checkpoint there (no "
-                "MANIFEST.json)"
+                "MANIFEST.json); give a checkpoint-N or final folder that jobs.train wrote"
             )
         folder = inner[-1]
     if isinstance(folder, Path):

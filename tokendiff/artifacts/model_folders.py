@@ -37,8 +37,9 @@ def local_model(name: str) -> str:
     if is_committed(folder.parent):  # the tokenizer/ of token shards
         return str(fetch(folder.parent, under=f"{folder.name}/") / folder.name)
     raise InputError(
-        f"{name}: no checkpoint and no tokenizer of ours there (no MANIFEST.json); copy another "
-        "model to a folder that every node sees"
+        f"{name}: holds no checkpoint or tokenizer that tokendiff wrote (no MANIFEST.json); a "
+        "model of another origin cannot be read from a URI: copy it to a folder that every node "
+        "sees"
     )
 
 

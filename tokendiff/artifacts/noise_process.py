@@ -132,7 +132,7 @@ class NoiseProcess:
                 self._check_sight()
         if self.keeps_base and (self.block_length is None or self.context_attention != "causal"):
             raise InputError(
-                "keeps_base needs a block_length, and context_attention 'causal', that of its base"
+                "keeps_base needs a block_length, and context_attention 'causal' as in its base"
             )
         if self.predict not in ("own", "next"):
             raise InputError(f"predict must be 'own' or 'next', got {self.predict!r}")

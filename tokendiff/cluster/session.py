@@ -224,7 +224,7 @@ def _look_from_all(root: Path) -> None:
     blind = sorted(address for address, sees in zip(nodes.values(), seen, strict=True) if not sees)
     if blind:
         raise InputError(
-            f"root {root} is not seen by {len(blind)} of the cluster's {len(nodes)} nodes "
+            f"root {root} is not visible on {len(blind)} of the cluster's {len(nodes)} nodes "
             f"({', '.join(blind[:5])}); choose a folder on storage that all of them mount"
         )
 

@@ -34,21 +34,24 @@ class ClusterConfig(Section):
     )
     num_workers: Annotated[int | str, BeforeValidator(_number_or_range)] = Field(
         1,
-        description="training workers; MIN:MAX starts as many as the cluster has room for, goes on "
-        "with fewer when a node is lost, and takes more at a checkpoint",
+        description="training workers. MIN:MAX starts as many as the cluster has room for, "
+        "continues with fewer when a node is lost, and adds workers at a checkpoint",
     )
     cpus_per_worker: float = Field(1.0, gt=0.0, description="CPUs reserved by one worker or actor")
-    use_gpu: bool | None = Field(None, description="by default, whether the cluster has a GPU")
+    use_gpu: bool | None = Field(
+        None, description="use GPUs; by default if the cluster has one when the job starts"
+    )
     threads_per_worker: int | None = Field(
         None,
         ge=1,
-        description="torch threads on CPU; by default the machine's cores over its workers",
+        description="torch threads of a worker on the CPU; by default the machine's cores divided "
+        "by its workers",
     )
-    num_actors: int = Field(1, ge=1, description="actors that sample and evaluate, at most")
+    num_actors: int = Field(1, ge=1, description="most actors that sample or evaluate")
     min_actors: int | None = Field(
         None,
         ge=1,
-        description="actors that sampling starts with; more come as the cluster has room for them; "
+        description="actors that sampling starts with; more are added while the cluster has room; "
         "by default num_actors",
     )
     gpus_per_actor: float = Field(
@@ -57,8 +60,8 @@ class ClusterConfig(Section):
     max_failures: int = Field(
         3,
         ge=0,
-        description="lost workers that are survived before the job fails; with num_workers MIN:MAX "
-        "without a new checkpoint between them",
+        description="lost workers that the job survives; with num_workers MIN:MAX, counted since "
+        "the last checkpoint",
     )
     worker_start_timeout_s: float = Field(
         600.0, gt=0.0, description="seconds to wait for the workers' resources"

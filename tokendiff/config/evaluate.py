@@ -41,56 +41,69 @@ class EvaluateConfig(Section):
         None, description="folder for metrics.json, rows.parquet and report/"
     )
     split: Literal["heldout", "train"] = Field(
-        "heldout", description="rows that the bound is taken on"
+        "heldout", description="rows that the bound is measured on"
     )
-    max_eval_rows: int | None = Field(None, ge=2, description="rows at most; by default all")
-    num_mask_samples: int = Field(4, ge=1, description="noise levels drawn per row")
+    max_eval_rows: int | None = Field(
+        None, ge=2, description="most rows that are evaluated; by default all"
+    )
+    num_mask_samples: int = Field(
+        4,
+        ge=1,
+        description="noise levels that are drawn for each row; more give a smaller standard error",
+    )
     target_model_id: str | None = Field(
         None,
         min_length=1,
-        description="of a DFlash draft: what it drafts for; by default what it was trained for",
+        description="DFlash drafts: the target model; by default the one that the draft was "
+        "trained for",
     )
     num_anchors: int = Field(
-        16, ge=1, description="of a DFlash draft: blocks per row that acceptance is measured on"
+        16, ge=1, description="DFlash drafts: blocks of each row that acceptance is measured on"
     )
     verify: bool = Field(
         False,
-        description="prove the installed code and the checkpoint against brute force first; "
-        "the certificate stands in the report",
+        description="check the installed code and the checkpoint against brute force first, and "
+        "add the certificate to the report",
     )
     time_passes: bool = added(
         False,
-        description="time decoding passes over one token and over many, and say how much would "
-        "have to be accepted for speculative decoding to pay here; of a causal model",
+        description="causal models: time passes over one token and over many, and print how many "
+        "drafted tokens must be accepted for speculative decoding to be faster on this "
+        "machine",
     )
     batch_size: int = Field(16, ge=1, description="rows in one forward pass")
     reference_model_name_or_path: str | None = Field(
         None, description="causal LM that scores the samples (generative perplexity)"
     )
     mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16 autocast")
-    seed: int = Field(0, ge=0, lt=2**63, description="with a row's id, decides its noise")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="seed of the noise; a row's noise depends on it and on the row's id",
+    )
     tasks: Annotated[list[str], BeforeValidator(split_at_commas)] = added(
         [],
-        description="tasks of lm-evaluation-harness to measure, arc_easy,gsm8k; builtin: a small "
-        "set that needs no network",
+        description="tasks of lm-evaluation-harness, separated by commas (arc_easy,gsm8k); builtin "
+        "is a small set that needs no network",
     )
     tasks_path: str | None = added(
         None, min_length=1, description="folder with task files (YAML) of your own"
     )
     sampler: SamplerConfig | None = added(
         None,
-        description="tasks: how the checkpoint reads and writes; ar and self_speculation read it "
-        "from left to right, with exact likelihoods, the others give bounds; by default one that "
-        "goes with the checkpoint",
+        description="tasks: the sampler that writes and scores texts. ar and self_speculation give "
+        "exact likelihoods, the others bounds; by default one that the checkpoint can "
+        "be used with",
     )
     num_fewshot: int | None = added(
         None, ge=0, description="tasks: solved examples before each document; by default the task's"
     )
     max_task_documents: int | None = added(
-        None, ge=1, description="tasks: documents of each at most; by default all"
+        None, ge=1, description="tasks: most documents of each task; by default all"
     )
     apply_chat_template: bool = added(
-        False, description="tasks: write documents out as chats, by the tokenizer's template"
+        False, description="tasks: write documents out as chats with the tokenizer's template"
     )
 
     @model_validator(mode="after")

@@ -21,18 +21,23 @@ class FrontierConfig(Section):
     samplers: list[SamplerConfig] = Field(min_length=1, description="samplers to try")
     over: dict[str, list[Any]] = Field(
         {},
-        description="field of a sampler -> values to try, in every combination, with each sampler "
-        "that has the field",
+        description="values to try, by the name of a sampler's field; every combination is tried "
+        "with each sampler that has the field",
     )
     prompt: list[str] = Field([], description="a prompt; may be given several times")
     prompts: list[str] = Field([], description="prompt files or globs, as of generate")
-    num_samples: int = Field(4, ge=1, description="samples, or samples per prompt")
+    num_samples: int = Field(4, ge=1, description="number of samples; with prompts, of each prompt")
     seq_len: int | None = Field(
         None, ge=1, description="tokens of a sample of fixed length; by default as trained"
     )
     batch_size: int = Field(16, ge=1, description="rows that are sampled together")
     mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16 autocast")
-    seed: int = Field(0, ge=0, lt=2**63, description="with a row's id, decides its randomness")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="seed of the samples; a row's randomness depends on it and on the row's id",
+    )
     reference_model_name_or_path: str | None = Field(
         None, description="causal LM that scores the samples (generative perplexity)"
     )
@@ -45,30 +50,31 @@ class FrontierConfig(Section):
     )
     quality: str = Field(
         PERPLEXITY,
-        description="the figure that points are compared by: generative_perplexity, or TASK/METRIC "
-        "of a task that has text written; choices are scored by likelihood, which no step or "
-        "threshold changes",
+        description="figure that measures quality: generative_perplexity, or TASK/METRIC of a task "
+        "that has text written (multiple-choice tasks do not depend on steps or "
+        "thresholds)",
     )
     direction: Literal["lower", "higher"] | None = Field(
         None,
-        description="which quality is better; by default what the task says of its metric, and "
-        "lower of a perplexity",
+        description="direction in which quality is better; by default lower for a perplexity, and "
+        "what the task says for its metric",
     )
     speed: Literal["tokens_per_forward", "tokens_per_second"] = Field(
-        "tokens_per_forward", description="what points are fast by; only the first can be repeated"
+        "tokens_per_forward",
+        description="figure that measures speed; only tokens_per_forward is the same each time",
     )
     within: float = Field(
         0.01,
         ge=0.0,
-        description="the operating point is the fastest whose quality is worse than the best by at "
-        "most this share of it",
+        description="largest loss of quality, as a share of the best quality, that the operating "
+        "point may have; the fastest such setting is chosen",
     )
     limit: float | None = Field(None, description="quality that the operating point must reach")
     min_entropy_nats: float = Field(
         0.0,
         ge=0.0,
-        description="unigram entropy of its samples, at least; samples that repeat themselves have "
-        "a good perplexity and little entropy",
+        description="least unigram entropy of the samples at the operating point; it excludes "
+        "samples that repeat themselves, whose perplexity is good",
     )
 
     @property

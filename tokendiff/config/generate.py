@@ -22,11 +22,13 @@ class GenerateConfig(Section):
     model_id: str | None = Field(
         None,
         min_length=1,
-        description="in place of checkpoint_path: a causal language model, or a published denoiser "
-        "(LLaDA, Dream), that is no checkpoint of ours, by its transformers name or folder",
+        description="transformers name or folder of a causal language model or a published "
+        "denoiser (LLaDA, Dream), in place of checkpoint_path",
     )
     trust_remote_code: bool = Field(
-        False, description="run code that comes with model_id, where transformers has none for it"
+        False,
+        description="run the Python code that comes with model_id, if transformers has no class "
+        "for it",
     )
     target_model_id: str | None = Field(
         None,
@@ -47,39 +49,47 @@ class GenerateConfig(Section):
         "messages of a chat); .txt and .jsonl also compressed",
     )
     use_chat_template: bool = Field(
-        False, description="prompts are what a user says, written out by the chat template"
+        False,
+        description="treat each prompt as a user's message and write it out with the chat template",
     )
     add_generation_prompt: bool = Field(
-        False, description="a chat ends with what an answer begins with"
+        False, description="end each chat with the tokens that begin an answer"
     )
-    num_samples: int = Field(4, ge=1, description="samples, or samples per prompt")
+    num_samples: int = Field(4, ge=1, description="number of samples; with prompts, of each prompt")
     seq_len: int | None = Field(
         None,
         ge=1,
         description="tokens of a sample, its prompt included; by default the trained max_length",
     )
-    sampler: SamplerConfig = Field(AncestralConfig(), description="how samples are drawn")
+    sampler: SamplerConfig = Field(
+        AncestralConfig(), description="sampler: a name, or a mapping with its fields"
+    )
     batch_size: int = Field(
         16,
         ge=1,
-        description="rows that are sampled together; where rows end at different times, rows in "
-        "flight",
+        description="rows that are sampled together; a sampler that ends rows at different times "
+        "keeps this many in flight",
     )
     output_format: Literal["jsonl", "parquet"] = Field(
         "jsonl", description="format of the part files"
     )
     measure_speedup: bool = Field(
         False,
-        description="samplers dflash and self_speculation: let the model alone write the same rows "
-        "too, token by token, in turn with the draft, and compare times and texts",
+        description="samplers dflash and self_speculation: also write the same rows token by token "
+        "with the model alone, and compare times and texts",
     )
     mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16 autocast")
-    seed: int = Field(0, ge=0, lt=2**63, description="with a row's id, decides its randomness")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="seed of the samples; a row's randomness depends on it and on the row's id",
+    )
     max_errors: int = operational(
         100,
         ge=0,
-        description="prompts of files that may be of no use (too long, not text) before the job "
-        "fails; errors/ names them",
+        description="unusable prompts of files (too long, not text) that are left out and named in "
+        "errors/; with more of them the job fails",
     )
     max_row_failures: int = operational(
         4,

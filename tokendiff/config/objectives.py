@@ -41,12 +41,18 @@ class _AnyObjectiveConfig(Section):
 class _ObjectiveConfig(_AnyObjectiveConfig):
     """Objectives whose noise has a time."""
 
-    min_time: float = Field(1e-3, gt=0.0, lt=1.0, description="smallest time that is trained on")
+    min_time: float = Field(
+        1e-3,
+        gt=0.0,
+        lt=1.0,
+        description="smallest time t that is drawn in training; at 0 the loss weight would be "
+        "infinite",
+    )
     max_loss_weight: float | None = Field(
         None,
         gt=0.0,
-        description="clip the loss weights, which grow without bound at the ends of time; "
-        "the reported bound is never clipped",
+        description="largest loss weight in training; weights grow without limit near the ends of "
+        "time. The reported bound is never clipped",
     )
 
 
@@ -56,7 +62,12 @@ class _ScheduledConfig(_ObjectiveConfig):
     alpha_schedule: Literal["log_linear", "linear", "cosine", "geometric"] = Field(
         "log_linear", description="noise schedule alpha(t)"
     )
-    eps: float = Field(1e-3, gt=0.0, lt=0.5, description="distance of alpha from its ends")
+    eps: float = Field(
+        1e-3,
+        gt=0.0,
+        lt=0.5,
+        description="distance that alpha keeps from 0 and 1 at the ends of time",
+    )
     sigma_min: float = Field(1e-4, ge=1e-8, description="least noise of the geometric schedule")
     sigma_max: float = Field(
         20.0, gt=0.0, le=100.0, description="most noise of the geometric schedule"
@@ -84,9 +95,9 @@ class _WholeRowConfig(_ObjectiveConfig):
 
     predict: Literal["own", "next"] | None = added(
         None,
-        description="next: the state before a masked token tells it, as in Dream and in the "
-        "weights of an autoregressive model; own: the state at its place; by default as the model "
-        "that training starts from was trained",
+        description="hidden state that predicts a masked token: own, the state at its position, or "
+        "next, the state at the position before it (Dream, and weights of "
+        "autoregressive models); by default as the starting model was trained",
     )
 
 
@@ -105,15 +116,21 @@ class MDLMConfig(_WholeRowConfig, _ScheduledConfig):
 
 
 LOSS_TYPE_HELP = (
-    "elbo trains what bound and sampler are built on; cross_entropy trains p(x_0 | x_t), "
-    "which they then convert"
+    "elbo trains the likelihood bound; cross_entropy trains p(x_0 | x_t), which "
+    "samplers and bound convert when they use it"
 )
 
 
 class _TokenNoiseConfig(_WholeRowConfig):
     """Objectives whose noise is other tokens."""
 
-    min_time: float = Field(1e-4, gt=0.0, lt=1.0, description="smallest time that is trained on")
+    min_time: float = Field(
+        1e-4,
+        gt=0.0,
+        lt=1.0,
+        description="smallest time t that is drawn in training; at 0 the loss weight would be "
+        "infinite",
+    )
     loss_type: Literal["elbo", "cross_entropy"] = Field("elbo", description=LOSS_TYPE_HELP)
 
     @model_validator(mode="after")
@@ -131,7 +148,7 @@ class UDLMConfig(_TokenNoiseConfig, _ScheduledConfig):
 
     name: Literal["udlm"] = "udlm"
     exclude_mask_from_uniform: bool = Field(
-        True, description="noise is any id but the mask; false: any id, the mask too"
+        True, description="draw noise from all ids except the mask; false: from all ids"
     )
 
     def process_fields(self) -> dict[str, Any]:
@@ -155,7 +172,8 @@ class HybridConfig(_TokenNoiseConfig):
         1.0,
         ge=0.05,
         le=2.0,
-        description="how uniform noise gathers around t = 1/2; above 2 rates would be negative",
+        description="how strongly uniform noise is concentrated around t = 1/2; values above 2 "
+        "would make rates negative",
     )
 
     def process_fields(self) -> dict[str, Any]:
@@ -169,9 +187,9 @@ class HybridConfig(_TokenNoiseConfig):
 
 
 BLOCK_START_HELP = (
-    "where blocks are counted from: the start of each answer or of the document; by default the "
-    "answer in chats with their loss on answers. Engines that count a prompt's blocks from its "
-    "first token need document"
+    "where the first block starts: at each answer, or at the first token of the "
+    "document; by default at each answer if only answers are learnt. Choose "
+    "document for serving engines that count blocks from the prompt's first token"
 )
 
 
@@ -185,22 +203,23 @@ class BlockDiffusionConfig(_ScheduledConfig):
     block_start: Literal["answer", "document"] | None = added(None, description=BLOCK_START_HELP)
     exact_mask_counts: bool = Field(
         False,
-        description="draw how many tokens of a block are masked, each number as often, in place of "
-        "a time; the same bound with less variance",
+        description="draw the number of masked tokens of a block, each number equally often, "
+        "instead of a time; the bound is the same, with less variance",
     )
 
     ar_loss_weight: float = added(
         0.0,
         ge=0.0,
-        description="weight of the next-token loss of the clean text, so that the model decodes "
-        "token by token too (sampler ar). Above 0 each token of the clean text sees only those "
-        "left of it; at 0 it sees its block whole",
+        description="weight of the next-token loss on the clean text, which lets the model also "
+        "decode token by token (sampler ar). Above 0, a clean token sees only the "
+        "tokens before it; at 0, it sees its whole block",
     )
     diffusion_loss_weight: float = added(1.0, gt=0.0, description="weight of the loss of blocks")
     predict: Literal["own", "next"] = added(
         "own",
-        description="next: the state before a masked token tells it, as the weights of an "
-        "autoregressive model do already; own: the state at its place",
+        description="hidden state that predicts a masked token: own, the state at its position, or "
+        "next, the state at the position before it, as weights of autoregressive models "
+        "do already",
     )
 
     @model_validator(mode="after")
@@ -240,13 +259,13 @@ class BlockRefinementConfig(_AnyObjectiveConfig):
     )
     attention_mask_mode: Literal["2d", "4d", "auto"] = Field(
         "2d",
-        description="2d: a position sees up to itself, as in the causal model; 4d: the rest of its "
-        "block too; auto: 4d, which every model that can be trained takes",
+        description="what a position sees: 2d, itself and what is before it, as in a causal model; "
+        "4d, also the rest of its block; auto, the same as 4d",
     )
     clean_context: bool = Field(
         False,
-        description="earlier blocks are clean, as they are in decoding, for rows of twice the "
-        "length; false: as noisy as they were drawn, as published",
+        description="show a block the clean text of earlier blocks, as in decoding; this doubles "
+        "the length of the rows. false: show them with their own noise, as published",
     )
 
     def process_fields(self) -> dict[str, Any]:
@@ -292,34 +311,40 @@ class DFlashConfig(_NoiselessConfig):
     )
     loss_type: Literal["dflash", "dpace"] = added(
         "dflash",
-        description="dflash weighs a block's tokens by decay_gamma; dpace by what the draft knows "
-        "by now, so that the tokens that end the accepted prefix count most",
+        description="weights of the tokens of a block: dflash, fixed by decay_gamma; dpace, from "
+        "the draft's current predictions, so that the tokens at which acceptance ends "
+        "count most",
     )
     dpace_alpha: float = added(
         0.5,
         gt=0.0,
         le=1.0,
-        description="of loss_type dpace: how much of a later token's weight does not depend on the "
-        "tokens before it; 1 gives fixed weights that fall along a line",
+        description="loss_type dpace: share of a token's weight that does not depend on the tokens "
+        "before it; 1 gives fixed weights that fall linearly",
     )
     decay_gamma: float | None = Field(
         None,
         gt=0.0,
-        description="the k-th drafted token weighs exp(-(k - 1) / decay_gamma); by default 7, 5, 4 "
-        "for blocks of 16, 10, 8 and a line between them",
+        description="decay of the loss over a block: the k-th drafted token has weight exp(-(k - "
+        "1) / decay_gamma); by default 7, 5 and 4 for blocks of 16, 10 and 8, interpolated "
+        "between them",
     )
     draft_num_layers: int = Field(5, ge=1, description="layers of a new draft")
-    block_size: int = Field(16, ge=2, description="tokens of a new draft's block, its first given")
+    block_size: int = Field(
+        16,
+        ge=2,
+        description="tokens of a new draft's block, including the first one, which is given",
+    )
     mask_token_id: int | None = Field(
         None,
         ge=0,
-        description="id of the target's embedding that stands for what a new draft is to fill in; "
-        "by default the tokenizer's mask token, else a reserved or unused one",
+        description="token id that marks the positions that a new draft fills in; by default the "
+        "tokenizer's mask token, else a reserved or unused one",
     )
     use_target_hidden_states: bool = Field(
         True,
-        description="false: a new draft is told the target's embeddings of the text in their "
-        "place, to measure what they are worth",
+        description="give the draft hidden states of the target's layers; false: give it the "
+        "target's embeddings instead, to measure what the hidden states are worth",
     )
 
     @model_validator(mode="after")

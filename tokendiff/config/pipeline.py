@@ -21,9 +21,11 @@ class StageConfig(Section):
     kind: Literal[
         "preprocess", "train", "regenerate", "generate", "evaluate", "frontier", "promote"
     ] = Field(description="what the stage does")
-    inputs: dict[str, str] = Field({}, description="role of an input -> the stage that it is")
+    inputs: dict[str, str] = Field(
+        {}, description="stages that this one reads from, by the role of the input"
+    )
     config: dict[str, Any] = Field(
-        {}, description="fields of the kind's section that differ in this stage"
+        {}, description="fields that differ from the section of the stage's kind"
     )
     max_retries: int | None = operational(None, ge=0, description="by default the runner's")
     timeout_s: float | None = operational(None, gt=0.0, description="by default the runner's")
@@ -33,26 +35,32 @@ class RunnerConfig(Section):
     """How a pipeline runs its stages. Nothing here changes a result, or is part of a key."""
 
     max_retries: int = Field(
-        2, ge=0, description="of a stage, after failures that may pass: a lost node, a network"
+        2,
+        ge=0,
+        description="retries of a stage after failures that may pass (a lost node, a network)",
     )
-    retry_wait_s: float = Field(10.0, ge=0.0, description="before a retry; doubles each time")
+    retry_wait_s: float = Field(
+        10.0, ge=0.0, description="seconds before the first retry; the wait doubles each time"
+    )
     timeout_s: float | None = Field(None, gt=0.0, description="seconds that a stage may take")
     max_parallel: int | None = Field(
         None,
         ge=1,
-        description="stages side by side; by default as many as the cluster has room for",
+        description="most stages that run at the same time; by default as many as the cluster has "
+        "room for",
     )
 
 
 class TrackingConfig(Section):
     """Where runs are recorded, beside the run's own log."""
 
-    enabled: bool = Field(True, description="MLflow: mirror the log to it")
+    enabled: bool = Field(True, description="MLflow: mirror the run's log")
     uri: str | None = Field(
         None,
-        description="MLflow: its store; MLFLOW_TRACKING_URI goes first; by default sqlite in root",
+        description="MLflow: address of its store; MLFLOW_TRACKING_URI takes precedence; by "
+        "default a sqlite file under root",
     )
-    experiment: str = Field("tokendiff", min_length=1, description="MLflow: the experiment")
+    experiment: str = Field("tokendiff", min_length=1, description="MLflow: name of the experiment")
     tensorboard: bool = Field(
         False,
         description="write the log's numbers for TensorBoard too, into run/tensorboard of each "
@@ -84,11 +92,12 @@ class Config(Section):
     promote: PromoteConfig = PromoteConfig()
     stages: dict[str, StageConfig] = Field(
         {},
-        description="by name, where preprocess, train, generate, evaluate in a row will not do; "
-        "the sections are then what stages of their kind have in common",
+        description="stages by name, for pipelines other than preprocess, train, generate, "
+        "evaluate in a row; a section then holds what the stages of its kind have in common",
     )
     matrix: dict[str, list[Any]] = Field(
-        {}, description="section.field -> values: the pipeline runs for every combination"
+        {},
+        description="values to try, by section.field; the pipeline runs once for every combination",
     )
     runner: RunnerConfig = RunnerConfig()
     cluster: ClusterConfig = ClusterConfig()

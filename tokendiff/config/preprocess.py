@@ -30,13 +30,14 @@ class PreprocessConfig(Section):
     dataset_split: str = Field("train", description="split of a Hugging Face dataset")
     data_files: list[str] = Field(
         [],
-        description="files or globs, those of text also compressed (.gz .bz2 .xz .zst .lz4 .br); "
-        "folders for samples",
+        description="files or globs; text files may be compressed (.gz .bz2 .xz .zst .lz4 .br); "
+        "for samples, folders",
     )
     text_column: str = Field(
         "text",
         min_length=1,
-        description="column that holds texts or lists of them; doc.text is a field in a column",
+        description="column that holds a text or a list of texts; doc.text names the field text "
+        "inside the column doc",
     )
     dataset_format: (
         Literal["text", "messages", "sharegpt", "prompt_completion", "alpaca"] | None
@@ -53,23 +54,25 @@ class PreprocessConfig(Section):
         "tokenizer's own",
     )
     train_on: Literal["answers", "last_answer", "all"] = added(
-        "answers", description="tokens of a conversation that are learnt"
+        "answers",
+        description="tokens of a conversation that the loss counts: all answers, the last answer, "
+        "or everything",
     )
     too_long: Literal["cut", "drop"] = added(
         "cut",
-        description="what becomes of a conversation longer than max_length: its end is cut off, "
-        "or it is left out",
+        description="what happens to a conversation longer than max_length: cut off its end, or "
+        "drop it whole",
     )
     fill_answers: bool | None = added(
         None,
-        description="fill last answers up with EOS to a drawn length, as a model that denoises "
-        "whole rows must learn to end inside a slot; by default where the objective is mdlm, udlm "
-        "or hybrid",
+        description="fill the last answer up with EOS to a random length, so that a model that "
+        "denoises whole rows learns to end an answer inside a longer slot; by default "
+        "on for mdlm, udlm and hybrid, off for other objectives",
     )
     isolate_documents: bool | None = added(
         None,
-        description="hide the documents of a row from each other also in models that see whole "
-        "rows; by default on for conversations, off for text",
+        description="hide the documents of a row from each other, in models that see whole rows "
+        "too; by default on for conversations, off for text",
     )
     sample_by: Literal["line", "document"] = Field(
         "line", description="what one document is in text files: a line or the whole file"
@@ -92,20 +95,21 @@ class PreprocessConfig(Section):
     partition_bytes: int = Field(
         32 << 20,
         ge=1,
-        description="input bytes packed by one task, at most: a larger file is cut into equal "
-        "parts; also the unit of a shard",
+        description="most input bytes that one task packs into one shard; a larger file is cut "
+        "into equal parts",
     )
     new_since: str | None = Field(
         None,
-        description="models:/NAME@ALIAS: files that this model was trained on give held-out rows "
-        "only, and its tokenizer is used; while there is no such model, all files are new",
+        description="models:/NAME@ALIAS, a registered model: files that it was trained on are used "
+        "for held-out rows only, and its tokenizer is kept; if there is no such model "
+        "yet, all files count as new",
     )
     output_dir: str | None = operational(None, description="folder for the shards")
     max_errors: int = operational(
         100,
         ge=0,
-        description="rows that may be of no use (cut off, no text, no UTF-8) before the job "
-        "fails; errors/ names them",
+        description="unusable rows (cut off, no text, not UTF-8) that are left out and named in "
+        "errors/; with more of them the job fails",
     )
 
     @model_validator(mode="after")
@@ -124,8 +128,8 @@ class PreprocessConfig(Section):
             )
         if self.new_since is not None and self.dataset_name not in FILE_FORMATS:
             raise ValueError(
-                "new_since tells files apart: it goes with dataset_name "
-                f"{', '.join(FILE_FORMATS)}, not {self.dataset_name!r}"
+                "new_since compares files, so it needs dataset_name "
+                f"{', '.join(FILE_FORMATS)}, not {self.dataset_name!r}; remove it"
             )
         if "num_dummy_samples" in self.model_fields_set and not self.use_dummy_data:
             raise ValueError("num_dummy_samples goes with use_dummy_data")

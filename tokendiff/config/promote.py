@@ -13,22 +13,27 @@ class GateConfig(Section):
 
     metric: str = Field(
         min_length=1,
-        description="a figure of the evaluation, nats_per_token; of a task, arc_easy/acc",
+        description="figure that is compared: one of the evaluation (nats_per_token) or of a task "
+        "(arc_easy/acc)",
     )
-    direction: Literal["lower", "higher"] = Field(description="which is better")
+    direction: Literal["lower", "higher"] = Field(
+        description="direction in which the figure is better"
+    )
     margin: float = Field(
         0.0,
-        description="how much better than the champion at least; below 0: how much worse at most",
+        description="least improvement on the champion; a negative margin allows the candidate to "
+        "be that much worse",
     )
     min_standard_errors: float = Field(
         0.0,
         ge=0.0,
-        description="how many standard errors of the difference, paired by row (by document of a "
-        "task), it must be better than the champion by, besides; of many rows, 2 lets chance pass "
-        "in one of 44 cases, of 10 rows in one of 26, of 2 rows in one of 7; 0 leaves chance out",
+        description="least improvement on the champion, in standard errors of the difference "
+        "paired by row (by document of a task); it applies besides margin. With 2, chance alone "
+        "passes in one of 44 cases for many rows, one of 26 for 10 rows, one of 7 for 2 rows; 0 "
+        "does not test for chance",
     )
     limit: float | None = Field(
-        None, description="what it must reach in any case, with a champion or without"
+        None, description="value that the candidate must reach, whether there is a champion or not"
     )
 
     @model_validator(mode="after")
@@ -62,10 +67,13 @@ class PromoteConfig(Section):
         "tokendiff", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="MLflow: the model's name"
     )
     alias: str = Field(
-        "champion", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="MLflow: what is moved"
+        "champion",
+        pattern=r"^[A-Za-z][A-Za-z0-9_-]*$",
+        description="MLflow: the alias that is moved to the new champion",
     )
     gate: list[GateConfig] = Field(
         [GateConfig(metric="nats_per_token", direction="lower")],
         min_length=1,
-        description="all must hold, against the champion on the same held-out rows",
+        description="conditions that must all hold, compared with the champion on the same "
+        "held-out rows",
     )

@@ -11,11 +11,17 @@ class _SamplerConfig(Section):
     """Fields that all samplers have."""
 
     temperature: float = Field(
-        1.0, ge=0.0, description="of the predicted distribution; 0 is argmax"
+        1.0,
+        ge=0.0,
+        description="temperature of the predicted distribution; 0 takes the likeliest token",
     )
-    top_k: int | None = Field(None, ge=1, description="keep the k likeliest tokens")
+    top_k: int | None = Field(None, ge=1, description="draw from the k likeliest tokens only")
     top_p: float | None = Field(
-        None, gt=0.0, le=1.0, description="keep the likeliest tokens of this total"
+        None,
+        gt=0.0,
+        le=1.0,
+        description="draw from the smallest set of likeliest tokens whose probabilities sum to at "
+        "least this",
     )
 
     @model_validator(mode="after")
@@ -31,8 +37,8 @@ class _FixedLengthConfig(_SamplerConfig):
     guidance_scale: float = Field(
         1.0,
         ge=0.0,
-        description="classifier-free guidance towards the prompt; 1 is off, "
-        "others take two forward passes",
+        description="strength of classifier-free guidance towards the prompt; 1 is off, other "
+        "values take two forward passes a step",
     )
 
 
@@ -71,7 +77,10 @@ class BlockwiseConfig(_FixedLengthConfig):
 
     name: Literal["blockwise"] = "blockwise"
     num_inference_steps: int = Field(
-        64, ge=1, description="steps of each block, on the time grid or at most"
+        64,
+        ge=1,
+        description="steps of each block: exactly these on a grid of times (ancestral), at most "
+        "these otherwise",
     )
     block_size: int = Field(32, ge=1, description="tokens of a block")
     remasking_strategy: Literal[
@@ -82,20 +91,25 @@ class BlockwiseConfig(_FixedLengthConfig):
         "entropy_bounded",
     ] = added(
         "ancestral",
-        description="which tokens of a block a step commits: those that the noise process reveals "
-        "(ancestral), or as in sampler sdar",
+        description="rule for which tokens of a block a step commits: ancestral, those that the "
+        "noise process reveals; the others as in sampler sdar",
     )
     confidence_threshold: float = added(
-        0.85, ge=0.0, description="low_confidence_dynamic commits all above this probability"
+        0.85,
+        ge=0.0,
+        description="low_confidence_dynamic: commit every token whose probability is above this",
     )
     entropy_threshold: float = added(
-        0.5, ge=0.0, description="nats; entropy_bounded commits tokens up to this total"
+        0.5,
+        ge=0.0,
+        description="entropy_bounded: commit the surest tokens until their entropies, in nats, sum "
+        "to this",
     )
     max_new_tokens: int | None = added(
         None,
         ge=1,
-        description="tokens of an answer at most, in place of seq_len: each row is a prompt and "
-        "its answer, whose blocks begin behind the prompt, and which ends at EOS",
+        description="most tokens of an answer. Each row is then a prompt and an answer that begins "
+        "behind it and ends at EOS; use it in place of seq_len",
     )
     stop_token_ids: list[int] = added(
         [],
@@ -104,14 +118,15 @@ class BlockwiseConfig(_FixedLengthConfig):
 
     cache: Literal["none", "prefix", "dual"] = added(
         "none",
-        description="keys and values that are kept while a block is filled in: none (exact), those "
-        "before it (prefix), or on both sides (dual); the samples are then an approximation",
+        description="keys and values that are kept while a block is filled in: none (exact); "
+        "prefix, those before the block; dual, those on both sides. prefix and dual are "
+        "approximations",
     )
     cache_refresh_steps: int | None = added(
         None,
         ge=1,
-        description="forward passes from one that renews the cache to the next; by default it is "
-        "renewed where a block begins",
+        description="renew the cache after this many forward passes; by default only when a block "
+        "begins",
     )
 
     @model_validator(mode="after")
@@ -134,10 +149,12 @@ class RemaskingConfig(_FixedLengthConfig):
     name: Literal["remdm"] = "remdm"
     num_inference_steps: int = Field(128, ge=1, description="steps of the time grid")
     eta: float = Field(
-        0.02, ge=0.0, le=1.0, description="how much is masked again; 0 is the ancestral sampler"
+        0.02, ge=0.0, le=1.0, description="strength of remasking; 0 gives sampler ancestral"
     )
     remasking_schedule: Literal["cap", "rescale"] = Field(
-        "cap", description="sigma is at most eta, or eta times the most that is possible"
+        "cap",
+        description="rule for the probability of remasking a token: cap, at most eta; rescale, eta "
+        "times the largest possible value",
     )
 
 
@@ -170,9 +187,10 @@ class _SpeculativeConfig(AutoregressiveSamplerConfig):
     draft_temperature: float | None = Field(
         None,
         ge=0.0,
-        description="of the draft's proposals, by default temperature. Above 0 they are drawn and "
-        "judged by p/q: the text has the target's distribution. 0: its likeliest tokens, and the "
-        "text is that of sampler ar with the same seed, token for token",
+        description="temperature of the draft; by default the same as temperature. Above 0, "
+        "proposals are drawn, more are accepted, and the text has the target's "
+        "distribution. At 0, the draft proposes its likeliest tokens, and the text is "
+        "token for token that of sampler ar with the same seed",
     )
 
     @model_validator(mode="after")
@@ -195,19 +213,19 @@ class SelfSpeculationConfig(_SpeculativeConfig):
 
     name: Literal["self_speculation"] = "self_speculation"  # type: ignore[assignment]
     block_length: int | None = Field(
-        None, ge=2, description="masks that are drafted from; by default as the model was trained"
+        None, ge=2, description="masks that a draft is made from; by default as many as in training"
     )
     draft_steps: int = added(
         1,
         ge=1,
-        description="passes that a draft takes, beside the one that verifies it; each settles its "
-        "share of the block, from the left",
+        description="forward passes that make a draft; each settles an equal share of the block, "
+        "from the left. One more pass verifies it",
     )
     draft_ahead: bool = added(
         False,
-        description="draft the next block in the pass that verifies this one: half the passes, "
-        "each over K + K^2 tokens for blocks of K; pays where a pass takes little longer for so "
-        "many (time_passes of jobs.evaluate tells)",
+        description="draft the next block in the pass that verifies this one. This takes half the "
+        "passes, each over K + K^2 tokens for blocks of K, and pays if such a pass "
+        "takes little longer (measure it with time_passes of jobs.evaluate)",
     )
 
     @model_validator(mode="after")
@@ -228,12 +246,19 @@ class SDARSamplerConfig(_OpenEndedConfig):
     denoising_steps: int = Field(4, ge=1, description="steps of a block at most")
     remasking_strategy: Literal[
         "sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded"
-    ] = Field("low_confidence_dynamic", description="which tokens of a block a step commits")
+    ] = Field(
+        "low_confidence_dynamic", description="rule for which tokens of a block a step commits"
+    )
     confidence_threshold: float = Field(
-        0.85, ge=0.0, description="low_confidence_dynamic commits all above this probability"
+        0.85,
+        ge=0.0,
+        description="low_confidence_dynamic: commit every token whose probability is above this",
     )
     entropy_threshold: float = Field(
-        0.5, ge=0.0, description="nats; entropy_bounded commits tokens up to this total"
+        0.5,
+        ge=0.0,
+        description="entropy_bounded: commit the surest tokens until their entropies, in nats, sum "
+        "to this",
     )
 
     @model_validator(mode="after")
@@ -251,35 +276,40 @@ class BlockRefinementSamplerConfig(_OpenEndedConfig):
 
     name: Literal["block_refinement"] = "block_refinement"
     temperature: float = Field(
-        0.0, ge=0.0, description="of the predicted distribution; 0 is argmax"
+        0.0,
+        ge=0.0,
+        description="temperature of the predicted distribution; 0 takes the likeliest token",
     )
     gen_length: int = Field(256, ge=1, description="tokens of a completion at most")
     block_length: int | None = Field(
         None, ge=1, description="tokens of a block; by default as the model was trained, else 32"
     )
-    num_inference_steps: int = Field(32, ge=1, description="steps that a block is spread over")
+    num_inference_steps: int = Field(
+        32, ge=1, description="steps that the tokens of a block are spread over"
+    )
     threshold: float = Field(
         0.7,
         ge=0.0,
-        description="a step commits all candidates above this probability; above 1, none for that",
+        description="commit every candidate whose probability is above this; a value above 1 "
+        "commits only the step's quota",
     )
-    minimal_topk: int = Field(1, ge=1, description="tokens that a step commits at least")
+    minimal_topk: int = Field(1, ge=1, description="least tokens that a step commits")
     editing_threshold: float | None = Field(
         None,
         gt=0.0,
-        description="committed tokens are replaced by others above this probability; "
-        "by default they stay",
+        description="replace a committed token by another one whose probability is above this; by "
+        "default committed tokens stay",
     )
     max_post_steps: int = Field(
-        16, ge=0, description="steps of a block, at most, that only edit, after its last mask"
+        16, ge=0, description="most steps of a block that only edit, after its last mask was filled"
     )
     eos_early_stop: bool = Field(
-        True, description="false: stop tokens end nothing, gen_length tokens are written"
+        True, description="end a completion at a stop token; false: always write gen_length tokens"
     )
     attention_mask_mode: Literal["2d", "4d", "auto"] = Field(
         "auto",
-        description="2d: a causal model as it is; 4d: a block sees itself whole; auto: as the "
-        "model was trained",
+        description="what a position sees: 2d, what is before it, as in a causal model; 4d, also "
+        "its whole block; auto, as the model was trained",
     )
 
     @model_validator(mode="after")

@@ -27,13 +27,13 @@ class TrainConfig(Section):
     model_name_or_path: str = Field(
         "builtin:bert-mini",
         min_length=1,
-        description="transformers name or path, a checkpoint of ours, "
-        "or builtin:NAME (a small model, new weights)",
+        description="transformers name or path, a checkpoint of tokendiff, or builtin:NAME (a "
+        "small model with new weights)",
     )
     warm_start_from: str | None = Field(
         None,
-        description="a checkpoint, or models:/NAME@ALIAS, whose weights are gone on from; "
-        "while there is no such model, model_name_or_path",
+        description="checkpoint or models:/NAME@ALIAS to start from; if there is no such "
+        "registered model yet, training starts from model_name_or_path",
     )
     from_scratch: bool = Field(
         False, description="take the model's config, but start from new weights"
@@ -46,11 +46,15 @@ class TrainConfig(Section):
     draft_model_id: str | None = Field(
         None,
         min_length=1,
-        description="objective dflash: a draft to go on with; by default a new one",
+        description="objective dflash: the draft to continue training; by default a new one",
     )
-    objective: ObjectiveConfig = Field(MDLMConfig(), description="what is trained")
+    objective: ObjectiveConfig = Field(
+        MDLMConfig(), description="objective that is trained: a name, or a mapping with its fields"
+    )
     data_path: str | None = operational(None, description="folder that jobs.preprocess wrote")
-    output_dir: str | None = operational(None, description="gets checkpoint-N/ and final/")
+    output_dir: str | None = operational(
+        None, description="folder that checkpoint-N/ and final/ are written to"
+    )
 
     push_to_hub: str | None = operational(
         None,
@@ -61,34 +65,43 @@ class TrainConfig(Section):
 
     max_train_steps: int = Field(1000, ge=1, description="optimiser steps")
     per_device_train_batch_size: int = operational(
-        8, ge=1, description="rows in one forward and backward pass of one worker, at most"
+        8, ge=1, description="most rows in one forward and backward pass of one worker"
     )
-    gradient_accumulation_steps: int = operational(1, ge=1, description="passes that make one step")
+    gradient_accumulation_steps: int = operational(
+        1, ge=1, description="forward and backward passes of one optimiser step"
+    )
     global_batch_size: int | None = operational(
         None,
         ge=1,
-        description="rows of one optimiser step, shared by all workers; "
-        "by default per_device_train_batch_size * gradient_accumulation_steps, "
-        "however many workers there are",
+        description="rows of one optimiser step, divided among the workers; by default "
+        "per_device_train_batch_size * gradient_accumulation_steps, whatever the number "
+        "of workers",
     )
     optimizer: Literal["adamw", "muon"] = added(
         "adamw",
-        description="muon: Muon for the matrices of the layers, AdamW for all else",
+        description="optimiser: adamw, or muon, which trains the matrices of the layers with Muon "
+        "and everything else with AdamW",
     )
     learning_rate: float = Field(1e-4, gt=0.0, description="peak learning rate of AdamW")
     muon_learning_rate: float = added(0.02, gt=0.0, description="peak learning rate of Muon")
     muon_momentum: float = added(0.95, ge=0.0, lt=1.0, description="momentum of Muon")
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = Field("cosine", description="a schedule of transformers.get_scheduler")
+    ] = Field(
+        "cosine", description="learning rate schedule, by its name in transformers.get_scheduler"
+    )
     lr_warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    weight_decay: float = Field(0.01, ge=0.0, description="of matrices only, decoupled")
+    weight_decay: float = Field(
+        0.01, ge=0.0, description="decoupled weight decay, applied to matrices only"
+    )
     adam_beta1: float = Field(0.9, ge=0.0, lt=1.0, description="AdamW's decay of the first moment")
     adam_beta2: float = Field(
         0.999, ge=0.0, lt=1.0, description="AdamW's decay of the second moment"
     )
     adam_epsilon: float = Field(1e-8, gt=0.0, description="AdamW's denominator offset")
-    max_grad_norm: float = Field(1.0, gt=0.0, description="gradient norm is clipped to this")
+    max_grad_norm: float = Field(
+        1.0, gt=0.0, description="largest gradient norm; larger gradients are scaled down to it"
+    )
     on_spike: Literal["skip", "rewind", "stop"] | None = added(
         None,
         description="what to do about a step whose loss or gradient norm jumps (docs/how-to/"
@@ -108,80 +121,91 @@ class TrainConfig(Section):
         "exceeds the median",
     )
     ema_decay: float = Field(
-        0.0, ge=0.0, lt=1.0, description="moving average of the weights; 0 is off"
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="decay of the moving average of the weights, which final/ then holds; 0 is off",
     )
     dropout: float = Field(
         0.0,
         ge=0.0,
         lt=1.0,
-        description="above 0, losses are repeatable only for the same number of workers",
+        description="dropout of the model; above 0, losses are repeatable only with the same "
+        "number of workers",
     )
     lora_rank: int | None = Field(
         None,
         ge=1,
-        description="train low-rank adapters of this rank, which final/ holds merged, and leave "
-        "the model's own weights; needs peft (pip install 'tokendiff[lora]')",
+        description="rank of low-rank adapters, which are trained in place of the model's own "
+        "weights and merged into them in every checkpoint; needs peft (pip install "
+        "'tokendiff[lora]')",
     )
     lora_alpha: float = Field(
-        16.0, gt=0.0, description="what an adapter adds counts lora_alpha / lora_rank"
+        16.0,
+        gt=0.0,
+        description="scale of the adapters: what they add is multiplied by lora_alpha / lora_rank",
     )
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout in front of the adapters")
     lora_target_modules: list[str] = Field(
-        [], description="names of the layers that get adapters; by default all but the head"
+        [], description="names of the layers that get adapters; by default all except the head"
     )
     keep_base: bool = added(
         False,
-        description="leave the causal model as it is: the adapters count only where blocks are "
+        description="leave the causal model unchanged: adapters are used only while blocks are "
         "drafted, final/ holds them beside the unchanged weights, and samplers ar and "
-        "self_speculation write the model's own text",
+        "self_speculation write the original model's text",
     )
     mixed_precision: Literal["no", "bf16"] = Field(
         "no", description="bf16 autocast; weights stay fp32"
     )
     sharding: Literal["none", "gradients", "full", "hybrid"] = operational(
         "none",
-        description="split among the workers: nothing; gradients and optimiser state; weights too "
-        "(full); weights too, among those of each node (hybrid)",
+        description="what is split among the workers: none, nothing; gradients, gradients and "
+        "optimiser state; full, weights too; hybrid, as full but within each node",
     )
     gradient_checkpointing: bool = operational(
-        False, description="recompute activations, save memory"
+        False, description="recompute activations in the backward pass, to save memory"
     )
-    compile: bool = operational(False, description="torch.compile the encoder")
+    compile: bool = operational(False, description="compile the encoder with torch.compile")
     seed: int = Field(
-        0, ge=0, lt=2**63, description="decides initial weights, order of rows and noise"
+        0,
+        ge=0,
+        lt=2**63,
+        description="seed of the initial weights, the order of rows and the noise",
     )
 
     checkpointing_steps: int = operational(500, ge=1, description="steps between checkpoints")
     checkpoints_total_limit: int = operational(
         3,
         ge=1,
-        description="newest checkpoints that are kept; with keep best one more, that of the best "
-        "step",
+        description="number of newest checkpoints that are kept; keep: best keeps that of the best "
+        "step as well",
     )
     logging_steps: int = operational(10, ge=1, description="steps between log lines")
 
     eval_steps: int | None = Field(
         None,
         ge=1,
-        description="steps between evaluations on held-out rows, with one before training and one "
-        "at the last step; by default there are none",
+        description="steps between evaluations on held-out rows; the first is before training, the "
+        "last at the end; by default there are none",
     )
     max_eval_rows: int = Field(
         256,
         ge=2,
-        description="held-out rows of an evaluation at most; its forward passes cost about a third "
-        "of training on as many rows",
+        description="most held-out rows of one evaluation, which costs about a third of training "
+        "on as many rows",
     )
     early_stopping_patience: int | None = Field(
         None,
         ge=1,
-        description="evaluations in a row that may fail to improve on the best one, by more than "
-        "the standard error of the paired difference, before training ends",
+        description="evaluations in a row without an improvement after which training ends; an "
+        "improvement must exceed the standard error of the paired difference to the "
+        "best one",
     )
     keep: Literal["last", "best"] = Field(
         "last",
-        description="weights that final/ gets: of the last step, or of the best evaluation, each "
-        "of which leaves a checkpoint",
+        description="weights that final/ holds: those of the last step, or of the best evaluation; "
+        "each new best one writes a checkpoint",
     )
 
     @model_validator(mode="after")

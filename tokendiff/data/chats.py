@@ -211,8 +211,8 @@ def _conversation(messages: list[Message], *, plain: tuple[str, str] | None = No
         wanted = ("user", "assistant")[number % 2]
         if message.role != wanted:
             raise ValueError(
-                f"message {first + number} is of the {message.role}, where one of the {wanted} "
-                "must stand: a system message comes first, then user and assistant in turn"
+                f"message {first + number} has the role {message.role}, but {wanted} is expected "
+                "there: a system message comes first, then user and assistant take turns"
             )
         if message.role == "assistant" and not message.content.strip():
             raise ValueError(f"message {first + number} is an empty answer")

@@ -141,7 +141,8 @@ def _load_from_disk(folder: str, config_name: str | None, split: str) -> "Datase
 
     if config_name is not None:
         raise InputError(
-            f"dataset_config_name {config_name!r}: {folder}, written by save_to_disk, has none"
+            f"dataset_config_name {config_name!r}: {folder} was written by save_to_disk and "
+            "has no configurations; remove it"
         )
     dataset = load_from_disk(folder)
     # A dataset saved alone may know the split that it was; one made from scratch does not.

@@ -255,9 +255,9 @@ class ChatRenderer:
         for number, before, after in zip(answers, befores, afters, strict=True):
             if not text.startswith(before) or not text.startswith(after):
                 raise RenderError(
-                    f"the chat template writes what stands up to message {number} otherwise once "
-                    "more follows, so answers cannot be told; set train_on to last_answer, or "
-                    "give a template that marks answers ({% generation %})"
+                    f"the chat template changes the text before message {number} when later "
+                    "messages are added, so the answers cannot be located; set train_on to "
+                    "last_answer, or give a template that marks answers ({% generation %})"
                 )
             found.append((len(before), len(before) + len(after[len(before) :].rstrip())))
         return text, found

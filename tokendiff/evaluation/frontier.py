@@ -87,9 +87,10 @@ class Rule:
         if not sound:
             most = max((p.figures.get(ENTROPY, math.nan) for p in points), default=math.nan)
             raise InputError(
-                f"frontier: of {len(points)} points none has a finite {self.quality}, a figure "
-                f"{self.speed} and min_entropy_nats {self.min_entropy_nats:g} (the most is "
-                f"{most:.3g}); lower it"
+                f"frontier: none of the {len(points)} settings has a finite {self.quality}, a "
+                f"figure {self.speed}, and samples of at least min_entropy_nats "
+                f"{self.min_entropy_nats:g} (the highest entropy is {most:.3g}); lower "
+                "min_entropy_nats, or try other settings"
             )
         best = min(self.loss(points[at]) for at in sound)
         worst = best + self.within * abs(best)

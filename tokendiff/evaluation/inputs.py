@@ -85,8 +85,8 @@ class EvaluationInputs:
             _, process, _ = check_denoiser(checkpoint)
         if config.verify and process is None:
             raise InputError(
-                f"verify proves a noise process, and checkpoint_path {checkpoint} has none; "
-                "remove it"
+                f"verify checks a noise process, but checkpoint_path {checkpoint} has none; remove "
+                "verify"
             )
         if config.time_passes and (plan or (process and not process.decodes_by_token)):
             raise InputError(

@@ -133,8 +133,8 @@ def _check_fixed(
     for name, (default, allowed) in fixed.items():
         if (value := fields.get(name, default)) not in allowed:
             raise ValueError(
-                f"{CONFIG_NAME} has {name} {value!r}, and the {opened} is opened as has no place "
-                f"for it; known is {' or '.join(map(repr, allowed))}"
+                f"{CONFIG_NAME} has {name} {value!r}, which the {opened} is opened as does not "
+                f"support; supported is {' or '.join(map(repr, allowed))}"
             )
 
 

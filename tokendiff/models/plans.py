@@ -124,7 +124,7 @@ def _prediction(
     if is_published and wanted not in (None, learnt):
         raise InputError(
             f"predict {wanted!r}: {field} {name!r} is of type {published_type(config)!r}, whose "
-            f"loaders take it to predict {learnt!r}; leave predict out"
+            f"published loaders assume predict {learnt!r}; remove predict"
         )
     return wanted or learnt
 

@@ -112,8 +112,8 @@ class DenoiserSource:
         start = next((index for index in starts if index is not None), None)
         if start is None:
             raise InputError(
-                f"{self.name} tells each token from the one before it, the tokenizer has no token "
-                "that begins a text, and this row has no token to begin with; give a prompt"
+                f"{self.name} predicts each token from the position before it, but this row has no "
+                "first token, and the tokenizer has no BOS or EOS to put there; give a prompt"
             )
         return [start, *ids]
 

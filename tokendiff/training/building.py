@@ -330,7 +330,8 @@ def _block_start(wanted: str | None, data: TokenData) -> str | None:
     found = starts.get(data.train_on)
     if wanted == "answer" and found is None:
         raise InputError(
-            "block_start answer: the loss of these rows is on all their tokens, and no answer is "
-            "told from the rest; preprocess chats with train_on answers, or set it to document"
+            "block_start answer: these rows were preprocessed with the loss on all tokens, so the "
+            "starts of answers are not known; preprocess chats with train_on answers, or set "
+            "block_start to document"
         )
     return None if wanted == "document" else found

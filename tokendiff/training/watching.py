@@ -247,9 +247,9 @@ class Watch:
         numerator, denominator = world.sum(figures).cpu().numpy().T
         if not denominator.sum():
             raise InputError(
-                f"eval_steps {self.config.eval_steps}: the {len(self.rows)} held-out rows have "
-                "nothing to judge, no token that is learnt or no room for a block; leave "
-                "eval_steps out, or preprocess longer documents"
+                f"eval_steps {self.config.eval_steps}: none of the {len(self.rows)} held-out "
+                "rows can be evaluated, because they have no learnt tokens or no room for a block; "
+                "remove eval_steps, or preprocess longer documents"
             )
         ratio = RATIOS[self.yardstick.metric]
         return {
