@@ -5,6 +5,7 @@ python -m jobs.pipeline plan pipelines/quickstart.yaml -o train.max_train_steps=
 python -m jobs.pipeline status pipelines/quickstart.yaml
 python -m jobs.pipeline watch pipelines/quickstart.yaml
 python -m jobs.pipeline compare output/one --with output/other --page comparison.html
+python -m jobs.pipeline clean pipelines/quickstart.yaml -o runner.keep_runs=7 --dry_run
 
 Exit codes: 0 done; 1 failed; 2 the config or its input cannot be used; 3 a gate was not passed;
 4 another run of the pipeline is under way; 130 stopped.
@@ -22,6 +23,8 @@ _COMMANDS = {
     "plan": "check the file and print the stages, their keys, what would run and why; run nothing",
     "promote": "run the promote stages alone: the gate, and the champion where it is passed",
     "rollback": "move the champion back to the version that it replaced",
+    "clean": "delete stage folders that none of the last runner.keep_runs runs used; never what a "
+    "registered model holds",
     "status": "print the last runs, and how the stages stand",
     "watch": "show how far each stage is, again and again while one runs; takes a folder too",
     "compare": "write a page of two runs side by side; takes their folders",
@@ -58,6 +61,10 @@ def _add_options(command: str, parser: argparse.ArgumentParser) -> None:
             default=Path("comparison.html"),
             help="where the page goes (comparison.html)",
         )
+    if command == "clean":
+        parser.add_argument(
+            "--dry_run", action="store_true", help="print what would be deleted, and delete nothing"
+        )
     if command == "status":
         parser.add_argument("--runs", type=int, default=5, metavar="INT", help="at most (5)")
 
@@ -91,6 +98,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             cli.print_result(tables.status_as_json(runs, steps), as_json=True)
         else:
             tables.print_status(runs, steps, config, root)
+        return cli.EXIT_OK
+    if args.command == "clean":
+        from pipelines.retention import clean
+
+        items = clean(config, root, is_dry_run=options.dry_run)
+        if args.json:
+            cli.print_result(tables.cleaned_as_json(items), as_json=True)
+        else:
+            tables.print_cleaned(items, is_dry_run=options.dry_run)
         return cli.EXIT_OK
     if args.command == "rollback":
         cli.print_result(promotion.roll_back(config, root), as_json=args.json)

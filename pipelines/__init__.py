@@ -5,6 +5,7 @@ For other rooms:
     runner            running a pipeline, or the stages of one job
     schedule          what will run, and why
     promotion         the gate, and the champion
+    retention         deleting what old runs left
     registered        models:/NAME@ALIAS in the place of a path
     record            what a run leaves behind: result.json
     watch             a table and a page of what runs now
