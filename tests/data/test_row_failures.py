@@ -49,7 +49,7 @@ def test_just_the_rows_that_kill_are_set_aside(
 
 def test_one_death_changes_nothing_but_by_default_the_next_ones_are_looked_into() -> None:
     ids = list(range(10))
-    whole = ([ids], [])
+    whole: tuple[list[list[int]], list[int]] = ([ids], [])
     assert groups_to_sample(ids, {}, batch_size=BATCH, most=4) == whole
     assert groups_to_sample(ids, dict.fromkeys(ids, 1), batch_size=BATCH, most=4) == whole
     batches = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
