@@ -40,7 +40,9 @@ class Trace:
 
 def can_be_traced(process: NoiseProcess) -> bool:
     """Whether `trace_sample` knows a sampler for it."""
-    return process.block_length is None or process.forward_process == "absorbing"
+    if process.block_length is None:
+        return True
+    return process.forward_process == "absorbing" and process.attention_mask_mode == "4d"
 
 
 def trace_sample(
@@ -96,16 +98,18 @@ def _by_blocks(
     device: str,
     on_progress: OnProgress,
 ) -> Trace:
-    sampler = SDARSamplerConfig(max_new_tokens=TRACE_STEPS, temperature=temperature)
+    process = NoiseProcess.load(checkpoint)
+    mask = process.mask_token_id
+    prompt = row[: min(_PROMPT_TOKENS, process.max_length // 4)]
+    num_new = min(TRACE_STEPS, process.max_length - len(prompt))
+    sampler = SDARSamplerConfig(max_new_tokens=num_new, temperature=temperature)
     config = GenerateConfig(checkpoint_path=str(checkpoint), sampler=sampler, seed=seed)
     model = CompletionModel(config, checkpoint=checkpoint, device=device)
-    prompt = row[:_PROMPT_TOKENS]
-    mask = NoiseProcess.load(checkpoint).mask_token_id
-    frames = [[*prompt, *[mask] * TRACE_STEPS]]
+    frames = [[*prompt, *[mask] * num_new]]
 
     def keep(tokens: Tensor) -> None:
         frames.append(tokens[0, : len(frames[0])].tolist())
-        on_progress(lambda: (len(frames), TRACE_STEPS - frames[-1].count(mask)))
+        on_progress(lambda: (len(frames), num_new - frames[-1].count(mask)))
 
     completion = model.traced(prompt, on_step=keep)
     # What is behind the token that ends the text is no part of it.
