@@ -14,7 +14,7 @@ from tests.builders import tiny_causal
 from tests.samplers import decoding_reference as reference
 from tests.samplers.test_decoding import CountingModel, completed, requests_of
 from tokendiff.diffusion.interfaces import Request
-from tokendiff.samplers import block_decoding, commit_rules
+from tokendiff.samplers import block_cache, commit_rules
 from tokendiff.samplers.block_decoding import BlockSampler
 from tokendiff.samplers.block_refinement import BlockRefinementSampler
 from tokendiff.samplers.sdar import SDARSampler
@@ -239,7 +239,7 @@ def test_rows_in_a_batch_with_a_cache_are_each_row_alone_without(
     expected = {r.id: expected_of(sampler, model.model, r.prompt) for r in requests}
     calls: dict[int, list[int]] = {}
     for num_slots, chunk in ((1, 512), (3, 512), (7, 8)):
-        monkeypatch.setattr(block_decoding, "PREFILL_CHUNK", chunk)
+        monkeypatch.setattr(block_cache, "PREFILL_CHUNK", chunk)
         done = completed(sampler, model, requests, num_slots=num_slots)
         for request in requests:
             completion = done[request.id]
@@ -272,7 +272,7 @@ def test_blocks_that_start_anew_in_the_prompt_are_those_of_a_row_alone_without_a
         r.id: expected_of(sampler, model.model, r.prompt, r.block_starts)[0] for r in requests
     }
     for num_slots, chunk in ((1, 512), (3, 512), (7, 8)):
-        monkeypatch.setattr(block_decoding, "PREFILL_CHUNK", chunk)
+        monkeypatch.setattr(block_cache, "PREFILL_CHUNK", chunk)
         done = completed(sampler, model, requests, num_slots=num_slots)
         assert {index: completion.tokens for index, completion in done.items()} == expected
     otherwise = {r.id: expected_of(sampler, model.model, r.prompt)[0] for r in requests}

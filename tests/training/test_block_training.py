@@ -48,6 +48,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "diffusion_loss_weight": 0.5,
         "predict": "next",
     },
+    "uniform": {"name": "block_diffusion", "block_length": 4, "noise": "uniform"},
     "2d": {"name": "block_refinement", "block_length": 6, "prompt_length": 3, "lambda_conf": 0.5},
     "4d clean": {
         "name": "block_refinement",
@@ -158,8 +159,57 @@ def test_block_objectives_train_resume_and_are_judged(
     rows = data.read(np.zeros(4, int), np.arange(4))
     failed = [c for c in verify_checkpoint(final, rows.tokens, rows.lengths) if not c.passed]
     assert not failed, failed
-    with pytest.raises(InputError, match="decodes block by block; use sampler 'block_refinement'"):
+    fitting = "canvas" if name == "uniform" else "block_refinement"
+    with pytest.raises(InputError, match=f"decodes block by block; use sampler '{fitting}'"):
         build_sampler(AncestralConfig(), process)
+    if name == "uniform":
+        _denoises_canvases(final)
+    else:
+        with pytest.raises(InputError, match=r"sampler 'canvas': .* was trained with masks"):
+            completion(final, {"name": "canvas"})
+
+
+def completion(final: Path, sampler: Any) -> CompletionModel:
+    return CompletionModel(GenerateConfig(sampler=sampler, num_samples=1), checkpoint=final)
+
+
+def _denoises_canvases(final: Path) -> None:
+    row = GenerationRow(id=0, prompt="abcd")
+    texts = set()
+    for rule in ("entropy_bound", "ddim", "ancestral"):
+        sampler = {"name": "canvas", "canvas_rule": rule, "max_new_tokens": 6}
+        model = completion(final, {**sampler, "num_inference_steps": 3})
+        (record,) = model.sample([row])
+        new = record["tokens"][record["num_prompt_tokens"] :]
+        texts.add(tuple(new))
+        assert len(new) == 6 or record["finish_reason"] == "stop"
+        assert model.tokenizer.mask_token_id not in new
+        assert record["num_model_calls"] <= 9  # canvases of 4 tokens, with the prompt in the first
+    assert len(texts) > 1
+    for name in ("sdar", "block_refinement"):
+        with pytest.raises(InputError, match=r"trained with uniform noise.*use sampler 'canvas'"):
+            completion(final, {"name": name})
+    long = completion(final, {"name": "canvas", "max_new_tokens": 5000})
+    with pytest.raises(InputError, match=r"in whole blocks of 4, that exceeds the"):
+        long.sample([row])
+
+
+def test_fields_that_have_no_effect_with_uniform_noise_are_refused() -> None:
+    uniform = OBJECTIVES["uniform"]
+    with pytest.raises(ValidationError, match="exact_mask_counts True has no effect with noise"):
+        config("uniform", objective={**uniform, "exact_mask_counts": True})
+    with pytest.raises(ValidationError, match="keep_base drafts from masks"):
+        config("uniform", keep_base=True, lora_rank=2)
+    # Keys of older runs stay.
+    assert "noise" not in config("block_diffusion").objective.result_fields()
+    assert config("uniform").objective.result_fields()["noise"] == "uniform"
+    for fields, problem in (
+        ({"temperature": 0.5}, "temperature 0.5 has no effect with canvas_rule 'entropy_bound'"),
+        ({"canvas_rule": "ddim", "t_max": 0.5}, "t_max 0.5 has no effect with canvas_rule 'ddim'"),
+        ({"t_min": 0.9}, "t_min 0.9 must not exceed t_max 0.8"),
+    ):
+        with pytest.raises(ValidationError, match=problem):
+            GenerateConfig(sampler={"name": "canvas", **fields}, num_samples=1)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -130,6 +130,17 @@ class NoiseProcess:
                 )
             if self.context_attention == "causal" or self.predict == "next":
                 self._check_sight()
+            if self.forward_process != "absorbing" and (
+                self.attention_mask_mode == "2d" or self.forward_process == "hybrid"
+            ):
+                raise InputError(
+                    f"block_length {self.block_length} with forward_process "
+                    f"{self.forward_process!r} and attention_mask_mode "
+                    f"{self.attention_mask_mode!r}: blocks have masks for noise, or with mode '4d' "
+                    "uniform noise"
+                )
+        if self.keeps_base and self.forward_process != "absorbing":
+            raise InputError("keeps_base needs forward_process 'absorbing': it drafts from masks")
         if self.keeps_base and (self.block_length is None or self.context_attention != "causal"):
             raise InputError(
                 "keeps_base needs a block_length, and context_attention 'causal' as in its base"
@@ -178,7 +189,8 @@ class NoiseProcess:
             "hybrid": ("p_uniform", "gamma"),
         }[self.forward_process]
         if self.block_length is not None:
-            names = ("block_length", "attention_mask_mode", "clean_context")
+            own = names if self.forward_process == "uniform" else ()
+            names = (*own, "block_length", "attention_mask_mode", "clean_context")
         names = (*names, *self._set_later)
         values = ", ".join(f"{name} {getattr(self, name)}" for name in names)
         return f"{self.forward_process} ({values})"

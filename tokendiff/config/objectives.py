@@ -194,13 +194,18 @@ BLOCK_START_HELP = (
 
 
 class BlockDiffusionConfig(_ScheduledConfig):
-    """Masked diffusion block by block, on a causal model. Source: BD3-LM (arXiv 2503.09573)."""
+    """Diffusion block by block, on a causal model. Source: BD3-LM (arXiv 2503.09573)."""
 
     is_causal: ClassVar[bool] = True
 
     name: Literal["block_diffusion"] = "block_diffusion"
     block_length: int = Field(4, ge=1, description="tokens of a block; 1 is autoregressive")
     block_start: Literal["answer", "document"] | None = added(None, description=BLOCK_START_HELP)
+    noise: Literal["mask", "uniform"] = added(
+        "mask",
+        description="mask: noisy tokens are masks, which samplers sdar and block_refinement fill "
+        "in; uniform: they are random tokens, which sampler canvas denoises",
+    )
     exact_mask_counts: bool = Field(
         False,
         description="draw the number of masked tokens of a block, each number equally often, "
@@ -227,11 +232,13 @@ class BlockDiffusionConfig(_ScheduledConfig):
         if self.exact_mask_counts:
             times = ("min_time", "alpha_schedule", "eps", "sigma_min", "sigma_max")
             self.refuse_ignored(times, "exact_mask_counts true, which draws no times")
+        if self.noise == "uniform":
+            self.refuse_ignored(("exact_mask_counts",), "noise 'uniform', which has no masks")
         return self
 
     def process_fields(self) -> dict[str, Any]:
         return {
-            "forward_process": "absorbing",
+            "forward_process": "absorbing" if self.noise == "mask" else "uniform",
             "prediction": "loo",
             "block_length": self.block_length,
             "block_start": self.block_start,

@@ -271,6 +271,55 @@ class SDARSamplerConfig(_OpenEndedConfig):
         return self
 
 
+class CanvasSamplerConfig(_OpenEndedConfig):
+    """Blocks of random tokens that are denoised, of models trained on uniform noise."""
+
+    name: Literal["canvas"] = "canvas"
+    temperature: float = Field(1.0, ge=0.0, description="of rules ddim and ancestral; 0 is argmax")
+    max_new_tokens: int = Field(256, ge=1, description="tokens of a completion at most")
+    block_length: int | None = Field(
+        None, ge=1, description="tokens of a canvas; by default as the model was trained"
+    )
+    num_inference_steps: int = Field(48, ge=1, description="steps of a canvas at most")
+    canvas_rule: Literal["entropy_bound", "ddim", "ancestral"] = Field(
+        "entropy_bound",
+        description="how a step moves tokens. entropy_bound keeps the most certain and makes all "
+        "others random again; ddim and ancestral walk back along the noise that was trained on",
+    )
+    entropy_bound: float = Field(
+        0.1, ge=0.0, description="nats; rule entropy_bound keeps tokens up to this total"
+    )
+    t_max: float = Field(
+        0.8, gt=0.0, description="temperature of rule entropy_bound at the first step"
+    )
+    t_min: float = Field(0.4, gt=0.0, description="temperature that rule entropy_bound falls to")
+    stability_threshold: int = Field(
+        1,
+        ge=0,
+        description="steps without a change of the likeliest tokens before a canvas is finished "
+        "early",
+    )
+    confidence_threshold: float | None = Field(
+        0.005,
+        gt=0.0,
+        description="mean entropy in nats below which a stable canvas is finished early; null "
+        "takes all steps",
+    )
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> "CanvasSamplerConfig":
+        if self.canvas_rule == "entropy_bound":
+            self.refuse_ignored(("temperature",), "canvas_rule 'entropy_bound', which has t_max")
+        else:
+            names = ("entropy_bound", "t_max", "t_min")
+            self.refuse_ignored(names, f"canvas_rule {self.canvas_rule!r}")
+        if self.confidence_threshold is None:
+            self.refuse_ignored(("stability_threshold",), "confidence_threshold null")
+        if self.t_min > self.t_max:
+            raise ValueError(f"t_min {self.t_min} must not exceed t_max {self.t_max}; lower it")
+        return self
+
+
 class BlockRefinementSamplerConfig(_OpenEndedConfig):
     """Blocks filled in by confidence, and edited. Source: LLaDA2.0 and 2.1."""
 
@@ -331,6 +380,7 @@ OpenEndedSamplerConfig = (
     AutoregressiveSamplerConfig
     | BlockRefinementSamplerConfig
     | SDARSamplerConfig
+    | CanvasSamplerConfig
     | DFlashSamplerConfig
     | SelfSpeculationConfig
 )

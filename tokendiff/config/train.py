@@ -260,6 +260,11 @@ class TrainConfig(Section):
                 f"keep_base goes with objective block_diffusion, not with {self.objective.name!r}; "
                 "leave it out"
             )
+        if self.objective.noise == "uniform":
+            raise ValueError(
+                "keep_base drafts from masks, and objective.noise 'uniform' has none; leave one of "
+                "the two out"
+            )
         if self.lora_rank is None:
             raise ValueError(
                 "keep_base trains adapters beside a model that stays as it is; set lora_rank"

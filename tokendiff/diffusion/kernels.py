@@ -66,14 +66,14 @@ class ForwardKernel(ABC):
 
         Args:
             x_0: [B, L] clean tokens.
-            t: [B] times.
+            t: [B] times, or [B, L], one for each position.
             uniform: [B, L] draws from (0, 1): below 1 - alpha_t the token becomes noise.
             is_noisable: [B, L]; elsewhere (padding, prompt) the clean token stays.
 
         Returns:
             [B, L] noisy tokens; `x_0` is not written to.
         """
-        t = t[:, None]
+        t = t[:, None] if t.dim() == 1 else t
         share = 1.0 - self.alpha(t)
         is_noise = is_noisable & (uniform < share)
         return torch.where(is_noise, self.draw_noise(t, uniform / share), x_0)
@@ -181,9 +181,17 @@ class ForwardKernel(ABC):
             x_t: [N] noisy tokens.
             t: [N].
         """
+        return logits.scatter_add(-1, x_t[:, None], -self._own_odds(x_t, t).to(logits.dtype))
+
+    def posterior_logits(self, logits: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The inverse of `loo_logits`: those of p(x_0 | x_t) from the leave-one-out posterior's."""
+        return logits.scatter_add(-1, x_t[:, None], self._own_odds(x_t, t).to(logits.dtype))
+
+    def _own_odds(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """[N, 1]: ln q_t(x_t | x_t) - ln q_t(x_t | v), for any other v."""
         noise = self.noise(t).at(x_t == self.mask_token_id)
         odds = torch.log1p(self.alpha(t) / noise.clamp(min=torch.finfo(noise.dtype).tiny))
-        return logits.scatter_add(-1, x_t[:, None], -odds[:, None].to(logits.dtype))
+        return odds[:, None]
 
     # The bound.
 

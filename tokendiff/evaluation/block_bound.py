@@ -8,6 +8,9 @@ estimator of `tokendiff.evaluation.bound`, taken per block: the number of masked
 from U{1..n} for the n positions of the block, exactly that many are masked, and the sum counts
 n / l. For blocks of one token nothing is left to chance, and it is the autoregressive likelihood.
 
+Where the noise of a block is other tokens, its term is the integral of `row_bounds` over a time of
+its own, given the clean blocks before it, with the prior and the reconstruction.
+
 Both block objectives are judged under the attention that decoding uses: earlier blocks clean,
 whatever they were in training, and the block itself seen up to each position (2d) or whole (4d).
 In mode 4d the block that a text ends in is filled up with EOS, as decoding meets it. Its likelihood
@@ -24,8 +27,16 @@ from torch import Tensor
 
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.diffusion.interfaces import CausalDenoiser, TokenBatch
+from tokendiff.diffusion.kernels import LEAST_TIME, AbsorbingKernel
 from tokendiff.diffusion.random import RowGenerator
-from tokendiff.objectives.block_diffusion import encode_beside_clean
+from tokendiff.evaluation.bound import (
+    NatsOfTokens,
+    has_end,
+    integrand,
+    reconstruction,
+    sum_by_row,
+)
+from tokendiff.objectives.block_diffusion import encode_beside_clean, encode_noisy
 from tokendiff.objectives.blocks import BlockRows, BlockSight, block_rows, mask_exactly
 from tokendiff.objectives.chunked import (
     negative_log_likelihood,
@@ -33,7 +44,7 @@ from tokendiff.objectives.chunked import (
     without_mask,
 )
 
-_STRATUM = -1  # what a row's random numbers are for, beside the samples 0, 1, ...
+_STRATUM, _END = -1, -2  # what a row's random numbers are for, beside the samples 0, 1, ...
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
@@ -57,16 +68,32 @@ def block_row_bounds(
         the bound of.
     """
     rows, is_target = target_rows(batch, process)
+    kernel = process.kernel()
+    is_masking = isinstance(kernel, AbsorbingKernel)
     stratum = generator.fold_in(_STRATUM).uniform(1) + rows.ordinal * _GOLDEN
     total = torch.zeros(len(batch.tokens), dtype=torch.float64, device=batch.tokens.device)
     # A block of one token has one level: it is masked.
-    num_samples = 1 if process.block_length == 1 else num_mask_samples
+    num_samples = 1 if process.block_length == 1 and is_masking else num_mask_samples
     for sample in range(num_samples):
         level = torch.remainder((torch.remainder(stratum, 1.0) + sample) / num_samples, 1.0)
         noise = generator.fold_in(sample).uniform(rows.tokens.shape[1])
-        is_masked, weight = mask_exactly(rows, is_target, level, noise)
-        total += _nats(model, rows, is_masked, weight, process)
-    return total / num_samples, (is_target & rows.is_text).sum(1)
+        if is_masking:
+            is_masked, weight = mask_exactly(rows, is_target, level, noise)
+            total += _nats(model, rows, is_masked, weight, process)
+        else:
+            t, slope = kernel.warped_time(level)
+            of_tokens = integrand(kernel, process.prediction)
+            total += _noisy_nats(model, rows, is_target, t, slope, noise, process, of_tokens)
+    total /= num_samples
+    if not is_masking:
+        total += kernel.prior_nats() * is_target.sum(1)
+        if has_end(kernel):
+            least = torch.full(rows.tokens.shape, LEAST_TIME, dtype=torch.float64)
+            t, noise = least.to(total.device), generator.fold_in(_END).uniform(least.shape[1])
+            of_tokens = reconstruction(kernel, process.prediction)
+            one = torch.ones_like(t)
+            total += _noisy_nats(model, rows, is_target, t, one, noise, process, of_tokens)
+    return total, (is_target & rows.is_text).sum(1)
 
 
 def target_rows(batch: TokenBatch, process: NoiseProcess) -> tuple[BlockRows, Tensor]:
@@ -100,6 +127,26 @@ def sight_of(process: NoiseProcess) -> BlockSight:
     )
 
 
+def _noisy_nats(
+    model: CausalDenoiser,
+    rows: BlockRows,
+    is_target: Tensor,
+    t: Tensor,
+    slope: Tensor,
+    noise: Tensor,
+    process: NoiseProcess,
+    of_tokens: NatsOfTokens,
+) -> Tensor:
+    """[B] nats of targets [B, W] that are noised at their blocks' times [B, W] by numbers [B, W] in
+    (0, 1), each counted `slope` [B, W] times.
+    """
+    x_t = process.kernel().corrupt(rows.tokens, t, uniform=noise, is_noisable=is_target)
+    hidden, _ = encode_noisy(model, rows, x_t, sight=sight_of(process))
+    columns = (rows.tokens[is_target], x_t[is_target], t[is_target])
+    nats = predict_through_head(model.head, hidden[is_target], columns, of_tokens)
+    return sum_by_row(nats * slope[is_target], is_target)
+
+
 def _nats(
     model: CausalDenoiser,
     rows: BlockRows,
@@ -122,5 +169,4 @@ def _nats(
         (rows.tokens[is_masked],),
         lambda logits, targets: negative_log_likelihood(without_mask(logits, mask), targets),
     )
-    zeros = torch.zeros(len(rows.tokens), dtype=torch.float64, device=nll.device)
-    return zeros.index_add(0, is_masked.nonzero()[:, 0], nll.double() * weight[is_masked])
+    return sum_by_row(nll.double() * weight[is_masked], is_masked)

@@ -21,6 +21,7 @@ filling: p(answer) >= p(answer and filling), so the nats stay a bound.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -82,8 +83,7 @@ def row_bounds(
     num_tokens = batch.is_target.sum(1)
     if not isinstance(kernel, AbsorbingKernel):
         total += kernel.prior_nats() * num_tokens
-        least = torch.full((1,), LEAST_TIME, dtype=torch.float64)
-        if 1.0 - float(kernel.alpha(least)) > _NEGLIGIBLE:
+        if has_end(kernel):
             noise = generator.fold_in(_END).uniform(length)
             total += _end_nats(model, batch, noise, kernel, prediction)
     return total, num_tokens
@@ -115,7 +115,7 @@ def _masked_nats(
         lambda logits, targets: negative_log_likelihood(without_mask(logits, mask), targets),
     )
     weight = num_tokens.double() / num_masked.double()
-    return _sum_by_row(nll * weight[is_masked.nonzero()[:, 0]], is_masked)
+    return sum_by_row(nll * weight[is_masked.nonzero()[:, 0]], is_masked)
 
 
 def _noisy_nats(
@@ -131,17 +131,43 @@ def _noisy_nats(
     t, slope = kernel.warped_time(level)
     x_t = kernel.corrupt(x_0, t, uniform=noise, is_noisable=is_target)
     row = is_target.nonzero()[:, 0]
+    hidden = model.encode(x_t, batch.is_valid, t, batch.isolated)[is_target]
+    columns = (x_0[is_target], x_t[is_target], t[row])
+    nats = predict_through_head(model.head, hidden, columns, integrand(kernel, prediction))
+    return sum_by_row(nats * slope[row], is_target)
 
-    def integrand(logits: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+
+# Of logits [N, V], clean and noisy tokens [N] and times [N]: nats [N].
+NatsOfTokens = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def integrand(kernel: ForwardKernel, prediction: str) -> NatsOfTokens:
+    """The bound's integrand for what a model predicts."""
+
+    def nats_of(logits: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         logits = _loo_logits(logits, x_t, t, kernel, prediction)
         weight = kernel.loss_weight(x_0, x_t, t)
         nats = weight * nelbo_bracket(kernel, logits, x_0, x_t, t)
         return torch.where(weight > 0.0, nats, torch.zeros_like(nats))
 
-    hidden = model.encode(x_t, batch.is_valid, t, batch.isolated)[is_target]
-    columns = (x_0[is_target], x_t[is_target], t[row])
-    nats = predict_through_head(model.head, hidden, columns, integrand)
-    return _sum_by_row(nats * slope[row], is_target)
+    return nats_of
+
+
+def reconstruction(kernel: ForwardKernel, prediction: str) -> NatsOfTokens:
+    """The bound's end at the least time for what a model predicts."""
+
+    def nats_of(logits: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        belief = _loo_logits(logits, x_t, t, kernel, prediction).softmax(-1)
+        of_x_0, of_x_t = (belief.gather(-1, x[:, None])[:, 0] for x in (x_0, x_t))
+        return kernel.reconstruction_nats(of_x_0, of_x_t, x_0, x_t, t)
+
+    return nats_of
+
+
+def has_end(kernel: ForwardKernel) -> bool:
+    """Whether noise is left at the least time, whose reconstruction is to be counted."""
+    least = torch.full((1,), LEAST_TIME, dtype=torch.float64)
+    return 1.0 - float(kernel.alpha(least)) > _NEGLIGIBLE
 
 
 def _end_nats(
@@ -155,16 +181,10 @@ def _end_nats(
     x_0, is_target = batch.tokens, batch.is_target
     t = torch.full((len(x_0),), LEAST_TIME, dtype=torch.float64, device=x_0.device)
     x_t = kernel.corrupt(x_0, t, uniform=noise, is_noisable=is_target)
-
-    def reconstruction(logits: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        belief = _loo_logits(logits, x_t, t, kernel, prediction).softmax(-1)
-        of_x_0, of_x_t = (belief.gather(-1, x[:, None])[:, 0] for x in (x_0, x_t))
-        return kernel.reconstruction_nats(of_x_0, of_x_t, x_0, x_t, t)
-
     hidden = model.encode(x_t, batch.is_valid, t, batch.isolated)[is_target]
     columns = (x_0[is_target], x_t[is_target], t[is_target.nonzero()[:, 0]])
-    nats = predict_through_head(model.head, hidden, columns, reconstruction)
-    return _sum_by_row(nats, is_target)
+    nats = predict_through_head(model.head, hidden, columns, reconstruction(kernel, prediction))
+    return sum_by_row(nats, is_target)
 
 
 def _loo_logits(
@@ -175,7 +195,8 @@ def _loo_logits(
     return kernel.loo_logits(logits, x_t, t) if prediction == "posterior" else logits
 
 
-def _sum_by_row(values: Tensor, is_chosen: Tensor) -> Tensor:
+def sum_by_row(values: Tensor, is_chosen: Tensor) -> Tensor:
+    """[B] float64 sums of values [N] that stand where [B, L] is true."""
     zeros = torch.zeros(is_chosen.shape[0], dtype=torch.float64, device=is_chosen.device)
     return zeros.index_add(0, is_chosen.nonzero()[:, 0], values.double())
 

@@ -44,6 +44,7 @@ from tokendiff.models.kept_base import open_draft_adapters
 from tokendiff.models.pretrained import longest_input
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
 from tokendiff.samplers.block_refinement import BlockRefinementSampler
+from tokendiff.samplers.canvas import CanvasSampler
 from tokendiff.samplers.dflash import DFlashSampler
 from tokendiff.samplers.open_ended import OpenEndedSampler
 from tokendiff.samplers.sdar import SDARSampler
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 OPEN_ENDED_SAMPLERS: dict[str, type[OpenEndedSampler]] = {
     "ar": AutoregressiveSampler,
     "block_refinement": BlockRefinementSampler,
+    "canvas": CanvasSampler,
     "dflash": DFlashSampler,
     "sdar": SDARSampler,
     "self_speculation": SelfSpeculationSampler,
@@ -107,6 +109,12 @@ class CompletionSetup:
         model_config, tokenizer = open_causal_config(
             name, field=field, trust_remote_code=config.trust_remote_code
         )
+        if published_type(model_config) == "diffusion_gemma":
+            raise InputError(
+                f"sampler {config.sampler.name!r}: {field} {name!r} is a DiffusionGemma, which no "
+                "sampler of this version reads; use its generate() in transformers "
+                "(DiffusionGemmaForBlockDiffusion)"
+            )
         process = None
         if checkpoint is not None and (checkpoint / SCHEDULER_CONFIG).is_file():
             process = NoiseProcess.load(checkpoint)
@@ -116,6 +124,12 @@ class CompletionSetup:
                 f"sampler 'self_speculation': {name} is no checkpoint of objective block_diffusion "
                 "with ar_loss_weight or keep_base, which alone draft for themselves; train one, or "
                 "use sampler 'ar' or 'dflash'"
+            )
+        elif config.sampler.name == "canvas":
+            raise InputError(
+                f"sampler 'canvas': {name} is no checkpoint that was trained with uniform noise, "
+                "which alone denoises random tokens; train one with objective block_diffusion and "
+                "noise uniform, or use sampler 'ar', or 'sdar' if it was trained with masks"
             )
         family = family_of(published_type(model_config))
         if process is None and family.attention == "rows":
@@ -419,8 +433,11 @@ def _build_sampler(
         fields["max_new_tokens"] = fields.pop("gen_length")
     if process is not None and not process.keeps_base and section.name in READ_BY_TOKEN:
         fields["never_token_id"] = process.mask_token_id
+    if section.name == "canvas":
+        assert process is not None, "CompletionSetup sees to it"
+        fields |= {"kernel": process.kernel(), "prediction": process.prediction}
     if section.name not in ("ar", "dflash"):
-        fields |= _block_fields(fields, name, model_config, tokenizer, process)
+        fields |= _block_fields(section.name, fields, name, model_config, tokenizer, process)
     given = {key: value for key, value in fields.items() if (key, value) != ("block_length", None)}
     try:
         return OPEN_ENDED_SAMPLERS[section.name](**given)
@@ -433,6 +450,18 @@ def _check_process(sampler: str, name: str, process: NoiseProcess) -> None:
         raise InputError(
             f"sampler {sampler!r}: {name} is a denoiser of whole rows (objective "
             f"{process.objective!r}); use sampler 'ancestral'"
+        )
+    fills_masks = sampler in ("block_refinement", "sdar", "self_speculation")
+    if fills_masks and process.forward_process != "absorbing":
+        raise InputError(
+            f"sampler {sampler!r}: {name} was trained with {process.forward_process} noise, and "
+            "knows no masks to fill in; use sampler 'canvas'"
+        )
+    if sampler == "canvas" and process.forward_process != "uniform":
+        raise InputError(
+            f"sampler 'canvas': {name} was trained with masks (objective {process.objective!r}), "
+            "and knows no random tokens; use sampler 'sdar' or 'block_refinement', or train it "
+            "with noise uniform"
         )
     if sampler == "ar" and not process.decodes_by_token:
         raise InputError(
@@ -455,6 +484,7 @@ def _check_process(sampler: str, name: str, process: NoiseProcess) -> None:
 
 
 def _block_fields(
+    section: str,
     fields: dict[str, Any],
     name: str,
     model_config: Any,
@@ -476,7 +506,8 @@ def _block_fields(
     found = {"mask_token_id": mask, "block_length": fields["block_length"] or block_length}
     if process is not None:
         found["predicts_next"] = process.predict == "next"
-        found["keeps_base"] = process.keeps_base
+        if section != "canvas":
+            found["keeps_base"] = process.keeps_base
         if "draft_temperature" not in fields:  # what judges is causal anyway
             found["context_is_causal"] = process.context_attention == "causal"
     if "attention_mask_mode" in fields:

@@ -74,10 +74,11 @@ def build_sampler(
             f"sampler block_size {fields['block_size']} must not exceed seq_len {seq_len}; lower it"
         )
     if process.block_length is not None:
+        is_masking = process.forward_process == "absorbing"
+        fitting = "'block_refinement' or 'sdar'" if is_masking else "'canvas'"
         raise InputError(
             f"sampler {config.name!r} does not go with this checkpoint of objective "
-            f"{process.objective!r}, which decodes block by block; use sampler 'block_refinement' "
-            "or 'sdar'"
+            f"{process.objective!r}, which decodes block by block; use sampler {fitting}"
         )
     if config.guidance_scale != 1.0 and process.forward_process == "uniform":
         raise InputError(

@@ -1,7 +1,7 @@
 """Losses. Read `mdlm` first, then `chunked`, which all of them go through.
 
 For other rooms:
-    mdlm token_noise block_diffusion block_refinement autoregressive dflash
+    mdlm token_noise block_diffusion block_uniform block_refinement autoregressive dflash
                       an objective each
     chunked           the head in chunks of tokens, so that no [B, L, V] tensor ever exists
     blocks            rows of packed documents, cut into blocks

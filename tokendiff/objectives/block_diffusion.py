@@ -104,14 +104,14 @@ class BlockDiffusion:
         A block's loss depends on no other block's noise, so these draws may hang together.
         """
         if self.diffusion_loss_weight == 0.0:
-            return _scaled(Autoregressive().loss(model, batch, generator), self.ar_loss_weight)
+            return scaled(Autoregressive().loss(model, batch, generator), self.ar_loss_weight)
         rows = block_rows(
             batch,
             block_length=self.block_length,
             fill_token_id=self.eos_token_id,
             restarts_at_answers=self.restarts_at_answers,
         )
-        spread = torch.remainder(generator.stratified()[:, None] + rows.ordinal * _GOLDEN, 1.0)
+        spread = block_strata(rows, generator)
         uniform = generator.uniform(rows.tokens.shape[1])
         if self.exact_mask_counts:
             masks = mask_exactly(rows, self._is_target(rows), spread, uniform)
@@ -162,32 +162,65 @@ class BlockDiffusion:
             lambda_conf=self.lambda_conf,
             conf_temperature=self.conf_temperature,
         )
-        if self.ar_loss_weight == 0.0 and self.diffusion_loss_weight == 1.0:
-            return blocks
-        bound = {"elbo": (blocks.loss_sum.detach(), blocks.num_tokens), **blocks.metrics}
-        loss = replace(_scaled(blocks, self.diffusion_loss_weight), metrics=bound)
-        if self.ar_loss_weight == 0.0:
-            return loss
-        is_next = rows.is_target & rows.is_text & (rows.position > 0)
-        behind = is_next[:, 1:].nonzero(as_tuple=True)
-        following = next_token_loss(
-            model.head,
-            clean[:, :-1][sent_at(behind, clean.device)],
-            rows.tokens[:, 1:][behind],
-        )
-        nats = following.loss_sum.detach()
-        return replace(
-            loss,
-            loss_sum=loss.loss_sum + self.ar_loss_weight * following.loss_sum,
-            metrics={
-                **bound,
-                "ar_nll": (nats, following.num_tokens),
-                "ar_accuracy": following.metrics["accuracy"],
-            },
+        return joint_loss(
+            blocks,
+            model,
+            rows,
+            clean,
+            ar_loss_weight=self.ar_loss_weight,
+            diffusion_loss_weight=self.diffusion_loss_weight,
         )
 
 
-def _scaled(loss: LossOutput, weight: float) -> LossOutput:
+def block_strata(rows: BlockRows, generator: RowGenerator) -> Tensor:
+    """[B, W] in [0, 1), equal within a block: stratified over the global batch for the blocks of
+    each ordinal, and over the blocks of each row.
+    """
+    return torch.remainder(generator.stratified()[:, None] + rows.ordinal * _GOLDEN, 1.0)
+
+
+def joint_loss(
+    blocks: LossOutput,
+    model: CausalDenoiser,
+    rows: BlockRows,
+    clean: Tensor,
+    *,
+    ar_loss_weight: float,
+    diffusion_loss_weight: float,
+) -> LossOutput:
+    """The loss of the blocks, weighted, and the next-token loss of the clean half beside it.
+
+    Args:
+        clean: [B, W, D] hidden states of x_0, each of which sees only up to itself where the
+            next-token loss counts.
+    """
+    if ar_loss_weight == 0.0 and diffusion_loss_weight == 1.0:
+        return blocks
+    bound = {"elbo": (blocks.loss_sum.detach(), blocks.num_tokens), **blocks.metrics}
+    loss = replace(scaled(blocks, diffusion_loss_weight), metrics=bound)
+    if ar_loss_weight == 0.0:
+        return loss
+    is_next = rows.is_target & rows.is_text & (rows.position > 0)
+    behind = is_next[:, 1:].nonzero(as_tuple=True)
+    following = next_token_loss(
+        model.head,
+        clean[:, :-1][sent_at(behind, clean.device)],
+        rows.tokens[:, 1:][behind],
+    )
+    nats = following.loss_sum.detach()
+    return replace(
+        loss,
+        loss_sum=loss.loss_sum + ar_loss_weight * following.loss_sum,
+        metrics={
+            **bound,
+            "ar_nll": (nats, following.num_tokens),
+            "ar_accuracy": following.metrics["accuracy"],
+        },
+    )
+
+
+def scaled(loss: LossOutput, weight: float) -> LossOutput:
+    """The loss times a weight; its metrics stay."""
     return loss if weight == 1.0 else replace(loss, loss_sum=weight * loss.loss_sum)
 
 
@@ -217,9 +250,15 @@ def encode_both(
     sight: BlockSight,
 ) -> tuple[Tensor, Tensor]:
     """As `encode_beside_clean`, and the hidden states [B, W, D] of x_0."""
+    return encode_noisy(model, rows, rows.tokens.masked_fill(is_masked, mask_token_id), sight=sight)
+
+
+def encode_noisy(
+    model: CausalDenoiser, rows: BlockRows, x_t: Tensor, *, sight: BlockSight
+) -> tuple[Tensor, Tensor]:
+    """As `encode_both`, of any noisy tokens x_t [B, W]."""
     there = device_of(model, like=rows.tokens)
-    rows, is_masked = rows.to(there), sent(is_masked, there)
-    x_t = rows.tokens.masked_fill(is_masked, mask_token_id)
+    rows, x_t = rows.to(there), sent(x_t, there)
     rule = block_diffusion(
         rows.document,
         rows.block,

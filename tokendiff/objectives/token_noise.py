@@ -13,6 +13,7 @@ which is one reduction of the model's output and two gathers. Nothing cancels: w
 (arXiv 2503.04482).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -98,22 +99,50 @@ class TokenNoiseDiffusion:
             slope: [B] what a row's bound counts: dt/du of the draw of t. The cross-entropy is not
                 an integral and leaves it out.
         """
-        batch, mask = self._rows(batch), self.kernel.mask_token_id
-        is_target = batch.is_target & (batch.tokens != mask)
-        at = is_target.nonzero(as_tuple=True)
-        row = at[0]
+        batch = self._rows(batch)
+        is_target = batch.is_target & (batch.tokens != self.kernel.mask_token_id)
         states = model.encode(x_t, batch.is_valid, t, batch.isolated)
-        there = states.device
-        hidden, num_noised = states[sent_at(at, there)], (x_t[at] != batch.tokens[at]).sum()
-        of_tokens = (batch.tokens[at], x_t[at], t[row], slope[row], row, is_target.sum(1))
-        x_0, z, t, slope, row, row_tokens = (sent(column, there) for column in of_tokens)
+        at = is_target.nonzero(as_tuple=True)
+        return self.loss_of_states(
+            model.head,
+            states[sent_at(at, states.device)],
+            batch.tokens,
+            x_t,
+            t[:, None].expand_as(x_t),
+            slope[:, None].expand_as(x_t),
+            is_target,
+            is_target.sum(),
+        )
+
+    def loss_of_states(
+        self,
+        head: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        tokens: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        slope: Tensor,
+        is_target: Tensor,
+        num_tokens: Tensor,
+    ) -> LossOutput:
+        """The loss from the states [N, D] that tell the N targets.
+
+        Args:
+            tokens, x_t, t, slope: [B, L] clean and noisy tokens, and times as in `loss_at`.
+            is_target: [B, L].
+            num_tokens: how many tokens the loss is said to be of.
+        """
+        at = is_target.nonzero(as_tuple=True)
+        num_noised = (x_t[at] != tokens[at]).sum()
+        of_tokens = (tokens[at], x_t[at], t[at], slope[at], at[0], is_target.sum(1))
+        x_0, z, t, slope, row, row_tokens = (sent(column, hidden.device) for column in of_tokens)
         columns = [x_0, z, t, slope]
         if self.lambda_conf > 0.0:
+            mask = self.kernel.mask_token_id
             columns.append(
-                confidence_weights(model.head, hidden, x_0, row, row_tokens, mask_token_id=mask)
+                confidence_weights(head, hidden, x_0, row, row_tokens, mask_token_id=mask)
             )
-        loss_sum, sums = reduce_through_head(model.head, hidden, tuple(columns), self._loss_of)
-        num_tokens = is_target.sum()
+        loss_sum, sums = reduce_through_head(head, hidden, tuple(columns), self._loss_of)
         metrics = {"noised_accuracy": (sums[0], num_noised), "elbo": (sums[1], num_tokens)}
         if self.loss_type == "cross_entropy" or not self._is_changed:
             del metrics["elbo"]

@@ -3,7 +3,7 @@
 For other rooms:
     ancestral blockwise remasking first_hitting
                       of one length, a sampler each
-    autoregressive block_refinement sdar dflash self_speculation
+    autoregressive block_refinement sdar canvas dflash self_speculation
                       continue prompts, a sampler each
     speculation       a drafted block read and judged, whatever drafts
     base open_ended   what the samplers of each kind share
@@ -12,7 +12,9 @@ For other rooms:
     batch             prompts of several lengths, laid out for a sampler of one length
 
 Of this room alone:
-    block_decoding    blocks behind a cache, which `sdar` and `block_refinement` share
+    block_cache       a block behind the cache of those before it
+    block_decoding    blocks of masks, which `sdar` and `block_refinement` share
+    canvas_rules      how a step moves a canvas of random tokens
     commit_rules      which candidates a step commits
     hidden_states     what a model says of a batch, read again where it has changed
     acceptance        which drafted tokens a target accepts

@@ -78,28 +78,27 @@ class Slots:
             self._width += size
         self._table = torch.zeros(num_slots, self._width, dtype=torch.int64)
         self._counts = (*counts, *(histograms or {}))
-        self._kept: Tensor | None = None
+        self._kept: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         """[n] of the rows in use, or [n, size] of a histogram; may be written to."""
         return self._table[: self.num_rows, self._index[name]]
 
-    def kept(self, rows: Tensor, *, like: Tensor | None = None) -> Tensor:
-        """[n, D] what `keep` was given of `rows` [n]; zeros before.
+    def kept(self, rows: Tensor, *, like: Tensor | None = None, name: str = "state") -> Tensor:
+        """[n, D] what `keep` was given of `rows` [n] under that name; zeros before.
 
         Args:
             like: [..., D] of the same kind; may be left out where something was kept of any row.
         """
-        if self._kept is None:
+        if name not in self._kept:
             assert like is not None, "nothing was kept yet"
-            self._kept = like.new_zeros(self._num_slots, like.shape[-1])
-        return self._kept[sent(rows, self._kept.device)]
+            self._kept[name] = like.new_zeros(self._num_slots, like.shape[-1])
+        return self._kept[name][sent(rows, self._kept[name].device)]
 
-    def keep(self, rows: Tensor, states: Tensor) -> None:
+    def keep(self, rows: Tensor, states: Tensor, *, name: str = "state") -> None:
         """Keep a state [n, D] of each of `rows` [n]."""
-        if self._kept is None:
-            self._kept = states.new_zeros(self._num_slots, states.shape[-1])
-        self._kept[sent(rows, self._kept.device)] = states
+        self.kept(rows, like=states, name=name)
+        self._kept[name][sent(rows, states.device)] = states
 
     @property
     def rows(self) -> Tensor:
@@ -205,10 +204,8 @@ class Slots:
         self.cache.crop(at, torch.zeros_like(at))
 
     def _move(self, source: int, target: int) -> None:
-        for states in (self.tokens, self.block_begin, self._table):
+        for states in (self.tokens, self.block_begin, self._table, *self._kept.values()):
             states[target] = states[source]
-        if self._kept is not None:
-            self._kept[target] = self._kept[source]
         self._requests[target] = self._requests[source]
         self.cache.move(source, target)
 

@@ -13,7 +13,7 @@ from tokendiff.artifacts.model_folders import local_model
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.rows import TokenData
 from tokendiff.diffusion.interfaces import Objective
-from tokendiff.diffusion.kernels import AbsorbingKernel
+from tokendiff.diffusion.kernels import AbsorbingKernel, UniformKernel
 from tokendiff.errors import InputError
 from tokendiff.models.adapters import add_adapters
 from tokendiff.models.builtin import is_builtin
@@ -34,6 +34,7 @@ from tokendiff.models.vocabulary import check_vocabulary
 from tokendiff.objectives.autoregressive import Autoregressive
 from tokendiff.objectives.block_diffusion import BlockDiffusion
 from tokendiff.objectives.block_refinement import BlockRefinement
+from tokendiff.objectives.block_uniform import UniformBlockDiffusion
 from tokendiff.objectives.dflash import DFlash
 from tokendiff.objectives.mdlm import MDLM
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
@@ -71,18 +72,23 @@ def _build_token_noise(config: "UDLMConfig | HybridConfig", process: NoiseProces
 
 def _build_block_diffusion(config: "BlockDiffusionConfig", process: NoiseProcess) -> Objective:
     kernel = process.kernel()
+    fields: dict[str, Any] = {
+        "block_length": config.block_length,
+        "eos_token_id": process.eos_token_id,
+        "restarts_at_answers": process.block_start is not None,
+        "ar_loss_weight": config.ar_loss_weight,
+        "diffusion_loss_weight": config.diffusion_loss_weight,
+        "predicts_next": config.predict == "next",
+        **_common_fields(config),
+    }
+    if isinstance(kernel, UniformKernel):
+        return UniformBlockDiffusion(kernel=kernel, **fields)
     assert isinstance(kernel, AbsorbingKernel)
     return BlockDiffusion(
         kernel=kernel,
-        block_length=config.block_length,
-        eos_token_id=process.eos_token_id,
         exact_mask_counts=config.exact_mask_counts,
-        restarts_at_answers=process.block_start is not None,
-        ar_loss_weight=config.ar_loss_weight,
-        diffusion_loss_weight=config.diffusion_loss_weight,
-        predicts_next=config.predict == "next",
         keeps_base=process.keeps_base,
-        **_common_fields(config),
+        **fields,
     )
 
 

@@ -245,3 +245,10 @@ BLOCK_RULES: tuple[Rule[LoadedBlockCheckpoint], ...] = (
     loss,
     padding,
 )
+
+
+def block_rules(process: NoiseProcess) -> tuple[Rule[LoadedBlockCheckpoint], ...]:
+    """What is checked of a checkpoint: the loss of masks only where they are its noise."""
+    if process.forward_process == "absorbing":
+        return BLOCK_RULES
+    return tuple(check for check in BLOCK_RULES if check is not loss)

@@ -26,7 +26,7 @@ from tokendiff.objectives.chunked import (
 from tokendiff.samplers.ancestral import MOVE, NOISE, TOKEN, AncestralSampler
 from tokendiff.samplers.base import Predictor
 from tokendiff.verification import oracles
-from tokendiff.verification.block_checkpoints import BLOCK_RULES, LoadedBlockCheckpoint
+from tokendiff.verification.block_checkpoints import LoadedBlockCheckpoint, block_rules
 from tokendiff.verification.certificate import CHECKPOINT, Check, Rule, apply, rule
 from tokendiff.verification.installed_code import closed_form_loss, loss_distance
 
@@ -108,7 +108,7 @@ class LoadedCheckpoint:
 
 
 def num_checkpoint_checks(process: NoiseProcess) -> int:
-    return len(RULES if process.block_length is None else BLOCK_RULES)
+    return len(RULES if process.block_length is None else block_rules(process))
 
 
 def verify_checkpoint(checkpoint: Path, tokens: np.ndarray, lengths: np.ndarray) -> Iterator[Check]:
@@ -127,7 +127,7 @@ def verify_checkpoint(checkpoint: Path, tokens: np.ndarray, lengths: np.ndarray)
     )
     if process.block_length is not None:
         blocks = LoadedBlockCheckpoint(process=process, model=model, batch=loaded.batch)
-        yield from apply(BLOCK_RULES, CHECKPOINT, blocks)
+        yield from apply(block_rules(process), CHECKPOINT, blocks)
         return
     yield from apply(RULES, CHECKPOINT, loaded)
 

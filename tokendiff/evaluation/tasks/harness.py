@@ -112,8 +112,8 @@ class HarnessModel(AnsweredModel):
 
     Args:
         checkpoint_path, model_id: as of `jobs.generate`, one of the two.
-        sampler: its name; by default `ar` of models that decode token by token, `sdar` or
-            `block_refinement` of those that decode block by block, else `ancestral`.
+        sampler: its name; by default `ar` of models that decode token by token, `sdar`,
+            `block_refinement` or `canvas` of those that decode block by block, else `ancestral`.
         batch_size, seed, seq_len, mixed_precision, trust_remote_code: as of `jobs.generate`.
         num_mask_samples: as of `jobs.evaluate`.
         device: by default a GPU where there is one.

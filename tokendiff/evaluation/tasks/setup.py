@@ -32,6 +32,8 @@ def default_sampler(checkpoint: Path | None) -> str:
     process = NoiseProcess.load(checkpoint)
     if process.block_length is None:
         return "ancestral"
+    if process.forward_process == "uniform":
+        return "canvas"
     return "sdar" if process.attention_mask_mode == "4d" else "block_refinement"
 
 
