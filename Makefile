@@ -61,6 +61,8 @@ toy: setup  ## train on languages made up: bounds against exact entropies, answe
 	$(BIN)/python -m benchmarks.answers
 	$(BIN)/python -m benchmarks.chats
 	$(BIN)/python -m benchmarks.draft_learns
+	$(BIN)/python -m benchmarks.corrector
+	$(BIN)/python -m benchmarks.caches
 
 faults: setup  ## every fault of docs/faults.md, at moments drawn at random; not part of make test
 	$(BIN)/python -m benchmarks.faults

@@ -184,6 +184,7 @@ def parse(
     commands: Mapping[str, str] | None = None,
     add_options: Callable[[str, argparse.ArgumentParser], None] = lambda command, parser: None,
     folders: Sequence[str] = (),
+    default_sampler: Callable[[str], str] | None = None,
 ) -> Arguments:
     """Read a job's command line and its config; `--verbose` takes effect here.
 
@@ -197,6 +198,7 @@ def parse(
         commands: subcommands and their help; each takes its config as a positional FILE.yaml.
         add_options: adds what a command takes besides to its parser.
         folders: commands that take a folder in place of FILE.yaml, and then no config.
+        default_sampler: see `load_config`.
 
     Raises:
         InputError: listing what is wrong with the command line, or else with the config.
@@ -229,7 +231,7 @@ def parse(
     flags = {name: value for name, value in vars(options).items() if "." in name}
     is_folder = getattr(options, "command", None) in folders and options.config.is_dir()
     file = None if is_folder else shipped(options.config)
-    config = load_config(file, options.override, flags)
+    config = load_config(file, options.override, flags, default_sampler=default_sampler)
     for section in sections:
         if getattr(config, section) is None:
             raise InputError(

@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         sections=("generate", "cluster", "tracking"),
         hidden=("cluster.num_workers", "cluster.max_failures"),
+        default_sampler=_default_sampler,
     )
     config = args.config.generate
     models = ("checkpoint_path", "model_id", "target_model_id", "draft_model_id")
@@ -59,6 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.print_result(result, as_json=args.json)
     message = failure_of([result])
     return cli.EXIT_OK if message is None else cli.fail(message)
+
+
+def _default_sampler(model_id: str) -> str:
+    from tokendiff.models.default_sampler import default_sampler
+
+    return default_sampler(model_id)
 
 
 if __name__ == "__main__":

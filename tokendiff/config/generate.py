@@ -62,7 +62,10 @@ class GenerateConfig(Section):
         description="tokens of a sample, its prompt included; by default the trained max_length",
     )
     sampler: SamplerConfig = Field(
-        AncestralConfig(), description="sampler: a name, or a mapping with its fields"
+        AncestralConfig(),
+        description="sampler: a name, or a mapping with its fields; jobs.generate with a model_id "
+        "uses the sampler of the model's family where none is named (blockwise of LLaDA and Dream, "
+        "sdar, block_refinement of LLaDA2, else ar)",
     )
     batch_size: int = Field(
         16,

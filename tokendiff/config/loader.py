@@ -10,7 +10,7 @@ import difflib
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -53,6 +53,8 @@ def load_config(
     path: Path | None,
     overrides: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
+    *,
+    default_sampler: Callable[[str], str] | None = None,
 ) -> Config:
     """Read and validate a config.
 
@@ -61,11 +63,13 @@ def load_config(
         overrides: `section.field=value`; `strict_yaml.parse_value` says how the value is read.
         flags: dotted path -> a value, or its text, which is read as the field's type wants: where
             that takes strings, as it is.
+        default_sampler: from `generate.model_id` to the sampler that is used where none is named;
+            None leaves it to the section's default.
 
     Raises:
         InputError: listing every problem, one per line, in the order of their places.
     """
-    draft, config = _load(Config, path, overrides, flags)
+    draft, config = _load(Config, path, overrides, flags, default_sampler)
     problems = _stage_problems(draft, config)
     for variant in _matrix_drafts(draft, config) if config.matrix and not problems else []:
         try:
@@ -150,14 +154,22 @@ def _load(
     path: Path | None,
     overrides: Sequence[str],
     flags: Mapping[str, Any] | None,
+    default_sampler: Callable[[str], str] | None = None,
 ) -> "tuple[_Draft, Model]":
     document = strict_yaml.read(path) if path else strict_yaml.Document({}, {})
     draft = _Draft(model, document, path)
     for number, override in enumerate(overrides):
         draft.override(number, override)
     # Short paths first: the choice of an objective decides how its own fields are read.
-    for number, name in enumerate(sorted(flags or {}, key=lambda name: name.count("."))):
-        draft.set_flag(number, name, (flags or {})[name])
+    ordered = list(enumerate(sorted(flags or {}, key=lambda name: name.count("."))))
+    for number, name in ordered:
+        if name.count(".") <= 1:
+            draft.set_flag(number, name, (flags or {})[name])
+    if default_sampler is not None:
+        draft.name_sampler(default_sampler)
+    for number, name in ordered:
+        if name.count(".") > 1:
+            draft.set_flag(number, name, (flags or {})[name])
     try:
         validated = model.model_validate(draft.data)
     except ValidationError as error:
@@ -302,6 +314,15 @@ class _Draft:
             self._assign(keys, value, place)
         except ValueError as error:
             self.problems.append((place, f"{place.text}: {error}"))
+
+    def name_sampler(self, default_of: Callable[[str], str]) -> None:
+        """Name the sampler of `generate` by its model, where a model_id is given and no name."""
+        section = self.data.get("generate")
+        if not isinstance(section, dict):
+            return
+        model_id, sampler = section.get("model_id"), section.get("sampler") or {}
+        if isinstance(model_id, str) and isinstance(sampler, dict) and TAG not in sampler:
+            section["sampler"] = {TAG: default_of(model_id), **sampler}
 
     def with_matrix(self, values: Mapping[str, Any]) -> "_Draft":
         """A copy with one combination of the matrix in it, and no matrix."""

@@ -12,6 +12,7 @@ For other rooms:
     builtin           small models that need no download
     vocabulary        a model's vocabulary beside that of the tokenizer that made the data
     families          what is known of a family that its config does not say
+    default_sampler   the sampler of a model for which the user names none
     layouts           files of a family that has a config and names of weights of its own
     causal decoding
                       a causal model that decodes with a cache; opening and trying one

@@ -28,7 +28,8 @@ class Family:
         chat_template: how its chats are written, where its tokenizer does not say.
         stop_tokens: what ends an answer, beside the EOS of its tokenizer.
         can_be_trained: whether what is trained of it can be saved as it came.
-        sampler: the one that errors advise where another was asked for that does not go with it.
+        sampler: the one that `jobs.generate` uses where the user names none, and that errors advise
+            where another was asked for that does not go with it.
     """
 
     same_as: str | None = None
