@@ -17,6 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import tokendiff
 from tests.test_floors import COMPUTED_NAME, FLOORS, ROOT, SOURCES, imports
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -323,3 +324,26 @@ def test_license_is_apache_2() -> None:
     assert "Version 2.0, January 2004" in text
     assert "The tokendiff authors" in text
     assert PROJECT["license"] == "Apache-2.0"
+
+
+def test_citation_is_of_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= cited.keys()  # what the format asks for
+    assert cited["version"] == tokendiff.__version__
+    assert cited["license"] == PROJECT["license"]
+    assert [author["name"] for author in cited["authors"]] == [
+        author["name"] for author in PROJECT["authors"]
+    ]
+
+
+@pytest.mark.parametrize("name", ["bug", "feature"])
+def test_issue_forms_have_what_their_format_asks_for(name: str) -> None:
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text())
+    assert {"name", "description", "body"} <= form.keys()
+    ids = [field["id"] for field in form["body"]]
+    assert len(ids) == len(set(ids))
+    for field in form["body"]:
+        assert field["type"] in ("textarea", "input", "dropdown")
+        assert field["attributes"]["label"]
+        assert (field["type"] == "dropdown") == ("options" in field["attributes"])
