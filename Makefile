@@ -14,7 +14,7 @@ CHECK_VENV := import importlib.util, sys; importlib.util.find_spec("ensurepip") 
 	"%s cannot make virtual environments (no ensurepip); install its venv package, on Debian and " \
 	"Ubuntu: apt install python3-venv" % sys.executable)
 
-.PHONY: help setup quickstart test lint bench toy faults real docs lock bom audit clean
+.PHONY: help setup quickstart test lint bench gpu toy faults real docs lock bom audit clean
 
 help:  ## list the targets (the default)
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' Makefile | expand -t 12
@@ -55,6 +55,10 @@ bench: setup  ## speed and memory against the published formulation; decoding; w
 	$(BIN)/python -m benchmarks.optimizers
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.large_corpus
+
+# With torch and transformers alone; so without setup, and by any Python that has the two.
+gpu:  ## prove and measure the package on the card of this machine: 8 minutes
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,"$(PYTHON)") -m benchmarks.gpu --minutes 8 --out output/gpu
 
 toy: setup  ## train on languages made up: bounds against exact entropies, answers, drafts
 	$(BIN)/python -m benchmarks.toy_chain

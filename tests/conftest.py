@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib.util
 import logging
 import os
 import shutil
@@ -49,6 +50,21 @@ os.environ.update(
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(_SCRATCH, ignore_errors=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`pytest -m gpu` runs where torch, transformers and pytest alone are installed; pyproject.toml
+    has a setting of pytest-timeout.
+    """
+    if importlib.util.find_spec("pytest_timeout") is None:
+        parser.addini("timeout", "seconds for a test; there is nothing here that reads it")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Of the files with other tests most need more than is installed there."""
+    if config.option.markexpr != "gpu" or collection_path.suffix != ".py":
+        return None
+    return "pytest.mark.gpu" not in collection_path.read_text(encoding="utf-8") or None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -146,9 +162,11 @@ def load_served(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Any]:
 @pytest.fixture(scope="session", autouse=True)
 def _no_processes_left_behind() -> Iterator[None]:
     """Set up first, so torn down last: after `ray_session`."""
+    yield
+    if importlib.util.find_spec("psutil") is None:  # nor is there Ray
+        return
     import psutil
 
-    yield
     # Helpers of multiprocessing end with this process.
     helpers = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
     children = [

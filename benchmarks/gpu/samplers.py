@@ -1,0 +1,203 @@
+"""The tokens of each sampler on the device, against those of the same keys in float64 on the CPU.
+
+Where two candidates are nearly alike, rounding decides. A row that differs is a tie if the
+reference itself, with each of its logits moved by a tenth of a thousandth of their spread, writes
+something else in that row; ties are counted and excused. Else the row is wrong.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.machine import Machine
+from benchmarks.gpu.mathematics import kernel_of
+from benchmarks.gpu.models import (
+    MASK,
+    PROVEN,
+    decoder,
+    drafted,
+    requests_of,
+    whole_row_denoiser,
+)
+from benchmarks.gpu.report import FAILS, HOLDS, Case, Finding
+from tokendiff.diffusion.random import RowGenerator
+from tokendiff.samplers.ancestral import AncestralSampler
+from tokendiff.samplers.autoregressive import AutoregressiveSampler
+from tokendiff.samplers.block_refinement import BlockRefinementSampler
+from tokendiff.samplers.blockwise import BlockwiseSampler
+from tokendiff.samplers.dflash import DFlashSampler
+from tokendiff.samplers.first_hitting import FirstHittingSampler
+from tokendiff.samplers.remasking import RemaskingSampler
+from tokendiff.samplers.sdar import SDARSampler
+from tokendiff.samplers.self_speculation import SelfSpeculationSampler
+
+_MOVED = 1e-4  # of the spread of logits
+_TRIES = 8  # with other numbers each: a row that is a tie shows it in one of them
+_MOST_TIES = 0.25  # of the rows, or too little was compared
+_NUM_ROWS, _LENGTH, _NEW = 8, 24, 16
+
+Texts = list[list[int]]
+
+_STEPS: dict[str, Any] = {"num_inference_steps": 12}
+# Of rows of one length, by name; each begins with a prompt.
+FIXED: dict[str, Any] = {
+    "ancestral, masks": AncestralSampler(kernel=kernel_of("mdlm"), **_STEPS),
+    "ancestral, uniform noise": AncestralSampler(kernel=kernel_of("udlm"), **_STEPS),
+    "ancestral, hybrid noise": AncestralSampler(kernel=kernel_of("hybrid"), top_p=0.9, **_STEPS),
+    "blockwise": BlockwiseSampler(kernel=kernel_of("mdlm"), block_size=8, num_inference_steps=4),
+    "blockwise, low confidence, cached": BlockwiseSampler(
+        kernel=kernel_of("mdlm"),
+        block_size=8,
+        num_inference_steps=4,
+        remasking_strategy="low_confidence_static",
+        cache="dual",
+    ),
+    "remdm": RemaskingSampler(kernel=kernel_of("mdlm"), eta=0.2, **_STEPS),
+    "first_hitting": FirstHittingSampler(kernel=kernel_of("mdlm")),
+}
+_BLOCKS: dict[str, Any] = {"mask_token_id": MASK, "block_length": 4, "max_new_tokens": _NEW}
+# Those that continue prompts.
+OPEN_ENDED: dict[str, Any] = {
+    "ar": AutoregressiveSampler(max_new_tokens=_NEW),
+    "ar, greedy": AutoregressiveSampler(max_new_tokens=_NEW, temperature=0.0),
+    "sdar": SDARSampler(confidence_threshold=0.3, **_BLOCKS),
+    "sdar, greedy": SDARSampler(
+        temperature=0.0, remasking_strategy="low_confidence_static", **_BLOCKS
+    ),
+    "block_refinement, 2d": BlockRefinementSampler(threshold=0.3, top_k=20, **_BLOCKS),
+    "block_refinement, 4d": BlockRefinementSampler(
+        attention_mask_mode="4d", threshold=0.3, editing_threshold=0.3, max_post_steps=3, **_BLOCKS
+    ),
+    "self_speculation": SelfSpeculationSampler(**_BLOCKS),
+    "dflash": DFlashSampler(max_new_tokens=_NEW),
+}
+
+
+def cases(machine: Machine) -> Iterator[Case]:
+    texts_of = {
+        **{name: partial(_fixed, sampler) for name, sampler in FIXED.items()},
+        **{name: partial(_open_ended, sampler) for name, sampler in OPEN_ENDED.items()},
+    }
+    for name, texts in texts_of.items():
+        yield Case(
+            name=f"tokens of {name}",
+            compared="the same keys in float64 on the CPU",
+            run=partial(_same_as_reference, texts, machine.device),
+            is_proof=True,
+        )
+    for name in ("dflash", "self_speculation"):
+        yield Case(
+            name=f"greedy text of {name}",
+            compared="ar on the device",
+            run=partial(_as_ar, name, machine.device),
+            is_proof=True,
+        )
+
+
+# (device, dtype, what moves the logits) -> the text of each row.
+_TextsOf = Callable[[Any, torch.dtype, "Moved | None"], Texts]
+
+
+class Moved:
+    """Adds numbers of a size to logits, the same in each run with one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def around(self, head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def moved(hidden: Tensor) -> Tensor:
+            logits = head(hidden)
+            noise = torch.randn(logits.shape, generator=self._generator, dtype=torch.float64)
+            return logits + _MOVED * float(logits.std()) * noise.to(logits)
+
+        return moved
+
+
+def compared(ours: Texts, expected: Texts, moved: Callable[[int], Texts]) -> Finding:
+    """How many rows of texts differ, ties apart.
+
+    Args:
+        moved: the reference with its logits moved, by a seed.
+    """
+    differing = {row for row, text in enumerate(expected) if ours[row] != text}
+    ties: set[int] = set()
+    for seed in range(_TRIES):
+        if differing <= ties:
+            break
+        texts = moved(seed)
+        ties |= {row for row in differing if texts[row] != expected[row]}
+    wrong, count = len(differing - ties), len(expected)
+    is_enough = len(ties) <= _MOST_TIES * count
+    return Finding(
+        figure=f"{wrong} of {count} rows differ, {len(ties)} ties beside",
+        limit="0 rows",
+        verdict=HOLDS if wrong == 0 and is_enough else FAILS,
+        values={"wrong": wrong, "ties": len(ties), "rows": count},
+    )
+
+
+def _same_as_reference(texts_of: _TextsOf, device: torch.device) -> Finding:
+    expected = texts_of("cpu", torch.float64, None)
+    ours = texts_of(device, torch.float32, None)
+    return compared(ours, expected, lambda seed: texts_of("cpu", torch.float64, Moved(seed)))
+
+
+def _as_ar(name: str, device: torch.device) -> Finding:
+    greedy = AutoregressiveSampler(max_new_tokens=_NEW, temperature=0.0)
+    fast: Any = (
+        DFlashSampler(max_new_tokens=_NEW, temperature=0.0)
+        if name == "dflash"
+        else SelfSpeculationSampler(temperature=0.0, **_BLOCKS)
+    )
+    expected = _open_ended(greedy, device, torch.float32, None)
+    ours = _open_ended(fast, device, torch.float32, None)
+    return compared(
+        ours, expected, lambda seed: _open_ended(greedy, device, torch.float32, Moved(seed))
+    )
+
+
+def _fixed(sampler: Any, device: Any, dtype: torch.dtype, moved: Moved | None) -> Texts:
+    model: Any = whole_row_denoiser(PROVEN, device, dtype)
+    if moved is not None:
+        model.head = moved.around(model.head)
+    return rows_by(sampler, model)
+
+
+def _open_ended(sampler: Any, device: Any, dtype: torch.dtype, moved: Moved | None) -> Texts:
+    model = decoder_for(sampler, device, dtype)
+    if moved is not None:
+        model.head = moved.around(model.head)
+    return completions_by(sampler, model)
+
+
+def decoder_for(sampler: Any, device: Any, dtype: torch.dtype) -> Any:
+    """What a sampler that continues prompts is called with."""
+    target = decoder(PROVEN, device, dtype)
+    return drafted(target, PROVEN) if isinstance(sampler, DFlashSampler) else target
+
+
+def rows_by(sampler: Any, model: Any) -> Texts:
+    """Rows of one length behind prompts of 0 to 4 tokens."""
+    device = model.model.device
+    generator = torch.Generator().manual_seed(5)
+    shape = (_NUM_ROWS, _LENGTH)
+    tokens = torch.randint(MASK + 1, PROVEN.vocab_size, shape, generator=generator).to(device)
+    given = torch.arange(_NUM_ROWS, device=device)[:, None] % 5
+    is_given = torch.arange(_LENGTH, device=device) < given
+    keys = RowGenerator.for_rows(9, torch.arange(_NUM_ROWS, device=device))
+    texts: Texts = sampler.sample(model, tokens, is_given, keys).tokens.tolist()
+    return texts
+
+
+def completions_by(sampler: Any, model: Any) -> Texts:
+    """Continuations of prompts of 1 to 16 tokens, in fewer slots than there are rows, so that rows
+    take the places of others.
+    """
+    lengths = [1 + 5 * row % 16 for row in range(_NUM_ROWS)]
+    requests = requests_of(lengths, PROVEN.vocab_size)
+    done = sampler.complete(model, requests, key=4, num_slots=5)
+    texts = {completion.id: completion.tokens for completion in done}
+    return [texts[row] for row in range(_NUM_ROWS)]
