@@ -26,8 +26,8 @@ class World:
     def current(cls, device: torch.device | str = "cpu") -> "World":
         """The process group that was set up by whoever started this process, if any.
 
-        Its GPU becomes the current one: barriers of NCCL and events are of that, and a process that
-        sees all GPUs of its node would take the first.
+        Its GPU becomes the current one, as Ray Train makes it: barriers of NCCL and events are of
+        that, and a process of torchrun, which sees all GPUs of its node, would take the first.
         """
         device = torch.device(device)
         if device.type == "cuda" and device.index is not None:
