@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import json
 import logging
@@ -53,6 +54,13 @@ _FORESEEN = (
     *(InputError, CorruptFileError, FloatingPointError),
     *(BlockingIOError, TimeoutError, ChildProcessError),  # of our locks, clocks and processes
 )
+# Of disks, which any call that writes may find full.
+_DISK_REMEDIES = {
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT), "make room and run the same command again: it goes on"
+    ),
+    errno.EROFS: "give an output folder that can be written",
+}
 _JOB_SECTIONS = ("preprocess", "train", "generate", "evaluate")  # each the main one of jobs.NAME
 _COMMON = ("config", "override", "json", "verbose", "help")
 # Other names of flags that help need not list.
@@ -134,6 +142,8 @@ def _report(error: Exception) -> int:
     cause = getattr(error, "cause", None)
     if _is_ray_s(error) and isinstance(cause, _FORESEEN):
         error = cause  # as it was raised on a worker, without the traceback that Ray puts around it
+    if isinstance(error, OSError) and error.errno in _DISK_REMEDIES:
+        return fail(f"{error}; {_DISK_REMEDIES[error.errno]}")
     is_given_up = type(error) is RuntimeError and _is_ray_s(error.__cause__)
     if isinstance(error, _FORESEEN) or is_given_up:
         _print_error(error)

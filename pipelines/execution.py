@@ -94,7 +94,8 @@ def _act(stage: Stage, log: RunLog) -> None:
     try:
         stage.action(stage, log)
     except BaseException as error:
-        log.write("error", message=str(error).split("\n")[0] or type(error).__name__)
+        with contextlib.suppress(OSError):  # where the disk is full, the first error counts
+            log.write("error", message=str(error).split("\n")[0] or type(error).__name__)
         raise
     log.write("end")
 

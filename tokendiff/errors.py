@@ -44,3 +44,14 @@ def reason_of(error: Exception) -> str:
     # What these say is no sentence: "'added_tokens'".
     is_bare = isinstance(error, KeyError | AttributeError | TypeError) or not text
     return f"{type(error).__name__}: {text}".removesuffix(": ") if is_bare else text
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """In this block an OSError that names no file, as of a write to a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -5,10 +5,10 @@ subject     a tiny pipeline in a process of its own, and whether it came out as 
 moments     the instants of a process that a fault can be put at
 signals     killed and interrupted, at any moment, in every job
 damage      bytes flipped, files cut, emptied and deleted
-disk        a full disk, an output folder that cannot be written, a clock set back
-locks       two runs at once, and a holder that was killed
-tracking    MLflow absent, silent, refusing; its database locked; its experiment deleted
-registered  registered versions and their files deleted; a promotion cut off
-on_ray      faults that need Ray: tests of the suite, each run as a case
-pairs       two faults at once
+disturbances
+            faults in the middle of a run, one or several at once, and what ends them
+fake_mlflow an MLflow server that can be told to fail
+surroundings
+            disk, clock, MLflow, locks, and pairs of faults
+in_suite    faults that a test of the suite tries already, most of them on Ray
 """

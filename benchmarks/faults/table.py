@@ -20,6 +20,10 @@ class Broken(AssertionError):
     """A promise was not kept; the message says what was seen in its place."""
 
 
+class CannotTry(Exception):
+    """This machine or user lacks what the case takes; its row says "not run yet"."""
+
+
 Trial = Callable[["Subject", random.Random, Path], str]
 
 
@@ -60,6 +64,8 @@ def try_case(case: Case, subject: "Subject", seed: int) -> Row:
         chance = random.Random(f"{seed}/{case.name}/{number}")
         try:
             seen.append(case.trial(subject, chance, folder))
+        except CannotTry as error:
+            return Row(case=case.name, promise=case.promise, done=case.done, seen=str(error))
         except Exception as error:  # whatever else goes wrong breaks the promise as well
             name = "" if isinstance(error, Broken) else f"{type(error).__name__}: "
             seen.append(f"{number}: {name}{error}")

@@ -1,6 +1,10 @@
 """What a manifest vouches for."""
 
+import errno
+import os
 from pathlib import Path
+
+import pytest
 
 from tokendiff.artifacts.manifest import commit, verify, write_atomically
 
@@ -17,3 +21,17 @@ def test_a_manifest_does_not_vouch_for_what_a_killed_writer_left(tmp_path: Path)
     assert commit(tmp_path, kind="toy").files.keys() == alone.keys() | mine
     assert list((tmp_path / "deep").iterdir()) == []
     verify(tmp_path)
+
+
+def test_a_full_disk_is_told_with_the_file_that_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_atomically(tmp_path / "part", b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/part'$"):
+        write_atomically(tmp_path / "part", b"new")
+    assert (tmp_path / "part").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["part"]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import signals
+from benchmarks.faults import in_suite, signals
 from benchmarks.faults.moments import Moments
 from benchmarks.faults.subject import Subject, prepared
 from benchmarks.faults.table import Case, Row, read_rows, try_case, write_rows
+from tests import ROOT
 
 KILLED = replace(signals.CASES[0], moments=1)
 
@@ -38,6 +39,12 @@ def test_a_promise_that_holds_and_one_that_does_not(
         row = try_case(replace(KILLED, trial=doubled), subject, seed=5)
         assert row.verdict == "broken"
         assert "does not match its MANIFEST" in row.seen
+
+
+@pytest.mark.parametrize("test", sorted(set(in_suite.TESTS.values())))
+def test_the_tests_that_are_cases_are_there(test: str) -> None:
+    path, _, name = test.partition("::")
+    assert f"\ndef {name}(" in (ROOT / path).read_text()
 
 
 def test_a_table_keeps_the_rows_of_cases_that_are_not_run_now(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The command line: flags made out of the config, and what a job answers with."""
 
+import errno
 import functools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -466,3 +468,22 @@ except SystemExit:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.splitlines()[-1] == "loaded: []"
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "make room and run the same command again: it goes on"),
+        (errno.EDQUOT, "make room and run the same command again: it goes on"),
+        (errno.EROFS, "give an output folder that can be written"),
+    ],
+)
+def test_a_disk_that_takes_nothing_is_one_message(
+    number: int, remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(argv: object) -> int:
+        raise OSError(number, os.strerror(number), "out/part")
+
+    assert cli.entry_point(main)([]) == 1
+    expected = f"error: [Errno {number}] {os.strerror(number)}: 'out/part'; {remedy}\n"
+    assert capsys.readouterr().err == expected

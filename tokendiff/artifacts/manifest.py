@@ -27,7 +27,7 @@ from tokendiff.artifacts.locations import (
     remove,
     upload,
 )
-from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.errors import CorruptFileError, InputError, naming
 
 MANIFEST_NAME = "MANIFEST.json"
 # A run's own log and tracking state, which go on being written after the result is committed.
@@ -71,7 +71,7 @@ def write_atomically(path: Location, data: bytes) -> None:
         return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -48,6 +48,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
+from tokendiff.errors import naming
+
 LOG_NAME = "log.jsonl"
 PROGRESS_NAME = "progress.json"
 _OF_STEPS = ("metrics", "heldout")  # events with figures of one step
@@ -82,8 +84,9 @@ class RunLog:
             return
         if self._ends_in_torn_line():
             line = b"\n" + line
-        while line:  # a full disk can cut a write short
-            line = line[os.write(self._file, line) :]
+        with naming(self.path):
+            while line:  # a full disk can cut a write short
+                line = line[os.write(self._file, line) :]
 
     def _keeps(self, line: bytes, *, done: float, total: float, **fields: Any) -> bool:
         """Show a "progress" beside the log; whether it is one that the log keeps too."""

@@ -325,7 +325,10 @@ class CheckpointSaver:
         for name, text in contents.files.items():
             (folder / name).write_text(text)
         if contents.beside is not None:
-            shutil.copytree(contents.beside, folder, dirs_exist_ok=True)
+            # Not copytree: its error lists them all, and has no errno that tells of a full disk.
+            for name in files_under(contents.beside):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(contents.beside / name, folder / name)
         if self._num_writers > 1:
             for stem in contents.tensors:
                 files = {f: n for share in shares for f, n in share["names"].get(stem, {}).items()}

@@ -1,0 +1,185 @@
+"""Faults that happen in the middle of a run, one or several at once, and what ends them."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.faults.fake_mlflow import FakeMlflow
+from benchmarks.faults.moments import Moments
+from benchmarks.faults.signals import drawn, send
+from benchmarks.faults.subject import CONFIG, Subject, check_said
+from benchmarks.faults.table import Broken, CannotTry
+from tokendiff.tracking.run_log import LOG_NAME, metrics_by_step
+
+_BLOCK = 1 << 12
+_DISK = "size=24m"
+_DAY_SECONDS = 86400.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arranged:
+    """A fault that waits for its moment.
+
+    Attributes:
+        action: what happens at the moment, in the process of the job.
+        mend: called between the run and the next.
+        check: called when the next run has ended; raises Broken.
+        sections: of the config that both runs take.
+    """
+
+    action: Callable[[], None]
+    mend: Callable[[], None] = lambda: None
+    check: Callable[[], None] = lambda: None
+    sections: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disturbance:
+    """A fault by name, the exit codes that a run may have under it, and what it then says."""
+
+    name: str
+    codes: tuple[int, ...]
+    arrange: Callable[[Path], AbstractContextManager[Arranged]]
+    says: str = ""
+
+
+def disturbed(
+    subject: Subject,
+    chance: random.Random,
+    folder: Path,
+    *,
+    faults: Sequence[Disturbance],
+    only: str = "",
+) -> str:
+    """Run the pipeline with each fault at a moment of its own, mend them, and run it again."""
+    (folder / "out").mkdir(parents=True)
+    with ExitStack() as stack:
+        arranged = [stack.enter_context(fault.arrange(folder)) for fault in faults]
+        sections = {name: value for each in arranged for name, value in each.sections.items()}
+        moments = [drawn(subject, "pipeline", chance, only=only) for _ in faults]
+        actions: dict[int, Callable[[], None]] = {}
+        for at, each in zip(moments, arranged, strict=True):
+            while at in actions:
+                at += 1
+            actions[at] = each.action
+        counter = Moments(root=folder / "out", actions=actions, only=only)
+        ended = subject.run("pipeline", folder, counter.install, **sections)
+        codes = {code for fault in faults for code in fault.codes}
+        says = faults[0].says if len(faults) == 1 else ""
+        check_said(ended, codes=tuple(sorted(codes)), says=says)
+        for each in arranged:
+            each.mend()
+        subject.check_goes_on(
+            "pipeline", folder, is_killed=-signal.SIGKILL in codes or len(faults) > 1, **sections
+        )
+        for each in arranged:
+            each.check()
+    return f"exit code {ended.code}; gone on with the same result"
+
+
+@contextmanager
+def _signal(folder: Path, *, number: int) -> Iterator[Arranged]:
+    yield Arranged(action=send(number))
+
+
+@contextmanager
+def full_disk(folder: Path) -> Iterator[Arranged]:
+    """A small disk for the output, which is full from the moment on."""
+    disk, ballast = folder / "out", folder / "out" / "ballast"
+    with mounted(disk, _DISK):
+
+        def fill() -> None:
+            file = os.open(ballast, os.O_WRONLY | os.O_CREAT)
+            try:
+                while os.write(file, bytes(_BLOCK)):
+                    pass
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+            finally:
+                os.close(file)
+
+        yield Arranged(action=fill, mend=lambda: ballast.unlink(missing_ok=True))
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[None]:
+    """A file system in memory in the place of a folder.
+
+    Raises:
+        CannotTry: this user may not mount one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise CannotTry(f"a small disk takes the right to mount one: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextmanager
+def _clock_set_back(folder: Path) -> Iterator[Arranged]:
+    def set_back() -> None:
+        right = time.time
+        time.time = lambda: right() - _DAY_SECONDS
+
+    yield Arranged(action=set_back)
+
+
+@contextmanager
+def _mlflow(folder: Path, *, fails_with: str) -> Iterator[Arranged]:
+    """An MLflow server that fails from the moment on; mended, it gets all that it missed."""
+    with FakeMlflow.started(folder / "mlflow", fails_with) as server:
+
+        def check() -> None:
+            (log,) = folder.glob(f"out/{CONFIG['name']}/train-*/run/{LOG_NAME}")
+            logged = {e["step"]: e["loss"] for e in metrics_by_step(log)}
+            if (arrived := server.points("loss")) != logged:
+                raise Broken(f"MLflow has losses {arrived}, the log {logged}")
+
+        yield Arranged(
+            action=server.fail,
+            mend=server.mend,
+            check=check,
+            sections={"tracking": {"uri": server.uri}},
+        )
+
+
+KILLED = Disturbance(
+    name="killed",
+    codes=(-signal.SIGKILL,),
+    arrange=partial(_signal, number=signal.SIGKILL),
+)
+SIGTERM = Disturbance(
+    name="sigterm",
+    codes=(143, 0),
+    arrange=partial(_signal, number=signal.SIGTERM),
+    says="stopped by SIGTERM",
+)
+SIGINT = Disturbance(name="sigint", codes=(130, 0), arrange=partial(_signal, number=signal.SIGINT))
+FULL_DISK = Disturbance(
+    name="full-disk", codes=(0, 1), arrange=full_disk, says="No space left on device"
+)
+CLOCK = Disturbance(name="clock-set-back", codes=(0,), arrange=_clock_set_back)
+# The name of each way to fail is also the fake server's.
+MLFLOW = {
+    how: Disturbance(
+        name=f"mlflow-{how}",
+        codes=(0, 2),
+        says="cannot be used",
+        arrange=partial(_mlflow, fails_with=how),
+    )
+    for how in ("dies", "hangs", "401", "403", "500")
+}
