@@ -71,7 +71,7 @@ docs: setup  ## serve the documentation at http://127.0.0.1:8000, without a netw
 
 lock:  ## resolve pyproject.toml anew in a new .venv, and write requirements.lock (torch stays)
 	"$(PYTHON)" -m venv --clear $(VENV)
-	$(BIN)/python -m pip install setuptools "$$(grep '^torch==' requirements.lock)" -e '.[dev,docs,eval,lora]'
+	$(BIN)/python -m pip install setuptools "$$(grep '^torch==' requirements.lock)" -e '.[dev,docs,eval,lora,tensorboard,wandb]'
 	sed -n '/^#/p' requirements.lock > requirements.lock.new
 	$(BIN)/python -m pip freeze --all --exclude pip --exclude-editable \
 		| sed -E '/^(cuda|nvidia|triton)/d; s/\+.*$$//' >> requirements.lock.new

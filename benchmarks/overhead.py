@@ -276,7 +276,7 @@ def main() -> None:
     parser.add_argument("--rows_per_step", type=int, default=8)
     args = parser.parse_args()
     config = bench_config(args.rows_per_step)
-    with tempfile.TemporaryDirectory() as name, ray_session(ClusterConfig()):
+    with tempfile.TemporaryDirectory() as name, ray_session(ClusterConfig(address="local")):
         root = Path(name)
         folder = token_folder(
             root / "data",

@@ -2,8 +2,10 @@
 
 For other rooms:
     preprocess train generate evaluate pipeline
-                      python -m jobs.NAME
+                      python -m jobs.NAME, or tokendiff NAME
 
 Of this room alone:
+    console completion
+                      the command tokendiff; what a shell completes of it
     cli               a config, overrides, a flag for every field, exit codes
 """

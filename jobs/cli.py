@@ -7,6 +7,7 @@ that the same command would fail again; 4 another run has the place that this on
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -16,7 +17,8 @@ import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -57,6 +59,8 @@ _COMMON = ("config", "override", "json", "verbose", "help")
 _SHORT_FLAGS = {"output_dir": "--output"}
 _METAVARS = {int: "INT", float: "FLOAT", bool: "true|false"}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+_called_as: ContextVar[str | None] = ContextVar("_called_as", default=None)
+_asked: ContextVar[list[argparse.ArgumentParser] | None] = ContextVar("_asked", default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,38 @@ class Arguments:
     options: argparse.Namespace = dataclasses.field(
         default_factory=argparse.Namespace, compare=False
     )
+
+
+@contextlib.contextmanager
+def called_as(command: str) -> Iterator[None]:
+    """Inside, help and errors say `command JOB` where they would say `python -m jobs.JOB`."""
+    token = _called_as.set(command)
+    try:
+        yield
+    finally:
+        _called_as.reset(token)
+
+
+def _spoken(prog: str) -> str:
+    """What a person types to run the module `prog`."""
+    command = _called_as.get()
+    if command is None:
+        return f"python -m {prog}"
+    return " ".join([command, prog.removeprefix("jobs.")])
+
+
+def parser_of(main: Callable[..., int]) -> argparse.ArgumentParser:
+    """The parser that a job makes before it does anything else; nothing runs."""
+    found: list[argparse.ArgumentParser] = []
+    token = _asked.set(found)
+    try:
+        main([])
+    except SystemExit:
+        (parser,) = found
+        return parser
+    finally:
+        _asked.reset(token)
+    raise AssertionError(f"{main} does not begin with `parse`")
 
 
 def entry_point(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
@@ -162,7 +198,7 @@ def parse(
 
     Raises:
         InputError: listing what is wrong with the command line, or else with the config.
-        SystemExit: after `--help`.
+        SystemExit: after `--help`, or where `parser_of` asks.
     """
     parser = _Parser(prog=prog, description=description, usage=_usage(prog, sections, commands))
     if commands:
@@ -179,6 +215,9 @@ def parse(
     paths = _flag_paths(sections, hidden)
     for section in sections:
         _add_section_flags(parser, section, paths, hidden)
+    if (asked := _asked.get()) is not None:
+        asked.append(parser)
+        raise SystemExit(EXIT_OK)
 
     options, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -186,7 +225,7 @@ def parse(
     if options.verbose:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     flags = {name: value for name, value in vars(options).items() if "." in name}
-    config = load_config(options.config, options.override, flags)
+    config = load_config(shipped(options.config), options.override, flags)
     for section in sections:
         if getattr(config, section) is None:
             raise InputError(
@@ -209,13 +248,13 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if match := re.match(r"argument (?:-o/)?(--\w+): expected (one|at least one) arg", message):
             message += f"; write a value that begins with - as {match[1]}=VALUE"
-        raise InputError(f"{message}\nsee python -m {self.prog} --help")
+        raise InputError(f"{message}\nsee {_spoken(self.prog)} --help")
 
 
 def _usage(prog: str, sections: Sequence[str], commands: Mapping[str, str] | None) -> str:
     config = f"{{{','.join(commands)}}} FILE.yaml" if commands else "[--config FILE.yaml]"
     flags = " [--field value ...]" if sections else ""
-    return f"python -m {prog} {config} [-o section.field=value ...]{flags} [--json] [--verbose]"
+    return f"{_spoken(prog)} {config} [-o section.field=value ...]{flags} [--json] [--verbose]"
 
 
 def _add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -229,6 +268,34 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
     parser.add_argument("--verbose", action="store_true", help="log at level INFO")
+
+
+def shipped(path: Path | None) -> Path | None:
+    """The file, or, where there is none and the name is that of a pipeline which comes with the
+    package, that one: `quickstart`, `quickstart.yaml` and `pipelines/quickstart.yaml` name it.
+    """
+    if path is None or path.exists() or path.parent not in (Path(), Path("pipelines")):
+        return path
+    import pipelines
+
+    within = Path(pipelines.__path__[0]) / f"{path.name.removesuffix('.yaml')}.yaml"
+    return within if within.is_file() else path
+
+
+def allowed_values() -> dict[str, tuple[str, ...]]:
+    """Dotted path of a field that takes one of a few words -> those words."""
+    allowed: dict[str, tuple[str, ...]] = {}
+    for section in Config.model_fields:
+        for path, variants in _section_fields(section).items():
+            field = variants[0][1]
+            if is_tagged(field):
+                words = [tag for model in models_in(field.annotation) for tag in tags(model)]
+            else:
+                words = [word for _, variant in variants for word in _choices(variant)]
+                words += ["true", "false"] if bool in alternatives(field.annotation) else []
+            if words:
+                allowed[".".join(path)] = tuple(dict.fromkeys(words))
+    return allowed
 
 
 def _section_fields(section: str) -> dict[FieldPath, Variants]:

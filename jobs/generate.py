@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pipelines.builders import generate_stage, in_own_folder
     from pipelines.registered import checkpoint_folder, with_models
     from pipelines.runner import run_job
-    from pipelines.tables import printable
+    from pipelines.tables import failure_of, printable
     from tokendiff.data.samples import first_records
 
     checkpoint = config.checkpoint_path and checkpoint_folder(config.checkpoint_path, args.config)
@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for record in first_records(stage.output, 4):
             print(f"--- {record['id']}\n{printable(record['text'])}")
     cli.print_result(result, as_json=args.json)
-    return cli.EXIT_OK
+    message = failure_of([result])
+    return cli.EXIT_OK if message is None else cli.fail(message)
 
 
 if __name__ == "__main__":

@@ -273,6 +273,8 @@ def generate_stage(
             "tokens_per_second",
         )
         figures = {name: metadata.get(name) for name in names}
+        if metadata.get("set_aside"):
+            figures["set_aside"] = metadata["set_aside"]
         speculation = metadata.get("speculation", {})
         return {**figures, **speculation, "output_dir": str(stage.output)}
 

@@ -28,7 +28,7 @@ from pipelines.schedule import Selection, Step, plan_steps, recheck
 from pipelines.stage import Stage, discard
 from tokendiff.artifacts.locations import Location, mirror_of
 from tokendiff.artifacts.manifest import RECORD_FOLDER, is_committed
-from tokendiff.cluster.session import DATA_CPUS, is_shared, ray_session
+from tokendiff.cluster.session import DATA_CPUS, is_shared, need_ray, num_cpus, ray_session
 from tokendiff.cluster.stopping import (
     check_stop,
     is_stop_requested,
@@ -281,6 +281,7 @@ class _Run:
 
     def _start_child(self, step: Step) -> None:
         self._begin(step)
+        need_ray()
         self._running[step.stage.title] = ChildStage(
             step.stage,
             self._config,
@@ -396,12 +397,10 @@ def _record_of(step: Step) -> StageRecord:
 
 
 def _room(config: Config) -> int:
-    """How many stages the connected cluster has CPUs for at once; GPUs are shared out by Ray."""
-    import ray
-
+    """How many stages the cluster has CPUs for at once; GPUs are shared out by Ray."""
     cluster = config.cluster
     needed = max(cluster.max_workers, cluster.num_actors) * cluster.cpus_per_worker + DATA_CPUS
-    return max(1, int(ray.cluster_resources().get("CPU", 0) // needed))
+    return max(1, int(num_cpus(cluster) // needed))
 
 
 @contextmanager

@@ -307,7 +307,15 @@ _FIGURES = {
 
 def failure_of(results: Iterable[Mapping[str, Any]]) -> str | None:
     """What makes results of stages bad that are done; None where nothing does."""
-    return failure([check for result in results for check in _checks(result)])
+    found = list(results)
+    problems = [failure([check for result in found for check in _checks(result)])]
+    problems += [
+        f"{result['set_aside']} rows were set aside, as the actor that sampled them died each "
+        f"time; all others are sampled: {result['output_dir']}/set_aside names them"
+        for result in found
+        if result.get("set_aside")
+    ]
+    return "\n".join(problem for problem in problems if problem) or None
 
 
 def _checks(result: Mapping[str, Any]) -> list[Check]:

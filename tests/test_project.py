@@ -112,7 +112,7 @@ def test_lock_covers_what_pyproject_asks_for() -> None:
     )
 
 
-def test_wheel_holds_the_library_and_its_templates_only(tmp_path: Path) -> None:
+def test_wheel_holds_the_library_its_jobs_and_pipelines_and_no_more(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("tokendiff", "jobs", "pipelines"):
@@ -123,7 +123,29 @@ def test_wheel_holds_the_library_and_its_templates_only(tmp_path: Path) -> None:
     (wheel,) = (tmp_path / "wheel").iterdir()
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     library = [*(ROOT / "tokendiff").rglob("*.py"), *(ROOT / "tokendiff").rglob("*.j2")]
+    library += [*(ROOT / "jobs").glob("*.py"), *(ROOT / "pipelines").glob("*.py")]
+    library += [*(ROOT / "pipelines").glob("*.yaml"), *(ROOT / "pipelines").glob("*.jinja")]
     assert packed == {path.relative_to(ROOT).as_posix() for path in library}
+
+    # It runs where there is no checkout, with the pipelines that it brings.
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        "import sys; from pathlib import Path; from jobs import cli, console; "
+        "print(cli.shipped(Path('quickstart'))); sys.exit(console.main(['train', '--help']))"
+    )
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=elsewhere,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    file, usage, *_ = done.stdout.splitlines()
+    assert file == str(tmp_path / "site" / "pipelines" / "quickstart.yaml")
+    assert usage.startswith("usage: tokendiff train ")
 
 
 def test_old_python_is_refused_in_a_sentence(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_an_interrupted_training_ends_its_workers_and_leaves_ctrl_c_as_it_is(
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.execution.controller.controller import TrainController
 
-    from tokendiff.cluster.train import _Trainer
+    from tokendiff.cluster.train_workers import _Trainer
 
     class Controller:
         async def abort(self) -> None:
@@ -86,7 +86,7 @@ def test_sigterm_while_ray_starts_has_the_same_exit_code(
         time.sleep(10)
 
     def main(argv: Any) -> None:
-        with session(ClusterConfig()):
+        with session(ClusterConfig(address="local")):
             pass
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)

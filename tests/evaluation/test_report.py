@@ -128,6 +128,22 @@ def test_hostile_text_is_shown_and_inert_everywhere(tmp_path: Path) -> None:
     assert not re.search("[<>&\u2028]", hostile.scripts["denoising"])
 
 
+def test_nothing_turns_the_direction_of_text_and_no_link_is_made(tmp_path: Path) -> None:
+    """In any place: a text that shows another order of words than it has, or hides some."""
+    controls = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+    turned = "a" + "".join(map(chr, controls)) + "b javascript:alert(1) data:text/html,x"
+    page = write(tmp_path, full_report(turned))
+    source = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert not [hex(code) for code in controls if chr(code) in source]
+    shown = "a" + "".join(f"[U+{code:04X}]" for code in controls) + "b javascript:alert(1)"
+    harmless = write(tmp_path / "harmless", full_report("plain"))
+    assert page.text.count(shown) == harmless.text.count("plain")
+    assert json.loads(page.scripts["denoising"])["vocabulary"]["6"].startswith(shown)
+    assert not {name for _, a in page.elements for name in a if name.startswith("on")}
+    # Joiners, which languages and emojis need, stay.
+    assert "\u200d" in write(tmp_path / "joined", full_report("a\u200db")).text
+
+
 def test_held_out_rows_are_drawn_beside_the_loss(tmp_path: Path) -> None:
     report = Report(title="t", loss_curve=[(10, 3.0), (20, 2.0)])
     alone = write(tmp_path / "alone", report)

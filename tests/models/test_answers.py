@@ -306,3 +306,32 @@ def test_a_model_that_keeps_no_keys_has_no_cache(tmp_path: Path) -> None:
         check_windows(BertConfig(), origin="m")
     with pytest.raises(ValueError, match="cache_refresh_steps 2 has no effect with cache 'none'"):
         config_of(tmp_path, cache_refresh_steps=2)
+
+
+# Rows in flight.
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        {**GREEDY, "cache": "dual"},
+        {"cache": "prefix", "guidance_scale": 1.5},
+        {"remasking_strategy": "low_confidence_dynamic", "cache": "dual", "cache_refresh_steps": 2},
+    ],
+)
+@pytest.mark.parametrize("name", ["llada", "Dream"])
+def test_more_rows_than_places_are_what_each_is_alone(
+    name: str, sampler: dict[str, Any], tmp_path: Path
+) -> None:
+    """Also with a cache, in which a place holds what was kept of an earlier, longer row."""
+    FAMILIES[name](tmp_path)
+    prompts = ["abcdefg", "f", "ghi", "jkl", "a", "cdefghij", "k", "b"]
+    fields = {"num_inference_steps": 3, **sampler}
+    together = records_of(config_of(tmp_path, batch_size=3, **fields), prompts)
+    alone = records_of(config_of(tmp_path, batch_size=1, **fields), prompts)
+    model = SamplingModel(None, config_of(tmp_path, batch_size=8, **fields), device="cpu")
+    rows = [GenerationRow(id=number, prompt=prompt) for number, prompt in enumerate(prompts)]
+    one_batch = model.sample(rows)
+    for record in (*together, *alone, *one_batch):
+        del record["seconds"]
+    assert together == alone == one_batch

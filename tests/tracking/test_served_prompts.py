@@ -8,10 +8,14 @@ import pytest
 
 from tokendiff.data.prompts import GenerationRow
 from tokendiff.tracking.registry import model_signature
+from tokendiff.tracking.serving_limits import Limits
 
 
 class Echo:
     """In place of a model that samples."""
+
+    def num_tokens(self, row: GenerationRow) -> int:
+        return len(str(row.prompt)) + 10
 
     def sample(self, rows: list[GenerationRow]) -> list[dict[str, Any]]:
         return [{"text": f"{row.prompt}!", "num_model_calls": 1} for row in rows]
@@ -30,6 +34,7 @@ def ask() -> Callable[[Any], tuple[int, Any]]:
 
     prompt_model = PromptModel()
     prompt_model._model, prompt_model._batch_size = Echo(), 2  # type: ignore[assignment]
+    prompt_model._limits = Limits(max_prompts=9, max_chars=200, max_tokens=150)
     signature = model_signature()
     served = PyFuncModel(
         Model(signature=signature, flavors={"python_function": {"loader_module": "none"}}),
@@ -95,3 +100,29 @@ def test_other_columns_and_seeds_are_refused(ask: Callable[[Any], tuple[int, Any
         {"inputs": [{"prompt": "a"}], "params": {"seed": "one"}},
     ):
         assert ask(request)[0] == 400, request
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        (["a"] * 10, "9 prompts, this one has 10"),
+        (["a" * 101, "b" * 100], "200 characters in its prompts, this one has 201"),
+        (["a" * 66, "b" * 65], "150 tokens in its prompts and answers, this one has 151"),
+    ],
+)
+def test_too_much_is_answered_with_413_and_the_setting_that_allows_it(
+    ask: Callable[[Any], tuple[int, Any]], prompts: list[str], said: str
+) -> None:
+    for request in (
+        {"inputs": [{"prompt": prompt} for prompt in prompts]},
+        {"inputs": {"prompt": prompts}},
+        {"dataframe_split": {"columns": ["prompt"], "data": [[prompt] for prompt in prompts]}},
+    ):
+        status, message = ask(request)
+        assert (status, said in message, "TOKENDIFF_SERVE_MAX_" in message) == (413, True, True)
+
+
+def test_as_much_as_may_be_is_answered(ask: Callable[[Any], tuple[int, Any]]) -> None:
+    for prompts in (["a"] * 9, ["a" * 65, "b" * 65]):
+        status, texts = ask({"inputs": {"prompt": prompts}})
+        assert (status, texts) == (200, [f"{prompt}!" for prompt in prompts])

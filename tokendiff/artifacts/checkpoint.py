@@ -16,8 +16,9 @@ is written.
 Where workers shared a model they shared its files too: `model-00001-of-00004.safetensors` and so
 on, with an index, for each of the files of tensors.
 
-`final/` is the same without the training state. What was trained, weights or adapters beside those
-of a base model, is averaged there where the run keeps averages.
+`final/` is the same without the training state, and with a model card (README.md). What was
+trained, weights or adapters beside those of a base model, is averaged there where the run keeps
+averages.
 """
 
 import re
@@ -110,16 +111,18 @@ def best_step_of(folder: Location) -> int | None:
     return best
 
 
-def remove_old_checkpoints(output_dir: Location, *, newest: int, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints up to step `newest`, which was just saved, and
-    those that one of them names as its best: final/ may be made of it.
+def remove_old_checkpoints(
+    output_dir: Location, *, newest: int, keep: int, needed: int | None = None
+) -> None:
+    """Delete all but the `keep` newest checkpoints up to step `newest`, which was just saved, those
+    that one of them names as its best (final/ may be made of it), and the one of step `needed`.
 
     Later ones are damaged (or the run would have gone on from them), and are deleted too, as are
     temporary folders that a killed run left.
     """
     folders = committed_checkpoints(output_dir)
     sound = [folder for folder in folders if step_of(folder) <= newest][-keep:]
-    best = {best_step_of(folder) for folder in sound}
+    best = {needed, *(best_step_of(folder) for folder in sound)}
     for folder in folders:
         if folder not in sound and step_of(folder) not in best:
             # Without its manifest the folder no longer counts, however far the deletion gets.

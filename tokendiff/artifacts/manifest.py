@@ -9,6 +9,7 @@ A folder may be remote (`tokendiff.artifacts.locations`).
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -172,13 +173,24 @@ def load_manifest(folder: Location, *, kind: str | None = None) -> Manifest:
         manifest = Manifest(kind=raw["kind"], files=raw["files"], metadata=raw["metadata"])
         if digest != fingerprint(raw):
             raise ValueError("its digest does not fit its content")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for name, entry in manifest.files.items():
+            _check_entry(name, entry)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptFileError(
             f"{path}: not a manifest ({error}); delete the folder to make it again"
         ) from error
     if kind is not None and manifest.kind != kind:
         raise CorruptFileError(f"{folder} holds {manifest.kind!r}, expected {kind!r}")
     return manifest
+
+
+def _check_entry(name: str, entry: Any) -> None:
+    """Raise ValueError where a name leads out of the folder, or the rest is no size and sha256."""
+    parts = name.split("/")
+    if "\0" in name or "\\" in name or not {"", ".", ".."}.isdisjoint(parts):
+        raise ValueError(f"{name!r:.80} is no name of a file in the folder")
+    if type(entry["size"]) is not int or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
+        raise ValueError(f"size or sha256 of {name!r:.80} are none")
 
 
 def verify(folder: Location, *, kind: str | None = None, hashes: bool = True) -> Manifest:

@@ -1,12 +1,15 @@
 """Ray, and nothing of MLflow. Read `session` first, then `preprocess`.
 
 For other rooms:
-    session           a running cluster, or one started on this machine
+    session           a running cluster, or one started on this machine once more than one worker
+                      is asked for
     preprocess train generate evaluate frontier
                       what each job does on a cluster
     stopping          ending on SIGTERM
 
 Of this room alone:
+    actors            items handed out to actors, or done in this process
+    train_workers     training on Ray Train workers
     tasks             the tasks of an evaluation, answered by actors
     elastic           how many workers there is room for, and when that changes
     progress          how far a job is, counted together from its workers

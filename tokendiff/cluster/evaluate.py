@@ -9,8 +9,6 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import ray
-import ray.data
 
 import tokendiff
 from tokendiff.artifacts.locations import Location, location, remove
@@ -27,14 +25,9 @@ from tokendiff.artifacts.manifest import (
 )
 from tokendiff.artifacts.model_folders import is_draft_folder
 from tokendiff.artifacts.noise_process import NoiseProcess
-from tokendiff.cluster.console import without_restart_warning
+from tokendiff.cluster.actors import Crew, Item
 from tokendiff.cluster.progress import JobProgress, Reporter
-from tokendiff.cluster.session import (
-    data_context,
-    set_up_torch,
-    wait_for_resources,
-    wants_gpu,
-)
+from tokendiff.cluster.session import need_ray, set_up_torch, wants_gpu, works_here
 from tokendiff.cluster.tasks import ANSWERS, copy_answers, run_tasks
 from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.samplers import AncestralConfig
@@ -96,7 +89,7 @@ class _JudgingActor:
         else:
             self._judge = Evaluator(folder, config, device=device).bounds
 
-    def __call__(self, items: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def __call__(self, items: Item) -> Iterator[Item]:
         for unit, text in zip(items["unit"], items["rows"], strict=True):
             places = np.asarray(json.loads(text))
             rows = self._data.read(places[:, 0], places[:, 1])
@@ -142,40 +135,29 @@ def judge_rows(
         places[at : at + _ROWS_PER_TASK].tolist() for at in range(0, len(places), _ROWS_PER_TASK)
     ]
     num_actors = min(cluster.num_actors, len(items))
-    use_gpu = wants_gpu(cluster)
-    wait_for_resources(
-        cluster, count=num_actors, what="evaluation actors", on_event=progress.on_event
-    )
-    actors = f"{num_actors} evaluation actor{'s' * (num_actors > 1)}"
-    progress.on_event("doing", what=f"starting {actors}")
+    crew = Crew(cluster=cluster, what="evaluation actor", least=num_actors, most=num_actors)
     # Arrays, and one sum of the counts: of a million rows, tens of megabytes.
     columns: dict[str, list[np.ndarray]] = {}
     progress.begin("rows", total=len(places))
-    with data_context(preserve_order=True), without_restart_warning():
-        dataset: ray.data.Dataset = ray.data.from_items(
-            [{"unit": unit, "rows": json.dumps(item)} for unit, item in enumerate(items)],
-            override_num_blocks=len(items),
-        )
-        dataset = dataset.map_batches(
-            _JudgingActor,
-            fn_constructor_args=(
-                *(checkpoint, data, config, cluster),
-                *(progress.reporter, use_gpu, num_actors),
-            ),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=num_actors),
-            num_cpus=cluster.cpus_per_worker,
-            num_gpus=1 if use_gpu else None,
-        )
-        for unit, row in enumerate(dataset.iter_rows()):
-            part = {name: np.asarray(value) for name, value in json.loads(row["figures"]).items()}
-            lengths = part.pop("tokens")
-            for name, value in part.items():
-                if name == "token_counts" and name in columns:
-                    columns[name][0] += value
-                else:
-                    columns.setdefault(name, []).append(value)
-            progress.finish(unit, (len(part[ROW_ID]), int(lengths.sum())))
+    judged = crew.answers(
+        _JudgingActor,
+        lambda use_gpu: (
+            *(checkpoint, data, config, cluster),
+            *(progress.reporter, use_gpu, num_actors),
+        ),
+        [{"unit": unit, "rows": json.dumps(item)} for unit, item in enumerate(items)],
+        on_event=progress.on_event,
+        in_order=True,
+    )
+    for unit, row in enumerate(judged):
+        part = {name: np.asarray(value) for name, value in json.loads(row["figures"]).items()}
+        lengths = part.pop("tokens")
+        for name, value in part.items():
+            if name == "token_counts" and name in columns:
+                columns[name][0] += value
+            else:
+                columns.setdefault(name, []).append(value)
+        progress.finish(unit, (len(part[ROW_ID]), int(lengths.sum())))
     return {name: np.concatenate(values) for name, values in columns.items()}
 
 
@@ -356,7 +338,13 @@ def _run_task(
     *,
     use_gpu: bool,
 ) -> Any:
-    """What `work(device, on_progress)` returns on some worker."""
+    """What `work(device, on_progress)` returns: here, or on some worker."""
+    if works_here(cluster.num_actors):
+        answer = work(set_up_torch(cluster, use_gpu=use_gpu), progress.reporter.of(0))
+        progress.end()
+        return answer
+    need_ray()
+    import ray
 
     def on_worker(reporter: Reporter) -> Any:
         return work(set_up_torch(cluster, use_gpu=use_gpu), reporter.of(0))

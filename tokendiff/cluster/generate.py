@@ -8,22 +8,22 @@ byte, with any number of actors and after any number of restarts; how long thing
 run's log, not in them.
 
 A prompt that cannot be used stands in `errors/part-NNNNN.jsonl`, with its place and the reason;
-that file is there before the part's own.
+that file is there before the part's own. A row at which its actor dies each time stands in
+`set_aside/part-NNNNN.jsonl` (`tokendiff.data.row_failures`).
 """
 
 import json
 import math
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray.data
-
 from tokendiff.artifacts.checkpoint import find_checkpoint
 from tokendiff.artifacts.identity import checkpoint_identity, model_identity
-from tokendiff.artifacts.locations import Location, files_under
+from tokendiff.artifacts.locations import Location, files_under, remove
 from tokendiff.artifacts.manifest import (
     Manifest,
     claim_folder,
@@ -35,17 +35,13 @@ from tokendiff.artifacts.manifest import (
     sha256_of,
     write_atomically,
 )
-from tokendiff.cluster.console import without_restart_warning
+from tokendiff.cluster.actors import Crew, Item
 from tokendiff.cluster.progress import JobProgress, Reporter
-from tokendiff.cluster.session import (
-    data_context,
-    set_up_torch,
-    wait_for_resources,
-    wants_gpu,
-)
+from tokendiff.cluster.session import set_up_torch
 from tokendiff.data.bad_rows import ERRORS, ErrorCount, error_line, errors_file
 from tokendiff.data.prompt_index import IndexedRow, PromptIndex, error_record
-from tokendiff.data.prompts import GenerationRow
+from tokendiff.data.prompts import GenerationRow, prompt_text
+from tokendiff.data.row_failures import ATTEMPTS, SET_ASIDE, RowFailures, groups_to_sample
 from tokendiff.data.samples import KIND, num_new_tokens, read_part, write_part
 from tokendiff.errors import InputError
 from tokendiff.evaluation.acceptance import acceptance_metrics, speedup_metrics
@@ -60,7 +56,6 @@ if TYPE_CHECKING:
 
 _MAX_PARTS = 256
 _MAX_BATCHES_PER_PART = 64
-_MAX_BLOCKS = 4096
 
 
 class _Parts:
@@ -89,9 +84,15 @@ class _Parts:
     def errors_file(self, part: int) -> str:
         return errors_file(part, digits=self._digits)
 
+    def set_aside_file(self, part: int) -> str:
+        return f"{SET_ASIDE}/part-{part:0{self._digits}}.jsonl"
+
+    def attempts_file(self, part: int) -> str:
+        return f"{ATTEMPTS}/part-{part:0{self._digits}}.json"
+
 
 class _PartSampler:
-    """The Ray Data actor: samples the rows of a part, writes its files, returns counts."""
+    """The actor: samples the rows of a part, writes its files, returns counts."""
 
     def __init__(
         self,
@@ -100,13 +101,16 @@ class _PartSampler:
         cluster: "ClusterConfig",
         index: PromptIndex,
         output_dir: Location,
+        job: str,
         reporter: Reporter,
         use_gpu: bool,
+        num_actors: int,
     ) -> None:
-        device = set_up_torch(cluster, use_gpu=use_gpu, num_processes=cluster.num_actors)
+        device = set_up_torch(cluster, use_gpu=use_gpu, num_processes=num_actors)
         folder = None if checkpoint is None else fetch(checkpoint)
         self._index, self._output_dir, self._reporter = index, output_dir, reporter
         self._parts = _Parts(index.num_rows, config)
+        self._job, self._config = job, config
         self._check = make_check(folder, config)
         self._measures = config.measure_speedup
         self._model: SamplingModel | CompletionModel
@@ -115,34 +119,74 @@ class _PartSampler:
         else:
             self._model = SamplingModel(folder, config, device=device)
 
-    def __call__(self, items: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def __call__(self, items: Item) -> Iterator[Item]:
         for number in items["item"]:
             yield {name: [value] for name, value in self._sample(int(number)).items()}
 
     def _sample(self, part: int) -> dict[str, Any]:
         start = time.perf_counter()
         rows, errors = usable_rows(self._index, *self._parts.rows(part), check=self._check)
-        records, measured = self._samples(rows, part)
+        failures = RowFailures(
+            path=self._output_dir / self._parts.attempts_file(part), job=self._job
+        )
+        failures.read()
+        records, measured, set_aside = self._survivors(rows, part, failures)
         records.sort(key=lambda record: record["id"])
         for record in records:
             del record["seconds"]  # the same row takes another time in another run
         name, errors_name = self._parts.file(part), self._parts.errors_file(part)
-        if errors:
-            path = self._output_dir / errors_name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, b"".join(map(error_line, errors)))
+        self._write_lines(errors_name, errors)
+        self._write_lines(self._parts.set_aside_file(part), set_aside)
         write_part(self._output_dir / name, records)
+        failures.forget()
         return {
             "part": part,
             "sha256": sha256_of(self._output_dir / name),
             "rows": self._parts.num_rows(part),
             "errors": len(errors),
             "first_error": f"{errors[0]['place']}: {errors[0]['reason']}" if errors else "",
+            "set_aside": json.dumps([f"{e['place']}: {e['reason']}" for e in set_aside]),
             "new_tokens": sum(map(num_new_tokens, records)),
             "model_calls": sum(record["num_model_calls"] for record in records),
             "seconds": time.perf_counter() - start,
             "measured": json.dumps(measured),
         }
+
+    def _write_lines(self, name: str, records: list[dict[str, Any]]) -> None:
+        if records:
+            path = self._output_dir / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, b"".join(map(error_line, records)))
+
+    def _survivors(
+        self, rows: list[GenerationRow], part: int, failures: RowFailures
+    ) -> tuple[list[dict[str, Any]], Counter[str], list[dict[str, Any]]]:
+        """Records of the rows that can be sampled, what was measured, and lines that name the rows
+        that are set aside.
+        """
+        by_id = {row.id: row for row in rows}
+        groups, set_aside = groups_to_sample(
+            list(by_id),
+            failures.failures,
+            batch_size=self._config.batch_size,
+            most=self._config.max_row_failures,
+        )
+        records: list[dict[str, Any]] = []
+        measured: Counter[str] = Counter()
+        for group in groups:
+            failures.note(group)
+            sampled, figures = self._samples([by_id[row] for row in group], part)
+            records += sampled
+            measured.update(figures)
+        lines = [
+            failures.record(
+                row,
+                place=f"row {row}" + (f" ({by_id[row].source})" if by_id[row].source else ""),
+                prompt=prompt_text(by_id[row].prompt),
+            )
+            for row in set_aside
+        ]
+        return records, measured, lines
 
     def _samples(
         self, rows: list[GenerationRow], part: int
@@ -204,7 +248,7 @@ def generate(
     parts = _Parts(index.num_rows, config)
     totals = _Totals(parts, config.max_errors, output_dir, on_event)
     missing, done = totals.count_finished()
-    arguments = (found, config, cluster, index, output_dir)
+    arguments = (found, config, cluster, index, output_dir, uuid.uuid4().hex)
     with JobProgress(on_event) as progress:
         progress.begin("rows", total=index.num_rows, done=done, errors=totals.errors.num_rows)
         for counts in _sample_parts(missing, arguments, cluster, on_event, progress):
@@ -214,15 +258,23 @@ def generate(
     num_errors = totals.errors.num_rows
     if num_errors * config.num_samples >= index.num_rows:
         raise InputError(f"none of the prompts can be used; the first: {totals.errors.first}")
+    if totals.num_set_aside + num_errors * config.num_samples >= index.num_rows:
+        raise RuntimeError(
+            f"no row could be sampled: {totals.num_set_aside} are set aside, see "
+            f"{output_dir / SET_ASIDE}; the actors may lack memory for any of them: lower "
+            "batch_size or the length of samples, and choose another output_dir"
+        )
+    remove(output_dir / ATTEMPTS)
     metadata = {
         "identity": identity,
         "conditions": _conditions(config, rows, target),
         "config": config.result_fields(),
         "checkpoint": source if found is None else str(found),
         "checkpoint_files": source_files,
-        "rows": index.num_rows - num_errors * config.num_samples,
+        "rows": index.num_rows - num_errors * config.num_samples - totals.num_set_aside,
         "seq_len": check.seq_len if isinstance(check, PromptCheck) else None,
         "errors": num_errors,
+        **({"set_aside": totals.num_set_aside} if totals.num_set_aside else {}),
         **totals.figures(),
         **_draft_figures(config, [output_dir / parts.file(n) for n in range(len(parts))], totals),
     }
@@ -278,6 +330,7 @@ class _Totals:
             "choose another output_dir",
         )
         self.sha256: dict[str, str] = {}
+        self.num_set_aside = 0
 
     def count_finished(self) -> tuple[list[int], int]:
         """Count what an earlier attempt left.
@@ -296,9 +349,11 @@ class _Totals:
                 lines = (self._output_dir / errors).read_bytes().splitlines()
                 first = json.loads(lines[0])
                 self._count_errors(part, len(lines), f"{first['place']}: {first['reason']}")
+            if (set_aside := self._parts.set_aside_file(part)) in names:
+                self.num_set_aside += len((self._output_dir / set_aside).read_bytes().splitlines())
         return missing, num_rows
 
-    def add(self, counts: dict[str, Any]) -> None:
+    def add(self, counts: Item) -> None:
         for name in self._sums:
             self._sums[name] += counts[name]
         self.measured.update(json.loads(counts["measured"]))
@@ -307,6 +362,11 @@ class _Totals:
         self._on_event("part", part=counts["part"], **{name: counts[name] for name in names})
         if counts["errors"]:
             self._count_errors(counts["part"], counts["errors"], counts["first_error"])
+        for row in json.loads(counts["set_aside"]):
+            self.num_set_aside += 1
+            self._on_event(
+                "warning", message=f"set aside, see {self._output_dir / SET_ASIDE}: {row}"
+            )
 
     def _count_errors(self, part: int, count: int, first: str) -> None:
         if not self.errors.num_rows:
@@ -376,24 +436,18 @@ def _sample_parts(
     cluster: "ClusterConfig",
     on_event: OnEvent,
     progress: JobProgress,
-) -> Iterator[dict[str, Any]]:
-    if not parts:
-        return
+) -> Iterator[Item]:
     most = min(cluster.num_actors, len(parts))
-    least = min(cluster.min_actors or cluster.num_actors, most)
-    use_gpu = wants_gpu(cluster)
-    wait_for_resources(
-        cluster, count=least, what="sampling actors", on_event=on_event, gpus=cluster.gpus_per_actor
+    crew = Crew(
+        cluster=cluster,
+        what="sampling actor",
+        least=min(cluster.min_actors or cluster.num_actors, most),
+        most=most,
+        gpus_per_actor=cluster.gpus_per_actor,
     )
-    on_event("doing", what=f"starting {least} sampling actor{'s' * (least > 1)}")
-    with data_context(), without_restart_warning():
-        num_blocks = min(len(parts), _MAX_BLOCKS)
-        dataset = ray.data.from_items(parts, override_num_blocks=num_blocks).map_batches(
-            _PartSampler,
-            fn_constructor_args=(*arguments, progress.reporter, use_gpu),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
-            num_cpus=cluster.cpus_per_worker,
-            num_gpus=cluster.gpus_per_actor if use_gpu else None,
-        )
-        yield from dataset.iter_rows()
+    return crew.answers(
+        _PartSampler,
+        lambda use_gpu: (*arguments, progress.reporter, use_gpu, most),
+        [{"item": part} for part in parts],
+        on_event=on_event,
+    )

@@ -1,4 +1,6 @@
-"""Text to a committed folder of token shards, one Ray Data task per partition."""
+"""Text to a committed folder of token shards, one Ray Data task per partition; a single partition
+needs no Ray.
+"""
 
 import os
 import pickle
@@ -19,7 +21,7 @@ from tokendiff.artifacts.manifest import (
     verify,
 )
 from tokendiff.cluster.progress import JobProgress, Reporter
-from tokendiff.cluster.session import data_context
+from tokendiff.cluster.session import data_context, need_ray, works_here
 from tokendiff.config.preprocess import SAMPLES
 from tokendiff.data.bad_rows import ERRORS, ErrorCount, bad_rows_in_words
 from tokendiff.data.chat_documents import ChatOptions
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from tokendiff.config.preprocess import PreprocessConfig
 
 _MAX_BLOCKS = 1000
+Row = dict[str, Any]
 
 
 def preprocess(
@@ -56,7 +59,7 @@ def preprocess(
     fill_answers: bool = False,
     on_event: OnEvent = lambda event, **fields: None,
 ) -> Manifest:
-    """Tokenize, pack and split the configured text on the connected Ray cluster.
+    """Tokenize, pack and split the configured text on the Ray cluster, or in this process.
 
     The folder's content is a function of the input and the config alone. One that was already made
     is returned as it is, after a check that its files are there.
@@ -95,6 +98,8 @@ def preprocess(
         remedy="mend them, or raise max_errors to leave them out",
     )
     stats = []
+    if not works_here(len(partitions)):
+        need_ray()
     with JobProgress(on_event) as progress:
         total = sum(map(_num_bytes, partitions))
         progress.begin("bytes", total=total, tokens_per_row=config.max_length)
@@ -213,18 +218,28 @@ def _run(
     tokenizer_files: dict[str, bytes],
     reporter: Reporter,
 ) -> Iterator[PartitionStats]:
-    """Preprocess the partitions in tasks of one CPU; yields them in the order of completion."""
-    import ray.data
-
+    """Preprocess the partitions in tasks of one CPU, or a single one in this process; yields them
+    in the order of completion.
+    """
+    work = _task(config, chats, output_dir, tokenizer_files, reporter)
     # Pickled here: Ray Data would warn that these are not Arrow values, and pickle them itself.
     items = [{"partition": pickle.dumps(partition)} for partition in partitions]
+    for row in map(work, items) if works_here(len(items)) else _by_tasks(work, items):
+        if row["error"]:
+            raise InputError(row["error"])
+        yield pickle.loads(row["stats"])
+
+
+def _by_tasks(work: Callable[[Row], Row], items: list[Row]) -> Iterator[Row]:
+    import ray.data
+
+    def on_worker(row: Row) -> Row:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task owns one CPU
+        return work(row)
+
     with data_context():
         source = ray.data.from_items(items, override_num_blocks=min(len(items), _MAX_BLOCKS))
-        task = _task(config, chats, output_dir, tokenizer_files, reporter)
-        for row in source.map(task).iter_rows():
-            if row["error"]:
-                raise InputError(row["error"])
-            yield pickle.loads(row["stats"])
+        yield from source.map(on_worker).iter_rows()
 
 
 def _num_bytes(partition: Partition) -> int:
@@ -237,14 +252,13 @@ def _task(
     output_dir: Location,
     tokenizer_files: dict[str, bytes],
     reporter: Reporter,
-) -> Callable[[dict[str, Any]], dict[str, Any]]:
+) -> Callable[[Row], Row]:
     max_length, heldout_fraction = config.max_length, config.heldout_fraction
     max_errors = config.max_errors
 
-    def work(row: dict[str, Any]) -> dict[str, Any]:
+    def work(row: Row) -> Row:
         from transformers import AutoTokenizer
 
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task owns one CPU
         partition = pickle.loads(row["partition"])
         try:
             with _on_this_machine(output_dir, tokenizer_files) as folder:

@@ -11,10 +11,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from tokendiff.cluster.session import is_connected
 
 if TYPE_CHECKING:  # the actor's process imports this module, and need not import torch
     from tokendiff.diffusion.interfaces import Figures, OnProgress
@@ -24,8 +23,16 @@ _SECONDS = 1.0  # between two reports of a worker, and between two looks of the 
 Unit = tuple[int, int]  # number of the phase, and of the unit in it
 
 
+class Board(Protocol):
+    """The latest figures of every unit that is under way."""
+
+    def write(self, unit: Unit, figures: "Figures") -> None: ...
+    def wipe(self, unit: Unit) -> None: ...
+    def read(self) -> "dict[Unit, Figures]": ...
+
+
 class _Board:
-    """The actor: the latest figures of every unit that is under way."""
+    """In this process, or an actor's."""
 
     def __init__(self) -> None:
         self._figures: dict[Unit, Figures] = {}
@@ -37,14 +44,52 @@ class _Board:
         self._figures.pop(unit, None)
 
     def read(self) -> "dict[Unit, Figures]":
-        return self._figures
+        return dict(self._figures)  # one that changes could not be looked through
+
+
+@dataclass(frozen=True)
+class _BoardActor:
+    """The board beside the driver; only reading waits for an answer."""
+
+    actor: Any
+
+    @classmethod
+    def start(cls) -> Self:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = ray.get_runtime_context().get_node_id()
+        place = NodeAffinitySchedulingStrategy(here, soft=False)
+        board: Any = ray.remote(_Board)
+        return cls(board.options(num_cpus=0, scheduling_strategy=place).remote())
+
+    def write(self, unit: Unit, figures: "Figures") -> None:
+        self.actor.write.remote(unit, figures)
+
+    def wipe(self, unit: Unit) -> None:
+        self.actor.wipe.remote(unit)
+
+    def read(self) -> "dict[Unit, Figures]":
+        import ray
+
+        try:
+            answer: dict[Unit, Figures] = ray.get(self.actor.read.remote())
+        except ray.exceptions.RayError as error:
+            raise ConnectionError("the actor that workers report to is lost") from error
+        return answer
+
+    def end(self) -> None:
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayError):  # where the cluster is lost
+            ray.kill(self.actor)  # who asks it is answered then
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reporter:
     """What a worker is given to tell of its units."""
 
-    board: Any
+    board: Board
     phase: int
 
     def of(self, unit: int) -> "OnProgress":
@@ -53,13 +98,13 @@ class Reporter:
         That it is begun is passed on at once: a speed is measured from there on, and not from when
         weights began to be read.
         """
-        self.board.write.remote((self.phase, unit), (0, 0))
+        self.board.write((self.phase, unit), (0, 0))
         due = time.monotonic()
 
         def tell(figures: "Callable[[], Figures]") -> None:
             nonlocal due
             if time.monotonic() >= due:
-                self.board.write.remote((self.phase, unit), figures())
+                self.board.write((self.phase, unit), figures())
                 due = time.monotonic() + _SECONDS
 
         return tell
@@ -85,16 +130,16 @@ class JobProgress:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="job progress", daemon=True)
-        self._board: Any = None
+        self._board: _Board | _BoardActor | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stopped.set()
+        if isinstance(self._board, _BoardActor):
+            self._board.end()
         if self._board is not None:
-            with contextlib.suppress(ray.exceptions.RayError):  # where the cluster is lost
-                ray.kill(self._board)  # who asks it is answered then
             self._thread.join()
 
     def begin(
@@ -126,11 +171,12 @@ class JobProgress:
     @property
     def reporter(self) -> Reporter:
         """For workers on any node; with it the driver begins to ask what they say."""
-        if self._board is None:
-            here = ray.get_runtime_context().get_node_id()
-            place = NodeAffinitySchedulingStrategy(here, soft=False)
-            board: Any = ray.remote(_Board)
-            self._board = board.options(num_cpus=0, scheduling_strategy=place).remote()
+        is_first = self._board is None
+        if is_connected() and not isinstance(self._board, _BoardActor):
+            self._board = _BoardActor.start()
+        elif self._board is None:
+            self._board = _Board()
+        if is_first:
             self._thread.start()
         return Reporter(board=self._board, phase=self._phase)
 
@@ -149,7 +195,7 @@ class JobProgress:
             self._fields |= fields
             self._tell()
         if self._board is not None:
-            self._board.wipe.remote(here)
+            self._board.wipe(here)
 
     def end(self) -> None:
         """Count all of it as done, with as many tokens as workers have told of."""
@@ -165,9 +211,10 @@ class JobProgress:
         self.on_event("progress", done=done, tokens=tokens, **rows, **self._fields)
 
     def _watch(self) -> None:
-        with contextlib.suppress(ray.exceptions.RayError):  # then only what is whole is counted
+        assert self._board is not None, "it is there before this thread is started"
+        with contextlib.suppress(ConnectionError):  # then only what is whole is counted
             while not self._stopped.wait(_SECONDS):
-                self._hear(ray.get(self._board.read.remote()))
+                self._hear(self._board.read())
 
     def _hear(self, said: "dict[Unit, Figures]") -> None:
         with self._lock:

@@ -1,7 +1,8 @@
 """The rows of each training worker, as streams of Ray Data.
 
-Apart from `tokendiff.cluster.train`, since Ray Train's controller and its manager of datasets, each
-a process that others wait for, import what this class needs: no model and no objective.
+Apart from `tokendiff.cluster.train_workers`, since Ray Train's controller and its manager of
+datasets, each a process that others wait for, import what this class needs: no model and no
+objective.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,13 @@
-"""Connecting to Ray: a running cluster, or one started on this machine for the length of a job."""
+"""Connecting to Ray: a running cluster, or one started on this machine for the length of a job.
+
+Where no cluster is named, Ray is started only when a job asks for more than one process: a single
+worker does its work in the process of the job, which is seconds faster and has the same results.
+"""
 
 import logging
 import math
 import os
+import sys
 import threading
 import time
 import uuid
@@ -21,6 +26,10 @@ if TYPE_CHECKING:
 DATA_CPUS = 1
 _POLL_SECONDS = 1.0
 _ASK_SECONDS = 20.0  # as Ray Train does
+_LOCAL = "local"  # the address that has Ray started on this machine at once, as in `ray.init`
+
+# Starts the Ray that the innermost `ray_session` has put off.
+_start_put_off: Callable[[], None] | None = None
 
 
 @contextmanager
@@ -44,9 +53,29 @@ def data_context(*, preserve_order: bool = False) -> Iterator[None]:
 
 def is_shared(config: "ClusterConfig") -> bool:
     """Whether `ray_session` would join a cluster that others may use, and not start one."""
-    import ray
+    return is_connected() or _address(config) not in (None, _LOCAL)
 
-    return ray.is_initialized() or (config.address or os.environ.get("RAY_ADDRESS")) is not None
+
+def _address(config: "ClusterConfig") -> str | None:
+    return config.address or os.environ.get("RAY_ADDRESS")
+
+
+def is_connected() -> bool:
+    """Whether this process is connected to a Ray cluster."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
+def works_here(num_workers: int) -> bool:
+    """Whether so many workers, or actors, do their work in this process: only one does, and only
+    where Ray has not been started.
+    """
+    return num_workers == 1 and not is_connected()
+
+
+def need_ray() -> None:
+    """Start the Ray that `ray_session` has put off. Without one, Ray's first call starts it."""
+    if _start_put_off is not None and not is_connected():
+        _start_put_off()
 
 
 @contextmanager
@@ -56,28 +85,37 @@ def ray_session(
     side_by_side: int = 1,
     tell: Callable[[str], None] = lambda message: None,
 ) -> Iterator[None]:
-    """Ray is connected inside this block, and SIGTERM ends it in order (`cluster.stopping`).
+    """Inside this block Ray can be used, and SIGTERM ends it in order (`cluster.stopping`).
 
-    A session that is already there is used, and left as it is.
+    A session that is already there is used, and left as it is. A cluster that the config or
+    RAY_ADDRESS names is joined at once. Without one, `need_ray` starts Ray on this machine.
 
     Args:
         side_by_side: how many stages a cluster that is started here must have room for at once.
         tell: hears what is about to take some seconds.
     """
-    import ray
-
-    if ray.is_initialized():
+    global _start_put_off
+    if is_connected():
         yield
         return
     from tokendiff.cluster.stopping import ray_starting, sigterm_stops
 
-    with ray_starting():
-        _start_or_join(config, side_by_side, tell)
+    def start() -> None:
+        with ray_starting():
+            _start_or_join(config, side_by_side, tell)
+
+    before, _start_put_off = _start_put_off, start
     try:
+        if _address(config) is not None:
+            start()
         with sigterm_stops():
             yield
     finally:
-        ray.shutdown()
+        _start_put_off = before
+        if is_connected():
+            import ray
+
+            ray.shutdown()
 
 
 def _start_or_join(config: "ClusterConfig", side_by_side: int, tell: Callable[[str], None]) -> None:
@@ -96,8 +134,8 @@ def _start_or_join(config: "ClusterConfig", side_by_side: int, tell: Callable[[s
     thread_policy = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
     # Said at every start of a cluster on this machine, which nobody else is to reach anyway.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    if address is not None:
+    address = _address(config)
+    if address not in (None, _LOCAL):
         tell(f"joining the Ray cluster at {address}")
         try:
             ray.init(
@@ -114,10 +152,6 @@ def _start_or_join(config: "ClusterConfig", side_by_side: int, tell: Callable[[s
                 "machine"
             ) from error
     else:
-        # CPUs are only counts to Ray. Reserving more than there are lets a small machine run
-        # workers and data tasks side by side where real counts would deadlock.
-        reserved = max(config.max_workers, config.num_actors) * config.cpus_per_worker
-        needed = side_by_side * (int(reserved) + 1 + DATA_CPUS)
         os.environ.update(thread_policy)
         # Ray's workers are nice to all else by 15: Linux weighs them at a thirtieth of any other
         # program, which is nothing for the user who waits for this very job.
@@ -126,17 +160,34 @@ def _start_or_join(config: "ClusterConfig", side_by_side: int, tell: Callable[[s
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # By the machine's cores Ray would take the processes that CPUs which are only counts let it
         # start for far too many, and warn each driver of it again and again.
-        num_cpus = max(os.cpu_count() or 1, needed)
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(num_cpus))
+        cpus = _cpus_here(config, side_by_side)
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(cpus))
         tell("starting Ray on this machine")
         ray.init(
-            address="local",  # not one that happens to run here, whose CPUs are not ours to set
-            num_cpus=num_cpus,
+            address=_LOCAL,  # not one that happens to run here, whose CPUs are not ours to set
+            num_cpus=cpus,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
             _node_ip_address="127.0.0.1",
         )
+
+
+def _cpus_here(config: "ClusterConfig", side_by_side: int) -> int:
+    """CPUs are only counts to Ray. Reserving more than there are lets a small machine run workers
+    and data tasks side by side where real counts would deadlock.
+    """
+    reserved = max(config.max_workers, config.num_actors) * config.cpus_per_worker
+    return max(os.cpu_count() or 1, side_by_side * (int(reserved) + 1 + DATA_CPUS))
+
+
+def num_cpus(config: "ClusterConfig") -> int:
+    """CPUs of the connected cluster, or of the one that would be started here."""
+    if not is_connected():
+        return _cpus_here(config, side_by_side=1)
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 0))
 
 
 def check_seen_by_all(config: "ClusterConfig", root: Location) -> None:
@@ -147,7 +198,7 @@ def check_seen_by_all(config: "ClusterConfig", root: Location) -> None:
     Raises:
         InputError: naming the nodes that do not.
     """
-    is_running = (config.address or os.environ.get("RAY_ADDRESS")) is not None
+    is_running = _address(config) not in (None, _LOCAL)
     if not is_running or not isinstance(root, Path):  # a URI is the same from everywhere
         return
     with ray_session(config):
@@ -180,12 +231,16 @@ def _look_from_all(root: Path) -> None:
 
 def wants_gpu(config: "ClusterConfig") -> bool:
     """Whether workers and actors get a GPU each: as configured, else whether the cluster has one
-    now.
+    now, or this machine where the work is done in this process.
     """
-    import ray
-
     if config.use_gpu is not None:
         return config.use_gpu
+    if not is_connected():
+        import torch
+
+        return torch.cuda.is_available()
+    import ray
+
     return ray.cluster_resources().get("GPU", 0) > 0
 
 

@@ -1,4 +1,4 @@
-"""Tasks on the cluster: Ray Data actors answer, and the driver asks and judges.
+"""Tasks on the cluster: actors answer, and the driver asks and judges.
 
 Requests are sorted and cut into parts by what they are alone; an actor commits the answers of a
 part by a rename. A restarted job skips the parts that are there, and finds the same answers with
@@ -8,21 +8,14 @@ any number of actors, bit by bit.
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import ray.data
+from typing import TYPE_CHECKING
 
 from tokendiff.artifacts.identity import checkpoint_identity
 from tokendiff.artifacts.locations import Location, files_under, folders_in, remove
 from tokendiff.artifacts.manifest import fetch, fingerprint, write_atomically
-from tokendiff.cluster.console import without_restart_warning
+from tokendiff.cluster.actors import Crew, Item
 from tokendiff.cluster.progress import JobProgress, Reporter
-from tokendiff.cluster.session import (
-    data_context,
-    set_up_torch,
-    wait_for_resources,
-    wants_gpu,
-)
+from tokendiff.cluster.session import set_up_torch
 from tokendiff.evaluation.inputs import task_setup
 from tokendiff.evaluation.tasks.answering import TaskModel
 from tokendiff.evaluation.tasks.quality import cut_short
@@ -57,7 +50,7 @@ class _AnsweringActor:
         self._folder, self._reporter = folder, reporter
         self._model = TaskModel(setup, num_mask_samples=config.num_mask_samples, device=device)
 
-    def __call__(self, items: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def __call__(self, items: Item) -> Iterator[Item]:
         for part, text in zip(items["part"], items["requests"], strict=True):
             requests = [TaskRequest(**fields) for fields in json.loads(text)]
             answers = self._model.answers(requests, on_progress=self._reporter.of(int(part)))
@@ -120,28 +113,23 @@ class Answerers:
         self, parts: list[list[TaskRequest]], missing: list[int], folder: Location
     ) -> Iterator[tuple[int, int]]:
         cluster = self._cluster
-        num_actors, use_gpu = min(cluster.num_actors, len(missing)), wants_gpu(cluster)
-        on_event = self._progress.on_event
-        wait_for_resources(cluster, count=num_actors, what="answering actors", on_event=on_event)
-        on_event("doing", what=f"starting {num_actors} answering actor{'s' * (num_actors > 1)}")
+        num_actors = min(cluster.num_actors, len(missing))
+        crew = Crew(cluster=cluster, what="answering actor", least=num_actors, most=num_actors)
         items = [
             {"part": part, "requests": json.dumps([vars(request) for request in parts[part]])}
             for part in missing
         ]
-        with data_context(), without_restart_warning():
-            dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-                _AnsweringActor,
-                fn_constructor_args=(
-                    *(self._checkpoint, self._config, cluster, folder),
-                    *(self._progress.reporter, use_gpu, num_actors),
-                ),
-                batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=num_actors),
-                num_cpus=cluster.cpus_per_worker,
-                num_gpus=1 if use_gpu else None,
-            )
-            for row in dataset.iter_rows():
-                yield row["part"], row["requests"]
+        answers = crew.answers(
+            _AnsweringActor,
+            lambda use_gpu: (
+                *(self._checkpoint, self._config, cluster, folder),
+                *(self._progress.reporter, use_gpu, num_actors),
+            ),
+            items,
+            on_event=self._progress.on_event,
+        )
+        for answer in answers:
+            yield answer["part"], answer["requests"]
 
     def _identity(self, requests: Sequence[TaskRequest]) -> str:
         """A fingerprint of everything that decides the answers."""

@@ -29,7 +29,8 @@ class ClusterConfig(Section):
 
     address: str | None = Field(
         None,
-        description="Ray: a running cluster; by default RAY_ADDRESS, else one on this machine",
+        description="Ray: a running cluster; by default RAY_ADDRESS. Without one a single worker "
+        "needs no Ray, and for more it is started on this machine; local starts it at once",
     )
     num_workers: Annotated[int | str, BeforeValidator(_number_or_range)] = Field(
         1,

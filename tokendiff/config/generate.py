@@ -91,6 +91,12 @@ class GenerateConfig(Section):
         description="unusable prompts of files (too long, not text) that are left out and named in "
         "errors/; with more of them the job fails",
     )
+    max_row_failures: int = operational(
+        4,
+        ge=3,
+        description="deaths of the actor that samples a row, the last one with no other row, after "
+        "which the row is set aside; set_aside/ names it, and the job ends with exit code 1",
+    )
 
     @property
     def is_open_ended(self) -> bool:

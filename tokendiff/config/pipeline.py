@@ -61,6 +61,18 @@ class TrackingConfig(Section):
         "default a sqlite file under root",
     )
     experiment: str = Field("tokendiff", min_length=1, description="MLflow: name of the experiment")
+    tensorboard: bool = Field(
+        False,
+        description="write the log's numbers for TensorBoard too, into run/tensorboard of each "
+        "result; needs tensorboard (pip install 'tokendiff[tensorboard]')",
+    )
+    wandb_project: str | None = Field(
+        None,
+        min_length=1,
+        description="project of Weights & Biases that gets the log's numbers too; the key comes "
+        "from WANDB_API_KEY, and WANDB_MODE=offline sends nothing; needs wandb (pip install "
+        "'tokendiff[wandb]')",
+    )
 
 
 class Config(Section):

@@ -47,6 +47,29 @@ class AncestralConfig(_FixedLengthConfig):
 
     name: Literal["ancestral"] = "ancestral"
     num_inference_steps: int = Field(128, ge=1, description="steps of the time grid")
+    corrector_steps: int = added(
+        0,
+        ge=0,
+        description="sweeps after each step but the last that draw some tokens again, given all "
+        "the others; a forward pass each; for uniform and hybrid noise",
+    )
+    corrector_k: int = added(
+        1, ge=1, description="tokens of a row that a sweep draws again; 1 is exact"
+    )
+    corrector_selection: Literal[
+        "random", "lowest_current_prob", "lowest_maxprob", "lowest_log_margin"
+    ] = added(
+        "random",
+        description="which tokens a sweep draws again: any (exact), or more often those that the "
+        "model is less sure of, by the probability of the token that stands there, by that of the "
+        "likeliest token, or by the ratio of the two likeliest (approximations)",
+    )
+
+    @model_validator(mode="after")
+    def _corrector_is_used(self) -> "AncestralConfig":
+        if self.corrector_steps == 0:
+            self.refuse_ignored(("corrector_k", "corrector_selection"), "corrector_steps 0")
+        return self
 
 
 class BlockwiseConfig(_FixedLengthConfig):

@@ -95,6 +95,24 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(
         1.0, gt=0.0, description="largest gradient norm; larger gradients are scaled down to it"
     )
+    on_spike: Literal["skip", "rewind", "stop"] | None = added(
+        None,
+        description="what to do about a step whose loss or gradient norm jumps (docs/how-to/"
+        "spikes.md has the rule): pass over its rows (skip), go back to the weights of the last "
+        "checkpoint and pass over all rows since (rewind), or end the run (stop)",
+    )
+    spike_window: int = added(
+        128,
+        ge=16,
+        description="steps that on_spike compares with; more than 10 spikes among as many end the "
+        "run",
+    )
+    spike_deviations: float = added(
+        20.0,
+        gt=0.0,
+        description="median absolute deviations, scaled to standard deviations, by which a spike "
+        "exceeds the median",
+    )
     ema_decay: float = Field(
         0.0,
         ge=0.0,
@@ -266,6 +284,12 @@ class TrainConfig(Section):
             self.refuse_ignored(names, "eval_steps null")
         return self
 
+    @model_validator(mode="after")
+    def _spikes_are_used(self) -> "TrainConfig":
+        if self.on_spike is None:
+            self.refuse_ignored(("spike_window", "spike_deviations"), "on_spike null")
+        return self
+
     @property
     def rows_per_step(self) -> int:
         """Rows of one optimiser step over all workers: the batch that the loss is a mean over."""
@@ -280,4 +304,9 @@ class TrainConfig(Section):
         if self.early_stopping_patience is None and self.keep == "last":
             # Evaluations that decide nothing do not change the result.
             idle += ["eval_steps", "max_eval_rows", "early_stopping_patience", "keep"]
+        if self.on_spike == "stop":
+            # A run that ends met no spike, and is the one that nobody watched.
+            idle += ["on_spike", "spike_window", "spike_deviations"]
+        elif self.on_spike == "rewind":
+            fields["checkpointing_steps"] = self.checkpointing_steps  # where it goes back to
         return {name: value for name, value in fields.items() if name not in idle}

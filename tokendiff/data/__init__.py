@@ -12,6 +12,7 @@ For other rooms:
     prompt_index      prompts of any number, in files
     samples           files of samples, written and read back
     bad_rows          rows that cannot be used: named in errors/, counted, and refused if too many
+    row_failures      rows at which workers die, set aside in set_aside/
     templates         conversations to tokens by a chat template, answers told apart
     chat_documents    conversations as documents that fit in a row
     streams           files of text as bytes, decompressed on the way

@@ -12,10 +12,26 @@ _BLOCK_BYTES = 1 << 16
 _LINE_END = re.compile(rb"\r\n|\r|\n")
 
 
-def lines_in(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines from where the file stands on, with their ends; the last one may have none."""
+MAX_LINE_BYTES = 256 << 20
+
+
+class LineTooLongError(OSError):
+    """A line that memory might not hold."""
+
+
+def lines_in(file: IO[bytes], *, max_bytes: int = MAX_LINE_BYTES) -> Iterator[bytes]:
+    """The lines from where the file stands on, with their ends; the last one may have none.
+
+    Raises:
+        LineTooLongError: a line goes on for more than `max_bytes`, which are all that was read of
+            it: of a compressed file a few bytes may be any number.
+    """
     held: list[bytes] = []  # the parts of a line whose end is yet to come
     while block := file.read(_BLOCK_BYTES):
+        if len(held) * _BLOCK_BYTES > max_bytes:
+            raise LineTooLongError(
+                f"a line is longer than {max_bytes:,} bytes; split it, one document a line"
+            )
         if held and held[-1].endswith(b"\r"):
             # The last block ended in a CR: alone, or the first half of a CRLF.
             is_half = block.startswith(b"\n")

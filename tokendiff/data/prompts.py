@@ -9,7 +9,7 @@ import numpy as np
 
 from tokendiff.data import chats
 from tokendiff.data.templates import ChatRenderer, RenderError
-from tokendiff.errors import InputError
+from tokendiff.errors import InputError, reason_of
 
 Message = dict[str, Any]  # role and content, as chat templates read them
 Prompt = str | list[Message]
@@ -74,16 +74,15 @@ class PromptEncoder:
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         self._check_template("a prompt of messages")
-        import jinja2
-
         try:
             text = self.tokenizer.apply_chat_template(
                 prompt, tokenize=False, add_generation_prompt=self.add_generation_prompt
             )
-        except (jinja2.TemplateError, KeyError, TypeError, ValueError) as error:
+        # A template is a program of whoever made the model, in a sandbox: it may raise anything.
+        except Exception as error:
             raise InputError(
                 f"messages {json.dumps(prompt, ensure_ascii=False)[:80]}: the chat template of "
-                f"{self.subject} refuses them ({error})"
+                f"{self.subject} refuses them ({reason_of(error)})"
             ) from error
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids

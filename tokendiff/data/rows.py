@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 KIND = "tokens"
 _WINDOWS_PER_CHUNK = 8  # of nine, since most begin in the middle of one
+_MAX_GROUP_BYTES = 4 << 30  # of a row group, which is read at once
 _LEAST_ROWS_TO_JUDGE = 2  # of fewer there is no standard error
 
 
@@ -254,7 +255,18 @@ class TokenData:
         rows = int(self.row_group_sizes[group])
         try:
             with self._shard(name, digest) as file:
-                table = pq.ParquetFile(file, page_checksum_verification=True).read_row_group(index)
+                opened = pq.ParquetFile(file, page_checksum_verification=True)
+                num_bytes = opened.metadata.row_group(index).total_byte_size
+                if max(num_bytes, 4 * rows * self.max_length) > _MAX_GROUP_BYTES:
+                    raise InputError(
+                        f"{self.folder}: row group {index} of {name} has {rows:,} rows of "
+                        f"{self.max_length:,} tokens in {num_bytes:,} bytes, more than "
+                        f"{_MAX_GROUP_BYTES:,} at once; run jobs.preprocess with a smaller "
+                        "max_length"
+                    )
+                table = opened.read_row_group(index)
+        except InputError:
+            raise
         except (OSError, ValueError) as error:
             raise CorruptFileError(
                 f"{self.folder}: {name} cannot be read ({error}); run jobs.preprocess again"

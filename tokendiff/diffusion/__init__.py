@@ -4,6 +4,8 @@ For other rooms:
     schedules         alpha(t) and its derivative
     kernels           forward processes: corruption, reverse step, bound
     attention_masks   which position sees which
+    devices           tensors of the CPU, sent to where the model is
+    key_runs          the same by what each query sees: runs of keys
     random            noise that belongs to a row, whatever batch or worker it is in
     interfaces        the protocols by which objectives and samplers call models
 """

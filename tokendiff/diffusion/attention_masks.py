@@ -6,7 +6,7 @@ dot-product attention, and `mask_mod` hands it to flex_attention, which evaluate
 
 Rules close over tensors [B, L] of where positions are: `document`, equal within one document and
 -1 on padding, which sees itself alone, so that no query is left with nothing to see; and `block`,
-which rises along a document.
+which rises along a document. Documents and blocks lie in one piece.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from tokendiff.diffusion.key_runs import KeyRun, RunRule, run_around
 
 # (b, q, kv) int64 tensors that broadcast against each other -> bool tensor of the common shape.
 MaskRule = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -48,12 +50,22 @@ def positions_in_document(document: Tensor) -> Tensor:
 
 def whole_documents(document: Tensor) -> MaskRule:
     """A position sees all of its document, and nothing else of the row."""
-    return lambda b, q, kv: document[b, q] == document[b, kv]
+
+    def runs() -> tuple[KeyRun, ...]:
+        begin, end = run_around(document)
+        return (KeyRun(begin=begin, end=end),)
+
+    return RunRule(rule=lambda b, q, kv: document[b, q] == document[b, kv], runs=runs)
 
 
 def causal(document: Tensor) -> MaskRule:
     """A position sees its document up to itself."""
-    return lambda b, q, kv: (document[b, q] == document[b, kv]) & (kv <= q)
+
+    def runs() -> tuple[KeyRun, ...]:
+        begin, _ = run_around(document)
+        return (KeyRun(begin=begin, end=_up_to_itself(document)),)
+
+    return RunRule(rule=lambda b, q, kv: (document[b, q] == document[b, kv]) & (kv <= q), runs=runs)
 
 
 def block_causal(document: Tensor, block: Tensor, is_text: Tensor | None = None) -> MaskRule:
@@ -74,7 +86,15 @@ def block_causal(document: Tensor, block: Tensor, is_text: Tensor | None = None)
         is_seen = (block_kv == block_q) | is_earlier
         return (document[b, q] == document[b, kv]) & is_seen
 
-    return rule
+    def runs() -> tuple[KeyRun, ...]:
+        first, _ = run_around(document)
+        begin, end = _blocks(document, block)
+        return (
+            KeyRun(begin=begin, end=end),
+            KeyRun(begin=first, end=begin, is_seen=is_text),
+        )
+
+    return RunRule(rule=rule, runs=runs)
 
 
 def block_diffusion(
@@ -118,7 +138,35 @@ def block_diffusion(
             is_own = is_own & (~is_clean_q | (place_kv <= place_q))
         return (document[b, place_q] == document[b, place_kv]) & (is_earlier | is_own)
 
-    return rule
+    def runs() -> tuple[KeyRun, ...]:
+        first, _ = run_around(document)
+        begin, end = _blocks(document, block)
+        noisy_end = _up_to_itself(document) if is_causal else end
+        clean_end = _up_to_itself(document) if is_causal or context_is_causal else end
+        both = torch.cat([begin, begin + length], 1), torch.cat([noisy_end, clean_end + length], 1)
+        earlier = torch.cat([first, first], 1) + length, torch.cat([begin, begin], 1) + length
+        if is_text is None:
+            return KeyRun(begin=both[0], end=both[1]), KeyRun(begin=earlier[0], end=earlier[1])
+        is_seen = is_text.repeat(1, 2)
+        sees_text = torch.cat([torch.zeros_like(is_text), is_text], 1)  # of its own block alone
+        return (
+            KeyRun(begin=both[0], end=torch.where(sees_text, *both)),
+            KeyRun(begin=both[0], end=torch.where(~sees_text, *both), is_seen=is_seen),
+            KeyRun(begin=earlier[0], end=earlier[1], is_seen=is_seen),
+        )
+
+    return RunRule(rule=rule, runs=runs)
+
+
+def _blocks(document: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the block of each position begins and ends: [B, L] each."""
+    most = block.amax(1, keepdim=True) - block.amin(1, keepdim=True) + 1
+    return run_around(document * most + block)
+
+
+def _up_to_itself(document: Tensor) -> Tensor:
+    """[B, L] the place behind each position."""
+    return torch.arange(1, document.shape[1] + 1, device=document.device).expand_as(document)
 
 
 def causal_by_position(b: Tensor, q: Tensor, kv: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ class Denoiser(Protocol):
         self, tokens: Tensor, is_valid: Tensor, time: Tensor, document: Tensor | None = None
     ) -> Tensor:
         """Hidden states [B, L, D] of noisy tokens [B, L] at times [B] in [0, 1]; positions outside
-        `is_valid` ([B, L]) are not seen.
+        `is_valid` ([B, L]) are not seen. The states are on the model's device, wherever the rows
+        are.
 
         Args:
             document: [B, L] as in TokenBatch: a position sees those of its own document alone, and
@@ -73,7 +74,8 @@ class CausalDenoiser(Protocol):
     """A causal language model that is told where each token stands and what it sees.
 
     Whether its logits at a position are for the token there or for the next one is the objective's
-    business: nothing is shifted here.
+    business: nothing is shifted here. What it is given is on the model's own device
+    (`tokendiff.diffusion.devices`).
     """
 
     def encode(self, tokens: Tensor, positions: Tensor, rule: MaskRule) -> Tensor:
@@ -253,7 +255,7 @@ class DecodingCache(Protocol):
 
     @property
     def lengths(self) -> Tensor:
-        """[R] int64, tokens that are kept per row; not to be written to."""
+        """[R] int64 on the CPU, tokens that are kept per row; not to be written to."""
         ...
 
     def extend(self, rows: Tensor, counts: Tensor) -> None:
@@ -271,6 +273,9 @@ class DecodingCache(Protocol):
 
 class Decoder(Protocol):
     """A causal language model that keeps what it has read.
+
+    Numbers of rows and tokens may be on the CPU, and then nothing waits for the device; hidden
+    states, and what a rule closes over, are on it.
 
     Hidden states at position i are those of the token at i; whether they are read as logits for i
     or for i + 1 is the sampler's business.

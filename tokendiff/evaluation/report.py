@@ -23,8 +23,16 @@ Points = Sequence[tuple[int, float]]
 
 _MAX_DRAWN_POINTS = 400
 _LOSS_LABEL = "loss, nats per token"
-# Control characters but tab and newline, as pictures: a browser would hide or drop them.
-_CONTROL_PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n"} | {127: 0x2421}
+# Control characters but tab and newline, as pictures: a browser would hide or drop them. Those that
+# turn the direction of text are written out: obeyed, they would show a text as another one.
+_CONTROL_PICTURES: dict[int, int | str] = {
+    **{i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n"},
+    127: 0x2421,
+    **{
+        i: f"[U+{i:04X}]"
+        for i in (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+    },
+}
 
 
 Table = tuple[str, list[str], list[list[Any]]]  # title, header, rows
@@ -147,10 +155,14 @@ def explain_bound(
 
 def _render(report: Report) -> str:
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: _visible(value) if type(value) is str else value,
     )
     environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "separators": (",", ":")}
-    environment.filters |= {"number": _format, "visible": _visible}
+    environment.filters |= {"number": _format}
     source = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
     loss = _chart(
         _LOSS_LABEL, report.loss_curve, report.loss_reference, heldout=report.heldout_curve

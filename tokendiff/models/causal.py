@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendiff.diffusion.attention_masks import MaskRule
+from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import DecodingCache
 from tokendiff.errors import InputError
 from tokendiff.models.adapters import DraftAdapters
@@ -59,6 +60,7 @@ class CausalModel(nn.Module):
         is_draft: Tensor | None = None,
     ) -> Tensor:
         if self.draft_adapters is not None:
+            is_draft = None if is_draft is None else sent(is_draft, self.device)
             self.draft_adapters.count_at(is_draft)
         return self.encode_layers(
             tokens, num_tokens, cache, rows, rule, layers=(), positions=positions
@@ -81,12 +83,15 @@ class CausalModel(nn.Module):
         """
         assert isinstance(cache, RaggedCache)
         places, width = cache.begin(rows, tokens.shape[1])
+        positions = places if positions is None else positions
+        tokens, num_tokens, places, positions = (
+            sent(numbers, self.device) for numbers in (tokens, num_tokens, places, positions)
+        )
         is_padding = torch.arange(tokens.shape[1], device=tokens.device) >= num_tokens[:, None]
         kv = torch.arange(width, device=tokens.device)
         end = places[:, :1] + num_tokens[:, None]
         b = torch.arange(len(rows), device=tokens.device)[:, None, None]
         q = places[:, :, None]
-        positions = places if positions is None else positions
         # Padding sees itself alone: a query with nothing to see has no softmax.
         is_seen = torch.where(q < end[..., None], rule(b, q, kv) & (kv < end)[:, None], kv == q)
         encoder = self.model.base_model if self._is_split else self.model

@@ -239,6 +239,14 @@ class CompletionModel:
         other.setup = setup
         return other
 
+    def num_tokens(self, row: GenerationRow) -> int:
+        """Tokens that the row takes up at most, its prompt included.
+
+        Raises:
+            InputError: the prompt cannot be used.
+        """
+        return len(self.setup.request(row).prompt) + self.setup.sampler.max_new_tokens
+
     def samples(
         self, rows: Iterable[GenerationRow], *, on_progress: OnProgress = unwatched
     ) -> Iterator[dict[str, Any]]:

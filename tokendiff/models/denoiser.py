@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tokendiff.diffusion.attention_masks import positions_in_document, whole_documents
+from tokendiff.diffusion.devices import sent
 from tokendiff.errors import InputError
 from tokendiff.models import tiled_attention
 from tokendiff.models.families import CAUSAL_TYPES, DECODER_TYPES
@@ -125,6 +126,11 @@ class ModelInTwoParts(nn.Module):
         self._head = _HEADS.get(model.config.model_type)
 
     @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @property
     def is_split(self) -> bool:
         """Whether logits can be computed at chosen positions alone."""
         return self._head is not None
@@ -206,13 +212,10 @@ class TransformersDenoiser(ModelInTwoParts):
         if document is not None and bool((document != document[:, :1]).any()):
             inputs = self._isolating(document)
         else:
-            # Packed rows are rarely padded, and attention without a mask is the faster kernel.
-            mask = None if bool(is_valid.all()) else is_valid.to(torch.int64)
-            inputs = {"attention_mask": mask}
-            self._attend_by(self._own_attention)
-        condition = {"time": time} if self.is_time_conditioned else {}
+            inputs = self._hiding_padding(is_valid)
+        condition = {"time": sent(time, self.device)} if self.is_time_conditioned else {}
         encoder = self.model if self._head is None else self.model.base_model
-        output = encoder(input_ids=tokens, **inputs, **condition)
+        output = encoder(input_ids=sent(tokens, self.device), **inputs, **condition)
         hidden: Tensor = output.logits if self._head is None else output.last_hidden_state
         return self._at_what_they_tell(hidden, document) if self.predicts_next else hidden
 
@@ -233,16 +236,17 @@ class TransformersDenoiser(ModelInTwoParts):
         self._attend_by(self._own_attention)
         width = tokens.shape[1]
         memory.begin_within(rows, positions, width)
-        is_seen = is_valid[:, None, None].expand(-1, 1, positions.shape[1], width)
+        is_seen = sent(is_valid, self.device)[:, None, None]
+        is_seen = is_seen.expand(-1, 1, positions.shape[1], width)
         if self.model.config._attn_implementation == "eager":
             lowest = torch.finfo(self.model.dtype).min
             is_seen = torch.zeros_like(is_seen, dtype=self.model.dtype).masked_fill(
                 ~is_seen, lowest
             )
         output = self.model.base_model(
-            input_ids=tokens.gather(1, positions),
+            input_ids=sent(tokens.gather(1, positions), self.device),
             attention_mask=is_seen,
-            position_ids=positions,
+            position_ids=sent(positions, self.device),
             past_key_values=memory,
             use_cache=True,
         )
@@ -254,23 +258,50 @@ class TransformersDenoiser(ModelInTwoParts):
         moved = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
         if document is None:
             return moved
+        document = sent(document, hidden.device)
         is_first = document != torch.cat([document[:, :1], document[:, :-1]], dim=1)
         return torch.where(is_first[..., None], hidden, moved)
 
+    def _hiding_padding(self, is_valid: Tensor) -> dict[str, Any]:
+        """What the model is given where rows are one document each."""
+        self._attend_by(self._own_attention)
+        # Packed rows are rarely padded, and attention without a mask is the faster kernel.
+        if bool(is_valid.all()):
+            return {"attention_mask": None}
+        is_valid = sent(is_valid, self.device)
+        if self._head is None or self._own_attention != "sdpa" or self.device.type == "cpu":
+            return {"attention_mask": is_valid.to(torch.int64)}
+        # Of a mask of rows transformers asks the device what is in it, in every pass; of a whole
+        # one it does not. Padding sees itself: a query with nothing to see has no softmax.
+        return under_rule(
+            lambda b, q, kv: is_valid[b, kv] | (q == kv),
+            "dense",
+            batch_size=len(is_valid),
+            length=is_valid.shape[1],
+            device=self.device,
+            window=self._window,
+        )
+
+    @property
+    def _window(self) -> int | None:
+        """How far layers see that do not see whole rows; None where all do."""
+        config = self.model.config
+        has_window = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+        return config.sliding_window if has_window else None
+
     def _isolating(self, document: Tensor) -> dict[str, Any]:
         """What the model is given where rows hold several documents [B, L]."""
-        config = self.model.config
+        config, document = self.model.config, sent(document, self.device)
         check_isolation(config, origin="the model")
         kernel = self._kernel or best_kernel(self.model, document.device)
         self._attend_by(IMPLEMENTATIONS[kernel])
-        has_window = "sliding_attention" in (getattr(config, "layer_types", None) or ())
         inputs = under_rule(
             whole_documents(document),
             kernel,
             batch_size=len(document),
             length=document.shape[1],
             device=document.device,
-            window=config.sliding_window if has_window else None,
+            window=self._window,
         )
         is_behind = config.model_type in _POSITIONS_BEHIND_PADDING
         first = config.pad_token_id + 1 if is_behind else 0

@@ -41,3 +41,22 @@ def to_float32(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
+
+
+def round_for_autocast(model: nn.Module) -> None:
+    """Hold in bfloat16 the weights that bf16 autocast would round whenever they are used: those of
+    linear layers, which then take half the memory, and give the same numbers under it.
+
+    Embeddings, norms and what is tied to an embedding stay: autocast leaves them in float32.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    of_layers = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
+    others = {
+        id(parameter)
+        for module in model.modules()
+        if not isinstance(module, nn.Linear)
+        for parameter in module.parameters(recurse=False)
+    }
+    for parameter in model.parameters():
+        if id(parameter) in of_layers - others and parameter.dtype == torch.float32:
+            parameter.data = parameter.data.bfloat16()

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from tokendiff.diffusion.attention_masks import MaskRule, dense, mask_mod
+from tokendiff.diffusion.key_runs import RunRule
 from tokendiff.models import tiled_attention
 
 AttentionKernel = Literal["flex", "tiles", "dense"]
@@ -44,11 +45,8 @@ def under_rule(
     if window is not None:
         rules[_WINDOW] = _within_window(rule, window)
     if kernel == "flex":
-        from torch.nn.attention.flex_attention import create_block_mask
-
         masks: dict[str, Any] = {
-            name: create_block_mask(mask_mod(r), batch_size, None, length, length, device=device)
-            for name, r in rules.items()
+            name: _block_mask(r, batch_size, length, device) for name, r in rules.items()
         }
     else:
         masks = {name: dense(r, batch_size, length, length, device) for name, r in rules.items()}
@@ -60,5 +58,17 @@ def under_rule(
     return inputs
 
 
+def _block_mask(rule: MaskRule, batch_size: int, length: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    from tokendiff.models.block_masks import block_mask_of_runs
+
+    if isinstance(rule, RunRule):
+        return block_mask_of_runs(rule, length)
+    return create_block_mask(mask_mod(rule), batch_size, None, length, length, device=device)
+
+
 def _within_window(rule: MaskRule, window: int) -> MaskRule:
+    if isinstance(rule, RunRule):
+        return rule.within(window)
     return lambda b, q, kv: rule(b, q, kv) & ((q - kv).abs() <= window)

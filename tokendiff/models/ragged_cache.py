@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from tokendiff.diffusion.devices import sent
+
 _GROWTH = 128  # tokens; capacity is a multiple
 
 
@@ -90,7 +92,8 @@ class RaggedCache(Cache):
     def __init__(self, num_rows: int, *, num_layers: int, device: torch.device | str) -> None:
         self._layers = [_RaggedLayer(num_rows) for _ in range(num_layers)]
         super().__init__(layers=list(self._layers))
-        self._lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._device = torch.device(device)
+        self._lengths = torch.zeros(num_rows, dtype=torch.int64)  # of the CPU, wherever keys are
 
     @property
     def lengths(self) -> Tensor:
@@ -102,13 +105,14 @@ class RaggedCache(Cache):
         Returns:
             positions [n, num_new] of the new tokens, and the number of keys that the pass will see.
         """
-        offsets = torch.arange(num_new, device=rows.device)
+        offsets = torch.arange(num_new)
         return self.begin_at(rows, offsets.expand(len(rows), num_new))
 
     def begin_at(self, rows: Tensor, offsets: Tensor) -> tuple[Tensor, int]:
         """As `begin`, for tokens at `offsets` [n, N] behind the end of their rows, a permutation of
         0..N-1 in each row.
         """
+        rows, offsets = rows.to("cpu"), offsets.to("cpu")
         lengths = self._lengths[rows]
         positions = lengths[:, None] + offsets
         width = int(lengths.max()) + offsets.shape[1]
@@ -121,8 +125,8 @@ class RaggedCache(Cache):
         """
         leading = torch.arange(len(rows), device=rows.device)
         call = _Call(
-            rows=rows,
-            positions=positions,
+            rows=sent(rows, self._device),
+            positions=sent(positions, self._device),
             width=width,
             is_leading=bool((rows == leading).all()),
         )
@@ -130,9 +134,10 @@ class RaggedCache(Cache):
             layer.call = call
 
     def extend(self, rows: Tensor, counts: Tensor) -> None:
-        self._lengths[rows] += counts
+        self._lengths[rows.to("cpu")] += counts.to("cpu")
 
     def crop(self, rows: Tensor, lengths: Tensor) -> None:  # type: ignore[override]
+        rows, lengths = rows.to("cpu"), lengths.to("cpu")
         self._lengths[rows] = torch.minimum(self._lengths[rows], lengths)
 
     def move(self, source: int, target: int) -> None:

@@ -20,11 +20,14 @@ from tokendiff.diffusion.interfaces import Figures, OnProgress, StepCallback, un
 from tokendiff.diffusion.random import RowGenerator, key_from
 from tokendiff.errors import InputError
 from tokendiff.models.denoiser import check_windows
+from tokendiff.models.layers import round_for_autocast
 from tokendiff.models.sources import DenoiserSource
 from tokendiff.samplers.ancestral import AncestralSampler
 from tokendiff.samplers.base import Sampler
 from tokendiff.samplers.batch import prefix_batch
 from tokendiff.samplers.blockwise import BlockwiseSampler
+from tokendiff.samplers.continuous import ContinuousSampler, FilledRow, RowToFill
+from tokendiff.samplers.corrector import check_correctable
 from tokendiff.samplers.first_hitting import FirstHittingSampler
 from tokendiff.samplers.remasking import RemaskingSampler
 
@@ -81,6 +84,14 @@ def build_sampler(
             f"guidance_scale {config.guidance_scale}: a checkpoint of forward_process 'uniform' "
             "was not trained on masks in place of a prompt; set guidance_scale to 1"
         )
+    if fields.get("corrector_steps"):
+        try:
+            check_correctable(process.kernel())
+        except ValueError as error:
+            raise InputError(
+                f"sampler {config.name!r} of a checkpoint of forward_process "
+                f"{process.forward_process!r}: {error}; set corrector_steps to 0"
+            ) from error
     try:
         return SAMPLERS[config.name](
             kernel=process.kernel(), prediction=process.prediction, **fields
@@ -183,8 +194,12 @@ class SamplingModel:
         source = DenoiserSource.of(config, checkpoint)
         self.tokenizer, self.process = source.tokenizer, source.process
         dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-        self._denoiser = source.load(dtype=dtype).to(device)
         self._device = torch.device(device)
+        denoiser = source.load(dtype=dtype)
+        # On a CPU a large head is faster in float32 (`models.denoiser`).
+        if dtype == torch.bfloat16 and self._device.type != "cpu":
+            round_for_autocast(denoiser)
+        self._denoiser = denoiser.to(device)
         self._source = source
         self._take_sampler(config)
         self._encoder = prompt_encoder(source, config)
@@ -205,10 +220,24 @@ class SamplingModel:
         self._sampler = _sampler_of(config, self._source)
         self._stops = getattr(self._sampler, "stop_token_ids", ())
 
+    def num_tokens(self, row: GenerationRow) -> int:
+        """Tokens that the row takes up, its prompt included."""
+        if self._config.max_new_tokens is None:
+            return self.seq_len
+        return len(self._source.begun(self._encoder(row.prompt))) + self._config.max_new_tokens
+
     def samples(
         self, rows: Iterable[GenerationRow], *, on_progress: OnProgress = unwatched
     ) -> Iterator[dict[str, Any]]:
-        """One record per row, as `sample`, a batch after the other."""
+        """One record per row, as `sample`, in the order of the rows.
+
+        Rows are sampled a batch after the other; where a sampler's rows end at different times,
+        `batch_size` rows are in flight, a row that is done leaves its place to the next one, and
+        its seconds are those from taking it to its end.
+        """
+        if isinstance(self._sampler, ContinuousSampler):
+            yield from self._in_flight(self._sampler, rows, on_progress=on_progress)
+            return
         waiting = iter(rows)
         num_rows = num_tokens = 0
         while batch := list(islice(waiting, self._config.batch_size)):
@@ -216,6 +245,46 @@ class SamplingModel:
             num_rows += len(records)
             num_tokens += sum(map(num_new_tokens, records))
             yield from records
+
+    def _in_flight(
+        self, sampler: ContinuousSampler, rows: Iterable[GenerationRow], *, on_progress: OnProgress
+    ) -> Iterator[dict[str, Any]]:
+        taken: dict[int, tuple[GenerationRow, list[int], float]] = {}  # by id, in their order
+        ready: dict[int, dict[str, Any]] = {}
+        done = [0, 0]  # rows, tokens
+
+        def requests() -> Iterator[RowToFill]:
+            for row in rows:
+                prompt = self._source.begun(self._encoder(row.prompt))
+                taken[row.id] = (row, prompt, time.perf_counter())
+                tokens, is_given, _ = self._laid_out([prompt])
+                yield RowToFill(id=row.id, tokens=tokens[0], is_given=is_given[0])
+
+        stream = sampler.stream(
+            self._denoiser,
+            requests(),
+            key=key_from(self._config.seed, "sample"),
+            num_slots=self._config.batch_size,
+            device=self._device,
+            on_step=lambda figures: _behind(done[0], done[1], on_progress)(figures),
+        )
+        while finished := self._next_of(stream):
+            for filled in finished:
+                row, prompt, start = taken[filled.id]
+                record = self._record(row, prompt, filled.tokens, filled.num_model_calls)
+                ready[filled.id] = {**record, "seconds": round(time.perf_counter() - start, 3)}
+                done[0] += 1
+                done[1] += num_new_tokens(record)
+            on_progress(lambda: (done[0], done[1]))
+            while taken and (first := next(iter(taken))) in ready:
+                del taken[first]
+                yield ready.pop(first)
+
+    def _next_of(self, stream: Iterator[list[FilledRow]]) -> list[FilledRow] | None:
+        """What a round finished, None at the end. Autocast must not outlast the call."""
+        is_bf16 = self._config.mixed_precision == "bf16"
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_bf16):
+            return next(stream, None)
 
     def sample(
         self,
@@ -238,7 +307,7 @@ class SamplingModel:
         start = time.perf_counter()
         prompts = [self._source.begun(self._encoder(row.prompt)) for row in rows]
         tokens, is_given, is_valid = self._laid_out(prompts)
-        ids = torch.tensor([row.id for row in rows], dtype=torch.int64, device=self._device)
+        ids = torch.tensor([row.id for row in rows], dtype=torch.int64)
         generator = RowGenerator.for_rows(key_from(self._config.seed, "sample"), ids)
         is_bf16 = self._config.mixed_precision == "bf16"
         num_open = (~is_given & is_valid).sum(1).tolist()
@@ -252,10 +321,10 @@ class SamplingModel:
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_bf16):
             samples = self._sampler.sample(
                 self._denoiser,
-                tokens.to(self._device),
-                is_given.to(self._device),
+                tokens,
+                is_given,
                 generator,
-                is_valid=None if bool(is_valid.all()) else is_valid.to(self._device),
+                is_valid=None if bool(is_valid.all()) else is_valid,
                 on_step=watch,
             )
         seconds = round(time.perf_counter() - start, 3)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tokendiff.diffusion.attention_masks import causal, positions_in_document
+from tokendiff.diffusion.devices import device_of, sent, sent_at
 from tokendiff.diffusion.interfaces import CausalDenoiser, LossOutput, TokenBatch
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.objectives.chunked import (
@@ -42,8 +43,9 @@ def next_token_loss(
         nll = negative_log_likelihood(logits, targets)
         return nll.sum(), is_likeliest(logits, targets).sum(dtype=torch.float64)[None]
 
+    targets = sent(targets, hidden.device)
     loss_sum, right = reduce_through_head(head, hidden, (targets,), loss_of)
-    num_tokens = torch.tensor(len(targets), device=targets.device)
+    num_tokens = torch.tensor(len(targets))
     return LossOutput(
         loss_sum=loss_sum,
         num_tokens=num_tokens,
@@ -62,10 +64,11 @@ def row_nats(model: CausalDenoiser, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     nats = predict_through_head(
         model.head,
         hidden,
-        (targets,),
+        (sent(targets, hidden.device),),
         lambda logits, targets: negative_log_likelihood(logits.double(), targets),
     )
     zeros = torch.zeros(len(batch.tokens), dtype=torch.float64, device=nats.device)
+    row = sent(row, nats.device)
     return zeros.index_add(0, row, nats), row.bincount(minlength=len(batch.tokens))
 
 
@@ -73,7 +76,9 @@ def _next_tokens(model: CausalDenoiser, batch: TokenBatch) -> tuple[Tensor, Tens
     """Hidden states [N, D] of the tokens whose next one in their document is a target, those next
     ones [N], and the rows [N] they are in.
     """
-    document = batch.document
-    hidden = model.encode(batch.tokens, positions_in_document(document), causal(document))
+    document, there = batch.document, device_of(model, like=batch.tokens)
+    position = sent(positions_in_document(document), there)
+    hidden = model.encode(sent(batch.tokens, there), position, causal(sent(document, there)))
     is_counted = (document[:, 1:] == document[:, :-1]) & batch.is_target[:, 1:]
-    return hidden[:, :-1][is_counted], batch.tokens[:, 1:][is_counted], is_counted.nonzero()[:, 0]
+    at = is_counted.nonzero(as_tuple=True)
+    return hidden[:, :-1][sent_at(at, there)], batch.tokens[:, 1:][at], at[0]

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from tokendiff.diffusion.attention_masks import block_diffusion
+from tokendiff.diffusion.devices import device_of, sent, sent_at
 from tokendiff.diffusion.interfaces import (
     CausalDenoiser,
     DraftingDenoiser,
@@ -145,13 +146,14 @@ class BlockDiffusion:
         hidden, clean = encode_both(
             model, rows, is_masked, mask_token_id=self.kernel.mask_token_id, sight=self.sight
         )
+        at = is_masked.nonzero(as_tuple=True)
         blocks = masked_loss(
             model.head,
             MaskedTokens(
-                hidden=hidden[is_masked],
-                targets=rows.tokens[is_masked],
-                row=is_masked.nonzero()[:, 0],
-                weight=weight[is_masked],
+                hidden=hidden[sent_at(at, hidden.device)],
+                targets=rows.tokens[at],
+                row=at[0],
+                weight=weight[at],
                 row_tokens=is_target.sum(1),
                 num_tokens=(is_target & rows.is_text).sum(),
             ),
@@ -167,10 +169,11 @@ class BlockDiffusion:
         if self.ar_loss_weight == 0.0:
             return loss
         is_next = rows.is_target & rows.is_text & (rows.position > 0)
+        behind = is_next[:, 1:].nonzero(as_tuple=True)
         following = next_token_loss(
             model.head,
-            clean[:, :-1][is_next[:, 1:]],
-            rows.tokens[:, 1:][is_next[:, 1:]],
+            clean[:, :-1][sent_at(behind, clean.device)],
+            rows.tokens[:, 1:][behind],
         )
         nats = following.loss_sum.detach()
         return replace(
@@ -214,6 +217,8 @@ def encode_both(
     sight: BlockSight,
 ) -> tuple[Tensor, Tensor]:
     """As `encode_beside_clean`, and the hidden states [B, W, D] of x_0."""
+    there = device_of(model, like=rows.tokens)
+    rows, is_masked = rows.to(there), sent(is_masked, there)
     x_t = rows.tokens.masked_fill(is_masked, mask_token_id)
     rule = block_diffusion(
         rows.document,

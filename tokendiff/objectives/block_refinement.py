@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tokendiff.diffusion.attention_masks import block_causal, causal
+from tokendiff.diffusion.devices import device_of, sent, sent_at
 from tokendiff.diffusion.interfaces import CausalDenoiser, LossOutput, TokenBatch
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.objectives.block_diffusion import encode_beside_clean
@@ -97,7 +98,7 @@ class BlockRefinement:
         return masked_loss(
             model.head,
             MaskedTokens(
-                hidden=hidden[at],
+                hidden=hidden[sent_at(at, hidden.device)],
                 targets=rows.tokens.repeat(2, 1)[at],
                 row=at[0] % len(rows.tokens),
                 weight=torch.ones(len(at[0]), dtype=torch.float64, device=views.device),
@@ -115,6 +116,8 @@ class BlockRefinement:
             return encode_beside_clean(
                 model, rows, is_masked, mask_token_id=self.mask_token_id, sight=self.sight
             )
+        there = device_of(model, like=rows.tokens)
+        rows, is_masked = rows.to(there), sent(is_masked, there)
         x_t = rows.tokens.masked_fill(is_masked, self.mask_token_id)
         rule = causal(rows.document)
         if self.attention_mask_mode == "4d":

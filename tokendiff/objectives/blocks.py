@@ -13,12 +13,14 @@ question follows: the filling stands beside that question, at the same positions
 sees it. Blocks of a document whose tokens are all targets are the same either way.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokendiff.diffusion.attention_masks import positions_in_document
+from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import TokenBatch
 from tokendiff.diffusion.random import RowGenerator
 
@@ -63,6 +65,15 @@ class BlockRows:
     def text_to_see(self) -> Tensor | None:
         """`is_text`, where rules must tell it from filling (`diffusion.attention_masks`)."""
         return self.is_text if self.fills_answers else None
+
+    def to(self, device: torch.device) -> "BlockRows":
+        """The rows on a device; see `tokendiff.diffusion.devices`."""
+        columns: dict[str, Any] = {
+            name: sent(column, device)
+            for name, column in vars(self).items()
+            if isinstance(column, Tensor)
+        }
+        return replace(self, **columns)
 
     def block_uniform(self, generator: RowGenerator) -> Tensor:
         """[B, W] a draw from (0, 1) per block, independent of all others."""
@@ -209,8 +220,8 @@ def _filled(
         filling is the segment's last token; and how far behind that token the position is.
     """
     is_valid, index = segment >= 0, segment.clamp(min=0)
-    counts = torch.zeros(len(segment), int(segment.max()) + 1, dtype=torch.long)
-    counts = counts.to(segment.device)
+    shape = (len(segment), int(segment.max()) + 1)
+    counts = torch.zeros(shape, dtype=torch.long, device=segment.device)
     lengths = counts.scatter_add(1, index, is_valid.long())
     is_ended = counts.scatter_add(1, index, is_end.long()) > 0
     whole = (lengths + block_length - 1) // block_length * block_length

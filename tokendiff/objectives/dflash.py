@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tokendiff.diffusion.attention_masks import dflash_blocks, positions_in_document
+from tokendiff.diffusion.devices import device_of, sent, sent_at
 from tokendiff.diffusion.interfaces import DraftBesideTarget, LossOutput, TokenBatch
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.objectives.chunked import (
@@ -97,13 +98,14 @@ class DFlash:
             model.head, self._hidden(model, batch, anchors, blocks), blocks
         )
         is_whole, num_targets = blocks.is_target.all(-1), blocks.is_target.sum()
+        lengths = accepted(is_right).masked_fill(~sent(is_whole, is_right.device), 0)
         return LossOutput(
             loss_sum=loss_sum,
             num_tokens=num_tokens,
             metrics={
                 "draft_nll": (nats, num_targets),
                 "draft_accuracy": (is_right.sum(), num_targets),
-                "expected_acceptance_length": (accepted(is_right)[is_whole].sum(), is_whole.sum()),
+                "expected_acceptance_length": (lengths.sum(), is_whole.sum()),
                 **_accuracy_by_place(is_right, blocks.is_target),
             },
         )
@@ -118,8 +120,12 @@ class DFlash:
         # Weights that depend on the whole block are given whole blocks, those with any target.
         chosen = is_target[:, :, :1].expand_as(is_target) if weighs_blocks else is_target
         at = chosen.nonzero(as_tuple=True)
-        fixed = decay_weights(self.block_size, self.decay_gamma).to(hidden.device)[at[2]]
-        targets = blocks.targets.masked_fill(~is_target, 0)[at]
+        fixed = decay_weights(self.block_size, self.decay_gamma).to(at[2].device)[at[2]]
+        num_tokens = is_target[:, :, 0].sum() if weighs_blocks else fixed.sum()
+        is_right = torch.zeros(is_target.shape, dtype=torch.bool, device=hidden.device)
+        of_tokens = (blocks.targets.masked_fill(~is_target, 0)[at], is_target[at], fixed)
+        targets, of_target, fixed = (sent(column, hidden.device) for column in of_tokens)
+        at = sent_at(at, hidden.device)
         right = torch.zeros_like(targets, dtype=torch.bool)  # written to, part by part
 
         def loss_of(
@@ -138,13 +144,12 @@ class DFlash:
         loss_sum, (nats,) = reduce_through_head(
             head,
             hidden[at],
-            (targets, is_target[at], fixed, right),
+            (targets, of_target, fixed, right),
             loss_of,
             group=self.block_size - 1 if weighs_blocks else 1,
         )
-        is_right = torch.zeros_like(is_target)
         is_right[at] = right
-        return loss_sum, nats, is_right, is_target[:, :, 0].sum() if weighs_blocks else fixed.sum()
+        return loss_sum, nats, is_right, num_tokens
 
     @torch.no_grad()
     def agreement(
@@ -159,14 +164,15 @@ class DFlash:
         """
         blocks = self.blocks_at(batch, anchors, is_anchor)
         at = blocks.is_target.nonzero(as_tuple=True)
+        hidden = self._hidden(model, batch, anchors, blocks)
         right = predict_through_head(
             model.head,
-            self._hidden(model, batch, anchors, blocks)[at],
-            (blocks.targets[at],),
+            hidden[sent_at(at, hidden.device)],
+            (sent(blocks.targets[at], hidden.device),),
             lambda logits, targets: is_likeliest(_exact(logits), targets),
         )
-        is_right = torch.zeros_like(blocks.is_target)
-        is_right[at] = right
+        is_right = torch.zeros(blocks.is_target.shape, dtype=torch.bool, device=hidden.device)
+        is_right[sent_at(at, hidden.device)] = right
         return is_right, blocks.is_target.all(-1)
 
     def blocks_at(self, batch: TokenBatch, anchors: Tensor, is_anchor: Tensor) -> Blocks:
@@ -197,10 +203,11 @@ class DFlash:
         self, model: DraftBesideTarget, batch: TokenBatch, anchors: Tensor, blocks: Blocks
     ) -> Tensor:
         """Hidden states [B, A, K - 1, D] of the drafted tokens, for the head."""
-        length = batch.tokens.shape[1]
+        length, there = batch.tokens.shape[1], device_of(model, like=batch.tokens)
         context = model.read(batch.tokens, blocks.positions[:, :length])
-        rule = dflash_blocks(batch.document, anchors, self.block_size)
-        hidden = model.draft(blocks.tokens, context, blocks.positions, rule)
+        rule = dflash_blocks(sent(batch.document, there), sent(anchors, there), self.block_size)
+        tokens, positions = sent(blocks.tokens, there), sent(blocks.positions, there)
+        hidden = model.draft(tokens, context, positions, rule)
         return hidden.unflatten(1, (-1, self.block_size))[:, :, 1:]
 
 

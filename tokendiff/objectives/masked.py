@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import LossOutput
 from tokendiff.objectives.chunked import (
     confidence_weights,
@@ -37,6 +38,11 @@ class MaskedTokens:
     row_tokens: Tensor
     num_tokens: Tensor
 
+    def beside_states(self) -> "MaskedTokens":
+        """All of them on the device of the states."""
+        columns = {name: sent(column, self.hidden.device) for name, column in vars(self).items()}
+        return MaskedTokens(**columns)
+
 
 def masked_loss(
     head: Callable[[Tensor], Tensor],
@@ -60,6 +66,7 @@ def masked_loss(
         metrics `masked_nll`, `masked_accuracy`; where clipping or confidence change the loss, also
         `elbo`, what it would be without, and `confidence_entropy`.
     """
+    masked, num_masked = masked.beside_states(), torch.tensor(len(masked.targets))
     clipped = masked.weight.clamp(max=max_weight or torch.inf)
     columns = [masked.targets, clipped, masked.weight]
     has_confidence = lambda_conf > 0.0
@@ -95,7 +102,6 @@ def masked_loss(
         return loss, torch.stack([value.double() for value in sums])
 
     loss_sum, sums = reduce_through_head(head, masked.hidden, tuple(columns), loss_of)
-    num_masked = torch.tensor(len(masked.targets), device=masked.targets.device)
     metrics = {
         "masked_nll": (sums[0], num_masked),
         "masked_accuracy": (sums[1], num_masked),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tokendiff.diffusion.devices import sent_at
 from tokendiff.diffusion.interfaces import Denoiser, LossOutput, TokenBatch
 from tokendiff.diffusion.kernels import AbsorbingKernel
 from tokendiff.diffusion.random import RowGenerator
@@ -62,11 +63,12 @@ class MDLM:
         is_target = batch.is_target & (x_0 != mask)
         is_masked = is_target & (x_t == mask)
         at = is_masked.nonzero(as_tuple=True)
+        hidden = model.encode(x_t, batch.is_valid, t, batch.isolated)
         share = 1.0 - self.min_time
         return masked_loss(
             model.head,
             MaskedTokens(
-                hidden=model.encode(x_t, batch.is_valid, t, batch.isolated)[at],
+                hidden=hidden[sent_at(at, hidden.device)],
                 targets=x_0[at],
                 row=at[0],
                 weight=share * self.kernel.masked_loss_weight(t)[at[0]],

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tokendiff.diffusion.devices import sent, sent_at
 from tokendiff.diffusion.interfaces import Denoiser, LossOutput, TokenBatch
 from tokendiff.diffusion.kernels import ForwardKernel
 from tokendiff.diffusion.random import RowGenerator
@@ -101,17 +102,18 @@ class TokenNoiseDiffusion:
         is_target = batch.is_target & (batch.tokens != mask)
         at = is_target.nonzero(as_tuple=True)
         row = at[0]
-        hidden = model.encode(x_t, batch.is_valid, t, batch.isolated)[at]
-        x_0, z = batch.tokens[at], x_t[at]
-        columns = [x_0, z, t[row], slope[row]]
+        states = model.encode(x_t, batch.is_valid, t, batch.isolated)
+        there = states.device
+        hidden, num_noised = states[sent_at(at, there)], (x_t[at] != batch.tokens[at]).sum()
+        of_tokens = (batch.tokens[at], x_t[at], t[row], slope[row], row, is_target.sum(1))
+        x_0, z, t, slope, row, row_tokens = (sent(column, there) for column in of_tokens)
+        columns = [x_0, z, t, slope]
         if self.lambda_conf > 0.0:
             columns.append(
-                confidence_weights(
-                    model.head, hidden, x_0, row, is_target.sum(1), mask_token_id=mask
-                )
+                confidence_weights(model.head, hidden, x_0, row, row_tokens, mask_token_id=mask)
             )
         loss_sum, sums = reduce_through_head(model.head, hidden, tuple(columns), self._loss_of)
-        num_tokens, num_noised = is_target.sum(), (z != x_0).sum()
+        num_tokens = is_target.sum()
         metrics = {"noised_accuracy": (sums[0], num_noised), "elbo": (sums[1], num_tokens)}
         if self.loss_type == "cross_entropy" or not self._is_changed:
             del metrics["elbo"]

@@ -7,6 +7,8 @@ For other rooms:
                       continue prompts, a sampler each
     speculation       a drafted block read and judged, whatever drafts
     base open_ended   what the samplers of each kind share
+    continuous        whole rows in flight, for samplers whose rows end at different times
+    corrector         tokens drawn again after a step, given all the others
     batch             prompts of several lengths, laid out for a sampler of one length
 
 Of this room alone:

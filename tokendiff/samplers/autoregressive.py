@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokendiff.diffusion.attention_masks import causal_by_position
+from tokendiff.diffusion.devices import sent, sent_at
 from tokendiff.diffusion.interfaces import Decoder
 from tokendiff.samplers.categorical import without_token
 from tokendiff.samplers.open_ended import PREFILL_CHUNK, OpenEndedSampler, encode_known
@@ -44,11 +45,13 @@ class AutoregressiveSampler(OpenEndedSampler):
         chosen = (slots.cache.lengths[rows] == slots["length"][rows]).nonzero()[:, 0]
         if not chosen.numel():
             return
-        logits = self._logits(model, hidden[chosen, counts[chosen] - 1])
+        last = sent_at((chosen, counts[chosen] - 1), hidden.device)
+        logits = self._logits(model, hidden[last])
         rows = rows[chosen]
         at = slots["length"][rows]
         uniform = slots.generator.select(rows).fold_in(at).uniform(1)[:, 0]
-        slots.tokens[rows, at] = self._draw(logits, uniform)
+        drawn = self._draw(logits, sent(uniform, logits.device))
+        slots.tokens[rows, at] = drawn.to(at.device)
         slots["length"][rows] += 1
 
     def _logits(self, model: Decoder, hidden: Tensor) -> Tensor:

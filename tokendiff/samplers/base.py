@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import Denoiser, Samples, StepCallback
 from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, UniformKernel
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.samplers.categorical import check_filters, draw, filter_logits, without_token
 from tokendiff.samplers.commit_rules import Candidates
-from tokendiff.samplers.hidden_states import HiddenStates
+from tokendiff.samplers.hidden_states import HiddenStates, fitted
 
 _CPU_CHUNK, _GPU_CHUNK = 256, 4096  # positions whose [N, V] logits exist at once
 _PRIOR = -1  # steps are numbered from 0
@@ -68,7 +69,8 @@ class Sampler(ABC):
         """Fill every position that is not given.
 
         Args:
-            tokens: [B, L] int64; read where `is_given`, not written to.
+            tokens: [B, L] int64; read where `is_given`, not written to. Rows may be on the CPU
+                whatever the model's device is; then a pass waits for what is drawn, and no more.
             is_given: [B, L] bool: the prompt, or any other subset; never changed.
             generator: one key per row; a row's sample depends on no other row.
             is_valid: [B, L] bool, False on padding at the right of rows that are shorter, which is
@@ -77,9 +79,7 @@ class Sampler(ABC):
         """
         if is_valid is not None:
             is_given = is_given | ~is_valid
-        one = torch.ones((), dtype=torch.float64, device=tokens.device)
-        prior = self.kernel.draw_noise(one, generator.fold_in(_PRIOR).uniform(tokens.shape[1]))
-        x_t = torch.where(is_given, tokens, prior)
+        x_t = self._start(tokens, is_given, generator)
         report = on_step if on_step is not None else _ignore
         report(1.0, x_t)
         predictor = self._predictor(model, is_given, is_valid)
@@ -87,6 +87,12 @@ class Sampler(ABC):
         is_mask = ~is_given & (x_0 == self.kernel.mask_token_id)
         assert not bool(is_mask.any()), "the last step removes all noise"
         return Samples(tokens=x_0, num_model_calls=predictor.num_model_calls)
+
+    def _start(self, tokens: Tensor, is_given: Tensor, generator: RowGenerator) -> Tensor:
+        """x_1 [B, L]: tokens where they are given, else noise."""
+        one = torch.ones((), dtype=torch.float64, device=tokens.device)
+        prior = self.kernel.draw_noise(one, generator.fold_in(_PRIOR).uniform(tokens.shape[1]))
+        return torch.where(is_given, tokens, prior)
 
     def _predictor(self, model: Denoiser, is_given: Tensor, is_valid: Tensor | None) -> "Predictor":
         return Predictor(self, model, is_given, is_valid)
@@ -107,10 +113,13 @@ class Sampler(ABC):
         """Clean tokens [B, L] from x_1; only positions that are open change."""
 
     def _draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """[N] tokens from logits [N, V] that `Predictor.logits` gave."""
+        """[N] tokens from logits [N, V] that `Predictor.logits` gave, by numbers [N] in (0, 1), on
+        the device of those.
+        """
         if self.temperature == 0.0:
-            return logits.argmax(-1)
-        return draw((logits - logits.amax(-1, keepdim=True)).exp_(), uniform)
+            return logits.argmax(-1).to(uniform.device)
+        weights = (logits - logits.amax(-1, keepdim=True)).exp_()
+        return draw(weights, sent(uniform, logits.device)).to(uniform.device)
 
 
 def positions_at_once(device: torch.device) -> int:
@@ -146,12 +155,28 @@ class Predictor:
         self.is_valid = valid = torch.ones_like(is_given) if is_valid is None else is_valid
         self.num_model_calls = is_given.new_zeros(len(is_given), dtype=torch.int64)
         self._sampler, self._model = sampler, model
-        # What a row without anything given is guided towards is what it is guided away from.
-        self._is_guided = (is_given & valid).any(1) & (sampler.guidance_scale != 1.0)
         self._conditional, self._unconditional = (
             HiddenStates(model, valid, has_memory=has_memory, passes_per_refresh=passes_per_refresh)
             for _ in range(2)
         )
+
+    @property
+    def _is_guided(self) -> Tensor:
+        """[B] bool. A row without anything given would be guided towards what it is guided away
+        from.
+        """
+        return (self.is_given & self.is_valid).any(1) & (self._sampler.guidance_scale != 1.0)
+
+    def replace(self, rows: Tensor, is_given: Tensor, is_valid: Tensor) -> None:
+        """Other texts in rows [n]: is_given and is_valid [n, L] of them. L may differ from what it
+        was; other rows are cut there, or padded.
+        """
+        self.is_given = fitted(self.is_given, is_given.shape[1], True)
+        self.is_valid = fitted(self.is_valid, is_given.shape[1], False)
+        self.is_given[rows], self.is_valid[rows] = is_given, is_valid
+        self.num_model_calls[rows] = 0
+        for states in (self._conditional, self._unconditional):
+            states.replace(rows, self.is_valid)
 
     def move_window(self, window: Tensor) -> None:
         """Say which positions [B, L] a pass reads from now on; see `HiddenStates`."""
@@ -171,7 +196,8 @@ class Predictor:
             time: [B].
 
         Yields:
-            (row [n], position [n], logits [n, V] float32, the mask at -inf), in row-major order.
+            (row [n], position [n], logits [n, V] float32, the mask at -inf), in row-major order;
+            logits are on the device of the model.
         """
         for row, position, logits in self._unfiltered(x_t, is_needed, time):
             yield row, position, self._filtered(logits)
@@ -184,7 +210,8 @@ class Predictor:
         """
         found = Candidates.none(x_t)
         for row, position, logits in self._unfiltered(x_t, is_needed, time):
-            drawn = self._sampler._draw(self._filtered(logits), uniform[row, position])
+            at_random = sent(uniform[row, position], logits.device)
+            drawn = self._sampler._draw(self._filtered(logits), at_random)
             found.put((row, position), drawn, logits)
         return found
 
@@ -208,7 +235,7 @@ class Predictor:
             self.num_model_calls += self._unconditional.update(
                 free, is_needed_row & self._is_guided, time
             )
-        size = positions_at_once(rows.device)
+        size = positions_at_once(self._conditional.device)
         for row, position in zip(rows.split(size), positions.split(size), strict=True):
             yield row, position, self._belief(row, position, x_t[row, position], time[row])
 
@@ -219,7 +246,8 @@ class Predictor:
             logits = self._guided(logits, row, position)
         logits = without_token(logits, sampler.kernel.mask_token_id)
         if sampler.prediction == "posterior":
-            logits = sampler.kernel.loo_logits(logits, x_t, time)
+            there = logits.device
+            logits = sampler.kernel.loo_logits(logits, sent(x_t, there), sent(time, there))
         return logits
 
     def _guided(self, logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
@@ -228,6 +256,7 @@ class Predictor:
             return logits
         hidden = self._unconditional.at(row[guided], position[guided])
         free = self._model.head(hidden).float()
+        guided = sent(guided, logits.device)
         return logits.index_copy(
             0, guided, guide(logits[guided], free, self._sampler.guidance_scale)
         )

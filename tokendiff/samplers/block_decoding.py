@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tokendiff.diffusion.attention_masks import MaskRule, block_causal_by_begin, causal_up_to
+from tokendiff.diffusion.devices import sent, sent_at
 from tokendiff.diffusion.interfaces import Decoder
 from tokendiff.samplers.base import positions_at_once
 from tokendiff.samplers.categorical import without_token
@@ -88,11 +89,11 @@ class BlockSampler(OpenEndedSampler):
         """Steps of a block, at most, in which tokens are replaced after its last mask is gone."""
         return 0
 
-    def _rule(self, slots: Slots, rows: Tensor) -> MaskRule:
-        """What a position sees, in rows [n]."""
+    def _rule(self, slots: Slots, rows: Tensor, device: torch.device) -> MaskRule:
+        """What a position sees, in rows [n], as the model on a device asks for it."""
         if self.context_is_causal:
-            return causal_up_to(self._begin(slots)[rows])
-        return block_causal_by_begin(slots.block_begin[rows])
+            return causal_up_to(sent(self._begin(slots)[rows], device))
+        return block_causal_by_begin(sent(slots.block_begin[rows], device))
 
     def _slots(self, model: Decoder, *, num_slots: int, key: int) -> Slots:
         return Slots(
@@ -112,7 +113,7 @@ class BlockSampler(OpenEndedSampler):
         if (rows := (~is_read).nonzero()[:, 0]).numel():
             chunk = max(PREFILL_CHUNK // self.block_length, 1) * self.block_length
             counts = self._whole_blocks(slots, rows, begin[rows], chunk)
-            encode_known(model, slots, rows, counts, self._rule(slots, rows))
+            encode_known(model, slots, rows, counts, self._rule(slots, rows, model.device))
             slots.cache.extend(rows, counts)
         # A finished block before the active one makes a row twice as wide: on a GPU that is nearly
         # free, on a CPU the others are better off without it.
@@ -147,7 +148,7 @@ class BlockSampler(OpenEndedSampler):
             is_given=is_given,
             step=slots["step"][rows],
         )
-        rule = self._rule(slots, rows)
+        rule = self._rule(slots, rows, model.device)
         counts = begin + self.block_length - cached
         drafts_from = begin if self.keeps_base else None
         hidden = encode_known(model, slots, rows, counts, rule, drafts_from=drafts_from)
@@ -165,7 +166,8 @@ class BlockSampler(OpenEndedSampler):
         """[n, K, D] the states that tell the active block, which begins at `offset` [n] of hidden
         states [n, N, D]. The one before the block is read with its first pass, and kept.
         """
-        place = offset[:, None] - 1 + torch.arange(self.block_length, device=rows.device)
+        offset = sent(offset, hidden.device)
+        place = offset[:, None] - 1 + torch.arange(self.block_length, device=hidden.device)
         states = hidden.gather(1, place.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
         before = torch.where(offset[:, None] > 0, states[:, 0], slots.kept(rows, like=states))
         slots.keep(rows, before)
@@ -240,9 +242,10 @@ class BlockSampler(OpenEndedSampler):
         slots["num_draws"][rows] += 1
         candidates = Candidates.none(block.tokens)
         which, position = self._needs(block).nonzero(as_tuple=True)
-        size = positions_at_once(rows.device)
+        size = positions_at_once(hidden.device)
         for row, place in zip(which.split(size), position.split(size), strict=True):
-            logits = model.head(hidden[row, offset[row] + place]).float()
-            logits = without_token(logits, self.mask_token_id)
-            candidates.put((row, place), self._draw(logits, uniform[row, place]), logits)
+            at = sent_at((row, offset[row] + place), hidden.device)
+            logits = without_token(model.head(hidden[at]).float(), self.mask_token_id)
+            drawn = self._draw(logits, sent(uniform[row, place], logits.device))
+            candidates.put((row, place), drawn, logits)
         return candidates

@@ -9,9 +9,11 @@ most `max_post_steps` passes of editing, and has them whether or not its steps a
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tokendiff.diffusion.attention_masks import MaskRule, causal_by_position
+from tokendiff.diffusion.devices import sent
 from tokendiff.samplers.block_decoding import BlockSampler, BlockState
 from tokendiff.samplers.commit_rules import Candidates, commit_confident, edit_confident, quotas
 from tokendiff.samplers.slots import Slots
@@ -78,11 +80,11 @@ class BlockRefinementSampler(BlockSampler):
     def _num_post_steps(self) -> int:
         return self.max_post_steps if self._edits else 0
 
-    def _rule(self, slots: Slots, rows: Tensor) -> MaskRule:
-        inside = causal_by_position if self._is_causal else super()._rule(slots, rows)
+    def _rule(self, slots: Slots, rows: Tensor, device: torch.device) -> MaskRule:
+        inside = causal_by_position if self._is_causal else super()._rule(slots, rows, device)
         if self.sees_tail:
             return inside
-        limit = slots["limit"][rows]
+        limit = sent(slots["limit"][rows], device)
         return lambda b, q, kv: inside(b, q, kv) & (kv < limit[b])
 
     def _commit(self, block: BlockState, candidates: Candidates) -> Tensor:

@@ -11,6 +11,7 @@ Fast-dLLM (arXiv 2505.22618).
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,13 +22,15 @@ from tokendiff.diffusion.random import RowGenerator
 from tokendiff.samplers.ancestral import TOKEN, AncestralSampler
 from tokendiff.samplers.base import Predictor, check_absorbing
 from tokendiff.samplers.commit_rules import CommitRule
+from tokendiff.samplers.continuous import ContinuousSampler, RowState
 
 ANCESTRAL = "ancestral"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockwiseSampler(AncestralSampler):
-    """`on_step` hears the active block's own time.
+class BlockwiseSampler(ContinuousSampler, AncestralSampler):
+    """`on_step` hears the time of the active blocks. Each row has its own: its first that is not
+    filled in.
 
     Attributes:
         block_size: positions [k block_size, (k + 1) block_size) are a block, wherever a prompt
@@ -90,8 +93,10 @@ class BlockwiseSampler(AncestralSampler):
         )
 
     def num_steps(self, is_given: Tensor) -> int:
-        block_of = self._blocks(~is_given)[~is_given]
-        return self.num_inference_steps * len(block_of.unique())
+        block_of = self._blocks(~is_given).masked_fill(is_given, -1).sort(1).values
+        is_first = (block_of >= 0) & (block_of != block_of.roll(1, 1))
+        is_first[:, :1] = block_of[:, :1] >= 0
+        return self.num_inference_steps * max(is_first.sum(1).tolist(), default=0)
 
     def _blocks(self, is_open: Tensor) -> Tensor:
         """[B, L] the number of each position's block; below 0 in front of an answer."""
@@ -112,23 +117,27 @@ class BlockwiseSampler(AncestralSampler):
         length = x_t.shape[1]
         if self.block_size > length and not self.begins_at_answer:
             raise ValueError(f"block_size {self.block_size} must not exceed seq_len {length}")
-        block_of = self._blocks(is_open)
+        return super()._denoise(x_t, is_open, predictor, generator, on_step)
+
+    def _round(self, rows: RowState, predictor: Predictor, on_step: StepCallback) -> None:
+        """Fill in the next block of each row."""
+        block_of = self._blocks(~predictor.is_given)
+        none = int(block_of.max()) + 1  # of rows that are done
+        block = block_of.masked_fill(~rows.is_left, none).amin(1)
+        is_active = rows.is_left & (block_of == block[:, None])
+        if self.cache != "none":
+            is_dual = self.cache == "dual"
+            is_read = block_of == block[:, None] if is_dual else block_of >= block[:, None]
+            predictor.move_window(is_read & predictor.is_valid)
+        is_ancestral = self.remasking_strategy == ANCESTRAL
+        fill = partial(AncestralSampler._denoise, self) if is_ancestral else self._by_rule
+        x_t = fill(rows.x_t, is_active, predictor, rows.generator.fold_in(block), on_step)
+        is_left = rows.is_left & ~is_active
         stops = torch.tensor(self.stop_token_ids, dtype=x_t.dtype, device=x_t.device)
-        for block in block_of[is_open].unique().tolist():
-            is_active = is_open & (block_of == block)
-            if not bool(is_active.any()):
-                continue
-            if self.cache != "none":
-                is_read = block_of == block if self.cache == "dual" else block_of >= block
-                predictor.move_window(is_read & predictor.is_valid)
-            fill = super()._denoise if self.remasking_strategy == ANCESTRAL else self._by_rule
-            x_t = fill(x_t, is_active, predictor, generator.fold_in(block), on_step)
-            is_over = (is_active & torch.isin(x_t, stops)).any(1)
-            if bool(is_over.any()):
-                is_left = is_over[:, None] & is_open & (block_of > block)
-                x_t = x_t.masked_fill(is_left, self.stop_token_ids[0])
-                is_open = is_open & ~is_left
-        return x_t
+        is_over = (is_active & torch.isin(x_t, stops)).any(1)
+        if bool(is_over.any()):
+            x_t = x_t.masked_fill(is_over[:, None] & is_left, self.stop_token_ids[0])
+        rows.x_t, rows.is_left = x_t, is_left & ~is_over[:, None]
 
     def _by_rule(
         self,

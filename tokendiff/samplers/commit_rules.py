@@ -37,11 +37,17 @@ class Candidates:
         return cls(tokens=torch.zeros_like(like), confidence=zeros, entropy=zeros.clone())
 
     def put(self, at: tuple[Tensor, Tensor], tokens: Tensor, logits: Tensor) -> None:
-        """Write tokens [N] that were drawn at places `at`, with what logits [N, V] say of them."""
+        """Write tokens [N] that were drawn at places `at`, with what logits [N, V] say of them.
+        They come from the device of the logits in one copy.
+        """
         log_p = logits.log_softmax(-1)
-        self.tokens[at] = tokens
-        self.confidence[at] = log_p.gather(-1, tokens[:, None])[:, 0].exp()
-        self.entropy[at] = -(log_p.exp() * log_p.clamp(min=torch.finfo().min)).sum(-1)
+        confidence = log_p.gather(-1, tokens[:, None])[:, 0].exp()
+        entropy = -(log_p.exp() * log_p.clamp(min=torch.finfo().min)).sum(-1)
+        if self.tokens.device != tokens.device:  # float64 holds all three as they are
+            columns = [column.double() for column in (tokens, confidence, entropy)]
+            found = torch.stack(columns).to(self.tokens.device)
+            tokens, confidence, entropy = found[0].long(), found[1].float(), found[2].float()
+        self.tokens[at], self.confidence[at], self.entropy[at] = tokens, confidence, entropy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokendiff.diffusion.devices import sent, sent_at
 from tokendiff.diffusion.interfaces import Denoiser, WindowedDenoiser
 
 
@@ -43,6 +44,19 @@ class HiddenStates:
         self._window = window
         self._num_passes.zero_()
 
+    def replace(self, rows: Tensor, is_valid: Tensor) -> None:
+        """Forget what was read of rows [n], which hold other texts now.
+
+        Args:
+            is_valid: [B, L] of all rows; L may differ from what it was.
+        """
+        self._is_valid, self._window = is_valid, torch.ones_like(is_valid)
+        self._num_passes[rows] = 0
+        if self._tokens is not None and self._hidden is not None:
+            self._tokens = fitted(self._tokens, is_valid.shape[1], -1)
+            self._tokens[rows] = -1
+            self._hidden = fitted(self._hidden, is_valid.shape[1], 0.0)
+
     def update(self, tokens: Tensor, is_needed: Tensor, time: Tensor) -> Tensor:
         """Make the rows that are needed ([B] bool) those of tokens [B, L] at times [B].
 
@@ -72,7 +86,7 @@ class HiddenStates:
         if self._hidden is None or self._tokens is None:
             self._hidden = hidden.new_empty(len(tokens), *hidden.shape[1:])
             self._tokens = torch.full_like(tokens, -1)
-        self._hidden[rows], self._tokens[rows] = hidden, tokens[rows]
+        self._hidden[sent(rows, hidden.device)], self._tokens[rows] = hidden, tokens[rows]
 
     def _read_window(self, tokens: Tensor, rows: Tensor) -> None:
         assert self._hidden is not None, "the first pass is over whole rows"
@@ -84,7 +98,8 @@ class HiddenStates:
         positions = begin[:, None] + torch.minimum(place, count[:, None] - 1)
         hidden = self._encode_window(tokens, positions, rows)
         which, at = (place < count[:, None]).nonzero(as_tuple=True)
-        self._hidden[rows[which], positions[which, at]] = hidden[which, at]
+        places = sent_at((rows[which], positions[which, at]), hidden.device)
+        self._hidden[places] = hidden[sent_at((which, at), hidden.device)]
         self._tokens[rows] = tokens[rows]
 
     def _encode_window(self, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
@@ -95,4 +110,18 @@ class HiddenStates:
     def at(self, row: Tensor, position: Tensor) -> Tensor:
         """[N, D]."""
         assert self._hidden is not None, "update comes first"
-        return self._hidden[row, position]
+        return self._hidden[sent_at((row, position), self._hidden.device)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the hidden states are."""
+        assert self._hidden is not None, "update comes first"
+        return self._hidden.device
+
+
+def fitted(states: Tensor, length: int, value: float) -> Tensor:
+    """A copy of [B, L, ...] that is cut at `length`, or padded with a value up to it."""
+    fit = states.new_full((len(states), length, *states.shape[2:]), value)
+    kept = min(length, states.shape[1])
+    fit[:, :kept] = states[:, :kept]
+    return fit

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from tokendiff.diffusion.attention_masks import MaskRule, causal_up_to, masks_behind_each
+from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import Decoder, SelfDraftingDecoder
 from tokendiff.samplers.slots import Slots
 from tokendiff.samplers.speculation import (
@@ -102,7 +103,8 @@ class SelfSpeculationSampler(SpeculativeSampler):
             going_on = self._going_on(slots, rows)
             if going_on.numel():
                 some = rows[going_on]
-                gained[going_on] += self._verify_draft(drafting, slots, some, states[going_on])
+                states = states[sent(going_on, states.device)]
+                gained[going_on] += self._verify_draft(drafting, slots, some, states)
             slots[GAINS][rows, gained - 1] += 1
             return
         has_draft = slots[_HAS_DRAFT][rows].bool()
@@ -128,12 +130,14 @@ class SelfSpeculationSampler(SpeculativeSampler):
         """
         length = slots["length"][rows]
         tokens = last_and(slots, rows, self._masks(rows, self.block_length))
-        is_mask = torch.arange(tokens.shape[1], device=rows.device) > 0
-        hidden = self._read(model, slots, rows, tokens, is_mask, rule=causal_up_to(length))
+        is_mask = torch.arange(tokens.shape[1]) > 0
+        rule = causal_up_to(sent(length, model.device))
+        hidden = self._read(model, slots, rows, tokens, is_mask, rule=rule)
         slots.cache.extend(rows, torch.ones_like(length))
         uniforms = position_uniforms(slots.generator.select(rows), length[:, None])
-        own = self._draw(self._logits(model, hidden[:, 0]), uniforms[:, 0, OWN])
-        slots.tokens[rows, length] = own
+        uniform = sent(uniforms[:, 0, OWN], hidden.device)
+        own = self._draw(self._logits(model, hidden[:, 0]), uniform)
+        slots.tokens[rows, length] = own.to(rows.device)
         slots["length"][rows] += 1
         return self._predicting(hidden[:, 1:])
 
@@ -160,32 +164,33 @@ class SelfSpeculationSampler(SpeculativeSampler):
         self, model: SelfDraftingDecoder, slots: Slots, rows: Tensor, settled: Tensor
     ) -> Tensor:
         """[n, K - 1, D] states that predict a draft whose first tokens are `settled` [n, S]."""
-        masks = self._masks(rows, self.block_length - 1 - settled.shape[1])
+        masks = sent(self._masks(rows, self.block_length - 1 - settled.shape[1]), settled.device)
         tokens = last_and(slots, rows, torch.cat([settled, masks], dim=1))
-        is_draft = torch.ones(self.block_length, dtype=torch.bool, device=rows.device)
-        rule = causal_up_to(slots["length"][rows] - 1)
+        is_draft = torch.ones(self.block_length, dtype=torch.bool)
+        rule = causal_up_to(sent(slots["length"][rows] - 1, model.device))
         return self._predicting(self._read(model, slots, rows, tokens, is_draft, rule=rule))
 
     def _verify_and_draft(self, model: SelfDraftingDecoder, slots: Slots, rows: Tensor) -> Tensor:
         """[n] tokens that are gained by the drafts that were kept; keep the next ones."""
-        size, device = self.block_length, rows.device
+        size, there = self.block_length, model.device
         uniforms = self._uniforms(slots, rows)
         states = slots.kept(rows).unflatten(1, (size - 1, -1))
         tokens, logits = self._proposed(model, slots, rows, states, uniforms, 0)
-        read = torch.cat([last_and(slots, rows, tokens), self._masks(rows, size * size)], dim=1)
-        place = torch.arange(size, device=device)
+        masks = sent(self._masks(rows, size * size), tokens.device)
+        read = torch.cat([last_and(slots, rows, tokens), masks], dim=1)
+        place = torch.arange(size)
         hidden = self._read(
             model,
             slots,
             rows,
             read,
-            torch.arange(read.shape[1], device=device) >= size,
-            rule=masks_behind_each(slots["length"][rows] - 1, size),
+            torch.arange(read.shape[1]) >= size,
+            rule=masks_behind_each(sent(slots["length"][rows] - 1, there), size),
             offsets=torch.cat([place, (place[:, None] + 1 + place).flatten()]),
         )
         gained = self._settle(model, slots, rows, hidden[:, :size], tokens, logits, uniforms)
         groups = hidden[:, size:].unflatten(1, (size, size))
-        own = groups[torch.arange(len(rows), device=device), gained - 1]
+        own = groups[torch.arange(len(rows), device=there), sent(gained - 1, there)]
         _keep(slots, rows, self._predicting(own))
         return gained
 

@@ -11,6 +11,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import (
     Completion,
     Decoder,
@@ -25,6 +26,10 @@ _GROWTH = 256  # tokens
 
 class Slots:
     """The state of rows in flight, a tensor per quantity; the first `num_rows` entries are in use.
+
+    All but hidden states is on the CPU, wherever the model is: what is decided about rows depends
+    on a few numbers of each, and to ask a device for them makes the CPU wait. A pass sends what the
+    model reads, and gets back what was drawn.
 
     Args:
         num_slots: R, rows in flight at most.
@@ -63,8 +68,7 @@ class Slots:
         self._requests: list[Request] = []
         self._num_slots, self._max_new_tokens = num_slots, max_new_tokens
         self._block_length, self._pad, self._seed_key = block_length, pad, seed_key
-        self._device = model.device
-        self.tokens = torch.full((num_slots, 0), pad, dtype=torch.int64, device=model.device)
+        self.tokens = torch.full((num_slots, 0), pad, dtype=torch.int64)
         self.block_begin = torch.zeros_like(self.tokens)
         names = ("prompt_length", "limit", "length", "num_calls", "_keys", *columns, *counts)
         self._index: dict[str, int | slice] = {name: index for index, name in enumerate(names)}
@@ -72,7 +76,7 @@ class Slots:
         for name, size in (histograms or {}).items():
             self._index[name] = slice(self._width, self._width + size)
             self._width += size
-        self._table = torch.zeros(num_slots, self._width, dtype=torch.int64, device=model.device)
+        self._table = torch.zeros(num_slots, self._width, dtype=torch.int64)
         self._counts = (*counts, *(histograms or {}))
         self._kept: Tensor | None = None
 
@@ -89,18 +93,18 @@ class Slots:
         if self._kept is None:
             assert like is not None, "nothing was kept yet"
             self._kept = like.new_zeros(self._num_slots, like.shape[-1])
-        return self._kept[rows]
+        return self._kept[sent(rows, self._kept.device)]
 
     def keep(self, rows: Tensor, states: Tensor) -> None:
         """Keep a state [n, D] of each of `rows` [n]."""
         if self._kept is None:
             self._kept = states.new_zeros(self._num_slots, states.shape[-1])
-        self._kept[rows] = states
+        self._kept[sent(rows, self._kept.device)] = states
 
     @property
     def rows(self) -> Tensor:
         """[n] 0..n-1."""
-        return torch.arange(self.num_rows, device=self._device)
+        return torch.arange(self.num_rows)
 
     def under_way(self) -> Figures:
         """How far the rows in use have got: each counts with the share of its most tokens that are
@@ -196,10 +200,8 @@ class Slots:
             ("_keys", RowGenerator.for_rows(self._seed_key, ids).keys),
         ):
             numbers[:, self._index[name]] = values
-        at = torch.tensor(rows, device=self._device)
-        self.tokens[at] = tokens.to(self._device)
-        self.block_begin[at] = begins.to(self._device)
-        self._table[at] = numbers.to(self._device)
+        at = torch.tensor(rows)
+        self.tokens[at], self.block_begin[at], self._table[at] = tokens, begins, numbers
         self.cache.crop(at, torch.zeros_like(at))
 
     def _move(self, source: int, target: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tokendiff.diffusion.attention_masks import causal_by_position
+from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import Decoder
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.samplers.acceptance import Verdict, accept_drawn, accept_own
@@ -89,7 +90,7 @@ class SpeculativeSampler(AutoregressiveSampler):
             never: a token that is not proposed.
         """
         tokens, kept = [], []
-        for chunk, uniform in _chunks(hidden, uniforms):
+        for chunk, uniform in _chunks(hidden, sent(uniforms, hidden.device)):
             logits = without_token(self._logits(model, chunk.flatten(0, 1)), never)
             if self.proposal_temperature == 0.0:
                 tokens.append(logits.argmax(-1).view(chunk.shape[:2]))
@@ -149,10 +150,12 @@ class SpeculativeSampler(AutoregressiveSampler):
         at = length[:, None] + place
         num_tokens = room.clamp(max=size)
         verdict = self._judge(model, hidden, drafted, draft_logits, uniforms)
-        is_own = place == verdict.num_accepted[:, None]
-        kept = torch.cat([drafted, drafted[:, :1]], dim=1)
-        tokens = torch.where(is_own, verdict.next_token[:, None], kept)
-        gained = torch.minimum(verdict.num_accepted + 1, num_tokens)
+        columns = (drafted, verdict.next_token[:, None], verdict.num_accepted[:, None])
+        # The one thing that is asked of the device.
+        *kept, own, num_accepted = torch.cat(columns, dim=1).to(rows.device).unbind(1)
+        is_own = place == num_accepted[:, None]
+        tokens = torch.where(is_own, own[:, None], torch.stack([*kept, kept[0]], dim=1))
+        gained = torch.minimum(num_accepted + 1, num_tokens)
         stop = self._first_stop(tokens, place < gained[:, None])
         gained = torch.minimum(gained, stop + 1)
         is_gained = place < gained[:, None]
@@ -172,7 +175,7 @@ class SpeculativeSampler(AutoregressiveSampler):
     ) -> Verdict:
         """What the target, whose hidden states [n, K, D] of the block these are, accepts of it."""
         parts = []
-        for chunk, tokens, uniform in _chunks(hidden, drafted, uniforms):
+        for chunk, tokens, uniform in _chunks(hidden, drafted, sent(uniforms, hidden.device)):
             logits = self._logits(model, chunk.flatten(0, 1))
             if draft_logits is None:
                 own = self._draw(logits, uniform[..., OWN].flatten())
@@ -201,7 +204,7 @@ class SpeculativeSampler(AutoregressiveSampler):
 def last_and(slots: Slots, rows: Tensor, following: Tensor) -> Tensor:
     """[n, 1 + N] the last token of each of `rows` [n], and `following` [n, N] behind it."""
     last = slots.tokens[rows, slots["length"][rows] - 1]
-    return torch.cat([last[:, None], following], dim=1)
+    return torch.cat([sent(last, following.device)[:, None], following], dim=1)
 
 
 def position_uniforms(generator: RowGenerator, at: Tensor) -> Tensor:

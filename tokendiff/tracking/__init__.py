@@ -1,4 +1,4 @@
-"""The run's own log, and its mirror in MLflow. Read `run_log` first.
+"""The run's own log, and its mirrors in MLflow and other trackers. Read `run_log` first.
 
 For other rooms:
     run_log           log.jsonl, the truth of a run
@@ -11,5 +11,7 @@ For other rooms:
 Of this room alone:
     mlflow_delivery mlflow_entities system_metrics
                       bringing outboxes to MLflow; what it stores; the machine's load
-    served_model      a registered model as MLflow serves it
+    log_sinks         TensorBoard and Weights & Biases, which get the log's numbers
+    served_model serving_limits
+                      a registered model as MLflow serves it; how much one request may ask for
 """

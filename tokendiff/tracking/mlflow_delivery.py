@@ -1,4 +1,6 @@
-"""Bringing outboxes to MLflow: a thread for each live run, and what dead ones left behind."""
+"""Bringing outboxes to their tracker: a thread for each live run; and to MLflow what dead runs left
+behind.
+"""
 
 import logging
 import os
@@ -6,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from tokendiff.secrets import without_credentials
 from tokendiff.tracking.mlflow_outbox import STATE_NAME, Outbox, load_state, lock_folder
@@ -23,17 +25,39 @@ _SEARCH_DEPTH = 4
 logger = logging.getLogger(__name__)
 
 
-class Delivery:
-    """The thread that brings one run's outbox to MLflow."""
+class AnyOutbox(Protocol):
+    """What one run has yet to send, wherever that goes: `Outbox`, or one of `log_sinks`."""
 
-    def __init__(self, outbox: Outbox, client: "MlflowClient", lock: int) -> None:
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def place(self) -> str: ...
+
+    @property
+    def is_delivered(self) -> bool: ...
+
+    def add(self, items: list[list[Any]]) -> None: ...
+
+    def finish(self, status: str, end_seconds: float) -> None: ...
+
+    def deliver(self, client: Any) -> None: ...
+
+
+AnOutbox = TypeVar("AnOutbox", bound=AnyOutbox)
+
+
+class Delivery(Generic[AnOutbox]):
+    """The thread that brings one run's outbox to its tracker."""
+
+    def __init__(self, outbox: AnOutbox, client: "MlflowClient | None", lock: int) -> None:
         self.outbox = outbox
         self._client = client
         self._lock = lock
         self._news = threading.Event()
         self._closing = threading.Event()
         self._failures = 0
-        name = f"mlflow {outbox.state.name}"
+        name = f"{outbox.place.split()[0]} {outbox.name}"
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._news.set()
         self._thread.start()
@@ -45,18 +69,19 @@ class Delivery:
         self.outbox.add(items)
         self._news.set()
 
-    def close(self, status: str, end_seconds: float, seconds: float = _LAST_TRY_SECONDS) -> bool:
-        """End the run with one more try, given up after `seconds`: whether all was delivered."""
+    def close(self, status: str, end_seconds: float, seconds: float | None = None) -> bool:
+        """End the run with one more try, given up after `seconds` (by default 15): whether all was
+        delivered.
+        """
         self.outbox.finish(status, end_seconds)
         self._closing.set()
         self._news.set()
-        self._thread.join(seconds)
-        state = self.outbox.state
+        self._thread.join(_LAST_TRY_SECONDS if seconds is None else seconds)
         if self._thread.is_alive() or not self.outbox.is_delivered:
             logger.warning(
-                "MLflow at %s does not have all of run %r yet; the next start delivers the rest",
-                state.uri,
-                state.name,
+                "%s does not have all of run %r yet; the next start delivers the rest",
+                self.outbox.place,
+                self.outbox.name,
             )
             return False
         return True
@@ -74,21 +99,21 @@ class Delivery:
         os.close(self._lock)
 
     def _try_once(self) -> None:
-        state = self.outbox.state
+        place, name = self.outbox.place, self.outbox.name
         try:
             self.outbox.deliver(self._client)
         except Exception as error:  # whatever a store, a network or a disk may raise
             self._failures += 1
             if self._failures == 1:
                 logger.warning(
-                    "MLflow at %s fails on run %r (%s); the run goes on, and is sent again later",
-                    state.uri,
-                    state.name,
+                    "%s fails on run %r (%s); the run goes on, and is sent again later",
+                    place,
+                    name,
                     describe(error),
                 )
         else:
             if self._failures:
-                logger.info("MLflow at %s has run %r up to date again", state.uri, state.name)
+                logger.info("%s has run %r up to date again", place, name)
             self._failures = 0
 
 

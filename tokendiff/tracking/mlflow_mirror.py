@@ -17,7 +17,7 @@ MLflow, under the new parent, when its folder is opened again.
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Self
 from tokendiff.artifacts.locations import Location, mirror_of
 from tokendiff.errors import InputError
 from tokendiff.secrets import without_credentials
+from tokendiff.tracking.log_sinks import check_sinks, open_sinks
 from tokendiff.tracking.mlflow_delivery import Delivery, replay_pending
 from tokendiff.tracking.mlflow_entities import (
     MAX_DIGEST_LENGTH,
@@ -55,11 +56,17 @@ class MirroredRun:
     """One run in MLflow. Nothing here waits for MLflow or fails because of it.
 
     As a context it ends the run as FINISHED, as FAILED on an exception, as KILLED on an interrupt.
-    Without a delivery (tracking is off) it does nothing at all.
+    Without a delivery (MLflow is off) it only serves the other trackers, if there are any.
+
+    Args:
+        sinks: TensorBoard and Weights & Biases, which take the log and nothing else.
     """
 
-    def __init__(self, delivery: Delivery | None) -> None:
+    def __init__(
+        self, delivery: "Delivery[Outbox] | None", sinks: Sequence[Delivery[Any]] = ()
+    ) -> None:
         self._delivery = delivery
+        self._sinks = sinks
 
     @property
     def run_id(self) -> str | None:
@@ -68,8 +75,9 @@ class MirroredRun:
 
     def consume(self, events: list[dict[str, Any]]) -> None:
         """Learn that the log has grown; what is new is read from there, where it is safe."""
-        if self._delivery:
-            self._delivery.wake()
+        for each in (self._delivery, *self._sinks):
+            if each is not None:
+                each.wake()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Store numbers that are not in the log, such as an evaluation's results."""
@@ -101,13 +109,13 @@ class MirroredRun:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._delivery is None:
-            return
         if kind is None:
             status = "FINISHED"
         else:
             status = "FAILED" if issubclass(kind, Exception) else "KILLED"
-        self._delivery.close(status, time.time())
+        for each in (self._delivery, *self._sinks):
+            if each is not None:
+                each.close(status, time.time())
 
     def _add(self, items: list[list[Any]]) -> None:
         if self._delivery:
@@ -119,13 +127,14 @@ class MlflowMirror(MirroredRun):
 
     def __init__(
         self,
-        delivery: Delivery | None,
+        delivery: "Delivery[Outbox] | None",
         store: "_Store | None",
         *,
+        config: "TrackingConfig | None" = None,
         parent_run_id: str | None = None,
     ) -> None:
         super().__init__(delivery)
-        self._store = store
+        self._store, self._config = store, config
         self._parent_run_id = parent_run_id
 
     @classmethod
@@ -152,8 +161,9 @@ class MlflowMirror(MirroredRun):
         Raises:
             InputError: the store cannot be used.
         """
+        check_sinks(config)
         if not config.enabled:
-            return cls(None, None)
+            return cls(None, None, config=config)
         uri = resolve_uri(config, root)
         check_store(uri)
         here = mirror_of(root)
@@ -163,10 +173,11 @@ class MlflowMirror(MirroredRun):
             experiment_id = get_experiment_id(client, config.experiment, root)
             store = _Store(client, without_credentials(uri), experiment_id)
             if run_name is None:
-                return cls(None, store, parent_run_id=parent_run_id)
+                return cls(None, store, config=config, parent_run_id=parent_run_id)
             folder = folder or here / ".mlflow" / run_name
             # In the foreground: the stages need its id.
-            return cls(store.start(run_name, folder, params, tags, in_foreground=True), store)
+            parent = store.start(run_name, folder, params, tags, in_foreground=True)
+            return cls(parent, store, config=config)
         except InputError:
             raise
         except Exception as error:  # sqlalchemy, requests and MLflow raise their own
@@ -188,11 +199,13 @@ class MlflowMirror(MirroredRun):
         Args:
             params: settings, nested or flat; those named like secrets are left out.
         """
+        sinks = open_sinks(self._config, name, folder, params or {}) if self._config else []
         if self._store is None:
-            return MirroredRun(None)
+            return MirroredRun(None, sinks)
         parent_id = self.run_id or self._parent_run_id
         parent = {} if parent_id is None else {"mlflow.parentRunId": parent_id}
-        return MirroredRun(self._store.start(name, folder, params, {**(tags or {}), **parent}))
+        delivery = self._store.start(name, folder, params, {**(tags or {}), **parent})
+        return MirroredRun(delivery, sinks)
 
 
 @dataclass(frozen=True)
@@ -209,7 +222,7 @@ class _Store:
         tags: Mapping[str, Any] | None,
         *,
         in_foreground: bool = False,
-    ) -> Delivery | None:
+    ) -> "Delivery[Outbox] | None":
         """Begin a run, or continue the one that the folder's state tells of.
 
         Returns:

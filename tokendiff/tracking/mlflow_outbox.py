@@ -112,6 +112,14 @@ class Outbox:
         self._lock = threading.Lock()
 
     @property
+    def name(self) -> str:
+        return self.state.name
+
+    @property
+    def place(self) -> str:
+        return f"MLflow at {self.state.uri}"
+
+    @property
     def is_delivered(self) -> bool:
         state = self.state
         is_logged = follow(self.folder / LOG_NAME, state.offset)[1] == state.offset

@@ -4,12 +4,17 @@ MLflow runs this file by itself wherever the model is loaded (models-from-code),
 the package.
 """
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel
+
+from tokendiff.tracking.serving_limits import Limits
 
 # A request's rows have ids of their own: the seed, then the place in the request.
 _PLACE_BITS = 32
@@ -41,6 +46,7 @@ class PromptModel(PythonModel):
         else:
             self._model = SamplingModel(Path(checkpoint), config, device=device)
         self._batch_size = config.batch_size
+        self._limits = Limits.of_environment(os.environ)
 
     # MLflow takes types here for a schema, and the signature has one.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
@@ -54,7 +60,8 @@ class PromptModel(PythonModel):
             "text" (the prompt included) and "num_model_calls" for every prompt.
 
         Raises:
-            MlflowException: INVALID_PARAMETER_VALUE, which a server answers with HTTP 400.
+            MlflowException: a server answers with HTTP 413 where the request asks for more than
+                its limits, else with 400.
         """
         from tokendiff.data.prompts import GenerationRow
 
@@ -64,6 +71,7 @@ class PromptModel(PythonModel):
         prompts = list(model_input["prompt"])
         if len(prompts) == 1 and isinstance(prompts[0], list) and prompts[0]:
             prompts = prompts[0]  # a column of texts, which MLflow hands over as one row
+        self._refuse_too_much(prompts)
         for place, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise _refusal(f"prompt {place} must be a text, got {prompt!r:.80}")
@@ -72,12 +80,36 @@ class PromptModel(PythonModel):
             for place, prompt in enumerate(prompts)
         ]
         records: list[dict[str, Any]] = []
+        begun = time.monotonic()
         try:
+            self._refuse_too_much(prompts, num_tokens=sum(map(self._model.num_tokens, rows)))
             for at in range(0, len(rows), self._batch_size):
+                if time.monotonic() - begun > self._limits.max_seconds:
+                    raise TooMuch(
+                        f"not done after {self._limits.max_seconds} s, with {at} of {len(rows)} "
+                        "prompts; send fewer in one request"
+                    )
                 records += self._model.sample(rows[at : at + self._batch_size])
         except ValueError as error:  # too long, or what the sampler cannot fill
             raise _refusal(str(error)) from error
         return [{name: r[name] for name in ("text", "num_model_calls")} for r in records]
+
+    def _refuse_too_much(self, prompts: list[Any], *, num_tokens: int | None = None) -> None:
+        problem = self._limits.problem_of(
+            [prompt for prompt in prompts if isinstance(prompt, str)], num_tokens=num_tokens
+        )
+        if problem is not None:
+            raise TooMuch(problem)
+
+
+class TooMuch(MlflowException):
+    """A request of this kind can be answered, but is too large."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, error_code=INVALID_PARAMETER_VALUE)
+
+    def get_http_status_code(self) -> int:
+        return 413
 
 
 def _refusal(message: str) -> MlflowException:

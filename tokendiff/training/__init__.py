@@ -13,9 +13,12 @@ Of this room alone:
     sharding          how a model lies on the workers
     optimizer muon ema
                       what steps the weights, with its schedule; averaged weights
+    late_figures      what a step came to, read when the next one is queued
     building          what a config trains: model, adapters, objective
+    spikes            steps whose loss or gradient jumps, and what ends a run of them
     state             what checkpoints hold, and how it is read again
     saving            checkpoints written while training goes on
     watching          held-out rows judged as the run goes on, the best step, an early end
+    model_card        the README.md of final/
     heldout           what an unwatched draft says of rows that it does not learn from
 """

@@ -12,15 +12,25 @@ from tokendiff.errors import CorruptFileError, InputError
 if TYPE_CHECKING:
     from tokendiff.config.train import TrainConfig
 
+# What a run may go on with otherwise than it began. The number of steps between checkpoints is a
+# result field where `on_spike: rewind` goes back to them.
+_FREE = (
+    *("max_train_steps", "checkpointing_steps"),
+    *("on_spike", "spike_window", "spike_deviations"),
+)
+
 
 def run_identity(config: "TrainConfig", data: TokenData) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be continued: all that decides the losses but the end.
+    """What must be equal for a checkpoint to be continued: all that decides the losses but the end
+    and what is done about spikes.
 
     A run may be made longer. Its learning-rate schedule then follows the new end from there on, so
-    it is not the run that would have had that length from the start.
+    it is not the run that would have had that length from the start. And a run that stopped at a
+    spike may go on with `on_spike: skip`, as the one that was to skip from the start would.
     """
     fields = config.result_fields()
-    del fields["max_train_steps"]
+    for name in _FREE:
+        fields.pop(name, None)
     return {**fields, "data": data.fingerprint}
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tokendiff.artifacts.tensor_files import whole
+from tokendiff.artifacts.tensor_files import local_part, whole
 from tokendiff.models.layers import find_layers
 from tokendiff.training.muon import Muon
 
@@ -92,12 +92,17 @@ class Optimizer:
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def scale_grad(self, factor: float) -> None:
-        torch._foreach_mul_(self._gradients(), factor)
+    def scale_grad(self, factor: Tensor) -> None:
+        """Multiply the gradient by a scalar, which stays on its device."""
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for gradient in self._gradients():
+            by_dtype.setdefault(gradient.dtype, []).append(local_part(gradient)[0])
+        for dtype, gradients in by_dtype.items():
+            torch._foreach_mul_(gradients, factor.to(dtype))
 
-    def clip_grad(self, max_norm: float) -> float:
-        """Scale the gradient to at most `max_norm`; returns its norm before."""
-        return float(whole(nn.utils.clip_grad_norm_(self._parameters.values(), max_norm)))
+    def clip_grad(self, max_norm: float) -> Tensor:
+        """Scale the gradient to at most `max_norm`; returns its norm before, a scalar."""
+        return whole(nn.utils.clip_grad_norm_(self._parameters.values(), max_norm))
 
     def step(self) -> None:
         for optimizer, schedule in zip(self._optimizers, self._schedules, strict=True):
@@ -120,6 +125,7 @@ class Optimizer:
         for name, parameter, optimizer in self._places():
             kept = _KEPT[type(optimizer)]
             if f"{name}.{kept[0]}" not in tensors:
+                optimizer.state.pop(parameter, None)
                 continue  # no gradient ever reached it
             state = {
                 each: torch.zeros((), device=parameter.device)
@@ -130,6 +136,10 @@ class Optimizer:
             for each, tensor in state.items():
                 tensors.fill(f"{name}.{each}", tensor)
             optimizer.state[parameter] = state
+        self.stand_at(step)
+
+    def stand_at(self, step: int) -> None:
+        """Give the steps from here on the learning rates of steps `step`, `step` + 1, ..."""
         for optimizer, schedule in zip(self._optimizers, self._schedules, strict=True):
             _stand_at(step, optimizer, schedule)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from tokendiff.artifacts.checkpoint import (
     BEST_STEP,
     FINAL,
@@ -172,6 +174,7 @@ class TrainingRun:
             batches,
             last_good=self._last_good,
             save=self._save,
+            rewind=self._rewind,
             poll=self.saver.poll,
             should_stop=should_stop,
             measure=self.measure,
@@ -244,7 +247,34 @@ class TrainingRun:
                 self.output_dir,
                 newest=step_of(self.output_dir / name),
                 keep=self.config.checkpoints_total_limit,
+                needed=self._step_to_rewind_to(step_of(self.output_dir / name)),
             )
+
+    def _step_to_rewind_to(self, step: int) -> int | None:
+        """The same whatever a stop or a kill left in between, so that a run that was cut off goes
+        back to where the others do.
+        """
+        every = self.config.checkpointing_steps
+        return step // every * every if self.config.on_spike == "rewind" else None
+
+    def _rewind(self) -> None:
+        """Load the state of the last checkpoint in the rhythm of checkpointing_steps."""
+        step, world = self._step_to_rewind_to(self.trainer.step), self.trainer.world
+        assert step is not None
+        checkpoint, problem = self.output_dir / checkpoint_name(step), ""
+        self.saver.wait()
+        if world.is_main:
+            try:
+                verify(checkpoint, kind=KIND, hashes=isinstance(checkpoint, Path))
+            except (CorruptFileError, FileNotFoundError) as error:
+                problem = str(error)
+        if world.sum(torch.tensor([float(bool(problem))], device=world.device)).item():
+            raise CorruptFileError(
+                f"{checkpoint}, which on_spike rewind goes back to, is damaged or gone "
+                f"({problem}); run the same command again, which goes on from the newest sound "
+                "checkpoint, with on_spike skip if it comes here again"
+            )
+        self.state.load(fetch(checkpoint))
 
     def _fetch_best(self, step: int) -> Path:
         checkpoint, is_main = self.output_dir / checkpoint_name(step), self.trainer.world.is_main
@@ -269,7 +299,7 @@ class TrainingRun:
         holds_weights = self.trainer.world.is_main or self.trainer.spread.is_sharded
         if best_step != self.trainer.step and holds_weights:
             self.state.load_weights(self._fetch_best(best_step))
-        self.saver.save(FINAL, lambda: self.state.final(metadata))
+        self.saver.save(FINAL, lambda: self.state.final(metadata, self.watch))
         self.saver.wait()
 
 

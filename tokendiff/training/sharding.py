@@ -180,8 +180,6 @@ def _mesh(world: World, sharding: Sharding) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
     kind = world.device.type
-    if kind == "cuda":
-        torch.cuda.set_device(world.device)  # shards are put on the current one
     if sharding != "hybrid":
         return init_device_mesh(kind, (world.size,))
     sizes = world.sizes_of_nodes()

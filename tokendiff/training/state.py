@@ -35,6 +35,7 @@ from tokendiff.models.kept_base import draft_adapter_fields
 from tokendiff.models.layouts import Layout, forget_publication, write_beside
 from tokendiff.models.pretrained import dtype_in_files
 from tokendiff.training.building import starting_point
+from tokendiff.training.model_card import CARD_NAME, model_card
 from tokendiff.training.saving import Contents, NamedTensors
 from tokendiff.training.trainer import Trainer
 
@@ -81,8 +82,8 @@ class RunState:
             tensors=tensors, header=_HEADER, files=files, beside=self._beside, metadata=metadata
         )
 
-    def final(self, metadata: Mapping[str, Any]) -> Contents:
-        """The model alone, with averaged weights where the run keeps them."""
+    def final(self, metadata: Mapping[str, Any], watch: "Watch | None" = None) -> Contents:
+        """The model alone, with averaged weights where the run keeps them, and its card."""
         tensors = {WEIGHTS: self._weights()}
         trained = WEIGHTS
         if self._keeps_base:
@@ -90,7 +91,15 @@ class RunState:
             trained = ADAPTERS
         if self._trainer.average is not None:
             tensors[trained] = self._averaged(tensors[trained])
-        return Contents(tensors=tensors, header=_HEADER, beside=self._beside, metadata=metadata)
+        heldout = None if watch is None else watch.best_in_words()
+        card = model_card(metadata, process=self._process, heldout=heldout)
+        return Contents(
+            tensors=tensors,
+            header=_HEADER,
+            files={CARD_NAME: card},
+            beside=self._beside,
+            metadata=metadata,
+        )
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint, of whatever number of workers.

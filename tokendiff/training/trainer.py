@@ -4,6 +4,10 @@ One step: every worker takes the gradient of the *sum* of its rows' losses; the 
 and metrics are added over all workers; the gradient is divided by the token count of the whole
 global batch. The mean is thus taken once, and is the same however the rows are spread over workers
 and micro-batches.
+
+Rows stay on the CPU, where the objective decides what is noised; what the model needs is sent to
+its device without waiting. Nor are a step's figures waited for there: they are read once the next
+step is queued, and at once where the step is logged, judged or saved (`late_figures`).
 """
 
 import math
@@ -18,11 +22,14 @@ import torch
 from torch import Tensor
 
 from tokendiff.artifacts.locations import Location
+from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import LossOutput, Objective, TokenBatch
 from tokendiff.diffusion.random import RowGenerator, key_from, strata_of
 from tokendiff.training.ema import WeightAverage
+from tokendiff.training.late_figures import StepFigures
 from tokendiff.training.optimizer import Optimizer, StoredTensors
 from tokendiff.training.sharding import SpreadModel
+from tokendiff.training.spikes import SpikeWatch
 from tokendiff.training.world import World
 
 if TYPE_CHECKING:
@@ -40,6 +47,7 @@ Batches = Iterator[dict[str, Any]]
 
 _STOP = "stop"  # beside the metrics' names: how many workers want to
 _TELL_SECONDS = 2.0
+_NAMED_ROWS = 8
 
 
 class Trainer:
@@ -79,8 +87,13 @@ class Trainer:
         self.average = (
             WeightAverage(denoiser.model, config.ema_decay) if config.ema_decay > 0.0 else None
         )
+        self.spikes = SpikeWatch.build(config)
         self.step = 0
         self._learning_rate = 0.0  # of the last step
+        self._grad_norm = 0.0  # of the last step whose figures were read
+        self._late: list[StepFigures] = []  # of steps that were queued
+        # How many steps' figures may be on their way while more is queued.
+        self._most_late = 0 if world.device.type == "cpu" or self.spikes is not None else 1
         self._num_tokens = 0.0  # that this process has seen the workers train on
         self._tell_at = 0.0
         self._on_event = on_event
@@ -94,6 +107,7 @@ class Trainer:
         *,
         last_good: Callable[[], Location | None],
         save: Callable[[], None],
+        rewind: Callable[[], None] = lambda: None,
         should_stop: Callable[[], bool] = lambda: False,
         poll: Callable[[], None] = lambda: None,
         measure: Callable[[], dict[str, float]] = dict,
@@ -106,43 +120,86 @@ class Trainer:
             watch: evaluates before the step is saved, so that no checkpoint lacks a decision.
             measure: figures that are logged beside those of training; asked on the main worker, and
                 on all where the model is sharded.
+            rewind: called on every worker at a spike with `on_spike: rewind`; loads the state of
+                the checkpoint to go back to.
             poll: called in every step on every worker, for what goes on in the background.
             should_stop: asked in every step on every worker; when one of them says so, all end
-                after that step, which is saved.
+                after that step, which is saved. On a device several workers end one step later.
 
         Raises:
-            FloatingPointError: on all workers alike, before the optimiser step, when loss or
-                gradient is not finite.
+            FloatingPointError: on all workers alike, when loss or gradient is not finite, or is a
+                spike that ends the run: before the optimiser step, or, without `on_spike` on a
+                device, a step later, and before anything is saved.
         """
         self._tell(0.0, 0.0)
         if watch is not None and self.step == 0:
             self._evaluate(watch)
+        if self.spikes is not None and self.spikes.action == "rewind" and self.step == 0:
+            save()  # the first spike may come before the first checkpoint
         clock = _Clock()
         while self.step < self.config.max_train_steps and not (watch and watch.is_over):
             with clock.waiting():
                 batch = next(batches)
-            totals, grad_norm = self._take_step(batch, last_good, should_stop)
+            is_asked_to_stop = should_stop()
+            self._take_step(batch, last_good, rewind, is_asked_to_stop)
             poll()
-            is_stopped = totals.pop(_STOP)[0] > 0.0
-            num_tokens, _ = totals.pop(_TOKENS)
-            self._count(totals)
             clock.steps += 1
-            clock.tokens += num_tokens
-            self._num_tokens += num_tokens
-            self._tell(0.0, 0.0)
             is_evaluated = watch is not None and watch.is_due(self.step)
+            is_waited_for = is_evaluated or self._is_logged_or_saved()
+            if self.world.size == 1 and is_asked_to_stop:  # nobody else need hear of it
+                is_waited_for = True
+            is_stopped = self._read_figures(clock, last_good, is_waited_for)
+            self._tell(0.0, 0.0)
             if watch is not None and is_evaluated:
                 with clock.standing_still():
                     self._evaluate(watch)
             is_end = self.step == self.config.max_train_steps or bool(watch and watch.is_over)
             if self.step % self.config.logging_steps == 0 or is_end:
-                self._log(clock, grad_norm, measure)
+                self._log(clock, measure)
                 clock = _Clock()
             is_kept = watch is not None and is_evaluated and watch.keeps_this_step
             if self.step % self.config.checkpointing_steps == 0 or is_end or is_stopped or is_kept:
                 save()
             if is_stopped:
                 return
+
+    def _is_logged_or_saved(self) -> bool:
+        """Whether the step that was taken last is, unless somebody stops training."""
+        config = self.config
+        every = (config.logging_steps, config.checkpointing_steps, config.max_train_steps)
+        return any(self.step % steps == 0 for steps in every)
+
+    def _read_figures(
+        self, clock: "_Clock", last_good: Callable[[], Location | None], is_waited_for: bool
+    ) -> bool:
+        """Count in the figures of steps, but for the last one where they are not waited for.
+
+        Returns:
+            Whether some worker wants to stop; all figures are read then.
+        """
+        is_stopped = False
+        while len(self._late) > (0 if is_waited_for or is_stopped else self._most_late):
+            figures = self._late.pop(0)
+            totals, grad_norm = self._checked(figures, last_good)
+            is_stopped |= totals.pop(_STOP)[0] > 0.0
+            num_tokens, _ = totals.pop(_TOKENS)
+            if figures.is_learnt:
+                self._grad_norm = grad_norm
+                self._count(totals)
+            clock.tokens += num_tokens
+            self._num_tokens += num_tokens
+        return is_stopped
+
+    def _checked(
+        self, figures: StepFigures, last_good: Callable[[], Location | None]
+    ) -> tuple[dict[str, list[float]], float]:
+        totals, grad_norm = figures.read()
+        if not figures.is_learnt:
+            return totals, grad_norm
+        for what, value in (("loss", totals["loss"][0]), ("gradient norm", grad_norm)):
+            if not math.isfinite(value):
+                raise FloatingPointError(self._divergence(figures.step, what, value, last_good()))
+        return totals, grad_norm
 
     def _evaluate(self, watch: "Watch") -> None:
         figures = watch.evaluate(self)
@@ -170,12 +227,15 @@ class Trainer:
         self,
         columns: dict[str, Any],
         last_good: Callable[[], Location | None],
-        should_stop: Callable[[], bool],
-    ) -> tuple[dict[str, list[float]], float]:
-        """One optimiser step; returns the global sums and counts of loss and metrics (and of the
-        workers that want to stop), and the gradient norm.
+        rewind: Callable[[], None],
+        is_asked_to_stop: bool,
+    ) -> None:
+        """One optimiser step, or none where the step is a spike. Its figures are under way then:
+        global sums and counts of loss and metrics (and of the workers that want to stop), and the
+        gradient norm before clipping.
         """
         self.optimizer.zero_grad()
+        device = self.world.device
         micro_batches, rows_per_pass = (
             list(self._micro_batches(columns)),
             self.config.per_device_train_batch_size,
@@ -202,28 +262,82 @@ class Trainer:
                 rows = (index + 1) * rows_per_pass
                 self._tell((index + 1) / num_passes, float(columns["length"][:rows].sum()))
             for name, (total, count) in _pairs(output, batch).items():
-                pair = torch.stack([total.detach().double(), count.double()])
+                both = (total.detach().double(), count.double())
+                pair = torch.stack([sent(number, device) for number in both])
                 sums[name] = sums.get(name, 0.0) + pair
         # Rides with the metrics, so that all workers stop after the same step at no cost.
-        sums[_STOP] = torch.tensor([float(should_stop()), 1.0]).to(sums["loss"])
+        is_stopping = torch.tensor([float(is_asked_to_stop), 1.0], dtype=torch.float64)
+        sums[_STOP] = sent(is_stopping, device)
         names = sorted(sums)
-        reduced = self.world.sum(torch.stack([sums[name] for name in names])).tolist()
-        totals = dict(zip(names, reduced, strict=True))
-        loss_sum, num_tokens = totals["loss"]
-        if not math.isfinite(loss_sum):
-            raise FloatingPointError(self._divergence("loss", loss_sum, last_good()))
+        totals = self.world.sum(torch.stack([sums[name] for name in names]))
         # DistributedDataParallel averages over workers; what is wanted is the sum over workers per
         # token. A step whose rows have nothing to learn from has no gradient either.
-        self.optimizer.scale_grad(self.world.size / num_tokens if num_tokens else 0.0)
+        num_tokens = totals[names.index("loss"), 1]
+        self.optimizer.scale_grad(torch.where(num_tokens > 0, self.world.size / num_tokens, 0.0))
         self._learning_rate = self.optimizer.learning_rate
         grad_norm = self.optimizer.clip_grad(self.config.max_grad_norm)
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(self._divergence("gradient norm", grad_norm, last_good()))
+        figures = StepFigures.of(self.step + 1, names, totals, grad_norm)
+        if self.spikes is not None:
+            spike = self._judge(self.spikes, figures, last_good)
+            if spike is not None:
+                self._late.append(replace(figures, is_learnt=False))
+                self._pass_over(self.spikes, spike, columns, rewind)
+                return
+        self._late.append(figures)
+        if not self._most_late:
+            self._checked(figures, last_good)
         self.optimizer.step()
         self.step += 1
         if self.average is not None:
             self.average.update(self.step)
-        return totals, grad_norm
+
+    def _judge(
+        self, spikes: SpikeWatch, figures: StepFigures, last_good: Callable[[], Location | None]
+    ) -> str | None:
+        """Why the step is a spike that is passed over, or None; waits for its figures."""
+        totals, grad_norm = figures.read()
+        loss_sum, num_tokens = totals["loss"]
+        if not num_tokens:  # nothing to learn from, and nothing to compare with
+            return None
+        spike = spikes.judge(figures.step, loss=loss_sum / num_tokens, gradient_norm=grad_norm)
+        if spike is not None and spikes.is_over:
+            why = self._why_over(spikes, last_good())
+            raise FloatingPointError(f"step {figures.step}: {spike}; {why}")
+        return spike
+
+    def _why_over(self, spikes: SpikeWatch, checkpoint: Location | None) -> str:
+        kept = f"last good checkpoint: {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        if spikes.action == "stop":
+            return (
+                f"stopped before the optimiser step, as on_spike says, {kept}. Look at the rows of "
+                "this step, or run the same command with on_spike skip or rewind: it goes on from "
+                "the checkpoint"
+            )
+        return (
+            f"stopped, as {len(spikes.spikes)} of the last {spikes.window} steps were "
+            f"spikes, {kept}. Lower learning_rate or max_grad_norm, or raise spike_deviations"
+        )
+
+    def _pass_over(
+        self, spikes: SpikeWatch, spike: str, columns: dict[str, Any], rewind: Callable[[], None]
+    ) -> None:
+        """Take the step without learning from its rows: the order of rows and the learning rates of
+        later steps stay as they are.
+        """
+        step, counted = self.step + 1, spikes.counted()
+        what = "its rows are passed over"
+        if spikes.action == "rewind":
+            rewind()
+            spikes.recount(counted)
+            self._since_log = {}
+            what = f"back to the weights of step {self.step}, all rows since are passed over"
+        self.step = step
+        self.optimizer.stand_at(step)
+        if self.world.is_main:
+            some = ", ".join(str(row) for row in columns["row_id"][:_NAMED_ROWS].tolist())
+            self._on_event(
+                "warning", message=f"step {step}: {spike}; {what} (the first row_ids: {some})"
+            )
 
     def _loss(self, batch: TokenBatch, generator: RowGenerator, model: Any) -> tuple[Any, ...]:
         """The fields of a LossOutput."""
@@ -231,21 +345,17 @@ class Trainer:
         return output.loss_sum, output.num_tokens, output.metrics
 
     def _micro_batches(self, columns: dict[str, Any]) -> Iterator[tuple[TokenBatch, RowGenerator]]:
-        device, seed = self.world.device, self.config.seed
+        seed = self.config.seed
         names = ("tokens", "length", "is_start", "is_target", "row_id", "epoch")
         tokens, length, is_start, is_target, row_id, epoch = (
-            torch.as_tensor(columns[name], device=device) for name in names
+            torch.as_tensor(columns[name]) for name in names
         )
-        positions = torch.arange(
-            self.world.rank, self.config.rows_per_step, self.world.size, device=device
-        )
+        positions = torch.arange(self.world.rank, self.config.rows_per_step, self.world.size)
         strata = strata_of(key_from(seed, "time", self.step), positions, self.config.rows_per_step)
         generator = RowGenerator.for_rows(key_from(seed, "noise"), row_id, strata=strata).fold_in(
             epoch
         )
-        for rows in torch.arange(len(tokens), device=device).split(
-            self.config.per_device_train_batch_size
-        ):
+        for rows in torch.arange(len(tokens)).split(self.config.per_device_train_batch_size):
             batch = TokenBatch.of_rows(
                 tokens[rows],
                 length[rows],
@@ -260,10 +370,13 @@ class Trainer:
             key = key_from(self.config.seed, "dropout", self.step, self.world.rank, micro_batch)
             torch.manual_seed(key % 2**63)
 
-    def _divergence(self, what: str, value: float, checkpoint: Location | None) -> str:
+    def _divergence(self, step: int, what: str, value: float, checkpoint: Location | None) -> str:
         kept = f"last good checkpoint: {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        stopped = "stopped before the optimiser step"
+        if self._most_late:
+            stopped = "stopped before anything was saved"
         return (
-            f"step {self.step + 1}: {what} is {value}; stopped before the optimiser step, {kept}. "
+            f"step {step}: {what} is {value}; {stopped}, {kept}. "
             "Lower learning_rate or max_grad_norm, or look at the rows of this step"
         )
 
@@ -273,20 +386,23 @@ class Trainer:
             kept[0] += total
             kept[1] += count
 
-    def _log(
-        self, clock: "_Clock", grad_norm: float, measure: Callable[[], dict[str, float]]
-    ) -> None:
+    def _log(self, clock: "_Clock", measure: Callable[[], dict[str, float]]) -> None:
+        if not self._since_log:  # all steps since were spikes
+            return
         means = {name: total / count for name, (total, count) in self._since_log.items() if count}
         means.setdefault("loss", 0.0)  # of steps whose rows had nothing to learn from
         self._since_log = {}
         figures = measure() if self.world.is_main or self.spread.is_sharded else {}
+        if self.spikes is not None:
+            figures = {**figures, "num_spikes": self.spikes.num_spikes}
+            self._grad_norm = self.spikes.last("gradient_norm", default=self._grad_norm)
         if self.world.is_main:
             self._on_event(
                 "metrics",
                 step=self.step,
                 **means,
                 lr=self._learning_rate,
-                grad_norm=grad_norm,
+                grad_norm=self._grad_norm,
                 **clock.figures(),
                 **figures,
             )
@@ -319,11 +435,14 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """The rest of the state, plain JSON; floats survive JSON exactly."""
-        return {"step": self.step, "since_log": self._since_log}
+        spikes = {} if self.spikes is None else {"spikes": self.spikes.state()}
+        return {"step": self.step, "since_log": self._since_log, **spikes}
 
     def load_state(self, state: dict[str, Any], optimizer_tensors: StoredTensors) -> None:
         self.step = state["step"]
         self._since_log = state["since_log"]
+        if self.spikes is not None and "spikes" in state:
+            self.spikes.load(state["spikes"])
         self.optimizer.load(optimizer_tensors, step=self.step)
 
 

@@ -189,6 +189,17 @@ class Watch:
         count = f"{self.since_best} evaluation{'s' * (self.since_best > 1)}"
         return f"{count} in a row did not improve on that of step {self.best_step}"
 
+    def best_in_words(self) -> str | None:
+        """What the best evaluation came to; None before the first one."""
+        if self.best_step is None or not self._best:
+            return None
+        value, error = (f(self.yardstick, self._best) for f in (_mean, _standard_error))
+        unit = self.yardstick.metric.replace("_", " ")
+        return (
+            f"{value:.4f} ± {error:.4f} {unit}, the best evaluation on {len(self.rows)} rows, at "
+            f"step {self.best_step:,}"
+        )
+
     def evaluate(self, trainer: "Trainer") -> dict[str, Any]:
         """Judge the model that a checkpoint would hold now, together with all other workers.
 

@@ -24,17 +24,24 @@ class World:
 
     @classmethod
     def current(cls, device: torch.device | str = "cpu") -> "World":
-        """The process group that was set up by whoever started this process, if any."""
+        """The process group that was set up by whoever started this process, if any.
+
+        Its GPU becomes the current one: barriers of NCCL and events are of that, and a process that
+        sees all GPUs of its node would take the first.
+        """
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
         if dist.is_available() and dist.is_initialized():
             size = dist.get_world_size()
             return cls(
                 rank=dist.get_rank(),
                 size=size,
-                device=torch.device(device),
+                device=device,
                 # As torchrun and Ray Train set it.
                 local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
             )
-        return cls(rank=0, size=1, device=torch.device(device))
+        return cls(rank=0, size=1, device=device)
 
     @property
     def is_main(self) -> bool:

@@ -15,13 +15,12 @@ overlap in part is asked of the rule:
 import math
 
 import torch
-from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from tokendiff.diffusion.attention_masks import AnchoredBlocks, mask_mod
+from tokendiff.models.block_masks import FLEX_TILE, seen_first
 from tokendiff.models.tiled_attention import Tile
 
-_FLEX_TILE = 128
 # Queries of one call: with fewer there are too many calls, with more too much is computed in vain.
 _TILE_QUERIES = 256
 
@@ -33,35 +32,27 @@ def block_mask_of(blocks: AnchoredBlocks) -> BlockMask:
     num_keys = blocks.length + num_queries
     own = blocks.length + size * torch.arange(num_anchors, device=blocks.begin.device)
     runs = ((blocks.begin, blocks.end), (own.expand(batch, -1), own.expand(batch, -1) + size))
-    rows, columns = (math.ceil(count / _FLEX_TILE) for count in (num_queries, num_keys))
-    first = _FLEX_TILE * torch.arange(columns, device=own.device)
+    rows, columns = (math.ceil(count / FLEX_TILE) for count in (num_queries, num_keys))
+    first = FLEX_TILE * torch.arange(columns, device=own.device)
     is_touched = torch.zeros(batch, num_anchors, columns, dtype=torch.bool, device=own.device)
     is_inside = is_touched.clone()
     for begin, end in runs:
         begin, end = begin[:, :, None], end[:, :, None]
-        is_touched |= (begin < end) & (begin < first + _FLEX_TILE) & (end > first)
-        is_inside |= (begin <= first) & (end >= first + _FLEX_TILE)
-    shape = (2, batch, rows * _FLEX_TILE, columns)
+        is_touched |= (begin < end) & (begin < first + FLEX_TILE) & (end > first)
+        is_inside |= (begin <= first) & (end >= first + FLEX_TILE)
+    shape = (2, batch, rows * FLEX_TILE, columns)
     some, every = torch.zeros(shape, dtype=torch.bool, device=own.device)
     some[:, :num_queries] = is_touched.repeat_interleave(size, dim=1)
     every[:, :num_queries] = is_inside.repeat_interleave(size, dim=1)
-    is_whole = every.unflatten(1, (rows, _FLEX_TILE)).all(2)
-    is_partial = some.unflatten(1, (rows, _FLEX_TILE)).any(2) & ~is_whole
+    is_whole = every.unflatten(1, (rows, FLEX_TILE)).all(2)
+    is_partial = some.unflatten(1, (rows, FLEX_TILE)).any(2) & ~is_whole
     return BlockMask.from_kv_blocks(
-        *_ordered(is_partial),
-        *_ordered(is_whole),
-        BLOCK_SIZE=_FLEX_TILE,
+        *seen_first(is_partial),
+        *seen_first(is_whole),
+        BLOCK_SIZE=FLEX_TILE,
         mask_mod=mask_mod(blocks),
         seq_lengths=(num_queries, num_keys),
     )
-
-
-def _ordered(is_seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Of [B, rows, columns]: how many columns of a row are seen [B, 1, rows], and which, those
-    first [B, 1, rows, columns].
-    """
-    order = is_seen.int().argsort(dim=-1, descending=True, stable=True)
-    return is_seen.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
 
 
 def tiles_of_blocks(blocks: AnchoredBlocks, *, dtype: torch.dtype) -> tuple[Tile, ...]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tokendiff.diffusion.attention_masks import MaskRule
+from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import DecodingCache
 from tokendiff.errors import InputError
 from tokendiff.models.causal import CausalModel
@@ -93,7 +94,7 @@ class DraftedModel:
         assert isinstance(cache, DraftedCache)
         block = anchors.new_full((len(anchors), self.block_size), self._draft.config.mask_token_id)
         block[:, 0] = anchors
-        embedded = self.target.model.get_input_embeddings()(block)
+        embedded = self.target.model.get_input_embeddings()(sent(block, self.device))
         hidden = cache.read_unread(rows, embedded)[:, 1:]
         return self.target.before_head(hidden.to(embedded.dtype))
 
@@ -132,7 +133,8 @@ class DraftedCache:
             self.read_unread(rows, nothing)
         self.of_target.extend(rows, counts)
         if states.shape[1] <= size:
-            self._unread[rows, : states.shape[1]] = states.to(self._unread.dtype)
+            at = sent(rows, states.device)
+            self._unread[at, : states.shape[1]] = states.to(self._unread.dtype)
         else:
             self._read(rows, states, counts, nothing)
 
@@ -150,18 +152,20 @@ class DraftedCache:
         reading what it has not read of these rows.
         """
         counts = self._num_unread(rows)
-        return self._read(rows, self._unread[rows, : int(counts.max())], counts, block)
+        unread = self._unread[sent(rows, self._unread.device), : int(counts.max())]
+        return self._read(rows, unread, counts, block)
 
     def _num_unread(self, rows: Tensor) -> Tensor:
+        rows = rows.to("cpu")
         return self.of_target.lengths[rows] - self._of_draft.lengths[rows]
 
     def _read(self, rows: Tensor, states: Tensor, counts: Tensor, block: Tensor) -> Tensor:
         """One pass over the first `counts` [n] of `states` [n, C, n_layers D], which stay in the
         draft's cache, and a block [n, K, D] behind them, which does not.
         """
-        num_states, num_block = states.shape[1], block.shape[1]
-        of_state = torch.arange(num_states, device=rows.device)
-        of_block = torch.arange(num_block, device=rows.device)
+        rows, counts = rows.to("cpu"), counts.to("cpu")
+        num_states, num_block, there = states.shape[1], block.shape[1], states.device
+        of_state, of_block = torch.arange(num_states), torch.arange(num_block)
         # What is over of a row's states stands behind its block, where nothing sees it.
         is_over = of_state >= counts[:, None]
         offsets = torch.cat(
@@ -170,12 +174,15 @@ class DraftedCache:
         )
         positions, width = self._of_draft.begin_at(rows, offsets)
         end = self._of_draft.lengths[rows] + counts + num_block
-        kv = torch.arange(width, device=rows.device)
+        mask = None
+        if bool((end < width).any()):
+            kv = torch.arange(width, device=there)
+            mask = (kv < sent(end, there)[:, None])[:, None, None]
         output: Any = self._draft(
             noise_embeds=block,
             context_hidden_states=states,
-            attention_mask=kv < end[:, None],
-            position_ids=positions,
+            attention_mask=mask,
+            position_ids=sent(positions, there),
             past_key_values=self._of_draft,
         )
         self._of_draft.extend(rows, counts)

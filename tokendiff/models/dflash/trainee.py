@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tokendiff.diffusion.attention_masks import AnchoredBlocks, dense
+from tokendiff.diffusion.attention_masks import AnchoredBlocks, causal, dense
+from tokendiff.diffusion.devices import sent
 from tokendiff.errors import InputError, reason_of
 from tokendiff.models.dflash.block_attention import block_mask_of, tiles_of_blocks
 from tokendiff.models.dflash.model import AnyMask, DFlashDraftConfig, DFlashDraftModel
@@ -54,6 +55,10 @@ class DraftTrainee(nn.Module):
         return self
 
     @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
     def vocab_size(self) -> int:
         size: int = self.target.get_output_embeddings().weight.shape[0]
         return size
@@ -62,11 +67,34 @@ class DraftTrainee(nn.Module):
     def read(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The outputs of the chosen layers, side by side; those of the others are not kept."""
         chosen = [layer + 1 for layer in self.model.config.target_layer_ids]
-        # Without a mask or a cache, transformers tells packed documents by their positions.
         output = self.target.base_model(
-            input_ids=tokens, position_ids=positions, use_cache=False, output_hidden_states=chosen
+            input_ids=sent(tokens, self.device),
+            use_cache=False,
+            output_hidden_states=chosen,
+            **self._documents_at(positions),
         )
         return torch.cat([output.hidden_states[index] for index in chosen], dim=-1)
+
+    def _documents_at(self, positions: Tensor) -> dict[str, Any]:
+        """What the target is given, so that documents do not see each other.
+
+        Without a mask or a cache, transformers tells packed documents by their positions. It asks
+        the device for them in every pass, unless it is given a mask.
+        """
+        inputs: dict[str, Any] = {"position_ids": sent(positions, self.device)}
+        config = self.target.config
+        is_plain = config._attn_implementation == "sdpa" and not getattr(
+            config, "sliding_window", None
+        )
+        if self.device.type == "cpu" or positions.device.type != "cpu" or not is_plain:
+            return inputs
+        is_new = positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1
+        if not bool(is_new.any()):
+            return {}
+        document = sent(is_new.cumsum(1), self.device)
+        size, length = positions.shape
+        mask = dense(causal(document), size, length, length, self.device)
+        return {"attention_mask": mask, **inputs}
 
     def draft(
         self, tokens: Tensor, context: Tensor, positions: Tensor, rule: AnchoredBlocks

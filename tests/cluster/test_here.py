@@ -1,0 +1,137 @@
+"""One worker and no cluster: the work is done in the process of the job, and Ray is not started."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import ROOT
+from tests.builders import letter_tokenizer, random_rows, token_folder
+from tests.in_this_process import jobs_here
+from tokendiff.cluster import session
+from tokendiff.cluster.stopping import is_stop_requested
+from tokendiff.cluster.train import train
+from tokendiff.config.cluster import ClusterConfig
+from tokendiff.config.train import TrainConfig
+from tokendiff.data.rows import TokenData
+from tokendiff.tracking.run_log import RunLog, metrics_by_step, read_events
+from tokendiff.training.run import train_in_process
+
+LENGTH = 12
+CONFIG = TrainConfig.model_validate(
+    {
+        "model_name_or_path": "builtin:bert-tiny",
+        "max_train_steps": 8,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "checkpointing_steps": 100,
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return token_folder(
+        tmp_path_factory.mktemp("data") / "tokens",
+        files=[random_rows(32, LENGTH)],
+        max_length=LENGTH,
+        tokenizer=letter_tokenizer(),
+        heldout=random_rows(16, LENGTH, seed=1),
+    )
+
+
+def losses_of(path: Path) -> dict[int, float]:
+    return {event["step"]: event["loss"] for event in metrics_by_step(path)}
+
+
+def test_ray_is_started_when_it_is_first_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    connected: list[str] = []
+    monkeypatch.setattr(session, "is_connected", lambda: False)
+    monkeypatch.setattr(session, "_start_or_join", lambda *args: connected.append("started"))
+    with session.ray_session(ClusterConfig()):
+        assert connected == []
+        assert session.works_here(1)
+        assert not session.works_here(2)
+        session.need_ray()
+        assert connected == ["started"]
+    session.need_ray()  # outside of a session Ray itself does, with the first call to it
+    assert connected == ["started"]
+    for address in ("local", "10.0.0.1:6379"):
+        with session.ray_session(ClusterConfig(address=address)):
+            assert connected == ["started"] * 2
+        connected.pop()
+    monkeypatch.setattr(session, "is_connected", lambda: True)
+    assert not session.works_here(1)
+
+
+def test_the_losses_are_those_of_plain_training_and_sigterm_costs_no_step(
+    data_path: Path, tmp_path: Path
+) -> None:
+    plain: dict[int, float] = {}
+
+    def keep(event: str, **fields: Any) -> None:
+        if event == "metrics":
+            plain[fields["step"]] = fields["loss"]
+
+    data = TokenData.open(data_path, split="train")
+    train_in_process(CONFIG, data, tmp_path / "plain", on_event=keep)
+    out = tmp_path / "out"
+    with RunLog(out / "run" / "log.jsonl") as log, jobs_here():
+
+        def stop_at_3(event: str, **fields: Any) -> None:
+            log.write(event, **fields)
+            if event == "metrics" and fields["step"] == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        arguments: dict[str, Any] = {"data_path": data_path, "output_dir": out}
+        with session.ray_session(ClusterConfig()):
+            with pytest.raises(KeyboardInterrupt, match="goes on from the step it was at"):
+                train(CONFIG, ClusterConfig(), on_event=stop_at_3, **arguments)
+            assert is_stop_requested()
+        stopped = max(losses_of(log.path))
+        assert stopped in (3, 4)
+        with session.ray_session(ClusterConfig()):
+            final = train(CONFIG, ClusterConfig(), on_event=log.write, **arguments)
+        resumed = [e["step"] for e in read_events(log.path) if e["event"] == "resume"]
+    assert resumed == [stopped]
+    assert losses_of(log.path) == plain
+    weights = [folder / "model.safetensors" for folder in (final, tmp_path / "plain" / "final")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+_JOBS = """
+import sys
+from jobs import evaluate, generate, train
+
+data, out = sys.argv[1:]
+quiet = ["-o", "tracking.enabled=false"]
+steps = ["--max_train_steps", "2", "--model_name_or_path", "builtin:bert-tiny"]
+assert train.main(["--data_path", data, "--output_dir", f"{out}/run", *steps, *quiet]) == 0
+model = ["--checkpoint_path", f"{out}/run/final"]
+sampling = ["--num_samples", "2", "--num_inference_steps", "2", "--output_dir", f"{out}/samples"]
+assert generate.main([*model, *sampling, *quiet]) == 0
+judging = ["--samples_path", f"{out}/samples", "--max_eval_rows", "4"]
+assert evaluate.main([*model, *judging, "--output_dir", f"{out}/evaluation", *quiet]) == 0
+print("ray" in sys.modules)
+"""
+
+
+def test_jobs_on_one_machine_do_without_ray(data_path: Path, tmp_path: Path) -> None:
+    """Not even its import, which takes seconds."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", _JOBS, str(data_path), str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"

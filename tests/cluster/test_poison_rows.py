@@ -1,0 +1,127 @@
+"""Rows at which the sampling actor dies each time: the job ends, with all others sampled once."""
+
+import json
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import generate as generate_job
+from tests.builders import letter_tokenizer, random_rows, token_folder
+from tokendiff.artifacts.manifest import load_manifest
+from tokendiff.cluster import generate as cluster_generate
+from tokendiff.cluster.generate import _PartSampler
+from tokendiff.config.cluster import ClusterConfig
+from tokendiff.config.generate import GenerateConfig
+from tokendiff.config.train import TrainConfig
+from tokendiff.data.rows import TokenData
+from tokendiff.data.samples import read_samples
+from tokendiff.training.run import train_in_process
+
+LENGTH = 12
+
+
+class KilledByA(_PartSampler):
+    """Dies as of a signal of the system's, which no Python code hears of."""
+
+    def _samples(self, rows: list[Any], part: int) -> Any:
+        if any(row.prompt == "aa" for row in rows):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._samples(rows, part)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    data = token_folder(
+        folder / "data",
+        files=[random_rows(8, LENGTH)],
+        max_length=LENGTH,
+        tokenizer=letter_tokenizer(),
+    )
+    config = TrainConfig(model_name_or_path="builtin:bert-tiny", max_train_steps=1)
+    return train_in_process(config, TokenData.open(data, split="train"), folder / "out")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> list[str]:
+    texts = ["abc"[: 1 + number % 3] for number in range(20)]
+    texts[13] = "aa"
+    (tmp_path / "prompts.txt").write_text("\n".join(texts))
+    return texts
+
+
+@pytest.mark.ray
+def test_a_row_that_kills_its_actor_is_set_aside(
+    ray_session: None,
+    checkpoint: Path,
+    prompts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cluster_generate, "_PartSampler", KilledByA)
+    events: list[dict[str, Any]] = []
+    config = GenerateConfig.model_validate(
+        {
+            "prompts": [str(tmp_path / "prompts.txt")],
+            "num_samples": 1,
+            "batch_size": 4,
+            "max_row_failures": 3,
+            "sampler": {"num_inference_steps": 3},
+        }
+    )
+    cluster = ClusterConfig(cpus_per_worker=0.5, threads_per_worker=1)
+    cluster_generate.generate(
+        config,
+        cluster,
+        checkpoint_path=str(checkpoint),
+        output_dir=tmp_path / "samples",
+        on_event=lambda event, **fields: events.append({"event": event, **fields}),
+    )
+    records = list(read_samples(tmp_path / "samples"))
+    ids = Counter(record["id"] for record in records)
+    assert ids == Counter(row for row in range(20) if row != 13)  # none lost, none twice
+    (line,) = (tmp_path / "samples" / "set_aside" / "part-00003.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert (found["id"], found["prompt"]) == (13, "aa")
+    assert "died 3 times" in found["reason"]
+    metadata = load_manifest(tmp_path / "samples").metadata
+    assert (metadata["rows"], metadata["set_aside"]) == (19, 1)
+    assert sum("set aside, see" in e.get("message", "") for e in events) == 1
+    assert not (tmp_path / "samples" / "run" / "attempts").exists()
+
+
+def test_the_job_says_so_and_ends_with_exit_code_1(
+    in_this_process: None,
+    checkpoint: Path,
+    prompts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What is known of earlier deaths counts when the job is started again."""
+    output, row = tmp_path / "samples", 13
+    arguments = [
+        *("--checkpoint_path", str(checkpoint), "--prompts", str(tmp_path / "prompts.txt")),
+        *("--num_samples", "1", "--batch_size", "4", "--output_dir", str(output)),
+        *("--num_inference_steps", "3", "--json", "-o", "tracking.enabled=false"),
+    ]
+    note = _PartSampler._samples
+
+    def knows_of_deaths(sampler: Any, rows: list[Any], part: int) -> Any:
+        assert part != 3 or row not in [each.id for each in rows]
+        return note(sampler, rows, part)
+
+    monkeypatch.setattr(_PartSampler, "_samples", knows_of_deaths)
+    attempts = output / "run" / "attempts"
+    attempts.mkdir(parents=True)
+    state = {"job": "earlier", "in_flight": [], "failures": {"12": 3, "13": 4}}
+    (attempts / "part-00003.json").write_text(json.dumps(state))
+    assert generate_job.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out.splitlines()[-1])["set_aside"] == 1
+    assert "1 rows were set aside" in captured.err
+    assert len(list(read_samples(output))) == 19

@@ -1,0 +1,107 @@
+"""Files that are made to do harm: templates that are programs, names that lead elsewhere, lines and
+row groups without end.
+"""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.builders import letter_tokenizer, random_rows, token_folder
+from tokendiff.artifacts.manifest import MANIFEST_NAME, fingerprint, load_manifest
+from tokendiff.data import lines, rows
+from tokendiff.data.chats import Conversation, Message
+from tokendiff.data.prompt_index import PromptFile
+from tokendiff.data.prompts import PromptEncoder
+from tokendiff.data.rows import TokenData
+from tokendiff.data.templates import ChatRenderer, RenderError
+from tokendiff.errors import CorruptFileError, InputError
+
+# The usual ways out of a template, and programs that fail in ways of their own.
+TEMPLATES = {
+    "globals": "{{ cycler.__init__.__globals__.os.popen('touch PLACE').read() }}",
+    "subclasses": "{% for c in ''.__class__.__mro__[1].__subclasses__() %}{{ c }}{% endfor %}",
+    "format": "{{ '{0.__class__.__init__}'.format(messages) }}{{ ().__class__.__bases__[0].x }}",
+    "namespace": "{% set n = namespace() %}{{ n.__init__.__globals__ }}",
+    "attr": "{{ (messages|attr('__class__'))|attr('__base__')|attr('__subclasses__')() }}",
+    "change": "{{ messages.append(1) }}",
+    "import": "{% import 'os' as os %}{{ os }}",
+    "include": "{% include '/etc/passwd' %}",
+    "range": "{% for i in range(10 ** 9) %}x{% endfor %}",
+    "zero": "{{ 1 / 0 }}",
+    "index": "{{ messages[99].role.x }}",
+    "attribute": "{{ messages.nothing() }}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "syntax": "{% for %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_reaches_nothing_and_fails_as_a_template(tmp_path: Path, name: str) -> None:
+    place = tmp_path / "reached"
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = TEMPLATES[name].replace("PLACE", str(place))
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "a"}]
+    with pytest.raises(InputError, match="the chat template of the checkpoint refuses them"):
+        PromptEncoder(tokenizer=tokenizer)(messages)
+    talk = Conversation(messages=(Message(role="user", content="a"),))
+    with pytest.raises(RenderError, match="the chat template refuses it"):
+        ChatRenderer(tokenizer=tokenizer, train_on="all")(talk)
+    assert not place.exists()
+    assert messages == [{"role": "user", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "a/../../x", "/etc/passwd", "a//b", "./a", "a/..", "", "a\\b", "a\0b"],
+)
+def test_a_manifest_names_no_file_elsewhere(tmp_path: Path, name: str) -> None:
+    """By whoever can make a folder, digest and all."""
+    body: dict[str, Any] = {"format": 1, "kind": "tokens", "metadata": {}}
+    entry = {"size": 1, "sha256": "0" * 64}
+    for files in ({name: entry}, {"a": entry, name: entry}):
+        text = json.dumps({**body, "files": files, "digest": fingerprint({**body, "files": files})})
+        (tmp_path / MANIFEST_NAME).write_text(text)
+        with pytest.raises(CorruptFileError, match="is no name of a file in the folder"):
+            load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("entry", [{}, [], None, {"size": "1", "sha256": "0" * 64}, {"size": 1}])
+def test_a_manifest_says_size_and_hash(tmp_path: Path, entry: Any) -> None:
+    body = {"format": 1, "kind": "tokens", "metadata": {}, "files": {"a": entry}}
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps({**body, "digest": fingerprint(body)}))
+    with pytest.raises(CorruptFileError, match="not a manifest"):
+        load_manifest(tmp_path)
+
+
+def test_a_line_without_end_is_refused_before_it_is_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a few bytes on disk are very many."""
+    path = tmp_path / "bomb.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": "' + b"a" * (4 << 20)))
+    assert path.stat().st_size < 10_000
+    monkeypatch.setattr(lines.lines_in, "__kwdefaults__", {"max_bytes": 1 << 20})
+    with pytest.raises(InputError, match=r"bomb.jsonl.gz: .*a line is longer than 1,048,576 bytes"):
+        PromptFile.index(str(path))
+    path.write_bytes(gzip.compress(b'{"prompt": "' + b"a" * 1000 + b'"}\n' * 2))
+    assert PromptFile.index(str(path)).num_prompts == 2
+
+
+def test_a_row_group_that_memory_would_not_hold_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = token_folder(
+        tmp_path / "data",
+        files=[random_rows(8, 12)],
+        max_length=12,
+        tokenizer=letter_tokenizer(),
+    )
+    data = TokenData.open(folder, split="train")
+    monkeypatch.setattr(rows, "_MAX_GROUP_BYTES", 4 * 8 * 12 - 1)
+    with pytest.raises(InputError, match=r"row group 0 of \S+ has 8 rows of 12"):
+        data.read_group(0)
+    monkeypatch.undo()
+    assert len(data.read_group(0)) == 8

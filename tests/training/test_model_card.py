@@ -1,0 +1,142 @@
+"""The card of final/: what hubs read of it, and that it is a function of the run alone."""
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
+
+from jobs import cli, generate
+from tests.builders import letter_tokenizer, random_rows, token_folder
+from tokendiff.artifacts.manifest import load_manifest, verify
+from tokendiff.artifacts.noise_process import NoiseProcess
+from tokendiff.config.train import TrainConfig
+from tokendiff.data.rows import TokenData
+from tokendiff.training.identity import run_identity
+from tokendiff.training.model_card import CARD_NAME, model_card
+from tokendiff.training.run import train_in_process
+
+LENGTH = 12
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TokenData:
+    folder = token_folder(
+        tmp_path_factory.mktemp("tokens") / "data",
+        files=[random_rows(16, LENGTH)],
+        max_length=LENGTH,
+        tokenizer=letter_tokenizer(),
+        heldout=random_rows(6, LENGTH, seed=1),
+    )
+    return TokenData.open(folder, split="train")
+
+
+def config(**changes: Any) -> TrainConfig:
+    fields = {
+        **({} if "target_model_id" in changes else {"model_name_or_path": "builtin:bert-tiny"}),
+        "max_train_steps": 2,
+        "global_batch_size": 4,
+        "checkpointing_steps": 1,
+        "eval_steps": 1,
+        "max_eval_rows": 4,
+    }
+    return TrainConfig.model_validate({**fields, **changes})
+
+
+def card_of(cfg: TrainConfig, data: TokenData, process: NoiseProcess | None = None) -> str:
+    metadata = {"run": run_identity(cfg, data), "step": cfg.max_train_steps}
+    return model_card(metadata, process=process, heldout=None)
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    fields: dict[str, Any] = ModelCard(text).data.to_dict()
+    return fields
+
+
+def test_a_resumed_run_leaves_the_same_card(data: TokenData, tmp_path: Path) -> None:
+    straight = train_in_process(config(), data, tmp_path / "straight")
+    folder = tmp_path / "resumed"
+    train_in_process(config(), data, folder)
+    for later in ("final", "checkpoint-2"):
+        shutil.rmtree(folder / later)
+    resumed = train_in_process(config(gradient_checkpointing=True), data, folder)
+
+    card = (straight / CARD_NAME).read_bytes()
+    assert (resumed / CARD_NAME).read_bytes() == card
+    assert CARD_NAME in load_manifest(straight).files
+    assert CARD_NAME not in load_manifest(straight.parent / "checkpoint-2").files
+    verify(straight)
+    text = card.decode()
+    assert data.fingerprint in text
+    assert re.search(r"Held-out rows \| \d\.\d{4} ± \d\.\d{4} nats per token", text)
+    assert str(tmp_path) not in text
+    loaded = front_matter(text)
+    assert loaded["library_name"] == "tokendiff"
+    assert "base_model" not in loaded
+    assert set(loaded["tags"]) >= {"diffusion", "mdlm"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "base"),
+    [
+        ({"model_name_or_path": "bert-base-uncased"}, "bert-base-uncased"),
+        ({"model_name_or_path": "GSAI-ML/LLaDA-8B-Base"}, "GSAI-ML/LLaDA-8B-Base"),
+        ({"model_name_or_path": "bert-base-uncased", "from_scratch": True}, None),
+        (
+            {
+                "objective": {"name": "dflash"},
+                "target_model_id": "Qwen/Qwen3-8B",
+            },
+            "Qwen/Qwen3-8B",
+        ),
+    ],
+)
+def test_hubs_find_the_base_model(
+    data: TokenData, changes: dict[str, Any], base: str | None
+) -> None:
+    assert front_matter(card_of(config(**changes), data)).get("base_model") == base
+    if base is not None:
+        validate_repo_id(base)
+
+
+def test_local_weights_give_their_license_and_no_path(data: TokenData, tmp_path: Path) -> None:
+    folder = tmp_path / "own-weights"
+    folder.mkdir()
+    (folder / CARD_NAME).write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n\n# Own\n")
+    text = card_of(config(model_name_or_path=str(folder)), data)
+    assert front_matter(text)["license"] == "apache-2.0"
+    assert str(tmp_path) not in text
+    (folder / CARD_NAME).write_text("# Own\n\nlicense: mit\n")  # in no front matter
+    assert "license" not in front_matter(card_of(config(model_name_or_path=str(folder)), data))
+
+
+@pytest.mark.parametrize("block_length", [None, 4])
+def test_the_command_on_a_card_is_one_that_the_job_takes(
+    data: TokenData, block_length: int | None
+) -> None:
+    process = NoiseProcess(
+        forward_process="absorbing", vocab_size=16, mask_token_id=15, max_length=LENGTH
+    )
+    if block_length is not None:
+        process = dataclasses.replace(
+            process,
+            block_length=block_length,
+            attention_mask_mode="4d",
+            clean_context=True,
+            eos_token_id=1,
+        )
+    dflash = {"objective": {"name": "dflash"}, "target_model_id": "Qwen/Qwen3-8B"}
+    cards = [card_of(config(), data, process)]
+    cards += [card_of(config(**changes), data) for changes in ({}, dflash)]
+    known = {flag for a in cli.parser_of(generate.main)._actions for flag in a.option_strings}
+    for card in cards:
+        (line,) = (line for line in card.splitlines() if line.startswith("tokendiff generate "))
+        assert set(re.findall(r"--\w+", line)) <= known
+        (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        for statement in code.splitlines():
+            if statement.startswith("from "):
+                exec(statement)
