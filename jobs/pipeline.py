@@ -3,6 +3,9 @@
 python -m jobs.pipeline run pipelines/quickstart.yaml
 python -m jobs.pipeline plan pipelines/quickstart.yaml -o train.max_train_steps=200
 python -m jobs.pipeline status pipelines/quickstart.yaml
+python -m jobs.pipeline watch pipelines/quickstart.yaml
+python -m jobs.pipeline compare output/one --with output/other --page comparison.html
+python -m jobs.pipeline clean pipelines/quickstart.yaml -o runner.keep_runs=7 --dry_run
 
 Exit codes: 0 done; 1 failed; 2 the config or its input cannot be used; 3 a gate was not passed;
 4 another run of the pipeline is under way; 130 stopped.
@@ -11,6 +14,7 @@ Exit codes: 0 done; 1 failed; 2 the config or its input cannot be used; 3 a gate
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from jobs import cli
 
@@ -19,7 +23,11 @@ _COMMANDS = {
     "plan": "check the file and print the stages, their keys, what would run and why; run nothing",
     "promote": "run the promote stages alone: the gate, and the champion where it is passed",
     "rollback": "move the champion back to the version that it replaced",
+    "clean": "delete stage folders that none of the last runner.keep_runs runs used; never what a "
+    "registered model holds",
     "status": "print the last runs, and how the stages stand",
+    "watch": "show how far each stage is, again and again while one runs; takes a folder too",
+    "compare": "write a page of two runs side by side; takes their folders",
 }
 _SELECTION = {
     "from": "these and what is made from them",
@@ -38,6 +46,25 @@ def _add_options(command: str, parser: argparse.ArgumentParser) -> None:
             )
     if command == "plan":
         parser.add_argument("--mermaid", action="store_true", help="as a Mermaid graph")
+    if command == "watch":
+        parser.add_argument(
+            "--page", type=Path, metavar="FILE.html", help="write this too, a page that refreshes"
+        )
+    if command == "compare":
+        parser.add_argument(
+            "--with", type=Path, metavar="FOLDER", required=True, help="the other run"
+        )
+        parser.add_argument(
+            "--page",
+            type=Path,
+            metavar="FILE.html",
+            default=Path("comparison.html"),
+            help="where the page goes (comparison.html)",
+        )
+    if command == "clean":
+        parser.add_argument(
+            "--dry_run", action="store_true", help="print what would be deleted, and delete nothing"
+        )
     if command == "status":
         parser.add_argument("--runs", type=int, default=5, metavar="INT", help="at most (5)")
 
@@ -50,7 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         commands=_COMMANDS,
         add_options=_add_options,
+        folders=("watch", "compare"),
     )
+    if args.command == "watch":
+        return _watch(args)
+    if args.command == "compare":
+        return _compare(args)
     from pipelines import promotion, runner, tables
     from pipelines.paths import output_path
     from pipelines.record import EXIT_CODES, last_runs
@@ -66,6 +98,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             cli.print_result(tables.status_as_json(runs, steps), as_json=True)
         else:
             tables.print_status(runs, steps, config, root)
+        return cli.EXIT_OK
+    if args.command == "clean":
+        from pipelines.retention import clean
+
+        items = clean(config, root, is_dry_run=options.dry_run)
+        if args.json:
+            cli.print_result(tables.cleaned_as_json(items), as_json=True)
+        else:
+            tables.print_cleaned(items, is_dry_run=options.dry_run)
         return cli.EXIT_OK
     if args.command == "rollback":
         cli.print_result(promotion.roll_back(config, root), as_json=args.json)
@@ -95,6 +136,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         tables.print_record(record, config, root)
     message = tables.failure_of(stage.result for stage in record.stages)
     return EXIT_CODES[record.state] if message is None else cli.fail(message)
+
+
+def _folder(args: cli.Arguments) -> Path:
+    """The folder that was given, or that of the pipeline whose file was given."""
+    from pipelines.paths import output_path
+    from tokendiff.artifacts.locations import mirror_of
+
+    folder: Path = args.options.config
+    if folder.is_dir():
+        return folder
+    return mirror_of(output_path(args.config.root) / args.config.name)
+
+
+def _compare(args: cli.Arguments) -> int:
+    from pipelines.side_by_side import write_side_by_side
+
+    page = args.options.page
+    write_side_by_side(page, _folder(args), getattr(args.options, "with"))
+    cli.print_result({"page": str(page.absolute())}, as_json=args.json)
+    return cli.EXIT_OK
+
+
+def _watch(args: cli.Arguments) -> int:
+    from pipelines import watch
+
+    folder = _folder(args)
+    if args.json:
+        cli.print_result(watch.as_json(watch.standings(folder)), as_json=True)
+    else:
+        watch.watch(folder, page=args.options.page)
+    return cli.EXIT_OK
 
 
 if __name__ == "__main__":

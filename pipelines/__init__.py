@@ -5,8 +5,11 @@ For other rooms:
     runner            running a pipeline, or the stages of one job
     schedule          what will run, and why
     promotion         the gate, and the champion
+    retention         deleting what old runs left
     registered        models:/NAME@ALIAS in the place of a path
     record            what a run leaves behind: result.json
+    watch             a table and a page of what runs now
+    side_by_side      two runs on one page
     tables            what is printed of all this
     paths             where output goes when a path is relative
 

@@ -131,8 +131,11 @@ def train_stage(
     keyed = keyed or config
 
     def check(stage: Stage) -> None:
+        from tokendiff.tracking.hub import check_push
         from tokendiff.training.inputs import check_training
 
+        if not stage.is_done:
+            check_push(config.train.push_to_hub)
         if all(source.is_done for role, source in stage.inputs.items() if role != "data"):
             check_training(
                 config.train,
@@ -145,18 +148,24 @@ def train_stage(
 
     def action(stage: Stage, log: RunLog) -> None:
         from tokendiff.cluster.train import train
+        from tokendiff.tracking.hub import NOTE_NAME, push
 
-        train(
+        final = train(
             config.train,
             config.cluster,
             data_path=data_path,
             output_dir=stage.output,
             on_event=log.write,
         )
+        if (repo_id := config.train.push_to_hub) is not None:
+            push(final, repo_id, stage.kept_record / NOTE_NAME, on_event=log.write)
 
     def result(stage: Stage) -> dict[str, Any]:
+        from tokendiff.tracking.hub import NOTE_NAME, read_note
+
         log = _metrics_in(stage.kept_record / LOG_NAME)
         metadata = load_manifest(stage.result_folder).metadata
+        note = read_note(stage.kept_record / NOTE_NAME) if config.train.push_to_hub else None
         return {
             "step": metadata["step"],
             # Of a run that watches itself: the step that the weights are of, and why there is no
@@ -165,6 +174,7 @@ def train_stage(
             "loss": log[-1]["loss"] if log else None,
             "tokens_per_second": _median([event["tokens_per_second"] for event in log]),
             "checkpoint": str(stage.result_folder),
+            **({"pushed_to": note["url"]} if note else {}),
         }
 
     def preview(stage: Stage) -> dict[str, str]:

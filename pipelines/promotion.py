@@ -36,7 +36,7 @@ from tokendiff.evaluation.paired import (
     read_rows,
 )
 from tokendiff.tracking.mlflow_outbox import load_state
-from tokendiff.tracking.registry import Registry
+from tokendiff.tracking.registry import STAGE_KEY, Registry
 from tokendiff.tracking.run_log import RunLog
 
 KIND = "promotion"
@@ -171,7 +171,7 @@ def promote(
             run_id=_run_id(stage),
             sampling=sampling,
             trained_on=_trained_on(stage),
-            tags={"pipeline": config.name, "stage_key": stage.key},
+            tags={"pipeline": config.name, STAGE_KEY: stage.key},
             target=target,
         )
         why = "; ".join(verdict.text for verdict in verdicts)

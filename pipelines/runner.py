@@ -24,6 +24,7 @@ from pipelines.record import (
     run_facts,
 )
 from pipelines.registered import Models, PinnedModels
+from pipelines.retention import clean_after_run
 from pipelines.schedule import Selection, Step, plan_steps, recheck
 from pipelines.stage import Stage, discard
 from tokendiff.artifacts.locations import Location, mirror_of
@@ -160,6 +161,8 @@ def run_variants(
                 mirror.log_artifacts(path)
             if run.errors:
                 raise run.errors[0]
+        hold.check()
+        clean_after_run(config, root)
     return record
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipelines.comparison import PAGE_NAME, comparison_table
 from pipelines.record import RESULT_NAME, RunRecord, StageRecord
+from pipelines.retention import Item
 from pipelines.runner import store_command
 from pipelines.schedule import Step
 from tokendiff.artifacts.locations import Location, location
@@ -56,6 +57,32 @@ def plan_as_json(steps: Sequence[Step]) -> dict[str, Any]:
 
 def _preview(step: Step) -> Mapping[str, str]:
     return {} if step.state == "skip" else step.stage.preview(step.stage)
+
+
+def print_cleaned(items: Sequence[Item], *, is_dry_run: bool) -> None:
+    """What was deleted, or would be, what is kept and why, and the bytes of both."""
+    verb = "would be deleted" if is_dry_run else "deleted"
+    rows = [
+        (
+            item.path.name,
+            f"{item.num_bytes / 1e6:,.1f} MB",
+            f"kept: {item.why}" if item.why else verb,
+        )
+        for item in items
+    ]
+    print("\n".join(_columns([("folder", "size", "what becomes of it"), *rows])))
+    freed = sum(item.num_bytes for item in items if not item.why)
+    kept = sum(item.num_bytes for item in items if item.why)
+    print(f"\n{verb} {freed / 1e6:,.1f} MB, kept {kept / 1e6:,.1f} MB")
+
+
+def cleaned_as_json(items: Sequence[Item]) -> dict[str, Any]:
+    """As `print_cleaned`, for programs."""
+    rows = [
+        {"path": str(item.path), "num_bytes": item.num_bytes, "kept_for": item.why or None}
+        for item in items
+    ]
+    return {"folders": rows, "freed_bytes": sum(i.num_bytes for i in items if not i.why)}
 
 
 def mermaid(steps: Sequence[Step]) -> list[str]:

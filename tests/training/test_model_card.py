@@ -11,11 +11,15 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
 from jobs import cli, generate
+from pipelines.builders import train_stage
 from tests.builders import letter_tokenizer, random_rows, token_folder
+from tests.tracking.test_hub import FakeApi
 from tokendiff.artifacts.manifest import load_manifest, verify
 from tokendiff.artifacts.noise_process import NoiseProcess
+from tokendiff.config.pipeline import Config
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
+from tokendiff.tracking.run_log import RunLog
 from tokendiff.training.identity import run_identity
 from tokendiff.training.model_card import CARD_NAME, model_card
 from tokendiff.training.run import train_in_process
@@ -140,3 +144,31 @@ def test_the_command_on_a_card_is_one_that_the_job_takes(
         for statement in code.splitlines():
             if statement.startswith("from "):
                 exec(statement)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_train_stage_pushes_its_card_and_survives_a_failure(
+    data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """The stage as a pipeline runs it, training in this process and a hub that is a stand-in."""
+    api = FakeApi(fails=fails)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda token: api)
+    monkeypatch.setenv("HF_TOKEN", "hunter2")
+
+    def train(cfg: TrainConfig, cluster: Any, **kwargs: Any) -> Path:
+        return train_in_process(cfg, data, kwargs["output_dir"], on_event=kwargs["on_event"])
+
+    monkeypatch.setattr("tokendiff.cluster.train.train", train)
+    section = config(push_to_hub="me/model", eval_steps=None, max_eval_rows=256)
+    folder = tmp_path / "run"
+    stage = train_stage(Config(train=section), folder=str(folder), data_path=data.folder)
+    stage.check(stage)
+    with RunLog(stage.log_path) as log:
+        stage.action(stage, log)
+        stage.action(stage, log)
+    assert stage.is_done
+    assert api.num_commits == (0 if fails else 1)
+    result = stage.result(stage)
+    assert result.get("pushed_to") == (None if fails else "https://hub.example/me/model/1")
+    if not fails:
+        assert set(api.repositories["me/model"]) >= {CARD_NAME, "model.safetensors"}

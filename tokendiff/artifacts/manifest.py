@@ -33,6 +33,7 @@ MANIFEST_NAME = "MANIFEST.json"
 # A run's own log and tracking state, which go on being written after the result is committed.
 RECORD_FOLDER = "run"
 _READ_BYTES = 1 << 20
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # as `write_atomically` names them
 _MAX_LAID_OUT = 1000
 
 
@@ -79,6 +80,11 @@ def write_atomically(path: Location, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def is_temporary(path: str) -> bool:
+    """Whether a file has the name of one that is being written, or was when its writer died."""
+    return _TEMPORARY.fullmatch(path.rpartition("/")[2]) is not None
+
+
 def commit(
     folder: Location,
     *,
@@ -87,6 +93,8 @@ def commit(
     known_sha256: dict[str, str] | None = None,
 ) -> Manifest:
     """Write the manifest of every file now under `folder`, but for those under `run/`.
+
+    Temporary files, which a writer that was killed in an earlier attempt left, are deleted.
 
     Args:
         kind: what the folder is: "tokens", "checkpoint", "samples", ...
@@ -97,6 +105,9 @@ def commit(
     files = {}
     for name, size in files_under(folder).items():
         if name == MANIFEST_NAME or name.startswith(f"{RECORD_FOLDER}/"):
+            continue
+        if is_temporary(name):
+            (folder / name).unlink(missing_ok=True)
             continue
         digest = known.get(name) or sha256_of(folder / name)
         files[name] = {"size": size, "sha256": digest}

@@ -238,11 +238,11 @@ class NoiseProcess:
             raise InputError(f"{folder}: {_WITHOUT_NOISE.get(objective_of(folder), _NO_CONFIG)}")
         try:
             fields = json.loads(path.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not JSON ({error})") from error
         class_name = fields.get("_class_name") if isinstance(fields, dict) else None
         there = {*_SCHEDULER_CLASSES.values(), _BLOCK_SCHEDULER_CLASS}
-        if class_name not in there:
+        if not isinstance(class_name, str) or class_name not in there:
             raise InputError(
                 f"{path}: _class_name {class_name!r} is not supported; there are "
                 f"{', '.join(sorted(there))}"

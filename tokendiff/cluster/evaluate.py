@@ -29,9 +29,6 @@ from tokendiff.cluster.actors import Crew, Item
 from tokendiff.cluster.progress import JobProgress, Reporter
 from tokendiff.cluster.session import need_ray, set_up_torch, wants_gpu, works_here
 from tokendiff.cluster.tasks import ANSWERS, copy_answers, run_tasks
-from tokendiff.config.generate import GenerateConfig
-from tokendiff.config.samplers import AncestralConfig
-from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.rows import TokenData
 from tokendiff.data.samples import num_new_tokens, read_samples
 from tokendiff.diffusion.interfaces import OnProgress
@@ -56,6 +53,7 @@ from tokendiff.evaluation.report import write_report
 from tokendiff.evaluation.summary import make_report
 from tokendiff.evaluation.tasks.suite import TASKS, SuiteResult, write_suite
 from tokendiff.models.decoding import open_causal
+from tokendiff.models.tracing import TRACE_STEPS, can_be_traced, trace_sample
 from tokendiff.training.trainer import OnEvent
 from tokendiff.verification.certificate import CERTIFICATE, Check, counts, tables, write_certificate
 
@@ -64,7 +62,6 @@ if TYPE_CHECKING:
     from tokendiff.config.evaluate import EvaluateConfig
 
 _ROWS_PER_TASK = 256
-_TRACE_STEPS = 64
 
 
 class _JudgingActor:
@@ -161,46 +158,29 @@ def judge_rows(
     return {name: np.concatenate(values) for name, values in columns.items()}
 
 
-def trace_sample(
+def traced(
     config: "EvaluateConfig",
     cluster: "ClusterConfig",
     *,
     checkpoint: Location,
+    data: TokenData,
     progress: JobProgress,
 ) -> dict[str, Any]:
-    """One sample being denoised: `frames` (x_t after each step), `times`, and the text of every id
-    that occurs.
-    """
+    """One sample being denoised; the fields of a `Trace`."""
 
     def work(device: str, on_progress: OnProgress) -> dict[str, Any]:
-        from tokendiff.models.sampling import SamplingModel
-
-        sampling = GenerateConfig(
-            sampler=AncestralConfig(num_inference_steps=_TRACE_STEPS), seed=config.seed
+        row = data.read(*evaluation_rows(data, seed=config.seed, max_rows=1))
+        trace = trace_sample(
+            fetch(checkpoint),
+            row=row.tokens[0].tolist(),
+            seed=config.seed,
+            device=device,
+            on_progress=on_progress,
         )
-        model = SamplingModel(fetch(checkpoint), sampling, device=device)
-        frames: list[list[int]] = []
-        times: list[float] = []
-
-        def keep(time: float, x_t: Any) -> None:
-            frames.append(x_t[0].tolist())
-            times.append(time)
-
-        model.sample(
-            [GenerationRow(id=0, prompt=None)],
-            on_step=keep,
-            on_progress=lambda figures: on_progress(lambda: (len(frames), figures()[1])),
-        )
-        ids = sorted({token for frame in frames for token in frame})
-        return {
-            "frames": frames,
-            "times": times,
-            "vocabulary": {token: model.tokenizer.decode([token]) for token in ids},
-            "mask_token_id": model.process.mask_token_id,
-        }
+        return trace.as_dict()
 
     # Frames are what the sample begins with and what each step makes of it.
-    progress.begin("frames of a sample", total=_TRACE_STEPS + 1)
+    progress.begin("frames of a sample", total=TRACE_STEPS + 1)
     return _run_task(work, cluster, progress, use_gpu=wants_gpu(cluster))
 
 
@@ -428,10 +408,9 @@ def evaluate(
                 metrics |= score_with_reference(
                     config, cluster, texts=texts, max_length=data.max_length, progress=progress
                 )
-        # A trace shows all positions at all times, which block by block there is none of.
         trace: dict[str, Any] | None = None
-        if process is not None and process.block_length is None:
-            trace = trace_sample(config, cluster, checkpoint=source, progress=progress)
+        if process is not None and can_be_traced(process):
+            trace = traced(config, cluster, checkpoint=source, data=data, progress=progress)
         if config.time_passes:
             metrics |= timed_passes(config, cluster, checkpoint=source, progress=progress)
         checks: list[Check] = []

@@ -43,6 +43,12 @@ class RunnerConfig(Section):
         10.0, ge=0.0, description="seconds before the first retry; the wait doubles each time"
     )
     timeout_s: float | None = Field(None, gt=0.0, description="seconds that a stage may take")
+    keep_runs: int | None = Field(
+        None,
+        ge=1,
+        description="runs that came to an end; after each, stage folders that neither these nor "
+        "later ones used are deleted, except what a registered model holds; by default all stay",
+    )
     max_parallel: int | None = Field(
         None,
         ge=1,

@@ -56,6 +56,13 @@ class TrainConfig(Section):
         None, description="folder that checkpoint-N/ and final/ are written to"
     )
 
+    push_to_hub: str | None = operational(
+        None,
+        pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?$",
+        description="repository of the Hugging Face hub that final/ is uploaded to once it is "
+        "committed; a new one is private; the token is read from HF_TOKEN",
+    )
+
     max_train_steps: int = Field(1000, ge=1, description="optimiser steps")
     per_device_train_batch_size: int = operational(
         8, ge=1, description="most rows in one forward and backward pass of one worker"

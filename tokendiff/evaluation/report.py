@@ -23,6 +23,7 @@ Points = Sequence[tuple[int, float]]
 
 _MAX_DRAWN_POINTS = 400
 _LOSS_LABEL = "loss, nats per token"
+_CURVE_NAMES = ("training", "held out")
 # Control characters but tab and newline, as pictures: a browser would hide or drop them. Those that
 # turn the direction of text are written out: obeyed, they would show a text as another one.
 _CONTROL_PICTURES: dict[int, int | str] = {
@@ -84,12 +85,17 @@ class Report:
         explanation: plain sentences on what they mean; see `explain_bound`.
         loss_curve: (step, nats per token). A loss that is not finite is not drawn, but counted.
         heldout_curve: (step, nats per token) of held-out rows, drawn beside the loss.
+        curve_names: what those two are called; of a page that holds two runs side by side their
+            names, and the curves are then their losses.
         loss_reference: (label, nats per token) of a horizontal line.
         curves: label with unit -> (step, value).
+        pairs: label with unit -> a curve of each of two runs, side by side.
         metrics: name -> value, the whole table.
         samples: records with id, prompt (None without one), text (the prompt included),
             num_model_calls, tokens_per_forward (may be null). All are shown: choose before.
         tables: (title, header, rows).
+        refresh_seconds: after which a browser loads the page again; None for one that stays as it
+            is.
     """
 
     title: str
@@ -98,13 +104,16 @@ class Report:
     explanation: str = ""
     loss_curve: Points = ()
     heldout_curve: Points = ()
+    curve_names: tuple[str, str] = _CURVE_NAMES
     loss_reference: tuple[str, float] | None = None
     curves: Mapping[str, Points] = field(default_factory=dict)
+    pairs: Mapping[str, tuple[Points, Points]] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     denoising: Denoising | None = None
     tables: list[Table] = field(default_factory=list)
     config_yaml: str = ""
+    refresh_seconds: int | None = None
 
 
 def write_report(folder: Path, report: Report) -> Path:
@@ -164,10 +173,16 @@ def _render(report: Report) -> str:
     environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "separators": (",", ":")}
     environment.filters |= {"number": _format}
     source = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
+    names = report.curve_names
     loss = _chart(
-        _LOSS_LABEL, report.loss_curve, report.loss_reference, heldout=report.heldout_curve
+        _LOSS_LABEL,
+        report.loss_curve,
+        report.loss_reference,
+        heldout=report.heldout_curve,
+        names=names,
     )
     others = [_chart(label, points) for label, points in report.curves.items()]
+    others += [_chart(n, a, heldout=b, names=names) for n, (a, b) in report.pairs.items()]
     texts = report.denoising.vocabulary.items() if report.denoising else ()
     return environment.from_string(source).render(
         report=report,
@@ -280,6 +295,7 @@ def _chart(
     reference: tuple[str, float] | None = None,
     *,
     heldout: Points = (),
+    names: tuple[str, str] = _CURVE_NAMES,
 ) -> _Chart | None:
     series, beside = _series(points), _series(heldout)
     if series is None:
@@ -314,7 +330,7 @@ def _chart(
     level = (down(reference[1]) / 10, f"{reference[0]}: {reference[1]:.3f}") if reference else None
     return _Chart(
         label=label,
-        note=series.note if beside is None else f"{series.note} Held out: {beside.note}",
+        note=_note(series, beside, names),
         line=path(series.step, series.mean),
         band=path(there_and_back, edge) + "Z" if series.is_grouped else "",
         dots=dots(series),
@@ -323,6 +339,14 @@ def _chart(
         y_ticks=[(down(y) / 10, f"{y:,.10g}") for y in _ticks(y_low, y_high, 7)],
         reference=level,
     )
+
+
+def _note(series: _Series, beside: _Series | None, names: tuple[str, str]) -> str:
+    if beside is None:
+        return series.note
+    if names == _CURVE_NAMES:
+        return f"{series.note} Held out: {beside.note}"
+    return f"{names[0]}: {series.note} {names[1]}: {beside.note}"
 
 
 def _widened(low: float, high: float, *, margin: float) -> tuple[float, float]:
@@ -351,7 +375,13 @@ def _loss_png(report: Report) -> bytes:
             axes.fill_between(series.step, series.low, series.high, alpha=0.25, linewidth=0)
         if beside := _series(report.heldout_curve):
             marker = "o" if len(beside.step) <= 60 else None
-            axes.plot(beside.step, beside.mean, marker=marker, color="tab:green", label="held out")
+            axes.plot(
+                beside.step,
+                beside.mean,
+                marker=marker,
+                color="tab:green",
+                label=report.curve_names[1],
+            )
             axes.legend()
         if report.loss_reference is not None and math.isfinite(report.loss_reference[1]):
             label, value = report.loss_reference

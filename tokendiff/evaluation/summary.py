@@ -64,7 +64,7 @@ def make_report(
         },
         metrics={name: float(value) for name, value in metrics.items() if value is not None},
         samples=[dict(record) for record in samples[:_SHOWN_SAMPLES]],
-        denoising=None if trace is None else Denoising(**trace, num_prompt_tokens=0),
+        denoising=None if trace is None else Denoising(**trace),
         tables=[*accuracy_tables(metrics), *speculation_tables(metrics), *more_tables],
         config_yaml=config_yaml,
     )

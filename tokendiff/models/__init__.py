@@ -5,6 +5,7 @@ For other rooms:
     checkpoints       a checkpoint of ours, with its averaged weights
     sampling          a denoiser with its sampler, for rows of one length
     completion        a causal model with its sampler, for prompts that are continued
+    tracing           one sample on its way, step by step
     requests          whether a row can be sampled, told before a weight is read
     plans             a model and its tokenizer, planned together before a weight is read
     pretrained        configs and weights by name: one way for every field that names a model

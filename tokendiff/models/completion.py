@@ -5,13 +5,14 @@ what a generation actor, or a notebook, holds.
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tokendiff.artifacts.checkpoint import DRAFT_ADAPTERS
 from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG, is_plain_causal, local_model
@@ -280,6 +281,17 @@ class CompletionModel:
         """One record per row, in the order of the rows."""
         by_id = {record["id"]: record for record in self.samples(rows)}
         return [by_id[row.id] for row in rows]
+
+    def traced(self, prompt: Sequence[int], *, on_step: Callable[[Tensor], None]) -> Completion:
+        """What the sampler makes of token ids; `on_step` hears the row [1, T] after each step."""
+        (completion,) = self.setup.sampler.complete(
+            self._model,
+            [Request(id=0, prompt=tuple(prompt))],
+            key=self._key,
+            num_slots=1,
+            on_step=on_step,
+        )
+        return completion
 
     def measured(
         self,

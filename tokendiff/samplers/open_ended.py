@@ -1,7 +1,7 @@
 """What samplers share that continue prompts until a stop token or a number of tokens."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -56,6 +56,7 @@ class OpenEndedSampler(ABC):
         key: int,
         num_slots: int,
         on_progress: OnProgress = unwatched,
+        on_step: Callable[[Tensor], None] | None = None,
     ) -> Iterator[Completion]:
         """Completions in the order in which they are finished.
 
@@ -65,6 +66,8 @@ class OpenEndedSampler(ABC):
                 else: not on the rows beside it, its slot or the order.
             num_slots: rows in flight at most.
             on_progress: a row in flight counts with the share of `max_new_tokens` that it has.
+            on_step: hears the tokens [rows in flight, T] after each step, with what the sampler
+                writes for unknown ones.
         """
         waiting = iter(requests)
         slots = self._slots(model, num_slots=num_slots, key=key)
@@ -76,6 +79,8 @@ class OpenEndedSampler(ABC):
 
         while slots.fill(waiting):
             self._step(model, slots)
+            if on_step is not None:
+                on_step(slots.tokens[: slots.num_rows])
             for completion in slots.retire(*self._finished(slots), waiting):
                 num_rows += 1
                 num_tokens += len(completion.tokens)

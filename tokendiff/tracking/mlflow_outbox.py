@@ -72,6 +72,12 @@ def load_state(folder: Path) -> RunState | None:
         return None
 
 
+def is_waiting(folder: Path) -> bool:
+    """Whether MLflow has yet to get something of the run whose state is kept in a folder."""
+    state = load_state(folder)
+    return state is not None and not Outbox(folder, state).is_delivered
+
+
 def lock_folder(folder: Path, *, is_free_without_locks: bool) -> int | None:
     """Claim a run's folder for this process, until it ends or closes the descriptor that it gets.
 

@@ -121,7 +121,7 @@ class ProgressPrinter:
         self._progress: dict[str, Any] = {}  # the last of its events
         self._of_before = log_path and read_progress(log_path)  # what an earlier attempt left
         self._total: float | None = None
-        self._rate = _Rate()
+        self._rate = Rate()
         has_bar = has_bar and self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._bar = _make_bar(self._stream) if has_bar else None
         self._task = self._bar.add_task(stage, place="", facts="") if self._bar else None
@@ -149,7 +149,9 @@ class ProgressPrinter:
         if self._bar is None and not self._is_told and now - self._line_time >= _LINE_SECONDS:
             self._print_status()
         elif self._bar is None and now - self._line_time >= _SILENT_SECONDS:
-            self._print_status(f"  ({self._silence.format(_duration(now - self._news_time))})")
+            self._print_status(
+                f"  ({self._silence.format(duration_in_words(now - self._news_time))})"
+            )
 
     def _is_for_the_log_to_tell(self, event: dict[str, Any]) -> bool:
         """Whether a "progress" of the log is to be shown: it keeps a few, and all are seen beside
@@ -168,7 +170,7 @@ class ProgressPrinter:
                 self._show_place(event["step"], "steps", _facts(event), is_line=True)
             case "start" | "resume":
                 self._total = event.get("max_train_steps", self._total)
-                self._rate = _Rate()
+                self._rate = Rate()
                 self._rate.add(event["time"], event.get("step", 0))
             case "doing":
                 self._keep_status(event["what"], silence="{} so far")
@@ -181,7 +183,7 @@ class ProgressPrinter:
         done, self._total = event["done"], event["total"]
         is_new = (event.get("unit"), self._total) != (before.get("unit"), before.get("total"))
         if is_new or done < before["done"]:  # what was lost is done again
-            self._rate = _Rate()
+            self._rate = Rate()
         self._rate.add(event["time"], done, event.get("tokens"))
         facts = _facts(event)
         if (speed := self._rate.tokens_per_second) is not None:
@@ -194,8 +196,8 @@ class ProgressPrinter:
     ) -> None:
         left = 0.0 if self._total is None else self._total - done
         if left > 0.0 and (seconds := self._rate.seconds_for(left)) is not None:
-            facts["left"] = f"{_duration(seconds)} left"
-        place = _place(done, self._total, unit)
+            facts["left"] = f"{duration_in_words(seconds)} left"
+        place = place_in_words(done, self._total, unit)
         text = "  ".join(facts[key] for key in _ORDER if key in facts)
         self._keep_status(f"{place}  {text}".rstrip(), silence="nothing new for {}")
         if self._bar and self._task is not None:
@@ -220,7 +222,7 @@ class ProgressPrinter:
             print(line, file=self._stream, flush=True)
 
 
-class _Rate:
+class Rate:
     """How fast the present attempt goes: over its last minute, by the times in its events.
 
     What is not known yet is None. Before anything has moved lies start-up (workers, weights, the
@@ -265,7 +267,7 @@ _ORDER = (
 _SCALES = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 
 
-def _place(done: float, total: float | None, unit: str | None) -> str:
+def place_in_words(done: float, total: float | None, unit: str | None) -> str:
     """How far it is, as in "step 3/400", "64/4,096 rows" or "1.2/33.6 MB"."""
     if unit == "bytes" and total is not None:
         for name, size in _SCALES.items():
@@ -359,7 +361,7 @@ def _make_bar(stream: TextIO) -> "Progress":
     )
 
 
-def _duration(seconds: float) -> str:
+def duration_in_words(seconds: float) -> str:
     minutes, seconds = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -41,7 +41,9 @@ _TARGET = "target-model"  # a folder beside the checkpoint, which has a name of 
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 # Tags of a version.
 _DIGEST, _SERVED, _REPLACED = "checkpoint_digest", "served_with", "replaced_version"
+STAGE_KEY = "stage_key"
 _HISTORY = "history"
+_PAGE = 1000  # versions that a store is asked for at once
 _MODEL_FILE = "MLmodel"  # a copy counts once it is there
 _MAX_HISTORY = 4500  # characters; a tag's limit is 5,000
 # What sampling imports, besides what MLflow brings.
@@ -72,6 +74,19 @@ class RegisteredModel:
 
 def is_model_uri(path: str | None) -> bool:
     return path is not None and path.startswith(SCHEME)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """What a version of a registered model was made from.
+
+    Attributes:
+        digest: of its checkpoint's content.
+        stage_key: of the promote stage that registered it; empty where none did.
+    """
+
+    digest: str
+    stage_key: str
 
 
 class Registry:
@@ -110,6 +125,16 @@ class Registry:
 
     def digest_of(self, name: str, version: int) -> str:
         return str(self._client.get_model_version(name, str(version)).tags.get(_DIGEST, ""))
+
+    def versions(self) -> Iterator[Version]:
+        """Every version of every registered model of the store."""
+        token = None
+        while token != "":
+            found = self._client.search_model_versions(max_results=_PAGE, page_token=token)
+            for version in found:
+                tags = version.tags
+                yield Version(digest=tags.get(_DIGEST, ""), stage_key=tags.get(STAGE_KEY, ""))
+            token = found.token or ""
 
     def register(
         self,

@@ -92,8 +92,11 @@ class RunLog:
             path = self.path.with_name(PROGRESS_NAME)
             temporary = path.with_name(f".{PROGRESS_NAME}.{os.getpid()}.tmp")
             with contextlib.suppress(OSError):  # what is only looked at ends no run
-                temporary.write_bytes(line)
-                os.replace(temporary, path)
+                try:
+                    temporary.write_bytes(line)
+                    os.replace(temporary, path)
+                finally:  # also where a second signal comes in between
+                    temporary.unlink(missing_ok=True)
             is_news, self._percent = percent != self._percent, percent
         return is_news
 
