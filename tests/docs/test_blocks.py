@@ -116,6 +116,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the pipelines, and the files that pages have their readers write."""
     folder = tmp_path_factory.mktemp("checkout")
     (folder / "pipelines").symlink_to(ROOT / "pipelines")
+    for run in ("one", "other"):  # results that pages take for granted
+        (folder / "output" / run).mkdir(parents=True)
     for path in pages():
         for block in blocks_in(path.read_text()):
             if block.title:
