@@ -12,6 +12,7 @@ from tokendiff.errors import InputError, reason_of
 from tokendiff.models.dflash.block_attention import block_mask_of, tiles_of_blocks
 from tokendiff.models.dflash.model import AnyMask, DFlashDraftConfig, DFlashDraftModel
 from tokendiff.models.dflash.planning import DraftPlan, load_draft
+from tokendiff.models.layers import hidden_states_asked
 from tokendiff.models.pretrained import open_weights
 
 AttentionKernel = Literal["flex", "tiles", "dense"]
@@ -64,7 +65,10 @@ class DraftTrainee(nn.Module):
         chosen = [layer + 1 for layer in self.model.config.target_layer_ids]
         # Without a mask or a cache, transformers tells packed documents by their positions.
         output = self.target.base_model(
-            input_ids=tokens, position_ids=positions, use_cache=False, output_hidden_states=chosen
+            input_ids=tokens,
+            position_ids=positions,
+            use_cache=False,
+            output_hidden_states=hidden_states_asked(chosen),
         )
         return torch.cat([output.hidden_states[index] for index in chosen], dim=-1)
 
