@@ -15,6 +15,7 @@ from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import DecodingCache
 from tokendiff.errors import InputError
 from tokendiff.models.adapters import DraftAdapters
+from tokendiff.models.layers import hidden_states_asked
 from tokendiff.models.pretrained import longest_input
 from tokendiff.models.ragged_cache import RaggedCache
 
@@ -104,7 +105,7 @@ class CausalModel(nn.Module):
             position_ids=positions.masked_fill(is_padding, 0),
             past_key_values=cache,
             use_cache=True,
-            output_hidden_states=chosen or False,
+            output_hidden_states=hidden_states_asked(chosen),
         )
         hidden = output.last_hidden_state if self._is_split else output.logits
         return hidden, [output.hidden_states[index] for index in chosen]

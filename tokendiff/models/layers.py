@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from tokendiff.errors import InputError
@@ -43,6 +44,7 @@ def to_float32(module: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
+<<<<<<< HEAD
 def round_for_autocast(model: nn.Module) -> None:
     """Hold in bfloat16 the weights that bf16 autocast would round whenever they are used: those of
     linear layers, which then take half the memory, and give the same numbers under it.
@@ -60,3 +62,15 @@ def round_for_autocast(model: nn.Module) -> None:
     for parameter in model.parameters():
         if id(parameter) in of_layers - others and parameter.dtype == torch.float32:
             parameter.data = parameter.data.bfloat16()
+=======
+# Older ones take a list of layers too, but count them without the embedding's output.
+_TAKES_INDICES = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
+
+
+def hidden_states_asked(indices: list[int]) -> list[int] | bool:
+    """What a transformers model is given as `output_hidden_states`, so that its `hidden_states`
+    have these indices, the embedding's output being the first: those alone, or all of them where
+    its version cannot do that.
+    """
+    return (indices if _TAKES_INDICES else True) if indices else False
+>>>>>>> w-gpu

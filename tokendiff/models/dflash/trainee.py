@@ -13,6 +13,7 @@ from tokendiff.errors import InputError, reason_of
 from tokendiff.models.dflash.block_attention import block_mask_of, tiles_of_blocks
 from tokendiff.models.dflash.model import AnyMask, DFlashDraftConfig, DFlashDraftModel
 from tokendiff.models.dflash.planning import DraftPlan, load_draft
+from tokendiff.models.layers import hidden_states_asked
 from tokendiff.models.pretrained import open_weights
 
 AttentionKernel = Literal["flex", "tiles", "dense"]
@@ -68,10 +69,17 @@ class DraftTrainee(nn.Module):
         """The outputs of the chosen layers, side by side; those of the others are not kept."""
         chosen = [layer + 1 for layer in self.model.config.target_layer_ids]
         output = self.target.base_model(
+<<<<<<< HEAD
             input_ids=sent(tokens, self.device),
             use_cache=False,
             output_hidden_states=chosen,
             **self._documents_at(positions),
+=======
+            input_ids=tokens,
+            position_ids=positions,
+            use_cache=False,
+            output_hidden_states=hidden_states_asked(chosen),
+>>>>>>> w-gpu
         )
         return torch.cat([output.hidden_states[index] for index in chosen], dim=-1)
 
