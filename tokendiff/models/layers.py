@@ -44,7 +44,6 @@ def to_float32(module: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-<<<<<<< HEAD
 def round_for_autocast(model: nn.Module) -> None:
     """Hold in bfloat16 the weights that bf16 autocast would round whenever they are used: those of
     linear layers, which then take half the memory, and give the same numbers under it.
@@ -62,7 +61,8 @@ def round_for_autocast(model: nn.Module) -> None:
     for parameter in model.parameters():
         if id(parameter) in of_layers - others and parameter.dtype == torch.float32:
             parameter.data = parameter.data.bfloat16()
-=======
+
+
 # Older ones take a list of layers too, but count them without the embedding's output.
 _TAKES_INDICES = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
 
@@ -73,4 +73,3 @@ def hidden_states_asked(indices: list[int]) -> list[int] | bool:
     its version cannot do that.
     """
     return (indices if _TAKES_INDICES else True) if indices else False
->>>>>>> w-gpu

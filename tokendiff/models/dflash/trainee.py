@@ -69,17 +69,10 @@ class DraftTrainee(nn.Module):
         """The outputs of the chosen layers, side by side; those of the others are not kept."""
         chosen = [layer + 1 for layer in self.model.config.target_layer_ids]
         output = self.target.base_model(
-<<<<<<< HEAD
             input_ids=sent(tokens, self.device),
             use_cache=False,
-            output_hidden_states=chosen,
-            **self._documents_at(positions),
-=======
-            input_ids=tokens,
-            position_ids=positions,
-            use_cache=False,
             output_hidden_states=hidden_states_asked(chosen),
->>>>>>> w-gpu
+            **self._documents_at(positions),
         )
         return torch.cat([output.hidden_states[index] for index in chosen], dim=-1)
 
