@@ -7,8 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from tokendiff.artifacts.noise_process import NoiseProcess
-from tokendiff.config.generate import GenerateConfig
-from tokendiff.config.samplers import AncestralConfig, SDARSamplerConfig
 from tokendiff.data.prompts import GenerationRow
 from tokendiff.diffusion.interfaces import OnProgress, unwatched
 from tokendiff.models.completion import CompletionModel
@@ -68,6 +66,9 @@ def trace_sample(
 def _whole_row(
     checkpoint: Path, seed: int, temperature: float, device: str, on_progress: OnProgress
 ) -> Trace:
+    from tokendiff.config.generate import GenerateConfig
+    from tokendiff.config.samplers import AncestralConfig
+
     sampler = AncestralConfig(num_inference_steps=TRACE_STEPS, temperature=temperature)
     model = SamplingModel(checkpoint, GenerateConfig(sampler=sampler, seed=seed), device=device)
     frames: list[list[int]] = []
@@ -98,6 +99,9 @@ def _by_blocks(
     device: str,
     on_progress: OnProgress,
 ) -> Trace:
+    from tokendiff.config.generate import GenerateConfig
+    from tokendiff.config.samplers import SDARSamplerConfig
+
     process = NoiseProcess.load(checkpoint)
     mask = process.mask_token_id
     prompt = row[: min(_PROMPT_TOKENS, process.max_length // 4)]
