@@ -150,7 +150,7 @@ class _Backend:
         return 0
 
     def device_count(self) -> int:
-        return 1
+        return int(_Hook.is_on)  # elsewhere `torch.random.fork_rng` looks at every device there is
 
     def _is_in_bad_fork(self) -> bool:
         return False

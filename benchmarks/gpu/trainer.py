@@ -41,6 +41,7 @@ class Settings:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
+    on_spike: str | None = None
     ema_decay: float = 0.0
     dropout: float = 0.0
     lora_dropout: float = 0.0

@@ -99,10 +99,10 @@ def test_what_the_rows_have_in_common_is_not_in_it() -> None:
 def test_chance_passes_as_often_as_the_field_says() -> None:
     """Between two models that are equally good; with few rows the quantiles are Student's."""
     text = str(GateConfig.model_fields["min_standard_errors"].description)
-    claims = re.findall(r"of (many|\d+) rows.*? in one of (\d+)", text)
-    assert [words for words, _ in claims] == ["many", "10", "2"]
+    claims = re.findall(r"one of (\d+)(?: cases)? for (many|\d+) rows", text)
+    assert [words for _, words in claims] == ["many", "10", "2"]
     rng, num_draws = np.random.default_rng(0), 5000
-    for words, one_of in claims:
+    for one_of, words in claims:
         n = 400 if words == "many" else int(words)
         passed = 0
         for _ in range(num_draws):

@@ -94,7 +94,10 @@ def test_blocks_of_documents_are_for_who_asks_and_answers_must_be_told(
     capsys.readouterr()
     more = ["--train_on", "all", "--block_start", "answer", "--output_dir", str(tmp_path / "no")]
     assert train.main([*flags, *more, "--enabled", "false"]) != 0
-    assert "block_start answer: the loss of these rows is on all" in capsys.readouterr().err
+    assert (
+        "block_start answer: these rows were preprocessed with the loss on all"
+        in capsys.readouterr().err
+    )
 
 
 def test_answers_are_drawn_by_the_template_that_was_trained(

@@ -49,7 +49,11 @@ def test_secrets_are_in_no_process_list_and_no_file(tmp_path: Path, ray_folder: 
         *("--max_length", "32", "--output_dir", str(tmp_path / "tokens"), "--verbose"),
     ]
     environment = {**os.environ, **secrets, "RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(ray_folder)}
-    environment |= {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_USERNAME": "somebody"}
+    environment |= {
+        "RAY_ADDRESS": "local",
+        "PYTHONPATH": str(ROOT),
+        "MLFLOW_TRACKING_USERNAME": "somebody",
+    }
     with (tmp_path / "said.log").open("wb") as said:
         job = subprocess.Popen(
             command, cwd=tmp_path, env=environment, stdout=said, stderr=subprocess.STDOUT

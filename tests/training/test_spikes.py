@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,10 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(
 
     def damage(watch: SpikeWatch, step: int, **figures: float) -> str | None:
         if step == 4:
+            deadline = time.monotonic() + 60  # it is written in the background
+            while not (tmp_path / "checkpoint-2" / "MANIFEST.json").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
             (tmp_path / "checkpoint-2" / "model.safetensors").write_bytes(b"")
         return judge(watch, step, **figures)
 

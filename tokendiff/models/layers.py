@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from tokendiff.errors import InputError
@@ -63,13 +62,13 @@ def round_for_autocast(model: nn.Module) -> None:
             parameter.data = parameter.data.bfloat16()
 
 
-# Older ones take a list of layers too, but count them without the embedding's output.
-_TAKES_INDICES = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
-
-
 def hidden_states_asked(indices: list[int]) -> list[int] | bool:
     """What a transformers model is given as `output_hidden_states`, so that its `hidden_states`
     have these indices, the embedding's output being the first: those alone, or all of them where
     its version cannot do that.
     """
-    return (indices if _TAKES_INDICES else True) if indices else False
+    import transformers
+
+    # Older ones take a list of layers too, but count them without the embedding's output.
+    takes_indices = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
+    return (indices if takes_indices else True) if indices else False
