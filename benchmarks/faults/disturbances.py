@@ -96,19 +96,20 @@ def full_disk(folder: Path) -> Iterator[Arranged]:
     """A small disk for the output, which is full from the moment on."""
     disk, ballast = folder / "out", folder / "out" / "ballast"
     with mounted(disk, _DISK):
+        yield Arranged(action=partial(fill, ballast), mend=lambda: ballast.unlink(missing_ok=True))
 
-        def fill() -> None:
-            file = os.open(ballast, os.O_WRONLY | os.O_CREAT)
-            try:
-                while os.write(file, bytes(_BLOCK)):
-                    pass
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-            finally:
-                os.close(file)
 
-        yield Arranged(action=fill, mend=lambda: ballast.unlink(missing_ok=True))
+def fill(ballast: Path) -> None:
+    """Write a file until its disk is full."""
+    file = os.open(ballast, os.O_WRONLY | os.O_CREAT)
+    try:
+        while os.write(file, bytes(_BLOCK)):
+            pass
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+    finally:
+        os.close(file)
 
 
 @contextmanager

@@ -198,7 +198,7 @@ class Subject:
 
             def before() -> None:
                 moments.install()
-                _at_the_end(lambda: (folder / "moments.json").write_text(json.dumps(moments.seen)))
+                at_the_end(lambda: (folder / "moments.json").write_text(json.dumps(moments.seen)))
 
             ended = self.run(job, folder, before)
             if ended.code != 0:
@@ -225,7 +225,7 @@ class Subject:
         return ended
 
 
-def _at_the_end(call: Callable[[], object]) -> None:
+def at_the_end(call: Callable[[], object]) -> None:
     """Before this forked process ends: `os._exit` calls nothing that is registered."""
     leave = os._exit
 

@@ -104,7 +104,7 @@ def write_rows(path: Path, cases: Sequence[Case], rows: Mapping[str, Row], intro
     for case in cases:
         row = rows.get(case.name, Row(case=case.name, promise=case.promise, done=case.done))
         cells = (f"`{case.name}`", case.promise, case.done, row.seen, row.verdict)
-        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+        lines.append("| " + " | ".join(map(cell, cells)) + " |")
     counts = {
         v: sum(rows[c.name].verdict == v for c in cases if c.name in rows)
         for v in ("held", "broken")
@@ -118,5 +118,6 @@ def write_rows(path: Path, cases: Sequence[Case], rows: Mapping[str, Row], intro
     path.write_text("\n".join(lines) + "\n")
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """Text as it may stand in a cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")
