@@ -14,6 +14,7 @@ import errno
 import functools
 import json
 import logging
+import os
 import re
 import sys
 import textwrap
@@ -126,6 +127,9 @@ def entry_point(main: Callable[[Sequence[str] | None], int | None]) -> Callable[
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
+        # Work that needs no Ray is done here, with the policy that Ray's workers get. OpenMP reads
+        # it when torch is loaded, which no job has done yet.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
             with sigterm_stops():
                 return main(argv) or EXIT_OK

@@ -4,6 +4,7 @@ import logging
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import wait
@@ -29,7 +30,14 @@ from pipelines.schedule import Selection, Step, plan_steps, recheck
 from pipelines.stage import Stage, discard
 from tokendiff.artifacts.locations import Location, mirror_of
 from tokendiff.artifacts.manifest import RECORD_FOLDER, is_committed
-from tokendiff.cluster.session import DATA_CPUS, is_shared, need_ray, num_cpus, ray_session
+from tokendiff.cluster.session import (
+    DATA_CPUS,
+    give_back_memory,
+    is_shared,
+    need_ray,
+    num_cpus,
+    ray_session,
+)
 from tokendiff.cluster.stopping import (
     check_stop,
     is_stop_requested,
@@ -357,6 +365,7 @@ class _Run:
     def _fail(self, title: str, error: Exception, seconds: float | None) -> None:
         self._lost.add(title)
         self.errors.append(error)
+        _let_go(error)
         why = (str(error).strip() or type(error).__name__).split("\n")[0]
         self._note(title, state="failed", why=why, seconds=seconds)
         if self._pending or self._running:
@@ -367,6 +376,16 @@ class _Run:
         for name, value in changes.items():
             setattr(stage, name, value)
         _keep(self._record)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what the frames of an error hold, such as a model on a GPU. Errors are kept until the
+    run ends, and other stages run until then. Where it was raised can still be printed.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    give_back_memory()
 
 
 def _check_judged(step: Step) -> None:

@@ -1,9 +1,11 @@
 """One worker and no cluster: the work is done in the process of the job, and Ray is not started."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,16 @@ import pytest
 from tests import ROOT
 from tests.builders import letter_tokenizer, random_rows, token_folder
 from tests.in_this_process import jobs_here
-from tokendiff.cluster import session
+from tokendiff.cluster import evaluate, session
+from tokendiff.cluster.progress import JobProgress
 from tokendiff.cluster.stopping import is_stop_requested
 from tokendiff.cluster.train import train
 from tokendiff.config.cluster import ClusterConfig
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
+from tokendiff.errors import InputError
 from tokendiff.tracking.run_log import RunLog, metrics_by_step, read_events
-from tokendiff.training.run import train_in_process
+from tokendiff.training.run import TrainingRun, train_in_process
 
 LENGTH = 12
 CONFIG = TrainConfig.model_validate(
@@ -66,6 +70,10 @@ def test_ray_is_started_when_it_is_first_needed(monkeypatch: pytest.MonkeyPatch)
         with session.ray_session(ClusterConfig(address=address)):
             assert connected == ["started"] * 2
         connected.pop()
+    monkeypatch.setenv("RAY_ADDRESS", "")  # as a manifest leaves it that has none to give
+    with session.ray_session(ClusterConfig()):
+        assert connected == ["started"]
+        assert not session.is_shared(ClusterConfig())
     monkeypatch.setattr(session, "is_connected", lambda: True)
     assert not session.works_here(1)
 
@@ -103,6 +111,56 @@ def test_the_losses_are_those_of_plain_training_and_sigterm_costs_no_step(
     assert losses_of(log.path) == plain
     weights = [folder / "model.safetensors" for folder in (final, tmp_path / "plain" / "final")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_trained_model_is_gone_before_the_next_stage(
+    data_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[weakref.ref[Any]] = []
+    fit = TrainingRun.fit
+
+    def noting(run: TrainingRun, *args: Any, **options: Any) -> bool:
+        models.append(weakref.ref(run.trainer.denoiser.model))
+        return fit(run, *args, **options)
+
+    monkeypatch.setattr(TrainingRun, "fit", noting)
+    gc.disable()  # it would come by chance
+    try:
+        with jobs_here(), session.ray_session(ClusterConfig()):
+            train(
+                CONFIG.model_copy(update={"max_train_steps": 1}),
+                ClusterConfig(),
+                data_path=data_path,
+                output_dir=tmp_path,
+                on_event=lambda event, **fields: None,
+            )
+    finally:
+        gc.enable()
+    assert [model() for model in models] == [None]
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(InputError, match=r"cluster\.use_gpu true: torch finds no GPU"):
+        session.set_up_torch(ClusterConfig(use_gpu=True), use_gpu=True)
+
+
+def test_a_single_task_needs_no_ray_however_many_actors_there_may_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session, "is_connected", lambda: False)
+    monkeypatch.setattr("tokendiff.cluster.progress.is_connected", lambda: False)
+    monkeypatch.setattr("torch.set_num_threads", lambda num_threads: None)
+    monkeypatch.setattr(evaluate, "need_ray", lambda: pytest.fail("Ray would be started"))
+    with JobProgress(lambda event, **fields: None) as progress:
+        progress.begin("checks", total=1)
+        answer = evaluate._run_task(
+            lambda device, on_progress: device,
+            ClusterConfig(num_actors=4),
+            progress,
+            use_gpu=False,
+        )
+    assert answer == "cpu"
 
 
 _JOBS = """

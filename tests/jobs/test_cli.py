@@ -17,6 +17,7 @@ import pytest
 from pydantic import BeforeValidator, Field
 
 from jobs import cli
+from tests import ROOT
 from tests.builders import objective_configs, objective_names
 from tests.starts import STARTERS, started_by
 from tokendiff.config.base import Section
@@ -445,6 +446,7 @@ def test_verbose_shows_what_is_logged(flags: list[str], shown: str) -> None:
     code = f"""
 import logging
 from jobs import cli
+from tests import ROOT
 cli.parse({flags}, prog="x", description=None)
 logging.getLogger("tokendiff.x").info("hi")
 """
@@ -458,6 +460,7 @@ def test_help_pays_for_no_heavy_import() -> None:
     code = """
 import sys
 from jobs import cli
+from tests import ROOT
 try:
     cli.parse(["--help"], prog="x", description=None, sections=("train", "cluster"))
 except SystemExit:
@@ -487,3 +490,34 @@ def test_a_disk_that_takes_nothing_is_one_message(
     assert cli.entry_point(main)([]) == 1
     expected = f"error: [Errno {number}] {os.strerror(number)}: 'out/part'; {remedy}\n"
     assert capsys.readouterr().err == expected
+
+
+_SAYS_POLICY = """
+import os, sys
+from jobs import cli
+from tests import ROOT
+
+@cli.entry_point
+def main(argv):
+    print("torch" in sys.modules, os.environ["OMP_WAIT_POLICY"])
+
+main([])
+"""
+
+
+@pytest.mark.parametrize(("policy", "then"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_sleep_while_they_wait_unless_they_are_told_otherwise(
+    policy: str | None, then: str
+) -> None:
+    """Decided before torch is loaded, which reads it then."""
+    environment = {name: v for name, v in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if policy is None else {"OMP_WAIT_POLICY": policy}
+    told = subprocess.run(
+        [sys.executable, "-c", _SAYS_POLICY],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.split() == ["False", then]

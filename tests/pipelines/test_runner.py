@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -274,6 +276,34 @@ def test_a_failure_takes_down_what_depends_on_it_alone(toy: Toy) -> None:
     assert states["model"] == ("failed", "loss is nan at step 3")
     assert states["judge"] == ("not reached", "model, samples failed")
     assert states["other"][0] == "ran"
+
+
+def test_what_a_failed_stage_held_is_free_for_the_stages_behind_it(tmp_path: Path) -> None:
+    """A model on a GPU, say; the error itself, with the lines it came from, is kept."""
+
+    class Model:
+        pass
+
+    toy = Toy(tmp_path)
+    toy.add("model")
+    toy.add("other")
+    held: list[weakref.ref[Model]] = []
+    seen: list[Model | None] = []
+
+    def fail(stage: Stage) -> None:
+        model = Model()
+        held.append(weakref.ref(model))
+        try:
+            raise ValueError("out of bounds")
+        except ValueError as error:
+            raise FloatingPointError("loss is nan") from error
+
+    toy.actions["model"] = fail
+    toy.actions["other"] = lambda stage: seen.append(held[0]())
+    with pytest.raises(FloatingPointError) as raised:
+        toy.run()
+    assert seen == [None]
+    assert "out of bounds" in "".join(traceback.format_exception(raised.value))
 
 
 def test_a_stage_with_nothing_to_do_and_what_is_made_from_it_are_left_out(tmp_path: Path) -> None:

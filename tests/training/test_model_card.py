@@ -114,8 +114,10 @@ def test_local_weights_give_their_license_and_no_path(data: TokenData, tmp_path:
     text = card_of(config(model_name_or_path=str(folder)), data)
     assert front_matter(text)["license"] == "apache-2.0"
     assert str(tmp_path) not in text
-    (folder / CARD_NAME).write_text("# Own\n\nlicense: mit\n")  # in no front matter
-    assert "license" not in front_matter(card_of(config(model_name_or_path=str(folder)), data))
+    in_no_front_matter = "# Own\n\nlicense: mit\n\n---\n\nMore.\n"
+    for text in (in_no_front_matter, f"---\nlanguage: en\n---\n\n{in_no_front_matter}"):
+        (folder / CARD_NAME).write_text(text)
+        assert "license" not in front_matter(card_of(config(model_name_or_path=str(folder)), data))
 
 
 @pytest.mark.parametrize("block_length", [None, 4])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tokendiff.cluster.console import without_restart_warning
 from tokendiff.cluster.session import (
     data_context,
+    memory_given_back,
     need_ray,
     wait_for_resources,
     wants_gpu,
@@ -72,9 +73,9 @@ class Crew:
         if not items:
             return
         if works_here(self.most):
-            actor = worker(*make_arguments(wants_gpu(self.cluster)))
-            for item in items:
-                yield from map(_first, actor({name: [value] for name, value in item.items()}))
+            use_gpu = wants_gpu(self.cluster)
+            with memory_given_back(is_needed=use_gpu):
+                yield from _answers_of(worker, make_arguments(use_gpu), items)
             return
         need_ray()
         import ray.data
@@ -101,6 +102,14 @@ class Crew:
                 num_gpus=self.gpus_per_actor if use_gpu else None,
             )
             yield from dataset.iter_rows()
+
+
+def _answers_of(
+    worker: Callable[..., Worker], arguments: tuple[Any, ...], items: Sequence[Item]
+) -> Iterator[Item]:
+    actor = worker(*arguments)
+    for item in items:
+        yield from map(_first, actor({name: [value] for name, value in item.items()}))
 
 
 def _first(columns: Item) -> Item:

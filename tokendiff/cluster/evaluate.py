@@ -27,7 +27,13 @@ from tokendiff.artifacts.model_folders import is_draft_folder
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.cluster.actors import Crew, Item
 from tokendiff.cluster.progress import JobProgress, Reporter
-from tokendiff.cluster.session import need_ray, set_up_torch, wants_gpu, works_here
+from tokendiff.cluster.session import (
+    memory_given_back,
+    need_ray,
+    set_up_torch,
+    wants_gpu,
+    works_here,
+)
 from tokendiff.cluster.tasks import ANSWERS, copy_answers, run_tasks
 from tokendiff.data.rows import TokenData
 from tokendiff.data.samples import num_new_tokens, read_samples
@@ -319,8 +325,9 @@ def _run_task(
     use_gpu: bool,
 ) -> Any:
     """What `work(device, on_progress)` returns: here, or on some worker."""
-    if works_here(cluster.num_actors):
-        answer = work(set_up_torch(cluster, use_gpu=use_gpu), progress.reporter.of(0))
+    if works_here(1):
+        with memory_given_back(is_needed=use_gpu):
+            answer = work(set_up_torch(cluster, use_gpu=use_gpu), progress.reporter.of(0))
         progress.end()
         return answer
     need_ray()

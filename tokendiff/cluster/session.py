@@ -4,6 +4,7 @@ Where no cluster is named, Ray is started only when a job asks for more than one
 worker does its work in the process of the job, which is seconds faster and has the same results.
 """
 
+import gc
 import logging
 import math
 import os
@@ -57,7 +58,7 @@ def is_shared(config: "ClusterConfig") -> bool:
 
 
 def _address(config: "ClusterConfig") -> str | None:
-    return config.address or os.environ.get("RAY_ADDRESS")
+    return config.address or os.environ.get("RAY_ADDRESS") or None  # empty is unset, as Ray has it
 
 
 def is_connected() -> bool:
@@ -249,6 +250,28 @@ def worker_resources(config: "ClusterConfig", *, gpus: float = 1.0) -> dict[str,
     return {"CPU": config.cpus_per_worker, **({"GPU": gpus} if wants_gpu(config) else {})}
 
 
+@contextmanager
+def memory_given_back(*, is_needed: bool = True) -> Iterator[None]:
+    """For work in this process whose models are not needed after it.
+
+    A worker of Ray ends, and its memory is free. Here a trainer is a cycle that stays until Python
+    looks for some, and torch keeps what it took of a GPU from the processes beside this one.
+    """
+    try:
+        yield
+    finally:
+        if is_needed:
+            give_back_memory()
+
+
+def give_back_memory() -> None:
+    """Free what nothing refers to any more, on a GPU too."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 class Demand:
     """What an autoscaler is asked for beside what runs, while a `with` block lasts.
 
@@ -346,11 +369,19 @@ def _lacking(have: Mapping[str, float], needed: Mapping[str, float]) -> str:
 def set_up_torch(config: "ClusterConfig", *, use_gpu: bool, num_processes: int = 1) -> str:
     """The device of this worker, one of `num_processes`; on a CPU, torch is told its share of the
     cores.
+
+    Raises:
+        InputError: a GPU is asked for, and torch has none here.
     """
-    if use_gpu:
-        return "cuda"
     import torch
 
+    if use_gpu:
+        if not torch.cuda.is_available():
+            raise InputError(
+                "cluster.use_gpu true: torch finds no GPU on this machine; leave use_gpu out, or "
+                "install a torch that is built for the GPU and its driver"
+            )
+        return "cuda"
     torch.set_num_threads(threads_on_this_node(config, num_processes))
     return "cpu"
 

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 
 from tokendiff.artifacts.checkpoint import newest_sound_checkpoint
 from tokendiff.artifacts.locations import Location
-from tokendiff.cluster.session import need_ray, set_up_torch, wants_gpu, works_here
+from tokendiff.cluster.session import (
+    memory_given_back,
+    need_ray,
+    set_up_torch,
+    wants_gpu,
+    works_here,
+)
 from tokendiff.cluster.stopping import STOPPED, is_stop_requested, sigterm_held
 from tokendiff.data.rows import TokenData, step_batches, step_plan
 from tokendiff.training.identity import check_same_run, finished_run
@@ -59,7 +65,8 @@ def train(
         return final
     output_dir.mkdir(parents=True, exist_ok=True)
     if works_here(cluster.max_workers):
-        _train_here(config, cluster, data, output_dir, on_event)
+        with memory_given_back():
+            _train_here(config, cluster, data, output_dir, on_event)
     else:
         need_ray()
         from tokendiff.cluster.train_workers import train_on_workers

@@ -17,7 +17,9 @@ from tokendiff.artifacts.noise_process import NoiseProcess
 
 CARD_NAME = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_LICENSE = re.compile(r"\A---\n(?:.*\n)*?license: *([A-Za-z0-9][\w.-]*) *\n(?:.*\n)*?---\n")
+_LICENSE = re.compile(  # in the front matter alone
+    r"\A---\n(?:(?!---$).*\n)*?license: *([A-Za-z0-9][\w.-]*) *\n(?:.*\n)*?---$", re.MULTILINE
+)
 _SETTINGS = ("learning_rate", "lr_scheduler", "rows_per_step", "mixed_precision", "seed")
 _DRAFT_USE = """\
 from tokendiff.models.dflash.model import DFlashDraftModel
