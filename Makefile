@@ -67,6 +67,7 @@ toy: setup  ## train on languages made up: bounds against exact entropies, answe
 	$(BIN)/python -m benchmarks.draft_learns
 	$(BIN)/python -m benchmarks.corrector
 	$(BIN)/python -m benchmarks.caches
+	$(BIN)/python -m benchmarks.frontier
 
 faults: setup  ## every fault of docs/faults.md, at moments drawn at random; not part of make test
 	$(BIN)/python -m benchmarks.faults

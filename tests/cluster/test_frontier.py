@@ -112,6 +112,12 @@ def test_points_are_those_of_runs_by_themselves(
         raise AssertionError("all is measured already")
 
     monkeypatch.setattr("tokendiff.cluster.frontier.generate", never)
+    # Nor by another rule of the same pipeline, which has its own folder.
+    stricter = config.model_copy(update={"within": 0.0})
+    assert measure(stricter, checkpoint, tmp_path / "other")["points"] == found["points"]
+    timed = config.model_copy(update={"speed": "tokens_per_second"})
+    with pytest.raises(AssertionError, match="all is measured already"):
+        measure(timed, checkpoint, tmp_path / "timed")
     (tmp_path / "out" / "MANIFEST.json").unlink()
     (tmp_path / "out" / "run" / "frontier.unfinished").touch()
     assert measure(config, checkpoint, tmp_path / "out") == found
@@ -247,7 +253,9 @@ def test_figures_of_other_settings_are_not_taken(
 
     def run(objective: str, **fields: Any) -> int:
         sampled.clear()
-        measure(frontier_config(tasks_path, **fields), checkpoints[objective], tmp_path)
+        output_dir = fields.pop("output_dir", "one")
+        config = frontier_config(tasks_path, **fields)
+        measure(config, checkpoints[objective], tmp_path / output_dir)
         return len(sampled)
 
     first = {"over": {"denoising_steps": [1, 2]}}
@@ -257,6 +265,10 @@ def test_figures_of_other_settings_are_not_taken(
     assert [sampler.denoising_steps for sampler in sampled] == [4]
     assert run("block_diffusion", over={"denoising_steps": [1, 4]}, max_task_documents=3) == 2
     assert run("joint", over={"denoising_steps": [1, 4]}, max_task_documents=3) == 2
+    assert run("joint", over={"denoising_steps": [2, 4]}, output_dir="another") == 1
+    assert run("joint", over={"denoising_steps": [2, 4]}, seed=1, output_dir="third") == 2
+    beside = {"over": {"denoising_steps": [2, 4]}, "output_dir": "another"}
+    assert run("joint", max_task_documents=3, **beside) == 1
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -1,15 +1,19 @@
 """A checkpoint sampled and measured with one setting after the other, on the cluster.
 
 Each point has a folder of its own, in which samples and answers to tasks go on after a restart, and
-its figures once they are known.
+its figures once they are known. Another stage of the same pipeline, which chooses by another rule,
+takes these figures and samples nothing again.
 """
 
+import importlib.metadata
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import tokendiff
 from tokendiff.artifacts.checkpoint import find_checkpoint
 from tokendiff.artifacts.identity import checkpoint_identity, identity_of
-from tokendiff.artifacts.locations import Location, remove
+from tokendiff.artifacts.locations import Location, folders_in, remove
 from tokendiff.artifacts.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 
 KIND = "frontier"
 TOKENS_PER_SECOND = "tokens_per_second"
+_POINTS, _FIGURES = "points", "figures.json"
 _POINT = "point.sha256"  # what the files in a point's folder are of
 _MAX_SCORED_TOKENS = 2048  # of a sample, by the reference
 
@@ -65,12 +70,19 @@ def run_frontier(
     (output_dir / MANIFEST_NAME).unlink(missing_ok=True)
     points = []
     samplers = samplers_of(config, quality)
+    beside = _measured_beside(config, output_dir)
     for number, sampler in enumerate(samplers):
         on_event("doing", what=f"point {number + 1} of {len(samplers)}")
-        folder = output_dir / "points" / f"{number:03d}"
+        folder = output_dir / _POINTS / f"{number:03d}"
         fields = sampler.model_dump(include=sampler.model_fields_set | {"name"})
         figures = _figures(
-            config, cluster, sampler, checkpoint=source, folder=folder, on_event=on_event
+            config,
+            cluster,
+            sampler,
+            checkpoint=source,
+            folder=folder,
+            beside=beside,
+            on_event=on_event,
         )
         points.append(Point(sampler=fields, figures=figures))
     rule = rule_of(config, quality)
@@ -138,10 +150,12 @@ def _figures(
     *,
     checkpoint: Location,
     folder: Location,
+    beside: Mapping[str, Location],
     on_event: OnEvent,
 ) -> dict[str, float]:
-    """The figures of one point. They are read where the same was measured before; what is left of
-    other settings, another checkpoint or other tasks in its folder is deleted.
+    """The figures of one point. They are read where the same was measured before, in this folder or
+    by another frontier beside it; what is left of other settings, another checkpoint or other tasks
+    in its folder is deleted.
     """
     identity = folder / _POINT
     found = _identity(config, sampler, checkpoint)
@@ -149,10 +163,14 @@ def _figures(
         remove(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(identity, found.encode())
-    known = folder / "figures.json"
+    known = folder / _FIGURES
     if known.is_file():
-        figures: dict[str, float] = json.loads(known.read_text())
-        return figures
+        return _read(known)
+    if (elsewhere := beside.get(found)) is not None:
+        stage = elsewhere.parent.parent.parent.name
+        on_event("doing", what=f"taking the figures from {stage}, which measured the same")
+        write_atomically(known, elsewhere.read_bytes())
+        return _read(known)
     samples, figures = _sampled(
         config, cluster, sampler, checkpoint=checkpoint, folder=folder, on_event=on_event
     )
@@ -173,6 +191,30 @@ def _figures(
             figures |= {**result.metrics, "unserved_requests": len(result.unserved)}
     write_atomically(known, json.dumps(figures, indent=1).encode())
     return figures
+
+
+def _measured_beside(config: "FrontierConfig", output_dir: Location) -> dict[str, Location]:
+    """What other frontiers in the same pipeline's folder measured: files of figures, by what they
+    are of. Where time decides there are none: all points are then timed in one run.
+    """
+    if config.speed == TOKENS_PER_SECOND:
+        return {}
+    points = [
+        point
+        for frontier in folders_in(output_dir.parent)
+        if frontier.name != output_dir.name
+        for point in folders_in(frontier / _POINTS)
+    ]
+    return {
+        (point / _POINT).read_text(): point / _FIGURES
+        for point in points
+        if (point / _POINT).is_file() and (point / _FIGURES).is_file()
+    }
+
+
+def _read(figures: Location) -> dict[str, float]:
+    found: dict[str, float] = json.loads(figures.read_text())
+    return found
 
 
 def _sampled(
@@ -210,6 +252,9 @@ def _sampled(
 
 def _identity(config: "FrontierConfig", sampler: Any, checkpoint: Location) -> str:
     """A fingerprint of everything that decides a point's figures."""
+    versions = [tokendiff.__version__]
+    if config.tasks:
+        versions.append(importlib.metadata.version("lm_eval"))
     inputs = identity_of(
         *prompt_paths(config.prompts), config.reference_model_name_or_path, config.tasks_path
     )
@@ -217,4 +262,4 @@ def _identity(config: "FrontierConfig", sampler: Any, checkpoint: Location) -> s
         config.sampling(sampler).result_fields(),
         judging(config, sampler).result_fields(),
     ]
-    return fingerprint([settings, checkpoint_identity(checkpoint), inputs])
+    return fingerprint([settings, checkpoint_identity(checkpoint), inputs, versions])

@@ -184,8 +184,10 @@ def draw(points: Sequence[Point], rule: Rule, chosen: int) -> bytes:
         numbers: dict[tuple[float, float], list[str]] = {}
         for number, place in enumerate(zip(*places(front), strict=True), start=1):
             numbers.setdefault(place, []).append(str(number))
+        offset = (6, -12) if rule.is_lower_better else (6, 6)  # beside the line, not on it
         for place, found in numbers.items():
-            axes.annotate(", ".join(found), place, xytext=(6, 6), textcoords="offset points")
+            axes.annotate(", ".join(found), place, xytext=offset, textcoords="offset points")
+        axes.margins(x=0.1, y=0.1)  # room for the numbers of the outermost points
         axes.grid(alpha=0.3)
         axes.legend()
         png = BytesIO()
