@@ -11,9 +11,9 @@ from tokendiff.models.causal import CausalModel
 
 @pytest.mark.parametrize("takes_indices", [True, False])
 def test_states_after_chosen_layers(takes_indices: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if takes_indices and not layers._TAKES_INDICES:
+    if takes_indices and not layers._takes_indices():
         pytest.skip("this version of transformers cannot")
-    monkeypatch.setattr(layers, "_TAKES_INDICES", takes_indices)
+    monkeypatch.setattr(layers, "_takes_indices", lambda: takes_indices)
     model = CausalModel(tiny_causal(), vocab_size=48)
     tokens, rows = torch.arange(12).view(2, 6), torch.arange(2)
     with torch.no_grad():

@@ -96,7 +96,7 @@ def test_what_rows_begin_with(tmp_path: Path) -> None:
     assert source.begun([]) == [bos]
     assert dataclasses.replace(source, checkpoint=tmp_path).begun([]) == [EOS]
     source.tokenizer.bos_token = source.tokenizer.eos_token = None
-    with pytest.raises(InputError, match=r"no token that begins a text.*; give a prompt"):
+    with pytest.raises(InputError, match=r"no first token.*; give a prompt"):
         check["dream"].request(GenerationRow(id=0, prompt=None))
 
 

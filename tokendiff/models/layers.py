@@ -67,8 +67,11 @@ def hidden_states_asked(indices: list[int]) -> list[int] | bool:
     have these indices, the embedding's output being the first: those alone, or all of them where
     its version cannot do that.
     """
+    return (indices if _takes_indices() else True) if indices else False
+
+
+def _takes_indices() -> bool:
+    """Older versions take a list of layers too, but count them without the embedding's output."""
     import transformers
 
-    # Older ones take a list of layers too, but count them without the embedding's output.
-    takes_indices = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
-    return (indices if takes_indices else True) if indices else False
+    return tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)

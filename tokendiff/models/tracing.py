@@ -104,7 +104,7 @@ def _by_blocks(
 
     process = NoiseProcess.load(checkpoint)
     mask = process.mask_token_id
-    prompt = row[: min(_PROMPT_TOKENS, process.max_length // 4)]
+    prompt = row[: max(1, min(_PROMPT_TOKENS, process.max_length // 4))]
     num_new = min(TRACE_STEPS, process.max_length - len(prompt))
     sampler = SDARSamplerConfig(max_new_tokens=num_new, temperature=temperature)
     config = GenerateConfig(checkpoint_path=str(checkpoint), sampler=sampler, seed=seed)
