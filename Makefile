@@ -14,7 +14,7 @@ CHECK_VENV := import importlib.util, sys; importlib.util.find_spec("ensurepip") 
 	"%s cannot make virtual environments (no ensurepip); install its venv package, on Debian and " \
 	"Ubuntu: apt install python3-venv" % sys.executable)
 
-.PHONY: help setup quickstart test lint bench gpu toy faults soak real docs lock bom audit clean
+.PHONY: help setup quickstart test deep lint bench gpu toy faults soak real docs lock bom audit clean
 
 help:  ## list the targets (the default)
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' Makefile | expand -t 12
@@ -38,7 +38,10 @@ quickstart: setup  ## train, sample and evaluate a small model: minutes on two c
 # Compiled once: many processes import this, and where Python may not keep bytecode each compiles it.
 test: setup  ## the test suite on TEST_WORKERS=4 processes; PYTEST_ARGS="-m 'not slow'" for a part of it
 	@$(BIN)/python -m compileall -q benchmarks jobs pipelines tests tokendiff
-	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) -m "not deep" $(PYTEST_ARGS)
+
+deep: setup  ## the tests that take minutes each: nodes that come and go, a job killed twice, a toy trained long
+	$(BIN)/python -m pytest -m deep
 
 lint: setup  ## ruff and mypy
 	$(BIN)/python -m ruff check .

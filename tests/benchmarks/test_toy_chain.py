@@ -8,6 +8,7 @@ from benchmarks.toy_chain import MODELS, SHORT, MarkovChain, report, try_objecti
 
 
 @pytest.mark.slow
+@pytest.mark.deep
 def test_bounds_and_samples_come_near_a_chain_of_known_entropy(tmp_path: Path) -> None:
     """`make toy` trains for longer and holds to tighter limits; tokens taken for independent would
     have a bound 31 % above the entropy.

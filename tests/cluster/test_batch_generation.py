@@ -127,6 +127,7 @@ def test_every_row_is_in_the_samples_or_among_the_errors(
     assert (progress[-1]["done"], progress[-1]["total"], progress[-1]["errors"]) == (180, 180, 4)
 
 
+@pytest.mark.deep
 def test_killed_twice_it_ends_with_the_files_of_the_run_that_was_not(
     ray_session: None, checkpoint: Path, prompts: list[str], uninterrupted: Path, tmp_path: Path
 ) -> None:

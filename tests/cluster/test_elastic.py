@@ -217,6 +217,7 @@ class Pace:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.deep
 def test_nodes_are_lost_added_and_taken_away(ray_session: None, tmp_path: Path) -> None:
     """Three workers on two nodes, two on one, and three again: as one that is left alone."""
     from tokendiff.cluster.train import train

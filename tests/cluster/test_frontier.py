@@ -265,7 +265,7 @@ def test_figures_of_other_settings_are_not_taken(
     assert [sampler.denoising_steps for sampler in sampled] == [4]
     assert run("block_diffusion", over={"denoising_steps": [1, 4]}, max_task_documents=3) == 2
     assert run("joint", over={"denoising_steps": [1, 4]}, max_task_documents=3) == 2
-    assert run("joint", over={"denoising_steps": [2, 4]}, output_dir="another") == 1
+    assert run("joint", over={"denoising_steps": [2, 4]}, output_dir="another") == 2
     assert run("joint", over={"denoising_steps": [2, 4]}, seed=1, output_dir="third") == 2
     beside = {"over": {"denoising_steps": [2, 4]}, "output_dir": "another"}
     assert run("joint", max_task_documents=3, **beside) == 1

@@ -377,7 +377,8 @@ def test_what_does_not_go_with_a_denoiser_is_said(data: TokenData, tmp_path: Pat
             str(tmp_path / "llada"), tokenizer=letter_tokenizer(V), max_length=LENGTH
         )
     cfg = train_config(tmp_path / "dream", objective={"name": "mdlm", "predict": "own"})
-    with pytest.raises(InputError, match=r"predict 'own': .*'Dream'.* predict 'next'; remove predict"):
+    says = r"predict 'own': .*'Dream'.* predict 'next'; remove predict"
+    with pytest.raises(InputError, match=says):
         check_inputs(cfg, data)
     sdar = GenerateConfig.model_validate({"model_id": str(tmp_path / "llada"), "sampler": "sdar"})
     with pytest.raises(InputError, match=r"sampler 'sdar': .*'llada'.*use sampler 'blockwise'"):

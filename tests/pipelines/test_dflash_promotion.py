@@ -245,9 +245,9 @@ def test_a_draft_that_would_not_be_served_is_not_registered(bench: Bench) -> Non
     fields, target = _served_with(draft, config.generate)
     assert target == Path(bench.target)
     assert fields == {"sampler": SAMPLER}
-    with pytest.raises(InputError, match=r"generate.sampler 'ancestral' .* is a DFlash draft"):
+    with pytest.raises(InputError, match=r"generate.sampler 'ancestral': .* is a DFlash draft"):
         _served_with(draft, GenerateConfig())
-    with pytest.raises(InputError, match=r"generate.sampler 'dflash' .* is no DFlash draft"):
+    with pytest.raises(InputError, match=r"generate.sampler 'dflash': .* is not a DFlash draft"):
         _served_with(Path(bench.target), config.generate)
 
 

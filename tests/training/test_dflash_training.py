@@ -475,7 +475,7 @@ def test_ar_checkpoints_and_drafts_are_judged_and_reported(
     assert judge("draft/checkpoint-4", "of-4", num_anchors=100)[0] == metrics
 
     for checkpoint, fields, message in (
-        ("draft/final", {"verify": True}, "has none; remove it"),
+        ("draft/final", {"verify": True}, "has none; remove verify"),
         ("ar/final", {"target_model_id": target}, "goes with a DFlash draft"),
         ("draft/final", {"target_model_id": str(tmp_path / "ar/final")}, "is not a draft of"),
     ):
