@@ -129,9 +129,10 @@ def entry_point(main: Callable[[Sequence[str] | None], int | None]) -> Callable[
     def run(argv: Sequence[str] | None = None) -> int:
         # Work that needs no Ray is done here, with the policy that Ray's workers get. OpenMP reads
         # it when torch is loaded, which no job has done yet.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # They spin for some microseconds first: on idle cores that made training 1.5 times as fast.
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+            # They spin briefly first: on idle cores that made training 1.5 times as fast.
+            os.environ.setdefault("GOMP_SPINCOUNT", "20000")
         try:
             with sigterm_stops():
                 return main(argv) or EXIT_OK
