@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +252,10 @@ def test_the_commands_of_how_to_pages_run_as_a_chain(
 
 
 def test_the_tutorial_runs(
-    here: Path, hub: dict[str, str], capsys: pytest.CaptureFixture[str]
+    here: Path,
+    hub: dict[str, str],
+    load_served: Callable[[str, str], Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """From the first command to the answer of the promoted model, with a hundredth of the steps."""
     page = (ROOT / "docs" / "tutorial.md").read_text()
@@ -274,19 +278,17 @@ def test_the_tutorial_runs(
                     served = model
                 case ["curl", *_]:
                     body = words[words.index("-d") + 1]
-                    texts = answers(served, body)
+                    texts = answers(load_served, served, body)
                     assert len(texts) == 1
                     assert texts[0].startswith("The mod")
     assert served == "models:/mine@champion"
 
 
-def answers(model: str, body: str) -> list[str]:
+def answers(load: Callable[[str, str], Any], model: str, body: str) -> list[str]:
     """What MLflow's server would answer, without the server."""
-    import mlflow
     from mlflow.pyfunc.scoring_server import invocations
 
-    mlflow.set_tracking_uri("sqlite:///output/mlflow.db")
-    loaded = mlflow.pyfunc.load_model(model)
+    loaded = load("sqlite:///output/mlflow.db", model)
     answer = invocations(body, "application/json", loaded, loaded.metadata.get_input_schema())
     assert answer.status == 200
     return [row["text"] for row in json.loads(answer.response)["predictions"]]
