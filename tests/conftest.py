@@ -94,7 +94,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return RayInOneProcess(config, log)
 
 
-_LONG_TO_MAKE = ("ray_session", "head", "history", "portable_failures", "trained")
+_LONG_TO_MAKE = ("ray_session", "head", "history", "portable_failures", "trained", "whole")
 
 
 @functools.cache

@@ -15,6 +15,19 @@ from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
 from tokendiff.training.run import train_in_process
 
+# What a run imports on its way, which each worker would do anew.
+_IMPORTED_BY_A_RUN = (
+    "pandas",
+    "peft",
+    "pyarrow.parquet",
+    "torch.distributed.fsdp",
+    "transformers.convert_slow_tokenizer",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.bloom.modeling_bloom",
+    "transformers.models.modernbert.modeling_modernbert",
+    "transformers.trainer_pt_utils",
+)
+
 Losses = dict[int, float]
 Job = tuple[TrainConfig, Any]  # and the folder that it writes to
 # A rank; and what it calls first, with a word of its own and the rank.
@@ -39,7 +52,7 @@ def run_distributed(
     # Workers are forked from a server that has imported all this once; a spawned one would import
     # it again, which takes longer than the runs do.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, *_IMPORTED_BY_A_RUN])
     queue = context.Queue()
     assert isinstance(data.folder, Path)
     meeting = data.folder.with_name(f"{uuid.uuid4().hex}.meeting")

@@ -11,8 +11,8 @@ For other rooms:
 
 Of this room alone:
     sharding          how a model lies on the workers
-    optimizer muon ema
-                      what steps the weights, with its schedule; averaged weights
+    optimizer muon schedules ema
+                      what steps the weights, and how far; averaged weights
     late_figures      what a step came to, read when the next one is queued
     building          what a config trains: model, adapters, objective
     spikes            steps whose loss or gradient jumps, and what ends a run of them

@@ -1,9 +1,10 @@
-"""AdamW, or Muon with AdamW beside it, and a transformers learning-rate schedule; their state is
-plain tensors and numbers.
+"""AdamW, or Muon with AdamW beside it, and the learning rate of each step; their state is plain
+tensors and numbers.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from tokendiff.artifacts.tensor_files import local_part, whole
 from tokendiff.models.layers import find_layers
 from tokendiff.training.muon import Muon
+from tokendiff.training.schedules import lr_factor
 
 if TYPE_CHECKING:
     from tokendiff.config.train import TrainConfig
@@ -48,8 +50,6 @@ class Optimizer:
     """
 
     def __init__(self, model: nn.Module, config: "TrainConfig") -> None:
-        from transformers import get_scheduler
-
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         hidden = hidden_matrices(model) if config.optimizer == "muon" else []
         of_muon = {id(parameter) for parameter in hidden}
@@ -73,20 +73,18 @@ class Optimizer:
                 weight_decay=config.weight_decay,
             )
             self._optimizers.append(muon)
-        self._schedules: list[Any] = [
-            get_scheduler(
-                config.lr_scheduler,
-                optimizer,
-                num_warmup_steps=config.lr_warmup_steps,
-                num_training_steps=config.max_train_steps,
-            )
-            for optimizer in self._optimizers
-        ]
+        self._schedule = partial(
+            lr_factor,
+            config.lr_scheduler,
+            warmup_steps=config.lr_warmup_steps,
+            total_steps=config.max_train_steps,
+        )
+        self.stand_at(0)
 
     @property
     def learning_rate(self) -> float:
         """AdamW's, of the step to come."""
-        return float(self._schedules[0].get_last_lr()[0])
+        return float(self._optimizers[0].param_groups[0]["lr"])
 
     def zero_grad(self) -> None:
         for optimizer in self._optimizers:
@@ -105,9 +103,9 @@ class Optimizer:
         return whole(nn.utils.clip_grad_norm_(self._parameters.values(), max_norm))
 
     def step(self) -> None:
-        for optimizer, schedule in zip(self._optimizers, self._schedules, strict=True):
+        for optimizer in self._optimizers:
             optimizer.step()
-            schedule.step()
+        self.stand_at(self._step + 1)
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by parameter name: `NAME.exp_avg`, `NAME.exp_avg_sq`, `NAME.step` of AdamW, and
@@ -140,8 +138,11 @@ class Optimizer:
 
     def stand_at(self, step: int) -> None:
         """Give the steps from here on the learning rates of steps `step`, `step` + 1, ..."""
-        for optimizer, schedule in zip(self._optimizers, self._schedules, strict=True):
-            _stand_at(step, optimizer, schedule)
+        self._step = step
+        for optimizer in self._optimizers:
+            rate = optimizer.defaults["lr"]
+            for group in optimizer.param_groups:
+                group["lr"] = rate * self._schedule(step, rate=rate)
 
     def _places(self) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
         """Each parameter with its name and what trains it, in the order of the model."""
@@ -170,20 +171,3 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
         for parameter in layer.parameters()
         if parameter.requires_grad and parameter.ndim == 2
     ]
-
-
-def _stand_at(step: int, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
-    rates = [
-        base * factor(step)
-        for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    ]
-    schedule.load_state_dict(
-        {
-            **schedule.state_dict(),
-            "last_epoch": step,
-            "_step_count": step + 1,
-            "_last_lr": rates,
-        }
-    )
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
