@@ -130,6 +130,28 @@ def test_an_outline_finds_the_answers_that_prefixes_find(name: str, train_on: Tr
     assert slow < 100 if name == "forgetful" else slow == 0
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_conversations_that_are_refused_leave_the_others_of_their_batch(name: str) -> None:
+    """One by the template, one before it; what is kept is what each gives by itself."""
+    short = "{% if messages | length > 4 %}{{ raise_exception('too long') }}{% endif %}"
+    renderer = ChatRenderer(tokenizer=chat_tokenizer(short + TEMPLATES[name]))
+    given = [*TALKS, conversation("a <|im_end|>", "b"), TALKS[0]]
+    for talks in (given, [*TALKS[:1], *given[3:]]):
+        refused: dict[Conversation, RenderError] = {}
+        kept = list(renderer.render(talks, refused.__setitem__))
+        reasons = ["spells the special token"]
+        if len(talks) > 3:
+            reasons = ["too long", "too long", *reasons]
+        for error, reason in zip(refused.values(), reasons, strict=True):
+            assert reason in str(error)
+        assert [talk for talk, _ in kept] == [TALKS[0], TALKS[0]]
+        for talk, rendered in kept:
+            alone = renderer(talk)
+            assert rendered.text == alone.text
+            assert rendered.tokens.tolist() == alone.tokens.tolist()
+            assert rendered.is_target.tolist() == alone.is_target.tolist()
+
+
 def test_the_last_answer_or_all_tokens_can_be_the_targets() -> None:
     tokenizer = chat_tokenizer(CHATML)
     last = ChatRenderer(tokenizer=tokenizer, train_on="last_answer")(TALKS[1])

@@ -8,6 +8,7 @@ answer, is that answer. So it holds the token that ends the turn, which the mode
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -95,6 +96,10 @@ class ChatRenderer:
         added: dict[int, Any] = self.tokenizer.added_tokens_decoder
         return added
 
+    @cached_property
+    def _special(self) -> list[str]:
+        return sorted({token.content for token in self._added.values() if token.special})
+
     @property
     def has_template(self) -> bool:
         return bool(getattr(self.tokenizer, "chat_template", None))
@@ -133,10 +138,11 @@ class ChatRenderer:
         Args:
             refuse: is told of the others.
         """
+        given = list(conversations)
         kept, written = [], []
-        for conversation in conversations:
+        for conversation, text in zip(given, self._texts(given), strict=True):
             try:
-                written.append(self._write(conversation))
+                written.append(self._write(conversation, text))
                 kept.append(conversation)
             except RenderError as error:
                 refuse(conversation, error)
@@ -146,12 +152,23 @@ class ChatRenderer:
             else:
                 yield conversation, rendered
 
-    def _write(self, conversation: Conversation) -> Written:
+    def _texts(self, conversations: Sequence[Conversation]) -> Sequence[str | None]:
+        """What they render to; None where each has to be rendered by itself."""
+        if self.has_template and not self._is_tagged:
+            with suppress(RenderError):  # of one of them, which is not known
+                return self._written([conversation.messages for conversation in conversations])
+        return [None] * len(conversations)
+
+    @cached_property
+    def _is_tagged(self) -> bool:
+        return "{% generation" in _words(self.tokenizer.chat_template)
+
+    def _write(self, conversation: Conversation, text: str | None = None) -> Written:
         self._refuse_special_tokens(conversation)
         if self.has_template:
-            if "{% generation" in _words(self.tokenizer.chat_template):
+            if self._is_tagged:
                 return self._tagged(conversation.messages)
-            return self._by_outline(conversation.messages)
+            return self._by_outline(conversation.messages, text)
         if conversation.plain is None:
             raise RenderError("there is no chat template, and more than one turn")
         prompt, answer = conversation.plain
@@ -219,11 +236,12 @@ class ChatRenderer:
             raise RenderError(f"the chat template refuses it ({reason_of(error)})") from error
         return written
 
-    def _by_outline(self, messages: Sequence[Message]) -> Written:
-        """As `_by_prefixes`, by one rendering in place of two for each answer: where the outline of
-        other conversations with the same roles is the outline of this one too.
+    def _by_outline(self, messages: Sequence[Message], text: str | None = None) -> Written:
+        """As `_by_prefixes`, by one rendering, `text`, in place of two for each answer: where the
+        outline of other conversations with the same roles is the outline of this one too.
         """
-        (text,) = self._written([messages])
+        if text is None:
+            (text,) = self._written([messages])
         outline = self._outline(tuple(message.role for message in messages))
         contents = [message.content for message in messages]
         if outline is not None and (spans := outline.spans(contents, text)) is not None:
@@ -286,9 +304,8 @@ class ChatRenderer:
         return start, stop
 
     def _refuse_special_tokens(self, conversation: Conversation) -> None:
-        special = {token.content for token in self._added.values() if token.special}
         for number, message in enumerate(conversation.messages):
-            for token in sorted(special):
+            for token in self._special:
                 if token in message.content:
                     raise RenderError(
                         f"message {number} spells the special token {token!r}, which would end or "
