@@ -19,7 +19,7 @@ from pipelines.builders import promote_stage
 from pipelines.graph import Variant
 from pipelines.promotion import judge, sampling_fields
 from pipelines.registered import PinnedModels, checkpoint_folder, with_models
-from pipelines.runner import run_variants
+from pipelines.runner import models_of, plan, run_variants
 from pipelines.schedule import Selection
 from pipelines.stage import Stage
 from tests.builders import letter_tokenizer, random_rows, token_folder
@@ -578,9 +578,12 @@ def test_an_alias_is_read_once_for_the_same_inputs(shop: Shop, history: Any) -> 
 
     config = pipeline(URI)
 
+    notes: list[str] = []
+
     def version(*inputs: str) -> int | None:
         pinned = PinnedModels.read(config, shop.root, list(inputs))
         pinned.keep(shop.root / "shop")
+        notes[:] = pinned.notes()
         model = pinned.models[URI]
         return None if model is None else model.version
 
@@ -589,6 +592,27 @@ def test_an_alias_is_read_once_for_the_same_inputs(shop: Shop, history: Any) -> 
     assert version("monday") == 2
     registry.promote("toy", "champion", 1, because="a test")
     assert version("monday") == 2
+    assert len(notes) == 1
+    assert notes[0].startswith(f"{URI} is version 1 now, and was version 2 when a run first")
     assert version("tuesday") == 1
+    assert not notes
     absent = "models:/toy@nobody"
-    assert PinnedModels.read(pipeline(absent), shop.root, ["monday"]).models == {absent: None}
+    pinned = PinnedModels.read(pipeline(absent), shop.root, ["monday"])
+    assert pinned.models == {absent: None}
+    assert not pinned.moved
+
+
+def test_a_plan_says_that_a_model_came_after_its_inputs_were_read(shop: Shop, history: Any) -> None:
+    uri = "models:/toy@newcomer"
+    judge = {"kind": "evaluate", "config": {"checkpoint_path": uri}}
+    config = Config.model_validate({"name": "late", "stages": {"judge": judge}})
+    first = plan(config, shop.root)
+    assert [step.why for step in first.steps] == [f"there is no {uri} yet"]
+    assert not first.notes
+    models_of(config, shop.root).keep(shop.root / "late")  # as a run does
+    shop.registry.promote("toy", "newcomer", 1, because="a test")
+    later = plan(config, shop.root)
+    assert [step.why for step in later.steps] == [
+        f"there was no {uri} when a run first had these inputs"
+    ]
+    assert later.notes[0].startswith(f"{uri} is version 1 now, and was missing when a run first")
