@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ def test_the_losses_are_those_of_plain_training_and_sigterm_costs_no_step(
             log.write(event, **fields)
             if event == "metrics" and fields["step"] == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.3)  # a slow step, in which it is said that the signal has come
 
         arguments: dict[str, Any] = {"data_path": data_path, "output_dir": out}
         with session.ray_session(ClusterConfig()):
@@ -103,6 +105,7 @@ def test_the_losses_are_those_of_plain_training_and_sigterm_costs_no_step(
                 train(CONFIG, ClusterConfig(), on_event=stop_at_3, **arguments)
             assert is_stop_requested()
         stopped = max(losses_of(log.path))
+        assert [e["event"] for e in read_events(log.path)].count("stopping") == 1
         assert stopped in (3, 4)
         with session.ray_session(ClusterConfig()):
             final = train(CONFIG, ClusterConfig(), on_event=log.write, **arguments)
