@@ -190,7 +190,7 @@ def _reason_to_skip(own: Config, linked: Config, spec: StageConfig, late: Collec
         uri = getattr(given, field, None)
         if is_model_uri(uri) and getattr(found, field) is None:
             if uri in late:
-                return f"there was no {uri} when a run first had these inputs"
+                return f"there was no {uri} when these inputs were first run"
             return f"there is no {uri} yet"
     since = found.new_since if spec.kind == "preprocess" else None
     if since is None or not location(since).is_file():

@@ -593,7 +593,8 @@ def test_an_alias_is_read_once_for_the_same_inputs(shop: Shop, history: Any) -> 
     registry.promote("toy", "champion", 1, because="a test")
     assert version("monday") == 2
     assert len(notes) == 1
-    assert notes[0].startswith(f"{URI} is version 1 now, and was version 2 when a run first")
+    assert notes[0].startswith(f"{URI} is version 1 now; a run reads it as it was when ")
+    assert ", version 2, until" in notes[0]
     assert version("tuesday") == 1
     assert not notes
     absent = "models:/toy@nobody"
@@ -613,6 +614,7 @@ def test_a_plan_says_that_a_model_came_after_its_inputs_were_read(shop: Shop, hi
     shop.registry.promote("toy", "newcomer", 1, because="a test")
     later = plan(config, shop.root)
     assert [step.why for step in later.steps] == [
-        f"there was no {uri} when a run first had these inputs"
+        f"there was no {uri} when these inputs were first run"
     ]
-    assert later.notes[0].startswith(f"{uri} is version 1 now, and was missing when a run first")
+    assert later.notes[0].startswith(f"{uri} is version 1 now; a run reads it as it was when ")
+    assert ", missing, until" in later.notes[0]

@@ -442,6 +442,19 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "train  warning: [bold]kept as it is" in shown
 
 
+def test_a_narrow_terminal_cuts_off_what_matters_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "70")
+    facts = {"lr": 3e-4, "tokens_per_second": 18_400.4, "data_wait_fraction": 0.0123}
+    stream = Terminal()
+    with ProgressPrinter("train", stream=stream) as printer:
+        printer.consume([at(0, "start", step=0, max_train_steps=400)])
+        printer.consume([at(1, "metrics", step=40, loss=5.25, **facts)])
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", stream.getvalue())
+    text = " ".join(shown.split())
+    assert re.search(r"train ━[━╸╺ ]+ 0:00:0\d step 40/400 loss 5.250 .*…", text)
+
+
 def test_the_tailer_hands_on_everything_new_in_order(tmp_path: Path) -> None:
     path = tmp_path / LOG_NAME
     seen: list[int] = []

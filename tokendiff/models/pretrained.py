@@ -6,7 +6,8 @@ named by the error where one cannot be opened.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -226,7 +227,10 @@ def open_weights(
     folder, origin = local_model(name), f"{field} {name!r}"
     layout = family_of(published_type(config)).layout
     own_names = {} if layout is None else layout.patterns(config.num_hidden_layers)
-    with input_errors(f"{origin}: weights cannot be read", "give files that are whole"):
+    with (
+        without_bars(),
+        input_errors(f"{origin}: weights cannot be read", "give files that are whole"),
+    ):
         model, info = model_class.from_pretrained(
             folder,
             config=config,
@@ -254,6 +258,18 @@ def open_weights(
         unused=sorted(info["unexpected_keys"]),
         missing_share=sum(missing.values()) / max(total, 1),
     )
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """In this block transformers draws no bars over the job's progress; downloads keep theirs."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    before = set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **kwargs, disable=True))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
 
 
 def check_weights(name: str, *, field: str, remedy: str = _NO_WEIGHTS) -> None:

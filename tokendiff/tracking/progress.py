@@ -24,6 +24,7 @@ Events = list[dict[str, Any]]
 _LINE_SECONDS = 7.0
 _SILENT_SECONDS = 9.0
 _RATE_SECONDS = 60.0
+_BAR_WIDTH, _CLOCK_WIDTH = 16, 7  # of the bar on a terminal, and of 0:00:00 behind it
 # The time left is not told before so many seconds and so many steps (or rows, ...) were measured.
 _LEAST_SECONDS = 5.0
 _LEAST_DONE = 3.0
@@ -129,7 +130,7 @@ class ProgressPrinter:
         self._rate = Rate()
         has_bar = has_bar and self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._bar = _make_bar(self._stream) if has_bar else None
-        self._task = self._bar.add_task(stage, place="", facts="") if self._bar else None
+        self._task = self._bar.add_task(stage, text="") if self._bar else None
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -225,9 +226,16 @@ class ProgressPrinter:
         text = "  ".join(facts[key] for key in _ORDER if key in facts)
         self._keep_status(f"{place}  {text}".rstrip(), silence="nothing new for {}")
         if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=done, total=self._total, place=place, facts=text)
+            text = self._cut_to_fit(f"{place}  {text}".rstrip())
+            self._bar.update(self._task, completed=done, total=self._total, text=text)
         elif is_line or self._clock() - self._line_time >= _LINE_SECONDS:
             self._print_status()
+
+    def _cut_to_fit(self, text: str) -> str:
+        """On a narrow terminal the last facts are cut off, and nothing before them."""
+        assert self._bar is not None
+        room = self._bar.console.width - len(self._stage) - _BAR_WIDTH - _CLOCK_WIDTH - 3
+        return text if len(text) <= room else f"{text[: max(room - 1, 0)]}…"
 
     def _keep_status(self, status: str, *, silence: str) -> None:
         """Keep what is shown soon, and again where nothing new is told, and how that is said."""
@@ -393,10 +401,9 @@ def _make_bar(stream: TextIO) -> "Progress":
 
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=_BAR_WIDTH),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[place]}"),
-        TextColumn("{task.fields[facts]}"),
+        TextColumn("{task.fields[text]}"),
         console=Console(file=stream),
     )
 

@@ -10,7 +10,6 @@ import re
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -324,8 +323,7 @@ def save_model(
     """
     import mlflow.pyfunc
 
-    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*Add type hints", UserWarning)  # there is a signature
+    with tempfile.TemporaryDirectory() as scratch:
         files = Path(scratch) / TRAINED_ON
         files.write_text(json.dumps(list(trained_on)))
         artifacts = {"checkpoint": str(checkpoint), "trained_on": str(files)}

@@ -33,7 +33,7 @@ from tokendiff.models.adapters import (
 from tokendiff.models.families import family_of
 from tokendiff.models.kept_base import draft_adapter_fields
 from tokendiff.models.layouts import Layout, forget_publication, write_beside
-from tokendiff.models.pretrained import dtype_in_files
+from tokendiff.models.pretrained import dtype_in_files, without_bars
 from tokendiff.training.building import starting_point
 from tokendiff.training.model_card import CARD_NAME, model_card
 from tokendiff.training.saving import Contents, NamedTensors
@@ -188,15 +188,13 @@ class RunState:
         """The files that no step changes: config, tokenizer, noise process."""
         if not self._trainer.world.is_main:
             return None
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # written over the progress of the run
         self._folder = TemporaryDirectory()
         folder = Path(self._folder.name)
         layout = self._layout
         if layout is None:
             forget_publication(self._model.config)
-        self._model.save_pretrained(folder, state_dict={})
+        with without_bars():
+            self._model.save_pretrained(folder, state_dict={})
         if layout is not None:
             write_beside(self._model.config, layout, folder)
         self._tokenizer.save_pretrained(folder)
