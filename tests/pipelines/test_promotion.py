@@ -138,7 +138,7 @@ def test_a_gate_that_cannot_tell_does_not_pass() -> None:
 def test_a_gate_that_nothing_is_kept_by_row_for_is_refused_at_once() -> None:
     with pytest.raises(ValidationError, match=r"no figures by row of 'speedup', only of nats_per"):
         GateConfig(metric="speedup", direction="higher", min_standard_errors=2.0)
-    with pytest.raises(ValidationError, match=r"margin -0.1 has no effect with min_standard_error"):
+    with pytest.raises(ValidationError, match=r"margin -0.1 allows a worse model, and min_"):
         GateConfig(metric="perplexity", direction="lower", margin=-0.1, min_standard_errors=2.0)
     # A gate without is the one that it was: the stage's key is the same.
     assert set(LOWER.result_fields()) == {"metric", "direction", "margin", "limit"}

@@ -80,7 +80,8 @@ class ClusterConfig(Section):
     def _actors_agree(self) -> "ClusterConfig":
         if self.min_actors is not None and self.min_actors > self.num_actors:
             raise ValueError(
-                f"min_actors {self.min_actors} exceeds num_actors {self.num_actors}; raise that"
+                f"min_actors {self.min_actors} exceeds num_actors {self.num_actors}; lower it, "
+                "or raise num_actors"
             )
         if self.gpus_per_actor > 1.0 and self.gpus_per_actor % 1.0:
             raise ValueError(

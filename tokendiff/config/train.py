@@ -284,8 +284,8 @@ class TrainConfig(Section):
             self.refuse_ignored(names, "optimizer 'adamw'")
         elif self.lora_rank is not None:
             raise ValueError(
-                "optimizer muon is for the matrices of a model, and lora_rank trains adapters "
-                "beside them; leave one of the two out"
+                "optimizer muon trains the matrices of a model, and lora_rank trains adapters in "
+                "their place; leave one of the two out"
             )
         return self
 

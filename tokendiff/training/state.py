@@ -33,7 +33,7 @@ from tokendiff.models.adapters import (
 from tokendiff.models.families import family_of
 from tokendiff.models.kept_base import draft_adapter_fields
 from tokendiff.models.layouts import Layout, forget_publication, write_beside
-from tokendiff.models.pretrained import dtype_in_files, without_bars
+from tokendiff.models.pretrained import dtype_in_files, quietly
 from tokendiff.training.building import starting_point
 from tokendiff.training.model_card import CARD_NAME, model_card
 from tokendiff.training.saving import Contents, NamedTensors
@@ -193,7 +193,7 @@ class RunState:
         layout = self._layout
         if layout is None:
             forget_publication(self._model.config)
-        with without_bars():
+        with quietly():
             self._model.save_pretrained(folder, state_dict={})
         if layout is not None:
             write_beside(self._model.config, layout, folder)
