@@ -29,8 +29,8 @@ class ClusterConfig(Section):
 
     address: str | None = Field(
         None,
-        description="address of a running Ray cluster; by default RAY_ADDRESS. If neither is "
-        "set, one worker runs without Ray, and for more Ray is started on this machine; local "
+        description="Ray: address of a running cluster; by default RAY_ADDRESS. If neither is "
+        "set, one worker runs without Ray, and for more it is started on this machine; local "
         "starts it at once",
     )
     num_workers: Annotated[int | str, BeforeValidator(_number_or_range)] = Field(
