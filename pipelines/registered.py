@@ -119,7 +119,7 @@ class PinnedModels:
 
     @classmethod
     def read(cls, config: Config, root: Location, keys: list[str]) -> "PinnedModels":
-        """As it was kept for these inputs, or else as the registry has it now.
+        """The models as they were kept for these inputs; those not kept, as the registry has them.
 
         Args:
             keys: of the pipeline's stages while its models are not known.

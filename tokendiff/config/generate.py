@@ -108,7 +108,7 @@ class GenerateConfig(Section):
 
     @property
     def max_new_tokens(self) -> int | None:
-        """Of a sampler of rows of one length, where each row is a prompt and its answer."""
+        """Most tokens of an answer, where a sampler of whole rows writes answers; else None."""
         return self.sampler.max_new_tokens if isinstance(self.sampler, BlockwiseConfig) else None
 
     @property

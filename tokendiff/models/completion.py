@@ -94,8 +94,8 @@ class CompletionSetup:
 
     @classmethod
     def of(cls, config: "GenerateConfig", checkpoint: Path | None) -> "CompletionSetup":
-        """What a config asks for, of an opened checkpoint, or of the model that it names where
-        that is None.
+        """The setup that a config asks for, for an opened checkpoint; if that is None, for the
+        model that the config names.
 
         Raises:
             InputError: no such model, or one that the sampler does not go with.

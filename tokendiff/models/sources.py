@@ -44,7 +44,7 @@ class DenoiserSource:
 
     @classmethod
     def of(cls, config: "GenerateConfig", checkpoint: Path | None) -> "DenoiserSource":
-        """What a config names, of an opened checkpoint where there is one.
+        """The source for an opened checkpoint; if that is None, for the model of the config.
 
         Raises:
             InputError: no such model, or one that is no denoiser of whole rows.

@@ -1,6 +1,6 @@
-"""What a run's checkpoints hold: the model as any tool opens it, and all that training goes on
-from. Tensors are named as the model's parameters are, whatever the workers hold of them, so that
-any number of workers reads what any other number wrote.
+"""What a run's checkpoints hold: the model, which any tool can open, and the state that training
+goes on from. Tensors have the names of the model's parameters and are whole, however the workers
+split them, so that any number of workers can read what any other number wrote.
 """
 
 import json

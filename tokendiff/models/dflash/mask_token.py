@@ -1,5 +1,5 @@
-"""Which id of a frozen target stands for what a draft is to fill in, where the target has no mask
-token: one that no text has.
+"""The id that marks the positions which a draft fills in, for a frozen target without a mask token:
+one that does not occur in text.
 """
 
 import re
