@@ -28,6 +28,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from tokendiff.cluster.session import thread_policy
 from tokendiff.cluster.stopping import is_stop_requested, sigterm_stops, words_of
 from tokendiff.config.loader import (
     TAG,
@@ -129,10 +130,7 @@ def entry_point(main: Callable[[Sequence[str] | None], int | None]) -> Callable[
     def run(argv: Sequence[str] | None = None) -> int:
         # Work that needs no Ray is done here, with the policy that Ray's workers get. OpenMP reads
         # it when torch is loaded, which no job has done yet.
-        if "OMP_WAIT_POLICY" not in os.environ:
-            os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-            # They spin briefly first: on idle cores that made training 1.5 times as fast.
-            os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+        os.environ.update(thread_policy())
         try:
             with sigterm_stops():
                 return main(argv) or EXIT_OK

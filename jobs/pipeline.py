@@ -93,11 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     root = output_path(config.root)
     if args.command == "status":
         runs = last_runs(root / config.name, options.runs)
-        steps = runner.plan(config, root)
+        plan = runner.plan(config, root)
         if args.json:
-            cli.print_result(tables.status_as_json(runs, steps), as_json=True)
+            cli.print_result(tables.status_as_json(runs, plan), as_json=True)
         else:
-            tables.print_status(runs, steps, config, root)
+            tables.print_status(runs, plan, config, root)
         return cli.EXIT_OK
     if args.command == "clean":
         from pipelines.retention import clean
@@ -121,13 +121,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if args.command == "plan":
         check_seen_by_all(config.cluster, root)
-        steps = runner.plan(config, root, selection)
+        plan = runner.plan(config, root, selection)
         if args.json:
-            cli.print_result(tables.plan_as_json(steps), as_json=True)
+            cli.print_result(tables.plan_as_json(plan), as_json=True)
         elif options.mermaid:
-            print("\n".join(tables.mermaid(steps)))
+            print("\n".join(tables.mermaid(plan.steps)))
         else:
-            tables.print_plan(steps, root / config.name)
+            tables.print_plan(plan, root / config.name)
         return cli.EXIT_OK
     record = runner.run_pipeline(config, root, selection)
     if args.json:

@@ -69,8 +69,8 @@ def with_retries(
 def may_pass(error: BaseException) -> bool:
     """Whether another attempt may succeed: something was lost on the way, a node or a connection.
 
-    Not after bad input, numbers that are not finite, a full disk or a bug; nor after a timeout of
-    the stage's own. What is not known to pass does not.
+    Not after bad input, numbers that are not finite, a full disk or a bug; nor after the stage's
+    own timeout. An error of an unknown kind is not tried again.
     """
     chain = _causes(error)
     return not any(map(_lasts, chain)) and any(map(_passes, chain))

@@ -1,7 +1,7 @@
 """The stages of a pipeline, put together: each one's config, with its inputs' folders in place."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -36,7 +36,10 @@ from tokendiff.tracking.registry import is_model_uri
 
 
 def pipeline_stages(
-    config: Config, folder: Location, models: Models = MappingProxyType({})
+    config: Config,
+    folder: Location,
+    models: Models = MappingProxyType({}),
+    late: Collection[str] = (),
 ) -> list[Stage]:
     """The stages of a pipeline in the order in which they run, each in `folder/NAME-KEY`.
 
@@ -45,11 +48,13 @@ def pipeline_stages(
     Args:
         models: what each `models:/` URI of the config stands for; None where there is none yet. One
             that is not given stands for a model that is not known.
+        late: those that stand for None because there was none when these inputs were first read,
+            though there is one now.
 
     Raises:
         InputError: they do not go together, or a path is set that the pipeline decides.
     """
-    variants = pipeline_variants(config, folder, models)
+    variants = pipeline_variants(config, folder, models, late)
     stages = [stage for variant in variants for stage in variant.stages]
     return list({stage.output: stage for stage in stages}.values())
 
@@ -63,7 +68,10 @@ class Variant:
 
 
 def pipeline_variants(
-    config: Config, folder: Location, models: Models = MappingProxyType({})
+    config: Config,
+    folder: Location,
+    models: Models = MappingProxyType({}),
+    late: Collection[str] = (),
 ) -> list[Variant]:
     """The variants of a pipeline; one, where its file has no matrix. They share equal stages."""
     variants = []
@@ -75,7 +83,7 @@ def pipeline_variants(
         built: dict[str, Stage] = {}
         for name, spec in stages_of(variant).items():
             inputs = {role: built[source] for role, source in sorted(spec.inputs.items())}
-            built[name] = _build(variant, name, spec, inputs, folder, models)
+            built[name] = _build(variant, name, spec, inputs, folder, models, late)
         short = dict(zip(_short_names(list(values)), values.values(), strict=True))
         variants.append(Variant(values=short, stages=list(built.values())))
     return _labelled(variants)
@@ -126,6 +134,7 @@ def _build(
     inputs: dict[str, Stage],
     folder: Location,
     models: Models,
+    late: Collection[str],
 ) -> Stage:
     own = config_of(config, spec)
     linked, keyed = _link(own, spec, inputs, models)
@@ -137,7 +146,7 @@ def _build(
         "optional": frozenset(n for n, role in ROLES[spec.kind].items() if role.is_optional),
         "max_retries": spec.max_retries,
         "timeout_s": spec.timeout_s,
-        "skip": _reason_to_skip(own, linked, spec),
+        "skip": _reason_to_skip(own, linked, spec, late),
     }
     section = getattr(linked, SECTION_OF[spec.kind])
     stage = _BUILDERS[spec.kind](linked, section, folder, fields)
@@ -173,13 +182,15 @@ def _link(
     )
 
 
-def _reason_to_skip(own: Config, linked: Config, spec: StageConfig) -> str:
+def _reason_to_skip(own: Config, linked: Config, spec: StageConfig, late: Collection[str]) -> str:
     """Why there is nothing to do: a model that is not there yet, or no new text."""
     section = SECTION_OF[spec.kind]
     given, found = getattr(own, section), getattr(linked, section)
     for field in ("checkpoint_path", "draft_model_id"):
         uri = getattr(given, field, None)
         if is_model_uri(uri) and getattr(found, field) is None:
+            if uri in late:
+                return f"there was no {uri} when these inputs were first run"
             return f"there is no {uri} yet"
     since = found.new_since if spec.kind == "preprocess" else None
     if since is None or not location(since).is_file():

@@ -1,8 +1,8 @@
 """Stopping a block of code from another thread, whatever signals the process was started without.
 
-Which signals are ignored and blocked is inherited. SIGINT is ignored in what a script starts with
-`&`, and blocked in all that Ray starts, submitted jobs among them. So none that people send is used
-here, but SIGURG: nobody else needs it, and it does no harm where it comes too late.
+A process inherits which signals are ignored and which are blocked. SIGINT is ignored in a process
+that a script starts with `&`, and blocked in all that Ray starts, submitted jobs included. So this
+uses SIGURG: nobody else needs it, and it does no harm if it comes too late.
 """
 
 import signal

@@ -77,9 +77,9 @@ def alone(
 ) -> Iterator[Hold]:
     """Hold the folder's lock.
 
-    Of a folder behind a URI, runs on this machine exclude each other by a lock on its mirror, and
-    those on others by a lease, `.lock.holder`, which says who holds it and is written anew every
-    `renewal_s` seconds. Object stores have no locks, so a lease is weaker than one:
+    For a folder behind a URI, runs on this machine exclude each other by a lock on its mirror, and
+    runs on other machines by a lease, `.lock.holder`, which says who holds it and is written anew
+    every `renewal_s` seconds. Object stores have no locks, so a lease is weaker than one:
 
     - Who starts while it is renewed is refused. Who writes one waits `pause_s`, and goes on only if
       it is still there: of two that start at once, the later writer stays. This holds as long as a

@@ -94,14 +94,32 @@ class PinnedModels:
 
     Attributes:
         inputs: a fingerprint of that rest.
+        moved: the version that an alias stands for now, where that is another one; None where the
+            alias is gone.
     """
 
     models: dict[str, RegisteredModel | None]
     inputs: str
+    moved: dict[str, int | None]
+
+    @property
+    def late(self) -> list[str]:
+        """Aliases that were missing when these inputs were first read, and are there now."""
+        return [uri for uri in self.moved if self.models[uri] is None]
+
+    def notes(self) -> list[str]:
+        """A line for each alias that stands for something else now."""
+        return [
+            f"{uri} is {_version_in_words(now)} now; a run reads it as it was when these inputs "
+            f"were first run, {_version_in_words(_version(model))}, until the text or a setting "
+            "changes"
+            for uri, now in self.moved.items()
+            for model in [self.models[uri]]
+        ]
 
     @classmethod
     def read(cls, config: Config, root: Location, keys: list[str]) -> "PinnedModels":
-        """As it was kept for these inputs, or else as the registry has it now.
+        """The models as they were kept for these inputs; those not kept, as the registry has them.
 
         Args:
             keys: of the pipeline's stages while its models are not known.
@@ -112,17 +130,20 @@ class PinnedModels:
         inputs = fingerprint(keys)
         uris = model_uris(config)
         if not uris:
-            return cls(models={}, inputs=inputs)
+            return cls(models={}, inputs=inputs, moved={})
         registry = Registry(config.tracking, root)
         kept = _read_pins(root / config.name).get(inputs, {})
-        models = {}
+        models: dict[str, RegisteredModel | None] = {}
+        moved: dict[str, int | None] = {}
         for uri, is_needed in uris.items():
             place = kept.get(uri, uri)
             models[uri] = None if place is None else registry.open(place)
             was_there = place not in (None, uri)
             if models[uri] is None and (is_needed or was_there):
                 raise InputError(f"{uri}: there is no {place or uri} in the MLflow registry")
-        return cls(models=models, inputs=inputs)
+            if uri in kept and (now := registry.version_of(uri)) != _version(models[uri]):
+                moved[uri] = now
+        return cls(models=models, inputs=inputs, moved=moved)
 
     def keep(self, pipeline_folder: Location) -> None:
         if not self.models:
@@ -137,6 +158,14 @@ class PinnedModels:
         path.parent.mkdir(parents=True, exist_ok=True)
         newest = dict(list(pins.items())[-_KEPT_PINS:])
         write_atomically(path, json.dumps(newest, indent=1).encode())
+
+
+def _version(model: RegisteredModel | None) -> int | None:
+    return None if model is None else model.version
+
+
+def _version_in_words(version: int | None) -> str:
+    return "missing" if version is None else f"version {version}"
 
 
 def model_uris(config: Config) -> dict[str, bool]:

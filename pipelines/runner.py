@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,23 @@ def store_command(config: Config, root: Location) -> str:
     return command
 
 
-def plan(config: Config, root: Location, selection: Selection | None = None) -> list[Step]:
-    """What `run_pipeline` would do with each stage, and why."""
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `run_pipeline` would do with each stage, and why.
+
+    Attributes:
+        notes: a line for each alias that stands for another model than the one the run would read.
+    """
+
+    steps: list[Step]
+    notes: list[str]
+
+
+def plan(config: Config, root: Location, selection: Selection | None = None) -> Plan:
     _check_store(config, root)
-    stages = pipeline_stages(config, root / config.name, models_of(config, root).models)
-    return plan_steps(stages, selection or Selection())
+    pinned = models_of(config, root)
+    stages = pipeline_stages(config, root / config.name, pinned.models, pinned.late)
+    return Plan(steps=plan_steps(stages, selection or Selection()), notes=pinned.notes())
 
 
 def _check_store(config: Config, root: Location) -> None:
@@ -122,7 +135,7 @@ def run_pipeline(config: Config, root: Location, selection: Selection | None = N
     """
     _check_store(config, root)
     pinned = models_of(config, root)
-    variants = pipeline_variants(config, root / config.name, pinned.models)
+    variants = pipeline_variants(config, root / config.name, pinned.models, pinned.late)
     return run_variants(config, root, variants, selection or Selection(), pinned)
 
 
@@ -145,7 +158,7 @@ def run_variants(
     stages = list({s.output: s for variant in variants for s in variant.stages}.values())
     with sigterm_stops(), alone(folder) as hold, ExitStack() as stack:
         steps = plan_steps(stages, selection)
-        pinned = pinned or PinnedModels(models={}, inputs="")
+        pinned = pinned or PinnedModels(models={}, inputs="", moved={})
         pinned.keep(folder)
         record = RunRecord.begin(config, folder, [_record_of(step) for step in steps])
         with _concluded(record), hold.told():

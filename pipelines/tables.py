@@ -8,7 +8,7 @@ from typing import Any
 from pipelines.comparison import PAGE_NAME, comparison_table
 from pipelines.record import RESULT_NAME, RunRecord, StageRecord
 from pipelines.retention import Item
-from pipelines.runner import store_command
+from pipelines.runner import Plan, store_command
 from pipelines.schedule import Step
 from tokendiff.artifacts.locations import Location, location
 from tokendiff.artifacts.manifest import verify
@@ -31,12 +31,13 @@ _MERMAID_COLOURS = {
 Line = tuple[str, str]
 
 
-def print_plan(steps: Sequence[Step], folder: Location) -> None:
+def print_plan(plan: Plan, folder: Location) -> None:
     """Each stage, what would become of it, and why.
 
     Args:
         folder: the pipeline's own.
     """
+    steps = plan.steps
     rows = [(s.stage.title, s.stage.kind, s.stage.key, s.state, s.why) for s in steps]
     print("\n".join(_columns([("stage", "kind", "key", "state", "why"), *rows])))
     for step in steps:
@@ -44,14 +45,17 @@ def print_plan(steps: Sequence[Step], folder: Location) -> None:
             print(f"\n{step.stage.title}")
             _print_lines([(f"  {label}", text) for label, text in shown.items()])
     print(f"\nfolders  {folder}/STAGE-KEY")
+    for note in plan.notes:
+        print(f"note     {note}")
 
 
-def plan_as_json(steps: Sequence[Step]) -> dict[str, Any]:
+def plan_as_json(plan: Plan) -> dict[str, Any]:
     return {
+        "notes": plan.notes,
         "stages": [
             {**_plan_row(step), **({"preview": shown} if (shown := _preview(step)) else {})}
-            for step in steps
-        ]
+            for step in plan.steps
+        ],
     }
 
 
@@ -132,10 +136,9 @@ def print_record(record: RunRecord, config: Config, root: Location) -> None:
     _print_lines(lines)
 
 
-def print_status(
-    runs: Sequence[RunRecord], steps: Sequence[Step], config: Config, root: Location
-) -> None:
+def print_status(runs: Sequence[RunRecord], plan: Plan, config: Config, root: Location) -> None:
     """The last runs, and how the stages stand that the file describes now."""
+    steps = plan.steps
     results = _results(steps)
     for number, run in enumerate(runs):
         took = "" if run.seconds is None else f", {_duration(run.seconds)}"
@@ -162,15 +165,16 @@ def print_status(
     lines = figure_lines(records)
     if waiting := [f"{s.stage.title} ({s.why})" for s in steps if s.state in ("run", "resume")]:
         lines.append(("still to run", ", ".join(waiting)))
+    lines += [("note", note) for note in plan.notes]
     if config.tracking.enabled:
         lines.append(("MLflow", store_command(config, root)))
     _print_lines(lines or [(config.name, "no stage is done yet")])
 
 
-def status_as_json(runs: Sequence[RunRecord], steps: Sequence[Step]) -> dict[str, Any]:
-    results = _results(steps)
-    stages = [{**_plan_row(s), "result": results.get(s.stage.title, {})} for s in steps]
-    return {"runs": [run.as_json() for run in runs], "stages": stages}
+def status_as_json(runs: Sequence[RunRecord], plan: Plan) -> dict[str, Any]:
+    results = _results(plan.steps)
+    stages = [{**_plan_row(s), "result": results.get(s.stage.title, {})} for s in plan.steps]
+    return {"runs": [run.as_json() for run in runs], "stages": stages, "notes": plan.notes}
 
 
 def _results(steps: Sequence[Step]) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,9 @@
 so small that all of it takes seconds, and their speed says nothing.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,16 +68,7 @@ QWEN3_06B = Shape(
     num_key_value_heads=8,
     head_dim=128,
 )
-QWEN3_17B = Shape(
-    name="Qwen3-1.7B",
-    vocab_size=151_936,
-    hidden_size=2048,
-    intermediate_size=6144,
-    num_hidden_layers=28,
-    num_attention_heads=16,
-    num_key_value_heads=8,
-    head_dim=128,
-)
+QWEN3_17B = replace(QWEN3_06B, name="Qwen3-1.7B", hidden_size=2048, intermediate_size=6144)
 # Of BERT-base's width, with gated layers.
 BERT_BASE = Shape(
     name="BERT-base",
@@ -101,16 +94,7 @@ PROVEN = Shape(
     spread=0.3,
 )
 # On a CPU in place of the published ones.
-TOY = Shape(
-    name="toy",
-    vocab_size=256,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-)
+TOY = replace(PROVEN, name="toy", vocab_size=256, spread=None)
 
 
 def published(machine: Machine) -> tuple[Shape, ...]:
@@ -127,10 +111,17 @@ def causal_lm(shape: Shape, device: Any, dtype: torch.dtype, *, both_ways: bool 
     if both_ways:
         attend_both_ways(config)
     where, first = _first(shape, device, dtype)
-    with torch.random.fork_rng(devices=[]), where:
-        torch.manual_seed(0)
+    with _drawn(where, seed=0):
         model = AutoModelForCausalLM.from_config(config, dtype=first)
     return model.to(device=device, dtype=dtype).eval()
+
+
+@contextmanager
+def _drawn(where: torch.device, *, seed: int) -> Iterator[None]:
+    """In this block weights are made there from the seed, and other draws stay what they were."""
+    with torch.random.fork_rng(devices=[]), where:
+        torch.manual_seed(seed)
+        yield
 
 
 def _first(shape: Shape, device: Any, dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
@@ -161,8 +152,7 @@ def encoder(shape: Shape, device: Any, dtype: torch.dtype) -> TransformersDenois
         cls_token_id=1,
         sep_token_id=EOS,
     )
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(0)
+    with _drawn(torch.device(device), seed=0):
         model: Any = ModernBertForMaskedLM(config)
     return TransformersDenoiser(model.to(dtype), vocab_size=shape.vocab_size)
 
@@ -187,8 +177,7 @@ def new_draft(shape: Shape, device: Any, dtype: torch.dtype, *, block_size: int)
         block_size=block_size,
         mask_token_id=MASK,
     )
-    with torch.random.fork_rng(devices=[]), _first(shape, device, dtype)[0]:
-        torch.manual_seed(1)
+    with _drawn(_first(shape, device, dtype)[0], seed=1):
         draft: Any = DFlashDraftModel(config)
     return draft.to(device=device, dtype=dtype).eval()
 

@@ -5,11 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests import ROOT
 from tests.builders import letter_tokenizer, random_rows, token_folder
@@ -96,6 +98,7 @@ def test_the_losses_are_those_of_plain_training_and_sigterm_costs_no_step(
             log.write(event, **fields)
             if event == "metrics" and fields["step"] == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.3)  # a slow step, in which it is said that the signal has come
 
         arguments: dict[str, Any] = {"data_path": data_path, "output_dir": out}
         with session.ray_session(ClusterConfig()):
@@ -103,6 +106,7 @@ def test_the_losses_are_those_of_plain_training_and_sigterm_costs_no_step(
                 train(CONFIG, ClusterConfig(), on_event=stop_at_3, **arguments)
             assert is_stop_requested()
         stopped = max(losses_of(log.path))
+        assert [e["event"] for e in read_events(log.path)].count("stopping") == 1
         assert stopped in (3, 4)
         with session.ray_session(ClusterConfig()):
             final = train(CONFIG, ClusterConfig(), on_event=log.write, **arguments)
@@ -138,6 +142,51 @@ def test_a_trained_model_is_gone_before_the_next_stage(
     finally:
         gc.enable()
     assert left == [False]
+
+
+def test_each_training_of_a_process_is_compiled_anew(
+    data_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit that one training keeps; two would exceed it together, and fail here."""
+    compile_it = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_it(self, backend="eager"))
+    data = TokenData.open(data_path, split="train")
+    limits = {"recompile_limit": 1, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(limits):
+        for size in ("tiny", "mini"):  # the variants of a matrix
+            fields = {"model_name_or_path": f"builtin:bert-{size}", "max_train_steps": 1}
+            config = CONFIG.model_copy(update={"compile": True, **fields})
+            train_in_process(config, data, tmp_path / size)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+def test_workers_of_ray_wait_as_the_job_does(
+    monkeypatch: pytest.MonkeyPatch,
+    address: str | None,
+    given: dict[str, str],
+    expected: dict[str, str],
+) -> None:
+    """A Ray that is started here inherits it; workers of one that is joined are told."""
+    import ray  # noqa: F401
+
+    seen: dict[str, str] = {}
+
+    def init(*, runtime_env: Any = None, **fields: Any) -> None:
+        seen.update(os.environ if runtime_env is None else runtime_env["env_vars"])
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr(os, "environ", dict(given))
+    session._start_or_join(ClusterConfig(address=address), 1, lambda message: None)
+    assert {name: seen[name] for name in expected} == expected
+    assert ("GOMP_SPINCOUNT" in seen) == ("GOMP_SPINCOUNT" in expected)
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

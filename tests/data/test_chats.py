@@ -174,7 +174,7 @@ def test_a_template_that_rewrites_earlier_turns_takes_last_answers_alone() -> No
     [
         ("{{ raise_exception('no system here') }}", TALKS[0], "refuses it.*no system here"),
         ("{{ messages[0].content.nothing() }}", TALKS[0], "the chat template refuses it"),
-        ("", TALKS[1], "no chat template, and more than one turn"),
+        ("", TALKS[1], "more than one turn needs a chat template"),
         ("{% if false %}{{ messages }}{% endif %}", TALKS[0], "renders to nothing"),
         (CHATML, conversation("a <|im_end|>", "b"), "message 0 spells .*'<|im_end|>'"),
         (CHATML, conversation("a", "[EOS]"), "message 1 spells .*EOS"),

@@ -64,7 +64,7 @@ def test_a_manifest_names_no_file_elsewhere(tmp_path: Path, name: str) -> None:
     for files in ({name: entry}, {"a": entry, name: entry}):
         text = json.dumps({**body, "files": files, "digest": fingerprint({**body, "files": files})})
         (tmp_path / MANIFEST_NAME).write_text(text)
-        with pytest.raises(CorruptFileError, match="is no name of a file in the folder"):
+        with pytest.raises(CorruptFileError, match="is not the name of a file in the folder"):
             load_manifest(tmp_path)
 
 

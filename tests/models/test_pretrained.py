@@ -260,6 +260,22 @@ def test_a_folder_that_gives_less_than_half_is_refused_unless_all_is_to_be_new(
         assert f"{100 * share:.2g} % of the model, start new and random" in said[0]
 
 
+def test_opening_a_model_writes_nothing_to_the_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """transformers draws a bar, and prints a table of the weights that are missing."""
+    folder = Path(causal(tmp_path))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    said: list[str] = []
+    options: dict[str, Any] = {"tokenizer": letter_tokenizer(V), "max_length": LENGTH}
+    capfd.readouterr()
+    load_causal_denoiser(str(folder), warn=said.append, **options)
+    assert capfd.readouterr() == ("", "")
+    assert "model.layers.3.mlp.up_proj.weight" in said[0]
+
+
 @pytest.mark.parametrize("field", [field for field in FIELDS if field != "model_name_or_path"])
 def test_a_model_that_is_used_as_it_is_must_be_whole(field: str, tmp_path: Path) -> None:
     folder = Path(causal(tmp_path))
@@ -268,7 +284,7 @@ def test_a_model_that_is_used_as_it_is_must_be_whole(field: str, tmp_path: Path)
     del tensors["model.layers.3.mlp.up_proj.weight"], tensors["lm_head.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
     lost = "model.layers.3.mlp.up_proj.weight, lm_head.weight"
-    with pytest.raises(InputError, match=rf"^{field} '.*' has no weights for {lost}; give a model"):
+    with pytest.raises(InputError, match=rf"^{field} '.*' has no weights for {lost}; give a f"):
         FIELDS[field](str(folder))
     said: list[str] = []
     load_causal_denoiser(

@@ -396,12 +396,12 @@ def test_published_denoisers_are_listed_where_another_model_is_given(tmp_path: P
         PromptCheck.of(None, generate_config(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "nobody", "auto_map": {"AutoConfig": 1}}')
     with pytest.raises(
-        InputError, match=r"'nobody' is neither .* known, which are Dream, llada, .*sdar"
+        InputError, match=r"knows models of type 'nobody' \(tokendiff adds Dream, llada, .*sdar"
     ):
         PromptCheck.of(None, generate_config(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "llada2_moe"}')
     with pytest.raises(
-        InputError, match=r"no architecture for 'llada2_moe': trust_remote_code runs"
+        InputError, match=r"no architecture for 'llada2_moe'; to sample from it, run the code"
     ):
         PromptCheck.of(None, generate_config(tmp_path))
     with pytest.raises(
@@ -415,7 +415,7 @@ def test_a_mask_that_the_model_did_not_learn_is_refused(data: TokenData, tmp_pat
     with pytest.raises(InputError, match=r"its mask is id 5, .* is '\[MASK\]', id 1; preprocess"):
         check_inputs(train_config(tmp_path), data)
     (tmp_path / "config.json").write_text(json.dumps(LLADA_CONFIG | {"mask_token_id": V + 3}))
-    with pytest.raises(InputError, match=f"mask token has id {V + 3}, but the tokenizer ids below"):
+    with pytest.raises(InputError, match=f"mask token has id {V + 3}, but its tokenizer"):
         PromptCheck.of(None, generate_config(tmp_path))
 
 

@@ -190,17 +190,17 @@ def test_a_draft_is_judged_beside_the_champion_and_served_with_its_target(
 def test_the_first_plan_leaves_the_champion_out(tmp_path: Path) -> None:
     for name, model in (("dflash", "Qwen3-4B-DFlash"), ("dflash_offline", "tokendiff-draft")):
         config = load_config(PIPELINES / f"{name}.yaml")
-        steps = {step.stage.title: step for step in plan(config, tmp_path)}
+        steps = {step.stage.title: step for step in plan(config, tmp_path).steps}
         assert steps["decode-champion"].why == f"there is no models:/{model}@champion yet"
         assert steps["judge-champion"].state == "skip"
         assert steps["promote"].state == "run"
         # Held-out prompts that replace the examples are not what the draft learns from.
         given = [f"generate.prompts=[{tmp_path}/heldout.txt]"]
         (tmp_path / "heldout.txt").write_text("a prompt\n")
-        before = {s.stage.title: s.stage.key for s in plan(config, tmp_path)}
+        before = {s.stage.title: s.stage.key for s in plan(config, tmp_path).steps}
         after = {
             s.stage.title: s.stage.key
-            for s in plan(load_config(PIPELINES / f"{name}.yaml", given), tmp_path)
+            for s in plan(load_config(PIPELINES / f"{name}.yaml", given), tmp_path).steps
         }
         changed = {title for title in before if before[title] != after[title]}
         assert changed == {"decode", "judge", "decode-champion", "judge-champion", "promote"}
@@ -232,7 +232,7 @@ def test_what_is_promoted_goes_with_what_it_is_served_with(
     path.write_text(SERVED.replace(old, new))
     config = load_config(path)
     if says is None:
-        assert plan(config, tmp_path)
+        assert plan(config, tmp_path).steps
         return
     with pytest.raises(InputError, match=f"^stages.promote: what {says}"):
         plan(config, tmp_path)

@@ -122,7 +122,7 @@ def test_the_pipelines_of_this_repository_are_valid(path: Path, tmp_path: Path) 
     assert config.name == path.stem
     if config.preprocess.data_files:  # the user's own
         config = load_config(path, [f"preprocess.data_files=[{tmp_path}/*.txt]"])
-    steps = plan(config, tmp_path)
+    steps = plan(config, tmp_path).steps
     assert steps
     assert {step.state for step in steps} <= {"run", "skip"}
 
@@ -132,7 +132,7 @@ def test_the_first_plan_of_retraining(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("some text\n")
     files = f"preprocess.data_files=[{tmp_path}/*.txt]"
     config = load_config(ROOT / "pipelines" / "retrain.yaml", [files])
-    steps = {step.stage.title: (step.state, step.why) for step in plan(config, tmp_path)}
+    steps = {step.stage.title: (step.state, step.why) for step in plan(config, tmp_path).steps}
     assert steps["evaluate-champion"] == ("skip", "there is no models:/tokendiff@champion yet")
     assert [state for state, _ in steps.values()] == ["run", "run", "run", "skip", "run"]
 

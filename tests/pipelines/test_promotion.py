@@ -19,7 +19,7 @@ from pipelines.builders import promote_stage
 from pipelines.graph import Variant
 from pipelines.promotion import judge, sampling_fields
 from pipelines.registered import PinnedModels, checkpoint_folder, with_models
-from pipelines.runner import run_variants
+from pipelines.runner import models_of, plan, run_variants
 from pipelines.schedule import Selection
 from pipelines.stage import Stage
 from tests.builders import letter_tokenizer, random_rows, token_folder
@@ -138,7 +138,7 @@ def test_a_gate_that_cannot_tell_does_not_pass() -> None:
 def test_a_gate_that_nothing_is_kept_by_row_for_is_refused_at_once() -> None:
     with pytest.raises(ValidationError, match=r"no figures by row of 'speedup', only of nats_per"):
         GateConfig(metric="speedup", direction="higher", min_standard_errors=2.0)
-    with pytest.raises(ValidationError, match=r"margin -0.1 has no effect with min_standard_error"):
+    with pytest.raises(ValidationError, match=r"margin -0.1 allows a worse model, and min_"):
         GateConfig(metric="perplexity", direction="lower", margin=-0.1, min_standard_errors=2.0)
     # A gate without is the one that it was: the stage's key is the same.
     assert set(LOWER.result_fields()) == {"metric", "direction", "margin", "limit"}
@@ -578,9 +578,12 @@ def test_an_alias_is_read_once_for_the_same_inputs(shop: Shop, history: Any) -> 
 
     config = pipeline(URI)
 
+    notes: list[str] = []
+
     def version(*inputs: str) -> int | None:
         pinned = PinnedModels.read(config, shop.root, list(inputs))
         pinned.keep(shop.root / "shop")
+        notes[:] = pinned.notes()
         model = pinned.models[URI]
         return None if model is None else model.version
 
@@ -589,6 +592,29 @@ def test_an_alias_is_read_once_for_the_same_inputs(shop: Shop, history: Any) -> 
     assert version("monday") == 2
     registry.promote("toy", "champion", 1, because="a test")
     assert version("monday") == 2
+    assert len(notes) == 1
+    assert notes[0].startswith(f"{URI} is version 1 now; a run reads it as it was when ")
+    assert ", version 2, until" in notes[0]
     assert version("tuesday") == 1
+    assert not notes
     absent = "models:/toy@nobody"
-    assert PinnedModels.read(pipeline(absent), shop.root, ["monday"]).models == {absent: None}
+    pinned = PinnedModels.read(pipeline(absent), shop.root, ["monday"])
+    assert pinned.models == {absent: None}
+    assert not pinned.moved
+
+
+def test_a_plan_says_that_a_model_came_after_its_inputs_were_read(shop: Shop, history: Any) -> None:
+    uri = "models:/toy@newcomer"
+    judge = {"kind": "evaluate", "config": {"checkpoint_path": uri}}
+    config = Config.model_validate({"name": "late", "stages": {"judge": judge}})
+    first = plan(config, shop.root)
+    assert [step.why for step in first.steps] == [f"there is no {uri} yet"]
+    assert not first.notes
+    models_of(config, shop.root).keep(shop.root / "late")  # as a run does
+    shop.registry.promote("toy", "newcomer", 1, because="a test")
+    later = plan(config, shop.root)
+    assert [step.why for step in later.steps] == [
+        f"there was no {uri} when these inputs were first run"
+    ]
+    assert later.notes[0].startswith(f"{uri} is version 1 now; a run reads it as it was when ")
+    assert ", missing, until" in later.notes[0]

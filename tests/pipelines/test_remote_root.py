@@ -257,7 +257,7 @@ def test_a_pipeline_from_file_to_champion_and_again_from_another_machine(
     assert "v1 replaced no other version" in capsys.readouterr().err
 
     # Another rate: what changed is known from what the other machine made.
-    changed = plan(load_config(path, ["train.learning_rate=0.002"]), root)
+    changed = plan(load_config(path, ["train.learning_rate=0.002"]), root).steps
     assert {step.stage.name: step.why for step in changed if step.state == "run"} == {
         "model": "learning_rate changed from 0.001 to 0.002",
         "samples": "the input 'checkpoint' changed",

@@ -79,6 +79,12 @@ def streamed(
     return sampler.stream(model, rows, num_slots=num_slots, **options)
 
 
+def test_a_row_shorter_than_a_block_is_refused_in_flight_too() -> None:
+    sampler = BlockwiseSampler(**{**BLOCKS, "block_size": 7})
+    with pytest.raises(ValueError, match="block_size 7 must not exceed seq_len 6"):
+        list(streamed(sampler, RaggedDenoiser(), rows_of(2), num_slots=2))
+
+
 @pytest.mark.parametrize("is_time_conditioned", [False, True])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_row_in_flight_is_what_it_is_alone(name: str, is_time_conditioned: bool) -> None:

@@ -1,11 +1,14 @@
 """What a served model answers, and refuses with 400, by MLflow's own parsing of requests."""
 
 import json
+import runpy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from tests import ROOT
 from tokendiff.data.prompts import GenerationRow
 from tokendiff.tracking.registry import model_signature
 from tokendiff.tracking.serving_limits import Limits
@@ -52,6 +55,13 @@ def ask() -> Callable[[Any], tuple[int, Any]]:
         return answer.status, texts
 
     return ask
+
+
+def test_the_file_that_mlflow_runs_gives_its_user_no_advice() -> None:
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        runpy.run_path(str(ROOT / "tokendiff" / "tracking" / "served_model.py"))
+    assert [str(warning.message) for warning in given] == []
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ import tokendiff
 from tokendiff.config.pipeline import TrackingConfig
 from tokendiff.errors import InputError
 from tokendiff.tracking import mlflow_store, system_metrics
+from tokendiff.tracking.live import standing_of
 from tokendiff.tracking.mlflow_delivery import replay_pending
 from tokendiff.tracking.mlflow_entities import flatten_params, metrics_and_tags
 from tokendiff.tracking.mlflow_mirror import MlflowMirror
@@ -217,8 +218,8 @@ def test_a_line_for_each_event() -> None:
     assert lines == [
         "train  starting 2 training workers",
         "train  training starts: 2 workers, 4,400,000 parameters",
-        # 100 s for 10 steps, start-up included: the best guess so far.
-        f"train  step 10/400  loss 7.100  {shown}  1:05:00 left  {waiting}",
+        # 100 s for 10 steps, start-up included: how long the others take is not known yet.
+        f"train  step 10/400  loss 7.100  {shown}  {waiting}",
         # 1 s a step since the first report, then 15 s for 20 steps.
         f"train  step 20/400  loss 5.213  {shown}  6:20 left  {waiting}",
         f"train  step 30/400  loss nan  {shown}  4:38 left  {waiting}",
@@ -232,7 +233,7 @@ def test_a_line_for_each_event() -> None:
         "train  checkpoint at step 30: /out/checkpoint-30",
         "train  warning: worker 1 [died]",
         "train  goes on from step 20",
-        "train  step 30/400  loss 5.000  37:00 left",
+        "train  step 30/400  loss 5.000",
     ]
     assert printed("train", [at(0, "metrics", step=5, loss=1.0)]) == ["train  step 5  loss 1.000"]
 
@@ -242,7 +243,7 @@ def progress(time: float, done: float, total: float, unit: str, **fields: Any) -
 
 
 def test_progress_is_counted_in_words_and_told_when_it_is_over() -> None:
-    rows = "generate  {}  {} unusable prompts  {} tokens/s  {} left"
+    rows = "generate  {}  {} unusable prompts  {} tokens/s{}"
     assert printed(
         "generate",
         [
@@ -257,8 +258,8 @@ def test_progress_is_counted_in_words_and_told_when_it_is_over() -> None:
     ) == [
         "generate  0/6,400 rows",
         "generate  0/6,400 rows",
-        rows.format("1,600/6,400 rows", 2, "6,402", "0:30"),
-        rows.format("3,200/6,400 rows", 2, "6,398", "0:20"),
+        rows.format("1,600/6,400 rows", 2, "6,402", ""),
+        rows.format("3,200/6,400 rows", 2, "6,398", "  0:20 left"),
         "generate  6,400/6,400 rows  2 unusable prompts  17,453 tokens/s",
         "generate  error: boom",
     ]
@@ -267,10 +268,12 @@ def test_progress_is_counted_in_words_and_told_when_it_is_over() -> None:
         [
             progress(0, 0, 33_600_000, "bytes", tokens=0, rows=0),
             progress(10, 16_800_000, 33_600_000, "bytes", tokens=5_000_000, rows=39_062),
+            progress(20, 25_200_000, 33_600_000, "bytes", tokens=10_000_000, rows=58_593),
         ],
     ) == [
         "preprocess  0.0/33.6 MB  0 rows",
-        "preprocess  16.8/33.6 MB  39,062 rows  500,000 tokens/s  0:10 left",
+        "preprocess  16.8/33.6 MB  39,062 rows  500,000 tokens/s",
+        "preprocess  25.2/33.6 MB  58,593 rows  500,000 tokens/s  0:10 left",
     ]
     assert printed("x", [progress(0, 39, 40, "bytes")]) == ["x  39/40 bytes"]
     # Another thing is counted, at another speed.
@@ -281,13 +284,57 @@ def test_progress_is_counted_in_words_and_told_when_it_is_over() -> None:
             progress(10, 64, 64, "rows", tokens=640),
             progress(11, 0, 71, "checks", tokens=0),
             progress(18, 7, 71, "checks", tokens=0),
+            progress(25, 14, 71, "checks", tokens=0),
         ],
     ) == [
         "evaluate  0/64 rows",
         "evaluate  64/64 rows  64 tokens/s",
         "evaluate  0/71 checks",
-        "evaluate  7/71 checks  1:04 left",
+        "evaluate  7/71 checks",
+        "evaluate  14/71 checks  0:57 left",
     ]
+
+
+def test_the_time_left_is_not_told_before_it_is_known() -> None:
+    """Steps of 4 s each, told of every 2 s, behind a first one that took 60 s."""
+    times = [(2.0 * told, max(0.0, told - 28) / 2) for told in range(40)]
+    lines = printed("train", [progress(time, done, 100, "steps", tokens=0) for time, done in times])
+    left = [line for line in lines if "left" in line]
+    assert all(float(line.split("step ")[1].split("/")[0]) >= 3 for line in left)
+    for line in left:  # and then it is right
+        minutes, seconds = line.split("  ")[-1].removesuffix(" left").split(":")
+        done = int(line.split("step ")[1].split("/")[0])
+        assert abs(60 * int(minutes) + int(seconds) - 4 * (100 - done)) <= 4
+    assert 0 < len(left) < len(lines)
+
+
+def test_a_signal_to_stop_is_answered_with_what_is_awaited() -> None:
+    asked = "train  SIGTERM received: ends once"
+    assert printed("train", [at(0, "start", step=0, max_train_steps=9), at(1, "stopping")])[1:] == [
+        f"{asked} the step under way is taken and saved"
+    ]
+    events = [progress(10.0 * told, told / 2, 9, "steps", tokens=0) for told in range(8)]
+    assert printed("train", [*events, at(71, "stopping")])[-1] == (
+        f"{asked} step 4 is taken and saved, in about 0:10 and the time that saving takes"
+    )
+
+
+def test_what_is_told_beside_the_log_does_not_go_behind_the_log(tmp_path: Path) -> None:
+    """A training shorter than two reports: its last word beside the log is of its first step."""
+    stream, path = io.StringIO(), tmp_path / LOG_NAME
+    with (
+        RunLog(path) as log,
+        ProgressPrinter("train", log_path=path, stream=stream) as printer,
+        LogTailer(path, [printer.consume], on_look=printer.look, poll_seconds=0.05),
+    ):
+        log.write("start", step=0, max_train_steps=10)
+        log.write("progress", done=0.5, total=10, unit="steps", tokens=8)
+        log.write("metrics", step=10, loss=1.0)
+        wait_until(lambda: "10/10" in stream.getvalue())
+        time.sleep(0.2)
+    assert stream.getvalue().splitlines()[-1] == "train  step 10/10  loss 1.000"
+    shown = standing_of(path, folder=tmp_path)
+    assert (shown.state, shown.place) == ("running", "step 10/10")
 
 
 def test_something_moves_at_least_every_ten_seconds_and_the_log_stays_short(
@@ -385,13 +432,27 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal()
     with ProgressPrinter("train", stream=stream) as printer:
         printer.consume([at(0, "start", step=0, max_train_steps=400)])
-        printer.consume([at(1, "metrics", step=40, loss=5.25)])
+        printer.consume([at(1, "metrics", step=20, loss=6.5)])
+        printer.consume([at(11, "metrics", step=40, loss=5.25)])
         printer.consume([at(1, "warning", message="[bold]kept as it is")])
     shown = stream.getvalue()
     assert "━" in shown
     assert "step 40/400" in shown
-    assert "loss 5.250  0:09 left" in shown
+    assert "loss 5.250  3:00 left" in shown
     assert "train  warning: [bold]kept as it is" in shown
+
+
+def test_a_narrow_terminal_cuts_off_what_matters_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "70")
+    facts = {"lr": 3e-4, "tokens_per_second": 18_400.4, "data_wait_fraction": 0.0123}
+    stream = Terminal()
+    with ProgressPrinter("train", stream=stream) as printer:
+        printer.consume([at(0, "start", step=0, max_train_steps=400)])
+        printer.consume([at(1, "metrics", step=40, loss=5.25, **facts)])
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", stream.getvalue())
+    text = " ".join(shown.split())
+    assert re.search(r"train ━[━╸╺ ]+ 0:00:0\d step 40/400 loss 5.250 .*…", text)
 
 
 def test_the_tailer_hands_on_everything_new_in_order(tmp_path: Path) -> None:

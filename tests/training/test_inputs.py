@@ -92,7 +92,7 @@ BLOCKS = {"name": "block_refinement"}
                 "lora_rank": 2,
                 "lora_target_modules": ["no_proj"],
             },
-            "lora_target_modules .'no_proj'. are no linear layers of a qwen3 model; there are .*k_",
+            "lora_target_modules .'no_proj'.: a qwen3 model has no linear layers .*; it has .*k_",
         ),
         ({"global_batch_size": 2}, "a step of 2 rows cannot be shared by 3 workers"),
     ],

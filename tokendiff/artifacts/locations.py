@@ -53,7 +53,7 @@ class RemotePath:
                 "the environment (AWS_ENDPOINT_URL, AWS_PROFILE, ...)"
             )
         if ".." in rest.split("/"):
-            raise InputError(f"{self.uri}: a URI has no .. in it")
+            raise InputError(f"{self.uri}: '..' is not allowed in a URI; write the path out")
         object.__setattr__(self, "uri", f"{scheme.lower()}://{rest.rstrip('/')}")
 
     def __str__(self) -> str:

@@ -199,9 +199,9 @@ def _check_entry(name: str, entry: Any) -> None:
     """Raise ValueError where a name leads out of the folder, or the rest is no size and sha256."""
     parts = name.split("/")
     if "\0" in name or "\\" in name or not {"", ".", ".."}.isdisjoint(parts):
-        raise ValueError(f"{name!r:.80} is no name of a file in the folder")
+        raise ValueError(f"{name!r:.80} is not the name of a file in the folder")
     if type(entry["size"]) is not int or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
-        raise ValueError(f"size or sha256 of {name!r:.80} are none")
+        raise ValueError(f"the size or sha256 of {name!r:.80} is not valid")
 
 
 def verify(folder: Location, *, kind: str | None = None, hashes: bool = True) -> Manifest:

@@ -136,8 +136,8 @@ class NoiseProcess:
                 raise InputError(
                     f"block_length {self.block_length} with forward_process "
                     f"{self.forward_process!r} and attention_mask_mode "
-                    f"{self.attention_mask_mode!r}: blocks have masks for noise, or with mode '4d' "
-                    "uniform noise"
+                    f"{self.attention_mask_mode!r}: the noise of blocks is masks, or with "
+                    "attention_mask_mode '4d' uniform"
                 )
         if self.keeps_base and self.forward_process != "absorbing":
             raise InputError("keeps_base needs forward_process 'absorbing': it drafts from masks")

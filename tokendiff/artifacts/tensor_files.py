@@ -75,7 +75,7 @@ def _bytes_of(tensor: Tensor) -> Any:
 
 
 def file_name(stem: str, number: int, count: int) -> str:
-    """Of the part that the process `number` of `count` writes, counted from 0."""
+    """The name of the file that process `number` of `count` writes, counted from 0."""
     if count == 1:
         return f"{stem}.safetensors"
     return f"{stem}-{number + 1:05d}-of-{count:05d}.safetensors"

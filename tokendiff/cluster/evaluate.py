@@ -393,13 +393,14 @@ def evaluate(
             rows = {ROW_ID: judged[ROW_ID], **accepted_by_row(blocks)}
             metrics: dict[str, Any] = acceptance_figures(blocks)
             metrics |= accuracy_figures(judged["right"], blocks)
-            kind = "DFlash draft"
+            kind, about_noise = "DFlash draft", "It is a DFlash draft."
         else:
             bound, rows, token_counts = evaluate_bound(
                 config, cluster, checkpoint=source, data=data, progress=progress
             )
             metrics = {**asdict(bound), "unigram_entropy_nats": unigram_entropy_nats(token_counts)}
             kind = "autoregressive" if process is None else process.describe()
+            about_noise = f"Noise: {kind}." if process else "It writes one token after the other."
             metrics |= {"is_exact": 1} if process is None else {}
             if "ar_nats" in rows:
                 ar = summarize(rows["ar_nats"], rows["ar_tokens"], rows["num_bytes"])
@@ -436,7 +437,7 @@ def evaluate(
     metrics |= counts(checks) if checks else {}
     report = make_report(
         title=title,
-        subtitle=f"{kind}, {source.parent.name}/{source.name}",
+        subtitle=f"Checkpoint {source.parent.name}/{source.name}. {about_noise}",
         bound=bound,
         more_tables=[
             *(suite.tables if suite else []),

@@ -376,7 +376,7 @@ class _Totals:
         self.errors.add(part, count, [first])
 
     def figures(self) -> dict[str, Any]:
-        """Of the parts that this run made."""
+        """The figures of the parts that this run made."""
         tokens, calls, seconds = (
             self._sums[name] for name in ("new_tokens", "model_calls", "seconds")
         )

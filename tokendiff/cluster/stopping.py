@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 STOPPED = "stopped by SIGTERM"
+_WATCH_SECONDS = 0.1
 
 _requested = threading.Event()
 _num_entered = 0  # blocks of `sigterm_stops`
@@ -74,6 +75,29 @@ def sigterm_held() -> Iterator[None]:
         yield
     finally:
         _is_held = before
+
+
+@contextmanager
+def told_when_requested(tell: Callable[[], None]) -> Iterator[None]:
+    """In this block, whose work goes on until it can stop, `tell` is called soon after a SIGTERM.
+
+    A thread does so, and not the handler: that may have interrupted whatever `tell` itself does.
+    """
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(_WATCH_SECONDS):
+            if _requested.is_set():
+                tell()
+                return
+
+    watcher = threading.Thread(target=watch, name="sigterm-watcher", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
 
 
 @contextmanager
@@ -152,22 +176,15 @@ def saving_first(on_event: Callable[..., None]) -> Iterator[DriverLink]:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(_Messenger)
     actor = actor.options(num_cpus=0, scheduling_strategy=here).remote(on_event)
-    is_over = threading.Event()
 
     def pass_on() -> None:
-        # Not in the handler: it may have interrupted a call into Ray.
-        while not is_over.wait(0.1):
-            if _requested.is_set():
-                actor.stop.remote()
-                return
+        actor.stop.remote()
+        on_event("stopping")
 
-    watcher = threading.Thread(target=pass_on, name="sigterm-watcher", daemon=True)
-    watcher.start()
-    _is_held = True
     try:
-        yield DriverLink(actor=actor)
+        with told_when_requested(pass_on):
+            _is_held = True
+            yield DriverLink(actor=actor)
     finally:
         _is_held = False
-        is_over.set()
-        watcher.join()
         ray.kill(actor)

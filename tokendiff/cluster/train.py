@@ -16,7 +16,12 @@ from tokendiff.cluster.session import (
     wants_gpu,
     works_here,
 )
-from tokendiff.cluster.stopping import STOPPED, is_stop_requested, sigterm_held
+from tokendiff.cluster.stopping import (
+    STOPPED,
+    is_stop_requested,
+    sigterm_held,
+    told_when_requested,
+)
 from tokendiff.data.rows import TokenData, step_batches, step_plan
 from tokendiff.training.identity import check_same_run, finished_run
 from tokendiff.training.inputs import check_inputs
@@ -94,7 +99,7 @@ def _train_here(
     if checkpoint is not None:
         check_same_run(checkpoint, config, data)
     world = World.current(set_up_torch(cluster, use_gpu=wants_gpu(cluster)))
-    with sigterm_held():
+    with sigterm_held(), told_when_requested(lambda: on_event("stopping")):
         run = TrainingRun.build(config, data, output_dir, world=world, on_event=on_event)
         if checkpoint is not None:
             run.resume(checkpoint)

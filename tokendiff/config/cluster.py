@@ -29,8 +29,9 @@ class ClusterConfig(Section):
 
     address: str | None = Field(
         None,
-        description="Ray: a running cluster; by default RAY_ADDRESS. Without one a single worker "
-        "needs no Ray, and for more it is started on this machine; local starts it at once",
+        description="Ray: address of a running cluster; by default RAY_ADDRESS. If neither is "
+        "set, one worker runs without Ray, and for more it is started on this machine; local "
+        "starts it at once",
     )
     num_workers: Annotated[int | str, BeforeValidator(_number_or_range)] = Field(
         1,
@@ -51,8 +52,8 @@ class ClusterConfig(Section):
     min_actors: int | None = Field(
         None,
         ge=1,
-        description="actors that sampling starts with; more are added while the cluster has room; "
-        "by default num_actors",
+        description="number of actors that sampling starts with; more are added, up to "
+        "num_actors, while the cluster has room; by default num_actors",
     )
     gpus_per_actor: float = Field(
         1.0, gt=0.0, description="GPUs of an actor that samples; 0.5 lets two share one"
@@ -60,11 +61,11 @@ class ClusterConfig(Section):
     max_failures: int = Field(
         3,
         ge=0,
-        description="lost workers that the job survives; with num_workers MIN:MAX, counted since "
-        "the last checkpoint",
+        description="most workers that may be lost before the job fails; with num_workers "
+        "MIN:MAX, since the last checkpoint",
     )
     worker_start_timeout_s: float = Field(
-        600.0, gt=0.0, description="seconds to wait for the workers' resources"
+        600.0, gt=0.0, description="seconds to wait until the cluster has room for the workers"
     )
 
     @property
@@ -79,7 +80,8 @@ class ClusterConfig(Section):
     def _actors_agree(self) -> "ClusterConfig":
         if self.min_actors is not None and self.min_actors > self.num_actors:
             raise ValueError(
-                f"min_actors {self.min_actors} exceeds num_actors {self.num_actors}; raise that"
+                f"min_actors {self.min_actors} exceeds num_actors {self.num_actors}; lower it, "
+                "or raise num_actors"
             )
         if self.gpus_per_actor > 1.0 and self.gpus_per_actor % 1.0:
             raise ValueError(

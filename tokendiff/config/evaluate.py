@@ -92,9 +92,8 @@ class EvaluateConfig(Section):
     )
     sampler: SamplerConfig | None = added(
         None,
-        description="tasks: the sampler that writes and scores texts. ar and self_speculation give "
-        "exact likelihoods, the others bounds; by default one that the checkpoint can "
-        "be used with",
+        description="tasks: the sampler that writes and scores texts. ar and self_speculation "
+        "give exact likelihoods, the others bounds; by default one that fits the checkpoint",
     )
     num_fewshot: int | None = added(
         None, ge=0, description="tasks: solved examples before each document; by default the task's"

@@ -61,7 +61,8 @@ class FrontierConfig(Section):
     )
     speed: Literal["tokens_per_forward", "tokens_per_second"] = Field(
         "tokens_per_forward",
-        description="figure that measures speed; only tokens_per_forward is the same each time",
+        description="figure that measures speed; tokens_per_forward is the same in every run, "
+        "tokens_per_second is not",
     )
     within: float = Field(
         0.01,
@@ -73,8 +74,8 @@ class FrontierConfig(Section):
     min_entropy_nats: float = Field(
         0.0,
         ge=0.0,
-        description="least unigram entropy of the samples at the operating point; it excludes "
-        "samples that repeat themselves, whose perplexity is good",
+        description="least unigram entropy of the samples at the operating point. Samples that "
+        "repeat themselves have a good perplexity, and a low entropy",
     )
 
     @property

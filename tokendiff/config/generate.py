@@ -63,9 +63,9 @@ class GenerateConfig(Section):
     )
     sampler: SamplerConfig = Field(
         AncestralConfig(),
-        description="sampler: a name, or a mapping with its fields; jobs.generate with a model_id "
-        "uses the sampler of the model's family where none is named (blockwise of LLaDA and Dream, "
-        "sdar, block_refinement of LLaDA2, else ar)",
+        description="sampler: a name, or a mapping with its fields. If none is named, "
+        "jobs.generate with a model_id chooses by the model: blockwise for LLaDA and Dream, sdar "
+        "for SDAR, block_refinement for LLaDA2, ar for others",
     )
     batch_size: int = Field(
         16,
@@ -91,14 +91,15 @@ class GenerateConfig(Section):
     max_errors: int = operational(
         100,
         ge=0,
-        description="unusable prompts of files (too long, not text) that are left out and named in "
-        "errors/; with more of them the job fails",
+        description="most prompts of files that may be unusable (too long, not text); they are "
+        "left out and named in errors/. With more of them the job fails",
     )
     max_row_failures: int = operational(
         4,
         ge=3,
-        description="deaths of the actor that samples a row, the last one with no other row, after "
-        "which the row is set aside; set_aside/ names it, and the job ends with exit code 1",
+        description="number of times that the actor sampling a row may die (the last time with "
+        "that row alone) before the row is set aside; set_aside/ then names it, and the job ends "
+        "with exit code 1",
     )
 
     @property
@@ -107,7 +108,7 @@ class GenerateConfig(Section):
 
     @property
     def max_new_tokens(self) -> int | None:
-        """Of a sampler of rows of one length, where each row is a prompt and its answer."""
+        """Most tokens of an answer, where a sampler of whole rows writes answers; else None."""
         return self.sampler.max_new_tokens if isinstance(self.sampler, BlockwiseConfig) else None
 
     @property

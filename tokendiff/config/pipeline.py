@@ -27,8 +27,12 @@ class StageConfig(Section):
     config: dict[str, Any] = Field(
         {}, description="fields that differ from the section of the stage's kind"
     )
-    max_retries: int | None = operational(None, ge=0, description="by default the runner's")
-    timeout_s: float | None = operational(None, gt=0.0, description="by default the runner's")
+    max_retries: int | None = operational(
+        None, ge=0, description="retries of this stage; by default runner.max_retries"
+    )
+    timeout_s: float | None = operational(
+        None, gt=0.0, description="seconds that this stage may take; by default runner.timeout_s"
+    )
 
 
 class RunnerConfig(Section):
@@ -46,8 +50,9 @@ class RunnerConfig(Section):
     keep_runs: int | None = Field(
         None,
         ge=1,
-        description="runs that came to an end; after each, stage folders that neither these nor "
-        "later ones used are deleted, except what a registered model holds; by default all stay",
+        description="number of finished runs whose stage folders are kept. After each run that "
+        "ends well, folders that only older runs used are deleted, except what a registered model "
+        "holds; by default all are kept",
     )
     max_parallel: int | None = Field(
         None,

@@ -77,7 +77,7 @@ class PreprocessConfig(Section):
     sample_by: Literal["line", "document"] = Field(
         "line", description="what one document is in text files: a line or the whole file"
     )
-    use_dummy_data: bool = Field(False, description="random tokens in place of a dataset")
+    use_dummy_data: bool = Field(False, description="train on random tokens in place of a dataset")
     num_dummy_samples: int = Field(2048, ge=1, description="rows of random tokens")
     tokenizer_name_or_path: str | None = Field(
         None,
@@ -108,8 +108,8 @@ class PreprocessConfig(Section):
     max_errors: int = operational(
         100,
         ge=0,
-        description="unusable rows (cut off, no text, not UTF-8) that are left out and named in "
-        "errors/; with more of them the job fails",
+        description="most rows that may be unusable (cut off, no text, not UTF-8); they are left "
+        "out and named in errors/. With more of them the job fails",
     )
 
     @model_validator(mode="after")

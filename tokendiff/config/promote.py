@@ -48,8 +48,8 @@ class GateConfig(Section):
             )
         if self.margin < 0.0:
             raise ValueError(
-                f"margin {self.margin:g} has no effect with min_standard_errors, which asks for "
-                "better; remove either"
+                f"margin {self.margin:g} allows a worse model, and min_standard_errors asks for a "
+                "better one; remove either"
             )
         return self
 

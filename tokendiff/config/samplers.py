@@ -50,8 +50,8 @@ class AncestralConfig(_FixedLengthConfig):
     corrector_steps: int = added(
         0,
         ge=0,
-        description="sweeps after each step but the last that draw some tokens again, given all "
-        "the others; a forward pass each; for uniform and hybrid noise",
+        description="number of sweeps after each step except the last; a sweep takes one forward "
+        "pass and draws some tokens again, given all the others. For uniform and hybrid noise only",
     )
     corrector_k: int = added(
         1, ge=1, description="tokens of a row that a sweep draws again; 1 is exact"
@@ -60,9 +60,9 @@ class AncestralConfig(_FixedLengthConfig):
         "random", "lowest_current_prob", "lowest_maxprob", "lowest_log_margin"
     ] = added(
         "random",
-        description="which tokens a sweep draws again: any (exact), or more often those that the "
-        "model is less sure of, by the probability of the token that stands there, by that of the "
-        "likeliest token, or by the ratio of the two likeliest (approximations)",
+        description="rule for which tokens a sweep draws again. random is exact. The others "
+        "prefer tokens that the model is unsure of and are approximations: by the probability of "
+        "the present token, by that of the likeliest one, or by the ratio of the two likeliest",
     )
 
     @model_validator(mode="after")
@@ -213,7 +213,9 @@ class SelfSpeculationConfig(_SpeculativeConfig):
 
     name: Literal["self_speculation"] = "self_speculation"  # type: ignore[assignment]
     block_length: int | None = Field(
-        None, ge=2, description="masks that a draft is made from; by default as many as in training"
+        None,
+        ge=2,
+        description="number of masks that a draft fills in; by default as many as in training",
     )
     draft_steps: int = added(
         1,
@@ -275,7 +277,11 @@ class CanvasSamplerConfig(_OpenEndedConfig):
     """Blocks of random tokens that are denoised, of models trained on uniform noise."""
 
     name: Literal["canvas"] = "canvas"
-    temperature: float = Field(1.0, ge=0.0, description="of rules ddim and ancestral; 0 is argmax")
+    temperature: float = Field(
+        1.0,
+        ge=0.0,
+        description="temperature of rules ddim and ancestral; 0 takes the likeliest token",
+    )
     max_new_tokens: int = Field(256, ge=1, description="tokens of a completion at most")
     block_length: int | None = Field(
         None, ge=1, description="tokens of a canvas; by default as the model was trained"
@@ -283,11 +289,15 @@ class CanvasSamplerConfig(_OpenEndedConfig):
     num_inference_steps: int = Field(48, ge=1, description="steps of a canvas at most")
     canvas_rule: Literal["entropy_bound", "ddim", "ancestral"] = Field(
         "entropy_bound",
-        description="how a step moves tokens. entropy_bound keeps the most certain and makes all "
-        "others random again; ddim and ancestral walk back along the noise that was trained on",
+        description="how a step changes the block: entropy_bound keeps the tokens that are "
+        "surest and makes all others random again; ddim and ancestral follow the trained noise "
+        "backwards",
     )
     entropy_bound: float = Field(
-        0.1, ge=0.0, description="nats; rule entropy_bound keeps tokens up to this total"
+        0.1,
+        ge=0.0,
+        description="rule entropy_bound: keep the surest tokens until their entropies, in nats, "
+        "sum to this",
     )
     t_max: float = Field(
         0.8, gt=0.0, description="temperature of rule entropy_bound at the first step"

@@ -104,21 +104,21 @@ class TrainConfig(Section):
     )
     on_spike: Literal["skip", "rewind", "stop"] | None = added(
         None,
-        description="what to do about a step whose loss or gradient norm jumps (docs/how-to/"
-        "spikes.md has the rule): pass over its rows (skip), go back to the weights of the last "
-        "checkpoint and pass over all rows since (rewind), or end the run (stop)",
+        description="what to do if the loss or the gradient norm of a step jumps: skip leaves "
+        "its rows out; rewind goes back to the weights of the last checkpoint and leaves out all "
+        "rows since; stop ends the run. docs/how-to/spikes.md has the rule",
     )
     spike_window: int = added(
         128,
         ge=16,
-        description="steps that on_spike compares with; more than 10 spikes among as many end the "
-        "run",
+        description="number of last steps that on_spike compares with; more than 10 spikes "
+        "within them end the run",
     )
     spike_deviations: float = added(
         20.0,
         gt=0.0,
-        description="median absolute deviations, scaled to standard deviations, by which a spike "
-        "exceeds the median",
+        description="distance above the median at which a step is a spike, in median absolute "
+        "deviations scaled to standard deviations",
     )
     ema_decay: float = Field(
         0.0,
@@ -284,8 +284,8 @@ class TrainConfig(Section):
             self.refuse_ignored(names, "optimizer 'adamw'")
         elif self.lora_rank is not None:
             raise ValueError(
-                "optimizer muon is for the matrices of a model, and lora_rank trains adapters "
-                "beside them; leave one of the two out"
+                "optimizer muon trains the matrices of a model, and lora_rank trains adapters in "
+                "their place; leave one of the two out"
             )
         return self
 

@@ -68,7 +68,7 @@ def plan_input(config: "PreprocessConfig") -> tuple[list[Partition], list[Piece]
 
 
 def known_files(config: "PreprocessConfig") -> set[str]:
-    """Of the config's files, those that the model of `new_since` was trained on."""
+    """The files of this config that the model of `new_since` was trained on."""
     if config.new_since is None:
         return set()
     known = {tuple(identity) for identity in trained_on(config)}
@@ -94,7 +94,7 @@ def trained_on(config: "PreprocessConfig") -> list[list[Any]]:
 
 
 def file_identities(config: "PreprocessConfig") -> list[list[Any]]:
-    """What a model that is trained on this data was trained on, with what it started from."""
+    """The files that a model trained on this data has seen, also before it started here."""
     is_of_files = config.dataset_name in FILE_FORMATS
     paths = files.find_files(config.data_files) if is_of_files else []
     here = [content_identity(location(path)) for path in paths]

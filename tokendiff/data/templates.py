@@ -170,7 +170,9 @@ class ChatRenderer:
                 return self._tagged(conversation.messages)
             return self._by_outline(conversation.messages, text)
         if conversation.plain is None:
-            raise RenderError("there is no chat template, and more than one turn")
+            raise RenderError(
+                "a conversation of more than one turn needs a chat template, and there is none"
+            )
         prompt, answer = conversation.plain
         return prompt + answer, [(len(prompt), len(prompt) + len(answer))]
 
@@ -293,7 +295,9 @@ class ChatRenderer:
             **self.tokenizer.special_tokens_map,
         )
         if rendered[0] != text:
-            raise RenderError("the chat template writes it otherwise with its answers marked")
+            raise RenderError(
+                "the chat template writes this conversation differently when its answers are marked"
+            )
         return text, [self._with_end(text, start, stop) for start, stop in spans[0]]
 
     def _with_end(self, text: str, start: int, stop: int) -> tuple[int, int]:

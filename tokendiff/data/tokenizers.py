@@ -56,7 +56,7 @@ def build_tokenizer(
 
 
 def check_tokenizer(name_or_path: str) -> None:
-    """Raise InputError where `build_tokenizer` would, but for what depends on the documents."""
+    """Raise InputError if `build_tokenizer` would, whatever the documents are."""
     if name_or_path not in ("bytes", "bpe"):
         build_tokenizer(name_or_path, documents=(), vocab_size=0)
 

@@ -190,8 +190,8 @@ def block_causal_by_begin(begin: Tensor) -> MaskRule:
 
 
 def causal_up_to(begin: Tensor) -> MaskRule:
-    """`causal` where q and kv are positions in one document, but for the active block, which begins
-    at `begin` [B] and sees itself whole.
+    """`causal` for positions q and kv in one document, except that the active block, which begins
+    at `begin` [B], sees itself whole.
     """
     return lambda b, q, kv: (kv <= q) | (q >= begin[b])
 

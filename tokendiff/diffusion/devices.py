@@ -1,8 +1,8 @@
 """Tensors that are computed on the CPU and used where the model is.
 
-What a loss needs to know of its rows (which positions are noised, how much each counts, how many
-there are) is computed on the CPU in training, where a size is had for nothing. On an accelerator
-each size that is asked for makes the CPU wait for all work that was queued before.
+In training, the CPU computes what a loss needs to know of its rows: which positions are noised, how
+much each counts, how many there are. There a size costs nothing. On an accelerator, asking for a
+size makes the CPU wait for all work that was queued before.
 """
 
 from typing import Any

@@ -249,8 +249,8 @@ class Samples:
 class DecodingCache(Protocol):
     """Keys and values of rows that have their own lengths.
 
-    What a call encodes is written behind a row's end and is seen by that call alone, until `extend`
-    makes (some of) it stay.
+    A call writes the keys and values of its tokens behind the end of each row. Later calls do not
+    see them unless `extend` keeps them, or some of them.
     """
 
     @property

@@ -65,7 +65,7 @@ def accepted_by_row(blocks: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def speedup_metrics(measured: Mapping[str, float]) -> dict[str, float]:
-    """What a draft made of the same rows that the target also wrote alone.
+    """How much faster the target wrote with its draft than alone, on the same rows.
 
     Args:
         measured: sums over actors of what `CompletionModel.measured` returns; nothing, nothing.

@@ -97,8 +97,8 @@ def block_row_bounds(
 
 
 def target_rows(batch: TokenBatch, process: NoiseProcess) -> tuple[BlockRows, Tensor]:
-    """Rows in blocks, and [B, W] what the bound is of: the targets, but for the prompt and a
-    literal mask.
+    """Rows in blocks, and [B, W] which tokens the bound counts: the targets, except the prompt and
+    a mask that stands in the text.
 
     Raises:
         ValueError: the process has no blocks.

@@ -35,12 +35,12 @@ class Evaluator:
     def bounds(
         self, rows: TokenRows, *, on_progress: OnProgress = unwatched
     ) -> dict[str, np.ndarray]:
-        """Per row: nats (float64; of objective ar no bound, but exact), num_tokens, num_bytes; and
-        the token counts [1, V] of the targets of all rows together. Of a model that decodes token
-        by token too, also ar_nats, which are exact, and ar_tokens, which they are of.
+        """Per row: nats (float64; a bound, and exact for objective ar), num_tokens, num_bytes; and
+        the token counts [1, V] of the targets of all rows together. A model that decodes token by
+        token too also has ar_nats (exact) and their number of tokens, ar_tokens.
 
-        What answers were filled up with is part of the nats, but neither of the tokens nor of the
-        counts: p(answer) >= p(answer and filling).
+        The filling behind an answer counts in the nats, but not in the tokens and the counts, since
+        p(answer) >= p(answer and filling).
         """
         nats, counts, of_ar = [], [], []
         is_joint = self.process is not None and self.process.decodes_by_token

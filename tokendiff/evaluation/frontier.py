@@ -145,6 +145,10 @@ def frontier_report(
     return Report(
         title=title,
         subtitle=f"{len(points)} settings, {rule.quality} against {rule.speed}",
+        explanation=(
+            f"Of {len(points)} ways to sample this model, the chosen one is the fastest that is "
+            f"good enough: {points[chosen].label}."
+        ),
         summary=[
             (
                 "Operating point",

@@ -82,7 +82,8 @@ class Report:
 
     Attributes:
         summary: (label, value, note) of the headline numbers.
-        explanation: plain sentences on what they mean; see `explain_bound`.
+        explanation: the first lines of the page, in plain words: what was found; see
+            `explain_bound`.
         loss_curve: (step, nats per token). A loss that is not finite is not drawn, but counted.
         heldout_curve: (step, nats per token) of held-out rows, drawn beside the loss.
         curve_names: what those two are called; of a page that holds two runs side by side their
@@ -134,7 +135,8 @@ def render_page(report: Report) -> bytes:
 def explain_bound(
     bound: float, unigram_entropy: float, *, standard_error: float, is_exact: bool = False
 ) -> str:
-    """Sentences for people who do not know what a bound says; all three in nats per token.
+    """Sentences for people who do not know what a bound says, the verdict first; all three figures
+    in nats per token.
 
     Args:
         is_exact: the bound is the negative log-likelihood itself.
@@ -145,20 +147,21 @@ def explain_bound(
         ("bound", "at most ", "at least ") if not is_exact else ("likelihood", "", "")
     )
     compared = (
-        f"The model needs {most}{bound:.3f} nats per token (the {what}); one that knows only how "
-        f"frequent each token is needs {unigram_entropy:.3f} (the unigram entropy). "
+        f"On held-out text it needs {most}{bound:.3f} nats per token (the {what}); a model that "
+        f"knows only how frequent each token is needs {unigram_entropy:.3f} (the unigram entropy)."
     )
     gain = unigram_entropy - bound
     if not (math.isfinite(gain) and math.isfinite(standard_error)):
-        return compared + "Not all of these numbers are finite, so they cannot be compared."
+        return f"This model cannot be judged: not all of its figures are finite numbers. {compared}"
     if gain <= 2 * standard_error:
-        return compared + (
-            f"The {what} is not clearly below the unigram entropy: it does not show that the model "
-            "has learnt anything from context."
+        return (
+            "It is not shown that this model has learnt anything from context. "
+            f"{compared} The {what} is not clearly below the unigram entropy."
         )
-    return compared + (
-        f"The {what} lies {gain:.3f} nats ({gain / unigram_entropy:.0%}) lower: context makes the "
-        f"right token {least}{math.exp(gain):.3g} times as likely, in the geometric mean."
+    return (
+        f"This model uses context: the right token is {least}{math.exp(gain):.3g} times as likely "
+        f"as without it, in the geometric mean. {compared} The {what} is {gain:.3f} nats "
+        f"({gain / unigram_entropy:.0%}) lower."
     )
 
 

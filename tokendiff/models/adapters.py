@@ -160,8 +160,8 @@ def add_adapters(
                 }
             )
             raise InputError(
-                f"lora_target_modules {list(target_modules)} are no linear layers of a "
-                f"{model.config.model_type} model; there are {', '.join(names)}"
+                f"lora_target_modules {list(target_modules)}: a {model.config.model_type} model "
+                f"has no linear layers of these names; it has {', '.join(names)}"
             ) from error
     if trained_token_id is not None:
         embedding = model.get_input_embeddings()

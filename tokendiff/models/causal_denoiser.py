@@ -36,7 +36,9 @@ class TransformersCausalDenoiser(ModelInTwoParts):
         super().__init__(model, vocab_size=vocab_size)
         model_type = model.config.model_type
         if model_type not in CAUSAL_TYPES or not getattr(model.config, "is_causal", True):
-            raise ValueError(f"the {model_type} model is no causal one of {CAUSAL_TYPES}")
+            raise ValueError(
+                f"a model of type {model_type!r} is not a causal one of {CAUSAL_TYPES}"
+            )
         tiled_attention.register()
         self._kernel = attention_kernel
         self._current: AttentionKernel | None = None

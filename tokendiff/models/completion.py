@@ -94,8 +94,8 @@ class CompletionSetup:
 
     @classmethod
     def of(cls, config: "GenerateConfig", checkpoint: Path | None) -> "CompletionSetup":
-        """What a config asks for, of an opened checkpoint, or of the model that it names where
-        that is None.
+        """The setup that a config asks for, for an opened checkpoint; if that is None, for the
+        model that the config names.
 
         Raises:
             InputError: no such model, or one that the sampler does not go with.
@@ -185,8 +185,9 @@ class CompletionSetup:
             )
         if self.num_embeddings is not None and (highest := max(ids)) >= self.num_embeddings:
             raise InputError(
-                f"{shown} holds {self.tokenizer.convert_ids_to_tokens(highest)!r}, id {highest}; "
-                f"{self.name} has {self.num_embeddings} embeddings, fewer than its tokenizer tokens"
+                f"{shown} holds the token {self.tokenizer.convert_ids_to_tokens(highest)!r} (id "
+                f"{highest}), but {self.name} has embeddings for ids below {self.num_embeddings} "
+                "only; leave that token out"
             )
         request = Request(
             id=row.id, prompt=tuple(ids), block_starts=self._block_starts(row.prompt, ids)
@@ -478,8 +479,8 @@ def _check_process(sampler: str, name: str, process: NoiseProcess) -> None:
     mode = process.attention_mask_mode
     if sampler == "sdar" and mode != "4d":
         raise InputError(
-            f"sampler 'sdar': {name} was trained with attention_mask_mode {mode!r}, and blocks "
-            "must see themselves whole; use sampler 'block_refinement'"
+            f"sampler 'sdar' needs a model whose blocks see themselves whole, and {name} was "
+            f"trained with attention_mask_mode {mode!r}; use sampler 'block_refinement'"
         )
 
 
@@ -500,7 +501,8 @@ def _block_fields(
         )
     if not 0 <= mask < len(tokenizer):
         raise InputError(
-            f"{name}: its mask token has id {mask}, but the tokenizer ids below {len(tokenizer)}"
+            f"{name}: its mask token has id {mask}, but its tokenizer has only ids below "
+            f"{len(tokenizer)}; give a model with the tokenizer that it was trained with"
         )
     block_length = getattr(process or model_config, "block_length", None)
     found = {"mask_token_id": mask, "block_length": fields["block_length"] or block_length}

@@ -63,9 +63,8 @@ def round_for_autocast(model: nn.Module) -> None:
 
 
 def hidden_states_asked(indices: list[int]) -> list[int] | bool:
-    """What a transformers model is given as `output_hidden_states`, so that its `hidden_states`
-    have these indices, the embedding's output being the first: those alone, or all of them where
-    its version cannot do that.
+    """The value of `output_hidden_states` that makes a transformers model return the hidden states
+    with these indices; index 0 is the embedding's output. Versions that cannot select return all.
     """
     return (indices if _takes_indices() else True) if indices else False
 

@@ -67,7 +67,7 @@ class Layout:
 
 
 def unchanged(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a family whose config.json has the fields of the architecture that it is."""
+    """For a family whose config.json already has the fields of its architecture."""
     # transformers warns of a field that it has another name for, also where it says nothing.
     return {k: v for k, v in fields.items() if k != "rope_scaling" or v is not None}
 

@@ -6,7 +6,9 @@ named by the error where one cannot be opened.
 """
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,13 +83,14 @@ def _check_type(fields: dict[str, Any]) -> None:
     family = family_of(model_type)
     if model_type in FAMILIES:
         raise ValueError(
-            f"transformers has no architecture for {model_type!r}: trust_remote_code runs the code "
-            f"that comes with it, in jobs.generate with sampler {family.sampler!r} alone"
+            f"transformers has no architecture for {model_type!r}; to sample from it, run the code "
+            f"that comes with it: jobs.generate with trust_remote_code and sampler "
+            f"{family.sampler!r}"
         )
     raise ValueError(
-        f"{model_type!r} is neither an architecture of transformers nor a published family that is "
-        f"known, which are {', '.join(PUBLISHED_TYPES)}; code that comes with a model runs where "
-        "trust_remote_code asks for it, in jobs.generate"
+        f"neither transformers nor tokendiff knows models of type {model_type!r} (tokendiff adds "
+        f"{', '.join(PUBLISHED_TYPES)}); to sample from one, run the code that comes with it: "
+        "jobs.generate with trust_remote_code"
     )
 
 
@@ -167,8 +170,8 @@ class Weights:
         """
         if self.missing:
             raise InputError(
-                f"{self.origin} has no weights for {_listed(self.missing)}; give a model that has "
-                "all of the weights that its config speaks of"
+                f"{self.origin} has no weights for {_listed(self.missing)}; give a folder "
+                "with all of the weights that its config describes"
             )
         return self.model
 
@@ -226,7 +229,10 @@ def open_weights(
     folder, origin = local_model(name), f"{field} {name!r}"
     layout = family_of(published_type(config)).layout
     own_names = {} if layout is None else layout.patterns(config.num_hidden_layers)
-    with input_errors(f"{origin}: weights cannot be read", "give files that are whole"):
+    with (
+        quietly(),
+        input_errors(f"{origin}: weights cannot be read", "give files that are whole"),
+    ):
         model, info = model_class.from_pretrained(
             folder,
             config=config,
@@ -254,6 +260,24 @@ def open_weights(
         unused=sorted(info["unexpected_keys"]),
         missing_share=sum(missing.values()) / max(total, 1),
     )
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """In this block transformers draws no bars over the job's progress, but for downloads, and
+    prints no table of weights that were missing or not used, which `Weights` names.
+    """
+    from transformers.utils.logging import set_tqdm_hook
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    before = set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **kwargs, disable=True))
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        set_tqdm_hook(before)
 
 
 def check_weights(name: str, *, field: str, remedy: str = _NO_WEIGHTS) -> None:

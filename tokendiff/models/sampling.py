@@ -127,7 +127,7 @@ class PromptCheck:
 
     @classmethod
     def of(cls, checkpoint: Path | None, config: "GenerateConfig") -> "PromptCheck":
-        """Of an opened checkpoint, or of the published model that the config names.
+        """The check for an opened checkpoint; if that is None, for the model of the config.
 
         Raises:
             InputError: process, model, sampler and lengths do not go together.

@@ -44,7 +44,7 @@ class DenoiserSource:
 
     @classmethod
     def of(cls, config: "GenerateConfig", checkpoint: Path | None) -> "DenoiserSource":
-        """What a config names, of an opened checkpoint where there is one.
+        """The source for an opened checkpoint; if that is None, for the model of the config.
 
         Raises:
             InputError: no such model, or one that is no denoiser of whole rows.
@@ -170,8 +170,8 @@ def _with_mask(tokenizer: Any, config: Any, family: Family, name: str) -> Any:
     mask = family.mask_token_id if mask is None else mask
     if mask is None or not 0 <= mask < len(tokenizer):
         raise InputError(
-            f"{_FIELD} {name!r}: its mask token has id {mask}, but the tokenizer ids below "
-            f"{len(tokenizer)}; give a model with the tokenizer that it was trained with"
+            f"{_FIELD} {name!r}: its mask token has id {mask}, but its tokenizer has only ids "
+            f"below {len(tokenizer)}; give a model with the tokenizer that it was trained with"
         )
     if tokenizer.mask_token_id != mask:
         tokenizer.add_special_tokens({"mask_token": tokenizer.convert_ids_to_tokens(mask)})

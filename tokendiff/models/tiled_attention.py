@@ -2,8 +2,9 @@
 
 scaled_dot_product_attention with a dense mask computes every score and throws the forbidden ones
 away: three quarters of them under the `[x_t ; x_0]` mask of block diffusion. Here the queries are
-cut into tiles, and each attends to those runs of keys that any of its rows may see. What is left
-out had weight exp(-inf) = 0, so the result is the same. `make bench` prints what it saves.
+cut into tiles, and each attends to those runs of keys that any of its rows may see. The keys
+that are left out had weight exp(-inf) = 0, so the result is the same. `make bench` prints what this
+saves.
 """
 
 import math

@@ -80,7 +80,7 @@ class BlockRefinement:
         )
 
     def is_target(self, rows: BlockRows) -> Tensor:
-        """[B, W] what is trained on: the targets, but for the prompt and a literal mask token."""
+        """[B, W] which tokens are learnt: targets, except the prompt and masks in the text."""
         is_prompt = rows.is_text & (rows.source < self.prompt_length)
         return self.sight.told(rows) & ~is_prompt & (rows.tokens != self.mask_token_id)
 

@@ -4,8 +4,9 @@ Decoding starts a document at position 0 and goes on block after block of the sa
 that a document ends in is full of masks all the same. So positions and blocks start anew with each
 document of a row, and its last block is filled up with EOS: a model that only ever saw as many
 masks there as there were tokens left would have learnt to read the end of a text off their number.
-What a row cuts off has no end, and is not filled up. The filling is a target where the document's
-last token is one: behind the end of an answer, but not behind a question that nothing answers.
+A document that the row cuts off has no end here, and is not filled up. The filling is a target if
+the document's last token is one: behind the end of an answer, but not behind a question without an
+answer.
 
 In a chat, decoding starts where the prompt ends. So blocks may start anew wherever targets begin or
 end. Each answer then has blocks of its own, and its last one is filled up even where the next

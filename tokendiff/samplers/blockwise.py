@@ -106,18 +106,9 @@ class BlockwiseSampler(ContinuousSampler, AncestralSampler):
         begin = is_open.long().argmax(1)  # the first that is open
         return torch.div(position - begin[:, None], self.block_size, rounding_mode="floor")
 
-    def _denoise(
-        self,
-        x_t: Tensor,
-        is_open: Tensor,
-        predictor: Predictor,
-        generator: RowGenerator,
-        on_step: StepCallback,
-    ) -> Tensor:
-        length = x_t.shape[1]
+    def _check_length(self, length: int) -> None:
         if self.block_size > length and not self.begins_at_answer:
             raise ValueError(f"block_size {self.block_size} must not exceed seq_len {length}")
-        return super()._denoise(x_t, is_open, predictor, generator, on_step)
 
     def _round(self, rows: RowState, predictor: Predictor, on_step: StepCallback) -> None:
         """Fill in the next block of each row."""

@@ -86,11 +86,15 @@ class ContinuousSampler(Sampler):
         generator: RowGenerator,
         on_step: StepCallback,
     ) -> Tensor:
+        self._check_length(x_t.shape[1])
         numbers = self._numbers(len(x_t), x_t.device)
         rows = RowState(x_t=x_t, is_left=is_open, generator=generator, numbers=numbers)
         while bool(rows.is_left.any()):
             self._round(rows, predictor, on_step)
         return rows.x_t
+
+    def _check_length(self, length: int) -> None:
+        """Raise ValueError where the sampler cannot fill rows of so few tokens."""
 
     @torch.no_grad()
     def stream(
@@ -114,6 +118,9 @@ class ContinuousSampler(Sampler):
 
         Yields:
             the rows that a round finished, at least one.
+
+        Raises:
+            ValueError: a row is shorter than the sampler can fill.
         """
         waiting = iter(rows)
         flight = _Flight(self, model, key=key, num_slots=num_slots, device=device)
@@ -193,6 +200,7 @@ class _Flight:
         is_given, is_valid = torch.ones(shape, dtype=torch.bool), torch.zeros(shape).bool()
         for index, row in enumerate(new.values()):
             length = len(row.tokens)
+            self._sampler._check_length(length)
             tokens[index, :length], is_given[index, :length] = row.tokens, row.is_given
             is_valid[index, :length] = True
         tokens, is_given, is_valid = (

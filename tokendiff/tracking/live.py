@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from tokendiff.artifacts.manifest import RECORD_FOLDER
-from tokendiff.tracking.progress import Rate, duration_in_words, place_in_words
+from tokendiff.tracking.progress import (
+    Rate,
+    duration_in_words,
+    is_behind,
+    place_in_words,
+)
 from tokendiff.tracking.run_log import (
     LOG_NAME,
     PROGRESS_NAME,
@@ -113,17 +118,18 @@ def _state(events: list[dict[str, Any]], silence: float) -> str:
 def _place(events: list[dict[str, Any]], progress: dict[str, Any] | None) -> dict[str, str]:
     """Where the present attempt is, how fast, and how long it will take."""
     rate, total, done = Rate(), None, None
+    step: int | None = None  # the last one in the log, of the present attempt
     unit: str | None = "steps"
     for event in [*events, *([progress] if progress else [])]:
         match event["event"]:
             case "start" | "resume":
                 total, rate, unit = event.get("max_train_steps", total), Rate(), "steps"
-                done = event.get("step", 0)
+                done = step = event.get("step", 0)
                 rate.add(event["time"], done)
             case "metrics":
-                done = event["step"]
+                done = step = event["step"]
                 rate.add(event["time"], done)
-            case "progress":
+            case "progress" if not is_behind(event, step):
                 is_other = event.get("unit") != unit
                 rate = Rate() if is_other or (done or 0) > event["done"] else rate
                 done, total, unit = event["done"], event["total"], event.get("unit")
@@ -151,6 +157,8 @@ def _news(events: Iterable[dict[str, Any]]) -> str:
                 news = f"{kind}: {event['message']}"
             case "doing":
                 news = str(event["what"])
+            case "stopping":
+                news = "SIGTERM received: ends once the step under way is taken and saved"
             case "metrics" | "end":
                 news = news if news.startswith(("warning", "error")) else ""
     return news

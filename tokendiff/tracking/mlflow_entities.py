@@ -50,7 +50,7 @@ def flatten_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, str
 def metrics_and_tags(
     events: Iterable[dict[str, Any]], folder: Path
 ) -> tuple[list[Metric], dict[str, str]]:
-    """What a log's events come to in MLflow.
+    """The metrics and tags that MLflow gets for the events of a log.
 
     Every number of a "metrics" or "heldout" event is a metric at the event's step and time. An
     infinite one becomes a tag: the stores would turn it into 1.8e308. Tags are also the newest

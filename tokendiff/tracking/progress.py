@@ -3,6 +3,7 @@ as they grow, so that something moves at least every ten seconds.
 """
 
 import logging
+import math
 import os
 import sys
 import threading
@@ -23,6 +24,10 @@ Events = list[dict[str, Any]]
 _LINE_SECONDS = 7.0
 _SILENT_SECONDS = 9.0
 _RATE_SECONDS = 60.0
+_BAR_WIDTH, _CLOCK_WIDTH = 16, 7  # of the bar on a terminal, and of 0:00:00 behind it
+# The time left is not told before so many seconds and so many steps (or rows, ...) were measured.
+_LEAST_SECONDS = 5.0
+_LEAST_DONE = 3.0
 logger = logging.getLogger(__name__)
 
 
@@ -121,10 +126,11 @@ class ProgressPrinter:
         self._progress: dict[str, Any] = {}  # the last of its events
         self._of_before = log_path and read_progress(log_path)  # what an earlier attempt left
         self._total: float | None = None
+        self._step: int | None = None  # the last one in the log, of the present attempt
         self._rate = Rate()
         has_bar = has_bar and self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._bar = _make_bar(self._stream) if has_bar else None
-        self._task = self._bar.add_task(stage, place="", facts="") if self._bar else None
+        self._task = self._bar.add_task(stage, text="") if self._bar else None
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -143,7 +149,9 @@ class ProgressPrinter:
     def look(self) -> None:
         """Show what the job tells beside its log, or that it has told nothing for a while."""
         progress = read_progress(self._log_path) if self._log_path else None
-        if progress is not None and progress not in (self._of_before, self._progress):
+        is_new = progress is not None and progress not in (self._of_before, self._progress)
+        # Beside the log stands what was told seconds ago; the log may be ahead of it by many steps.
+        if progress is not None and is_new and not is_behind(progress, self._step):
             self._show(progress)
         now = self._clock()
         if self._bar is None and not self._is_told and now - self._line_time >= _LINE_SECONDS:
@@ -166,17 +174,34 @@ class ProgressPrinter:
             case "progress":
                 self._show_progress(event)
             case "metrics":
+                self._step = event["step"]
                 self._rate.add(event["time"], event["step"])
                 self._show_place(event["step"], "steps", _facts(event), is_line=True)
             case "start" | "resume":
                 self._total = event.get("max_train_steps", self._total)
+                self._step = event.get("step", 0)
                 self._rate = Rate()
                 self._rate.add(event["time"], event.get("step", 0))
             case "doing":
                 self._keep_status(event["what"], silence="{} so far")
                 self._print_status()
+            case "stopping":
+                self._print(f"{self._stage}  {self._stopping()}")
         if text := _describe(event):
             self._print(f"{self._stage}  {text}")
+
+    def _stopping(self) -> str:
+        """What a signal to stop waits for, and for how long if that can be known."""
+        is_of_steps = self._progress.get("unit") == "steps"
+        at = max(self._progress["done"] if is_of_steps else 0.0, self._step or 0)
+        seconds = self._rate.seconds_per_unit
+        if seconds is None:
+            return "SIGTERM received: ends once the step under way is taken and saved"
+        left = seconds * (math.floor(at) + 1 - at)
+        return (
+            f"SIGTERM received: ends once step {math.floor(at) + 1:,} is taken and saved, in about "
+            f"{duration_in_words(left)} and the time that saving takes"
+        )
 
     def _show_progress(self, event: dict[str, Any]) -> None:
         before, self._progress = self._progress, event
@@ -201,9 +226,16 @@ class ProgressPrinter:
         text = "  ".join(facts[key] for key in _ORDER if key in facts)
         self._keep_status(f"{place}  {text}".rstrip(), silence="nothing new for {}")
         if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=done, total=self._total, place=place, facts=text)
+            text = self._cut_to_fit(f"{place}  {text}".rstrip())
+            self._bar.update(self._task, completed=done, total=self._total, text=text)
         elif is_line or self._clock() - self._line_time >= _LINE_SECONDS:
             self._print_status()
+
+    def _cut_to_fit(self, text: str) -> str:
+        """On a narrow terminal the last facts are cut off, and nothing before them."""
+        assert self._bar is not None
+        room = self._bar.console.width - len(self._stage) - _BAR_WIDTH - _CLOCK_WIDTH - 3
+        return text if len(text) <= room else f"{text[: max(room - 1, 0)]}…"
 
     def _keep_status(self, status: str, *, silence: str) -> None:
         """Keep what is shown soon, and again where nothing new is told, and how that is said."""
@@ -227,7 +259,8 @@ class Rate:
 
     What is not known yet is None. Before anything has moved lies start-up (workers, weights, the
     first batch), which would make every estimate too long: from the second report on it is measured
-    since the first that has moved.
+    since the first that has moved. The first steps are slower than the others, so that the time
+    left is not known from one or two of them.
     """
 
     def __init__(self) -> None:
@@ -249,7 +282,17 @@ class Rate:
 
     def seconds_for(self, left: float) -> float | None:
         (start_time, start, _), (time, done, _) = self._points[0], self._points[-1]
-        return left * (time - start_time) / (done - start) if done > start else None
+        is_long = time - start_time >= _LEAST_SECONDS and done - start >= _LEAST_DONE
+        is_known = is_long and not self._is_start_in
+        return left * (time - start_time) / (done - start) if is_known else None
+
+    @property
+    def seconds_per_unit(self) -> float | None:
+        """What one step (or row, ...) takes, as well as it can be told by now."""
+        if self._is_start_in:
+            return None
+        (start_time, start, _), (time, done, _) = self._points[0], self._points[-1]
+        return (time - start_time) / (done - start) if done > start else None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -258,6 +301,11 @@ class Rate:
             return None
         (start_time, start), (time, tokens) = counted[0], counted[-1]
         return (tokens - start) / (time - start_time) if tokens > start else None
+
+
+def is_behind(progress: dict[str, Any], step: int | None) -> bool:
+    """Whether a "progress" of a training was told before the step that the log has reached."""
+    return progress.get("unit") == "steps" and step is not None and progress["done"] < step
 
 
 _ORDER = (
@@ -353,10 +401,9 @@ def _make_bar(stream: TextIO) -> "Progress":
 
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=_BAR_WIDTH),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[place]}"),
-        TextColumn("{task.fields[facts]}"),
+        TextColumn("{task.fields[text]}"),
         console=Console(file=stream),
     )
 

@@ -10,7 +10,6 @@ import re
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -76,6 +75,13 @@ def is_model_uri(path: str | None) -> bool:
     return path is not None and path.startswith(SCHEME)
 
 
+def _matched(uri: str) -> re.Match[str]:
+    match = _URI.fullmatch(uri)
+    if match is None:
+        raise InputError(f"{uri}: write models:/NAME@ALIAS or models:/NAME/VERSION")
+    return match
+
+
 @dataclass(frozen=True, kw_only=True)
 class Version:
     """What a version of a registered model was made from.
@@ -112,11 +118,19 @@ class Registry:
             InputError: the URI is of another form.
             CorruptFileError: a file of the checkpoint is damaged.
         """
-        match = _URI.fullmatch(uri)
-        if match is None:
-            raise InputError(f"{uri}: write models:/NAME@ALIAS or models:/NAME/VERSION")
+        match = _matched(uri)
         version = self._find(match["name"], alias=match["alias"], number=match["version"])
         return None if version is None else self._opened(version)
+
+    def version_of(self, uri: str) -> int | None:
+        """The version that a URI stands for now, without opening its files; None if there is none.
+
+        Raises:
+            InputError: the URI is of another form.
+        """
+        match = _matched(uri)
+        version = self._find(match["name"], alias=match["alias"], number=match["version"])
+        return None if version is None else int(version.version)
 
     def holder(self, name: str, alias: str) -> int | None:
         """The version that an alias points at."""
@@ -309,8 +323,7 @@ def save_model(
     """
     import mlflow.pyfunc
 
-    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*Add type hints", UserWarning)  # there is a signature
+    with tempfile.TemporaryDirectory() as scratch:
         files = Path(scratch) / TRAINED_ON
         files.write_text(json.dumps(list(trained_on)))
         artifacts = {"checkpoint": str(checkpoint), "trained_on": str(files)}

@@ -20,6 +20,7 @@ Each line is `{"time": unix seconds, "event": name, ...fields}`. Events, and the
     part        part, rows, errors, new_tokens, model_calls, seconds: one part file that was sampled
     checkpoint  step, path
     resume      step
+    stopping    SIGTERM came; the step under way is taken and saved first
     stopped     step, the last one taken: a stop was asked for, and this step is saved
     stopped_early  step, the last one; reason
     warning     message

@@ -24,6 +24,10 @@ MAX_SEED = 2**31 - 1
 class PromptModel(PythonModel):
     """Samples a text for every prompt, the same for the same seed, prompt and place."""
 
+    # MLflow would advise type hints wherever this class is made, past every filter of warnings; the
+    # signature says more than they could.
+    _skip_type_hint_validation = True
+
     def load_context(self, context: Any) -> None:
         import torch
 

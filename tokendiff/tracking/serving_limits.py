@@ -57,7 +57,7 @@ class Limits:
         )
 
     def problem_of(self, prompts: Sequence[str], *, num_tokens: int | None = None) -> str | None:
-        """What is too much, in words, or None.
+        """Which limit the request exceeds, in words; None if it exceeds none.
 
         Args:
             num_tokens: of all rows, where it is known by now.

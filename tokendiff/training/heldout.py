@@ -1,4 +1,4 @@
-"""What a draft in training is worth on text that it does not learn from."""
+"""How much of a draft in training is accepted on held-out text."""
 
 from collections.abc import Callable
 

@@ -1,8 +1,8 @@
-"""What a step came to, on its way from the device.
+"""The figures of a step (loss, gradient norm, ...) on their way from the device.
 
-Who asks a device for a number waits until all that was queued before is done, and then the device
-waits until there is work again. So the figures of a step are copied behind its work, and read once
-the next step is queued. On a CPU they are there at once.
+Asking a device for a number waits until all work queued before is done; then the device waits until
+there is work again. So the figures of a step are copied behind its work, and read once the next
+step is queued. On a CPU they are there at once.
 """
 
 from collections.abc import Sequence

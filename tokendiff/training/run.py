@@ -168,6 +168,10 @@ class TrainingRun:
             return self._fit(batches, should_stop)
         finally:
             self.saver.close()
+            if self.config.compile:
+                # torch counts how often it compiles a model's code, whichever run in this process
+                # it was for, and gives up after some: the next run would not be compiled.
+                torch.compiler.reset()
 
     def _fit(self, batches: Batches, should_stop: Callable[[], bool]) -> bool:
         self.trainer.run(
@@ -271,8 +275,8 @@ class TrainingRun:
         if world.sum(torch.tensor([float(bool(problem))], device=world.device)).item():
             raise CorruptFileError(
                 f"{checkpoint}, which on_spike rewind goes back to, is damaged or gone "
-                f"({problem}); run the same command again, which goes on from the newest sound "
-                "checkpoint, with on_spike skip if it comes here again"
+                f"({problem}); run the same command again: it goes on from the newest sound "
+                "checkpoint. If the same step fails again, set on_spike to skip"
             )
         self.state.load(fetch(checkpoint))
 

@@ -1,6 +1,6 @@
-"""What a run's checkpoints hold: the model as any tool opens it, and all that training goes on
-from. Tensors are named as the model's parameters are, whatever the workers hold of them, so that
-any number of workers reads what any other number wrote.
+"""What a run's checkpoints hold: the model, which any tool can open, and the state that training
+goes on from. Tensors have the names of the model's parameters and are whole, however the workers
+split them, so that any number of workers can read what any other number wrote.
 """
 
 import json
@@ -33,7 +33,7 @@ from tokendiff.models.adapters import (
 from tokendiff.models.families import family_of
 from tokendiff.models.kept_base import draft_adapter_fields
 from tokendiff.models.layouts import Layout, forget_publication, write_beside
-from tokendiff.models.pretrained import dtype_in_files
+from tokendiff.models.pretrained import dtype_in_files, quietly
 from tokendiff.training.building import starting_point
 from tokendiff.training.model_card import CARD_NAME, model_card
 from tokendiff.training.saving import Contents, NamedTensors
@@ -188,15 +188,13 @@ class RunState:
         """The files that no step changes: config, tokenizer, noise process."""
         if not self._trainer.world.is_main:
             return None
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # written over the progress of the run
         self._folder = TemporaryDirectory()
         folder = Path(self._folder.name)
         layout = self._layout
         if layout is None:
             forget_publication(self._model.config)
-        self._model.save_pretrained(folder, state_dict={})
+        with quietly():
+            self._model.save_pretrained(folder, state_dict={})
         if layout is not None:
             write_beside(self._model.config, layout, folder)
         self._tokenizer.save_pretrained(folder)

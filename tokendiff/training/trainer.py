@@ -471,7 +471,7 @@ class _Clock:
 
     @contextmanager
     def standing_still(self) -> Iterator[None]:
-        """What is done inside this block takes no time."""
+        """The time spent in this block is not counted."""
         begun = time.perf_counter()
         yield
         self._start += time.perf_counter() - begun

@@ -53,7 +53,7 @@ def quality_of(config: "FrontierConfig") -> Quality:
         close = difflib.get_close_matches(config.quality, list(is_better), n=1, cutoff=0.4)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise InputError(
-            f"frontier.quality {config.quality!r}: the tasks have no such figure, only "
+            f"frontier.quality {config.quality!r}: the tasks have no such figure; they have "
             f"{', '.join(sorted(is_better))}{hint}"
         )
     if is_higher_better is None and config.direction is None:
@@ -64,8 +64,8 @@ def quality_of(config: "FrontierConfig") -> Quality:
     given = None if config.direction is None else config.direction == "higher"
     if is_higher_better is not None and given is not None and given != is_higher_better:
         raise InputError(
-            f"frontier.direction {config.direction!r}: of {config.quality} the task says that "
-            f"{'higher' if is_higher_better else 'lower'} is better; leave direction out"
+            f"frontier.direction {config.direction!r}: the task says that {config.quality} is "
+            f"better when {'higher' if is_higher_better else 'lower'}; leave direction out"
         )
     is_higher = given if is_higher_better is None else is_higher_better
     return Quality(

@@ -85,9 +85,9 @@ class TaskSetup:
         scored = sorted(kinds - {"generate_until"})
         if scored and not self.is_exact and self.process is None:
             raise InputError(
-                f"sampler {self.config.sampler.name!r}: {', '.join(scored)} of a model that is no "
-                "checkpoint of ours would need its noise process, which is not known; give "
-                "tasks that generate text, or sampler 'ar' of a model that reads from left to right"
+                f"sampler {self.config.sampler.name!r}: {', '.join(scored)} needs the noise "
+                "process of the model, which only checkpoints of tokendiff record; give tasks that "
+                "generate text, or sampler 'ar' and a model that reads from left to right"
             )
 
     def pairs(self, request: TaskRequest) -> list[TokenPair]:

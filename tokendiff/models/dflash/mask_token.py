@@ -1,5 +1,5 @@
-"""Which id of a frozen target stands for what a draft is to fill in, where the target has no mask
-token: one that no text has.
+"""The id that marks the positions which a draft fills in, for a frozen target without a mask token:
+one that does not occur in text.
 """
 
 import re
@@ -54,10 +54,10 @@ def choose_mask_token(target: Any, tokenizer: Any, *, target_model_id: str) -> t
         index, what = added[0], "a special token that has no part to play"
     else:
         raise InputError(
-            f"target_model_id {target_model_id!r} is frozen, and has neither a mask token nor an "
-            f"id that no text has: all {size:,} rows of its embedding are tokens, and none is "
-            "reserved, unused, or special without a part to play; set mask_token_id to the id of a "
-            "token that does not occur in your text"
+            f"target_model_id {target_model_id!r} is frozen and has no mask token, and none of its "
+            f"ids is free to be one: all {size:,} rows of its embedding are tokens, none of them "
+            "reserved or unused; set mask_token_id to the id of a token that does not occur in "
+            "your text"
         )
     name = f" ({by_id[index]})" if index in by_id else ""
     return index, (

@@ -217,8 +217,8 @@ def new_draft_config(
     if not 0 <= mask_token_id < text.vocab_size:
         raise InputError(
             f"the mask token has id {mask_token_id}, but target_model_id {target_model_id!r} is "
-            f"frozen and has {text.vocab_size} embeddings; set mask_token_id to one of its ids "
-            "that no text has"
+            f"frozen and has {text.vocab_size} embeddings; set mask_token_id to the id of a "
+            "token that does not occur in your text"
         )
     heads = text.num_attention_heads
     fields: dict[str, Any] = {
