@@ -201,9 +201,9 @@ def decode(
     """All rows at once, to their end."""
     if isinstance(sampler, AncestralSampler):
         length = sizes.prompt + sizes.new
-        is_given = torch.arange(length, device=machine.device).expand(batch, -1) < sizes.prompt
+        is_given = torch.arange(length).expand(batch, -1) < sizes.prompt
         tokens = torch.full_like(is_given, MASK + 1, dtype=torch.int64)
-        keys = RowGenerator.for_rows(1, torch.arange(batch, device=machine.device))
+        keys = RowGenerator.for_rows(1, torch.arange(batch))
         sampler.sample(model, tokens, is_given, keys)
         return
     requests = requests_of([sizes.prompt] * batch, shape.vocab_size)

@@ -74,7 +74,7 @@ def rows_of(count: int) -> list[RowToFill]:
 def streamed(
     sampler: ContinuousSampler, model: Any, rows: Any, *, num_slots: int, **fields: Any
 ) -> Iterator[list[FilledRow]]:
-    options: dict[str, Any] = {"key": KEY, "device": torch.device("cpu")}
+    options: dict[str, Any] = {"key": KEY}
     options |= {"on_step": lambda figures: None, **fields}
     return sampler.stream(model, rows, num_slots=num_slots, **options)
 

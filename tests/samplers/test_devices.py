@@ -20,6 +20,7 @@ from tokendiff.samplers.autoregressive import AutoregressiveSampler
 from tokendiff.samplers.base import Sampler
 from tokendiff.samplers.block_refinement import BlockRefinementSampler
 from tokendiff.samplers.blockwise import BlockwiseSampler
+from tokendiff.samplers.continuous import ContinuousSampler, FilledRow, RowToFill
 from tokendiff.samplers.dflash import DFlashSampler
 from tokendiff.samplers.first_hitting import FirstHittingSampler
 from tokendiff.samplers.open_ended import OpenEndedSampler
@@ -159,5 +160,35 @@ def test_rows_are_those_of_the_cpu_and_a_step_waits_for_what_it_draws(name: str)
         found, num_steps = sampled(there)
     assert torch.equal(found.tokens, expected.tokens)
     assert torch.equal(found.num_model_calls, expected.num_model_calls)
+    assert waits.sends == 0, waits.places()
+    assert 0 < waits.reads <= most * num_steps, waits.places()
+
+
+@pytest.mark.parametrize("name", ["first_hitting", "blockwise"])
+def test_rows_in_flight_are_those_of_the_cpu_and_a_step_waits_for_what_it_draws(name: str) -> None:
+    sampler, most = OF_ROWS[name]
+    assert isinstance(sampler, ContinuousSampler)
+    generator = torch.Generator().manual_seed(1)
+    rows = [
+        RowToFill(
+            id=number,
+            tokens=torch.randint(2, ROW_VOCABULARY, (length,), generator=generator),
+            is_given=torch.arange(length) < number % 3,
+        )
+        for number, length in enumerate((9, 7, 8, 9, 6))
+    ]
+
+    def streamed(model: Any) -> tuple[list[FilledRow], int]:
+        steps: list[Any] = []
+        stream = sampler.stream(model, rows, key=key_from(3), num_slots=2, on_step=steps.append)
+        return [row for done in stream for row in done], len(steps)
+
+    expected, _ = streamed(denoiser_of("llama", predicts_next=False))
+    there, device = denoiser_of("llama", predicts_next=False), emulated_device()
+    with count_waits() as waits:
+        there.to(device)
+        waits.sent.clear()
+        found, num_steps = streamed(there)
+    assert found == expected
     assert waits.sends == 0, waits.places()
     assert 0 < waits.reads <= most * num_steps, waits.places()

@@ -266,7 +266,6 @@ class SamplingModel:
             requests(),
             key=key_from(self._config.seed, "sample"),
             num_slots=self._config.batch_size,
-            device=self._device,
             on_step=lambda figures: _behind(done[0], done[1], on_progress)(figures),
         )
         while finished := self._next_of(stream):

@@ -104,10 +104,10 @@ class ContinuousSampler(Sampler):
         *,
         key: int,
         num_slots: int,
-        device: torch.device,
         on_step: Callable[[Callable[[], Figures]], None],
     ) -> Iterator[list[FilledRow]]:
-        """Fill rows of any lengths, and of any number.
+        """Fill rows of any lengths, and of any number. Those in flight are on the CPU, whatever
+        the model's device is; so a step waits for what is drawn, and no more.
 
         Args:
             rows: taken as places become free.
@@ -123,7 +123,7 @@ class ContinuousSampler(Sampler):
             ValueError: a row is shorter than the sampler can fill.
         """
         waiting = iter(rows)
-        flight = _Flight(self, model, key=key, num_slots=num_slots, device=device)
+        flight = _Flight(self, model, key=key, num_slots=num_slots)
         while flight.fill(waiting):
             if done := flight.take_done():
                 yield done
@@ -141,16 +141,15 @@ class _Flight:
         *,
         key: int,
         num_slots: int,
-        device: torch.device,
     ) -> None:
-        self._sampler, self._key, self._device = sampler, key, device
-        nothing = torch.zeros(num_slots, 0, dtype=torch.int64, device=device)
+        self._sampler, self._key = sampler, key
+        nothing = torch.zeros(num_slots, 0, dtype=torch.int64)
         self.predictor = sampler._predictor(model, nothing.bool(), nothing.bool())
         self.rows = RowState(
             x_t=nothing,
             is_left=nothing.bool(),
             generator=RowGenerator(keys=nothing.new_zeros(num_slots)),
-            numbers=sampler._numbers(num_slots, device),
+            numbers=sampler._numbers(num_slots, nothing.device),
         )
         self._held: dict[int, RowToFill] = {}  # by place
 
@@ -184,7 +183,7 @@ class _Flight:
         return on_step
 
     def _under_way(self, x_t: Tensor) -> Figures:
-        places = torch.tensor(list(self._held), device=self._device)
+        places = torch.tensor(list(self._held))
         is_open = ~self.predictor.is_given[places]
         num_open = is_open.sum(1)
         is_mask = x_t[places] == self._sampler.kernel.mask_token_id
@@ -194,7 +193,7 @@ class _Flight:
     def _place(self, new: dict[int, RowToFill]) -> None:
         """Begin rows at their places; all tensors become as wide as the longest row needs."""
         width = max(len(row.tokens) for row in self._held.values())
-        at = torch.tensor(list(new), device=self._device)
+        at = torch.tensor(list(new))
         shape = (len(new), width)
         tokens = torch.full(shape, self._sampler.kernel.mask_token_id, dtype=torch.int64)
         is_given, is_valid = torch.ones(shape, dtype=torch.bool), torch.zeros(shape).bool()
@@ -203,16 +202,13 @@ class _Flight:
             self._sampler._check_length(length)
             tokens[index, :length], is_given[index, :length] = row.tokens, row.is_given
             is_valid[index, :length] = True
-        tokens, is_given, is_valid = (
-            states.to(self._device) for states in (tokens, is_given, is_valid)
-        )
-        ids = torch.tensor([row.id for row in new.values()], device=self._device)
+        ids = torch.tensor([row.id for row in new.values()])
         generator = RowGenerator.for_rows(self._key, ids)
         rows = self.rows
         rows.x_t, rows.is_left = fitted(rows.x_t, width, 0), fitted(rows.is_left, width, False)
         rows.x_t[at] = self._sampler._start(tokens, is_given, generator)
         rows.is_left[at] = ~is_given
         rows.generator.keys[at] = generator.keys
-        for name, start in self._sampler._numbers(len(new), self._device).items():
+        for name, start in self._sampler._numbers(len(new), at.device).items():
             rows.numbers[name][at] = start
         self.predictor.replace(at, is_given, is_valid)
