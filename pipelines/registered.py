@@ -120,8 +120,14 @@ class PinnedModels:
             place = kept.get(uri, uri)
             models[uri] = None if place is None else registry.open(place)
             was_there = place not in (None, uri)
-            if models[uri] is None and (is_needed or was_there):
-                raise InputError(f"{uri}: there is no {place or uri} in the MLflow registry")
+            if models[uri] is None and was_there:
+                raise InputError(
+                    f"{uri}: {place}, which it stood for when these inputs ran before, was deleted "
+                    "from the MLflow registry; to read the alias anew, delete "
+                    f"{root / config.name / '.run' / _PINS_NAME}"
+                )
+            if models[uri] is None and is_needed:
+                raise InputError(f"{uri}: there is no {uri} in the MLflow registry")
         return cls(models=models, inputs=inputs)
 
     def keep(self, pipeline_folder: Location) -> None:
