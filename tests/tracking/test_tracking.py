@@ -32,7 +32,7 @@ from tokendiff.tracking.mlflow_delivery import replay_pending
 from tokendiff.tracking.mlflow_entities import flatten_params, metrics_and_tags
 from tokendiff.tracking.mlflow_mirror import MlflowMirror
 from tokendiff.tracking.mlflow_outbox import Outbox, RunState, lock_folder
-from tokendiff.tracking.mlflow_store import check_store, open_command, resolve_uri
+from tokendiff.tracking.mlflow_store import check_store, make_client, open_command, resolve_uri
 from tokendiff.tracking.progress import LogTailer, ProgressPrinter
 from tokendiff.tracking.run_log import (
     LOG_NAME,
@@ -773,6 +773,21 @@ def test_a_deleted_experiment_is_an_input_error(root: Path) -> None:
     client.delete_experiment(experiment.experiment_id)
     with pytest.raises(InputError, match=r"tracking\.experiment: 'tokendiff' was deleted"):
         MlflowMirror.open(ON, root)
+
+
+def test_what_a_store_raises_is_not_printed_by_mlflow_as_well(
+    root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import sqlite3
+    from contextlib import closing
+
+    client = make_client(sqlite_uri(root))
+    with closing(sqlite3.connect(sqlite_uri(root).removeprefix("sqlite:///"))) as database:
+        database.execute("ALTER TABLE experiments RENAME TO gone")
+    capfd.readouterr()
+    with pytest.raises(Exception, match="no such table"):
+        client.search_experiments()
+    assert capfd.readouterr().err == ""
 
 
 DRIVER = """
