@@ -775,6 +775,35 @@ def test_a_deleted_experiment_is_an_input_error(root: Path) -> None:
         MlflowMirror.open(ON, root)
 
 
+def test_a_run_whose_creation_was_not_acknowledged_is_found_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after MLflow made it, and before its id was written down."""
+    update = Outbox._update
+
+    def die(outbox: Outbox, **changes: Any) -> None:
+        if changes.get("run_id"):
+            raise KeyboardInterrupt
+        update(outbox, **changes)
+
+    def open_and_close() -> None:
+        with MlflowMirror.open(ON, root, run_name="quick"):
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Outbox, "_update", die)
+        with pytest.raises(KeyboardInterrupt):
+            open_and_close()
+    open_and_close()
+    client = make_client(sqlite_uri(root))
+    experiment = client.get_experiment_by_name(ON.experiment)
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    open_and_close()  # another one, for this one had finished
+    assert len(client.search_runs([experiment.experiment_id])) == 2
+
+
 def test_what_a_store_raises_is_not_printed_by_mlflow_as_well(
     root: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
