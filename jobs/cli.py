@@ -53,7 +53,8 @@ FieldPath = tuple[str, ...]
 Variants = list[tuple[type[BaseModel], FieldInfo]]  # a field, with the model that has it
 
 _FORESEEN = (
-    *(InputError, CorruptFileError, FloatingPointError),
+    *(InputError, CorruptFileError, FloatingPointError, MemoryError),
+    *(ConnectionError, PermissionError),  # of stores, and of disks
     *(BlockingIOError, TimeoutError, ChildProcessError),  # of our locks, clocks and processes
 )
 # Of disks, which any call that writes may find full.
@@ -149,6 +150,8 @@ def _report(error: Exception) -> int:
         error = cause  # as it was raised on a worker, without the traceback that Ray puts around it
     if isinstance(error, OSError) and error.errno in _DISK_REMEDIES:
         return fail(f"{error}; {_DISK_REMEDIES[error.errno]}")
+    if isinstance(error, ConnectionError) and not isinstance(error, BrokenPipeError):
+        return fail(f"{error}; run the same command again when it answers: it goes on")
     is_given_up = type(error) is RuntimeError and _is_ray_s(error.__cause__)
     if isinstance(error, _FORESEEN) or is_given_up:
         _print_error(error)
@@ -166,7 +169,7 @@ def _is_ray_s(error: BaseException | None) -> bool:
 
 def _print_error(error: Exception | str) -> None:
     prefix = "error: "
-    text = textwrap.indent(str(error), " " * len(prefix)).strip()
+    text = textwrap.indent(str(error) or type(error).__name__, " " * len(prefix)).strip()
     print(prefix + text, file=sys.stderr)
 
 

@@ -1,7 +1,6 @@
 """Trying a stage again after failures that may pass, and stopping one that takes too long."""
 
 import errno
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from pipelines.interrupt import Interrupt
+from tokendiff.artifacts.locations import is_store_down
 from tokendiff.errors import CorruptFileError, InputError, first_line
 
 T = TypeVar("T")
@@ -23,11 +23,6 @@ _PASSING_ERRNOS = {
     *(errno.EINTR, errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH, errno.EPIPE, errno.ESTALE),
     errno.ETIMEDOUT,
 }
-# pyarrow's words, once the SDK's own attempts are over: its OSErrors have no errno.
-_PASSING_STORE_ERRORS = re.compile(
-    r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|REQUEST_TIMEOUT|THROTTLING|"
-    r"INTERNAL_FAILURE|UNKNOWN \(HTTP status (429|5\d\d)\))"
-)
 # By name: importing ray takes seconds, and not every stage needs it.
 _PASSING_RAY_ERRORS = {
     *("GetTimeoutError", "LocalRayletDiedError", "NodeDiedError", "ObjectLostError"),
@@ -92,7 +87,7 @@ def _passes(error: BaseException) -> bool:
     response = getattr(error, "response", None)  # of requests, httpx and huggingface_hub
     if isinstance(status := getattr(response, "status_code", None), int):
         return status == 429 or status >= 500
-    if isinstance(error, OSError) and _PASSING_STORE_ERRORS.search(str(error)):
+    if isinstance(error, OSError) and is_store_down(error):
         return True
     return _is_of_ray(error, _PASSING_RAY_ERRORS)
 

@@ -139,8 +139,14 @@ class PinnedModels:
             place = kept.get(uri, uri)
             models[uri] = None if place is None else registry.open(place)
             was_there = place not in (None, uri)
-            if models[uri] is None and (is_needed or was_there):
-                raise InputError(f"{uri}: there is no {place or uri} in the MLflow registry")
+            if models[uri] is None and was_there:
+                raise InputError(
+                    f"{uri}: {place}, which it stood for when these inputs ran before, was deleted "
+                    "from the MLflow registry; to read the alias anew, delete "
+                    f"{root / config.name / '.run' / _PINS_NAME}"
+                )
+            if models[uri] is None and is_needed:
+                raise InputError(f"{uri}: there is no {uri} in the MLflow registry")
             if uri in kept and (now := registry.version_of(uri)) != _version(models[uri]):
                 moved[uri] = now
         return cls(models=models, inputs=inputs, moved=moved)

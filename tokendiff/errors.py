@@ -1,9 +1,10 @@
 """The project's two exception classes. Each message names the place, the value and the remedy."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _REASON_CHARS = 300
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "bad_alloc")
 
 
 class InputError(ValueError):
@@ -55,3 +56,25 @@ def naming(path: object) -> Iterator[None]:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def naming_memory(place: Callable[[], str], remedy: str) -> Iterator[None]:
+    """Where memory runs out in this block, a MemoryError says at what.
+
+    Args:
+        place: asked when it has happened.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(f"{place()}: memory ran out ({first_line(error)}); {remedy}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is Python's MemoryError, or torch's: a class on a device, words on a CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)

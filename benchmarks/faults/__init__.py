@@ -10,5 +10,10 @@ disturbances
 fake_mlflow an MLflow server that can be told to fail
 surroundings
             disk, clock, MLflow, locks, and pairs of faults
+fake_s3     an S3 server that can be told to fail, or to list late
+object_store
+            pipelines behind that server
+steps       spikes, and steps and rows that memory does not suffice for
+inputs      files that nobody would write
 in_suite    faults that a test of the suite tries already, most of them on Ray
 """

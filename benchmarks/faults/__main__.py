@@ -15,11 +15,23 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALL
 SCRATCH = tempfile.TemporaryDirectory(prefix="faults-")
 os.environ |= {"TOKENDIFF_CACHE": f"{SCRATCH.name}/cache"}
 
-from benchmarks.faults import damage, in_suite, signals, surroundings  # noqa: E402
+from benchmarks.faults import (  # noqa: E402
+    damage,
+    in_suite,
+    inputs,
+    object_store,
+    signals,
+    steps,
+    surroundings,
+)
 from benchmarks.faults.subject import prepared  # noqa: E402
 from benchmarks.faults.table import read_rows, try_case, write_rows  # noqa: E402
 
-CASES = (*signals.CASES, *damage.CASES, *surroundings.CASES, *in_suite.CASES)
+CASES = (
+    *(*signals.CASES, *damage.CASES, *surroundings.CASES),
+    *(*object_store.CASES, *steps.CASES),
+    *in_suite.CASES,
+)
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
 INTRO = """
 # Faults, and what is promised under each
@@ -37,8 +49,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="of the moments; drawn by default")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument("--page", type=Path, default=PAGE, help="the table that is written")
+    parser.add_argument(
+        "--inputs",
+        type=int,
+        default=inputs.DEFAULT,
+        help=f"of the case fuzz, for all readers together ({inputs.DEFAULT:,})",
+    )
     options = parser.parse_args()
-    names = [case.name for case in CASES]
+    if options.inputs < 1:
+        parser.error("--inputs must be at least 1")
+    cases = (*CASES, inputs.case_of(options.inputs))
+    names = [case.name for case in cases]
     if options.list:
         print("\n".join(names))
         return 0
@@ -49,7 +70,7 @@ def main() -> int:
     rows = read_rows(options.page)
     is_broken = False
     with SCRATCH as scratch, prepared(Path(scratch)) as tiny:
-        for case in CASES:
+        for case in cases:
             if options.case and case.name not in options.case:
                 continue
             started = time.monotonic()
@@ -57,7 +78,7 @@ def main() -> int:
             seconds = time.monotonic() - started
             print(f"{case.name}  {row.verdict}  {seconds:.0f} s  {row.seen}", flush=True)
             is_broken |= row.verdict == "broken"
-            write_rows(options.page, CASES, rows, INTRO)
+            write_rows(options.page, cases, rows, INTRO)
     return int(is_broken)
 
 

@@ -4,10 +4,11 @@ import errno
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from tokendiff.tracking.run_log import LOG_NAME, metrics_by_step
 
 _BLOCK = 1 << 12
 _DISK = "size=24m"
+_STORE_DISK = "size=8m"
 _DAY_SECONDS = 86400.0
 
 
@@ -139,21 +141,60 @@ def _clock_set_back(folder: Path) -> Iterator[Arranged]:
     yield Arranged(action=set_back)
 
 
+_held: list[sqlite3.Connection] = []
+
+
+@contextmanager
+def _locked_store(folder: Path) -> Iterator[Arranged]:
+    """A sqlite store that another program writes to from the moment on, until the job ends."""
+    database = folder / "mlflow.db"
+
+    def lock() -> None:
+        connection = sqlite3.connect(database, timeout=30.0)
+        connection.execute("BEGIN EXCLUSIVE")
+        _held.append(connection)  # closed, and so let go, with the process
+
+    yield _with_store(folder, database, action=lock)
+
+
+@contextmanager
+def _full_store(folder: Path) -> Iterator[Arranged]:
+    """A sqlite store on a disk of its own, which is full from the moment on."""
+    disk = folder / "store"
+    ballast = disk / "ballast"
+    with mounted(disk, _STORE_DISK):
+        yield _with_store(
+            folder,
+            disk / "mlflow.db",
+            action=partial(fill, ballast),
+            mend=lambda: ballast.unlink(missing_ok=True),
+        )
+
+
+def _with_store(folder: Path, database: Path, **kwargs: Any) -> Arranged:
+    def check() -> None:
+        with closing(sqlite3.connect(database)) as store:
+            query = "SELECT step, value FROM metrics WHERE key = 'loss'"
+            _check_losses(folder, dict(store.execute(query)))
+
+    return Arranged(check=check, sections={"tracking": {"uri": f"sqlite:///{database}"}}, **kwargs)
+
+
+def _check_losses(folder: Path, arrived: dict[int, float]) -> None:
+    (log,) = folder.glob(f"out/{CONFIG['name']}/train-*/run/{LOG_NAME}")
+    logged = {e["step"]: e["loss"] for e in metrics_by_step(log)}
+    if arrived != logged:
+        raise Broken(f"MLflow has losses {arrived}, the log {logged}")
+
+
 @contextmanager
 def _mlflow(folder: Path, *, fails_with: str) -> Iterator[Arranged]:
     """An MLflow server that fails from the moment on; mended, it gets all that it missed."""
     with FakeMlflow.started(folder / "mlflow", fails_with) as server:
-
-        def check() -> None:
-            (log,) = folder.glob(f"out/{CONFIG['name']}/train-*/run/{LOG_NAME}")
-            logged = {e["step"]: e["loss"] for e in metrics_by_step(log)}
-            if (arrived := server.points("loss")) != logged:
-                raise Broken(f"MLflow has losses {arrived}, the log {logged}")
-
         yield Arranged(
             action=server.fail,
             mend=server.mend,
-            check=check,
+            check=lambda: _check_losses(folder, server.points("loss")),
             sections={"tracking": {"uri": server.uri}},
         )
 
@@ -183,4 +224,8 @@ MLFLOW = {
         arrange=partial(_mlflow, fails_with=how),
     )
     for how in ("dies", "hangs", "401", "403", "500")
+}
+STORE = {
+    how: Disturbance(name=f"mlflow-{how}", codes=(0, 2), says="cannot be used", arrange=arrange)
+    for how, arrange in (("locked", _locked_store), ("full-disk", _full_store))
 }

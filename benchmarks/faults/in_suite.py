@@ -80,6 +80,12 @@ _TESTS = {
         "two runs write a lease in the same instant",
         "tests/pipelines/test_lease.py::test_of_two_that_start_at_once_the_later_writer_stays",
     ),
+    "poison-row": (
+        "The row is set aside with its reason after `max_row_failures`; all others are sampled "
+        "once.",
+        "an actor that dies at the same row each time",
+        "tests/cluster/test_poison_rows.py::test_a_row_that_kills_its_actor_is_set_aside",
+    ),
     "mlflow-absent": (
         "Exit code 2 and a message that says how to go on without.",
         "no server at the address",
@@ -106,6 +112,13 @@ _TESTS = {
         "One version is registered, the alias moves once, and rollback leads back step by step.",
         "the process ends between the registration and the alias; then rollbacks",
         "tests/pipelines/test_promotion.py::test_a_promotion_that_was_cut_off_registers_once",
+    ),
+    "version-deleted": (
+        "One message that names the version and the way out; a rollback never leads to a version "
+        "that is gone or damaged: the alias stays.",
+        "a registered version, its files, or one of their bytes is deleted or changed",
+        "tests/pipelines/test_registry_faults.py::"
+        "test_what_is_deleted_is_named_and_the_alias_never_leads_to_it",
     ),
 }  # fmt: skip
 TESTS = {name: test for name, (_, _, test) in _TESTS.items()}

@@ -21,6 +21,10 @@ MISSED = (
 )
 BOTH = f"A documented exit code and one message. {GOES_ON}"
 _DISKS = {"packing": "/preprocess-", "checkpointing": "/train-", "generating": "/generate-"}
+_STORES = {
+    "locked": "another program holds the lock of MLflow's sqlite file",
+    "full-disk": "the disk of MLflow's sqlite file is full",
+}
 _PAIRS = (
     (faults.KILLED, faults.MLFLOW["hangs"]),
     (faults.KILLED, faults.MLFLOW["500"]),
@@ -116,6 +120,15 @@ CASES = (
             trial=partial(disturbed, faults=[fault]),
         )
         for how, fault in faults.MLFLOW.items()
+    ),
+    *(
+        Case(
+            name=fault.name,
+            promise=MISSED,
+            done=f"from a random write on, {_STORES[how]}",
+            trial=partial(disturbed, faults=[fault]),
+        )
+        for how, fault in faults.STORE.items()
     ),
     Case(
         name="two-at-once",

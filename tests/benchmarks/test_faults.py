@@ -2,13 +2,16 @@
 
 import random
 import signal
+import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.faults import in_suite, signals
+from benchmarks.faults import in_suite, inputs, object_store, signals
 from benchmarks.faults.moments import Moments
 from benchmarks.faults.subject import Subject, prepared
 from benchmarks.faults.table import Case, Row, read_rows, try_case, write_rows
@@ -17,9 +20,13 @@ from tests import ROOT
 KILLED = replace(signals.CASES[0], moments=1)
 
 
-def test_a_promise_that_holds_and_one_that_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+    with prepared(tmp_path_factory.mktemp("subject"), has_report=False) as subject:
+        yield subject
+
+
+def test_a_promise_that_holds_and_one_that_does_not(subject: Subject) -> None:
     """A run that is killed goes on; one that cannot, for a row of its samples is doubled, does
     not.
     """
@@ -33,12 +40,37 @@ def test_a_promise_that_holds_and_one_that_does_not(
         subject.check_goes_on("pipeline", folder)
         return "not noticed"
 
-    with prepared(tmp_path, has_report=False) as subject:
-        row = try_case(KILLED, subject, seed=5)
-        assert (row.verdict, row.seen.startswith("killed before its write")) == ("held", True)
-        row = try_case(replace(KILLED, trial=doubled), subject, seed=5)
-        assert row.verdict == "broken"
-        assert "does not match its MANIFEST" in row.seen
+    row = try_case(KILLED, subject, seed=5)
+    assert (row.verdict, row.seen.startswith("killed before its write")) == ("held", True)
+    row = try_case(replace(KILLED, trial=doubled), subject, seed=5)
+    assert row.verdict == "broken"
+    assert "does not match its MANIFEST" in row.seen
+
+
+def test_a_pipeline_behind_a_store_that_lists_late_is_as_on_a_disk(subject: Subject) -> None:
+    late = next(case for case in object_store.CASES if case.name == "s3-lists-late")
+    row = try_case(replace(late, moments=1), subject, seed=1)
+    assert (row.verdict, "gone on with the same result" in row.seen) == ("held", True)
+
+
+@pytest.mark.parametrize(
+    ("code", "out", "seen"),
+    [
+        (0, "a: 1,000 inputs, 3 refused, 1 s\nb: 50 inputs, 0 refused, 1 s\n", "1,050 inputs"),
+        (1, "a: seed 5: KeyError: 'x'\na: 0 inputs, 0 refused, 1 s\n", "a: seed 5: KeyError"),
+    ],
+)
+def test_what_the_fuzz_tests_find_is_in_the_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, out: str, seen: str
+) -> None:
+    def run(command: list[str], **kwargs: Any) -> Any:
+        assert command[command.index("--inputs") + 1] == "77"
+        return subprocess.CompletedProcess(command, code, stdout=out, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    row = try_case(inputs.case_of(77), Subject(scratch=tmp_path), seed=1)
+    assert row.verdict == ("broken" if code else "held")
+    assert seen in row.seen
 
 
 @pytest.mark.parametrize("test", sorted(set(in_suite.TESTS.values())))

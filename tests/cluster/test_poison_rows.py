@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from jobs import generate as generate_job
 from tests.builders import letter_tokenizer, random_rows, token_folder
@@ -19,6 +20,7 @@ from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
 from tokendiff.data.samples import read_samples
+from tokendiff.models.sampling import SamplingModel
 from tokendiff.training.run import train_in_process
 
 LENGTH = 12
@@ -125,3 +127,36 @@ def test_the_job_says_so_and_ends_with_exit_code_1(
     assert json.loads(captured.out.splitlines()[-1])["set_aside"] == 1
     assert "1 rows were set aside" in captured.err
     assert len(list(read_samples(output))) == 19
+
+
+def test_rows_that_memory_does_not_suffice_for_are_named(
+    in_this_process: None,
+    checkpoint: Path,
+    prompts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Other parts are kept, and the same command goes on."""
+    output = tmp_path / "samples"
+    arguments = [
+        *("--checkpoint_path", str(checkpoint), "--prompts", str(tmp_path / "prompts.txt")),
+        *("--num_samples", "1", "--batch_size", "2", "--output_dir", str(output)),
+        *("--num_inference_steps", "3", "-o", "tracking.enabled=false"),
+    ]
+    sample = SamplingModel.sample
+
+    def hungry(model: SamplingModel, rows: list[Any], **kwargs: Any) -> list[dict[str, Any]]:
+        if any(row.id == 13 for row in rows):
+            torch.empty(1 << 46)
+        return sample(model, rows, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SamplingModel, "sample", hungry)
+        assert generate_job.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "error: rows 12, 13 (2 at a time): memory ran out" in error
+    assert "lower batch_size" in error
+    assert generate_job.main(arguments) == 0
+    assert len(list(read_samples(output))) == 20

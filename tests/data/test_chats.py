@@ -330,6 +330,21 @@ def test_a_row_of_no_use_is_named_with_its_reason(messages: Any, says: str, tmp_
     assert stats.shards["train"].documents == 1
 
 
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": "\ud800", "completion": "b"}, "^prompt is not valid Unicode"),
+        ({"prompt": "a", "completion": "\udc80b"}, "^completion is not valid Unicode"),
+        ({"prompt": [user()], "completion": "\ud800"}, "^completion is not valid Unicode"),
+    ],
+)
+def test_a_prompt_or_completion_that_no_file_can_hold_is_refused(
+    row: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        FORMATS["prompt_completion"].read(row)
+
+
 # Rows
 
 

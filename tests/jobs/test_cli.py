@@ -323,6 +323,13 @@ def test_flags_of_all_members_of_a_union(
         ),
         (FloatingPointError("loss is nan at step 3"), 1, "error: loss is nan at step 3\n"),
         (CorruptFileError("out/x: sha256 differs"), 1, "error: out/x: sha256 differs\n"),
+        (PermissionError("s3://b/x: refused"), 1, "error: s3://b/x: refused\n"),
+        (
+            ConnectionError("s3://b/x: AWS Error SLOW_DOWN"),
+            1,
+            "error: s3://b/x: AWS Error SLOW_DOWN; run the same command again when it answers: it "
+            "goes on\n",
+        ),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )

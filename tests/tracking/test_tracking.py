@@ -33,7 +33,7 @@ from tokendiff.tracking.mlflow_delivery import replay_pending
 from tokendiff.tracking.mlflow_entities import flatten_params, metrics_and_tags
 from tokendiff.tracking.mlflow_mirror import MlflowMirror
 from tokendiff.tracking.mlflow_outbox import Outbox, RunState, lock_folder
-from tokendiff.tracking.mlflow_store import check_store, open_command, resolve_uri
+from tokendiff.tracking.mlflow_store import check_store, make_client, open_command, resolve_uri
 from tokendiff.tracking.progress import LogTailer, ProgressPrinter
 from tokendiff.tracking.run_log import (
     LOG_NAME,
@@ -834,6 +834,50 @@ def test_a_deleted_experiment_is_an_input_error(root: Path) -> None:
     client.delete_experiment(experiment.experiment_id)
     with pytest.raises(InputError, match=r"tracking\.experiment: 'tokendiff' was deleted"):
         MlflowMirror.open(ON, root)
+
+
+def test_a_run_whose_creation_was_not_acknowledged_is_found_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after MLflow made it, and before its id was written down."""
+    update = Outbox._update
+
+    def die(outbox: Outbox, **changes: Any) -> None:
+        if changes.get("run_id"):
+            raise KeyboardInterrupt
+        update(outbox, **changes)
+
+    def open_and_close() -> None:
+        with MlflowMirror.open(ON, root, run_name="quick"):
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Outbox, "_update", die)
+        with pytest.raises(KeyboardInterrupt):
+            open_and_close()
+    open_and_close()
+    client = make_client(sqlite_uri(root))
+    experiment = client.get_experiment_by_name(ON.experiment)
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    open_and_close()  # another one, for this one had finished
+    assert len(client.search_runs([experiment.experiment_id])) == 2
+
+
+def test_what_a_store_raises_is_not_printed_by_mlflow_as_well(
+    root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import sqlite3
+    from contextlib import closing
+
+    client = make_client(sqlite_uri(root))
+    with closing(sqlite3.connect(sqlite_uri(root).removeprefix("sqlite:///"))) as database:
+        database.execute("ALTER TABLE experiments RENAME TO gone")
+    capfd.readouterr()
+    with pytest.raises(Exception, match="no such table"):
+        client.search_experiments()
+    assert capfd.readouterr().err == ""
 
 
 DRIVER = """

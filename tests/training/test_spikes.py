@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -226,6 +227,38 @@ def test_without_spikes_nothing_changes(tmp_path: Path, data: TokenData) -> None
     watched, told = run(config(on_spike="skip"), data, tmp_path / "watched")
     assert same(plain, watched)
     assert losses_of(events) == losses_of(told)
+
+
+def test_a_step_that_memory_does_not_suffice_for_is_named_with_its_rows(
+    tmp_path: Path, data: TokenData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = Trainer._loss
+    rows = [[int(row) for row in batch["row_id"]] for batch in batches_of(data)]
+
+    def hungry(trainer: Trainer, *args: Any) -> tuple[Any, ...]:
+        if trainer.step == 2:
+            torch.empty(1 << 46)
+        return loss(trainer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_loss", hungry)
+        with pytest.raises(MemoryError) as raised:
+            run(config(), data, tmp_path / "hungry")
+    named = ", ".join(map(str, rows[2]))
+    assert re.match(
+        rf"step 3, worker 0: 4 rows of up to 12 tokens, .*\(the first row_ids: {named}\): memory "
+        r"ran out \(.*allocate.*\); lower per_device_train_batch_size",
+        str(raised.value),
+    )
+    again, _ = run(config(), data, tmp_path / "hungry")
+    whole, _ = run(config(), data, tmp_path / "whole")
+    assert same(again, whole)
+
+
+def batches_of(data: TokenData) -> list[dict[str, Any]]:
+    cfg = config()
+    plan = step_plan(cfg, data, rank=0, world_size=1)
+    return list(step_batches(data, plan, 0, cfg.max_train_steps))
 
 
 def test_keys_of_runs_that_no_spike_changes_stay() -> None:

@@ -26,7 +26,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from tokendiff.artifacts.locations import Location, location, remove
+from tokendiff.artifacts.locations import Location, RemotePath, location, remove
 from tokendiff.artifacts.manifest import (
     MANIFEST_NAME,
     fetch,
@@ -155,7 +155,11 @@ def find_checkpoint(checkpoint_path: str | Location, *, hashes: bool = True) -> 
     folder = location(checkpoint_path)
     if isinstance(folder, Path):
         folder = folder.resolve()
-    if not folder.is_dir():
+    # A store's listing may be behind, so a remote one is first asked for by name.
+    is_there = isinstance(folder, RemotePath) and (
+        is_committed(folder) or is_committed(folder / FINAL)
+    )
+    if not (is_there or folder.is_dir()):
         raise InputError(f"checkpoint_path {checkpoint_path}: no such folder")
     if isinstance(folder, Path) and is_foreign(folder):
         return folder

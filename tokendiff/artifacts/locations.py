@@ -15,6 +15,7 @@ import io
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,17 @@ _ARROW_SCHEMES = ("s3", "gs", "gcs")
 _CACHED_PART_OF_DISK = 0.25
 _BUFFER_BYTES = 1 << 20
 _THREADS = 8
+# Codes in pyarrow's words, once the SDK's own attempts are over: its OSErrors have no errno.
+_PASSING = re.compile(
+    r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|REQUEST_TIMEOUT|THROTTLING|"
+    r"INTERNAL_FAILURE|UNKNOWN \(HTTP status (429|5\d\d)\))"
+)
+_REFUSED = re.compile(r"AWS Error (ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH)")
+_LISTS_LATE_SECONDS = 60.0
+_MOST_CHANGES = 10_000
+# URI of a file that this process wrote or deleted -> (when, its size or None), so that a listing
+# that is behind is set right.
+_changes: dict[str, tuple[float, int | None]] = {}
 # URI of a folder that this process may not write to -> (what in it it still may, why not).
 _forbidden: dict[str, tuple[str, str]] = {}
 
@@ -94,8 +106,18 @@ class RemotePath:
         from pyarrow.fs import FileType
 
         found = list(self._below(recursive=False))
-        return any(info.is_file for info in found) or any(
-            (self / info.base_name).is_dir() for info in found if info.type == FileType.Directory
+        return (
+            any(info.is_file for info in found)
+            or any(
+                (self / info.base_name).is_dir()
+                for info in found
+                if info.type == FileType.Directory
+            )
+            or any(
+                (self / name).is_file()
+                for name, size in _changes_under(self).items()
+                if size is not None
+            )
         )
 
     def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None:
@@ -120,12 +142,14 @@ class RemotePath:
                 filesystem.create_dir(path.rpartition("/")[0], recursive=True)
             with filesystem.open_output_stream(path, compression=None) as file:
                 file.write(data)
+        _note_change(self.uri, len(data))
 
     def unlink(self, *, missing_ok: bool = False) -> None:
         filesystem, path = _resolve_to_write(self.uri)
         try:
             with _named(self.uri):
                 filesystem.delete_file(path)
+            _note_change(self.uri, None)
         except FileNotFoundError:
             if not missing_ok:
                 raise
@@ -165,13 +189,42 @@ def location(path: "str | Location") -> Location:
 
 
 def files_under(folder: Location) -> dict[str, int]:
-    """Size of every file at any depth, by its path relative to `folder`, in sorted order."""
+    """Size of every file at any depth, by its path relative to `folder`, in sorted order.
+
+    Stores whose listings are behind are asked by name for what this process changed of late.
+    """
     if isinstance(folder, Path):
         found = dict(_sizes_under(folder)) if folder.is_dir() else {}
     else:
         _, base = _resolve(folder.uri)
         found = {info.path.removeprefix(f"{base}/"): info.size for info in folder._files()}
+        for name, size in _changes_under(folder).items():
+            if found.get(name) == size:
+                continue
+            info = (folder / name)._info()
+            if info.is_file:
+                found[name] = info.size
+            else:
+                found.pop(name, None)
     return dict(sorted(found.items()))
+
+
+def _note_change(uri: str, size: int | None) -> None:
+    now = time.monotonic()
+    if len(_changes) >= _MOST_CHANGES:
+        for other, (when, _) in list(_changes.items()):
+            if when < now - _LISTS_LATE_SECONDS:
+                _changes.pop(other, None)
+    _changes[uri] = (now, size)
+
+
+def _changes_under(folder: RemotePath) -> dict[str, int | None]:
+    since, start = time.monotonic() - _LISTS_LATE_SECONDS, f"{folder.uri}/"
+    return {
+        uri.removeprefix(start): size
+        for uri, (when, size) in list(_changes.items())
+        if when >= since and uri.startswith(start)
+    }
 
 
 def _sizes_under(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -217,8 +270,37 @@ def open_binary(path: Location, *, buffer_bytes: int = _BUFFER_BYTES) -> Iterato
     filesystem, inner = _resolve(path.uri)
     with _named(path.uri):
         raw = filesystem.open_input_file(inner)
-    with io.BufferedReader(raw, buffer_bytes) as file:
+    with io.BufferedReader(_NamedFile(raw, path.uri), buffer_bytes) as file:
         yield file
+
+
+class _NamedFile(io.RawIOBase):
+    """A file of pyarrow's whose errors name its URI."""
+
+    def __init__(self, file: Any, uri: str) -> None:
+        self._file, self._uri = file, uri
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with _named(self._uri):
+            return int(self._file.readinto(buffer))
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with _named(self._uri):
+            return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
 
 
 def glob_files(pattern: str) -> list[str]:
@@ -259,6 +341,7 @@ def upload_file(source: Path, target: RemotePath) -> None:
             filesystem.create_dir(path.rpartition("/")[0], recursive=True)
         with filesystem.open_output_stream(path, compression=None) as stream:
             shutil.copyfileobj(file, stream, _BUFFER_BYTES)
+        _note_change(target.uri, os.fstat(file.fileno()).st_size)
 
 
 def forbid_writes(folder: RemotePath, *, but_to: RemotePath, why: str) -> None:
@@ -421,12 +504,25 @@ def _filesystem(scheme: str, bucket: str, pid: int) -> tuple[Any, str]:
         ) from error
 
 
+def is_store_down(error: OSError) -> bool:
+    """Whether pyarrow says that a store is down or overloaded, and so may be well again later."""
+    return _PASSING.search(str(error)) is not None
+
+
 @contextmanager
 def _named(uri: str) -> Iterator[None]:
-    """Errors of the store, with the URI, which its own messages may lack."""
+    """Errors of the store, with the URI, which its own messages may lack: a ConnectionError where
+    it may be well again later, a PermissionError where it refuses.
+    """
     try:
         yield
     except FileNotFoundError:
         raise FileNotFoundError(f"{uri}: no such file") from None
     except OSError as error:
-        raise OSError(f"{uri}: {str(error).split(chr(10))[0]}") from error
+        words = str(error).split("\n")[0]
+        kind: type[OSError] = OSError
+        if is_store_down(error):
+            kind = ConnectionError
+        elif _REFUSED.search(words):
+            kind = PermissionError
+        raise kind(f"{uri}: {words}") from error

@@ -25,6 +25,7 @@ from tokendiff.artifacts.locations import (
     local_folder,
     open_binary,
     remove,
+    size_of,
     upload,
 )
 from tokendiff.errors import CorruptFileError, InputError, naming
@@ -103,7 +104,10 @@ def commit(
     """
     known = known_sha256 or {}
     files = {}
-    for name, size in files_under(folder).items():
+    there = files_under(folder)
+    # Written by another process a moment ago, and a listing may be behind.
+    there |= {name: size_of(folder / name) for name in sorted(known.keys() - there.keys())}
+    for name, size in there.items():
         if name == MANIFEST_NAME or name.startswith(f"{RECORD_FOLDER}/"):
             continue
         if is_temporary(name):
@@ -218,6 +222,8 @@ def verify(folder: Location, *, kind: str | None = None, hashes: bool = True) ->
     sizes = files_under(folder)
     for name, expected in manifest.files.items():
         size = sizes.get(name)
+        if size is None and not isinstance(folder, Path) and (folder / name).is_file():
+            size = size_of(folder / name)  # the listing is behind
         if size is None:
             raise CorruptFileError(f"{folder}: {name} is missing, though its MANIFEST lists it")
         if size != expected["size"]:
@@ -244,7 +250,7 @@ def publish(source: Path, target: Location) -> None:
     upload(source, target, names)
     for name in files_under(target).keys() - set(names):
         if not name.startswith(f"{RECORD_FOLDER}/"):
-            (target / name).unlink()
+            (target / name).unlink(missing_ok=True)
     upload(source, target, [MANIFEST_NAME])
 
 

@@ -43,7 +43,7 @@ from tokendiff.data.prompt_index import IndexedRow, PromptIndex, error_record
 from tokendiff.data.prompts import GenerationRow, prompt_text
 from tokendiff.data.row_failures import ATTEMPTS, SET_ASIDE, RowFailures, groups_to_sample
 from tokendiff.data.samples import KIND, num_new_tokens, read_part, write_part
-from tokendiff.errors import InputError
+from tokendiff.errors import InputError, naming_memory
 from tokendiff.evaluation.acceptance import acceptance_metrics, speedup_metrics
 from tokendiff.models.completion import CompletionModel
 from tokendiff.models.requests import RowCheck, check_given, check_source, make_check
@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 
 _MAX_PARTS = 256
 _MAX_BATCHES_PER_PART = 64
+_NAMED_ROWS = 8
+_MEMORY_REMEDY = "lower batch_size, ask for fewer tokens, or give more memory; what is done is kept"
 
 
 class _Parts:
@@ -192,11 +194,23 @@ class _PartSampler:
         self, rows: list[GenerationRow], part: int
     ) -> tuple[list[dict[str, Any]], dict[str, float]]:
         on_progress = self._reporter.of(part)
-        if not self._measures:
-            return list(self._model.samples(rows, on_progress=on_progress)), {}
-        assert isinstance(self._model, CompletionModel)
-        is_target_first = part % 2 == 0
-        return self._model.measured(rows, is_target_first=is_target_first, on_progress=on_progress)
+        records: list[dict[str, Any]] = []
+
+        def place() -> str:
+            # Records come in the order of the rows.
+            ids = [row.id for row in rows[len(records) :][: self._config.batch_size]]
+            return f"rows {', '.join(map(str, ids[:_NAMED_ROWS]))} ({len(ids)} at a time)"
+
+        with naming_memory(place, _MEMORY_REMEDY):
+            if not self._measures:
+                for record in self._model.samples(rows, on_progress=on_progress):
+                    records.append(record)
+                return records, {}
+            assert isinstance(self._model, CompletionModel)
+            is_target_first = part % 2 == 0
+            return self._model.measured(
+                rows, is_target_first=is_target_first, on_progress=on_progress
+            )
 
 
 def generate(

@@ -123,14 +123,14 @@ def _prompt_completion(row: Mapping[str, Any]) -> Conversation:
     prompt, completion = row["prompt"], row[name]
     if isinstance(prompt, str) and isinstance(completion, str):
         messages = [
-            Message(role="user", content=prompt),
-            Message(role="assistant", content=completion),
+            Message(role="user", content=_text(prompt, "prompt")),
+            Message(role="assistant", content=_text(completion, name)),
         ]
         return _conversation(messages, plain=(prompt, completion))
     both = []
     for value, field, role in ((prompt, "prompt", "user"), (completion, name, "assistant")):
         if isinstance(value, str):
-            both.append(Message(role=role, content=value))
+            both.append(Message(role=role, content=_text(value, field)))
         else:
             both += _message_list(value, field, "role", "content", ROLE_NAMES)
     return _conversation(both)

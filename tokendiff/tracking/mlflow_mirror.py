@@ -251,6 +251,7 @@ class _Store:
             state.offset = before.offset
             if before.status != "FINISHED" or not Outbox(folder, before).is_delivered:
                 state.run_id, state.queue = before.run_id, before.queue
+                state.creation = before.creation
                 state.delivered_status = before.delivered_status
         return state
 

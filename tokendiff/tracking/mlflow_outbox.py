@@ -4,8 +4,8 @@
 has arrived, and a queue of whatever else is to be stored. Nothing leaves it before MLflow has taken
 it, so what is sent just before a crash is sent again. That is harmless: the SQL stores drop a
 metric that equals one they hold (same name, step, time and value), and the rest replaces itself. A
-run whose creation was not acknowledged may stand there twice, once empty. What MLflow cannot do is
-forget: points of steps that a later resume made void stay in its curves, with their earlier times.
+run whose creation was not acknowledged is found again by a tag. What MLflow cannot do is forget:
+points of steps that a later resume made void stay in its curves, with their earlier times.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import threading
+import uuid
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
 
 STATE_NAME = "mlflow.json"
+CREATION_TAG = "tokendiff.creation"
 _BATCH = 100  # MLflow's limit for params and for tags
 # The same request would fail the same way; anything else may pass later.
 _FINAL_CODES = {
@@ -44,13 +46,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class RunState:
-    """What `mlflow.json` holds. `uri` is without credentials; times are milliseconds."""
+    """What `mlflow.json` holds. `uri` is without credentials; times are milliseconds; `creation` is
+    a tag by which a run is found whose id is not known.
+    """
 
     uri: str
     experiment_id: str
     name: str
     start_time: int
     run_id: str | None = None
+    creation: str = field(default_factory=lambda: uuid.uuid4().hex)
     status: str = "RUNNING"
     end_time: int | None = None
     delivered_status: str | None = None
@@ -112,6 +117,7 @@ class Outbox:
         self.folder = folder
         self.state = state
         self._recreate = recreate
+        self._may_be_there = (folder / STATE_NAME).exists()  # an attempt that did not hear of it
         self._is_verified = False
         self._refused = False
         self._is_unsaved = False
@@ -156,17 +162,35 @@ class Outbox:
         if state.run_id is not None and self._recreate and not self._is_verified:
             params = _params_of(client, state.run_id)
             if params is None:
-                self._update(run_id=None, delivered_status=None, offset=0)
+                creation = uuid.uuid4().hex
+                self._update(run_id=None, creation=creation, delivered_status=None, offset=0)
             else:
                 self._keep_first_params(params)
         self._is_verified = True
         if state.run_id is None:
-            run = client.create_run(
-                state.experiment_id, run_name=state.name, start_time=state.start_time
-            )
-            self._update(run_id=run.info.run_id, delivered_status="RUNNING")
-            return run.info.run_id
+            run_id = self._create(client)
+            self._update(run_id=run_id, delivered_status="RUNNING")
+            return run_id
         return state.run_id
+
+    def _create(self, client: "MlflowClient") -> str:
+        """The id of a new run; of the one that an earlier attempt made, if that heard no answer or
+        was killed before it wrote it down.
+        """
+        state = self.state
+        if self._may_be_there:
+            # In double quotes, for the name has a dot in it.
+            asked = f"tags.\"{CREATION_TAG}\" = '{state.creation}'"
+            for found in client.search_runs([state.experiment_id], asked, max_results=1):
+                return found.info.run_id
+        self._may_be_there = True
+        run = client.create_run(
+            state.experiment_id,
+            run_name=state.name,
+            start_time=state.start_time,
+            tags={CREATION_TAG: state.creation},
+        )
+        return run.info.run_id
 
     def _keep_first_params(self, known: dict[str, str]) -> None:
         """MLflow refuses another value for a param: what a later attempt changed becomes a tag."""

@@ -107,6 +107,8 @@ def make_client(uri: str) -> "MlflowClient":
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It prints the traceback of what it then raises, at each try.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     if (database := _sqlite_path(uri)) is None:
         return MlflowClient(uri)
     database.parent.mkdir(parents=True, exist_ok=True)

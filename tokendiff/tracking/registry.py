@@ -23,9 +23,9 @@ from tokendiff.artifacts.checkpoint import DRAFT_ADAPTERS, find_checkpoint
 from tokendiff.artifacts.identity import checkpoint_identity, model_identity
 from tokendiff.artifacts.locations import Location, files_under, folders_in, upload
 from tokendiff.artifacts.manifest import fetch, fingerprint
-from tokendiff.errors import InputError
+from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.secrets import without_credentials
-from tokendiff.tracking.mlflow_store import check_store, make_client, resolve_uri
+from tokendiff.tracking.mlflow_store import check_store, describe, make_client, resolve_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -116,7 +116,7 @@ class Registry:
 
         Raises:
             InputError: the URI is of another form.
-            CorruptFileError: a file of the checkpoint is damaged.
+            CorruptFileError: a file of the checkpoint is damaged, or all of them are gone.
         """
         match = _matched(uri)
         version = self._find(match["name"], alias=match["alias"], number=match["version"])
@@ -209,9 +209,19 @@ class Registry:
 
         Raises:
             InputError: there is no way back.
+            CorruptFileError: the files of the version to go back to are damaged or gone.
         """
+        by_hand = (
+            "point the alias at another one with MlflowClient().set_registered_model_alias("
+            f"{name!r}, {alias!r}, VERSION)"
+        )
         current = self.holder(name, alias)
         if current is None:
+            if numbers := self._numbers(name):
+                raise InputError(
+                    f"{SCHEME}{name}@{alias}: no version has this alias, as after its version was "
+                    f"deleted; there are {_listed(numbers)}: {by_hand}"
+                )
             raise InputError(
                 f"{SCHEME}{name}@{alias}: there is no such model; nothing to roll back"
             )
@@ -222,8 +232,16 @@ class Registry:
                 "there is nothing to go back to"
             )
         before = int(tags[_REPLACED])
-        if self._find(name, number=str(before)) is None:
-            raise InputError(f"{SCHEME}{name}@{alias}: v{before} was deleted from the registry")
+        version = self._find(name, number=str(before))
+        if version is None:
+            raise InputError(
+                f"{SCHEME}{name}@{alias}: v{before}, which v{current} replaced, was deleted from "
+                f"the registry; there are {_listed(self._numbers(name))}: {by_hand}"
+            )
+        try:
+            self._opened(version)
+        except (CorruptFileError, InputError) as error:
+            raise CorruptFileError(f"{error}; {SCHEME}{name}@{alias} stays v{current}") from error
         self._client.set_registered_model_alias(name, alias, str(before))
         self._tag(name, current, "rolled_back", _now())
         self._note(name, alias, f"v{current} -> v{before}: rolled back")
@@ -234,11 +252,16 @@ class Registry:
         tags = self._client.get_registered_model(name).tags
         return str(tags.get(f"{alias}.{_HISTORY}", "")).splitlines()
 
+    def _numbers(self, name: str) -> list[int]:
+        """Of the versions that there are, oldest first."""
+        found = self._client.search_model_versions(f"name = '{name}'")
+        return sorted(int(version.version) for version in found)
+
     def _opened(self, version: "ModelVersion") -> RegisteredModel:
         name, number = version.name, int(version.version)
         # A new store under the same root counts from v1 again: the copy's name says which it is of.
         copy = f"{name}-v{number}-{version.tags.get(_DIGEST, '')[:16]}"
-        folder = self._fetched(copy, str(version.source))
+        folder = self._fetched(copy, str(version.source), title=f"{SCHEME}{name}/{number}")
         checkpoint = find_checkpoint(_checkpoint_in(folder))
         return RegisteredModel(
             name=name,
@@ -248,25 +271,36 @@ class Registry:
             trained_on=folder / "artifacts" / TRAINED_ON,
         )
 
-    def _fetched(self, copy: str, source: str) -> Location:
+    def _fetched(self, copy: str, source: str, *, title: str) -> Location:
         """The version's files: where they are, or a copy under the root, which workers see.
 
         Beside a root behind a URI, a folder of this machine is none that they see.
+
+        Raises:
+            CorruptFileError: they are not there.
         """
         parsed = urlparse(source)
         is_local = parsed.scheme in ("", "file") and Path(unquote(parsed.path)).is_dir()
         if is_local and isinstance(self._root, Path):
             return Path(unquote(parsed.path))
+        remedy = "bring them back, or point the alias at another version and delete this one"
         target = self._root / "models" / copy
         if not (target / _MODEL_FILE).is_file():
             import mlflow
+            from mlflow.exceptions import MlflowException
 
             target.parent.mkdir(parents=True, exist_ok=True)
             beside = target.parent if isinstance(target, Path) else None
             with tempfile.TemporaryDirectory(dir=beside) as scratch:
-                fetched = mlflow.artifacts.download_artifacts(
-                    artifact_uri=source, dst_path=scratch, tracking_uri=self._uri
-                )
+                try:
+                    fetched = mlflow.artifacts.download_artifacts(
+                        artifact_uri=source, dst_path=scratch, tracking_uri=self._uri
+                    )
+                except MlflowException as error:
+                    raise CorruptFileError(
+                        f"{title}: its files cannot be had from {without_credentials(source)} "
+                        f"({describe(error)}); {remedy}"
+                    ) from error
                 if isinstance(target, Path):
                     Path(fetched).rename(target)
                 else:
@@ -376,6 +410,10 @@ def _requirements(*others: str) -> list[str]:
     """
     names = (*_SERVED_WITH, *others)
     return [f"{name}=={metadata.version(name).split('+')[0]}" for name in names]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(f"v{number}" for number in numbers) or "no versions"
 
 
 def _now() -> str:

@@ -346,7 +346,7 @@ class CheckpointSaver:
             upload(folder, target, small)
             for name in files_under(target).keys() - set(small) - known.keys():
                 if not name.startswith(f"{RECORD_FOLDER}/"):  # of an attempt that was cut off
-                    (target / name).unlink()
+                    (target / name).unlink(missing_ok=True)
             commit(target, kind=KIND, metadata=metadata, known_sha256=known)
         self._after(target.name)
 

@@ -25,6 +25,7 @@ from tokendiff.artifacts.locations import Location
 from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import LossOutput, Objective, TokenBatch
 from tokendiff.diffusion.random import RowGenerator, key_from, strata_of
+from tokendiff.errors import naming_memory
 from tokendiff.training.ema import WeightAverage
 from tokendiff.training.late_figures import StepFigures
 from tokendiff.training.optimizer import Optimizer, StoredTensors
@@ -48,6 +49,10 @@ Batches = Iterator[dict[str, Any]]
 _STOP = "stop"  # beside the metrics' names: how many workers want to
 _TELL_SECONDS = 2.0
 _NAMED_ROWS = 8
+_MEMORY_REMEDY = (
+    "lower per_device_train_batch_size and raise gradient_accumulation_steps as much, which keeps "
+    "the step, or give shorter rows (max_length) or more memory"
+)
 
 
 class Trainer:
@@ -141,7 +146,8 @@ class Trainer:
             with clock.waiting():
                 batch = next(batches)
             is_asked_to_stop = should_stop()
-            self._take_step(batch, last_good, rewind, is_asked_to_stop)
+            with naming_memory(partial(self._place_of, batch), _MEMORY_REMEDY):
+                self._take_step(batch, last_good, rewind, is_asked_to_stop)
             poll()
             clock.steps += 1
             is_evaluated = watch is not None and watch.is_due(self.step)
@@ -290,6 +296,15 @@ class Trainer:
         self.step += 1
         if self.average is not None:
             self.average.update(self.step)
+
+    def _place_of(self, columns: dict[str, Any]) -> str:
+        """The step under way on this worker, and its rows."""
+        rows, size = columns["row_id"], self.config.per_device_train_batch_size
+        some = ", ".join(str(row) for row in rows[:_NAMED_ROWS].tolist())
+        return (
+            f"step {self.step + 1}, worker {self.world.rank}: {len(rows)} rows of up to "
+            f"{int(columns['length'].max())} tokens, {size} at a time (the first row_ids: {some})"
+        )
 
     def _judge(
         self, spikes: SpikeWatch, figures: StepFigures, last_good: Callable[[], Location | None]

@@ -1,0 +1,113 @@
+"""S3 that is slow, refuses, dies in the middle of an upload, or lists late."""
+
+import os
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.faults.fake_s3 import BUCKET, Failing, FakeS3
+from benchmarks.faults.signals import GOES_ON
+from benchmarks.faults.subject import Ended, Subject, check_said
+from benchmarks.faults.table import Broken, Case
+
+UNHURT = "Exit code 0; rows, weights and losses are as on a local disk."
+STOPS = f"Exit code 1 and one message that names the object. {GOES_ON}"
+_LIST_SECONDS = 3.0
+_SHORT_SECONDS = 3.0  # pyarrow tries again for 6
+
+
+def _run(subject: Subject, folder: Path, store: FakeS3) -> Ended:
+    """The pipeline with its root in the bucket, on a machine that has no copies of it yet."""
+
+    def before() -> None:
+        os.environ |= {**store.environment, "TOKENDIFF_CACHE": str(folder / "cache")}
+
+    return subject.run("pipeline", folder, before, root=f"s3://{BUCKET}/out")
+
+
+def _num_requests(subject: Subject) -> int:
+    """Of a run without a fault, which comes out as on a local disk."""
+    folder = subject.scratch / "behind-s3"
+    note = folder / "num-requests"
+    if not note.exists():
+        with FakeS3.started(folder / "store", Failing()) as store:
+            ended = _run(subject, folder, store)
+            if ended.code != 0:
+                raise RuntimeError(f"the pipeline behind s3:// failed without a fault: {ended.err}")
+            subject.check_same("pipeline", store.folder)
+            note.write_text(str(store.num_requests))
+    return int(note.read_text())
+
+
+def behind_s3(
+    subject: Subject,
+    chance: random.Random,
+    folder: Path,
+    *,
+    failing: Callable[..., Failing],
+    codes: tuple[int, ...],
+    says: str = "",
+) -> str:
+    """Run the pipeline behind a store that fails from a random request on, mend it, and again."""
+    at = chance.randint(1, _num_requests(subject))
+    with FakeS3.started(folder / "store", failing(at=at)) as store:
+        ended = _run(subject, folder, store)
+        check_said(ended, codes=codes, says=says)
+        store.mend()
+        again = _run(subject, folder, store)
+        if again.code != 0:
+            raise Broken(f"the same command again ended with {again.code}: {again.message}")
+        subject.check_same("pipeline", store.folder)
+    return f"exit code {ended.code}; gone on with the same result"
+
+
+def _case(name: str, promise: str, done: str, *, codes: tuple[int, ...], **how: Any) -> Case:
+    trial = partial(
+        behind_s3,
+        failing=partial(Failing, **how),
+        codes=codes,
+        says=f"s3://{BUCKET}/out" if 1 in codes else "",
+    )
+    return Case(name=name, promise=promise, done=done, trial=trial)
+
+
+CASES = (
+    _case(
+        "s3-slow",
+        UNHURT,
+        "from a random request on, S3 answers three requests after 4 s",
+        codes=(0,),
+        how="slow",
+    ),
+    _case(
+        "s3-503-for-seconds",
+        UNHURT,
+        f"from a random request on, S3 answers 503 for {_SHORT_SECONDS:g} s",
+        codes=(0,),
+        how="503",
+        seconds=_SHORT_SECONDS,
+    ),
+    _case(
+        "s3-503",
+        STOPS,
+        "from a random request on, S3 answers 503 until the run is over",
+        codes=(0, 1),
+        how="503",
+    ),
+    _case(
+        "s3-dies-in-upload",
+        STOPS,
+        "from a random upload on, S3 breaks each connection off, the upload's in its middle",
+        codes=(0, 1),
+        how="dies",
+    ),
+    _case(
+        "s3-lists-late",
+        UNHURT,
+        f"listings are {_LIST_SECONDS:g} s behind what was written and deleted",
+        codes=(0,),
+        lists_after=_LIST_SECONDS,
+    ),
+)

@@ -1,0 +1,89 @@
+"""Registered versions that are deleted, or whose files are: what is said, and where the alias
+stays.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.registered import PinnedModels
+from tests.pipelines.test_promotion import URI, Shop
+from tokendiff.config.pipeline import Config
+from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.tracking.registry import Registry
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    """Three versions, each of which became the champion."""
+    shop = Shop(tmp_path)
+    registry = shop.registry
+    client: Any = registry._client
+    experiment = client.create_experiment("toy", artifact_location=(tmp_path / "files").as_uri())
+    for seed in range(3):
+        run_id = client.create_run(experiment).info.run_id
+        sampling = {"sampler": {"name": "ancestral", "num_inference_steps": 4}}
+        checkpoint = shop.checkpoint(seed)
+        version = registry.register(
+            "toy", checkpoint, run_id=run_id, sampling=sampling, trained_on=[], tags={}
+        )
+        registry.promote("toy", "champion", version, because="a test")
+    return registry
+
+
+def files_of(registry: Registry, version: int) -> Path:
+    source = registry._client.get_model_version("toy", str(version)).source
+    return Path(str(source).removeprefix("file://"))
+
+
+@contextmanager
+def gone(folder: Path) -> Iterator[None]:
+    aside = folder.with_name("aside")
+    shutil.move(folder, aside)
+    yield
+    shutil.move(aside, folder)
+
+
+def test_what_is_deleted_is_named_and_the_alias_never_leads_to_it(registry: Registry) -> None:
+    with gone(files_of(registry, 3)):
+        with pytest.raises(CorruptFileError, match=r"^models:/toy/3: its files cannot be had") as e:
+            registry.open(URI)
+        assert "\n" not in str(e.value)
+    weights = next(files_of(registry, 2).rglob("model.safetensors"))
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CorruptFileError, match=r"does not match.*champion stays v3"):
+        registry.roll_back("toy", "champion")
+    weights.write_bytes(data)
+    with gone(files_of(registry, 2)), pytest.raises(CorruptFileError, match=r"stays v3"):
+        registry.roll_back("toy", "champion")
+    assert registry.holder("toy", "champion") == 3
+    assert registry.roll_back("toy", "champion") == (3, 2)
+    registry.promote("toy", "champion", 3, because="a test")
+
+    pinning = Config.model_validate(
+        {
+            "name": "judging",
+            "stages": {"judge": {"kind": "evaluate", "config": {"checkpoint_path": URI}}},
+        }
+    )
+    root = registry._root
+    PinnedModels.read(pinning, root, ["monday"]).keep(root / "judging")
+    registry._client.delete_model_version("toy", "2")
+    with pytest.raises(InputError, match=r"v2, which v3 replaced, was deleted.*there are v1, v3:"):
+        registry.roll_back("toy", "champion")
+    registry._client.delete_model_version("toy", "3")  # and its alias with it
+    assert registry.open(URI) is None
+    with pytest.raises(InputError, match=r"no version has this alias.*there are v1: point the"):
+        registry.roll_back("toy", "champion")
+    with pytest.raises(InputError, match=r"models:/toy/3, which it stood for.*models\.json"):
+        PinnedModels.read(pinning, root, ["monday"])
+    assert PinnedModels.read(pinning, root, ["tuesday"]).models == {URI: None}
+    registry._client.set_registered_model_alias("toy", "champion", "1")
+    model = registry.open(URI)
+    assert model is not None
+    assert model.version == 1
