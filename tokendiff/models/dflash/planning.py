@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tokendiff.data.rows import TokenData
 
 _DRAFT = "draft_model_id"
+_SECOND_LAYOUT = "DFlash2DraftModel"
 _DRAFT_REMEDY = "give the folder or hub name of a DFlash draft"
 
 
@@ -143,6 +144,13 @@ def open_draft_config(draft_model_id: str) -> DFlashDraftConfig:
         InputError: there is none, it is no DFlash draft, or one that this version cannot run.
     """
     plain = open_config(draft_model_id, field=_DRAFT, remedy=_DRAFT_REMEDY)
+    if _SECOND_LAYOUT in (plain.architectures or []):
+        raise InputError(
+            f"draft_model_id {draft_model_id!r} is a DFlash 2 draft ({_SECOND_LAYOUT}), whose "
+            "convolutions and candidate selector this version does not implement; give a draft of "
+            f"the first layout ({DRAFT_ARCHITECTURE}), or leave draft_model_id out to train a new "
+            "one"
+        )
     if not is_draft_config(plain):
         raise InputError(
             f"draft_model_id {draft_model_id!r} is no DFlash draft (its config.json has "
