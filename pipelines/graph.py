@@ -12,6 +12,7 @@ from pipelines.builders import (
     generate_stage,
     preprocess_stage,
     promote_stage,
+    target_states_stage,
     train_stage,
 )
 from pipelines.registered import MODEL_FIELDS, UNKNOWN_MODEL, Models, model_paths
@@ -233,6 +234,14 @@ def _train(config: Config, section: Any, folder: Location, fields: dict[str, Any
     )
 
 
+def _target_states(config: Config, section: Any, folder: Location, fields: dict[str, Any]) -> Stage:
+    rows = fields["inputs"].get("data")
+    planned_length = None if rows is None else rows.settings["max_length"]
+    return target_states_stage(
+        config, folder, data_path=section.data_path, planned_length=planned_length, **fields
+    )
+
+
 def _generate(config: Config, section: Any, folder: Location, fields: dict[str, Any]) -> Stage:
     return generate_stage(config, folder, checkpoint_path=section.checkpoint_path, **fields)
 
@@ -269,6 +278,7 @@ def _frontier(config: Config, section: Any, folder: Location, fields: dict[str, 
 # The closed table behind `kind: NAME`.
 _BUILDERS: dict[str, Callable[[Config, Any, Location, dict[str, Any]], Stage]] = {
     "preprocess": _preprocess,
+    "cache_target_states": _target_states,
     "train": _train,
     "regenerate": _regenerate,
     "generate": _generate,

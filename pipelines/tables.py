@@ -245,6 +245,13 @@ def _data_lines(data: Mapping[str, Any]) -> list[Line]:
     return lines
 
 
+def _states_lines(states: Mapping[str, Any]) -> list[Line]:
+    size = f"{states['bytes'] / 1e6:,.1f} MB"
+    layers = ", ".join(map(str, states["layers"]))
+    text = f"of {states['tokens']:,} training tokens, layers {layers}: {size}"
+    return [("hidden states", text)]
+
+
 def _training_lines(train: Mapping[str, Any]) -> list[Line]:
     speed, best = train["tokens_per_second"], train.get("best_step")
     steps = f"{train['step']} steps" + (f", the weights of step {best}" if best else "")
@@ -327,6 +334,7 @@ def _frontier_lines(result: Mapping[str, Any]) -> list[Line]:
 
 _FIGURES = {
     "preprocess": _data_lines,
+    "cache_target_states": _states_lines,
     "train": _training_lines,
     "regenerate": _sampling_lines,
     "generate": _sampling_lines,

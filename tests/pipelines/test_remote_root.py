@@ -94,6 +94,7 @@ def test_stages_are_those_of_a_local_root_with_every_path_behind_the_uri(
     for name in ("preprocess", "train", "generate", "evaluate"):
         monkeypatch.setattr(f"tokendiff.cluster.{name}.{name}", note)
     monkeypatch.setattr("tokendiff.cluster.frontier.run_frontier", note)
+    monkeypatch.setattr("tokendiff.cluster.target_states.cache_target_states", note)
     monkeypatch.setattr("pipelines.builders._training_log", lambda path: [path])
     move("a")
     (tmp_path / "text.txt").write_text("some text\n")

@@ -220,8 +220,9 @@ MISTAKES: list[tuple[str, str, str]] = [
     (
         "kind: train",
         "kind: trian",
-        "12: stages.model.kind: must be one of 'preprocess', 'train', 'regenerate', "
-        "'generate', 'evaluate', 'frontier', 'promote', got 'trian'; did you mean 'train'?",
+        "12: stages.model.kind: must be one of 'preprocess', 'cache_target_states', 'train', "
+        "'regenerate', 'generate', 'evaluate', 'frontier', 'promote', got 'trian'; did you mean "
+        "'train'?",
     ),
     (
         "data: corpus}\n    config",

@@ -5,6 +5,7 @@ For other rooms:
                       is asked for
     preprocess train generate evaluate frontier
                       what each job does on a cluster
+    target_states     hidden states of a draft's target, written once for all rows
     stopping          ending on SIGTERM
 
 Of this room alone:

@@ -19,7 +19,14 @@ class StageConfig(Section):
     """One entry of `stages`; `tokendiff.config.stage_graph` knows which inputs each kind takes."""
 
     kind: Literal[
-        "preprocess", "train", "regenerate", "generate", "evaluate", "frontier", "promote"
+        "preprocess",
+        "cache_target_states",
+        "train",
+        "regenerate",
+        "generate",
+        "evaluate",
+        "frontier",
+        "promote",
     ] = Field(description="what the stage does")
     inputs: dict[str, str] = Field(
         {}, description="stages that this one reads from, by the role of the input"

@@ -28,6 +28,7 @@ from tokendiff.config.strict_yaml import KeyPath
 # The section that a kind's config is made from.
 SECTION_OF = {
     "preprocess": "preprocess",
+    "cache_target_states": "train",
     "train": "train",
     "regenerate": "generate",
     "generate": "generate",
@@ -87,11 +88,17 @@ ROLES: dict[str, dict[str, Role]] = {
         "text": Role(kinds=("generate", "regenerate")),
         "tokenizer": Role(kinds=("preprocess", "train"), field="tokenizer_name_or_path"),
     },
+    "cache_target_states": {
+        "data": Role(kinds=("preprocess",), field="data_path", is_needed=True),
+        "target": Role(kinds=("train",), field="target_model_id"),
+        "draft": Role(kinds=("train",), field="draft_model_id"),
+    },
     "train": {
         "data": Role(kinds=("preprocess",), field="data_path", is_needed=True),
         "init": Role(kinds=("train",), field="model_name_or_path"),
         "target": Role(kinds=("train",), field="target_model_id"),
         "draft": Role(kinds=("train",), field="draft_model_id"),
+        "states": Role(kinds=("cache_target_states",), field="target_states_path"),
     },
     "regenerate": _MODELS,
     "generate": _MODELS,
@@ -297,7 +304,9 @@ def agreement_problems(config: Config) -> list[str]:
         kinds = {stages[ancestor].kind for ancestor in _ancestors(name, stages)}
         found: list[str] = []
         if stage.kind == "train":
-            found = chain.train_problems()
+            found = [*chain.train_problems(), *_states_problems(config, stage)]
+        elif stage.kind == "cache_target_states":
+            found = _reader_problems(chain)
         elif stage.kind == "generate" and "preprocess" in kinds:
             found = chain.generate_problems()
         if stage.kind in ("generate", "regenerate"):
@@ -310,6 +319,45 @@ def agreement_problems(config: Config) -> list[str]:
             found = _serving_problems(config, stage)
         problems += [f"stages.{name}: {text}" if config.stages else text for text in found]
     return problems
+
+
+def _reader_problems(config: Config) -> list[str]:
+    """Where a stage that reads a target has none to read."""
+    name = config.train.objective.name
+    if name == "dflash":
+        return []
+    return [
+        f"objective {name!r} reads no target; a stage of kind cache_target_states takes the fields "
+        "of the training that it is for, with objective dflash"
+    ]
+
+
+def _states_problems(config: Config, stage: StageConfig) -> list[str]:
+    """Where hidden states are not those that the training they are given to would compute."""
+    if (name := stage.inputs.get("states")) is None:
+        return []
+    source = config.stages[name]
+    mine, theirs = (config_of(config, each).train for each in (stage, source))
+    if mine.objective.name != "dflash":
+        return [f"input 'states' has no effect with objective {mine.objective.name!r}; remove it"]
+    sides = [
+        {
+            **{role: each.inputs.get(role) for role in ("data", "target", "draft")},
+            **{field: getattr(train, field) for field in ("target_model_id", "draft_model_id")},
+            **{
+                field: getattr(train.objective, field, None)
+                for field in ("draft_num_layers", "use_target_hidden_states")
+            },
+            "mixed_precision": train.mixed_precision,
+        }
+        for each, train in ((stage, mine), (source, theirs))
+    ]
+    return [
+        f"{field} is {here!r}, and {sides[1][field]!r} in {name!r}, whose hidden states it reads; "
+        "give both the same"
+        for field, here in sides[0].items()
+        if sides[1][field] != here
+    ]
 
 
 def _model_problems(config: Config, stage: StageConfig) -> list[str]:

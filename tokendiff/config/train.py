@@ -52,6 +52,13 @@ class TrainConfig(Section):
         MDLMConfig(), description="objective that is trained: a name, or a mapping with its fields"
     )
     data_path: str | None = operational(None, description="folder that jobs.preprocess wrote")
+    target_states_path: str | None = operational(
+        None,
+        min_length=1,
+        description="objective dflash: folder of the target's hidden states that a stage of kind "
+        "cache_target_states wrote for these rows; by default the target computes them in every "
+        "step",
+    )
     output_dir: str | None = operational(
         None, description="folder that checkpoint-N/ and final/ are written to"
     )
@@ -235,7 +242,8 @@ class TrainConfig(Section):
     def _models_are_used(self) -> "TrainConfig":
         beside = f"objective {self.objective.name!r}"
         if not isinstance(self.objective, DFlashConfig):
-            self.refuse_ignored(("target_model_id", "draft_model_id"), beside)
+            names = ("target_model_id", "draft_model_id", "target_states_path")
+            self.refuse_ignored(names, beside)
             return self
         self.refuse_ignored(("model_name_or_path", "warm_start_from", "from_scratch"), beside)
         if self.draft_model_id is not None:

@@ -7,6 +7,7 @@ For other rooms:
     preprocess        one partition to its shards
     tokenizers        two of our own, and any of transformers'
     rows              reading packed shards
+    target_states     hidden states of a draft's target for these rows, written and read
     order             the order of rows: a function of seed and epoch
     prompts           what a prompt may be, and its token ids
     prompt_index      prompts of any number, in files

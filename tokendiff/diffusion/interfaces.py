@@ -152,6 +152,8 @@ class TokenBatch:
             prompts are given. By default all that is valid.
         isolates_documents: whether the documents of a row are hidden from each other also in models
             that see whole rows; in causal ones they always are.
+        target_states: [B, L, C] what `DraftBesideTarget.read` gives of these rows, where that was
+            computed before; anything on padding.
     """
 
     tokens: Tensor
@@ -159,6 +161,7 @@ class TokenBatch:
     document: Tensor = field(default=cast(Tensor, None))
     is_target: Tensor = field(default=cast(Tensor, None))
     isolates_documents: bool = False
+    target_states: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.document is None:

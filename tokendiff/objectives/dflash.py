@@ -204,7 +204,10 @@ class DFlash:
     ) -> Tensor:
         """Hidden states [B, A, K - 1, D] of the drafted tokens, for the head."""
         length, there = batch.tokens.shape[1], device_of(model, like=batch.tokens)
-        context = model.read(batch.tokens, blocks.positions[:, :length])
+        if batch.target_states is None:
+            context = model.read(batch.tokens, blocks.positions[:, :length])
+        else:
+            context = sent(batch.target_states, there)
         rule = dflash_blocks(sent(batch.document, there), sent(anchors, there), self.block_size)
         tokens, positions = sent(blocks.tokens, there), sent(blocks.positions, there)
         hidden = model.draft(tokens, context, positions, rule)

@@ -3,10 +3,12 @@ noise process that checkpoints record.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from tokendiff.artifacts.checkpoint import DRAFT_ADAPTERS
 from tokendiff.artifacts.model_folders import local_model
@@ -20,6 +22,7 @@ from tokendiff.models.builtin import is_builtin
 from tokendiff.models.denoiser import ModelInTwoParts
 from tokendiff.models.dflash.model import DFlashDraftConfig
 from tokendiff.models.dflash.planning import plan_draft
+from tokendiff.models.dflash.target_states import open_states
 from tokendiff.models.dflash.trainee import DraftTrainee, load_trainee
 from tokendiff.models.kept_base import (
     draft_adapter_fields,
@@ -182,6 +185,23 @@ def build_trainee(
     elif config.lora_rank is not None:
         add_configured_adapters(config, model.model, tokenizer)
     return model, *make_objective(config, tokenizer, data, predict=predict)
+
+
+def states_reader(
+    config: "TrainConfig", data: TokenData, tokenizer: Any, trainee: ModelInTwoParts | DraftTrainee
+) -> Callable[[Any, Any], Tensor] | None:
+    """What gives a trainer the hidden states that were computed before; None where the target is
+    to compute them.
+
+    Raises:
+        InputError: they are of another target, of other layers or rows, or in another dtype.
+    """
+    if config.target_states_path is None:
+        return None
+    assert isinstance(trainee, DraftTrainee), "checked by the config"
+    plan = plan_draft(config, tokenizer=tokenizer, max_length=data.max_length)
+    states = open_states(config, plan, data, dtype=trainee.target.dtype)
+    return partial(states.read, max_length=data.max_length)
 
 
 def wanted_prediction(config: "TrainConfig") -> Prediction | None:

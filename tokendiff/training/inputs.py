@@ -9,11 +9,13 @@ from tokendiff.artifacts.checkpoint import FINAL, committed_checkpoints
 from tokendiff.artifacts.locations import Location, location
 from tokendiff.artifacts.manifest import is_committed
 from tokendiff.data.rows import TokenData, check_rows_to_judge, step_plan
+from tokendiff.data.target_states import TargetStates
 from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.errors import CorruptFileError
 from tokendiff.models.builtin import check_builtin, is_builtin
 from tokendiff.models.denoiser import ModelInTwoParts
 from tokendiff.models.dflash.planning import check_pair, check_rows, plan_draft
+from tokendiff.models.dflash.target_states import states_wanted
 from tokendiff.models.layers import find_layers
 from tokendiff.models.plans import check_trainable, open_trainable_config, plan_model
 from tokendiff.models.pretrained import check_length, check_weights
@@ -79,6 +81,8 @@ def check_inputs(config: "TrainConfig", data: TokenData) -> None:
         check_weights(draft.target_model_id, field="target_model_id")
         if draft.draft_model_id is not None:
             check_weights(draft.draft_model_id, field="draft_model_id")
+        if config.target_states_path is not None:
+            TargetStates.open(config.target_states_path, states_wanted(config, draft, data))
         return
     field, name = starting_point(config)
     plan = plan_model(

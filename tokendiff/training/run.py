@@ -27,7 +27,7 @@ from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.models.dflash.model import DFlashDraftConfig
 from tokendiff.objectives.dflash import DFlash
-from tokendiff.training.building import build_trainee
+from tokendiff.training.building import build_trainee, states_reader
 from tokendiff.training.heldout import heldout_acceptance
 from tokendiff.training.identity import check_same_run, finished_run, run_identity
 from tokendiff.training.memory import MemoryPlan, check_memory, plan_memory
@@ -100,6 +100,7 @@ class TrainingRun:
         denoiser, objective, process = build_trainee(
             config, data, tokenizer, world=world, warn=notes.append
         )
+        states_of_rows = states_reader(config, data, tokenizer, denoiser)
         trainer = Trainer(
             denoiser,
             objective,
@@ -107,6 +108,7 @@ class TrainingRun:
             world,
             isolates_documents=data.isolates_documents,
             on_event=on_event,
+            states_of_rows=states_of_rows,
         )
         measure: Callable[[], dict[str, float]] = dict
         watch = Watch.build(config, objective, process, data)

@@ -63,6 +63,8 @@ class Trainer:
         isolates_documents: of the rows; see `tokendiff.diffusion.interfaces.TokenBatch`.
         on_event: hears "metrics" every `logging_steps` steps, "heldout" after each evaluation, and
             "progress" every two seconds, between micro-batches too: parts of steps count.
+        states_of_rows: given row ids [b] and lengths [b], what the target of a draft says of the
+            rows, where that was computed before.
     """
 
     def __init__(
@@ -74,8 +76,10 @@ class Trainer:
         *,
         isolates_documents: bool = False,
         on_event: OnEvent = lambda event, **fields: None,
+        states_of_rows: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
         self._isolates_documents = isolates_documents
+        self._states_of_rows = states_of_rows
         self.config = config
         self.world = world
         self.objective = objective
@@ -252,6 +256,10 @@ class Trainer:
             batch, generator = micro_batches[min(index, len(micro_batches) - 1)]
             if index >= len(micro_batches):  # others have rows left; these have nothing to learn
                 batch = replace(batch, is_target=torch.zeros_like(batch.is_target))
+            if self._states_of_rows is not None:  # of one pass at a time: they are large
+                batch = self._with_states(
+                    batch, columns, min(index, len(micro_batches) - 1) * rows_per_pass
+                )
             self._seed_dropout(index)
             is_last = index == num_passes - 1
             with self.spread.micro_batch(is_last=is_last) as give:
@@ -379,6 +387,12 @@ class Trainer:
                 isolates_documents=self._isolates_documents,
             )
             yield batch, generator.select(rows)
+
+    def _with_states(self, batch: TokenBatch, columns: dict[str, Any], first: int) -> TokenBatch:
+        assert self._states_of_rows is not None
+        rows = slice(first, first + len(batch.tokens))
+        states = self._states_of_rows(columns["row_id"][rows], columns["length"][rows])
+        return replace(batch, target_states=states)
 
     def _seed_dropout(self, micro_batch: int) -> None:
         if self.config.dropout > 0.0 or self.config.lora_dropout > 0.0:

@@ -322,6 +322,7 @@ def test_a_new_draft_is_as_wide_as_its_target() -> None:
         ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "full attention only"),
         ({"architectures": ["Qwen3ForCausalLM"]}, "no DFlash draft"),
+        ({"architectures": ["DFlash2DraftModel"]}, "is a DFlash 2 draft .* does not implement"),
     ],
 )
 def test_a_draft_that_cannot_be_run_is_refused_by_its_config(

@@ -5,6 +5,7 @@ For other rooms:
     planning          drafts by name, and whether one fits its target
     mask_token        the id that stands for what is to be filled in
     trainee           a draft beside its frozen target, in training
+    target_states     which hidden states a run reads, and a target that computes them for rows
     decoder           a target with its draft, in decoding
 
 Of this room alone:

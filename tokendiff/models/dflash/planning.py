@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tokendiff.data.rows import TokenData
 
 _DRAFT = "draft_model_id"
+_SECOND_LAYOUT = "DFlash2DraftModel"
 _DRAFT_REMEDY = "give the folder or hub name of a DFlash draft"
 
 
@@ -74,17 +75,13 @@ def plan_draft(config: "TrainConfig", *, tokenizer: Any, max_length: int) -> Dra
         if mask is None or (not is_given and mask >= target.get_text_config().vocab_size):
             mask, note = choose_mask_token(target, tokenizer, target_model_id=name)
             notes = (note,)
-        # Without the target's hidden states a draft has as many copies of its embeddings: the same
-        # size, and opened by everything that opens drafts.
-        count = objective.draft_num_layers
-        ids = None if objective.use_target_hidden_states else [EMBEDDING_OUTPUT] * count
         draft = new_draft_config(
             target,
             target_model_id=name,
-            num_layers=count,
+            num_layers=objective.draft_num_layers,
             block_size=objective.block_size,
             mask_token_id=mask,
-            target_layer_ids=ids,
+            target_layer_ids=layers_of_new_draft(config, target),
         )
     if draft.block_size is not None and draft.block_size > max_length:
         raise InputError(
@@ -147,6 +144,13 @@ def open_draft_config(draft_model_id: str) -> DFlashDraftConfig:
         InputError: there is none, it is no DFlash draft, or one that this version cannot run.
     """
     plain = open_config(draft_model_id, field=_DRAFT, remedy=_DRAFT_REMEDY)
+    if _SECOND_LAYOUT in (plain.architectures or []):
+        raise InputError(
+            f"draft_model_id {draft_model_id!r} is a DFlash 2 draft ({_SECOND_LAYOUT}), whose "
+            "convolutions and candidate selector this version does not implement; give a draft of "
+            f"the first layout ({DRAFT_ARCHITECTURE}), or leave draft_model_id out to train a new "
+            "one"
+        )
     if not is_draft_config(plain):
         raise InputError(
             f"draft_model_id {draft_model_id!r} is no DFlash draft (its config.json has "
@@ -208,12 +212,7 @@ def new_draft_config(
         InputError: the target has too few layers, or cannot embed the mask.
     """
     text = target.get_text_config()
-    try:
-        ids = target_layer_ids or spread_layer_ids(text.num_hidden_layers, num_layers)
-    except ValueError as error:
-        raise InputError(
-            f"draft_num_layers {num_layers} and target_model_id {target_model_id!r}: {error}"
-        ) from error
+    ids = target_layer_ids or _spread(target, num_layers, target_model_id)
     if not 0 <= mask_token_id < text.vocab_size:
         raise InputError(
             f"the mask token has id {mask_token_id}, but target_model_id {target_model_id!r} is "
@@ -248,6 +247,32 @@ def new_draft_config(
         return DFlashDraftConfig(**fields)
     except ValueError as error:
         raise InputError(f"a draft for {target_model_id!r}: {reason_of(error)}") from error
+
+
+def layers_of_new_draft(config: "TrainConfig", target: Any) -> list[int]:
+    """Which of the target's layers a new draft reads: as many as it has layers itself.
+
+    Without the target's hidden states it has as many copies of its embeddings: the same size, and
+    opened by everything that opens drafts.
+
+    Raises:
+        InputError: the target has too few layers.
+    """
+    objective, name = config.objective, config.target_model_id
+    assert objective.name == "dflash"
+    assert name is not None
+    if not objective.use_target_hidden_states:
+        return [EMBEDDING_OUTPUT] * objective.draft_num_layers
+    return _spread(target, objective.draft_num_layers, name)
+
+
+def _spread(target: Any, num_layers: int, target_model_id: str) -> list[int]:
+    try:
+        return spread_layer_ids(target.get_text_config().num_hidden_layers, num_layers)
+    except ValueError as error:
+        raise InputError(
+            f"draft_num_layers {num_layers} and target_model_id {target_model_id!r}: {error}"
+        ) from error
 
 
 def load_draft(draft_model_id: str, *, dtype: torch.dtype = torch.float32) -> DFlashDraftModel:
