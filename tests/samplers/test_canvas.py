@@ -10,15 +10,14 @@ from torch import Tensor
 
 from tests.builders import tiny_causal
 from tests.objectives.test_block_objectives import MASK
+from tests.samplers.canvas_reference import SameNumbers, by_pipeline
 from tokendiff.diffusion.attention_masks import MaskRule
 from tokendiff.diffusion.interfaces import Request
 from tokendiff.diffusion.kernels import UniformKernel
-from tokendiff.diffusion.random import RowGenerator
 from tokendiff.diffusion.schedules import LogLinear
 from tokendiff.models.causal import CausalModel
-from tokendiff.samplers.canvas import MOVE, NOISE, START, TOKEN, CanvasSampler
+from tokendiff.samplers.canvas import CanvasSampler
 from tokendiff.samplers.canvas_rules import posterior_chances
-from tokendiff.samplers.categorical import draw
 
 V, BLOCK, KEY = 24, 4, 5
 # No id of the model is the mask: all V are noise, as in the released code.
@@ -140,30 +139,6 @@ def test_samples_of_an_exact_model_have_the_distribution_of_the_language(rule: s
 # Against the released pipeline.
 
 
-class SameNumbers:
-    """`torch.randint` and `torch.multinomial` as the row's own generator has them."""
-
-    def __init__(self, row: int) -> None:
-        self.generator = RowGenerator.for_rows(KEY, torch.tensor([row]))
-        self.step, self.is_start = 0, True
-
-    def uniform(self, purpose: int) -> Tensor:
-        return self.generator.fold_in(self.step).fold_in(purpose).uniform(BLOCK)[0]
-
-    def randint(self, *args: Any, **kwargs: Any) -> Tensor:
-        one = torch.ones((), dtype=torch.float64)
-        tokens = KERNEL.draw_noise(one, self.uniform(START if self.is_start else NOISE))[None]
-        self.step += not self.is_start
-        self.is_start = not self.is_start and self.is_start
-        return tokens
-
-    def multinomial(self, probabilities: Tensor, **kwargs: Any) -> Tensor:
-        if probabilities.shape[-1] != 3:
-            return draw(probabilities, self.uniform(TOKEN))[:, None]
-        u, (clean, _, noise) = self.uniform(MOVE), probabilities.double().unbind(-1)
-        return torch.where(u < clean, 0, torch.where(u < clean + noise, 2, 1))[:, None]
-
-
 class WithoutCache(torch.nn.Module):
     """What the pipeline asks of a model, over the whole text at each step; blocks see themselves
     and all before them, in the prompt too.
@@ -192,47 +167,6 @@ class WithoutCache(torch.nn.Module):
         return SimpleNamespace(logits=output.logits[:, -BLOCK:].float())
 
 
-def by_pipeline(
-    model: Any, request: Request, scheduler: Any, patch: pytest.MonkeyPatch, **options: Any
-) -> list[int]:
-    """The new tokens; what the last step finds likeliest is written, with rule entropy_bound, as
-    `generate` of transformers does: the pipeline writes random tokens where that step keeps no
-    candidate.
-    """
-    diffusers = pytest.importorskip("diffusers", reason="an optional test dependency")
-    numbers = SameNumbers(request.id)
-    prompt = torch.tensor([request.prompt])
-    wrapped = WithoutCache(model, prompt.shape[1], numbers)
-    writes_likeliest = isinstance(scheduler, diffusers.EntropyBoundScheduler)
-
-    def at_step_end(pipeline: Any, _: int, step: int, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-        is_last = step == options["num_inference_steps"] - 1
-        return {"canvas": kept["logits"].argmax(-1)} if is_last and writes_likeliest else {}
-
-    with patch.context() as patched:
-        # Its constructor wants a processor, which only reads prompts.
-        cls: Any = type("Bare", (diffusers.DiffusionGemmaPipeline,), {})
-        patched.setattr(cls, "_execution_device", torch.device("cpu"), raising=False)
-        patched.setattr(cls, "_prepare_inputs", lambda self, **kw: (prompt, prompt * 0 + 1, {}))
-        pipeline = cls.__new__(cls)
-        object.__setattr__(pipeline, "model", wrapped)
-        pipeline.__dict__.update(scheduler=scheduler, processor=object(), eos_token_id=None)
-        pipeline.set_progress_bar_config(disable=True)
-        patched.setattr(torch, "randint", numbers.randint)
-        patched.setattr(torch, "multinomial", numbers.multinomial)
-        output = pipeline(
-            prompt="",
-            gen_length=3 * BLOCK,
-            output_type="seq",
-            eos_early_stop=False,
-            callback_on_step_end=at_step_end,
-            callback_on_step_end_tensor_inputs=["logits"],
-            **options,
-        )
-    tokens: list[int] = output.sequences[0].tolist()
-    return tokens
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -245,6 +179,20 @@ def by_pipeline(
             "confidence_threshold": 2.0,
             "stability_threshold": 2,
         },
+        {"canvas_rule": "block_refinement", "temperature": 0.0, "confidence_threshold": None},
+        {
+            "canvas_rule": "block_refinement",
+            "temperature": 0.7,
+            "threshold": 0.12,
+            "editing_threshold": 0.06,
+            "confidence_threshold": None,
+        },
+        {
+            "canvas_rule": "block_refinement",
+            "temperature": 0.0,
+            "threshold": 0.2,
+            "confidence_threshold": 3.1,
+        },
         {"entropy_bound": 1.0, "confidence_threshold": None},
         {"entropy_bound": 0.3, "t_min": 0.1, "t_max": 0.3, "confidence_threshold": 3.0},
     ],
@@ -252,7 +200,6 @@ def by_pipeline(
 def test_tokens_are_those_of_the_released_pipeline(
     fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    diffusers = pytest.importorskip("diffusers", reason="an optional test dependency")
     sampler = canvas(**{"num_inference_steps": 10, **fields})
     model = tiny_causal(vocab_size=V, seed=3)
     requests = [
@@ -265,25 +212,10 @@ def test_tokens_are_those_of_the_released_pipeline(
             CausalModel(model, vocab_size=V), requests, key=KEY, num_slots=2
         )
     }
-    if sampler.canvas_rule == "ddim":
-        scheduler = diffusers.DiscreteDDIMScheduler()
-        options = {"temperature": sampler.temperature}
-    else:
-        scheduler = diffusers.EntropyBoundScheduler(
-            entropy_bound=sampler.entropy_bound, t_max=sampler.t_max, t_min=sampler.t_min
-        )
-        options = {}
     for request in requests:
-        theirs = by_pipeline(
-            model,
-            request,
-            scheduler,
-            monkeypatch,
-            num_inference_steps=sampler.num_inference_steps,
-            stability_threshold=sampler.stability_threshold,
-            confidence_threshold=sampler.confidence_threshold,
-            **options,
-        )
+        numbers = SameNumbers(request.id, key=KEY, kernel=KERNEL, block=BLOCK)
+        wrapped = WithoutCache(model, len(request.prompt), numbers)
+        theirs = by_pipeline(wrapped, request.prompt, sampler, numbers, monkeypatch)
         assert done[request.id].tokens == theirs
     calls = [completion.num_model_calls for completion in done.values()]
     is_early = min(calls) < 3 * sampler.num_inference_steps

@@ -356,6 +356,29 @@ class DraftedDecoder(Decoder, Protocol):
         ...
 
 
+@runtime_checkable
+class CanvasDecoder(Decoder, Protocol):
+    """A decoder that denoises a block in passes of their own, over the clean text before it that
+    `encode` has read, and that is told what the pass before found (self-conditioning).
+    """
+
+    def denoise(
+        self, tokens: Tensor, found: Tensor | None, cache: DecodingCache, rows: Tensor
+    ) -> Tensor:
+        """Hidden states [n, K, D], for `head`, of noisy blocks [n, K] that stand behind what is
+        kept of `rows` [n]. A block sees itself whole; nothing is kept of it.
+
+        Args:
+            found: [n, K, D] from `expected_embedding` of the pass before, 0 in the first pass of a
+                block; None where it is the first of all.
+        """
+        ...
+
+    def expected_embedding(self, logits: Tensor) -> Tensor:
+        """[N, D] the mean embedding of tokens under logits [N, V]."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """A prompt to continue.

@@ -27,6 +27,7 @@ For other rooms:
 
 Of this room alone:
     sources           what samplers of one length sample from, before a weight is read
+    diffusion_gemma   an encoder of clean text, and its decoder of canvases
     causal_denoiser   a causal model under explicit masks and positions
     block_masks       flex attention's masks, from the runs of keys that queries see
     diffusion_transformer

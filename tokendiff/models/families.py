@@ -22,7 +22,11 @@ class Family:
             that mixes its positions, it honours the config's `is_causal`, and its logits are a
             linear map of the last hidden state (no soft-capping, no scale).
         attention: what a position of a published checkpoint sees: "causal", up to itself;
-            "blocks", also the rest of its block; "rows", the whole row.
+            "blocks", also the rest of its block; "rows", the whole row; "canvas", clean text sees
+            up to itself, and a decoder sees that and its whole block.
+        noise: what its blocks or rows are made of before they are filled in: "mask", or "uniform",
+            random tokens.
+        prediction: what its output is about random tokens; see `NoiseProcess`.
         predict: "own", a position's state tells its own token, or "next", the one behind it.
         mask_token_id: its mask, where neither config nor tokenizer tells.
         chat_template: how its chats are written, where its tokenizer does not say.
@@ -35,7 +39,9 @@ class Family:
     same_as: str | None = None
     layout: Layout | None = None
     can_see_both_ways: bool = False
-    attention: Literal["causal", "blocks", "rows"] = "causal"
+    attention: Literal["causal", "blocks", "rows", "canvas"] = "causal"
+    noise: Literal["mask", "uniform"] = "mask"
+    prediction: Literal["loo", "posterior"] = "loo"
     predict: Literal["own", "next"] = "own"
     mask_token_id: int | None = None
     chat_template: str | None = None
@@ -67,6 +73,13 @@ FAMILIES: dict[str, Family] = {
         chat_template=_CHATML,
         stop_tokens=("<|im_end|>",),
         sampler="blockwise",
+    ),
+    "diffusion_gemma": Family(
+        attention="canvas",
+        noise="uniform",
+        prediction="posterior",
+        can_be_trained=False,
+        sampler="canvas",
     ),
     "gpt2": Family(can_see_both_ways=True),
     "gpt_neox": Family(can_see_both_ways=True),

@@ -180,6 +180,12 @@ def _fitted(config: Any, name: str, *, is_causal: bool, field: str) -> Any:
         raise InputError(
             f"{field} {name!r} is a DFlash draft; give it as draft_model_id to objective 'dflash'"
         )
+    if family_of(published_type(config)).attention == "canvas":
+        raise InputError(
+            f"{field} {name!r} is of type {published_type(config)!r}, which can be sampled from "
+            "but not trained: its encoder and its decoder are passes of their own, and objectives "
+            "read clean and noisy text in one; give another model"
+        )
     if is_causal:
         _check_causal(config, name, field)
         # What a position sees is said by masks alone, in training as in decoding.
