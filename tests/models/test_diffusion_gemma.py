@@ -12,7 +12,6 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 from jobs import generate
-from tests.builders import letter_tokenizer
 from tests.models.diffusion_gemma import CANVAS, EOS, WINDOW, V, diffusion_gemma
 from tests.samplers.canvas_reference import SameNumbers, by_pipeline
 from tokendiff.config.generate import GenerateConfig
@@ -24,7 +23,6 @@ from tokendiff.diffusion.random import key_from
 from tokendiff.errors import InputError
 from tokendiff.models.completion import CompletionModel, CompletionSetup
 from tokendiff.models.diffusion_gemma import EncoderDecoder, uniform_noise
-from tokendiff.models.opening import load_causal_denoiser, load_denoiser
 from tokendiff.models.requests import check_generation
 from tokendiff.samplers.canvas import CanvasSampler
 
@@ -268,10 +266,3 @@ def test_missing_weights_are_named_and_scales_of_layers_too(tmp_path: Path) -> N
         save_file(left, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(InputError, match=f"has no weights for {name}"):
             CompletionModel(config_of(tmp_path))
-
-
-@pytest.mark.parametrize("load", [load_denoiser, load_causal_denoiser])
-def test_training_says_why_not(load: Any, tmp_path: Path) -> None:
-    diffusion_gemma(tmp_path)
-    with pytest.raises(InputError, match="can be sampled from but not trained"):
-        load(str(tmp_path), tokenizer=letter_tokenizer(V), max_length=12)

@@ -91,6 +91,24 @@ class CausalDenoiser(Protocol):
         ...
 
 
+@runtime_checkable
+class SelfConditionedDenoiser(CausalDenoiser, Protocol):
+    """One that reads noisy text otherwise than clean text, which alone `encode` is for, and can be
+    told what a pass before found, with the mask as no candidate.
+    """
+
+    def encode_noisy(
+        self, tokens: Tensor, positions: Tensor, rule: MaskRule, *, is_told: Tensor | None
+    ) -> Tensor:
+        """As `encode`, of rows `[x_t ; x_0]` of noisy and of clean tokens.
+
+        Args:
+            is_told: [B] bool on the CPU, rows that are told what a pass without gradient found;
+                None: none.
+        """
+        ...
+
+
 class DraftingDenoiser(CausalDenoiser, Protocol):
     """One with adapters for what it drafts, without which it is the model that it was."""
 

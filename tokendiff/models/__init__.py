@@ -17,6 +17,7 @@ For other rooms:
     causal decoding
                       a causal model that decodes with a cache; opening and trying one
     denoiser          a model in two parts, encoder and head
+    diffusion_gemma   an encoder of clean text, and its decoder of canvases
     adapters          low-rank adapters
     kept_base         adapters that draft beside a model that stays what it was
     layers            the layers of a model
@@ -27,7 +28,6 @@ For other rooms:
 
 Of this room alone:
     sources           what samplers of one length sample from, before a weight is read
-    diffusion_gemma   an encoder of clean text, and its decoder of canvases
     causal_denoiser   a causal model under explicit masks and positions
     block_masks       flex attention's masks, from the runs of keys that queries see
     diffusion_transformer

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokendiff.artifacts.model_folders import local_model
+from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG, local_model
 from tokendiff.data.tokenizers import MASK_TOKENS, open_tokenizer
 from tokendiff.diffusion.attention_masks import block_causal_by_position, causal_by_position
 from tokendiff.errors import InputError, input_errors, reason_of
@@ -61,7 +61,11 @@ def open_decoder(
     """As `open_causal`, and a DiffusionGemma too."""
     config, tokenizer = open_causal_config(name, field=field, trust_remote_code=trust_remote_code)
     if config.model_type == MODEL_TYPE:
-        return open_encoder_decoder(name, config, field=field, dtype=dtype), tokenizer
+        # What was trained here knows the tokens of its rows; others write any id that they have.
+        is_ours = (Path(local_model(name)) / SCHEDULER_CONFIG).is_file()
+        size = len(tokenizer) if is_ours else None
+        model = open_encoder_decoder(name, config, field=field, dtype=dtype, vocab_size=size)
+        return model, tokenizer
     return _open_causal(name, config, tokenizer, field, dtype, trust_remote_code), tokenizer
 
 

@@ -14,9 +14,9 @@ class Family:
     """One model_type.
 
     Attributes:
-        same_as: the model_type of transformers with the same architecture, where the family has a
-            model_type of its own. Its models are opened as that type, with other attention masks,
-            and the code that comes with their weights is not run.
+        same_as: the model_type of transformers with the same architecture; the family's own, where
+            transformers has it. Its models are opened as that type, with other attention masks, and
+            the code that comes with their weights is not run.
         layout: how its files differ from those of `same_as`.
         can_see_both_ways: a causal architecture that can be trained as a denoiser: attention is all
             that mixes its positions, it honours the config's `is_causal`, and its logits are a
@@ -75,10 +75,11 @@ FAMILIES: dict[str, Family] = {
         sampler="blockwise",
     ),
     "diffusion_gemma": Family(
+        same_as="diffusion_gemma",
+        layout=SAME_FIELDS,
         attention="canvas",
         noise="uniform",
         prediction="posterior",
-        can_be_trained=False,
         sampler="canvas",
     ),
     "gpt2": Family(can_see_both_ways=True),

@@ -225,7 +225,9 @@ def open_weights(
     check_weights(name, field=field, remedy=remedy)
     folder, origin = local_model(name), f"{field} {name!r}"
     layout = family_of(published_type(config)).layout
-    own_names = {} if layout is None else layout.patterns(config.num_hidden_layers)
+    own_names = (
+        {} if layout is None else layout.patterns(config.get_text_config().num_hidden_layers)
+    )
     with input_errors(f"{origin}: weights cannot be read", "give files that are whole"):
         model, info = model_class.from_pretrained(
             folder,

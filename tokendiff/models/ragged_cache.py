@@ -158,9 +158,11 @@ class RaggedCache(Cache):
             layer.call = call
 
     def view(self, rows: Tensor) -> CacheView:
-        """What is kept of rows [n], as wide as the longest of them. All have been written to."""
+        """What is kept of rows [n], as wide as the longest of them; of width 0 without layers."""
         rows = rows.to("cpu")
         width = int(self._lengths[rows].max())
+        if width == 0:
+            return CacheView(layers=[], width=0)
         self.begin_within(rows, torch.zeros(len(rows), 0, dtype=torch.int64), width)
         return CacheView(layers=[layer.kept() for layer in self._layers], width=width)
 
