@@ -24,6 +24,7 @@ from tests import ROOT
 from tests.builders import tiny_causal
 from tests.docs.blocks import Block, blocks_in, words_of
 from tests.models import published
+from tests.models.diffusion_gemma import diffusion_gemma
 from tokendiff.artifacts.locations import RemotePath, files_under, upload
 from tokendiff.models.dflash.model import DFlashDraftModel
 from tokendiff.models.dflash.planning import new_draft_config
@@ -143,12 +144,14 @@ def save_draft(folder: Path, target: Path, target_config: Any, *, mask_token_id:
     DFlashDraftModel(config).save_pretrained(folder)
 
 
-def save_denoisers(llada: Path, dream: Path) -> None:
+def save_denoisers(llada: Path, dream: Path, gemma: Path) -> None:
     """Published denoisers beside the kind of tokenizer that they have, which names no mask."""
     sizes: dict[str, Any] = {"vocab_size": 320, "mask_token_id": 3}
     published.llada(llada, **sizes, embedding_size=320, max_sequence_length=2048)
     published.dream(dream, **sizes, max_position_embeddings=2048)
-    for folder, mask in ((llada, "<|mdm_mask|>"), (dream, "<|mask|>")):
+    text = {"vocab_size": 320, "max_position_embeddings": 2048, "eos_token_id": 2}
+    diffusion_gemma(gemma, canvas_length=32, text_config=text)
+    for folder, mask in ((llada, "<|mdm_mask|>"), (dream, "<|mask|>"), (gemma, None)):
         beside = folder / "tokenizer"
         save_causal(beside, "qwen2", num_layers=1, mask=mask)
         for path in (*beside.glob("tokenizer*"), *beside.glob("chat_template*")):
@@ -165,7 +168,7 @@ def hub(tmp_path: Path) -> dict[str, str]:
             *("bert-base-uncased", "wikitext", "Qwen/Qwen2.5-0.5B", "Qwen/Qwen3-4B"),
             *("Qwen/Qwen3-8B", "JetLM/SDAR-1.7B-Chat", "z-lab/Qwen3-4B-DFlash-b16"),
             *("GSAI-ML/LLaDA-8B-Instruct", "Dream-org/Dream-v0-Instruct-7B"),
-            "z-lab/Qwen3-8B-DFlash-b16",
+            *("google/diffusiongemma-26B-A4B-it", "z-lab/Qwen3-8B-DFlash-b16"),
         )
     }
     save_encoder(folders["bert-base-uncased"])
@@ -180,7 +183,11 @@ def hub(tmp_path: Path) -> dict[str, str]:
     foreign = {"model_type": "sdar", "architectures": ["SDARForCausalLM"]}
     config_path = sdar / "config.json"
     config_path.write_text(json.dumps({**json.loads(config_path.read_text()), **foreign}))
-    save_denoisers(folders["GSAI-ML/LLaDA-8B-Instruct"], folders["Dream-org/Dream-v0-Instruct-7B"])
+    save_denoisers(
+        folders["GSAI-ML/LLaDA-8B-Instruct"],
+        folders["Dream-org/Dream-v0-Instruct-7B"],
+        folders["google/diffusiongemma-26B-A4B-it"],
+    )
     wikitext = folders["wikitext"]
     wikitext.mkdir()
     pq.write_table(pa.table({"text": TEXT * 3}), wikitext / "train.parquet")

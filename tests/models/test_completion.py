@@ -525,14 +525,6 @@ def test_the_job_continues_prompts_with_any_causal_model(
         )
 
 
-@pytest.mark.parametrize("sampler", ["canvas", "ar"])
-def test_a_diffusion_gemma_is_refused_by_name(sampler: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "diffusion_gemma"}))
-    letter_tokenizer(V).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"is a DiffusionGemma.*use its generate\(\)"):
-        CompletionSetup.of(config_of(str(tmp_path), {"name": sampler, "temperature": 1.0}), None)
-
-
 def test_canvas_asks_for_a_checkpoint_of_uniform_noise(model_id: str) -> None:
     with pytest.raises(InputError, match="is no checkpoint that was trained with uniform noise"):
         CompletionSetup.of(config_of(model_id, {"name": "canvas", "temperature": 1.0}), None)

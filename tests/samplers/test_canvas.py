@@ -1,5 +1,6 @@
 """Sampler `canvas`: an enumerated language, and the released pipeline with the same draws."""
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,15 +11,14 @@ from torch import Tensor
 
 from tests.builders import tiny_causal
 from tests.objectives.test_block_objectives import MASK
+from tests.samplers.canvas_reference import SameNumbers, by_pipeline
 from tokendiff.diffusion.attention_masks import MaskRule
 from tokendiff.diffusion.interfaces import Request
 from tokendiff.diffusion.kernels import UniformKernel
-from tokendiff.diffusion.random import RowGenerator
 from tokendiff.diffusion.schedules import LogLinear
 from tokendiff.models.causal import CausalModel
-from tokendiff.samplers.canvas import MOVE, NOISE, START, TOKEN, CanvasSampler
+from tokendiff.samplers.canvas import CanvasSampler
 from tokendiff.samplers.canvas_rules import posterior_chances
-from tokendiff.samplers.categorical import draw
 
 V, BLOCK, KEY = 24, 4, 5
 # No id of the model is the mask: all V are noise, as in the released code.
@@ -56,13 +56,29 @@ class _ToyCache:
 
 
 class ExactDecoder:
-    """The exact leave-one-out belief about rows that all take the same steps at once."""
+    """The exact belief about rows that all take the same steps, and sweeps between them, at once:
+    given all other positions, or given all ("posterior").
+    """
 
     device = torch.device("cpu")
 
-    def __init__(self, table: np.ndarray, kernel: UniformKernel, *, num_steps: int) -> None:
+    def __init__(
+        self,
+        table: np.ndarray,
+        kernel: UniformKernel,
+        *,
+        num_steps: int,
+        num_sweeps: int = 0,
+        prediction: str = "loo",
+        block: int = 2,
+    ) -> None:
+        self.block = block
         self.table = torch.from_numpy(table)
-        self.kernel, self.num_steps = kernel, num_steps
+        self.kernel, self.prediction = kernel, prediction
+        grid = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)[:-1]
+        self.times = grid[:1].tolist()
+        for t in grid[1:].tolist():
+            self.times += [t] * num_sweeps + [t]
         self.num_calls = 0
 
     def new_cache(self, num_rows: int) -> _ToyCache:
@@ -71,7 +87,7 @@ class ExactDecoder:
     def encode(
         self, tokens: Tensor, num_tokens: Tensor, cache: Any, rows: Tensor, rule: MaskRule
     ) -> Tensor:
-        t = torch.tensor(1.0 - self.num_calls % self.num_steps / self.num_steps).double()
+        t = torch.tensor(self.times[self.num_calls % len(self.times)]).double()
         self.num_calls += 1
         begin, count = int(cache.lengths[rows[0]]), int(num_tokens[0])
         cache.tokens[rows, begin : begin + count] = tokens
@@ -80,20 +96,22 @@ class ExactDecoder:
         return beliefs[index, begin:]
 
     def _beliefs(self, row: Tensor, alpha: float) -> Tensor:
-        """[T, V] logarithms; the first token and all blocks of two before the last are clean."""
+        """[T, V] logarithms; the first token and all blocks before the last are clean."""
         factors = torch.zeros(len(row), self.table.shape[0], dtype=torch.float64)
         for at, token in enumerate(row.tolist()):
-            is_noisy = at > 0 and at >= len(row) - 2
+            is_noisy = at > 0 and at >= len(row) - self.block
             factors[at, 1:] = (1.0 - alpha) / 3 if is_noisy else 0.0
             factors[at, token] += alpha if is_noisy else 1.0
-        found = [torch.zeros(self.table.shape[0]).double()] * (len(row) - 2)
-        for own in range(len(row) - 2, len(row)):
+        found = [torch.zeros(self.table.shape[0]).double()] * (len(row) - self.block)
+        for own in range(len(row) - self.block, len(row)):
             joint = self.table
             for at in range(len(row)):
                 if at != own:
                     shape = [-1 if axis == at else 1 for axis in range(joint.dim())]
                     joint = joint * factors[at].reshape(shape)
             belief = joint.sum([axis for axis in range(joint.dim()) if axis != own])
+            if self.prediction == "posterior":
+                belief = belief * factors[own]
             found.append((belief / belief.sum()).log())
         return torch.stack(found)
 
@@ -110,58 +128,118 @@ def language() -> np.ndarray:
     return total
 
 
-@pytest.mark.parametrize("rule", ["ancestral", "ddim"])
-def test_samples_of_an_exact_model_have_the_distribution_of_the_language(rule: str) -> None:
-    count, steps = 2500, 32
-    kernel = UniformKernel(schedule=LogLinear(eps=1e-9), vocab_size=4, mask_token_id=MASK)
-    table = language()
-    model: Any = ExactDecoder(table, kernel, num_steps=steps)
+SMALL = UniformKernel(schedule=LogLinear(eps=1e-9), vocab_size=4, mask_token_id=MASK)
+
+
+def counted(count: int, *, block: int = 2, prediction: str = "loo", **fields: Any) -> np.ndarray:
+    """[3, 3, 3]: how often which three tokens follow a 1 in samples of the exact model."""
     sampler = CanvasSampler(
-        kernel=kernel,
+        kernel=SMALL,
         mask_token_id=MASK,
-        block_length=2,
+        block_length=block,
         max_new_tokens=3,
-        num_inference_steps=steps,
-        canvas_rule=rule,
         confidence_threshold=None,
+        prediction=prediction,
+        **fields,
+    )
+    model: Any = ExactDecoder(
+        language(),
+        SMALL,
+        num_steps=sampler.num_inference_steps,
+        num_sweeps=sampler.corrector_steps,
+        prediction=prediction,
+        block=block,
     )
     requests = [Request(id=index, prompt=(1,)) for index in range(count)]
-    done = sampler.complete(model, requests, key=KEY, num_slots=count)
     found = np.zeros((4, 4, 4))
-    for completion in done:
+    for completion in sampler.complete(model, requests, key=KEY, num_slots=count):
         found[tuple(completion.tokens)] += 1
-    expected = count * table[1] / table[1].sum()
-    found, expected = found[1:, 1:, 1:], expected[1:, 1:, 1:]
-    assert found.sum() == count
+    assert found[1:, 1:, 1:].sum() == count
+    # The first block holds the prompt: every block takes all steps and sweeps.
+    assert model.num_calls == 4 // block * len(model.times)
+    return found[1:, 1:, 1:]
+
+
+def p_value(found: np.ndarray, shares: np.ndarray) -> float:
+    expected = found.sum() * shares / shares.sum()
     chi_square = torch.tensor(float(((found - expected) ** 2 / expected).sum()))
-    assert float(torch.special.gammaincc(torch.tensor((27 - 1) / 2), chi_square / 2)) > 1e-3
+    return float(torch.special.gammaincc(torch.tensor((27 - 1) / 2), chi_square / 2))
+
+
+@pytest.mark.parametrize(
+    ("rule", "num_sweeps", "prediction"),
+    [
+        ("ancestral", 0, "loo"),
+        ("ddim", 0, "loo"),
+        ("ancestral", 2, "loo"),
+        ("ddim", 2, "posterior"),
+    ],
+)
+def test_samples_of_an_exact_model_have_the_distribution_of_the_language(
+    rule: str, num_sweeps: int, prediction: str
+) -> None:
+    found = counted(
+        2500,
+        num_inference_steps=32,
+        corrector_steps=num_sweeps,
+        prediction=prediction,
+        canvas_rule=rule,
+    )
+    assert p_value(found, language()[1, 1:, 1:, 1:]) > 1e-3
+
+
+def exact_shares(num_steps: int, num_sweeps: int) -> np.ndarray:
+    """[27]: what the three tokens after a 1 are in samples of the exact model, of one block, by
+    matrices over its states.
+    """
+    model = ExactDecoder(language(), SMALL, num_steps=num_steps, block=4)
+    states = list(itertools.product((1, 2, 3), repeat=3))
+    p = np.full(27, 1.0 / 27.0)
+    grid = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
+    for t, s in zip(grid[:-1, None], grid[1:, None], strict=True):
+        step, sweep = np.zeros((27, 27)), np.zeros((27, 27))
+        for index, state in enumerate(states):
+            row = torch.tensor([1, *state])
+            loo = [model._beliefs(row, float(SMALL.alpha(time))).exp()[None, 1:] for time in (t, s)]
+            one, two, three = SMALL.reverse(loo[0], row[None, 1:], s=s, t=t)[0].numpy()[:, 1:]
+            step[index] = np.einsum("i,j,k->ijk", one, two, three).reshape(-1)
+            at_s = SMALL.marginal(loo[1], s)[0].numpy()
+            for place, token in itertools.product(range(3), (1, 2, 3)):
+                after = (*state[:place], token, *state[place + 1 :])
+                sweep[index, states.index(after)] += at_s[place, token] / 3.0
+        p = p @ step
+        for _ in range(num_sweeps if float(s) > 0.0 else 0):
+            p = p @ sweep
+    return p
+
+
+@pytest.mark.parametrize(("rule", "prediction"), [("ancestral", "posterior"), ("ddim", "loo")])
+def test_samples_of_few_steps_are_those_of_the_corrected_chain(rule: str, prediction: str) -> None:
+    found = counted(
+        12000,
+        block=4,
+        num_inference_steps=3,
+        corrector_steps=3,
+        prediction=prediction,
+        canvas_rule=rule,
+    ).reshape(-1)
+    assert p_value(found, exact_shares(3, 3)) > 1e-3
+    assert p_value(found, exact_shares(3, 1)) < 1e-2
+    assert p_value(found, exact_shares(3, 0)) < 1e-6
+
+
+def test_the_corrector_lowers_the_error_of_few_steps() -> None:
+    table = language()[1, 1:, 1:, 1:].reshape(-1)
+    for num_steps in (2, 4, 8):
+        errors = [
+            0.5 * np.abs(exact_shares(num_steps, sweeps) - table / table.sum()).sum()
+            for sweeps in (0, 1, 4)
+        ]
+        assert errors[1] < 0.95 * errors[0]
+        assert errors[2] < 0.95 * errors[1]
 
 
 # Against the released pipeline.
-
-
-class SameNumbers:
-    """`torch.randint` and `torch.multinomial` as the row's own generator has them."""
-
-    def __init__(self, row: int) -> None:
-        self.generator = RowGenerator.for_rows(KEY, torch.tensor([row]))
-        self.step, self.is_start = 0, True
-
-    def uniform(self, purpose: int) -> Tensor:
-        return self.generator.fold_in(self.step).fold_in(purpose).uniform(BLOCK)[0]
-
-    def randint(self, *args: Any, **kwargs: Any) -> Tensor:
-        one = torch.ones((), dtype=torch.float64)
-        tokens = KERNEL.draw_noise(one, self.uniform(START if self.is_start else NOISE))[None]
-        self.step += not self.is_start
-        self.is_start = not self.is_start and self.is_start
-        return tokens
-
-    def multinomial(self, probabilities: Tensor, **kwargs: Any) -> Tensor:
-        if probabilities.shape[-1] != 3:
-            return draw(probabilities, self.uniform(TOKEN))[:, None]
-        u, (clean, _, noise) = self.uniform(MOVE), probabilities.double().unbind(-1)
-        return torch.where(u < clean, 0, torch.where(u < clean + noise, 2, 1))[:, None]
 
 
 class WithoutCache(torch.nn.Module):
@@ -192,47 +270,6 @@ class WithoutCache(torch.nn.Module):
         return SimpleNamespace(logits=output.logits[:, -BLOCK:].float())
 
 
-def by_pipeline(
-    model: Any, request: Request, scheduler: Any, patch: pytest.MonkeyPatch, **options: Any
-) -> list[int]:
-    """The new tokens; what the last step finds likeliest is written, with rule entropy_bound, as
-    `generate` of transformers does: the pipeline writes random tokens where that step keeps no
-    candidate.
-    """
-    diffusers = pytest.importorskip("diffusers", reason="an optional test dependency")
-    numbers = SameNumbers(request.id)
-    prompt = torch.tensor([request.prompt])
-    wrapped = WithoutCache(model, prompt.shape[1], numbers)
-    writes_likeliest = isinstance(scheduler, diffusers.EntropyBoundScheduler)
-
-    def at_step_end(pipeline: Any, _: int, step: int, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-        is_last = step == options["num_inference_steps"] - 1
-        return {"canvas": kept["logits"].argmax(-1)} if is_last and writes_likeliest else {}
-
-    with patch.context() as patched:
-        # Its constructor wants a processor, which only reads prompts.
-        cls: Any = type("Bare", (diffusers.DiffusionGemmaPipeline,), {})
-        patched.setattr(cls, "_execution_device", torch.device("cpu"), raising=False)
-        patched.setattr(cls, "_prepare_inputs", lambda self, **kw: (prompt, prompt * 0 + 1, {}))
-        pipeline = cls.__new__(cls)
-        object.__setattr__(pipeline, "model", wrapped)
-        pipeline.__dict__.update(scheduler=scheduler, processor=object(), eos_token_id=None)
-        pipeline.set_progress_bar_config(disable=True)
-        patched.setattr(torch, "randint", numbers.randint)
-        patched.setattr(torch, "multinomial", numbers.multinomial)
-        output = pipeline(
-            prompt="",
-            gen_length=3 * BLOCK,
-            output_type="seq",
-            eos_early_stop=False,
-            callback_on_step_end=at_step_end,
-            callback_on_step_end_tensor_inputs=["logits"],
-            **options,
-        )
-    tokens: list[int] = output.sequences[0].tolist()
-    return tokens
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -245,6 +282,20 @@ def by_pipeline(
             "confidence_threshold": 2.0,
             "stability_threshold": 2,
         },
+        {"canvas_rule": "block_refinement", "temperature": 0.0, "confidence_threshold": None},
+        {
+            "canvas_rule": "block_refinement",
+            "temperature": 0.7,
+            "threshold": 0.12,
+            "editing_threshold": 0.06,
+            "confidence_threshold": None,
+        },
+        {
+            "canvas_rule": "block_refinement",
+            "temperature": 0.0,
+            "threshold": 0.2,
+            "confidence_threshold": 3.1,
+        },
         {"entropy_bound": 1.0, "confidence_threshold": None},
         {"entropy_bound": 0.3, "t_min": 0.1, "t_max": 0.3, "confidence_threshold": 3.0},
     ],
@@ -252,7 +303,6 @@ def by_pipeline(
 def test_tokens_are_those_of_the_released_pipeline(
     fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    diffusers = pytest.importorskip("diffusers", reason="an optional test dependency")
     sampler = canvas(**{"num_inference_steps": 10, **fields})
     model = tiny_causal(vocab_size=V, seed=3)
     requests = [
@@ -265,25 +315,10 @@ def test_tokens_are_those_of_the_released_pipeline(
             CausalModel(model, vocab_size=V), requests, key=KEY, num_slots=2
         )
     }
-    if sampler.canvas_rule == "ddim":
-        scheduler = diffusers.DiscreteDDIMScheduler()
-        options = {"temperature": sampler.temperature}
-    else:
-        scheduler = diffusers.EntropyBoundScheduler(
-            entropy_bound=sampler.entropy_bound, t_max=sampler.t_max, t_min=sampler.t_min
-        )
-        options = {}
     for request in requests:
-        theirs = by_pipeline(
-            model,
-            request,
-            scheduler,
-            monkeypatch,
-            num_inference_steps=sampler.num_inference_steps,
-            stability_threshold=sampler.stability_threshold,
-            confidence_threshold=sampler.confidence_threshold,
-            **options,
-        )
+        numbers = SameNumbers(request.id, key=KEY, kernel=KERNEL, block=BLOCK)
+        wrapped = WithoutCache(model, len(request.prompt), numbers)
+        theirs = by_pipeline(wrapped, request.prompt, sampler, numbers, monkeypatch)
         assert done[request.id].tokens == theirs
     calls = [completion.num_model_calls for completion in done.values()]
     is_early = min(calls) < 3 * sampler.num_inference_steps
@@ -342,6 +377,9 @@ def test_a_reverse_step_by_route_is_that_of_bayes() -> None:
         ({"t_min": 0.9}, "need 0 < t_min <= t_max, got t_min 0.9, t_max 0.8"),
         ({"entropy_bound": -1.0}, "must not be negative, got -1.0 and 1"),
         ({"block_length": 0}, "block_length must be at least 1, got 0"),
+        ({"threshold": -0.1}, "threshold and editing_threshold must not be negative, got -0.1"),
+        ({"corrector_k": 0}, "corrector_k must be at least 1, got 0"),
+        ({"corrector_steps": 1}, "corrector_steps 1 goes with canvas_rule ddim or ancestral"),
     ],
 )
 def test_bad_parameters_are_refused(fields: dict[str, Any], problem: str) -> None:

@@ -206,6 +206,9 @@ def test_fields_that_have_no_effect_with_uniform_noise_are_refused() -> None:
     for fields, problem in (
         ({"temperature": 0.5}, "temperature 0.5 has no effect with canvas_rule 'entropy_bound'"),
         ({"canvas_rule": "ddim", "t_max": 0.5}, "t_max 0.5 has no effect with canvas_rule 'ddim'"),
+        ({"canvas_rule": "ddim", "threshold": 0.5}, "threshold 0.5 has no effect with canvas_rule"),
+        ({"corrector_steps": 1}, "corrector_steps 1 has no effect with canvas_rule 'entropy_bo"),
+        ({"canvas_rule": "ddim", "corrector_k": 2}, "corrector_k 2 has no effect with corrector_s"),
         ({"t_min": 0.9}, "t_min 0.9 must not exceed t_max 0.8"),
     ):
         with pytest.raises(ValidationError, match=problem):

@@ -6,6 +6,13 @@ from pydantic import Field, model_validator
 
 from tokendiff.config.base import Section, added, named
 
+Selection = Literal["random", "lowest_current_prob", "lowest_maxprob", "lowest_log_margin"]
+_SELECTION_HELP = (
+    "which tokens a sweep draws again: any (exact), or more often those that the model is less "
+    "sure of, by the probability of the token that stands there, by that of the likeliest token, "
+    "or by the ratio of the two likeliest (approximations)"
+)
+
 
 class _SamplerConfig(Section):
     """Fields that all samplers have."""
@@ -56,14 +63,7 @@ class AncestralConfig(_FixedLengthConfig):
     corrector_k: int = added(
         1, ge=1, description="tokens of a row that a sweep draws again; 1 is exact"
     )
-    corrector_selection: Literal[
-        "random", "lowest_current_prob", "lowest_maxprob", "lowest_log_margin"
-    ] = added(
-        "random",
-        description="rule for which tokens a sweep draws again. random is exact. The others "
-        "prefer tokens that the model is unsure of and are approximations: by the probability of "
-        "the present token, by that of the likeliest one, or by the ratio of the two likeliest",
-    )
+    corrector_selection: Selection = added("random", description=_SELECTION_HELP)
 
     @model_validator(mode="after")
     def _corrector_is_used(self) -> "AncestralConfig":
@@ -280,18 +280,18 @@ class CanvasSamplerConfig(_OpenEndedConfig):
     temperature: float = Field(
         1.0,
         ge=0.0,
-        description="temperature of rules ddim and ancestral; 0 takes the likeliest token",
+        description="temperature of all rules but entropy_bound; 0 takes the likeliest token",
     )
     max_new_tokens: int = Field(256, ge=1, description="tokens of a completion at most")
     block_length: int | None = Field(
         None, ge=1, description="tokens of a canvas; by default as the model was trained"
     )
     num_inference_steps: int = Field(48, ge=1, description="steps of a canvas at most")
-    canvas_rule: Literal["entropy_bound", "ddim", "ancestral"] = Field(
+    canvas_rule: Literal["entropy_bound", "ddim", "ancestral", "block_refinement"] = Field(
         "entropy_bound",
         description="how a step changes the block: entropy_bound keeps the tokens that are "
         "surest and makes all others random again; ddim and ancestral follow the trained noise "
-        "backwards",
+        "backwards; block_refinement commits tokens by confidence and a quota per step",
     )
     entropy_bound: float = Field(
         0.1,
@@ -303,6 +303,28 @@ class CanvasSamplerConfig(_OpenEndedConfig):
         0.8, gt=0.0, description="temperature of rule entropy_bound at the first step"
     )
     t_min: float = Field(0.4, gt=0.0, description="temperature that rule entropy_bound falls to")
+    threshold: float = added(
+        0.95,
+        ge=0.0,
+        description="block_refinement: commit every candidate whose probability is above this; a "
+        "value above 1 commits only the step's quota",
+    )
+    editing_threshold: float | None = added(
+        None,
+        gt=0.0,
+        description="block_refinement: replace a committed token by another one whose probability "
+        "is above this; by default committed tokens stay",
+    )
+    corrector_steps: int = added(
+        0,
+        ge=0,
+        description="ddim and ancestral: sweeps after each step but the last that draw some tokens "
+        "of the canvas again, given all the others; a forward pass each",
+    )
+    corrector_k: int = added(
+        1, ge=1, description="tokens of a canvas that a sweep draws again; 1 is exact"
+    )
+    corrector_selection: Selection = added("random", description=_SELECTION_HELP)
     stability_threshold: int = Field(
         1,
         ge=0,
@@ -318,11 +340,18 @@ class CanvasSamplerConfig(_OpenEndedConfig):
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> "CanvasSamplerConfig":
+        beside = f"canvas_rule {self.canvas_rule!r}"
         if self.canvas_rule == "entropy_bound":
             self.refuse_ignored(("temperature",), "canvas_rule 'entropy_bound', which has t_max")
         else:
             names = ("entropy_bound", "t_max", "t_min")
-            self.refuse_ignored(names, f"canvas_rule {self.canvas_rule!r}")
+            self.refuse_ignored(names, beside)
+        if self.canvas_rule != "block_refinement":
+            self.refuse_ignored(("threshold", "editing_threshold"), beside)
+        if self.canvas_rule not in ("ddim", "ancestral"):
+            self.refuse_ignored(("corrector_steps",), beside)
+        if self.corrector_steps == 0:
+            self.refuse_ignored(("corrector_k", "corrector_selection"), "corrector_steps 0")
         if self.confidence_threshold is None:
             self.refuse_ignored(("stability_threshold",), "confidence_threshold null")
         if self.t_min > self.t_max:

@@ -91,6 +91,24 @@ class CausalDenoiser(Protocol):
         ...
 
 
+@runtime_checkable
+class SelfConditionedDenoiser(CausalDenoiser, Protocol):
+    """One that reads noisy text otherwise than clean text, which alone `encode` is for, and can be
+    told what a pass before found, with the mask as no candidate.
+    """
+
+    def encode_noisy(
+        self, tokens: Tensor, positions: Tensor, rule: MaskRule, *, is_told: Tensor | None
+    ) -> Tensor:
+        """As `encode`, of rows `[x_t ; x_0]` of noisy and of clean tokens.
+
+        Args:
+            is_told: [B] bool on the CPU, rows that are told what a pass without gradient found;
+                None: none.
+        """
+        ...
+
+
 class DraftingDenoiser(CausalDenoiser, Protocol):
     """One with adapters for what it drafts, without which it is the model that it was."""
 
@@ -356,6 +374,29 @@ class DraftedDecoder(Decoder, Protocol):
         """Hidden states [n, K - 1, D], for `head`, of the tokens behind an anchor ([n] int64) that
         stands behind what is kept of each of `rows` [n].
         """
+        ...
+
+
+@runtime_checkable
+class CanvasDecoder(Decoder, Protocol):
+    """A decoder that denoises a block in passes of their own, over the clean text before it that
+    `encode` has read, and that is told what the pass before found (self-conditioning).
+    """
+
+    def denoise(
+        self, tokens: Tensor, found: Tensor | None, cache: DecodingCache, rows: Tensor
+    ) -> Tensor:
+        """Hidden states [n, K, D], for `head`, of noisy blocks [n, K] that stand behind what is
+        kept of `rows` [n]. A block sees itself whole; nothing is kept of it.
+
+        Args:
+            found: [n, K, D] from `expected_embedding` of the pass before, 0 in the first pass of a
+                block; None where it is the first of all.
+        """
+        ...
+
+    def expected_embedding(self, logits: Tensor) -> Tensor:
+        """[N, D] the mean embedding of tokens under logits [N, V]."""
         ...
 
 

@@ -17,6 +17,7 @@ For other rooms:
     causal decoding
                       a causal model that decodes with a cache; opening and trying one
     denoiser          a model in two parts, encoder and head
+    diffusion_gemma   an encoder of clean text, and its decoder of canvases
     adapters          low-rank adapters
     kept_base         adapters that draft beside a model that stays what it was
     layers            the layers of a model

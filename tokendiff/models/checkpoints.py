@@ -48,7 +48,12 @@ def load_for_inference(checkpoint_path: str | Path) -> tuple[Any, Any, NoiseProc
             str(folder), predict="next" if process.predict == "next" else "own", **options
         )
     else:
-        denoiser = load_causal_denoiser(str(folder), keeps_base=process.keeps_base, **options)
+        denoiser = load_causal_denoiser(
+            str(folder),
+            keeps_base=process.keeps_base,
+            takes_canvas=process.forward_process == "uniform",
+            **options,
+        )
     if process.keeps_base:
         open_draft_adapters(denoiser, folder)
     else:
@@ -66,6 +71,7 @@ def check_denoiser(folder: Path) -> tuple[Any, NoiseProcess, Any]:
         tokenizer=tokenizer,
         max_length=process.max_length,
         is_causal=process.block_length is not None,
+        takes_canvas=process.forward_process == "uniform",
         field=_FIELD,
     )
     return tokenizer, process, plan.config

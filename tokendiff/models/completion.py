@@ -34,11 +34,12 @@ from tokendiff.models.decoding import (
     check_decoder,
     find_mask_token,
     find_stop_tokens,
-    open_causal,
     open_causal_config,
+    open_decoder,
 )
 from tokendiff.models.dflash.decoder import DraftedModel, check_drafted
 from tokendiff.models.dflash.planning import load_draft
+from tokendiff.models.diffusion_gemma import uniform_noise
 from tokendiff.models.families import family_of, published_type
 from tokendiff.models.kept_base import open_draft_adapters
 from tokendiff.models.pretrained import longest_input
@@ -109,16 +110,18 @@ class CompletionSetup:
         model_config, tokenizer = open_causal_config(
             name, field=field, trust_remote_code=config.trust_remote_code
         )
-        if published_type(model_config) == "diffusion_gemma":
-            raise InputError(
-                f"sampler {config.sampler.name!r}: {field} {name!r} is a DiffusionGemma, which no "
-                "sampler of this version reads; use its generate() in transformers "
-                "(DiffusionGemmaForBlockDiffusion)"
-            )
         process = None
         if checkpoint is not None and (checkpoint / SCHEDULER_CONFIG).is_file():
             process = NoiseProcess.load(checkpoint)
             _check_process(config.sampler.name, name, process)
+        elif (family := family_of(published_type(model_config))).attention in ("canvas", "rows"):
+            if config.sampler.name != family.sampler:
+                what = "whole rows" if family.attention == "rows" else "canvases of random tokens"
+                raise InputError(
+                    f"sampler {config.sampler.name!r}: {field} {name!r} is of type "
+                    f"{published_type(model_config)!r}, a denoiser of {what}; use sampler "
+                    f"{family.sampler!r}"
+                )
         elif config.sampler.name == "self_speculation":
             raise InputError(
                 f"sampler 'self_speculation': {name} is no checkpoint of objective block_diffusion "
@@ -130,13 +133,6 @@ class CompletionSetup:
                 f"sampler 'canvas': {name} is no checkpoint that was trained with uniform noise, "
                 "which alone denoises random tokens; train one with objective block_diffusion and "
                 "noise uniform, or use sampler 'ar', or 'sdar' if it was trained with masks"
-            )
-        family = family_of(published_type(model_config))
-        if process is None and family.attention == "rows":
-            raise InputError(
-                f"sampler {config.sampler.name!r}: {field} {name!r} is of type "
-                f"{published_type(model_config)!r}, a denoiser of whole rows; use sampler "
-                f"{family.sampler!r}"
             )
         check_decoder(model_config, name, field=field)
         # What we train on is text and EOS alone; others' models are used to what their tokenizer
@@ -158,7 +154,7 @@ class CompletionSetup:
             max_length=longest_input(model_config),
             num_embeddings=getattr(model_config.get_text_config(), "vocab_size", None),
             start_token_id=next((start for start in starts if start is not None), None),
-            block_start=None if process is None else process.block_start,
+            block_start=_block_start(model_config, process),
         )
 
     def request(self, row: GenerationRow) -> Request:
@@ -228,7 +224,8 @@ class CompletionModel:
         self.setup = CompletionSetup.of(config, checkpoint)
         self.tokenizer = self.setup.tokenizer
         dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-        model, _ = open_causal(
+        model: Any
+        model, _ = open_decoder(
             self.setup.name,
             field=self.setup.field,
             dtype=dtype,
@@ -434,16 +431,37 @@ def _build_sampler(
         fields["max_new_tokens"] = fields.pop("gen_length")
     if process is not None and not process.keeps_base and section.name in READ_BY_TOKEN:
         fields["never_token_id"] = process.mask_token_id
-    if section.name == "canvas":
-        assert process is not None, "CompletionSetup sees to it"
+    if section.name == "canvas" and process is not None:
         fields |= {"kernel": process.kernel(), "prediction": process.prediction}
-    if section.name not in ("ar", "dflash"):
+    if section.name == "canvas" and process is None:
+        fields |= _canvas_fields(model_config, fields["block_length"])
+    elif section.name not in ("ar", "dflash"):
         fields |= _block_fields(section.name, fields, name, model_config, tokenizer, process)
     given = {key: value for key, value in fields.items() if (key, value) != ("block_length", None)}
     try:
         return OPEN_ENDED_SAMPLERS[section.name](**given)
     except ValueError as error:
         raise InputError(f"sampler {section.name!r}: {error}") from error
+
+
+def _block_start(model_config: Any, process: NoiseProcess | None) -> str | None:
+    """See `NoiseProcess`. The first canvas of a published model stands behind its prompt."""
+    if process is not None:
+        return process.block_start
+    is_canvas = family_of(published_type(model_config)).attention == "canvas"
+    return "last_answer" if is_canvas else None
+
+
+def _canvas_fields(model_config: Any, block_length: int | None) -> dict[str, Any]:
+    """What sampler canvas takes from a published model."""
+    kernel = uniform_noise(model_config.get_text_config().vocab_size)
+    return {
+        "kernel": kernel,
+        "mask_token_id": kernel.mask_token_id,
+        "prediction": family_of(published_type(model_config)).prediction,
+        "block_length": block_length or model_config.canvas_length,
+        "context_is_causal": True,
+    }
 
 
 def _check_process(sampler: str, name: str, process: NoiseProcess) -> None:

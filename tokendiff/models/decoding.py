@@ -7,11 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokendiff.artifacts.model_folders import local_model
+from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG, local_model
 from tokendiff.data.tokenizers import MASK_TOKENS, open_tokenizer
 from tokendiff.diffusion.attention_masks import block_causal_by_position, causal_by_position
 from tokendiff.errors import InputError, input_errors, reason_of
 from tokendiff.models.causal import CausalModel, check_layers
+from tokendiff.models.diffusion_gemma import (
+    MODEL_TYPE,
+    EncoderDecoder,
+    check_encoder_decoder,
+    open_encoder_decoder,
+)
 from tokendiff.models.pretrained import (
     check_causal_model,
     open_config,
@@ -40,9 +46,39 @@ def open_causal(
     Raises:
         InputError: no such model, not a causal one, or one that does not decode with a cache.
     """
+    config, tokenizer = open_causal_config(name, field=field, trust_remote_code=trust_remote_code)
+    model = _open_causal(name, config, tokenizer, field, dtype, trust_remote_code)
+    return model, tokenizer
+
+
+def open_decoder(
+    name: str,
+    *,
+    field: str = "model_id",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> tuple[CausalModel | EncoderDecoder, Any]:
+    """As `open_causal`, and a DiffusionGemma too."""
+    config, tokenizer = open_causal_config(name, field=field, trust_remote_code=trust_remote_code)
+    if config.model_type == MODEL_TYPE:
+        # What was trained here knows the tokens of its rows; others write any id that they have.
+        is_ours = (Path(local_model(name)) / SCHEDULER_CONFIG).is_file()
+        size = len(tokenizer) if is_ours else None
+        model = open_encoder_decoder(name, config, field=field, dtype=dtype, vocab_size=size)
+        return model, tokenizer
+    return _open_causal(name, config, tokenizer, field, dtype, trust_remote_code), tokenizer
+
+
+def _open_causal(
+    name: str,
+    config: Any,
+    tokenizer: Any,
+    field: str,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> CausalModel:
     from transformers import AutoModelForCausalLM
 
-    config, tokenizer = open_causal_config(name, field=field, trust_remote_code=trust_remote_code)
     weights = open_weights(
         AutoModelForCausalLM,
         name,
@@ -55,7 +91,7 @@ def open_causal(
     num_logits = int(model.get_output_embeddings().weight.shape[0])
     causal_model = CausalModel(model.eval(), vocab_size=min(len(tokenizer), num_logits))
     check_decoding(causal_model, name, field=field)
-    return causal_model, tokenizer
+    return causal_model
 
 
 def open_causal_config(
@@ -76,6 +112,9 @@ def open_causal_config(
 
 def check_decoder(config: Any, name: str, *, field: str) -> None:
     """Raise InputError where a model cannot be decoded with, by its config alone."""
+    if config.model_type == MODEL_TYPE:
+        check_encoder_decoder(config, origin=f"{field} {name!r}")
+        return
     # Blocks are decoded with masks of our own, whatever way the model attends by itself.
     check_causal_model(config, name, field=field, is_one_way=False)
     check_layers(config, origin=f"{field} {name!r}: ")
@@ -108,7 +147,10 @@ def find_stop_tokens(name: str, config: Any, tokenizer: Any) -> tuple[int, ...]:
     elif not path.parent.is_dir():
         with suppress(OSError):  # the hub has none
             config = GenerationConfig.from_pretrained(name)
-    found = [tokenizer.eos_token_id, getattr(config, "eos_token_id", None)]
+    own = getattr(config, "eos_token_id", None)
+    if own is None and hasattr(config, "get_text_config"):
+        own = getattr(config.get_text_config(), "eos_token_id", None)
+    found = [tokenizer.eos_token_id, own]
     listed = [value if isinstance(value, list | tuple) else [value] for value in found]
     return tuple(sorted({index for values in listed for index in values if index is not None}))
 

@@ -14,15 +14,19 @@ class Family:
     """One model_type.
 
     Attributes:
-        same_as: the model_type of transformers with the same architecture, where the family has a
-            model_type of its own. Its models are opened as that type, with other attention masks,
-            and the code that comes with their weights is not run.
+        same_as: the model_type of transformers with the same architecture; the family's own, where
+            transformers has it. Its models are opened as that type, with other attention masks, and
+            the code that comes with their weights is not run.
         layout: how its files differ from those of `same_as`.
         can_see_both_ways: a causal architecture that can be trained as a denoiser: attention is all
             that mixes its positions, it honours the config's `is_causal`, and its logits are a
             linear map of the last hidden state (no soft-capping, no scale).
         attention: what a position of a published checkpoint sees: "causal", up to itself;
-            "blocks", also the rest of its block; "rows", the whole row.
+            "blocks", also the rest of its block; "rows", the whole row; "canvas", clean text sees
+            up to itself, and a decoder sees that and its whole block.
+        noise: what its blocks or rows are made of before they are filled in: "mask", or "uniform",
+            random tokens.
+        prediction: what its output is about random tokens; see `NoiseProcess`.
         predict: "own", a position's state tells its own token, or "next", the one behind it.
         mask_token_id: its mask, where neither config nor tokenizer tells.
         chat_template: how its chats are written, where its tokenizer does not say.
@@ -35,7 +39,9 @@ class Family:
     same_as: str | None = None
     layout: Layout | None = None
     can_see_both_ways: bool = False
-    attention: Literal["causal", "blocks", "rows"] = "causal"
+    attention: Literal["causal", "blocks", "rows", "canvas"] = "causal"
+    noise: Literal["mask", "uniform"] = "mask"
+    prediction: Literal["loo", "posterior"] = "loo"
     predict: Literal["own", "next"] = "own"
     mask_token_id: int | None = None
     chat_template: str | None = None
@@ -67,6 +73,14 @@ FAMILIES: dict[str, Family] = {
         chat_template=_CHATML,
         stop_tokens=("<|im_end|>",),
         sampler="blockwise",
+    ),
+    "diffusion_gemma": Family(
+        same_as="diffusion_gemma",
+        layout=SAME_FIELDS,
+        attention="canvas",
+        noise="uniform",
+        prediction="posterior",
+        sampler="canvas",
     ),
     "gpt2": Family(can_see_both_ways=True),
     "gpt_neox": Family(can_see_both_ways=True),

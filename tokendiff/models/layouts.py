@@ -241,8 +241,9 @@ def write_beside(config: Any, layout: Layout, folder: Path) -> None:
     """
     fields = dict(config.published_config)
     opened = layout.to_transformers(fields)
-    if config.vocab_size != opened["vocab_size"]:  # the embedding grew
-        fields |= dict.fromkeys(layout.sizes, config.vocab_size)
+    size = getattr(config, "vocab_size", None)  # a config of several parts has none, and never grew
+    if size != opened.get("vocab_size"):  # the embedding grew
+        fields |= dict.fromkeys(layout.sizes, size)
     mask = getattr(config, "mask_token_id", None)
     if mask != opened.get("mask_token_id"):
         fields["mask_token_id"] = mask

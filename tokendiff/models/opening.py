@@ -9,6 +9,7 @@ import torch
 from tokendiff.models.builtin import MODEL_FIELD
 from tokendiff.models.causal_denoiser import TransformersCausalDenoiser
 from tokendiff.models.denoiser import SPLIT_TYPES, TransformersDenoiser
+from tokendiff.models.diffusion_gemma import MODEL_TYPE, EncoderDecoderDenoiser
 from tokendiff.models.layers import to_float32
 from tokendiff.models.plans import NO_WEIGHTS, ModelPlan, plan_model
 from tokendiff.models.pretrained import Weights, dtype_in_files, open_weights
@@ -97,13 +98,15 @@ def load_causal_denoiser(
     is_on_disk: bool = False,
     keeps_base: bool = False,
     needs_mask: bool = True,
-) -> TransformersCausalDenoiser:
-    """A causal language model that stays one, to be told what each position sees.
+    takes_canvas: bool = False,
+) -> TransformersCausalDenoiser | EncoderDecoderDenoiser:
+    """A causal language model that stays one, to be told what each position sees; or an encoder
+    with a decoder.
 
     Args, and what is raised: as `load_denoiser`; a model that attends in both directions is
         refused.
         keeps_base: nothing is added to it for a mask that it does not know.
-        needs_mask: see `plan_model`.
+        needs_mask, takes_canvas: see `plan_model`.
     """
     plan = plan_model(
         model_name_or_path,
@@ -113,7 +116,15 @@ def load_causal_denoiser(
         from_scratch=from_scratch,
         field=field,
         needs_mask=needs_mask,
+        takes_canvas=takes_canvas,
     )
+    if plan.config.model_type == MODEL_TYPE:
+        if dropout is not None:
+            _set_dropout(plan.config.get_text_config(), dropout)
+        weights = _open(plan, torch.float32).complete()
+        return EncoderDecoderDenoiser(
+            weights, vocab_size=plan.vocab_size, mask_token_id=tokenizer.mask_token_id
+        )
     model = _load(
         plan,
         tokenizer,

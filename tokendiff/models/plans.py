@@ -19,6 +19,7 @@ from tokendiff.models.denoiser import (
     attend_without_window,
     check_isolation,
 )
+from tokendiff.models.diffusion_gemma import check_encoder_decoder
 from tokendiff.models.families import CAUSAL_TYPES, family_of, published_type
 from tokendiff.models.layouts import take_tokens
 from tokendiff.models.pretrained import (
@@ -66,12 +67,15 @@ def plan_model(
     predict: Literal["own", "next"] | None = None,
     field: str = MODEL_FIELD,
     needs_mask: bool = True,
+    takes_canvas: bool = False,
 ) -> ModelPlan:
     """What `load_denoiser`, or `load_causal_denoiser` if `is_causal`, would load; no weight is
     read.
 
     Args:
         needs_mask: False: a model that is judged token by token is given no mask.
+        takes_canvas: the objective's blocks are of random tokens, as an encoder with a decoder
+            denoises them.
         predict: what a denoiser of whole rows is to tell; by default what it has learnt to.
         isolates_documents: of the rows; every causal model hides their documents from each other.
         field: of the config that gave the name.
@@ -89,8 +93,12 @@ def plan_model(
         )
         auto_class = _fitted(config, name, is_causal=is_causal, field=field)
     else:
-        config, auto_class = open_trainable_config(name, is_causal=is_causal, field=field)
-        if from_scratch:
+        config, auto_class = open_trainable_config(
+            name, is_causal=is_causal, field=field, takes_canvas=takes_canvas
+        )
+        if family_of(published_type(config)).attention == "canvas":
+            _check_canvas_start(config, name, vocab_size, from_scratch=from_scratch, field=field)
+        elif from_scratch:
             config.vocab_size = vocab_size
             if (layout := family_of(published_type(config)).layout) is not None:
                 take_tokens(config, layout, tokenizer)
@@ -114,6 +122,23 @@ def plan_model(
         is_new=is_new,
         predict="own" if is_causal else _prediction(name, config, predict, field=field),
     )
+
+
+def _check_canvas_start(
+    config: Any, name: str, vocab_size: int, *, from_scratch: bool, field: str
+) -> None:
+    """Raise InputError where an encoder with a decoder cannot start as it is."""
+    if from_scratch:
+        raise InputError(
+            f"from_scratch: {field} {name!r} is of type {published_type(config)!r}, which is "
+            f"trained on from its weights; leave it out, or give {BUILTIN_PREFIX}qwen3-tiny"
+        )
+    there = config.get_text_config().vocab_size
+    if vocab_size > there:
+        raise InputError(
+            f"{field} {name!r} has {there:,} embeddings, and the rows' tokenizer {vocab_size:,} "
+            "tokens; preprocess with tokenizer_name_or_path set to the model"
+        )
 
 
 def _prediction(
@@ -159,27 +184,48 @@ def _learnt_to_predict(name: str, config: Any) -> Literal["own", "next"]:
 
 
 def open_trainable_config(
-    model_name_or_path: str, *, is_causal: bool, field: str = MODEL_FIELD
+    model_name_or_path: str,
+    *,
+    is_causal: bool,
+    field: str = MODEL_FIELD,
+    takes_canvas: bool = False,
 ) -> tuple[Any, Any]:
     """The config of a model that is not built in, and the Auto class that opens it for such an
     objective.
+
+    Args:
+        takes_canvas: see `plan_model`.
 
     Raises:
         InputError: no such model, or one of a type that does not go with the objective.
     """
     remedy = f"give a folder with a config.json, a hub name, or one of {builtin_names()}"
     config = open_config(model_name_or_path, field=field, remedy=remedy)
-    return config, _fitted(config, model_name_or_path, is_causal=is_causal, field=field)
+    auto_class = _fitted(
+        config, model_name_or_path, is_causal=is_causal, field=field, takes_canvas=takes_canvas
+    )
+    return config, auto_class
 
 
-def _fitted(config: Any, name: str, *, is_causal: bool, field: str) -> Any:
+def _fitted(
+    config: Any, name: str, *, is_causal: bool, field: str, takes_canvas: bool = False
+) -> Any:
     """Change a config to what is wanted of its model; returns the Auto class that makes one."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     if is_draft_config(config):
         raise InputError(
             f"{field} {name!r} is a DFlash draft; give it as draft_model_id to objective 'dflash'"
         )
+    if family_of(published_type(config)).attention == "canvas":
+        if not (is_causal and takes_canvas):
+            raise InputError(
+                f"{field} {name!r} is of type {published_type(config)!r}, which denoises canvases "
+                "of random tokens; train it with objective 'block_diffusion', noise 'uniform' and "
+                "ar_loss_weight above 0, or give another model"
+            )
+        check_encoder_decoder(config, origin=f"{field} {name!r}")
+        return AutoModelForImageTextToText
     if is_causal:
         _check_causal(config, name, field)
         # What a position sees is said by masks alone, in training as in decoding.

@@ -228,7 +228,9 @@ def open_weights(
     check_weights(name, field=field, remedy=remedy)
     folder, origin = local_model(name), f"{field} {name!r}"
     layout = family_of(published_type(config)).layout
-    own_names = {} if layout is None else layout.patterns(config.num_hidden_layers)
+    own_names = (
+        {} if layout is None else layout.patterns(config.get_text_config().num_hidden_layers)
+    )
     with (
         quietly(),
         input_errors(f"{origin}: weights cannot be read", "give files that are whole"),
@@ -316,11 +318,14 @@ def is_draft_config(config: Any) -> bool:
 
 
 def _distinct_parameters(model: Any, keys: set[str]) -> dict[str, int]:
-    """The parameters among `keys`, each once though it may have several names, with its size."""
+    """The parameters among `keys`, each once though it may have several names, with its size; and
+    buffers that belong in files, which are any memory where they are missing.
+    """
     found: dict[int, tuple[str, int]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in keys:
-            found.setdefault(id(parameter), (name, parameter.numel()))
+    for named in (model.named_parameters, model.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            if name in keys:
+                found.setdefault(id(tensor), (name, tensor.numel()))
     return dict(found.values())
 
 

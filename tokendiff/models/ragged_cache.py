@@ -35,6 +35,23 @@ class _Call:
     is_leading: bool
 
 
+@dataclass(frozen=True)
+class KeptStates:
+    """Keys and values [n, heads, width, D] of one layer."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """What is kept of n rows, for layers that read a cache of transformers and write nothing."""
+
+    layers: list[KeptStates]
+    width: int
+    is_compileable: bool = False
+
+
 class _RaggedLayer(CacheLayerMixin):
     """One layer: keys and values [R, heads, capacity, D]."""
 
@@ -63,6 +80,13 @@ class _RaggedLayer(CacheLayerMixin):
         self.keys = _written(self.keys, key_states, self.call)
         self.values = _written(self.values, value_states, self.call)
         return _read(self.keys, self.call), _read(self.values, self.call)
+
+    def kept(self) -> KeptStates:
+        """Keys and values of the call's rows."""
+        assert self.call is not None, "RaggedCache.begin comes first"
+        assert self.keys is not None
+        assert self.values is not None
+        return KeptStates(_read(self.keys, self.call), _read(self.values, self.call))
 
     def move(self, source: int, target: int) -> None:
         for states in (self.keys, self.values):
@@ -132,6 +156,15 @@ class RaggedCache(Cache):
         )
         for layer in self._layers:
             layer.call = call
+
+    def view(self, rows: Tensor) -> CacheView:
+        """What is kept of rows [n], as wide as the longest of them; of width 0 without layers."""
+        rows = rows.to("cpu")
+        width = int(self._lengths[rows].max())
+        if width == 0:
+            return CacheView(layers=[], width=0)
+        self.begin_within(rows, torch.zeros(len(rows), 0, dtype=torch.int64), width)
+        return CacheView(layers=[layer.kept() for layer in self._layers], width=width)
 
     def extend(self, rows: Tensor, counts: Tensor) -> None:
         self._lengths[rows.to("cpu")] += counts.to("cpu")

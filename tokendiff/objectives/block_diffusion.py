@@ -33,6 +33,7 @@ from tokendiff.diffusion.interfaces import (
     CausalDenoiser,
     DraftingDenoiser,
     LossOutput,
+    SelfConditionedDenoiser,
     TokenBatch,
 )
 from tokendiff.diffusion.kernels import AbsorbingKernel
@@ -187,16 +188,18 @@ def joint_loss(
     *,
     ar_loss_weight: float,
     diffusion_loss_weight: float,
+    metric: str = "elbo",
 ) -> LossOutput:
     """The loss of the blocks, weighted, and the next-token loss of the clean half beside it.
 
     Args:
+        metric: what the loss of the blocks is called among the metrics.
         clean: [B, W, D] hidden states of x_0, each of which sees only up to itself where the
             next-token loss counts.
     """
     if ar_loss_weight == 0.0 and diffusion_loss_weight == 1.0:
         return blocks
-    bound = {"elbo": (blocks.loss_sum.detach(), blocks.num_tokens), **blocks.metrics}
+    bound = {metric: (blocks.loss_sum.detach(), blocks.num_tokens), **blocks.metrics}
     loss = replace(scaled(blocks, diffusion_loss_weight), metrics=bound)
     if ar_loss_weight == 0.0:
         return loss
@@ -254,9 +257,19 @@ def encode_both(
 
 
 def encode_noisy(
-    model: CausalDenoiser, rows: BlockRows, x_t: Tensor, *, sight: BlockSight
+    model: CausalDenoiser,
+    rows: BlockRows,
+    x_t: Tensor,
+    *,
+    sight: BlockSight,
+    is_told: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `encode_both`, of any noisy tokens x_t [B, W]."""
+    """As `encode_both`, of any noisy tokens x_t [B, W].
+
+    Args:
+        is_told: [B] bool, rows of which a `SelfConditionedDenoiser` is told what a pass before
+            found; by default none.
+    """
     there = device_of(model, like=rows.tokens)
     rows, x_t = rows.to(there), sent(x_t, there)
     rule = block_diffusion(
@@ -271,6 +284,8 @@ def encode_noisy(
         is_draft = torch.arange(both.shape[1], device=both.device) < x_t.shape[1]
         drafting = cast(DraftingDenoiser, model)
         states = drafting.encode(both, places, rule, is_draft=is_draft.expand_as(both))
+    elif isinstance(model, SelfConditionedDenoiser):
+        states = model.encode_noisy(both, places, rule, is_told=is_told)
     else:
         states = model.encode(both, places, rule)
     noisy, clean = states.chunk(2, dim=1)

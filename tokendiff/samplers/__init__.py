@@ -15,6 +15,7 @@ Of this room alone:
     block_cache       a block behind the cache of those before it
     block_decoding    blocks of masks, which `sdar` and `block_refinement` share
     canvas_rules      how a step moves a canvas of random tokens
+    canvas_state      what a step holds of canvases
     commit_rules      which candidates a step commits
     hidden_states     what a model says of a batch, read again where it has changed
     acceptance        which drafted tokens a target accepts

@@ -2,14 +2,15 @@
 canvas is finished early.
 
 `tokens` are those that a step starts from, `candidates` are drawn from the model's belief about the
-clean tokens. Sources: D3PM (arXiv 2107.03006), EB-Sampler (arXiv 2505.24857).
+clean tokens. Sources: D3PM (arXiv 2107.03006), EB-Sampler (arXiv 2505.24857),
+the uniform mode of diffusers' BlockRefinementScheduler.
 """
 
 import torch
 from torch import Tensor
 
 from tokendiff.diffusion.kernels import ForwardKernel
-from tokendiff.samplers.commit_rules import commit_entropy_bounded
+from tokendiff.samplers.commit_rules import commit_confident, commit_entropy_bounded
 
 
 def annealed_temperature(step: Tensor, num_steps: int, *, t_max: float, t_min: float) -> Tensor:
@@ -34,6 +35,29 @@ def keep_certain(
         is_open: [n, K]; what is returned elsewhere means nothing.
     """
     return torch.where(commit_entropy_bounded(entropy, is_open, bound=bound), candidates, noise)
+
+
+def commit_by_quota(
+    confidence: Tensor,
+    is_committed: Tensor,
+    is_open: Tensor,
+    *,
+    step: Tensor,
+    num_steps: int,
+    threshold: float,
+) -> Tensor:
+    """[n, K] bool: open positions that a step commits anew. By its end so many are committed as are
+    its share of all, rounded up: the most confident come first, and those of more confidence than
+    `threshold` come at once.
+
+    Args:
+        step: [n], counted from 0.
+    """
+    share = (step + 1) * is_open.sum(1)
+    owed = -(-share // num_steps) - (is_committed & is_open).sum(1)
+    return commit_confident(
+        confidence, is_open & ~is_committed, owed.clamp(min=0), threshold=threshold
+    )
 
 
 def move_to(

@@ -5,14 +5,16 @@ have shapes and no memory, and adding up what it would keep.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tokendiff.diffusion.attention_masks import dflash_blocks
+from tokendiff.diffusion.attention_masks import block_diffusion, dflash_blocks
 from tokendiff.models.denoiser import ModelInTwoParts
 from tokendiff.models.dflash.trainee import DraftTrainee
+from tokendiff.models.diffusion_gemma import MODEL_TYPE, EncoderDecoderDenoiser
 from tokendiff.models.layers import find_layers
 from tokendiff.models.masked_attention import IMPLEMENTATIONS
 from tokendiff.models.tiled_attention import register, tiles_of
@@ -44,6 +46,8 @@ def _kept_bytes(
     config: "TrainConfig", model: Any, rows: int, length: int, device: torch.device
 ) -> int:
     encoder = copy.deepcopy(model)
+    if model.config.model_type == MODEL_TYPE:
+        return _kept_by_halves(config, encoder, rows, length)
     # Packed rows have no padding to mask, and flex attention keeps no mask.
     attention: dict[str, Any] = {"attention_mask": None}
     has_tiles = config.objective.is_causal and device.type == "cpu"
@@ -61,6 +65,32 @@ def _kept_bytes(
             inputs = {"time": torch.zeros(rows)}
         encoder.base_model(input_ids=tokens, **inputs, **attention)
     return sum(size for size, _ in kept.values())
+
+
+def _kept_by_halves(config: "TrainConfig", model: Any, rows: int, length: int) -> int:
+    """Of an encoder and a decoder that are told nothing; what they are told is one state more per
+    token.
+    """
+    denoiser = EncoderDecoderDenoiser(model, vocab_size=1, mask_token_id=0)
+    for module in model.modules():
+        if hasattr(module, "gate_up_proj"):
+            module.forward = partial(_as_one_expert, module)
+    with _kept_by(config, model) as kept:
+        document = torch.zeros(rows, length // 2, dtype=torch.int64)
+        rule = block_diffusion(document, document, context_is_causal=True)
+        tokens = torch.zeros(rows, length, dtype=torch.int64)
+        denoiser.encode_noisy(tokens, tokens, rule, is_told=None)
+    return sum(size for size, _ in kept.values())
+
+
+def _as_one_expert(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """What is kept of tokens [N, D] and the experts [N, k] that each goes to, whichever these are:
+    products over groups of tokens cannot be tried without memory.
+    """
+    several = hidden.repeat_interleave(index.shape[1], dim=0)
+    gate, up = nn.functional.linear(several, experts.gate_up_proj[0]).chunk(2, dim=-1)
+    out = nn.functional.linear(experts.act_fn(gate) * up, experts.down_proj[0])
+    return (out * weights.reshape(-1, 1)).view(*index.shape, -1).sum(1).to(hidden.dtype)
 
 
 def draft_activation_bytes(

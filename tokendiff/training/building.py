@@ -24,6 +24,7 @@ from tokendiff.models.dflash.model import DFlashDraftConfig
 from tokendiff.models.dflash.planning import plan_draft
 from tokendiff.models.dflash.target_states import open_states
 from tokendiff.models.dflash.trainee import DraftTrainee, load_trainee
+from tokendiff.models.families import Family, family_of, published_type
 from tokendiff.models.kept_base import (
     draft_adapter_fields,
     fill_draft_adapters,
@@ -85,7 +86,9 @@ def _build_block_diffusion(config: "BlockDiffusionConfig", process: NoiseProcess
         **_common_fields(config),
     }
     if isinstance(kernel, UniformKernel):
-        return UniformBlockDiffusion(kernel=kernel, **fields)
+        is_loo = process.prediction == "loo"
+        loss_type: Literal["elbo", "cross_entropy"] = "elbo" if is_loo else "cross_entropy"
+        return UniformBlockDiffusion(kernel=kernel, loss_type=loss_type, **fields)
     assert isinstance(kernel, AbsorbingKernel)
     return BlockDiffusion(
         kernel=kernel,
@@ -173,7 +176,12 @@ def build_trainee(
     model: ModelInTwoParts
     predict: Prediction = "own"
     if config.objective.is_causal:
-        model = load_causal_denoiser(start, keeps_base=config.keep_base, **fields)
+        canvas = takes_canvas(config)
+        model = load_causal_denoiser(
+            start, keeps_base=config.keep_base, takes_canvas=canvas, **fields
+        )
+        check_trainable(model.model.config, start, field=field)
+        check_canvas_run(config, model.model.config)
     else:
         denoiser = load_denoiser(start, predict=wanted_prediction(config), **fields)
         check_trainable(denoiser.model.config, start, field=field)
@@ -184,7 +192,41 @@ def build_trainee(
         _add_draft_adapters(config, model, tokenizer)
     elif config.lora_rank is not None:
         add_configured_adapters(config, model.model, tokenizer)
-    return model, *make_objective(config, tokenizer, data, predict=predict)
+    family = family_of(published_type(model.model.config))
+    return model, *make_objective(config, tokenizer, data, predict=predict, family=family)
+
+
+def takes_canvas(config: "TrainConfig") -> bool:
+    """See `plan_model`."""
+    return getattr(config.objective, "noise", None) == "uniform"
+
+
+def check_canvas_run(config: "TrainConfig", model_config: Any) -> None:
+    """Raise InputError where a run asks of an encoder with a decoder what is not done with one."""
+    model_type = published_type(model_config)
+    if family_of(model_type).attention != "canvas":
+        return
+    objective: Any = config.objective
+    for field, value, is_wrong, remedy in (
+        ("ar_loss_weight", objective.ar_loss_weight, objective.ar_loss_weight == 0.0,
+         "its encoder reads from left to right, as the next-token loss trains it; set it to 1"),
+        ("predict", objective.predict, objective.predict != "own",
+         "its decoder tells each token at its own position; remove predict"),
+        ("max_loss_weight", objective.max_loss_weight, objective.max_loss_weight is not None,
+         "its loss is the cross-entropy, which has no weight; remove it"),
+        ("lora_rank", config.lora_rank, config.lora_rank is not None,
+         "adapters are not put into its tied halves; remove it"),
+        ("sharding", config.sharding, config.sharding != "none",
+         "its halves share weights, which are not spread over workers; set it to none"),
+        ("gradient_checkpointing", config.gradient_checkpointing, config.gradient_checkpointing,
+         "its encoder cannot compute activations again; set it to false"),
+        ("optimizer", config.optimizer, config.optimizer != "adamw",
+         "its experts are no matrices; set it to adamw"),
+        ("compile", config.compile, config.compile,
+         "its two passes are not compiled; set it to false"),
+    ):  # fmt: skip
+        if is_wrong:
+            raise InputError(f"{field} {value!r} with a model of type {model_type!r}: {remedy}")
 
 
 def states_reader(
@@ -285,8 +327,10 @@ def model_without_weights(config: "TrainConfig", tokenizer: Any, *, max_length: 
         from_scratch=config.from_scratch,
         predict=wanted_prediction(config),
         field=field,
+        takes_canvas=takes_canvas(config),
     )
     check_trainable(plan.config, name, field=field)
+    check_canvas_run(config, plan.config)
     text = plan.config.get_text_config()
     text.vocab_size = max(text.vocab_size, plan.vocab_size)  # as the embedding will have grown
     with torch.device("meta"):
@@ -318,12 +362,18 @@ def add_configured_adapters(config: "TrainConfig", model: Any, tokenizer: Any) -
 
 
 def make_objective(
-    config: "TrainConfig", tokenizer: Any, data: TokenData, *, predict: Prediction
+    config: "TrainConfig",
+    tokenizer: Any,
+    data: TokenData,
+    *,
+    predict: Prediction,
+    family: Family,
 ) -> tuple[Objective, NoiseProcess | None]:
     """The objective of a model that gives logits of the tokenizer's ids, and its noise process.
 
     Args:
         predict: what the model does, where it is a denoiser of whole rows.
+        family: of the model.
 
     Raises:
         InputError: the objective does not go with the rows.
@@ -333,6 +383,8 @@ def make_objective(
         return Autoregressive(), None
     if config.keep_base:  # blocks see what its own cache holds
         fields |= {"context_attention": "causal", "keeps_base": True}
+    if family.attention == "canvas":  # what its weights tell, and its own loader takes them to
+        fields["prediction"] = family.prediction
     ends: dict[str, Any] = {}
     if config.objective.is_causal:
         ends["eos_token_id"] = tokenizer.eos_token_id

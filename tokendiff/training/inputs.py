@@ -16,15 +16,18 @@ from tokendiff.models.builtin import check_builtin, is_builtin
 from tokendiff.models.denoiser import ModelInTwoParts
 from tokendiff.models.dflash.planning import check_pair, check_rows, plan_draft
 from tokendiff.models.dflash.target_states import states_wanted
+from tokendiff.models.families import family_of, published_type
 from tokendiff.models.layers import find_layers
 from tokendiff.models.plans import check_trainable, open_trainable_config, plan_model
 from tokendiff.models.pretrained import check_length, check_weights
 from tokendiff.models.vocabulary import check_vocabulary
 from tokendiff.training.building import (
+    check_canvas_run,
     check_kept_base,
     make_objective,
     model_without_weights,
     starting_point,
+    takes_canvas,
     wanted_prediction,
 )
 from tokendiff.training.identity import check_same_run
@@ -94,12 +97,15 @@ def check_inputs(config: "TrainConfig", data: TokenData) -> None:
         isolates_documents=data.isolates_documents,
         predict=wanted_prediction(config),
         field=field,
+        takes_canvas=takes_canvas(config),
     )
     check_trainable(plan.config, name, field=field)
+    check_canvas_run(config, plan.config)
     if not config.from_scratch:
         check_vocabulary(name, tokenizer, field=field)
     check_kept_base(config, tokenizer)
-    make_objective(config, tokenizer, data, predict=plan.predict)
+    family = family_of(published_type(plan.config))
+    make_objective(config, tokenizer, data, predict=plan.predict, family=family)
     _check_modules(config, tokenizer, max_length=data.max_length)
 
 
@@ -117,8 +123,14 @@ def check_model(config: "TrainConfig", *, max_length: int) -> None:
     if is_builtin(name):
         check_builtin(name)
         return
-    model, _ = open_trainable_config(name, is_causal=config.objective.is_causal, field=field)
+    model, _ = open_trainable_config(
+        name,
+        is_causal=config.objective.is_causal,
+        field=field,
+        takes_canvas=takes_canvas(config),
+    )
     check_trainable(model, name, field=field)
+    check_canvas_run(config, model)
     check_length(model, name, field=field, max_length=max_length)
     if not config.from_scratch:
         check_weights(name, field=field)

@@ -175,11 +175,13 @@ class RunState:
         process = self._process
         if process is None:
             return None
+        if family.attention == "canvas":  # no other training is done with it
+            return family.layout
         sees_blocks = process.attention_mask_mode == "4d" and process.context_attention == "block"
         is_same = (
             family.attention == ("blocks" if sees_blocks else "rows")
             and family.predict == process.predict
-            and process.forward_process == "absorbing"  # as all published families
+            and process.forward_process == "absorbing"  # as these families were trained
         )
         return family.layout if is_same else None
 
