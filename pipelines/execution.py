@@ -95,7 +95,9 @@ def _act(stage: Stage, log: RunLog) -> None:
         stage.action(stage, log)
     except BaseException as error:
         with contextlib.suppress(OSError):  # where the disk is full, the first error counts
-            log.write("error", message=str(error).split("\n")[0] or type(error).__name__)
+            is_interrupt = isinstance(error, KeyboardInterrupt)
+            name = "interrupted" if is_interrupt else type(error).__name__
+            log.write("error", message=str(error).split("\n")[0] or name)
         raise
     log.write("end")
 
