@@ -180,7 +180,7 @@ def fail(message: str) -> int:
 
 
 def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
-    """The last thing on stdout: one line of JSON, or else a line per entry.
+    """The last thing on stdout: one line of JSON, or else a line per entry that has a value.
 
     JSON has no NaN and no infinity: they become null.
     """
@@ -188,8 +188,9 @@ def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
         finite = json.loads(json.dumps(result, default=str), parse_constant=lambda _: None)
         print(json.dumps(finite), flush=True)
         return
-    width = max(map(len, result), default=0)
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in result.items()), flush=True)
+    shown = {name: value for name, value in result.items() if value is not None}
+    width = max(map(len, shown), default=0)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in shown.items()), flush=True)
 
 
 def parse(

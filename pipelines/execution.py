@@ -21,7 +21,7 @@ from pipelines.stage import Stage, put_log, take_log
 from tokendiff.artifacts.locations import Location
 from tokendiff.artifacts.manifest import fetch, fingerprint, load_manifest
 from tokendiff.cluster.session import ray_session
-from tokendiff.cluster.stopping import sigterm_stops
+from tokendiff.cluster.stopping import sigterm_stops, words_of
 from tokendiff.config.pipeline import Config, RunnerConfig
 from tokendiff.tracking.mlflow_mirror import MirroredRun, MlflowMirror
 from tokendiff.tracking.progress import LogTailer, ProgressPrinter
@@ -95,7 +95,9 @@ def _act(stage: Stage, log: RunLog) -> None:
         stage.action(stage, log)
     except BaseException as error:
         with contextlib.suppress(OSError):  # where the disk is full, the first error counts
-            log.write("error", message=str(error).split("\n")[0] or type(error).__name__)
+            is_interrupt = isinstance(error, KeyboardInterrupt)
+            name = "interrupted" if is_interrupt else type(error).__name__
+            log.write("error", message=words_of(error).split("\n")[0] or name)
         raise
     log.write("end")
 

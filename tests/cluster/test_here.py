@@ -189,6 +189,23 @@ def test_workers_of_ray_wait_as_the_job_does(
     assert ("GOMP_SPINCOUNT" in seen) == ("GOMP_SPINCOUNT" in expected)
 
 
+@pytest.mark.parametrize(
+    ("load", "cores", "threads", "is_given"),
+    [(8.3, 2, None, True), (2.5, 2, None, False), (8.3, 2, 2, False), (8.3, 1, None, False)],
+)
+def test_fewer_threads_are_advised_where_others_keep_the_cores_busy(
+    monkeypatch: pytest.MonkeyPatch, load: float, cores: int, threads: int | None, is_given: bool
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
+    advice = session.advice_on_threads(ClusterConfig(threads_per_worker=threads))
+    assert (advice is not None) == is_given
+    if advice is not None:
+        assert "8 processes wanted its 2 cores" in advice
+        assert "threads_per_worker 1 may be faster" in advice
+
+
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(InputError, match=r"cluster\.use_gpu true: torch finds no GPU"):

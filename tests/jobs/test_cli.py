@@ -444,7 +444,7 @@ def test_results(capsys: pytest.CaptureFixture[str]) -> None:
         "path": "out",
         "list": [1.5, None],
     }
-    cli.print_result({"loss": 1.5, "num_steps": 3}, as_json=False)
+    cli.print_result({"loss": 1.5, "seq_len": None, "num_steps": 3}, as_json=False)
     assert capsys.readouterr().out == "loss       1.5\nnum_steps  3\n"
 
 

@@ -288,6 +288,7 @@ def test_a_stopped_pipeline_has_saved_its_step_and_goes_on(
     _, output = first.finish()
     assert head.request("/api/jobs/first")["status"] == "STOPPED"
     (stopped,) = [event["step"] for event in read_events(log) if event["event"] == "stopped"]
+    assert [event["event"] for event in read_events(log)].count("stopping") == 1
     assert stopped == steps_in(log)[-1] < TRAIN["max_train_steps"]
     checkpoints = log.parent.parent
     assert (checkpoints / f"checkpoint-{stopped}" / "MANIFEST.json").is_file()

@@ -54,6 +54,8 @@ def test_a_training_run_as_it_goes(tmp_path: Path) -> None:
         "tokens_per_second": "1,234",
         "left": "1:10",  # 70 steps at one a second
     }
+    log.write("stopping")
+    assert now()["news"].startswith("SIGTERM received")
     log.write("warning", message="worker 1 was lost")
     log.write("resume", step=20)
     found = now()

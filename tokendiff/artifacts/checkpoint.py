@@ -72,8 +72,8 @@ def committed_checkpoints(output_dir: Location) -> list[Location]:
 def newest_sound_checkpoint(
     output_dir: Location, *, warn: Callable[[str], None]
 ) -> Location | None:
-    """The newest checkpoint whose every file matches its manifest, as do those of the one that it
-    names as its best; `warn` hears of those passed over.
+    """The newest checkpoint that is whole: its files, and those of the checkpoint that it names as
+    its best, match their manifests. `warn` is told of each that is passed over.
     """
     passed_over: CorruptFileError | None = None
     for folder in reversed(committed_checkpoints(output_dir)):
@@ -101,8 +101,8 @@ def _check(folder: Location) -> None:
 
 
 def best_step_of(folder: Location) -> int | None:
-    """The step whose weights final/ would get, by a checkpoint; None where it names none, or its
-    manifest cannot be read.
+    """The step whose weights final/ would hold, as a checkpoint's manifest says; None if it names
+    none or cannot be read.
     """
     try:
         best: int | None = load_manifest(folder).metadata.get(BEST_STEP)
@@ -148,7 +148,7 @@ def open_checkpoint(checkpoint_path: str | Location, *, hashes: bool = True) -> 
 
 
 def find_checkpoint(checkpoint_path: str | Location, *, hashes: bool = True) -> Location:
-    """What `open_checkpoint` opens, where it is: for another machine to open.
+    """The path of what `open_checkpoint` would open, for another machine to open.
 
     A local one is verified, a remote one when it is copied.
     """

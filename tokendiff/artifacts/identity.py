@@ -16,8 +16,8 @@ _HASHED_BYTES = 64 << 20
 
 
 def file_identity(path: Location) -> list[Any]:
-    """What changes when a file's content does: name, size, and sha256, or time of change if it is
-    large or remote.
+    """An identity of a file that changes with its content: name, size, and sha256, or time of
+    change if it is large or remote.
 
     The sha256 stays the same when a file is copied, as it is with every job that is submitted; a
     corpus that is too large for that is too large to be hashed at every start as well.
@@ -39,7 +39,9 @@ def _remembered_sha256(path: Path, size: int, changed: int) -> str:
 
 
 def identity_of(*names: str | None) -> list[Any]:
-    """The content of whatever among `names` is on this machine: changed text is another input."""
+    """The content of those of `names` that are on this machine, so that changed text is another
+    input.
+    """
     found: list[Any] = []
     for name in names:
         path = location(name) if name else None

@@ -381,7 +381,7 @@ def fits_cache(num_bytes: int) -> bool:
 
 
 def mirror_of(folder: Location) -> Path:
-    """The folder itself, or of a remote one where this machine keeps what has to be on a disk: logs
+    """The folder itself; for a remote one, the local folder of what has to be on a disk: logs
     that are written to, locks, and what a tracking store has yet to get.
     """
     if isinstance(folder, Path):

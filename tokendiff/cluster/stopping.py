@@ -25,20 +25,18 @@ _is_held = False  # whether SIGTERM leaves it to the work to end
 
 
 def is_stop_requested() -> bool:
-    """Whether a SIGTERM has come to this process: in, or before that was left, the last block of
-    `sigterm_stops`.
-    """
+    """Whether a SIGTERM has come to this process since its last block of `sigterm_stops` began."""
     return _requested.is_set()
 
 
 def words_of(error: BaseException) -> str:
-    """What an error says; of an interrupt whose words were lost on the way, what stopped it."""
+    """The message of an error; for an interrupt that lost its message, what stopped it."""
     is_wordless = isinstance(error, KeyboardInterrupt) and not str(error)
     return STOPPED if is_wordless and is_stop_requested() else str(error).strip()
 
 
 def check_stop() -> None:
-    """Raise KeyboardInterrupt if a SIGTERM has come, whatever became of the one that it raised."""
+    """Raise KeyboardInterrupt if a SIGTERM has come, though its own one may have been swallowed."""
     if is_stop_requested():
         raise KeyboardInterrupt(STOPPED)
 
@@ -141,7 +139,7 @@ class _Messenger:
 
 @dataclass(frozen=True, kw_only=True)
 class DriverLink:
-    """What a worker on any node is given to hear from its driver, and to report to it."""
+    """A worker's line to its driver from any node: it hears when to stop, and reports events."""
 
     actor: Any
 

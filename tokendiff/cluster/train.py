@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tokendiff.artifacts.checkpoint import newest_sound_checkpoint
 from tokendiff.artifacts.locations import Location
 from tokendiff.cluster.session import (
+    advice_on_threads,
     memory_given_back,
     need_ray,
     set_up_torch,
@@ -98,7 +99,10 @@ def _train_here(
     checkpoint = newest_sound_checkpoint(output_dir, warn=warn)
     if checkpoint is not None:
         check_same_run(checkpoint, config, data)
-    world = World.current(set_up_torch(cluster, use_gpu=wants_gpu(cluster)))
+    device = set_up_torch(cluster, use_gpu=wants_gpu(cluster))
+    if device == "cpu" and (advice := advice_on_threads(cluster)) is not None:
+        on_event("advice", message=advice)
+    world = World.current(device)
     with sigterm_held(), told_when_requested(lambda: on_event("stopping")):
         run = TrainingRun.build(config, data, output_dir, world=world, on_event=on_event)
         if checkpoint is not None:

@@ -44,7 +44,7 @@ Document = str | BadRow | None
 
 
 def errors_file(part: int, *, digits: int = 5) -> str:
-    """Relative to the job's output folder."""
+    """The path of a partition's bad rows, relative to the job's output folder."""
     return f"{ERRORS}/part-{part:0{digits}}.jsonl"
 
 
@@ -54,7 +54,7 @@ def error_line(record: dict[str, Any]) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorStats:
-    """What one partition could not use.
+    """The rows that one partition could not use.
 
     Attributes:
         num_rows: one more than `max_errors` where the partition was given up.
@@ -69,7 +69,7 @@ class ErrorStats:
 
 
 def bad_rows_in_words(num_rows: int, first: str) -> str:
-    """What an error about a whole corpus says of its bad rows."""
+    """The bad rows of a corpus, as an error about the whole of it names them."""
     return f"{num_rows} bad rows" + (f", the first: {first}" if num_rows else "")
 
 

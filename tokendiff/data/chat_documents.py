@@ -43,7 +43,7 @@ class ChatOptions:
     def of(
         cls, config: "PreprocessConfig", dataset_format: str, *, fill_answers: bool
     ) -> "ChatOptions | None":
-        """None where the rows are text."""
+        """The options of a config; None if its rows are text."""
         if dataset_format == "text":
             return None
         return cls(

@@ -50,7 +50,7 @@ class Rule:
     min_entropy_nats: float = 0.0
 
     def loss(self, point: Point) -> float:
-        """Its quality, such that lower is better; infinite where it was not measured."""
+        """The point's quality, turned so that lower is better; infinite if it was not measured."""
         value = point.figures.get(self.quality, math.nan)
         if not math.isfinite(value):
             return math.inf

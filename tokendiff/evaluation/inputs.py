@@ -33,7 +33,7 @@ KIND = "evaluation"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationInputs:
-    """What is evaluated, opened.
+    """The checkpoint and the data of an evaluation, opened.
 
     Attributes:
         source: where the checkpoint is; `checkpoint` is its folder on this machine.

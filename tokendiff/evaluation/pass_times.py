@@ -40,7 +40,7 @@ _WAYS: dict[str, tuple[int, Callable[[Callable[[int], float], int], float]]] = {
 
 
 def num_passes() -> int:
-    """Kinds of passes that `pass_seconds` times."""
+    """The number of kinds of passes that `pass_seconds` times."""
     return len(BATCHES) * len(_widths())
 
 

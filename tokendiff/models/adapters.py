@@ -205,7 +205,7 @@ def _as_float32(model: nn.Module) -> Iterator[None]:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What is trained, by parameter name."""
+    """The trained tensors by parameter name."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -18,7 +18,7 @@ FLEX_TILE = 128
 
 
 def block_mask_of_runs(rule: RunRule, num_keys: int) -> BlockMask:
-    """What `create_block_mask` finds by asking the rule for each pair of query and key."""
+    """The mask that `create_block_mask` finds by asking the rule for each pair of query and key."""
     runs = rule.runs()
     num_queries = runs[0].begin.shape[1]
     first, *others = (_keys_in_tiles(run, num_keys) for run in runs)

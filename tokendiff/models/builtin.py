@@ -24,7 +24,7 @@ def is_builtin(name: str) -> bool:
 
 
 def builtin_names() -> str:
-    """All of them, as they are to be written."""
+    """The names of all built-in models, as a config writes them."""
     return ", ".join(BUILTIN_PREFIX + name for name in BUILTIN_SIZES)
 
 

@@ -295,7 +295,7 @@ class CompletionModel:
         return [by_id[row.id] for row in rows]
 
     def traced(self, prompt: Sequence[int], *, on_step: Callable[[Tensor], None]) -> Completion:
-        """What the sampler makes of token ids; `on_step` hears the row [1, T] after each step."""
+        """Sample from token ids; `on_step` hears the row [1, T] after each step."""
         (completion,) = self.setup.sampler.complete(
             self._model,
             [Request(id=0, prompt=tuple(prompt))],

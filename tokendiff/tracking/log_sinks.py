@@ -126,7 +126,7 @@ class WandbSink:
 
 
 class LogOutbox:
-    """What a sink has yet to get of a run; `Delivery` brings it there.
+    """The part of a run's log that a sink does not have yet; `Delivery` brings it there.
 
     Args:
         place: what warnings call the tracker.

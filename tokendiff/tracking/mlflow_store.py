@@ -65,7 +65,7 @@ def _below(root: Location, path: str) -> str:
 
 
 def open_command(uri: str) -> str:
-    """What shows the store: a server's own address, or the command that serves a database."""
+    """How to look at the store: a server's own address, or the command that serves a database."""
     uri = without_credentials(uri)
     if _is_server(uri):
         return uri

@@ -368,7 +368,7 @@ def _describe(event: dict[str, Any]) -> str | None:
             return f"ends early after step {event['step']:,}: {event['reason']}"
         case "stopped":
             return f"stopped after step {event['step']}, which is saved"
-        case "warning" | "error" as kind:
+        case "advice" | "warning" | "error" as kind:
             return f"{kind}: {event['message']}"
     return None
 

@@ -378,7 +378,7 @@ def save_model(
 
 
 def model_signature() -> "ModelSignature":
-    """What a registered model takes and gives."""
+    """The inputs and outputs of a registered model."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import AnyType

@@ -23,6 +23,7 @@ Each line is `{"time": unix seconds, "event": name, ...fields}`. Events, and the
     stopping    SIGTERM came; the step under way is taken and saved first
     stopped     step, the last one taken: a stop was asked for, and this step is saved
     stopped_early  step, the last one; reason
+    advice      message: what may make the run faster
     warning     message
     error       message
     end

@@ -29,7 +29,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Of one request; each may be set in the environment, as TOKENDIFF_SERVE_MAX_PROMPTS.
+    """Limits of one request; each may be set in the environment, as TOKENDIFF_SERVE_MAX_PROMPTS.
 
     Attributes:
         max_prompts: prompts, each of which gives one row.
@@ -76,7 +76,7 @@ class Limits:
 
 
 class BodyLimit:
-    """An ASGI application behind which no request has a larger body; such a one gets 413.
+    """An ASGI application that stands before another one and answers larger bodies with 413.
 
     A body whose length is announced is refused before a byte of it is read, one that comes in
     pieces as soon as they are too many.

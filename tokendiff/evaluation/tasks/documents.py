@@ -29,7 +29,7 @@ def num_judged(samples: Mapping[str, Samples]) -> dict[str, int]:
 
 
 def digest_of(samples: Samples) -> str:
-    """Of all that a task asked: its documents, prompts, choices, settings and targets."""
+    """A digest of all that a task asked: its documents, prompts, choices, settings and targets."""
     asked = sorted(
         {
             json.dumps([s["doc_id"], s["arguments"], s["target"]], sort_keys=True, default=str)

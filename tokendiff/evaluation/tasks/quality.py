@@ -22,7 +22,7 @@ _DRAWING = ("temperature", "top_k", "top_p")
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """What points of a frontier are compared by.
+    """The figure that points of a frontier are compared by.
 
     Attributes:
         name: of the figure.

@@ -26,7 +26,7 @@ _MAX_NOISE_ID = 1 << 62
 
 
 def default_sampler(checkpoint: Path | None) -> str:
-    """The name of the sampler that a model is read by where none is chosen."""
+    """The name of the sampler that reads a model if none is chosen."""
     if checkpoint is None or objective_of(checkpoint) == "ar":
         return "ar"
     process = NoiseProcess.load(checkpoint)

@@ -49,7 +49,7 @@ _SHOWN_UNSERVED = 20
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteResult:
-    """What tasks came to.
+    """The results of tasks.
 
     Attributes:
         metrics: figures by name, each with its standard error where there is one.

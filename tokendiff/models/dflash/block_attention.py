@@ -26,7 +26,7 @@ _TILE_QUERIES = 256
 
 
 def block_mask_of(blocks: AnchoredBlocks) -> BlockMask:
-    """What `create_block_mask` finds by asking the rule for each pair of query and key."""
+    """The mask that `create_block_mask` finds by asking the rule for each pair of query and key."""
     (batch, num_anchors), size = blocks.begin.shape, blocks.block_size
     num_queries = num_anchors * size
     num_keys = blocks.length + num_queries

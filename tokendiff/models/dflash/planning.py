@@ -52,7 +52,7 @@ class DraftPlan:
 
 
 def plan_draft(config: "TrainConfig", *, tokenizer: Any, max_length: int) -> DraftPlan:
-    """What a training run of objective dflash works with; no weight is read.
+    """Draft and target of a training run of objective dflash, by their configs; no weight is read.
 
     Args:
         tokenizer: the one that made the data.
