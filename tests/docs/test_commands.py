@@ -151,7 +151,7 @@ def save_denoisers(llada: Path, dream: Path, gemma: Path) -> None:
     published.dream(dream, **sizes, max_position_embeddings=2048)
     text = {"vocab_size": 320, "max_position_embeddings": 2048, "eos_token_id": 2}
     diffusion_gemma(gemma, canvas_length=32, text_config=text)
-    for folder, mask in ((llada, "<|mdm_mask|>"), (dream, "<|mask|>"), (gemma, None)):
+    for folder, mask in ((llada, "<|mdm_mask|>"), (dream, "<|mask|>"), (gemma, "<mask>")):
         beside = folder / "tokenizer"
         save_causal(beside, "qwen2", num_layers=1, mask=mask)
         for path in (*beside.glob("tokenizer*"), *beside.glob("chat_template*")):

@@ -396,7 +396,8 @@ def test_published_denoisers_are_listed_where_another_model_is_given(tmp_path: P
         PromptCheck.of(None, generate_config(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "nobody", "auto_map": {"AutoConfig": 1}}')
     with pytest.raises(
-        InputError, match=r"knows models of type 'nobody' \(tokendiff adds Dream, llada, .*sdar"
+        InputError,
+        match=r"of type 'nobody' \(tokendiff adds Dream, diffusion_gemma, llada, .*sdar",
     ):
         PromptCheck.of(None, generate_config(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "llada2_moe"}')

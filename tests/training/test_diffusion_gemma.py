@@ -15,6 +15,7 @@ from transformers import DiffusionGemmaForBlockDiffusion
 
 from tests.builders import letter_tokenizer, random_rows, token_folder
 from tests.models.diffusion_gemma import CANVAS, EOS, V, diffusion_gemma
+from tokendiff.config.evaluate import EvaluateConfig
 from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.prompts import GenerationRow
@@ -24,9 +25,13 @@ from tokendiff.diffusion.kernels import UniformKernel
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.diffusion.schedules import LogLinear
 from tokendiff.errors import InputError
+from tokendiff.evaluation.block_bound import block_row_bounds
+from tokendiff.evaluation.inputs import EvaluationInputs
 from tokendiff.models.checkpoints import load_for_inference
 from tokendiff.models.completion import CompletionModel
+from tokendiff.models.decoding import open_causal
 from tokendiff.models.diffusion_gemma import EncoderDecoderDenoiser
+from tokendiff.objectives.autoregressive import Autoregressive
 from tokendiff.objectives.block_uniform import UniformBlockDiffusion
 from tokendiff.objectives.blocks import BlockRows, block_rows
 from tokendiff.training.inputs import check_inputs
@@ -197,6 +202,38 @@ def test_what_is_trained_is_saved_as_it_came_and_opened_by_its_own_loader(
     assert load_file(Path(again) / "model.safetensors").keys() == before.keys()
 
 
+def test_it_is_judged_by_both_of_its_losses_and_by_nothing_else(
+    data: TokenData, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    diffusion_gemma(source)
+    final = train_in_process(train_config(source, max_train_steps=1), data, tmp_path / "run")
+    reference: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(final).eval()
+    denoiser, _, process = load_for_inference(final)
+    tokens = torch.from_numpy(data.read_group(0).tokens[:3]).long()
+    batch = TokenBatch(tokens=tokens, is_valid=tokens >= 0)
+    generator = RowGenerator.for_rows(2, torch.arange(3))
+    nats, count = block_row_bounds(denoiser, batch, generator, process=process, num_mask_samples=4)
+    assert bool(torch.isfinite(nats).all())
+    assert count.tolist() == [LENGTH] * 3
+    with torch.no_grad():
+        ours = Autoregressive().loss(denoiser, batch, generator)
+        output = reference(input_ids=tokens, decoder_input_ids=tokens[:, :1])
+        logits = 30.0 * torch.tanh(reference.lm_head(output.encoder_last_hidden_state) / 30.0)
+    expected = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(ours.loss_sum, expected, rtol=1e-4, atol=1e-3)
+    for field in ("verify", "time_passes"):
+        with pytest.raises(InputError, match=f"{field}: .*type 'diffusion_gemma'.*remove {field}"):
+            EvaluationInputs.open(
+                EvaluateConfig.model_validate({field: True}),
+                checkpoint_path=str(final),
+                data_path=str(data.folder),
+                samples_path=None,
+            )
+    with pytest.raises(InputError, match="an encoder with a decoder, where one causal language"):
+        open_causal(str(final))
+
+
 def test_an_interrupted_run_goes_on(data: TokenData, tmp_path: Path) -> None:
     diffusion_gemma(tmp_path / "source")
     fields = {"checkpointing_steps": 1, "lr_scheduler": "constant"}
@@ -210,7 +247,7 @@ def test_an_interrupted_run_goes_on(data: TokenData, tmp_path: Path) -> None:
     assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
 
 
-def test_half_of_the_rows_are_told(data: TokenData, tmp_path: Path) -> None:
+def test_half_of_the_rows_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = diffusion_gemma(tmp_path)
     denoiser = EncoderDecoderDenoiser(model, vocab_size=V, mask_token_id=MASK)
     seen: list[Tensor] = []
@@ -219,7 +256,7 @@ def test_half_of_the_rows_are_told(data: TokenData, tmp_path: Path) -> None:
         seen.append(is_told)
         raise StopIteration
 
-    denoiser.encode_noisy = noted  # type: ignore[method-assign]
+    monkeypatch.setattr(denoiser, "encode_noisy", noted)
     tokens = torch.full((1000, CANVAS), 5)
     batch = TokenBatch(tokens=tokens, is_valid=tokens > 0)
     with pytest.raises(StopIteration):

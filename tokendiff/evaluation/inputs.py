@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokendiff.artifacts.checkpoint import find_checkpoint
 from tokendiff.artifacts.identity import checkpoint_identity
@@ -23,6 +23,7 @@ from tokendiff.evaluation.reference import check_reference
 from tokendiff.evaluation.tasks.setup import TaskSetup, default_sampler
 from tokendiff.models.checkpoints import check_autoregressive, check_denoiser, load_tokenizer
 from tokendiff.models.dflash.planning import check_rows
+from tokendiff.models.families import family_of, published_type
 from tokendiff.models.pretrained import check_weights
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ class EvaluationInputs:
         elif objective_of(checkpoint) == "ar":
             num_embeddings = check_autoregressive(checkpoint)
         else:
-            _, process, _ = check_denoiser(checkpoint)
+            _, process, model_config = check_denoiser(checkpoint)
+            _check_canvas(config, checkpoint, model_config)
         if config.verify and process is None:
             raise InputError(
                 f"verify checks a noise process, but checkpoint_path {checkpoint} has none; remove "
@@ -123,6 +125,21 @@ class EvaluationInputs:
             is_draft=plan is not None,
             data=data,
         )
+
+
+def _check_canvas(config: "EvaluateConfig", checkpoint: Path, model_config: Any) -> None:
+    """Raise InputError where an encoder with a decoder is asked for what is made for one model."""
+    if family_of(published_type(model_config)).attention != "canvas":
+        return
+    for field, is_set, reason in (
+        ("verify", config.verify, "its experts have no products of float64, which checks are in"),
+        ("time_passes", config.time_passes, "it reads clean and noisy text in different passes"),
+    ):
+        if is_set:
+            raise InputError(
+                f"{field}: checkpoint_path {checkpoint} is of type "
+                f"{published_type(model_config)!r}, and {reason}; remove {field}"
+            )
 
 
 def task_setup(config: "EvaluateConfig", checkpoint: Path) -> TaskSetup:

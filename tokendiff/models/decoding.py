@@ -79,6 +79,11 @@ def _open_causal(
 ) -> CausalModel:
     from transformers import AutoModelForCausalLM
 
+    if config.model_type == MODEL_TYPE:
+        raise InputError(
+            f"{field} {name!r} is of type {MODEL_TYPE!r}, an encoder with a decoder, where one "
+            "causal language model is read; give one, or sample from this with sampler 'canvas'"
+        )
     weights = open_weights(
         AutoModelForCausalLM,
         name,

@@ -149,7 +149,8 @@ class _BothHalves(ModelInTwoParts):
                 position_ids=positions,
                 past_key_values=cache,
             )
-        return decoder.norm(hidden)  # type: ignore[no-any-return]
+        states: Tensor = decoder.norm(hidden)
+        return states
 
     def _masks(self, is_seen: Tensor, in_window: Tensor) -> dict[str, Tensor]:
         """What transformers takes as attention_mask, from [n, Q, KV] bool."""
