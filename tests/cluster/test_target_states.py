@@ -279,10 +279,11 @@ def test_behind_a_uri(bench: Bench, states: Path, tmp_path: Path) -> None:
         bench.config(), ClusterConfig(), data_path=bench.rows, output_dir=there
     )
     assert found.files == load_manifest(states).files
-    cfg, losses = bench.config(), []
-    for path in (str(states), there.uri):
-        losses.append(run(reading(cfg, path), bench.data, tmp_path / f"run{len(losses)}")[0])
-    assert losses[0] == losses[1]
+    local, remote = (
+        run(reading(bench.config(), path), bench.data, tmp_path / name)[0]
+        for name, path in (("local", str(states)), ("remote", there.uri))
+    )
+    assert local == remote
 
 
 @pytest.mark.ray
