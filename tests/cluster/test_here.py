@@ -98,7 +98,9 @@ def test_the_losses_are_those_of_plain_training_and_sigterm_costs_no_step(
             log.write(event, **fields)
             if event == "metrics" and fields["step"] == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(0.3)  # a slow step, in which it is said that the signal has come
+                until = time.monotonic() + 10.0  # a slow step: that the signal has come is said
+                while time.monotonic() < until and "stopping" not in log.path.read_text():
+                    time.sleep(0.05)
 
         arguments: dict[str, Any] = {"data_path": data_path, "output_dir": out}
         with session.ray_session(ClusterConfig()):
