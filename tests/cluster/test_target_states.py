@@ -361,7 +361,7 @@ def test_a_pipeline_computes_them_once_and_says_what_they_take(
     # Another draft of as many layers reads the same states; one of more, others.
     for change, state in (("loss_type=dpace", "done"), ("draft_num_layers=2", "run")):
         other = load_config(tmp_path / "toy.yaml", [f"train.objective.{change}"])
-        steps = {step.stage.name: step.state for step in plan(other, Path(other.root))}
+        steps = {step.stage.name: step.state for step in plan(other, Path(other.root)).steps}
         assert steps["states"] == state
         assert steps["draft"] == "run"
     exact = f"{found['tokens'] * 2 * 128 * 4 / 1e6:.1f} MB (256 numbers of 4 bytes for each "
