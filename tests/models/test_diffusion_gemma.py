@@ -203,7 +203,10 @@ def test_half_precision_decodes(tmp_path: Path) -> None:
     assert record["tokens"]
 
 
-def test_the_command_takes_the_family_and_its_sampler(tmp_path: Path, in_this_process: Any) -> None:
+def test_the_command_takes_the_family_and_its_sampler(
+    tmp_path: Path, in_this_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # its tracking store is written here
     diffusion_gemma(tmp_path / "model")
     options = ["--max_new_tokens", "6", "--num_inference_steps", "2", "--output_format", "jsonl"]
     for name, sampler in (("named", ["--sampler", "canvas"]), ("default", [])):

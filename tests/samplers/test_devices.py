@@ -1,25 +1,31 @@
 """Decoding on a device, which is emulated: the same tokens, and one wait per forward pass."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.device_reads import count_waits, emulated_device
+from tests.models import diffusion_gemma as gemma
 from tests.models.test_windows import V as ROW_VOCABULARY
 from tests.models.test_windows import denoiser_of
 from tests.samplers import test_dflash as drafts
 from tests.samplers import test_self_speculation as own_drafts
 from tests.samplers.test_decoding import STOPS, causal_model, completed, requests_of
-from tokendiff.diffusion.kernels import AbsorbingKernel, HybridKernel
+from tests.samplers.test_decoding import V as CAUSAL_V
+from tokendiff.diffusion.interfaces import Request
+from tokendiff.diffusion.kernels import AbsorbingKernel, HybridKernel, UniformKernel
 from tokendiff.diffusion.random import RowGenerator, key_from
 from tokendiff.diffusion.schedules import LogLinear
 from tokendiff.models.causal import CausalModel
+from tokendiff.models.diffusion_gemma import EncoderDecoder, uniform_noise
 from tokendiff.samplers.ancestral import AncestralSampler
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
 from tokendiff.samplers.base import Sampler
 from tokendiff.samplers.block_refinement import BlockRefinementSampler
 from tokendiff.samplers.blockwise import BlockwiseSampler
+from tokendiff.samplers.canvas import CanvasSampler
 from tokendiff.samplers.continuous import ContinuousSampler, FilledRow, RowToFill
 from tokendiff.samplers.dflash import DFlashSampler
 from tokendiff.samplers.first_hitting import FirstHittingSampler
@@ -85,6 +91,54 @@ def test_tokens_are_those_of_the_cpu_with_one_wait_per_pass(name: str) -> None:
     assert waits.sends == 0, waits.places()
     num_passes = getattr(model, "target", model).num_calls
     assert 0 < waits.reads <= num_passes, waits.places()
+
+
+CANVAS_RULES: dict[str, dict[str, Any]] = {
+    "entropy_bound": {"entropy_bound": 1.0, "confidence_threshold": 1.9},
+    "block_refinement": {"canvas_rule": "block_refinement", "threshold": 0.3},
+    "ddim, corrected": {"canvas_rule": "ddim", "corrector_steps": 2},
+    "ancestral, corrected where unsure": {
+        "canvas_rule": "ancestral",
+        "corrector_steps": 1,
+        "corrector_k": 2,
+        "corrector_selection": "lowest_log_margin",
+    },
+}
+
+
+@pytest.mark.parametrize("rule", CANVAS_RULES)
+@pytest.mark.parametrize("kind", ["causal", "encoder and decoder"])
+def test_canvases_on_a_device_are_those_of_the_cpu(rule: str, kind: str, tmp_path: Path) -> None:
+    """There rows at the first step of a canvas and rows at later ones share a pass."""
+    kernel = UniformKernel(schedule=LogLinear(), vocab_size=CAUSAL_V, mask_token_id=3)
+    if kind != "causal":
+        kernel = uniform_noise(gemma.V)
+    sampler = CanvasSampler(
+        kernel=kernel,
+        mask_token_id=kernel.mask_token_id,
+        prediction="posterior",
+        block_length=4,
+        max_new_tokens=7,
+        num_inference_steps=4,
+        context_is_causal=kind != "causal",
+        **CANVAS_RULES[rule],
+    )
+    model: Any = causal_model()
+    if kind != "causal":
+        reference = gemma.diffusion_gemma(tmp_path)
+        reference.set_experts_implementation("eager")  # the emulated device has no grouped products
+        model = EncoderDecoder(reference, vocab_size=gemma.V)
+    requests = [
+        Request(id=row, prompt=tuple(range(4, 4 + length)), block_starts=(length,))
+        for row, length in enumerate((3, 9, 8, 5))
+    ]
+    expected = completed(sampler, model, requests, num_slots=3)
+    device = emulated_device()
+    with count_waits():
+        model.to(device)
+        found = completed(sampler, model, requests, num_slots=3)
+    assert [found[row].tokens for row in found] == [expected[row].tokens for row in found]
+    assert len(found) == len(requests)
 
 
 def test_a_prompt_that_is_read_in_pieces_is_waited_for_once() -> None:

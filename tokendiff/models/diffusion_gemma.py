@@ -7,12 +7,11 @@ with a sliding window keep W - 1 tokens before a canvas, which all of the canvas
 its own end is from them; so does the cache of transformers.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import DynamicCache
 
 from tokendiff.diffusion.attention_masks import MaskRule, dense
 from tokendiff.diffusion.devices import sent
@@ -22,8 +21,10 @@ from tokendiff.diffusion.schedules import LogLinear
 from tokendiff.errors import InputError
 from tokendiff.models.denoiser import ModelInTwoParts
 from tokendiff.models.pretrained import open_weights
-from tokendiff.models.ragged_cache import RaggedCache
 from tokendiff.objectives.chunked import most_logits, without_mask
+
+if TYPE_CHECKING:
+    from tokendiff.models.ragged_cache import RaggedCache
 
 MODEL_TYPE = "diffusion_gemma"
 # alpha(t) = 1 - t as in the released schedulers; at 1 it has to stay above 0.
@@ -168,7 +169,9 @@ class _BothHalves(ModelInTwoParts):
 class EncoderDecoder(_BothHalves):
     """A DiffusionGemma as a `tokendiff.diffusion.interfaces.CanvasDecoder`."""
 
-    def new_cache(self, num_rows: int) -> RaggedCache:
+    def new_cache(self, num_rows: int) -> "RaggedCache":
+        from tokendiff.models.ragged_cache import RaggedCache
+
         layers = self._text.num_hidden_layers
         return RaggedCache(num_rows, num_layers=layers, device=self.device)
 
@@ -181,8 +184,8 @@ class EncoderDecoder(_BothHalves):
         rule: MaskRule,
     ) -> Tensor:
         """As `Decoder.encode`, of clean text."""
-        assert isinstance(cache, RaggedCache)
-        places, width = cache.begin(rows, tokens.shape[1])
+        kept = cast("RaggedCache", cache)
+        places, width = kept.begin(rows, tokens.shape[1])
         tokens, num_tokens, places = (
             sent(numbers, self.device) for numbers in (tokens, num_tokens, places)
         )
@@ -206,10 +209,9 @@ class EncoderDecoder(_BothHalves):
     def denoise(
         self, tokens: Tensor, found: Tensor | None, cache: DecodingCache, rows: Tensor
     ) -> Tensor:
-        assert isinstance(cache, RaggedCache)
         lengths = sent(cache.lengths[rows], self.device)
         tokens = sent(tokens, self.device)
-        view = cache.view(rows)
+        view = cast("RaggedCache", cache).view(rows)
         canvas = torch.arange(tokens.shape[1], device=self.device)
         kv = torch.arange(view.width, device=self.device)
         is_kept = (kv < lengths[:, None])[:, None]
@@ -244,7 +246,7 @@ class EncoderDecoderDenoiser(_BothHalves):
     def encode(self, tokens: Tensor, positions: Tensor, rule: MaskRule) -> Tensor:
         size = tokens.shape[1]
         seen = dense(rule, len(tokens), size, size, tokens.device)[:, 0]
-        return self._encode(tokens, positions, seen, DynamicCache())
+        return self._encode(tokens, positions, seen, _new_cache())
 
     def _encode(self, tokens: Tensor, positions: Tensor, seen: Tensor, cache: Any) -> Tensor:
         """By the encoder, whose keys and values the cache then has.
@@ -266,7 +268,7 @@ class EncoderDecoderDenoiser(_BothHalves):
     ) -> Tensor:
         half, window = tokens.shape[1] // 2, self._text.sliding_window
         seen = dense(rule, len(tokens), 2 * half, 2 * half, tokens.device)[:, 0]
-        place, cache = positions[:, half:], DynamicCache()
+        place, cache = positions[:, half:], _new_cache()
         encoded = self._encode(tokens[:, half:], place, seen[:, half:, half:], cache)
         kept, canvas, at = seen[:, :half, half:], seen[:, :half, :half], positions[:, :half]
         begin = at[:, None].expand(-1, half, -1).masked_fill(~canvas, _FAR).amin(-1)
@@ -296,3 +298,10 @@ class EncoderDecoderDenoiser(_BothHalves):
         with torch.no_grad():
             logits = without_mask(self.head(hidden), self.mask_token_id)
         return self.expected_embedding(logits)
+
+
+def _new_cache() -> Any:
+    """A cache of transformers for one pass, which keeps all that it is given."""
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache()
