@@ -333,8 +333,8 @@ class Trainer:
         if spikes.action == "stop":
             return (
                 f"stopped before the optimiser step, as on_spike says, {kept}. Look at the rows of "
-                "this step, or run the same command with on_spike skip or rewind: it goes on from "
-                "the checkpoint"
+                "this step, or run the same command with on_spike skip or rewind: jobs.train goes "
+                "on from the checkpoint, a stage of a pipeline begins anew"
             )
         return (
             f"stopped, as {len(spikes.spikes)} of the last {spikes.window} steps were "
