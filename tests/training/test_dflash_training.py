@@ -126,6 +126,23 @@ def test_losses_do_not_depend_on_workers(data: TokenData, target: str, tmp_path:
             assert here == pytest.approx(there, rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_losses_of_the_second_layout_do_not_depend_on_workers(
+    sharding: str, data: TokenData, target: str, tmp_path: Path
+) -> None:
+    """The selector stands outside the layers, and its weights are read beside the head."""
+    second = {**DRAFT, "draft_layout": "dflash2"}
+    few = {"target_model_id": target, "max_train_steps": 3, "per_device_train_batch_size": 2}
+    alone = run(config(second, **few), data, tmp_path / "alone")[0]
+    shared = config(second, sharding=sharding, **few)
+    (losses,) = {
+        tuple(sorted(losses.items()))
+        for losses in run_distributed([(shared, tmp_path / "shared")], data, 2)
+    }
+    assert dict(losses) == pytest.approx(alone, rel=1e-5)
+
+
 @LAYOUTS
 def test_dpace_losses_do_not_depend_on_micro_batches(
     layout: str, data: TokenData, target: str, tmp_path: Path
