@@ -120,6 +120,7 @@ def test_states_are_those_of_each_document_alone(bench: Bench, states: Path) -> 
         {"mixed_precision": "bf16"},
         {"objective": {**DRAFT, "num_anchors": 500, "loss_type": "dpace"}},
         {"objective": {**DRAFT, "use_target_hidden_states": False}},
+        {"objective": {**DRAFT, "draft_layout": "dflash2"}},
     ],
     ids=lambda changes: "-".join(changes) or "plain",
 )

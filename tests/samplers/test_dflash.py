@@ -246,6 +246,7 @@ class Cribbing(DraftedModel):
 
     def draft(self, anchors: Tensor, cache: DecodingCache, rows: Tensor) -> Tensor:
         hidden = super().draft(anchors, cache, rows)
+        assert isinstance(hidden, Tensor)
         weight = self.target.model.get_output_embeddings().weight
         lengths = cache.lengths[rows].tolist()
         for row, place in enumerate(zip(lengths, anchors.tolist(), strict=True)):
@@ -426,6 +427,7 @@ def test_drafts_in_a_batch_are_those_of_the_whole_text_at_once() -> None:
         cache.extend(chosen, counts[chosen])
         anchors = torch.tensor([5, 6, 7])[chosen]
         drafted = model.draft(anchors, cache, chosen)
+        assert isinstance(drafted, Tensor)
         for index, row in enumerate(chosen.tolist()):
             context = texts[row][: after[row]]
             assert torch.allclose(

@@ -45,6 +45,7 @@ from tokendiff.training.inputs import check_inputs
 
 LENGTH = 16
 DRAFT = {"name": "dflash", "num_anchors": 3, "block_size": 4, "draft_num_layers": 2}
+LAYOUTS = pytest.mark.parametrize("layout", ["dflash", "dflash2"])
 
 
 def runs_of(row: Any) -> list[int]:
@@ -125,14 +126,32 @@ def test_losses_do_not_depend_on_workers(data: TokenData, target: str, tmp_path:
             assert here == pytest.approx(there, rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_losses_of_the_second_layout_do_not_depend_on_workers(
+    sharding: str, data: TokenData, target: str, tmp_path: Path
+) -> None:
+    """The selector stands outside the layers, and its weights are read beside the head."""
+    second = {**DRAFT, "draft_layout": "dflash2"}
+    few = {"target_model_id": target, "max_train_steps": 3, "per_device_train_batch_size": 2}
+    alone = run(config(second, **few), data, tmp_path / "alone")[0]
+    shared = config(second, sharding=sharding, **few)
+    (losses,) = {
+        tuple(sorted(losses.items()))
+        for losses in run_distributed([(shared, tmp_path / "shared")], data, 2)
+    }
+    assert dict(losses) == pytest.approx(alone, rel=1e-5)
+
+
+@LAYOUTS
 def test_dpace_losses_do_not_depend_on_micro_batches(
-    data: TokenData, target: str, tmp_path: Path
+    layout: str, data: TokenData, target: str, tmp_path: Path
 ) -> None:
     """Rows with few anchors and with many count by their blocks, however they are put together."""
     losses = []
     for rows in (8, 3, 1):
         cfg = config(
-            {**DRAFT, "loss_type": "dpace", "dpace_alpha": 0.4},
+            {**DRAFT, "draft_layout": layout, "loss_type": "dpace", "dpace_alpha": 0.4},
             target_model_id=target,
             max_train_steps=2,
             per_device_train_batch_size=rows,
@@ -157,10 +176,11 @@ def test_a_step_that_has_nothing_to_learn_from_is_a_step(target: str, tmp_path: 
     assert [event["grad_norm"] for event in events if event["event"] == "metrics"] == [0.0]
 
 
+@LAYOUTS
 def test_resuming_is_exact_and_a_draft_goes_on(
-    data: TokenData, target: str, tmp_path: Path
+    layout: str, data: TokenData, target: str, tmp_path: Path
 ) -> None:
-    cfg = config(DRAFT, target_model_id=target)
+    cfg = config({**DRAFT, "draft_layout": layout}, target_model_id=target)
     losses, events = run(cfg, data, tmp_path / "whole")
     metrics = [event for event in events if event["event"] == "metrics"]
     assert all(1.0 <= event["expected_acceptance_length"] <= 4.0 for event in metrics)
@@ -234,6 +254,7 @@ def test_a_draft_checkpoint_is_the_published_layout(
     assert (fields["block_size"], fields["num_target_layers"]) == (4, 6)
     assert fields["dflash_config"] == {"target_layer_ids": [1, 3], "mask_token_id": 1}
     names = set(load_file(final / "model.safetensors"))
+    assert not any("conv" in name or "selector" in name for name in names)
     assert {"fc.weight", "hidden_norm.weight", "norm.weight"} <= names
     assert not any("embed" in name or "lm_head" in name for name in names)
     assert not (final / "scheduler_config.json").exists()
@@ -254,6 +275,43 @@ def test_a_draft_checkpoint_is_the_published_layout(
         speculation_type="dflash",
     )
     assert torch.equal(own, drafted)
+
+
+def test_a_draft_of_the_second_layout_learns_and_is_judged_by_its_paths(
+    data: TokenData, target: str, tmp_path: Path
+) -> None:
+    """Loss and the selector's own part fall; the checkpoint is in the published layout, and what
+    the evaluation finds of it is what training logged last.
+    """
+    second = {**DRAFT, "draft_layout": "dflash2", "num_anchors": 64}
+    cfg = config(second, target_model_id=target, max_train_steps=16, learning_rate=5e-3)
+    cfg = cfg.model_copy(update={"checkpointing_steps": 100})
+    losses, events = run(cfg, data, tmp_path)
+    metrics = [event for event in events if event["event"] == "metrics"]
+    assert losses[16] < 0.9 * losses[1]
+    assert metrics[-1]["selector_nll"] < metrics[0]["selector_nll"]
+    assert all(0.0 < event["selector_recall"] <= 1.0 for event in metrics)
+    final = open_checkpoint(tmp_path / "final")
+    fields = json.loads((final / "config.json").read_text())
+    assert fields["architectures"] == ["DFlash2DraftModel"]
+    assert fields["dflash_config"] == {
+        "target_layer_ids": [1, 3],
+        "mask_token_id": 1,
+        "block_size": 4,
+        "conv_kernel_size": 2,
+        "conv_group_size": 16,
+        "selector_rank": 256,
+        "selector_top_k": 16,
+    }
+    weights = load_file(final / "model.safetensors")
+    assert weights["candidate_selector.successor_codebook"].any()
+    assert weights["layers.1.mlp_conv.kernel_projection.weight"].any()
+    judge = DraftEvaluator(final, EvaluateConfig(), device="cpu")
+    heldout = TokenData.open(data.folder, split="heldout")
+    places = evaluation_rows(heldout, seed=0, max_rows=None)
+    figures = acceptance_figures(judge.acceptance(heldout.read(*places))["blocks"])
+    last = [event["heldout_acceptance_length"] for event in metrics][-1]
+    assert last == pytest.approx(figures["expected_acceptance_length"])
 
 
 def test_the_ablation_reads_embeddings_and_is_as_large(

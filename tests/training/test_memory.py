@@ -76,7 +76,7 @@ def kept_by_a_real_pass(cfg: TrainConfig, data: TokenData, folder: Path) -> int:
             return logits
 
     class WatchedDraft:
-        read = getattr(model, "read", None)
+        read, selector = (getattr(model, name, None) for name in ("read", "selector"))
 
         def draft(self, *args: Any) -> Tensor:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

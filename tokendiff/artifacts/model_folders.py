@@ -13,7 +13,8 @@ from tokendiff.errors import InputError
 
 CONFIG_NAME = "config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
-DRAFT_ARCHITECTURE = "DFlashDraftModel"
+DRAFT_ARCHITECTURE, SECOND_DRAFT_ARCHITECTURE = "DFlashDraftModel", "DFlash2DraftModel"
+DRAFT_ARCHITECTURES = frozenset({DRAFT_ARCHITECTURE, SECOND_DRAFT_ARCHITECTURE})
 # Their positions start behind the padding id, which is 1 where the config does not say.
 _OFFSET_TYPES = ("roberta", "xlm-roberta", "camembert")
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -77,10 +78,10 @@ def longest_row(fields: Mapping[str, Any]) -> int | None:
 
 
 def is_draft_folder(folder: str | Path) -> bool:
-    """Whether a local folder holds a DFlash draft, by its config.json."""
+    """Whether a local folder holds a DFlash draft of either layout, by its config.json."""
     if not (Path(folder) / CONFIG_NAME).is_file():
         return False
-    return DRAFT_ARCHITECTURE in (read_config(Path(folder)).get("architectures") or [])
+    return not DRAFT_ARCHITECTURES.isdisjoint(read_config(Path(folder)).get("architectures") or [])
 
 
 def is_foreign(folder: Path) -> bool:

@@ -336,6 +336,12 @@ class DFlashConfig(_NoiselessConfig):
         "1) / decay_gamma); by default 7, 5 and 4 for blocks of 16, 10 and 8, interpolated "
         "between them",
     )
+    draft_layout: Literal["dflash", "dflash2"] = added(
+        "dflash",
+        description="layout of a new draft: dflash2 adds convolutions over the block to its "
+        "layers, and a selector that chooses each drafted token from the 16 likeliest in view of "
+        "the one before",
+    )
     draft_num_layers: int = Field(5, ge=1, description="layers of a new draft")
     block_size: int = Field(
         16,
@@ -361,7 +367,13 @@ class DFlashConfig(_NoiselessConfig):
         return self
 
 
-NEW_DRAFT_FIELDS = ("draft_num_layers", "block_size", "mask_token_id", "use_target_hidden_states")
+NEW_DRAFT_FIELDS = (
+    "draft_layout",
+    "draft_num_layers",
+    "block_size",
+    "mask_token_id",
+    "use_target_hidden_states",
+)
 
 ObjectiveConfig = Annotated[
     MDLMConfig

@@ -225,21 +225,37 @@ class AnchoredBlocks:
     Attributes:
         begin, end: [B, A] int64, the run of tokens; empty where they are equal.
         length: L.
+        window: a query sees tokens of the row that stand at most so many places before it; the
+            first place of a block is `end`. None: all of the run.
     """
 
     begin: Tensor
     end: Tensor
     length: int
     block_size: int
+    window: int | None = None
 
     def __call__(self, b: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         block = q // self.block_size
         is_context = (kv >= self.begin[b, block]) & (kv < self.end[b, block])
+        if self.window is not None:
+            is_context = is_context & (kv >= self.end[b, block] + q % self.block_size - self.window)
         is_own = (kv >= self.length) & ((kv - self.length) // self.block_size == block)
         return is_context | is_own
 
+    def begin_of_queries(self) -> Tensor:
+        """[B, A, block_size]: where the run of each query begins, at `end` where it is empty."""
+        begin = self.begin[:, :, None].expand(-1, -1, self.block_size)
+        if self.window is None:
+            return begin
+        place = torch.arange(self.block_size, device=begin.device)
+        end = self.end[:, :, None]
+        return torch.maximum(begin, end + place - self.window).minimum(end)
 
-def dflash_blocks(document: Tensor, anchors: Tensor, block_size: int) -> AnchoredBlocks:
+
+def dflash_blocks(
+    document: Tensor, anchors: Tensor, block_size: int, window: int | None = None
+) -> AnchoredBlocks:
     """A block sees the tokens of its anchor's document strictly before the anchor.
 
     Args:
@@ -249,5 +265,9 @@ def dflash_blocks(document: Tensor, anchors: Tensor, block_size: int) -> Anchore
     """
     place = positions_in_document(document).gather(1, anchors)
     return AnchoredBlocks(
-        begin=anchors - place, end=anchors, length=document.shape[1], block_size=block_size
+        begin=anchors - place,
+        end=anchors,
+        length=document.shape[1],
+        block_size=block_size,
+        window=window,
     )

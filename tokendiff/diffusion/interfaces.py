@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokendiff.diffusion.attention_masks import AnchoredBlocks, MaskRule
+from tokendiff.diffusion.candidates import Candidates
 from tokendiff.diffusion.random import RowGenerator
 
 
@@ -128,8 +129,32 @@ class DraftingDenoiser(CausalDenoiser, Protocol):
         ...
 
 
+class Selector(Protocol):
+    """Which of its likeliest tokens a draft proposes (`tokendiff.diffusion.candidates`)."""
+
+    @property
+    def top_k(self) -> int:
+        """Candidates of a place."""
+        ...
+
+    @property
+    def predecessor_codebook(self) -> Tensor: ...
+
+    @property
+    def successor_codebook(self) -> Tensor: ...
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Features [..., R] of hidden states [..., D]."""
+        ...
+
+
 class DraftBesideTarget(Protocol):
     """A draft that is trained, with the frozen causal language model whose tokens it drafts."""
+
+    @property
+    def selector(self) -> Selector | None:
+        """None where the draft proposes its likeliest tokens."""
+        ...
 
     def read(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the draft is told of each token: [B, L, C], without gradient.
@@ -370,9 +395,10 @@ class DraftedDecoder(Decoder, Protocol):
         """K, tokens of a block, at least 2: the anchor, and those that are drafted."""
         ...
 
-    def draft(self, anchors: Tensor, cache: DecodingCache, rows: Tensor) -> Tensor:
+    def draft(self, anchors: Tensor, cache: DecodingCache, rows: Tensor) -> "Tensor | Candidates":
         """Hidden states [n, K - 1, D], for `head`, of the tokens behind an anchor ([n] int64) that
-        stands behind what is kept of each of `rows` [n].
+        stands behind what is kept of each of `rows` [n]; or, of a draft with a selector, the
+        candidates for these tokens.
         """
         ...
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokendiff.artifacts.model_folders import (
-    DRAFT_ARCHITECTURE,
+    DRAFT_ARCHITECTURES,
     lacks_weights,
     local_model,
     longest_row,
@@ -313,8 +313,8 @@ def check_causal_model(config: Any, name: str, *, field: str, is_one_way: bool =
 
 
 def is_draft_config(config: Any) -> bool:
-    """Whether a transformers config is that of a DFlash draft."""
-    return DRAFT_ARCHITECTURE in (getattr(config, "architectures", None) or [])
+    """Whether a transformers config is that of a DFlash draft, of either layout."""
+    return not DRAFT_ARCHITECTURES.isdisjoint(getattr(config, "architectures", None) or [])
 
 
 def _distinct_parameters(model: Any, keys: set[str]) -> dict[str, int]:

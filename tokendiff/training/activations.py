@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokendiff.diffusion.attention_masks import block_diffusion, dflash_blocks
 from tokendiff.models.denoiser import ModelInTwoParts
+from tokendiff.models.dflash.model import FULL, SLIDING
 from tokendiff.models.dflash.trainee import DraftTrainee
 from tokendiff.models.diffusion_gemma import MODEL_TYPE, EncoderDecoderDenoiser
 from tokendiff.models.layers import find_layers
@@ -121,7 +122,7 @@ def _kept_by_draft(
     rule = dflash_blocks(document, anchors, shape.block_size)
     num_queries = count * shape.block_size
     kernel = trainee.kernel_for(device, num_queries * (length + num_queries))
-    mask: Any = None  # flex attention keeps none
+    mask: Any = {FULL: None, SLIDING: None}  # flex attention keeps none
     if kernel != "flex":
         alike = DraftTrainee(trainee.model, trainee.target, attention_kernel=kernel)
         mask = alike.mask_of(rule, num_queries, torch.device("cpu"))

@@ -31,10 +31,12 @@ def block_mask_of(blocks: AnchoredBlocks) -> BlockMask:
     num_queries = num_anchors * size
     num_keys = blocks.length + num_queries
     own = blocks.length + size * torch.arange(num_anchors, device=blocks.begin.device)
-    runs = ((blocks.begin, blocks.end), (own.expand(batch, -1), own.expand(batch, -1) + size))
+    of_row = (blocks.begin_of_queries().flatten(1), blocks.end.repeat_interleave(size, dim=1))
+    own = own.expand(batch, -1).repeat_interleave(size, dim=1)
+    runs = (of_row, (own, own + size))
     rows, columns = (math.ceil(count / FLEX_TILE) for count in (num_queries, num_keys))
     first = FLEX_TILE * torch.arange(columns, device=own.device)
-    is_touched = torch.zeros(batch, num_anchors, columns, dtype=torch.bool, device=own.device)
+    is_touched = torch.zeros(batch, num_queries, columns, dtype=torch.bool, device=own.device)
     is_inside = is_touched.clone()
     for begin, end in runs:
         begin, end = begin[:, :, None], end[:, :, None]
@@ -42,8 +44,8 @@ def block_mask_of(blocks: AnchoredBlocks) -> BlockMask:
         is_inside |= (begin <= first) & (end >= first + FLEX_TILE)
     shape = (2, batch, rows * FLEX_TILE, columns)
     some, every = torch.zeros(shape, dtype=torch.bool, device=own.device)
-    some[:, :num_queries] = is_touched.repeat_interleave(size, dim=1)
-    every[:, :num_queries] = is_inside.repeat_interleave(size, dim=1)
+    some[:, :num_queries] = is_touched
+    every[:, :num_queries] = is_inside
     is_whole = every.unflatten(1, (rows, FLEX_TILE)).all(2)
     is_partial = some.unflatten(1, (rows, FLEX_TILE)).any(2) & ~is_whole
     return BlockMask.from_kv_blocks(
@@ -66,8 +68,9 @@ def tiles_of_blocks(blocks: AnchoredBlocks, *, dtype: torch.dtype) -> tuple[Tile
     """
     size, num_anchors = blocks.block_size, blocks.begin.shape[1]
     device, group = blocks.begin.device, max(1, _TILE_QUERIES // size)
-    is_empty = blocks.begin == blocks.end
-    begins = blocks.begin.masked_fill(is_empty, blocks.length).amin(0).split(group)
+    begin = blocks.begin_of_queries()[:, :, 0]
+    is_empty = begin == blocks.end
+    begins = begin.masked_fill(is_empty, blocks.length).amin(0).split(group)
     ends = blocks.end.masked_fill(is_empty, 0).amax(0).split(group)
     hulls = [torch.stack([b.amin(), e.amax()]) for b, e in zip(begins, ends, strict=True)]
     row = torch.arange(len(blocks.begin), device=device)[:, None, None]

@@ -11,16 +11,25 @@ import torch
 from torch import Tensor
 
 from tokendiff.diffusion.attention_masks import MaskRule
+from tokendiff.diffusion.candidates import Candidates
 from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import DecodingCache
 from tokendiff.errors import InputError
 from tokendiff.models.causal import CausalModel
-from tokendiff.models.dflash.model import DFlashDraftModel
+from tokendiff.models.dflash.model import (
+    FULL,
+    SLIDING,
+    CandidateSelector,
+    DFlashDraftModel,
+    in_window,
+)
 from tokendiff.models.dflash.planning import check_fit, open_draft_config, open_target_config
 from tokendiff.models.ragged_cache import RaggedCache
 
 if TYPE_CHECKING:
     from tokendiff.config.generate import GenerateConfig
+
+_LOGITS_AT_ONCE = 256  # hidden states whose logits exist at once
 
 
 def check_drafted(config: "GenerateConfig") -> str:
@@ -90,13 +99,36 @@ class DraftedModel:
     def head(self, hidden: Tensor) -> Tensor:
         return self.target.head(hidden)
 
-    def draft(self, anchors: Tensor, cache: DecodingCache, rows: Tensor) -> Tensor:
+    def draft(self, anchors: Tensor, cache: DecodingCache, rows: Tensor) -> Tensor | Candidates:
         assert isinstance(cache, DraftedCache)
         block = anchors.new_full((len(anchors), self.block_size), self._draft.config.mask_token_id)
         block[:, 0] = anchors
         embedded = self.target.model.get_input_embeddings()(sent(block, self.device))
         hidden = cache.read_unread(rows, embedded)[:, 1:]
-        return self.target.before_head(hidden.to(embedded.dtype))
+        if self._draft.candidate_selector is None:
+            return self.target.before_head(hidden.to(embedded.dtype))
+        return self._candidates(hidden, self._draft.candidate_selector, embedded.dtype)
+
+    def _candidates(
+        self, hidden: Tensor, selector: CandidateSelector, dtype: torch.dtype
+    ) -> Candidates:
+        """Of hidden states [n, D, H] of the draft, whose [n D, V] logits are never held at once."""
+        output, size = self.target.model.get_output_embeddings(), self.target.vocab_size
+        found = []
+        for states in hidden.flatten(0, 1).split(_LOGITS_AT_ONCE):
+            logits = self._draft.config.shaped(output(states.to(dtype))[..., :size])
+            best = logits.topk(min(selector.top_k, logits.shape[-1]))
+            values = best.values.to(torch.promote_types(logits.dtype, torch.float32))
+            found.append((best.indices, values))
+        tokens, logits = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return Candidates(
+            tokens=tokens.unflatten(0, hidden.shape[:2]),
+            logits=logits.unflatten(0, hidden.shape[:2]),
+            features=selector(hidden),
+            predecessors=selector.predecessor_codebook,
+            successors=selector.successor_codebook,
+            vocab_size=size,
+        )
 
 
 class DraftedCache:
@@ -178,10 +210,16 @@ class DraftedCache:
         if bool((end < width).any()):
             kv = torch.arange(width, device=there)
             mask = (kv < sent(end, there)[:, None])[:, None, None]
+        window, masks = self._draft.window, {FULL: mask, SLIDING: mask}
+        if window is not None and int(end.max()) > window:
+            kv = torch.arange(width, device=there).expand(len(rows), -1)
+            of_block = sent(positions, there)[:, num_states:]
+            is_near = in_window(kv, of_block, window)[:, None]
+            masks[SLIDING] = is_near if mask is None else is_near & mask
         output: Any = self._draft(
             noise_embeds=block,
             context_hidden_states=states,
-            attention_mask=mask,
+            attention_mask=masks,
             position_ids=sent(positions, there),
             past_key_values=self._of_draft,
         )

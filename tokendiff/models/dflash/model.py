@@ -6,12 +6,16 @@ model_type "qwen3" whose architecture is "DFlashDraftModel", with `block_size` a
 {target_layer_ids, mask_token_id}`; weights `layers.*`, `fc`, `hidden_norm`, `norm`, and neither an
 embedding nor a head, which are the target's. `save_pretrained` writes the same layout.
 
+The second layout, "DFlash2DraftModel", adds to `dflash_config` what `DFlash2DraftModel` reads:
+convolutions around attention and MLP, and a selector of candidates.
+
 `forward` is what transformers' own DFlash candidate generator calls, so a draft also serves
 `target.generate(..., assistant_model=draft, speculation_type="dflash")`.
 
 Source: DFlash (arXiv 2602.06036).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,12 +34,20 @@ from transformers.models.qwen3.modeling_qwen3 import (
     rotate_half,
 )
 
+from tokendiff.artifacts.model_folders import SECOND_DRAFT_ARCHITECTURE
 from tokendiff.models.pretrained import is_draft_config
 from tokendiff.models.tiled_attention import Tile, tiled_attention
 
 AnyMask = Tensor | BlockMask | tuple[Tile, ...] | None  # what a query sees, in one of these forms
 EMBEDDING_OUTPUT = -1  # as a target layer id: what the target's first layer is given
+# For each type of layer; or one for all of them, and then windows are cut out of it.
+Masks = AnyMask | Mapping[str, AnyMask]
 _KNOWN_FIELDS = frozenset({"target_layer_ids", "mask_token_id", "block_size"})
+_SECOND_FIELDS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+SCALARS = ("input_embedding_scale", "output_multiplier", "final_logit_softcapping")
+FULL, SLIDING = "full_attention", "sliding_attention"
+# What from_pretrained is told of where files lie.
+_WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def spread_layer_ids(num_target_layers: int, num_ids: int) -> list[int]:
@@ -68,7 +80,13 @@ class DFlashDraftConfig(Qwen3Config):
         block_size: tokens of a block, the anchor included. The published layouts have it here or in
             `dflash_config`.
         num_target_layers: layers of the target; None where it is not recorded.
-        dflash_config: `target_layer_ids` and `mask_token_id`.
+        dflash_config: `target_layer_ids` and `mask_token_id`; of the second layout also
+            `conv_kernel_size`, `conv_group_size`, `selector_rank` and `selector_top_k`.
+        sliding_window: of layers of type sliding_attention: a query sees context at most so many
+            positions before it, and its own block whole.
+        input_embedding_scale, output_multiplier, final_logit_softcapping: of the second layout,
+            here or in `dflash_config`: what embeddings and logits are multiplied by (1 where they
+            are not given), and the c of c tanh(logits / c) (no cap where it is not given).
 
     Raises:
         ValueError: a value that no draft can have, or a field that this version would ignore.
@@ -77,6 +95,10 @@ class DFlashDraftConfig(Qwen3Config):
     block_size: int | None = None
     num_target_layers: int | None = None
     dflash_config: dict[str, Any] | None = None
+    sliding_window: int | None = None
+    input_embedding_scale: float | None = None
+    output_multiplier: float | None = None
+    final_logit_softcapping: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("auto_map", None)  # names code that is not saved beside our weights
@@ -87,7 +109,10 @@ class DFlashDraftConfig(Qwen3Config):
         self.dflash_config = own
         if self.block_size is None:
             self.block_size = own.get("block_size")
+        window = self.sliding_window
         super().__post_init__(**kwargs)
+        if SLIDING in (self.layer_types or []):
+            self.sliding_window = window  # which Qwen3 keeps only where use_sliding_window is set
         self._check()
 
     @property
@@ -97,6 +122,31 @@ class DFlashDraftConfig(Qwen3Config):
     @property
     def mask_token_id(self) -> int:
         return int(self._own("mask_token_id"))
+
+    @property
+    def has_selector(self) -> bool:
+        """Whether it is of the second layout."""
+        named = SECOND_DRAFT_ARCHITECTURE in (self.architectures or [])
+        own = self.dflash_config or {}
+        return named or (not self.architectures and any(name in own for name in _SECOND_FIELDS))
+
+    def second(self, name: str) -> int:
+        """A field of the second layout."""
+        return int(self._own(name))
+
+    def scalar(self, name: str) -> float | None:
+        """One of the optional numbers, wherever it stands; None where it is not given."""
+        own: Any = (self.dflash_config or {}).get(name)
+        return getattr(self, name) if own is None else float(own)
+
+    def shaped(self, logits: Tensor) -> Tensor:
+        """The draft's logits of what the target's head gives: as they are in the first layout."""
+        multiplier, cap = self.scalar("output_multiplier"), self.scalar("final_logit_softcapping")
+        if multiplier in (None, 1.0) and cap is None:
+            return logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits * (1.0 if multiplier is None else multiplier)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _own(self, name: str) -> Any:
         assert self.dflash_config is not None
@@ -108,7 +158,8 @@ class DFlashDraftConfig(Qwen3Config):
         own, ids = self.dflash_config or {}, (self.dflash_config or {}).get("target_layer_ids")
         if not own and self.block_size is None:
             return  # the default config, which transformers makes to see what differs from it
-        if unknown := sorted(own.keys() - _KNOWN_FIELDS):
+        known = _KNOWN_FIELDS.union(_SECOND_FIELDS, SCALARS) if self.has_selector else _KNOWN_FIELDS
+        if unknown := sorted(own.keys() - known):
             raise ValueError(
                 f"dflash_config has {', '.join(unknown)}, which this version does not implement"
             )
@@ -134,10 +185,50 @@ class DFlashDraftConfig(Qwen3Config):
             raise ValueError(
                 f"block_size {self.block_size}: a block is the anchor and at least one token more"
             )
-        if sorted(set(self.layer_types or [])) != ["full_attention"]:
+        self._check_attention()
+        given = [name for name in SCALARS if getattr(self, name) is not None]
+        if self.has_selector:
+            self._check_second(own)
+        elif given:
+            raise ValueError(f"{given[0]} is of drafts of the layout {SECOND_DRAFT_ARCHITECTURE}")
+
+    def _check_attention(self) -> None:
+        kinds = set(self.layer_types or [])
+        if not kinds or not kinds <= {FULL, SLIDING}:
+            raise ValueError(f"layer_types {self.layer_types}: must be {FULL} or {SLIDING}")
+        window = self.sliding_window
+        if SLIDING in kinds and not (isinstance(window, int) and window >= 1):
             raise ValueError(
-                f"layer_types {self.layer_types}: this version has drafts with full attention only"
+                f"sliding_window {window}: layers of type {SLIDING} need the number of positions "
+                "that they see"
             )
+        if getattr(self, "is_causal", False):
+            raise ValueError("is_causal true: within a block, a draft attends in both directions")
+
+    def _check_second(self, own: dict[str, Any]) -> None:
+        for name in _SECOND_FIELDS:
+            if not isinstance(own.get(name), int) or own[name] < 1:
+                raise ValueError(
+                    f"dflash_config.{name} {own.get(name)!r}: a draft of the layout "
+                    f"{SECOND_DRAFT_ARCHITECTURE} needs a number of at least 1"
+                )
+        if self.hidden_size % own["conv_group_size"]:
+            raise ValueError(
+                f"dflash_config.conv_group_size {own['conv_group_size']} does not divide "
+                f"hidden_size {self.hidden_size}"
+            )
+        if own["selector_top_k"] > self.vocab_size:
+            raise ValueError(
+                f"dflash_config.selector_top_k {own['selector_top_k']}: there are "
+                f"{self.vocab_size} tokens"
+            )
+        for name in SCALARS:
+            here, there = getattr(self, name), own.get(name)
+            if None not in (here, there) and here != there:
+                raise ValueError(f"{name} {here} contradicts dflash_config's {there}")
+            number = self.scalar(name)
+            if number is not None and not number > 0.0:
+                raise ValueError(f"{name} {number} must be positive")
 
 
 class DFlashDraftModel(PreTrainedModel):
@@ -156,31 +247,48 @@ class DFlashDraftModel(PreTrainedModel):
     def __init__(self, config: DFlashDraftConfig) -> None:
         super().__init__(config)
         width = config.hidden_size
+        layer = DFlash2DraftLayer if config.has_selector else DFlashDraftLayer
         self.layers = nn.ModuleList(
-            DFlashDraftLayer(config, index) for index in range(config.num_hidden_layers)
+            layer(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = Qwen3RMSNorm(width, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
         self.fc = nn.Linear(len(config.target_layer_ids) * width, width, bias=False)
         self.hidden_norm = Qwen3RMSNorm(width, eps=config.rms_norm_eps)
+        self.candidate_selector = CandidateSelector(config) if config.has_selector else None
         self.post_init()
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, name: Any, *args: Any, config: Any = None, **kwargs: Any
     ) -> Any:
-        """As of any transformers model; a plain Qwen3Config with a draft's fields will do."""
-        return super().from_pretrained(name, *args, config=_as_draft_config(config), **kwargs)
+        """As of any transformers model; a plain Qwen3Config with a draft's fields will do. A draft
+        of the second layout is a `DFlash2DraftModel`.
+        """
+        where = {key: kwargs[key] for key in _WHERE if key in kwargs}
+        if config is None:
+            config = DFlashDraftConfig.from_pretrained(name, **where)
+        elif _lost_its_window(config):
+            again = DFlashDraftConfig.from_pretrained(name, **where)
+            again._attn_implementation = config._attn_implementation
+            config = again
+        config = _as_draft_config(config)
+        if config.has_selector and cls is DFlashDraftModel:
+            return DFlash2DraftModel.from_pretrained(name, *args, config=config, **kwargs)
+        return super().from_pretrained(name, *args, config=config, **kwargs)
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        return super()._from_config(_as_draft_config(config), **kwargs)
+        config = _as_draft_config(config)
+        if config.has_selector and cls is DFlashDraftModel:
+            return DFlash2DraftModel._from_config(config, **kwargs)
+        return super()._from_config(config, **kwargs)
 
     def forward(
         self,
         noise_embeds: Tensor,
         context_hidden_states: Tensor,
-        attention_mask: AnyMask = None,
+        attention_mask: Masks = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
@@ -197,26 +305,61 @@ class DFlashDraftModel(PreTrainedModel):
                 `config.target_layer_ids`, side by side; C may be 0.
             attention_mask: None where every query sees every key; [B, past + C + Q], 0 at keys that
                 none of the row's queries sees; [B, 1, Q, past + C + Q] bool; flex attention's
-                BlockMask of that size; or tiles that cover it.
-            position_ids: [B or 1, C + Q] true positions; None counts on from the cache.
+                BlockMask of that size; or tiles that cover it. One of these for each type of
+                layer, by its name in `layer_types`; or one for all, a tensor or None, and then what
+                is outside a window is taken away here.
+            position_ids: [B or 1, C + Q] true positions; None counts on from the cache. The keys of
+                the cache stand at 0, 1, ....
 
         Returns:
             `last_hidden_state` [B, Q, D], normed: what the target's head is for.
         """
         dtype = self.fc.weight.dtype
         hidden = noise_embeds.to(dtype)
+        if (scale := self.config.scalar("input_embedding_scale")) not in (None, 1.0):
+            hidden = hidden * scale
         context = self.hidden_norm(self.fc(context_hidden_states.to(dtype)))
         if position_ids is None:
             start = 0 if past_key_values is None else past_key_values.get_seq_length()
             length = context.shape[1] + hidden.shape[1]
             position_ids = torch.arange(start, start + length, device=hidden.device)[None]
         rotation = self.rotary_emb(hidden, position_ids)
-        mask = self._prepare(attention_mask, hidden.dtype)
-        for layer in self.layers:
-            hidden = layer(hidden, context, rotation, mask, past_key_values)
+        masks = self._by_layer_type(attention_mask, position_ids, context.shape[1], past_key_values)
+        masks = {kind: self._prepare(mask, hidden.dtype) for kind, mask in masks.items()}
+        kinds = self.config.layer_types or [FULL] * len(self.layers)
+        for kind, layer in zip(kinds, self.layers, strict=True):
+            hidden = layer(hidden, context, rotation, masks[kind], past_key_values)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden), past_key_values=past_key_values
         )
+
+    def _by_layer_type(
+        self, mask: Masks, positions: Tensor, num_context: int, cache: Cache | None
+    ) -> dict[str, AnyMask]:
+        if isinstance(mask, Mapping):
+            return dict(mask)
+        masks: dict[str, AnyMask] = {FULL: mask}
+        if (window := self.window) is None:
+            return masks
+        if isinstance(mask, BlockMask | tuple):
+            raise ValueError("layers with a window need a mask for each type of layer")
+        num_past = 0 if cache is None else cache.get_seq_length()
+        past = torch.arange(num_past, device=positions.device).expand(len(positions), -1)
+        keys = torch.cat([past, positions], dim=1)
+        is_near = in_window(keys, positions[:, num_context:], window)[:, None]
+        if isinstance(mask, Tensor):
+            is_near = is_near & (mask[:, None, None] if mask.ndim == 2 else mask).bool()
+        return {**masks, SLIDING: is_near}
+
+    @property
+    def window(self) -> int | None:
+        """The window of those layers that have one."""
+        return self.config.sliding_window if SLIDING in (self.config.layer_types or []) else None
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DynamicConvolution | CandidateSelector):
+            module.start(self.config.initializer_range)
 
     def _prepare(self, mask: AnyMask, dtype: torch.dtype) -> AnyMask:
         """The mask in the form that the attention function takes."""
@@ -253,6 +396,107 @@ class DFlashDraftLayer(GradientCheckpointingLayer):
             self.input_layernorm(hidden), context, rotation, mask, cache
         )
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class DFlash2DraftLayer(DFlashDraftLayer):
+    """Convolutions go before and behind attention, and before and behind the MLP."""
+
+    def __init__(self, config: DFlashDraftConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.attention_conv = DynamicConvolution(config)
+        self.mlp_conv = DynamicConvolution(config)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        context: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: AnyMask,
+        cache: Cache | None,
+    ) -> Tensor:
+        normed = self.input_layernorm(hidden)
+        before, behind = self.attention_conv.deltas(normed)
+        normed = self.attention_conv(normed, before, side=0)
+        output = self.self_attn(normed, context, rotation, mask, cache)
+        hidden = hidden + self.attention_conv(output, behind, side=1)
+        normed = self.post_attention_layernorm(hidden)
+        before, behind = self.mlp_conv.deltas(normed)
+        output = self.mlp(self.mlp_conv(normed, before, side=0))
+        return hidden + self.mlp_conv(output, behind, side=1)
+
+
+class DynamicConvolution(nn.Module):
+    """Two convolutions over the positions of a block, whose kernels depend on the position.
+
+    Side 0 stands before a part of a layer and side 1 behind it. Both kernels come from what the
+    part is given, h. With g(c) = c // group, the group that channel c is in:
+
+        out[i, c] = sum over taps t of (base[s, t, c] + (P h_i)[s, t, g(c)]) x[i - t, c]
+
+    x is 0 before the first place of a block, so blocks that stand beside each other in a row do not
+    mix.
+    """
+
+    def __init__(self, config: DFlashDraftConfig) -> None:
+        super().__init__()
+        width, group = config.hidden_size, config.second("conv_group_size")
+        taps = config.second("conv_kernel_size")
+        assert config.block_size is not None
+        self.block_size, self.shape = config.block_size, (2, taps, width // group)
+        self.base_kernel = nn.Parameter(torch.empty(2, taps, width))
+        self.kernel_projection = nn.Linear(width, 2 * taps * (width // group), bias=False)
+
+    @torch.no_grad()
+    def start(self, initializer_range: float) -> None:
+        """As if there were no convolution."""
+        self.base_kernel.zero_()
+        self.base_kernel[:, 0] = 1.0
+        self.kernel_projection.weight.zero_()
+
+    def deltas(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What is added to the base kernels: [B, Q, taps, groups] of each side, of h [B, Q, D]."""
+        both = self.kernel_projection(hidden).unflatten(-1, self.shape)
+        return both[:, :, 0], both[:, :, 1]
+
+    def forward(self, states: Tensor, delta: Tensor, *, side: int) -> Tensor:
+        """Convolved states [B, Q, D], Q being one block, the front of one, or several blocks."""
+        length, size, taps = states.shape[1], self.block_size, self.shape[1]
+        if length > size and length % size:
+            raise ValueError(f"{length} positions are not blocks of {size}")
+        blocks = states.unflatten(1, (-1, min(size, length)))
+        padded = nn.functional.pad(blocks, (0, 0, taps - 1, 0))
+        output: Tensor | None = None
+        for tap in range(taps):
+            shifted = padded[:, :, taps - 1 - tap : padded.shape[2] - tap].flatten(1, 2)
+            grouped = shifted.unflatten(-1, (self.shape[-1], -1)) * delta[:, :, tap, :, None]
+            part = shifted * self.base_kernel[side, tap] + grouped.flatten(-2)
+            output = part if output is None else output + part
+        assert output is not None
+        return output.to(states.dtype)
+
+
+class CandidateSelector(nn.Module):
+    """What `tokendiff.diffusion.candidates` scores paths with."""
+
+    def __init__(self, config: DFlashDraftConfig) -> None:
+        super().__init__()
+        rank, size = config.second("selector_rank"), config.vocab_size
+        self.top_k = config.second("selector_top_k")
+        self.hidden_projection = nn.Linear(config.hidden_size, rank, bias=False)
+        self.predecessor_codebook = nn.Parameter(torch.empty(size, rank))
+        self.successor_codebook = nn.Parameter(torch.empty(size, rank))
+
+    @torch.no_grad()
+    def start(self, initializer_range: float) -> None:
+        """As if there were no selector: no token asks for another one behind it."""
+        self.hidden_projection.weight.normal_(0.0, initializer_range)
+        self.predecessor_codebook.normal_(0.0, initializer_range)
+        self.successor_codebook.zero_()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Features [..., R] of hidden states [..., D]."""
+        features: Tensor = self.hidden_projection(hidden)
+        return features
 
 
 class DFlashDraftAttention(nn.Module):
@@ -314,6 +558,30 @@ class DFlashDraftAttention(nn.Module):
 
 def _rotate(vectors: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return vectors * cosine + rotate_half(vectors) * sine
+
+
+def in_window(keys: Tensor, queries: Tensor, window: int) -> Tensor:
+    """[B, Q, KV] which keys at positions [B, KV] stand at most `window` before a query at [B, Q],
+    or in its block, which begins with the first query.
+    """
+    begin = (queries - window).minimum(queries[:, :1])
+    return keys[:, None] >= begin[:, :, None]
+
+
+class DFlash2DraftModel(DFlashDraftModel):
+    """A draft of the second layout: convolutions in its layers, and a candidate selector."""
+
+    _no_split_modules = ["DFlash2DraftLayer"]  # noqa: RUF012
+
+
+def class_of(config: DFlashDraftConfig) -> type[DFlashDraftModel]:
+    return DFlash2DraftModel if config.has_selector else DFlashDraftModel
+
+
+def _lost_its_window(config: Any) -> bool:
+    """A plain Qwen3Config drops the window where `use_sliding_window` is false."""
+    kinds = getattr(config, "layer_types", None) or []
+    return SLIDING in kinds and getattr(config, "sliding_window", None) is None
 
 
 def _as_draft_config(config: Any) -> Any:

@@ -2,18 +2,24 @@
 weight is read.
 """
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from tokendiff.artifacts.model_folders import DRAFT_ARCHITECTURE, local_model
+from tokendiff.artifacts.model_folders import (
+    DRAFT_ARCHITECTURE,
+    SECOND_DRAFT_ARCHITECTURE,
+    local_model,
+)
 from tokendiff.errors import InputError, input_errors, reason_of
 from tokendiff.models.dflash.mask_token import choose_mask_token
 from tokendiff.models.dflash.model import (
     EMBEDDING_OUTPUT,
     DFlashDraftConfig,
     DFlashDraftModel,
+    class_of,
     spread_layer_ids,
 )
 from tokendiff.models.pretrained import (
@@ -30,7 +36,8 @@ if TYPE_CHECKING:
     from tokendiff.data.rows import TokenData
 
 _DRAFT = "draft_model_id"
-_SECOND_LAYOUT = "DFlash2DraftModel"
+# Of the published drafts of the second layout.
+_WINDOW, _CONV_GROUP_SIZE, _SELECTOR_RANK, _SELECTOR_TOP_K = 2048, 16, 256, 16
 _DRAFT_REMEDY = "give the folder or hub name of a DFlash draft"
 
 
@@ -82,6 +89,7 @@ def plan_draft(config: "TrainConfig", *, tokenizer: Any, max_length: int) -> Dra
             block_size=objective.block_size,
             mask_token_id=mask,
             target_layer_ids=layers_of_new_draft(config, target),
+            layout=objective.draft_layout,
         )
     if draft.block_size is not None and draft.block_size > max_length:
         raise InputError(
@@ -144,17 +152,11 @@ def open_draft_config(draft_model_id: str) -> DFlashDraftConfig:
         InputError: there is none, it is no DFlash draft, or one that this version cannot run.
     """
     plain = open_config(draft_model_id, field=_DRAFT, remedy=_DRAFT_REMEDY)
-    if _SECOND_LAYOUT in (plain.architectures or []):
-        raise InputError(
-            f"draft_model_id {draft_model_id!r} is a DFlash 2 draft ({_SECOND_LAYOUT}), whose "
-            "convolutions and candidate selector this version does not implement; give a draft of "
-            f"the first layout ({DRAFT_ARCHITECTURE}), or leave draft_model_id out to train a new "
-            "one"
-        )
     if not is_draft_config(plain):
         raise InputError(
             f"draft_model_id {draft_model_id!r} is no DFlash draft (its config.json has "
-            f"architectures {plain.architectures}, not {DRAFT_ARCHITECTURE})"
+            f"architectures {plain.architectures}, not {DRAFT_ARCHITECTURE} or "
+            f"{SECOND_DRAFT_ARCHITECTURE})"
         )
     with input_errors(f"{_DRAFT} {draft_model_id!r} cannot be opened", _DRAFT_REMEDY):
         return DFlashDraftConfig.from_pretrained(local_model(draft_model_id))
@@ -204,6 +206,7 @@ def new_draft_config(
     block_size: int,
     mask_token_id: int,
     target_layer_ids: list[int] | None = None,
+    layout: Literal["dflash", "dflash2"] = "dflash",
 ) -> DFlashDraftConfig:
     """The config of a new draft: layers as wide as the target's, and as many hidden states of it as
     the draft has layers, which is how the published drafts are built.
@@ -243,6 +246,17 @@ def new_draft_config(
         "eos_token_id": getattr(text, "eos_token_id", None),
     }
     fields |= {name: value for name, value in optional.items() if value is not None}
+    if layout == "dflash2":
+        fields["architectures"] = [SECOND_DRAFT_ARCHITECTURE]
+        fields["layer_types"] = ["sliding_attention"] * num_layers
+        fields |= {"sliding_window": _WINDOW, "is_causal": False}
+        fields["dflash_config"] |= {
+            "block_size": block_size,
+            "conv_kernel_size": 2,
+            "conv_group_size": math.gcd(text.hidden_size, _CONV_GROUP_SIZE),
+            "selector_rank": _SELECTOR_RANK,
+            "selector_top_k": min(_SELECTOR_TOP_K, text.vocab_size),
+        }
     try:
         return DFlashDraftConfig(**fields)
     except ValueError as error:
@@ -282,7 +296,7 @@ def load_draft(draft_model_id: str, *, dtype: torch.dtype = torch.float32) -> DF
         InputError: it cannot be opened, or its weights are not those that its config speaks of.
     """
     config = open_draft_config(draft_model_id)
-    weights = open_weights(DFlashDraftModel, draft_model_id, config, field=_DRAFT, dtype=dtype)
+    weights = open_weights(class_of(config), draft_model_id, config, field=_DRAFT, dtype=dtype)
     wrong = {"missing": weights.missing, "unexpected": weights.unused}
     if listed := [f"{kind} {names[:3]}" for kind, names in wrong.items() if names]:
         raise InputError(

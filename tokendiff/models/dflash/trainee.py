@@ -2,6 +2,7 @@
 rows.
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,17 @@ from tokendiff.diffusion.attention_masks import AnchoredBlocks, causal, dense
 from tokendiff.diffusion.devices import sent
 from tokendiff.errors import InputError, reason_of
 from tokendiff.models.dflash.block_attention import block_mask_of, tiles_of_blocks
-from tokendiff.models.dflash.model import AnyMask, DFlashDraftConfig, DFlashDraftModel
+from tokendiff.models.dflash.model import (
+    FULL,
+    SCALARS,
+    SLIDING,
+    AnyMask,
+    CandidateSelector,
+    DFlashDraftConfig,
+    DFlashDraftModel,
+    Masks,
+    class_of,
+)
 from tokendiff.models.dflash.planning import DraftPlan, load_draft
 from tokendiff.models.layers import hidden_states_asked
 from tokendiff.models.pretrained import open_weights
@@ -109,8 +120,22 @@ class DraftTrainee(nn.Module):
         )
         return output.last_hidden_state
 
-    def mask_of(self, rule: AnchoredBlocks, num_queries: int, device: torch.device) -> AnyMask:
-        """What the draft is given, so that its queries see what a rule says."""
+    @property
+    def selector(self) -> CandidateSelector | None:
+        return self.model.candidate_selector
+
+    def mask_of(self, rule: AnchoredBlocks, num_queries: int, device: torch.device) -> Masks:
+        """What the draft is given, so that its queries see what a rule says, as far as the window
+        of their layer goes.
+        """
+        if (window := self.model.window) is None:
+            return self._mask_of(rule, num_queries, device)
+        masks = {SLIDING: self._mask_of(replace(rule, window=window), num_queries, device)}
+        if FULL in (self.model.config.layer_types or []):
+            masks[FULL] = self._mask_of(rule, num_queries, device)
+        return masks
+
+    def _mask_of(self, rule: AnchoredBlocks, num_queries: int, device: torch.device) -> AnyMask:
         num_keys = rule.length + num_queries
         match self.kernel_for(device, num_queries * num_keys):
             case "flex":
@@ -122,7 +147,7 @@ class DraftTrainee(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         head = self.target.get_output_embeddings()
-        return head(hidden.to(head.weight.dtype))
+        return self.model.config.shaped(head(hidden.to(head.weight.dtype)))
 
     def kernel_for(self, device: torch.device, num_scores: int) -> AttentionKernel:
         if self._kernel is not None:
@@ -207,12 +232,30 @@ def new_draft(config: DFlashDraftConfig, *, seed: int, head: Tensor) -> DFlashDr
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
-        draft = DFlashDraftModel(config)
+        # Of either layout: a draft of the second one begins as the first does.
+        draft = DFlashDraftModel(_first_layout(config))
         for module in draft.modules():
             if isinstance(module, nn.Linear):
                 module.weight.normal_(0.0, module.in_features**-0.5)
+        if config.has_selector:
+            second = class_of(config)(config)
+            second.load_state_dict(draft.state_dict(), strict=False)
+            draft = second
     draft.norm.weight.fill_(float(1.0 / head.float().norm(dim=1).mean()))
     return draft
+
+
+def _first_layout(config: DFlashDraftConfig) -> DFlashDraftConfig:
+    """The config of a draft without convolutions and selector."""
+    if not config.has_selector:
+        return config
+    assert config.dflash_config is not None
+    fields = {name: value for name, value in config.to_dict().items() if name not in SCALARS}
+    names = ("target_layer_ids", "mask_token_id", "block_size")
+    own = {name: config.dflash_config[name] for name in names if name in config.dflash_config}
+    return DFlashDraftConfig.from_dict(
+        {**fields, "architectures": ["DFlashDraftModel"], "dflash_config": own}
+    )
 
 
 @torch.no_grad()
