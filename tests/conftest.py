@@ -108,6 +108,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         _step_back()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """A job in this process may have taken more threads, which spin beside the tests to come, and
+    round sums otherwise.
+    """
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
 _LONG_TO_MAKE = ("ray_session", "head", "history", "portable_failures", "trained", "whole")
 
 

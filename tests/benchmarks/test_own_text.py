@@ -36,7 +36,7 @@ def test_prompts_are_not_repeated_and_those_asked_are_new() -> None:
     assert learnt == own_text.questions(own_text.NAMES, per_name=own_text.PROMPTS_PER_NAME)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_all_ways_write_the_models_own_text_and_a_second_run_repeats_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

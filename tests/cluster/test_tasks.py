@@ -231,9 +231,8 @@ def test_behind_a_uri_it_goes_on_too(
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
 def test_on_three_actors_the_files_are_the_same(
-    checkpoints: dict[str, Path], tasks_path: str, tmp_path: Path
+    ray_session: None, checkpoints: dict[str, Path], tasks_path: str, tmp_path: Path
 ) -> None:
     checkpoint = checkpoints["block_diffusion"]
     choice: dict[str, Any] = {

@@ -138,7 +138,7 @@ def test_help_says_what_is_allowed_and_what_is_the_default(
     assert "one of elbo, cross_entropy for udlm, hybrid or dflash, dpace for dflash" in text
     assert f"a name, or a mapping with its fields (one of {names}; default: mdlm)" in text
     assert "--compile [true|false] compile the encoder with torch.compile (default: false)" in text
-    assert "--data_path TEXT folder that jobs.preprocess wrote --output_dir" in text
+    assert "--data_path TEXT folder that jobs.preprocess wrote --target_states_path" in text
 
 
 @pytest.mark.parametrize(

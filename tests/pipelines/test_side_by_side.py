@@ -36,7 +36,7 @@ def test_a_page_holds_both_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert [re.findall(r"From (\d) ", label) for label in plots] == [["4", "3"], ["4", "3"]]
     assert "one: From 4" in plots[0]
     assert "other: From 3" in plots[0]
-    rows = re.findall(r"<tr>(.*?)</tr>", page.read_text(), re.DOTALL)
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", page.read_text(), re.DOTALL)
     cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows]
     assert ["nats_per_token", "2.5", "2.25", "-0.25"] in cells
     assert ["rows", "7", "7", "0"] in cells
