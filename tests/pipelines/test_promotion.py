@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import yaml
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from pydantic import ValidationError
 
 from pipelines.builders import promote_stage
@@ -439,6 +441,31 @@ def test_a_promotion_that_was_cut_off_registers_once(
     assert (result["version"], result["replaced_version"]) == (3, 1)
 
 
+@pytest.mark.parametrize(
+    "call", ["create_registered_model", "get_model_version_by_alias", "set_registered_model_alias"]
+)
+def test_a_store_that_fails_in_the_middle_is_named_and_the_same_run_goes_on(
+    call: str, shop: Shop, history: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database that is locked by another program for long."""
+    checkpoint = history["checkpoints"][0]
+
+    def locked(*args: Any, **kwargs: Any) -> None:
+        raise MlflowException(
+            "(sqlite3.OperationalError) database is locked", error_code=TEMPORARILY_UNAVAILABLE
+        )
+
+    (other := tmp_path / "other").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, call, locked)
+        with pytest.raises(ConnectionError, match=rf"store sqlite:.* failed in {call} \(.*locked"):
+            registered(other, shop.root, checkpoint).promote("toy", "champion", 1, because="new")
+    again = registered(other, shop.root, checkpoint)
+    assert again.promote("toy", "champion", 1, because="new") in (None, 1)
+    assert again.holder("toy", "champion") == 1
+    assert len(MlflowClient(f"sqlite:///{other}/mlflow.db").search_model_versions()) == 1
+
+
 def test_the_champion_is_a_version_anew_where_it_is_served_otherwise(
     shop: Shop, history: Any
 ) -> None:
@@ -474,10 +501,15 @@ def test_the_champion_is_a_version_anew_where_it_is_served_otherwise(
 
 
 def registered(store: Path, root: Location, checkpoint: Path) -> Registry:
-    """A new store of files, and in it models:/toy/1 with what is read of a model."""
+    """A store of files, and in it models:/toy/1 with what is read of a model."""
     registry = Registry(TrackingConfig(uri=f"sqlite:///{store}/mlflow.db"), root)
     client = MlflowClient(f"sqlite:///{store}/mlflow.db")
-    experiment = client.create_experiment("toy", artifact_location=f"{store}/artifacts")
+    found = client.get_experiment_by_name("toy")
+    experiment = (
+        client.create_experiment("toy", artifact_location=f"{store}/artifacts")
+        if found is None
+        else found.experiment_id
+    )
 
     def save(folder: Path, checkpoint: Path, **kwargs: Any) -> None:
         shutil.copytree(checkpoint, folder / "artifacts" / "final")

@@ -9,6 +9,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -78,10 +79,12 @@ def check_store(uri: str) -> None:
     Raises:
         InputError: it cannot. A server that does not answer is given up after about 10 s.
     """
-    limit = _CHECK_SECONDS if _is_server(uri) else None
+    # Of a file that another program has locked MLflow itself waits for 20 s.
+    limit, attempts = (_CHECK_SECONDS, 3) if _is_server(uri) else (None, 1)
     try:
         client = make_client(uri)
-        _within(limit, lambda: _patiently(lambda: client.search_experiments(max_results=1)))
+        ask = partial(client.search_experiments, max_results=1)
+        _within(limit, lambda: _patiently(ask, attempts))
     except Exception as error:  # sqlalchemy, requests and MLflow raise their own
         raise unusable(uri, error) from None  # their messages hold the URI with its password
 
@@ -176,7 +179,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _patiently(call: Callable[[], T], attempts: int = 3) -> T:
+def _patiently(call: Callable[[], T], attempts: int) -> T:
     """One refusal can be a server that just starts."""
     for _ in range(attempts - 1):
         with contextlib.suppress(Exception):

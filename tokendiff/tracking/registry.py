@@ -10,12 +10,12 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote, urlparse
 
 import tokendiff
@@ -43,6 +43,7 @@ _DIGEST, _SERVED, _REPLACED = "checkpoint_digest", "served_with", "replaced_vers
 STAGE_KEY = "stage_key"
 _HISTORY = "history"
 _PAGE = 1000  # versions that a store is asked for at once
+_FAILURES = ("INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED", "TEMPORARILY_UNAVAILABLE")
 _MODEL_FILE = "MLmodel"  # a copy counts once it is there
 _MAX_HISTORY = 4500  # characters; a tag's limit is 5,000
 # What sampling imports, besides what MLflow brings.
@@ -95,11 +96,42 @@ class Version:
     stage_key: str
 
 
+class _Asked:
+    """MLflow's client; where a store fails in a call it raises a ConnectionError that names it,
+    while MLflow raises the same exception for that as for an answer.
+    """
+
+    def __init__(self, client: "MlflowClient") -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        from mlflow.exceptions import MlflowException
+
+        call = getattr(self._client, name)
+
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return call(*args, **kwargs)
+            except MlflowException as error:
+                if error.error_code not in _FAILURES:
+                    raise
+                raise ConnectionError(
+                    f"the MLflow store {without_credentials(self._client.tracking_uri)} failed in "
+                    f"{name} ({describe(error)})"
+                ) from error
+
+        return asked
+
+
 class Registry:
     """The registered models of a tracking store.
 
     Args:
         root: what a relative store is under, and where models of a remote one are kept.
+
+    Raises:
+        ConnectionError: from any call, where the store fails in the middle of it: a database that
+            is locked, a server that went away.
     """
 
     def __init__(self, config: "TrackingConfig", root: Location) -> None:
@@ -109,7 +141,7 @@ class Registry:
             )
         self._uri, self._root = resolve_uri(config, root), root
         check_store(self._uri)
-        self._client: MlflowClient = make_client(self._uri)
+        self._client: MlflowClient = cast("MlflowClient", _Asked(make_client(self._uri)))
 
     def open(self, uri: str) -> RegisteredModel | None:
         """The model behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`; None if there is none.
