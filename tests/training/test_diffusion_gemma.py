@@ -33,13 +33,14 @@ from tokendiff.models.adapters import changed_weights, merged_weights
 from tokendiff.models.checkpoints import load_for_inference
 from tokendiff.models.completion import CompletionModel
 from tokendiff.models.decoding import open_causal
-from tokendiff.models.diffusion_gemma import EncoderDecoderDenoiser
+from tokendiff.models.diffusion_gemma import EncoderDecoder, EncoderDecoderDenoiser
 from tokendiff.objectives.autoregressive import Autoregressive
 from tokendiff.objectives.block_uniform import UniformBlockDiffusion
 from tokendiff.objectives.blocks import BlockRows, block_rows
 from tokendiff.training.building import add_configured_adapters
 from tokendiff.training.inputs import check_inputs
 from tokendiff.training.run import train_in_process
+from tokendiff.verification.checkpoints import verify_checkpoint
 
 MASK, LENGTH = 1, 16
 OBJECTIVE = UniformBlockDiffusion(
@@ -321,16 +322,36 @@ def test_it_is_judged_by_both_of_its_losses_and_by_nothing_else(
         logits = 30.0 * torch.tanh(reference.lm_head(output.encoder_last_hidden_state) / 30.0)
     expected = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
     torch.testing.assert_close(ours.loss_sum, expected, rtol=1e-4, atol=1e-3)
-    for field in ("verify", "time_passes"):
-        with pytest.raises(InputError, match=f"{field}: .*type 'diffusion_gemma'.*remove {field}"):
-            EvaluationInputs.open(
-                EvaluateConfig.model_validate({field: True}),
-                checkpoint_path=str(final),
-                data_path=str(data.folder),
-                samples_path=None,
-            )
+    with pytest.raises(InputError, match=r"time_passes: .*type 'diffusion_gemma'.*remove time_pas"):
+        EvaluationInputs.open(
+            EvaluateConfig(time_passes=True),
+            checkpoint_path=str(final),
+            data_path=str(data.folder),
+            samples_path=None,
+        )
     with pytest.raises(InputError, match="an encoder with a decoder, where one causal language"):
         open_causal(str(final))
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_its_certificate_holds_decoding_against_training(
+    is_broken: bool, data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diffusion_gemma(tmp_path / "source")
+    config = train_config(tmp_path / "source", max_train_steps=1)
+    final = Path(train_in_process(config, data, tmp_path / "run"))
+    if is_broken:  # the decoder sees one token of the text too few
+        right = EncoderDecoder._beside_canvas
+        monkeypatch.setattr(
+            EncoderDecoder,
+            "_beside_canvas",
+            lambda self, kept, canvas: right(self, kept & (kept.cumsum(-1) > 1), canvas),
+        )
+    rows = data.read_group(0)
+    checks = list(verify_checkpoint(final, rows.tokens, rows.lengths))
+    names = ["scheduler_config", "one_pass", "later_blocks", "noisy_loss", "padding"]
+    assert [check.name for check in checks] == names
+    assert [check.name for check in checks if not check.passed] == ["one_pass"] * is_broken
 
 
 @pytest.mark.parametrize(
