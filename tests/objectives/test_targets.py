@@ -38,7 +38,7 @@ from tokendiff.objectives.draft_weights import decay_weights
 from tokendiff.objectives.mdlm import MDLM
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
 from tokendiff.samplers.block_refinement import BlockRefinementSampler
-from tokendiff.verification.block_checkpoints import BLOCK_RULES, LoadedBlockCheckpoint
+from tokendiff.verification.block_checkpoints import LoadedBlockCheckpoint, block_rules
 from tokendiff.verification.oracles import entropy, toy_language
 
 ABSORBING = AbsorbingKernel(schedule=Cosine(), mask_token_id=MASK)
@@ -345,11 +345,23 @@ def test_an_answer_is_trained_on_as_decoding_meets_it(name: str) -> None:
 
 @pytest.mark.parametrize("context", ["block", "causal"])
 @pytest.mark.parametrize("predict", ["own", "next"])
-def test_the_certificate_holds_for_chats_of_several_answers(context: str, predict: str) -> None:
-    process = block_process(block_start="answer", context_attention=context, predict=predict)
+@pytest.mark.parametrize(
+    "noise",
+    [
+        {},
+        {"forward_process": "uniform", "alpha_schedule": "cosine"},
+        {"forward_process": "uniform", "prediction": "posterior"},
+    ],
+)
+def test_the_certificate_holds_for_chats_of_several_answers(
+    context: str, predict: str, noise: dict[str, str]
+) -> None:
+    process = block_process(
+        block_start="answer", context_attention=context, predict=predict, **noise
+    )
     model = tiny_model().double()
     loaded = LoadedBlockCheckpoint(process=process, model=model, batch=talks())
-    for check in BLOCK_RULES:
+    for check in block_rules(process):
         assert check.figure(loaded) <= check.tolerance, check
 
 

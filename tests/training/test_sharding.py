@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from tests.builders import letter_tokenizer, random_rows, tiny_causal, token_folder
+from tests.models.diffusion_gemma import diffusion_gemma
 from tests.training.distributed import Job, Losses, run_distributed
 from tokendiff.artifacts.checkpoint import newest_sound_checkpoint, open_checkpoint
 from tokendiff.artifacts.locations import RemotePath
@@ -34,6 +35,12 @@ from tokendiff.training.sharding import SpreadModel, _mesh
 from tokendiff.training.world import World
 
 LENGTH = 16
+_OF_CANVASES = {
+    "name": "block_diffusion",
+    "noise": "uniform",
+    "ar_loss_weight": 1.0,
+    "block_length": 4,
+}
 # Every objective, and between them adapters, averages, recomputed activations, micro-batches that
 # the workers have different numbers of, and both precisions.
 RUNS: dict[str, dict[str, Any]] = {
@@ -67,6 +74,18 @@ RUNS: dict[str, dict[str, Any]] = {
         "objective": "ar",
         "mixed_precision": "bf16",
     },
+    "diffusion_gemma": {
+        "objective": _OF_CANVASES,
+        "ema_decay": 0.9,
+        "gradient_checkpointing": True,
+    },
+    # Workers of one row each, some of which are told what a first pass found.
+    "diffusion_gemma with adapters": {
+        "objective": _OF_CANVASES,
+        "lora_rank": 2,
+        "per_device_train_batch_size": 1,
+        "global_batch_size": 4,
+    },
     "dflash": {
         "objective": {"name": "dflash", "num_anchors": 3, "block_size": 4, "draft_num_layers": 2},
         "ema_decay": 0.9,
@@ -91,6 +110,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     letter_tokenizer().save_pretrained(folder / "target")
     tiny_causal(vocab_size=20, num_hidden_layers=3).float().save_pretrained(folder / "base")
     letter_tokenizer().save_pretrained(folder / "base")
+    diffusion_gemma(folder / "gemma")  # in bfloat16
+    letter_tokenizer().save_pretrained(folder / "gemma")
     return folder
 
 
@@ -114,6 +135,8 @@ def config(name: str, folder: Path, **changes: Any) -> TrainConfig:
         fields["target_model_id"] = str(folder / "target")
     elif fields.get("keep_base"):
         fields["model_name_or_path"] = str(folder / "base")
+    elif fields["objective"] == _OF_CANVASES:
+        fields["model_name_or_path"] = str(folder / "gemma")
     return TrainConfig.model_validate(fields)
 
 

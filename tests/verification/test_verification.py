@@ -14,20 +14,25 @@ from torch import Tensor
 from jobs import evaluate as evaluate_job
 from pipelines import tables
 from tests.builders import letter_tokenizer, random_rows, token_folder
+from tests.objectives.test_block_objectives import packed_batch, tiny_model
+from tests.objectives.test_targets import block_process
 from tokendiff.artifacts.manifest import load_manifest
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
 from tokendiff.diffusion import kernels
+from tokendiff.diffusion.attention_masks import block_diffusion as block_diffusion_rule
 from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
 from tokendiff.evaluation import bound
 from tokendiff.models.denoiser import TransformersDenoiser
-from tokendiff.objectives import chunked
+from tokendiff.objectives import block_diffusion, chunked
+from tokendiff.objectives.block_uniform import UniformBlockDiffusion
 from tokendiff.samplers import ancestral, base, hidden_states
 from tokendiff.training.run import train_in_process
 from tokendiff.verification import certificate, toys
 from tokendiff.verification import checkpoints as checkpoint_verification
 from tokendiff.verification import installed_code as verification
+from tokendiff.verification.block_checkpoints import LoadedBlockCheckpoint, block_rules
 from tokendiff.verification.certificate import Check, Rule, apply
 
 LENGTH = 12
@@ -93,7 +98,8 @@ def failed_code(*names: str, rules: tuple[Rule[Any], ...] = verification.RULES) 
 def test_the_installed_code_passes() -> None:
     checks = list(verification.verify_code())
     assert failed(checks) == set()
-    assert len(checks) == len(toys.TOYS) * len(verification.RULES)
+    assert len(checks) == verification.num_code_checks()
+    assert {check.name for check in checks if check.subject == "uniform_blocks"} == {"block_loss"}
     # What is computed and not drawn is far inside its tolerance.
     assert max(check.figure or 0.0 for check in checks if check.name == "bound") < 1e-5
     assert max(check.figure or 0.0 for check in checks if check.name == "reverse") < 1e-14
@@ -233,6 +239,62 @@ def test_a_break_of_the_code_is_caught_where_it_is(
         subject, rules=tuple(r for r in verification.RULES if r.name in caught | sound)
     )
     assert wrong == caught
+
+
+def nothing_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    pass
+
+
+def own_clean_block_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noisy positions see the clean text of their own block too."""
+
+    def rule(document: Tensor, block: Tensor, *args: Any, **sight: Any) -> Any:
+        right, length = block_diffusion_rule(document, block, *args, **sight), document.shape[1]
+        return lambda b, q, kv: (
+            right(b, q, kv)
+            | ((q < length) & (kv >= length) & (block[b, q % length] == block[b, kv % length]))
+        )
+
+    monkeypatch.setattr(block_diffusion, "block_diffusion", rule)
+
+
+def wrong_slope(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block is counted once, whatever the draw of its time."""
+    right = UniformBlockDiffusion.loss_at
+
+    def loss_at(
+        self: Any, model: Any, rows: Any, x_t: Any, t: Any, slope: Tensor, **told: Any
+    ) -> Any:
+        return right(self, model, rows, x_t, t, torch.ones_like(slope), **told)
+
+    monkeypatch.setattr(UniformBlockDiffusion, "loss_at", loss_at)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "caught"),
+    [
+        (nothing_wrong, set()),
+        (wrong_weight, set()),  # what a checkpoint is checked against has the same weight
+        (own_clean_block_seen, {"one_pass"}),
+        (wrong_slope, {"noisy_loss"}),
+    ],
+)
+def test_a_break_of_blocks_of_random_tokens_is_caught(
+    break_it: Callable[[pytest.MonkeyPatch], None],
+    caught: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(verification, "_BLOCK_NODES", 10)  # fewer, for a coarser figure
+    language = toys.BlockLanguage(toys.BLOCKS.process)
+    batch, process = packed_batch(), block_process(forward_process="uniform")
+    break_it(monkeypatch)
+    (check,) = apply(verification.BLOCK_RULES, "uniform_blocks", language)
+    assert check.figure is not None
+    assert (check.figure > 0.01) == (break_it is not nothing_wrong)
+    loaded = LoadedBlockCheckpoint(process=process, model=tiny_model().double(), batch=batch)
+    found = failed(list(apply(block_rules(process), "checkpoint", loaded)))
+    assert found >= caught
+    assert bool(found) == bool(caught)
 
 
 # Breaks that show on a checkpoint.
@@ -409,13 +471,13 @@ def test_the_job_certifies_and_fails_on_a_break(
     assert "certificate.json" in manifest.files
     assert manifest.metadata["metrics"]["verify_failed"] == 0
     page = (out / "report" / "index.html").read_text()
-    assert "Certificate of the installed code: all 60 checks passed" in page
+    assert "Certificate of the installed code: all 61 checks passed" in page
     assert "Certificate of the checkpoint: all 11 checks passed" in page
     assert "uniform (alpha_schedule cosine" in page
     client = MlflowClient(store)
     (experiment,) = [e for e in client.search_experiments() if e.name == "tokendiff"]
     (tracked,) = client.search_runs([experiment.experiment_id])
-    assert tracked.data.metrics["evaluate/verify_passed"] == 71
+    assert tracked.data.metrics["evaluate/verify_passed"] == 72
     assert 0 < tracked.data.metrics["verify/uniform/sampler"] < 0.04
     assert "certificate.json" in {item.path for item in client.list_artifacts(tracked.info.run_id)}
 

@@ -7,6 +7,9 @@ reads the mask's logit, it has the row before, and gives it no gradient.
 What is saved is a plain transformers model with the adapters merged into its weights; the adapters
 themselves are kept beside the training state. Where the base model is to stay what it was
 (`kept_base`), its weights are saved as they are, and the adapters beside them.
+
+A DiffusionGemma has each weight twice, in its encoder and in its decoder, and so each adapter: the
+same module stands in both. Its experts and what routes to them have none by default.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +22,11 @@ from torch import Tensor, nn
 
 from tokendiff.artifacts.tensor_files import whole, with_row
 from tokendiff.errors import InputError
+from tokendiff.models.diffusion_gemma import MODEL_TYPE
 
 _ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
 _ADAPTER = "default"
+_ROUTER = "router.proj"
 
 
 class _EmbeddingWithRow(nn.Module):
@@ -122,7 +127,8 @@ def add_adapters(
 
     Args:
         alpha: an adapter adds alpha / rank times the product of its two matrices.
-        target_modules: last parts of the names of linear layers; none is every one but the head.
+        target_modules: last parts of the names of linear layers; none is every one but the head and
+            what routes to experts.
         trained_token_id: the token whose embedding is trained too.
         seed: decides the adapters' first weights; what they add starts at zero.
         is_new_token: the model does not know that token, and its own embedding, which may have no
@@ -140,22 +146,25 @@ def add_adapters(
             "install it with pip install 'tokendiff[lora]'"
         ) from error
     model.requires_grad_(False)
+    has_halves = model.config.model_type == MODEL_TYPE
+    part = model.model.decoder if has_halves else model
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         target_modules=list(target_modules) or _ALL_LINEAR,
+        exclude_modules=None if target_modules else [_ROUTER],
         fan_in_fan_out=model.config.model_type == "gpt2",  # whose layers hold their transposes
     )
     with torch.random.fork_rng(devices=[]), _as_float32(model):
         torch.manual_seed(seed % 2**63)
         try:
-            inject_adapter_in_model(config, model)
+            inject_adapter_in_model(config, part)
         except ValueError as error:
             names = sorted(
                 {
                     name.rpartition(".")[2]
-                    for name, module in model.named_modules()
+                    for name, module in part.named_modules()
                     if "layers." in name and hasattr(module, "weight") and module.weight.ndim == 2
                 }
             )
@@ -163,6 +172,8 @@ def add_adapters(
                 f"lora_target_modules {list(target_modules)}: a {model.config.model_type} model "
                 f"has no linear layers of these names; it has {', '.join(names)}"
             ) from error
+    if has_halves:
+        _give_to_encoder(model)
     if trained_token_id is not None:
         embedding = model.get_input_embeddings()
         weight = embedding.weight.detach()
@@ -173,6 +184,18 @@ def add_adapters(
         model.set_input_embeddings(row)
         if is_tied and reads_its_logit:
             head.register_forward_hook(partial(_with_logit_of, row))
+
+
+def _give_to_encoder(model: Any) -> None:
+    """Put the adapted modules of the decoder's layers into the encoder, where the weights that they
+    adapt stand too.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    encoder, decoder = model.model.encoder.language_model.layers, model.model.decoder.layers
+    for name, module in decoder.named_modules():
+        if isinstance(module, LoraLayer):
+            encoder.set_submodule(name, module)
 
 
 def _with_logit_of(
@@ -236,11 +259,14 @@ def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _merges(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
-    """What makes each of the weights that adapters change."""
+    """What makes each of the weights that adapters change; of tied ones the first."""
     from peft.tuners.lora import LoraLayer
 
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
     found: dict[str, Callable[[], Tensor]] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
+        if f"{name}.weight" in tied:
+            continue
         if isinstance(module, LoraLayer):
             found[f"{name}.weight"] = partial(_merged, module)
         elif isinstance(module, _EmbeddingWithRow):

@@ -7,10 +7,11 @@ with a sliding window keep W - 1 tokens before a canvas, which all of the canvas
 its own end is from them; so does the cache of transformers.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tokendiff.diffusion.attention_masks import MaskRule, dense
@@ -30,6 +31,8 @@ MODEL_TYPE = "diffusion_gemma"
 # alpha(t) = 1 - t as in the released schedulers; at 1 it has to stay above 0.
 _ALPHA_AT_ONE = 1e-12
 _FAR = 2**31 - 1  # beyond any position
+
+KeysAndValues = tuple[Tensor, Tensor]
 
 
 def check_encoder_decoder(config: Any, *, origin: str) -> None:
@@ -89,6 +92,69 @@ def open_encoder_decoder(
     return EncoderDecoder(weights.complete().eval(), vocab_size=size)
 
 
+def buffers_to_float32(model: Any) -> None:
+    """Make float32 of what is no parameter of a DiffusionGemma that was opened in less: the scales
+    of layers, and the scale of embeddings, which files do not hold.
+    """
+    for module in model.modules():
+        if hasattr(module, "scalar_embed_scale"):
+            module.embed_scale = torch.tensor(module.scalar_embed_scale)
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.float()
+
+
+class _StatesOfLayer:
+    """What a layer of transformers takes for a cache: keys and values of one layer."""
+
+    is_compileable = False
+
+    def __init__(self, index: int, states: KeysAndValues | None = None) -> None:
+        keys, values = states or (None, None)
+        self.keys: Any = keys
+        self.values: Any = values
+        self.layers = {index: self}
+
+    def update(self, keys: Tensor, values: Tensor, index: int) -> KeysAndValues:
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+class TiedLayers(nn.Module):
+    """A layer of the encoder and the layer of the decoder that has the same weights.
+
+    Training calls both through here: weights that lie in parts on several workers (FSDP2) are
+    gathered for a call of the module that they belong to.
+    """
+
+    def __init__(self, encoder: Any, decoder: Any) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def forward(
+        self, hidden: Tensor, states: KeysAndValues | None, *, is_noisy: bool, **inputs: Any
+    ) -> Any:
+        """By the decoder the next hidden states [n, K, D]; by the encoder these and its keys and
+        values.
+
+        Args:
+            states: of the clean text, for the decoder; None where there is none.
+            inputs: what layers of transformers are told beside.
+        """
+        if is_noisy:
+            kept = None if states is None else _StatesOfLayer(self.decoder.layer_idx, states)
+            return self.decoder(hidden, past_key_values=kept, **inputs)
+        # transformers computes again what its decoder kept, and of its encoder nothing.
+        if self.decoder.gradient_checkpointing and self.training:
+            return checkpoint(self._encoded, hidden, use_reentrant=False, **inputs)
+        return self._encoded(hidden, **inputs)
+
+    def _encoded(self, hidden: Tensor, **inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        kept = _StatesOfLayer(self.encoder.layer_idx)
+        hidden = self.encoder(hidden, past_key_values=kept, **inputs)
+        return hidden, kept.keys, kept.values
+
+
 class _BothHalves(ModelInTwoParts):
     """What decoding and training share.
 
@@ -97,6 +163,11 @@ class _BothHalves(ModelInTwoParts):
             used.
         vocab_size: ids that it may write.
     """
+
+    def __init__(self, model: Any, *, vocab_size: int) -> None:
+        super().__init__(model, vocab_size=vocab_size)
+        halves = model.model.encoder.language_model.layers, model.model.decoder.layers
+        self.layers = nn.ModuleList(TiedLayers(*pair) for pair in zip(*halves, strict=True))
 
     @property
     def is_split(self) -> bool:
@@ -125,7 +196,7 @@ class _BothHalves(ModelInTwoParts):
         tokens: Tensor,
         found: Tensor | None,
         positions: Tensor,
-        cache: Any,
+        states: Sequence[KeysAndValues | None],
         masks: dict[str, Tensor],
     ) -> Tensor:
         """Hidden states [n, K, D] of noisy tokens [n, K].
@@ -133,25 +204,32 @@ class _BothHalves(ModelInTwoParts):
         Args:
             found: see `CanvasDecoder.denoise`.
             positions: [n, K] in their texts.
-            cache: holds keys and values of clean text in `layers`; None where there is no text.
+            states: keys and values of the clean text in each layer; None where there is no text.
             masks: by type of layer, what a position sees of the clean text, then of the noisy one.
         """
         decoder = self.model.model.decoder
         embedded = decoder.embed_tokens(tokens)
         found = torch.zeros_like(embedded) if found is None else found
         hidden = decoder.self_conditioning(embedded, found)
-        types = self._text.layer_types
-        rotary = {name: decoder.rotary_emb(hidden, positions, name) for name in set(types)}
-        for layer, name in zip(decoder.layers, types, strict=True):
-            hidden = layer(
-                hidden,
-                position_embeddings=rotary[name],
-                attention_mask=masks[name],
-                position_ids=positions,
-                past_key_values=cache,
-            )
-        states: Tensor = decoder.norm(hidden)
-        return states
+        inputs = self._inputs_of_layers(hidden, positions, masks)
+        for layer, of_text, beside in zip(self.layers, states, inputs, strict=True):
+            hidden = layer(hidden, of_text, is_noisy=True, **beside)
+        result: Tensor = decoder.norm(hidden)
+        return result
+
+    def _inputs_of_layers(
+        self, hidden: Tensor, positions: Tensor, masks: dict[str, Tensor]
+    ) -> list[dict[str, Any]]:
+        types, embed = self._text.layer_types, self.model.model.decoder.rotary_emb
+        rotary = {name: embed(hidden, positions, name) for name in set(types)}
+        return [
+            {
+                "position_embeddings": rotary[name],
+                "attention_mask": masks[name],
+                "position_ids": positions,
+            }
+            for name in types
+        ]
 
     def _masks(self, is_seen: Tensor, in_window: Tensor) -> dict[str, Tensor]:
         """What transformers takes as attention_mask, from [n, Q, KV] bool."""
@@ -217,8 +295,8 @@ class EncoderDecoder(_BothHalves):
         is_kept = (kv < lengths[:, None])[:, None]
         in_window = is_kept & (kv > (lengths - self._text.sliding_window)[:, None])[:, None]
         masks = self._masks(*(self._beside_canvas(kept, tokens) for kept in (is_kept, in_window)))
-        kept = view if view.width else None
-        return self.decode(tokens, found, lengths[:, None] + canvas, kept, masks)
+        states: Sequence[KeysAndValues | None] = view.layers or [None] * len(self.layers)
+        return self.decode(tokens, found, lengths[:, None] + canvas, states, masks)
 
     def _beside_canvas(self, is_kept: Tensor, canvas: Tensor) -> Tensor:
         """[n, K, T + K] from [n, 1, T]: a canvas [n, K] sees itself whole."""
@@ -243,43 +321,52 @@ class EncoderDecoderDenoiser(_BothHalves):
         for part in (model.model.encoder.vision_tower, model.model.encoder.embed_vision):
             part.requires_grad_(False)
 
+    @property
+    def _is_spread(self) -> bool:
+        """Whether layers are gathered from several workers, all of which must ask for them."""
+        return hasattr(self.layers[0], "unshard")
+
     def encode(self, tokens: Tensor, positions: Tensor, rule: MaskRule) -> Tensor:
         size = tokens.shape[1]
         seen = dense(rule, len(tokens), size, size, tokens.device)[:, 0]
-        return self._encode(tokens, positions, seen, _new_cache())
+        return self._encode(tokens, positions, seen)[0]
 
-    def _encode(self, tokens: Tensor, positions: Tensor, seen: Tensor, cache: Any) -> Tensor:
-        """By the encoder, whose keys and values the cache then has.
+    def _encode(
+        self, tokens: Tensor, positions: Tensor, seen: Tensor
+    ) -> tuple[Tensor, list[KeysAndValues]]:
+        """Hidden states [B, L, D] of clean text, and the keys and values of each layer.
 
         Args:
             seen: [B, L, L] bool; no position may see what follows it.
         """
         distance = positions[:, :, None] - positions[:, None]
-        hidden: Tensor = self.model.model.encoder.language_model(
-            input_ids=tokens,
-            attention_mask=self._masks(seen, seen & (distance < self._text.sliding_window)),
-            position_ids=positions,
-            past_key_values=cache,
-        ).last_hidden_state
-        return hidden
+        masks = self._masks(seen, seen & (distance < self._text.sliding_window))
+        encoder = self.model.model.encoder.language_model
+        hidden = encoder.embed_tokens(tokens)
+        states = []
+        inputs = self._inputs_of_layers(hidden, positions, masks)
+        for layer, beside in zip(self.layers, inputs, strict=True):
+            hidden, keys, values = layer(hidden, None, is_noisy=False, **beside)
+            states.append((keys, values))
+        return encoder.norm(hidden), states
 
     def encode_noisy(
         self, tokens: Tensor, positions: Tensor, rule: MaskRule, *, is_told: Tensor | None
     ) -> Tensor:
         half, window = tokens.shape[1] // 2, self._text.sliding_window
         seen = dense(rule, len(tokens), 2 * half, 2 * half, tokens.device)[:, 0]
-        place, cache = positions[:, half:], _new_cache()
-        encoded = self._encode(tokens[:, half:], place, seen[:, half:, half:], cache)
-        kept, canvas, at = seen[:, :half, half:], seen[:, :half, :half], positions[:, :half]
+        place, at = positions[:, half:], positions[:, :half]
+        encoded, states = self._encode(tokens[:, half:], place, seen[:, half:, half:])
+        kept, canvas = seen[:, :half, half:], seen[:, :half, :half]
         begin = at[:, None].expand(-1, half, -1).masked_fill(~canvas, _FAR).amin(-1)
         in_reach = kept & (place[:, None] > begin[:, :, None] - window)
         masks = self._masks(*(torch.cat([part, canvas], dim=-1) for part in (kept, in_reach)))
         found = None
-        if is_told is not None and bool(is_told.any()):
+        if is_told is not None and (self._is_spread or bool(is_told.any())):
             with torch.no_grad():
-                before = self.decode(tokens[:, :half], None, at, cache, masks)
+                before = self.decode(tokens[:, :half], None, at, states, masks)
             found = self._found(before) * sent(is_told, before.device)[:, None, None]
-        noisy = self.decode(tokens[:, :half], found, at, cache, masks)
+        noisy = self.decode(tokens[:, :half], found, at, states, masks)
         return torch.cat([noisy, encoded], dim=1)
 
     def _found(self, hidden: Tensor) -> Tensor:
@@ -298,10 +385,3 @@ class EncoderDecoderDenoiser(_BothHalves):
         with torch.no_grad():
             logits = without_mask(self.head(hidden), self.mask_token_id)
         return self.expected_embedding(logits)
-
-
-def _new_cache() -> Any:
-    """A cache of transformers for one pass, which keeps all that it is given."""
-    from transformers.cache_utils import DynamicCache
-
-    return DynamicCache()

@@ -9,7 +9,11 @@ import torch
 from tokendiff.models.builtin import MODEL_FIELD
 from tokendiff.models.causal_denoiser import TransformersCausalDenoiser
 from tokendiff.models.denoiser import SPLIT_TYPES, TransformersDenoiser
-from tokendiff.models.diffusion_gemma import MODEL_TYPE, EncoderDecoderDenoiser
+from tokendiff.models.diffusion_gemma import (
+    MODEL_TYPE,
+    EncoderDecoderDenoiser,
+    buffers_to_float32,
+)
 from tokendiff.models.layers import to_float32
 from tokendiff.models.plans import NO_WEIGHTS, ModelPlan, plan_model
 from tokendiff.models.pretrained import Weights, dtype_in_files, open_weights
@@ -121,9 +125,9 @@ def load_causal_denoiser(
     if plan.config.model_type == MODEL_TYPE:
         if dropout is not None:
             _set_dropout(plan.config.get_text_config(), dropout)
-        weights = _open(plan, torch.float32).complete()
+        weights = _open_on_disk(plan) if is_on_disk else _open(plan, torch.float32)
         return EncoderDecoderDenoiser(
-            weights, vocab_size=plan.vocab_size, mask_token_id=tokenizer.mask_token_id
+            weights.complete(), vocab_size=plan.vocab_size, mask_token_id=tokenizer.mask_token_id
         )
     model = _load(
         plan,
@@ -177,7 +181,8 @@ def _open_on_disk(plan: ModelPlan) -> Weights:
     tried out before it is trained (`freeze_unused`).
     """
     dtype = dtype_in_files(plan.name)
-    if dtype is None or plan.config.model_type not in SPLIT_TYPES:
+    has_halves = plan.config.model_type == MODEL_TYPE
+    if dtype is None or not (has_halves or plan.config.model_type in SPLIT_TYPES):
         return _open(plan, torch.float32)
     drawn_so_far = torch.get_rng_state()
     weights = _open(plan, dtype)
@@ -187,6 +192,8 @@ def _open_on_disk(plan: ModelPlan) -> Weights:
     for module in (weights.model.get_input_embeddings(), weights.model.get_output_embeddings()):
         if module is not None:
             to_float32(module)
+    if has_halves:
+        buffers_to_float32(weights.model)
     return weights
 
 

@@ -267,18 +267,22 @@ def open_weights(
 @contextmanager
 def quietly() -> Iterator[None]:
     """In this block transformers draws no bars over the job's progress, but for downloads, and
-    prints no table of weights that were missing or not used, which `Weights` names.
+    prints no table of weights that were missing or not used, which `Weights` names, nor how its own
+    tensor parallelism, which is not used here, would spread them.
     """
     from transformers.utils.logging import set_tqdm_hook
 
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
+    names = ("modeling_utils", "distributed.tensor_parallel")
+    loggers = [logging.getLogger(f"transformers.{name}") for name in names]
+    levels = [logger.level for logger in loggers]
     before = set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **kwargs, disable=True))
-    logger.setLevel(logging.ERROR)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         set_tqdm_hook(before)
 
 

@@ -36,20 +36,13 @@ class _Call:
 
 
 @dataclass(frozen=True)
-class KeptStates:
-    """Keys and values [n, heads, width, D] of one layer."""
-
-    keys: Tensor
-    values: Tensor
-
-
-@dataclass(frozen=True)
 class CacheView:
-    """What is kept of n rows, for layers that read a cache of transformers and write nothing."""
+    """What is kept of n rows: keys and values [n, heads, width, D] of each layer; of no layer where
+    the width is 0.
+    """
 
-    layers: list[KeptStates]
+    layers: list[tuple[Tensor, Tensor]]
     width: int
-    is_compileable: bool = False
 
 
 class _RaggedLayer(CacheLayerMixin):
@@ -81,12 +74,12 @@ class _RaggedLayer(CacheLayerMixin):
         self.values = _written(self.values, value_states, self.call)
         return _read(self.keys, self.call), _read(self.values, self.call)
 
-    def kept(self) -> KeptStates:
+    def kept(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the call's rows."""
         assert self.call is not None, "RaggedCache.begin comes first"
         assert self.keys is not None
         assert self.values is not None
-        return KeptStates(_read(self.keys, self.call), _read(self.values, self.call))
+        return _read(self.keys, self.call), _read(self.values, self.call)
 
     def move(self, source: int, target: int) -> None:
         for states in (self.keys, self.values):
@@ -158,7 +151,7 @@ class RaggedCache(Cache):
             layer.call = call
 
     def view(self, rows: Tensor) -> CacheView:
-        """What is kept of rows [n], as wide as the longest of them; of width 0 without layers."""
+        """What is kept of rows [n], as wide as the longest of them."""
         rows = rows.to("cpu")
         width = int(self._lengths[rows].max())
         if width == 0:

@@ -147,7 +147,8 @@ def _kept_by(config: "TrainConfig", model: nn.Module) -> Iterator[dict[int, tupl
 
     kept: dict[int, tuple[int, Tensor]] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu").train()
+        for module in model.train().modules():  # each once, also one that stands in two places
+            module.to_empty(device="cpu", recurse=False)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
 
         def keep(tensor: Tensor) -> Tensor:

@@ -203,9 +203,9 @@ def takes_canvas(config: "TrainConfig") -> bool:
 
 def check_canvas_run(config: "TrainConfig", model_config: Any) -> None:
     """Raise InputError where a run asks of an encoder with a decoder what is not done with one."""
-    model_type = published_type(model_config)
-    if family_of(model_type).attention != "canvas":
+    if not _has_canvas(model_config):
         return
+    model_type = published_type(model_config)
     objective: Any = config.objective
     for field, value, is_wrong, remedy in (
         ("ar_loss_weight", objective.ar_loss_weight, objective.ar_loss_weight == 0.0,
@@ -214,12 +214,6 @@ def check_canvas_run(config: "TrainConfig", model_config: Any) -> None:
          "its decoder tells each token at its own position; remove predict"),
         ("max_loss_weight", objective.max_loss_weight, objective.max_loss_weight is not None,
          "its loss is the cross-entropy, which has no weight; remove it"),
-        ("lora_rank", config.lora_rank, config.lora_rank is not None,
-         "adapters are not put into its tied halves; remove it"),
-        ("sharding", config.sharding, config.sharding != "none",
-         "its halves share weights, which are not spread over workers; set it to none"),
-        ("gradient_checkpointing", config.gradient_checkpointing, config.gradient_checkpointing,
-         "its encoder cannot compute activations again; set it to false"),
         ("optimizer", config.optimizer, config.optimizer != "adamw",
          "its experts are no matrices; set it to adamw"),
         ("compile", config.compile, config.compile,
@@ -227,6 +221,10 @@ def check_canvas_run(config: "TrainConfig", model_config: Any) -> None:
     ):  # fmt: skip
         if is_wrong:
             raise InputError(f"{field} {value!r} with a model of type {model_type!r}: {remedy}")
+
+
+def _has_canvas(model_config: Any) -> bool:
+    return family_of(published_type(model_config)).attention == "canvas"
 
 
 def states_reader(
@@ -348,14 +346,15 @@ def add_configured_adapters(config: "TrainConfig", model: Any, tokenizer: Any) -
     """
     assert config.lora_rank is not None
     objective = config.objective
-    has_noise = objective.process_fields() is not None  # without it no mask is read
+    # Without noise no mask is read; and a DiffusionGemma has never read one.
+    reads_mask = objective.process_fields() is not None and not _has_canvas(model.config)
     add_adapters(
         model,
         rank=config.lora_rank,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
         target_modules=config.lora_target_modules,
-        trained_token_id=tokenizer.mask_token_id if has_noise else None,
+        trained_token_id=tokenizer.mask_token_id if reads_mask else None,
         reads_its_logit=getattr(objective, "ar_loss_weight", 0.0) > 0.0,
         seed=config.seed,
     )

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tokendiff.errors import InputError
 from tokendiff.models.dflash.trainee import DraftTrainee
+from tokendiff.models.diffusion_gemma import EncoderDecoderDenoiser
 from tokendiff.models.layers import find_layers, to_float32
 from tokendiff.training.world import World
 
@@ -143,17 +144,23 @@ class SpreadModel:
         if self.world.device.type == "cpu":
             _return_what_is_freed()
         mesh, frees = _mesh(self.world, self.sharding), self.sharding != "gradients"
-        whole: set[nn.Parameter] = set()
-        for layer in find_layers(self.model.model, field="sharding"):
+        elsewhere: set[nn.Parameter] = set()
+        for layer in self._layers():
             to_float32(layer)  # one at a time, where they came from files
             if is_compiled:
                 layer.compile()
             # In float32: autocast leaves norms in it, whose gains are too near 1 for bfloat16.
             fully_shard(layer, mesh=mesh, reshard_after_forward=frees)
+            elsewhere.update(layer.parameters())  # a tied layer is found below its half as well
         to_float32(self.model.model)
         if isinstance(self.model, DraftTrainee):
-            whole = self._take_target_apart(self.model.target, mesh if frees else None)
-        fully_shard(self._module, mesh=mesh, reshard_after_forward=False, ignored_params=whole)
+            elsewhere |= self._take_target_apart(self.model.target, mesh if frees else None)
+        fully_shard(self._module, mesh=mesh, reshard_after_forward=False, ignored_params=elsewhere)
+
+    def _layers(self) -> list[nn.Module]:
+        if isinstance(self.model, EncoderDecoderDenoiser):  # whose halves have the same weights
+            return list(self.model.layers)
+        return find_layers(self.model.model, field="sharding")
 
     def _take_target_apart(self, target: Any, mesh: Any) -> set[nn.Parameter]:
         """The layers of a frozen target, where weights lie in parts at all; returns what stays

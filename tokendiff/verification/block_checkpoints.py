@@ -12,12 +12,21 @@ import torch
 from torch import Tensor
 
 from tokendiff.artifacts.noise_process import NoiseProcess
-from tokendiff.diffusion.attention_masks import block_causal, causal, causal_up_to
+from tokendiff.diffusion.attention_masks import (
+    block_causal,
+    causal,
+    causal_by_position,
+    causal_up_to,
+)
 from tokendiff.diffusion.interfaces import LossOutput, TokenBatch
+from tokendiff.diffusion.kernels import ForwardKernel, UniformKernel
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.evaluation.block_bound import sight_of, target_rows
-from tokendiff.objectives.block_diffusion import encode_beside_clean
+from tokendiff.models.diffusion_gemma import EncoderDecoder, EncoderDecoderDenoiser
+from tokendiff.objectives.autoregressive import Autoregressive
+from tokendiff.objectives.block_diffusion import encode_noisy
 from tokendiff.objectives.block_refinement import BlockRefinement
+from tokendiff.objectives.block_uniform import UniformBlockDiffusion
 from tokendiff.objectives.blocks import BlockRows, BlockSight
 from tokendiff.objectives.chunked import (
     negative_log_likelihood,
@@ -48,7 +57,7 @@ class _UnderSight(BlockRefinement):
 class LoadedBlockCheckpoint:
     """
     Attributes:
-        model: a TransformersCausalDenoiser in float64, on the CPU.
+        model: a TransformersCausalDenoiser or EncoderDecoderDenoiser in float64, on the CPU.
         batch: rows of text.
     """
 
@@ -65,19 +74,62 @@ class LoadedBlockCheckpoint:
         return target_rows(self.batch, self.process)[0]
 
     @cached_property
-    def is_masked(self) -> Tensor:
-        """[B, W] half of all targets."""
-        generator = RowGenerator.for_rows(0, torch.arange(len(self.batch.tokens)))
-        is_target = target_rows(self.batch, self.process)[1]
-        return is_target & (generator.uniform(self.rows.tokens.shape[1]) < 0.5)
+    def kernel(self) -> ForwardKernel:
+        return self.process.kernel()
 
-    def logits(self, rows: BlockRows, is_masked: Tensor) -> Tensor:
-        """[B, W, V] of one pass, the mask excluded."""
-        mask = self.process.mask_token_id
-        hidden = encode_beside_clean(
-            self.model, rows, is_masked, mask_token_id=mask, sight=self.sight
+    @cached_property
+    def generator(self) -> RowGenerator:
+        return RowGenerator.for_rows(0, torch.arange(len(self.batch.tokens)))
+
+    @cached_property
+    def is_noised(self) -> Tensor:
+        """[B, W] half of all targets."""
+        is_target = target_rows(self.batch, self.process)[1]
+        return is_target & (self.generator.uniform(self.rows.tokens.shape[1]) < 0.5)
+
+    def noised(self, rows: BlockRows, is_noised: Tensor) -> Tensor:
+        """[B, W] tokens, with the process's noise in place of some."""
+        uniform = self.generator.fold_in(1).uniform(rows.tokens.shape[1])
+        noise = self.kernel.draw_noise(torch.ones(()).double(), uniform)
+        return torch.where(is_noised, noise[: len(rows.tokens)], rows.tokens)
+
+    def all_logits(self, rows: BlockRows, is_noised: Tensor) -> Tensor:
+        """[B, W, V] of one pass."""
+        x_t = self.noised(rows, is_noised)
+        logits: Tensor = self.model.head(encode_noisy(self.model, rows, x_t, sight=self.sight)[0])
+        return logits
+
+    def logits(self, rows: BlockRows, is_noised: Tensor) -> Tensor:
+        """As `all_logits`, the mask excluded."""
+        return without_mask(self.all_logits(rows, is_noised), self.process.mask_token_id)
+
+    def alone(self, x_t: Tensor, own: Tensor, *, position: Tensor, block: Tensor) -> Tensor:
+        """[N, V] of tokens [N], the last of which are a noisy block and the others clean text."""
+        if isinstance(self.model, EncoderDecoderDenoiser):
+            return self._decoded(x_t, own)
+        document = torch.zeros_like(x_t)[None]
+        if self.sight.is_causal:
+            rule_ = causal(document)
+        elif self.sight.context_is_causal:
+            rule_ = causal_up_to(torch.tensor([int((~own).sum())]))
+        else:
+            rule_ = block_causal(document, block[None])
+        drafts = {"is_draft": own[None]} if self.sight.keeps_base else {}
+        logits: Tensor = self.model.head(
+            self.model.encode(x_t[None], position[None], rule_, **drafts)
         )
-        return without_mask(self.model.head(hidden), mask)
+        return logits[0]
+
+    def _decoded(self, x_t: Tensor, own: Tensor) -> Tensor:
+        """As `alone`, as decoding computes it; zeros of the clean text."""
+        decoder = EncoderDecoder(self.model.model, vocab_size=self.model.vocab_size)
+        cache, first, context = decoder.new_cache(1), torch.zeros(1).long(), x_t[~own]
+        if len(context):
+            count = torch.tensor([len(context)])
+            decoder.encode(context[None], count, cache, first, causal_by_position)
+            cache.extend(first, count)
+        logits = decoder.head(decoder.denoise(x_t[own][None], None, cache, first))[0]
+        return torch.cat([logits.new_zeros(len(context), logits.shape[1]), logits])
 
     def loss(self, rows: BlockRows, is_masked: Tensor) -> LossOutput:
         assert self.process.block_length is not None
@@ -114,15 +166,10 @@ def scheduler_config(loaded: LoadedBlockCheckpoint) -> float:
 )
 @torch.no_grad()
 def one_pass(loaded: LoadedBlockCheckpoint) -> float:
-    rows, model, worst = loaded.rows, loaded.model, 0.0
-    together = model.head(
-        encode_beside_clean(
-            model,
-            rows,
-            loaded.is_masked,
-            mask_token_id=loaded.process.mask_token_id,
-            sight=loaded.sight,
-        )
+    rows, worst = loaded.rows, 0.0
+    together, noisy = (
+        loaded.all_logits(rows, loaded.is_noised),
+        loaded.noised(rows, loaded.is_noised),
     )
     for row in range(len(rows.tokens)):
         for ordinal in rows.ordinal[row, rows.is_valid[row]].unique().tolist():
@@ -133,27 +180,17 @@ def one_pass(loaded: LoadedBlockCheckpoint) -> float:
             is_beside = rows.document[row, :stop] == rows.document[row, stop - 1]
             before = (is_beside & is_seen).nonzero()[:, 0]
             own = is_own[before]
-            x_t = rows.tokens[row, before].clone()
-            x_t[own & loaded.is_masked[row, before]] = loaded.process.mask_token_id
-            document = torch.zeros_like(x_t)[None]
-            block = rows.block[row, before][None]
-            begin = int((~own).sum())
-            if loaded.sight.is_causal:
-                rule_ = causal(document)
-            elif loaded.sight.context_is_causal:
-                rule_ = causal_up_to(torch.tensor([begin]))
-            else:
-                rule_ = block_causal(document, block)
-            drafts = {"is_draft": own[None]} if loaded.sight.keeps_base else {}
-            position = rows.position[row, before][None]
-            alone = model.head(model.encode(x_t[None], position, rule_, **drafts))
+            x_t = torch.where(own, noisy[row, before], rows.tokens[row, before])
+            alone = loaded.alone(
+                x_t, own, position=rows.position[row, before], block=rows.block[row, before]
+            )
             told, by = before[own], own.nonzero()[:, 0]
             if loaded.sight.predicts_next:  # the first token of a document is told by none
                 told, by = told[by > 0], by[by > 0] - 1
             if not len(told):
                 continue
-            distance = (together[row, told] - alone[0, by]).abs().max()
-            worst = max(worst, float(distance / alone[0, by].abs().max()))
+            distance = (together[row, told] - alone[by]).abs().max()
+            worst = max(worst, float(distance / alone[by].abs().max()))
     return worst
 
 
@@ -168,9 +205,9 @@ def later_blocks(loaded: LoadedBlockCheckpoint) -> float:
     half = rows.ordinal.amax(1, keepdim=True) // 2
     is_later = (rows.ordinal > half) & rows.is_valid
     tokens = torch.where(is_later, rows.tokens.flip(0, 1), rows.tokens)
-    changed = loaded.logits(replace(rows, tokens=tokens), loaded.is_masked ^ is_later)
+    changed = loaded.logits(replace(rows, tokens=tokens), loaded.is_noised ^ is_later)
     is_earlier = (rows.ordinal <= half) & rows.is_valid
-    return float((changed != loaded.logits(rows, loaded.is_masked))[is_earlier].sum())
+    return float((changed != loaded.logits(rows, loaded.is_noised))[is_earlier].sum())
 
 
 @rule(
@@ -180,9 +217,9 @@ def later_blocks(loaded: LoadedBlockCheckpoint) -> float:
 )
 def loss(loaded: LoadedBlockCheckpoint) -> float:
     rows, is_target = target_rows(loaded.batch, loaded.process)
-    ours = loaded.loss(rows, loaded.is_masked).loss_sum
+    ours = loaded.loss(rows, loaded.is_noised).loss_sum
     nll, entropies, correct = (torch.zeros(len(rows.tokens)).double() for _ in range(3))
-    for is_masked in (loaded.is_masked, is_target & ~loaded.is_masked):
+    for is_masked in (loaded.is_noised, is_target & ~loaded.is_noised):
         logits = loaded.logits(rows, is_masked)
         of_rows = negative_log_likelihood(logits.flatten(0, 1), rows.tokens.flatten())
         nll = nll + torch.where(is_masked, of_rows.view_as(rows.tokens), 0.0).sum(1)
@@ -207,16 +244,8 @@ def padding(loaded: LoadedBlockCheckpoint) -> float:
     is_valid = torch.arange(loaded.batch.tokens.shape[1]) < lengths[:, None]
     cut = TokenBatch(tokens=loaded.batch.tokens, is_valid=is_valid)
     together, _ = target_rows(cut, loaded.process)
-    no_mask = torch.zeros_like(together.is_valid)
-    states = loaded.model.head(
-        encode_beside_clean(
-            loaded.model,
-            together,
-            no_mask,
-            mask_token_id=loaded.process.mask_token_id,
-            sight=loaded.sight,
-        )
-    )
+    no_noise = torch.zeros_like(together.is_valid)
+    logits = loaded.all_logits(together, no_noise)
     worst = 0.0
     for row, length in enumerate(lengths.tolist()):
         part = TokenBatch(
@@ -224,18 +253,52 @@ def padding(loaded: LoadedBlockCheckpoint) -> float:
         )
         alone, _ = target_rows(part, loaded.process)
         width = alone.tokens.shape[1]
-        expected = loaded.model.head(
-            encode_beside_clean(
-                loaded.model,
-                alone,
-                no_mask[:1, :width],
-                mask_token_id=loaded.process.mask_token_id,
-                sight=loaded.sight,
-            )
-        )
-        distance = (states[row, :width] - expected[0]).abs().max()
+        expected = loaded.all_logits(alone, no_noise[:1, :width])
+        distance = (logits[row, :width] - expected[0]).abs().max()
         worst = max(worst, float(distance / expected.abs().max()))
     return worst
+
+
+@rule(
+    claim="the loss of blocks of random tokens, value and gradient of every parameter; relative",
+    oracle="the general formula over all logits, and the clean text by itself",
+    tolerance=_FLOAT32,
+)
+def noisy_loss(loaded: LoadedBlockCheckpoint) -> float:
+    """Each block at a time of its own, counted a number of times of its own."""
+    rows, is_target = target_rows(loaded.batch, loaded.process)
+    t = 0.1 + 0.8 * torch.remainder(0.6 * rows.ordinal.double() + 0.3, 1.0)
+    slope = 1.0 + rows.ordinal.double()
+    uniform = loaded.generator.fold_in(1).uniform(rows.tokens.shape[1])
+    x_t = loaded.kernel.corrupt(rows.tokens, t, uniform=uniform, is_noisable=is_target)
+    is_bound = loaded.process.prediction == "loo"
+    ar_weight = _LAMBDA if loaded.sight.context_is_causal else 0.0
+    assert isinstance(loaded.kernel, UniformKernel)
+    assert loaded.process.block_length is not None
+    objective = UniformBlockDiffusion(
+        kernel=loaded.kernel,
+        block_length=loaded.process.block_length,
+        eos_token_id=loaded.process.eos_token_id,
+        loss_type="elbo" if is_bound else "cross_entropy",
+        ar_loss_weight=ar_weight,
+        predicts_next=loaded.sight.predicts_next,
+    )
+    ours = objective.loss_at(loaded.model, rows, x_t, t, slope).loss_sum
+
+    states, _ = encode_noisy(loaded.model, rows, x_t, sight=loaded.sight)
+    logits = without_mask(loaded.model.head(states[is_target]), loaded.process.mask_token_id)
+    x_0, z = rows.tokens[is_target], x_t[is_target]
+    if is_bound:
+        belief = logits.softmax(-1)[:, None]
+        nats = loaded.kernel.nelbo(belief, x_0[:, None], z[:, None], t[is_target])[:, 0]
+        expected = (nats * slope[is_target]).sum()
+    else:
+        expected = -logits.log_softmax(-1).gather(-1, x_0[:, None]).sum()
+    if ar_weight > 0.0:
+        following = Autoregressive().loss(loaded.model, loaded.batch, loaded.generator)
+        expected = expected + ar_weight * following.loss_sum
+    parameters = [p for p in loaded.model.parameters() if p.requires_grad]
+    return loss_distance(ours, expected, parameters)
 
 
 BLOCK_RULES: tuple[Rule[LoadedBlockCheckpoint], ...] = (
@@ -248,7 +311,7 @@ BLOCK_RULES: tuple[Rule[LoadedBlockCheckpoint], ...] = (
 
 
 def block_rules(process: NoiseProcess) -> tuple[Rule[LoadedBlockCheckpoint], ...]:
-    """What is checked of a checkpoint: the loss of masks only where they are its noise."""
+    """What is checked of a checkpoint, with the loss that its noise has."""
     if process.forward_process == "absorbing":
         return BLOCK_RULES
-    return tuple(check for check in BLOCK_RULES if check is not loss)
+    return tuple(noisy_loss if check is loss else check for check in BLOCK_RULES)

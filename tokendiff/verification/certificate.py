@@ -1,6 +1,5 @@
 """What was checked against which oracle, how far apart they were, and how far apart they may be."""
 
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -124,26 +123,30 @@ def figures(checks: Sequence[Check]) -> dict[str, float]:
 
 
 def tables(checks: Sequence[Check]) -> list[tuple[str, list[str], list[list[Any]]]]:
-    """(title, header, rows) for people: a row per rule, a column per subject that it holds for."""
-    by_rule: dict[str, dict[str, list[Check]]] = {}
+    """(title, header, rows) for people: a row per rule, a column per subject; empty where a rule is
+    of other subjects.
+    """
+    by_rule: dict[str, dict[str, dict[str, Check]]] = {}
     for check in checks:
         kind = "checkpoint" if check.subject == CHECKPOINT else "installed code"
-        by_rule.setdefault(kind, {}).setdefault(check.name, []).append(check)
+        by_rule.setdefault(kind, {}).setdefault(check.name, {})[check.subject] = check
     result = []
     for kind, rules in by_rule.items():
-        of_kind = list(itertools.chain.from_iterable(rules.values()))
+        of_kind = [check for alike in rules.values() for check in alike.values()]
         failed = counts(of_kind)["verify_failed"]
-        subjects = [check.subject.replace("_", " ") for check in next(iter(rules.values()))]
-        rows = [
-            [alike[0].claim, alike[0].oracle, alike[0].tolerance, *map(_cell, alike)]
-            for alike in rules.values()
-        ]
+        subjects = list(dict.fromkeys(check.subject for check in of_kind))
+        rows = []
+        for alike in rules.values():
+            one = next(iter(alike.values()))
+            cells = [_cell(alike[name]) if name in alike else "" for name in subjects]
+            rows.append([one.claim, one.oracle, one.tolerance, *cells])
         title = f"Certificate of the {kind}: " + (
             f"{failed} of {len(of_kind)} checks failed"
             if failed
             else f"all {len(of_kind)} checks passed"
         )
-        result.append((title, [*_COLUMNS, *subjects], rows))
+        header = [*_COLUMNS, *(name.replace("_", " ") for name in subjects)]
+        result.append((title, header, rows))
     return result
 
 

@@ -1,13 +1,14 @@
-"""The installed mathematics against brute force, over a language of two tokens that is small enough
-to be enumerated: what `jobs.evaluate --verify` certifies of the code. All in float64.
+"""The installed mathematics against brute force, over languages that are small enough to be
+enumerated: what `jobs.evaluate --verify` certifies of the code. All in float64.
 
 The oracles (`tokendiff.verification.oracles`) know a process by the fields of its
 scheduler_config.json alone, so a kernel with a wrong number in it differs from them.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,29 +19,43 @@ from tokendiff.diffusion.interfaces import Denoiser, LossOutput, TokenBatch
 from tokendiff.diffusion.kernels import LEAST_TIME, AbsorbingKernel, ForwardKernel
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.evaluation.bound import row_bounds
+from tokendiff.objectives.block_uniform import UniformBlockDiffusion
+from tokendiff.objectives.blocks import block_rows
 from tokendiff.objectives.chunked import without_mask
 from tokendiff.objectives.mdlm import MDLM
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
 from tokendiff.samplers.ancestral import AncestralSampler
 from tokendiff.verification import oracles
 from tokendiff.verification.certificate import Check, Rule, apply, rule
-from tokendiff.verification.toys import LENGTH, MASK, TOYS, VOCAB_SIZE, ExactDenoiser, ToyLanguage
+from tokendiff.verification.toys import (
+    BLOCKS,
+    LENGTH,
+    MASK,
+    TOYS,
+    VOCAB_SIZE,
+    BlockLanguage,
+    ExactBlockDenoiser,
+    ExactDenoiser,
+    ToyLanguage,
+)
 
 TIMES = (0.1, 0.5, 0.9)
 STEPS = ((0.2, 0.5), (0.6, 0.7), (0.05, 0.95), (0.0, 0.3))  # s, t
 BELIEF = np.array([0.5, 0.2, 0.0, 0.3])
 _QUADRATURE_NODES = 160
+_BLOCK_NODES = 32
 _UNIFORM_GRID = 50_000
 
 
 def num_code_checks() -> int:
-    return len(TOYS) * len(RULES)
+    return len(TOYS) * len(RULES) + len(BLOCK_RULES)
 
 
 def verify_code() -> Iterator[Check]:
-    """Every rule for every kernel."""
+    """Every rule for every kernel, and those of blocks."""
     for name, toy in TOYS.items():
         yield from apply(RULES, name, toy)
+    yield from apply(BLOCK_RULES, "uniform_blocks", BLOCKS)
 
 
 # What is checked.
@@ -271,6 +286,45 @@ RULES: tuple[Rule[ToyLanguage], ...] = (
     estimate,
     sampler,
 )
+
+
+@rule(
+    claim="the training loss of the exact denoiser, over all noise of all blocks, is the entropy; "
+    "nats",
+    oracle="the entropy of an enumerated language",
+    tolerance=1e-5,
+)
+@torch.no_grad()
+def block_loss(language: BlockLanguage) -> float:
+    """Every sequence with every noise of both blocks at once, and Gauss-Legendre nodes for the time
+    that they share.
+    """
+    table, kernel, length = language.table, language.kernel, language.process.block_length
+    assert length is not None
+    clean = torch.from_numpy(np.argwhere(table > 0))
+    ids = [token for token in range(VOCAB_SIZE) if token != MASK]
+    noise = torch.tensor(list(itertools.product(ids, repeat=length))).repeat(1, 2)
+    x_0, x_t = clean.repeat_interleave(len(noise), 0), noise.repeat(len(clean), 1)
+    probability = torch.from_numpy(table)[tuple(x_0.T)]
+    batch = TokenBatch(tokens=x_0, is_valid=torch.ones_like(x_0).bool())
+    rows = block_rows(batch, block_length=length, fill_token_id=None)
+    objective = UniformBlockDiffusion(
+        kernel=kernel, block_length=length, eos_token_id=None, min_time=1e-9
+    )
+    nodes, weights = np.polynomial.legendre.leggauss(_BLOCK_NODES)
+    times, slopes = kernel.warped_time(torch.from_numpy(0.5 * (nodes + 1.0)), min_time=1e-9)
+    total = 0.0
+    for t, slope, weight in zip(times, slopes, 0.5 * weights, strict=True):
+        q = torch.from_numpy(oracles.forward_matrix(asdict(language.process), float(t)))
+        of_blocks = q[x_0, x_t].view(len(x_0), -1, length).prod(-1)
+        share = of_blocks.repeat_interleave(length, 1) * probability[:, None]
+        model = ExactBlockDenoiser(language, float(t))
+        output = objective.loss_at(model, rows, x_t, t.expand(x_t.shape), slope * share)
+        total += weight * float(output.loss_sum)
+    return abs(total - oracles.entropy(table))
+
+
+BLOCK_RULES: tuple[Rule[BlockLanguage], ...] = (block_loss,)
 
 
 # Helpers.

@@ -6,7 +6,7 @@ is its joint table [V] * L.
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -171,6 +171,23 @@ def leave_one_out(table: np.ndarray, q: np.ndarray, noisy: object) -> np.ndarray
     result = np.stack(beliefs, axis=-2)
     total = result.sum(-1, keepdims=True)
     return np.divide(result, total, out=np.zeros_like(result), where=total > 0)
+
+
+def belief_given(
+    table: np.ndarray, q: np.ndarray, position: int, evidence: Iterable[tuple[int, int, bool]]
+) -> np.ndarray:
+    """p(x_0 at a position = v | what is seen of other positions), by summing the joint table.
+
+    Args:
+        q: as in `leave_one_out`.
+        evidence: position, token, and whether that is the noisy token or the clean one.
+    """
+    clean = np.eye(len(q))
+    for axis, token, is_noisy in evidence:
+        shape = [-1 if other == axis else 1 for other in range(table.ndim)]
+        table = table * (q if is_noisy else clean)[:, token].reshape(shape)
+    belief: np.ndarray = np.moveaxis(table, position, 0).reshape(len(q), -1).sum(1)
+    return belief / belief.sum()
 
 
 def _noised(table: np.ndarray, q: np.ndarray, axes: Sequence[int]) -> np.ndarray:

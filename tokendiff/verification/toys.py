@@ -1,5 +1,6 @@
 """A language that is small enough to be enumerated, under every kind of noise."""
 
+import itertools
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tokendiff.artifacts.noise_process import NoiseProcess
-from tokendiff.diffusion.kernels import ForwardKernel
+from tokendiff.diffusion.attention_masks import MaskRule, dense
+from tokendiff.diffusion.kernels import ForwardKernel, UniformKernel
 from tokendiff.verification import oracles
 
 VOCAB_SIZE, LENGTH, MASK = 4, 2, 2
@@ -73,6 +75,67 @@ TOYS = {
     "hybrid": _toy("hybrid", p_uniform=0.2, gamma=1.0),
     "hybrid_early_noise": _toy("hybrid", p_uniform=0.05, gamma=0.5),
 }
+
+
+@dataclass(frozen=True)
+class BlockLanguage:
+    """Two blocks of two tokens over three ids and a mask, under noise of other tokens."""
+
+    process: NoiseProcess
+
+    @cached_property
+    def kernel(self) -> UniformKernel:
+        kernel = self.process.kernel()
+        assert isinstance(kernel, UniformKernel)
+        return kernel
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        return oracles.toy_language(VOCAB_SIZE, 2 * LENGTH, MASK, seed=2)
+
+
+# So near to the ends of time that what they cost is far below the tolerance.
+BLOCKS = BlockLanguage(
+    NoiseProcess(
+        forward_process="uniform",
+        alpha_schedule="cosine",
+        eps=1e-9,
+        vocab_size=VOCAB_SIZE,
+        mask_token_id=MASK,
+        max_length=2 * LENGTH,
+        block_length=LENGTH,
+        attention_mask_mode="4d",
+    )
+)
+
+
+class ExactBlockDenoiser:
+    """The exact leave-one-out belief about each noisy token of rows `[x_t ; x_0]`, from what a rule
+    lets it see of them but itself, all blocks being at one time; hidden states are its logarithm.
+    """
+
+    def __init__(self, language: BlockLanguage, t: float) -> None:
+        self._table, self._q = language.table, oracles.forward_matrix(asdict(language.process), t)
+        self._known: dict[tuple[int, frozenset[tuple[int, int, bool]]], Tensor] = {}
+
+    def encode(self, tokens: Tensor, positions: Tensor, rule: MaskRule) -> Tensor:
+        rows, width = len(tokens), tokens.shape[1]
+        seen = dense(rule, rows, width, width)[:, 0]
+        states = torch.zeros(rows, width, VOCAB_SIZE, dtype=torch.float64)
+        for row, query in itertools.product(range(rows), range(width // 2)):
+            keys = [key for key in seen[row, query].nonzero()[:, 0].tolist() if key != query]
+            evidence = frozenset(
+                (int(positions[row, key]), int(tokens[row, key]), key < width // 2) for key in keys
+            )
+            known = int(positions[row, query]), evidence
+            if known not in self._known:
+                belief = oracles.belief_given(self._table, self._q, *known)
+                self._known[known] = torch.from_numpy(belief).log()
+            states[row, query] = self._known[known]
+        return states
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return hidden
 
 
 class ExactDenoiser:
