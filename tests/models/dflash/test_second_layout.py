@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModel
+from transformers.masking_utils import sliding_window_overlay
 
 from tests.models.dflash.test_block_attention import some_blocks, some_rows
 from tests.models.dflash.test_draft_model import BLOCK, MASK, PUBLISHED, D, V, tiny_target
@@ -176,11 +177,12 @@ def test_a_window_in_every_form_of_mask(window: int, block_size: int) -> None:
     (num_rows, num_anchors), length = blocks.begin.shape, blocks.length
     num_queries = num_anchors * block_size
     mask = dense(blocks, num_rows, num_queries, length + num_queries)
+    is_in = sliding_window_overlay(window)  # of transformers
     for row, block in ((0, 0), (1, num_anchors // 2), (1, num_anchors - 1)):
         first, anchor = int(blocks.begin[row, block]), int(blocks.end[row, block])
         for k in (0, block_size - 1):
-            near = [first <= at < anchor and anchor + k - at <= window for at in range(length)]
-            assert mask[row, 0, block * block_size + k, :length].tolist() == near
+            seen = [first <= at < anchor and is_in(0, 0, anchor + k, at) for at in range(length)]
+            assert mask[row, 0, block * block_size + k, :length].tolist() == seen
     found = block_mask_of(blocks)
     asked = create_block_mask(
         mask_mod(blocks), num_rows, None, num_queries, length + num_queries, device="cpu"
@@ -394,6 +396,7 @@ def test_names_and_shapes_are_the_published_ones_and_files_open_again(tmp_path: 
         ({"output_multiplier": 2.0}, {"output_multiplier": 3.0}, "output_multiplier 3.0 contrad"),
         ({"final_logit_softcapping": -1.0}, {}, "final_logit_softcapping -1.0 must be positive"),
         ({"new_field": 1}, {}, "new_field"),
+        ({"attention_mode": "mla"}, {}, "attention_mode 'mla': this version implements gqa alone"),
         ({}, {"sliding_window": None}, "sliding_window None"),
         ({}, {"is_causal": True}, "is_causal true"),
         ({}, {"layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
@@ -416,6 +419,9 @@ def test_scalars_stand_in_either_place() -> None:
         logits = torch.tensor([[-4.0, 0.0, 1.5]])
         expected = [3.0 * math.tanh(2.0 * x / 3.0) for x in logits[0].tolist()]
         assert config.shaped(logits)[0].tolist() == pytest.approx(expected)
+    logits = torch.tensor([[-4.0, 0.0, 1.5]])
+    uncapped = second_config(own={"attention_mode": "gqa", "final_logit_softcapping": 0.0})
+    assert torch.equal(uncapped.shaped(logits), logits)
     draft = tiny_second(own={"input_embedding_scale": 2.0})
     plain = tiny_second()
     block, context = torch.randn(1, BLOCK, D), torch.randn(1, 3, 2 * D)
