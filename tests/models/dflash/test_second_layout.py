@@ -26,6 +26,7 @@ from tokendiff.diffusion.random import RowGenerator
 from tokendiff.errors import InputError
 from tokendiff.models.dflash.block_attention import block_mask_of
 from tokendiff.models.dflash.model import (
+    CandidateSelector,
     DFlash2DraftModel,
     DFlashDraftConfig,
     DFlashDraftModel,
@@ -33,7 +34,7 @@ from tokendiff.models.dflash.model import (
 )
 from tokendiff.models.dflash.planning import load_draft, new_draft_config, open_draft_config
 from tokendiff.models.dflash.trainee import DraftTrainee, new_draft
-from tokendiff.objectives.dflash import DFlash, accepted, draw_anchors
+from tokendiff.objectives.dflash import DFlash, _Selecting, accepted, draw_anchors
 
 TAPS, GROUP, RANK, TOP_K = 2, 8, 6, 5
 SECOND: dict[str, Any] = {
@@ -300,6 +301,28 @@ def test_loss_gradient_and_figures_are_those_of_plain_blocks() -> None:
     assert figures["expected_acceptance_length"] == (sum(lengths), len(lengths))
     is_right, is_whole = objective.agreement(trainee, batch, *anchors)
     assert accepted(is_right)[is_whole].tolist() == lengths
+
+
+def test_gradients_of_a_selector_do_not_depend_on_which_thread_is_first() -> None:
+    """Many places behind few tokens, so that threads would add to the same rows."""
+    generator = torch.Generator().manual_seed(0)
+    selector = CandidateSelector(second_config(own={"selector_rank": 256}))
+    states = torch.randn(20_000, D, generator=generator)
+    before = torch.randint(0, V, (20_000,), generator=generator)
+    threads, found = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        for _ in range(8):
+            selecting = _Selecting(selector, states, before)
+            selecting.columns[1].copy_(states.sum(1, keepdim=True))
+            selector.zero_grad()
+            selecting.gradient_alone().backward()
+            assert selector.predecessor_codebook.grad is not None
+            found.append(selector.predecessor_codebook.grad.clone())
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0].any()
+    assert all(torch.equal(found[0], other) for other in found)
 
 
 @pytest.mark.parametrize("loss_type", ["dflash", "dpace"])
