@@ -175,7 +175,7 @@ def promote(
             target=target,
         )
         why = "; ".join(verdict.text for verdict in verdicts)
-        if is_champion:  # its figures are not better than its own
+        if is_champion and version != holder:  # its figures are not better than its own
             why = "the same checkpoint, served otherwise"
         before = registry.promote(section.registered_model, section.alias, version, because=why)
         result |= {"version": version, "replaced_version": None if before == version else before}

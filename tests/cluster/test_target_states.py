@@ -179,7 +179,18 @@ def test_what_an_attempt_left_is_kept_where_it_is_whole(
     assert first.stat().st_mtime == 1
     assert sorted((there / "train").iterdir()) == [first, second, third]
     assert third.stat().st_mtime != 1
-    # Those of another run are not: the same rows with other layers.
+    # Those of another kind of device are not, which holds the target in bfloat16.
+    unchanged = first.read_bytes()
+    tensors, of = load_file(first), StatesOf(**load_manifest(there).metadata["of"])
+    save_file(
+        {**tensors, "states": tensors["states"].bfloat16()}, first, metadata={"of": of.digest}
+    )
+    (there / MANIFEST_NAME).unlink()
+    (there / "run" / "target_states.unfinished").touch()
+    cache_target_states(bench.config(), ClusterConfig(), data_path=bench.rows, output_dir=there)
+    assert first.read_bytes() == unchanged
+    # Nor are those of another run: the same rows with other layers.
+    os.utime(first, (1, 1))
     (there / MANIFEST_NAME).unlink()
     (there / "run" / "target_states.unfinished").touch()
     other = config({**DRAFT, "draft_num_layers": 1}, target_model_id=bench.target)

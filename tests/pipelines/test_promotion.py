@@ -442,7 +442,13 @@ def test_a_promotion_that_was_cut_off_registers_once(
 
 
 @pytest.mark.parametrize(
-    "call", ["create_registered_model", "get_model_version_by_alias", "set_registered_model_alias"]
+    "call",
+    [
+        "create_registered_model",
+        "get_model_version_by_alias",
+        "set_registered_model_alias",
+        "set_registered_model_tag",
+    ],
 )
 def test_a_store_that_fails_in_the_middle_is_named_and_the_same_run_goes_on(
     call: str, shop: Shop, history: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -464,6 +470,9 @@ def test_a_store_that_fails_in_the_middle_is_named_and_the_same_run_goes_on(
     assert again.promote("toy", "champion", 1, because="new") in (None, 1)
     assert again.holder("toy", "champion") == 1
     assert len(MlflowClient(f"sqlite:///{other}/mlflow.db").search_model_versions()) == 1
+    again.promote("toy", "champion", 1, because="once more")
+    (line,) = again.history("toy", "champion")
+    assert line.endswith(" v1: new")
 
 
 def test_the_champion_is_a_version_anew_where_it_is_served_otherwise(

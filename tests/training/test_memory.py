@@ -13,10 +13,11 @@ from tokendiff.data.rows import TokenData
 from tokendiff.diffusion.random import RowGenerator, key_from, strata_of
 from tokendiff.errors import InputError
 from tokendiff.models.dflash import trainee
-from tokendiff.models.dflash.model import DFlashDraftModel
+from tokendiff.models.dflash.model import CandidateSelector, DFlashDraftModel
 from tokendiff.models.dflash.planning import plan_draft
+from tokendiff.objectives.dflash import _Selecting
 from tokendiff.training import memory
-from tokendiff.training.activations import activation_bytes
+from tokendiff.training.activations import activation_bytes, selector_bytes
 from tokendiff.training.building import model_without_weights
 from tokendiff.training.inputs import check_inputs
 from tokendiff.training.memory import plan_memory
@@ -117,8 +118,11 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def draft_config(target: Path, *, num_anchors: int, **changes: Any) -> TrainConfig:
-    sizes = {"num_anchors": num_anchors, "block_size": 4, "draft_num_layers": 2}
+def draft_config(
+    target: Path, *, num_anchors: int, draft_layout: str = "dflash", **changes: Any
+) -> TrainConfig:
+    sizes: dict[str, Any] = {"num_anchors": num_anchors, "block_size": 4, "draft_num_layers": 2}
+    sizes["draft_layout"] = draft_layout
     return TrainConfig.model_validate(
         {
             "objective": {"name": "dflash", **sizes},
@@ -137,7 +141,9 @@ def planned(cfg: TrainConfig, **changes: Any) -> Any:
 
 @pytest.mark.parametrize("scores", [0, 2**40])
 @pytest.mark.parametrize("num_anchors", [3, 40])
+@pytest.mark.parametrize("layout", ["dflash", "dflash2"])
 def test_activations_of_a_draft_are_those_that_a_pass_keeps(
+    layout: str,
     num_anchors: int,
     scores: int,
     target: Path,
@@ -147,9 +153,37 @@ def test_activations_of_a_draft_are_those_that_a_pass_keeps(
 ) -> None:
     """With a mask of everything, and in tiles; those depend a little on where anchors lie."""
     monkeypatch.setattr(trainee, "_TILED_SCORES", scores)
-    cfg = draft_config(target, num_anchors=num_anchors)
+    cfg = draft_config(target, num_anchors=num_anchors, draft_layout=layout)
     kept = kept_by_a_real_pass(cfg, data, tmp_path)
-    assert planned(cfg).activations == pytest.approx(kept, rel=0.05)
+    draft = plan_draft(cfg, tokenizer=letter_tokenizer(), max_length=LENGTH).draft
+    of_selector = selector_bytes(draft, ROWS * num_anchors * 3)
+    assert (of_selector > 0) == (layout == "dflash2")
+    assert planned(cfg).activations - of_selector == pytest.approx(kept, rel=0.05)
+
+
+def test_what_a_selector_keeps_is_what_its_loss_saves(target: Path) -> None:
+    cfg = draft_config(target, num_anchors=3, draft_layout="dflash2")
+    shape = plan_draft(cfg, tokenizer=letter_tokenizer(), max_length=LENGTH).draft
+    selector, num_tokens = CandidateSelector(shape), 37
+    states = torch.zeros(num_tokens, shape.hidden_size)
+    before = torch.zeros(num_tokens, dtype=torch.int64)
+    given = (states, before, *selector.parameters())
+    own = {tensor.untyped_storage().data_ptr() for tensor in given}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        selecting = _Selecting(selector, states, before)
+        selecting.gradient_alone()
+    left, _, *of_candidates = selecting.columns  # these are held, and not saved
+    held = sum(column.nbytes for column in (left, *of_candidates))
+    saved = sum(size for size, _ in kept.values())
+    assert selector_bytes(shape, num_tokens) == held + saved
 
 
 def test_what_is_counted_of_a_draft(target: Path) -> None:

@@ -190,14 +190,10 @@ class _Reader:
     def _write(self, shard: int, name: str) -> dict[str, Any]:
         """Read a shard's rows; what an earlier attempt wrote of them is left."""
         lengths, first_row_id = self._rows_of(shard)
-        fields: dict[str, Any] = {
-            "num_rows": len(lengths),
-            "num_tokens": int(lengths.sum()),
-            "width": self._target.width,
-            "dtype": self._target.dtype,
-        }
+        kind: dict[str, Any] = {"width": self._target.width, "dtype": self._target.dtype}
+        fields = {"num_rows": len(lengths), "num_tokens": int(lengths.sum()), **kind}
         path = self._output_dir / name
-        if path.is_file() and is_of(path, self._of):
+        if path.is_file() and is_of(path, self._of, **kind):
             digest = sha256_of(path)
         elif isinstance(path, Path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -260,14 +260,18 @@ def write_states(
     return digest.hexdigest()
 
 
-def is_of(path: Location, of: StatesOf) -> bool:
-    """Whether a file is all of what `write_states` wrote of these states."""
+def is_of(path: Location, of: StatesOf, *, width: int, dtype: torch.dtype) -> bool:
+    """Whether a file is all of what `write_states` wrote of these states, in this dtype: an attempt
+    on another kind of device may have left another one.
+    """
     try:
         with open_binary(path) as file:
             header, written_of, begin = _read_header(file)
             end = begin + max(part["data_offsets"][1] for part in header.values())
-            return written_of == of.digest and file.seek(0, 2) == end
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+            states = header["states"]
+            found = (written_of, states["dtype"], states["shape"][1], file.seek(0, 2))
+            return found == (of.digest, _NAMES[dtype], width, end)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, struct.error):
         return False
 
 

@@ -225,8 +225,8 @@ class AnchoredBlocks:
     Attributes:
         begin, end: [B, A] int64, the run of tokens; empty where they are equal.
         length: L.
-        window: a query sees tokens of the row that stand at most so many places before it; the
-            first place of a block is `end`. None: all of the run.
+        window: W, a query at place p sees tokens of the row from p - W + 1 on; the first place of
+            a block is `end`. None: all of the run.
     """
 
     begin: Tensor
@@ -239,7 +239,7 @@ class AnchoredBlocks:
         block = q // self.block_size
         is_context = (kv >= self.begin[b, block]) & (kv < self.end[b, block])
         if self.window is not None:
-            is_context = is_context & (kv >= self.end[b, block] + q % self.block_size - self.window)
+            is_context = is_context & (kv > self.end[b, block] + q % self.block_size - self.window)
         is_own = (kv >= self.length) & ((kv - self.length) // self.block_size == block)
         return is_context | is_own
 
@@ -250,7 +250,7 @@ class AnchoredBlocks:
             return begin
         place = torch.arange(self.block_size, device=begin.device)
         end = self.end[:, :, None]
-        return torch.maximum(begin, end + place - self.window).minimum(end)
+        return torch.maximum(begin, end + place - self.window + 1).minimum(end)
 
 
 def dflash_blocks(

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokendiff.diffusion.attention_masks import dflash_blocks, positions_in_document
 from tokendiff.diffusion.candidates import Candidates, pair_scores
@@ -282,7 +282,8 @@ class _Selecting:
 
     def __init__(self, selector: Selector, states: Tensor, before: Tensor) -> None:
         self._selector, self._features = selector, selector(states)
-        self._left = selector.predecessor_codebook[before] * self._features
+        # Not codebook[before]: with several threads, its backward pass adds up in any order.
+        self._left = nn.functional.embedding(before, selector.predecessor_codebook) * self._features
         left = self._left.detach()
         exact = torch.promote_types(left.dtype, torch.float32)
         tokens = torch.zeros(len(left), selector.top_k, dtype=torch.int64, device=left.device)

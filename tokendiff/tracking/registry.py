@@ -222,13 +222,22 @@ class Registry:
         return int(version.version)
 
     def promote(self, name: str, alias: str, version: int, *, because: str) -> int | None:
-        """Point the alias at a version; returns the one that it replaces."""
+        """Point the alias at a version; returns the one that it replaces, and the version itself
+        where it has the alias already.
+
+        An earlier call that was cut off may have moved the alias and noted nothing: that is noted
+        now.
+        """
         before = self.holder(name, alias)
         if before == version:
-            return before
-        if before is not None:
-            self._tag(name, version, _REPLACED, str(before))
-        self._client.set_registered_model_alias(name, alias, str(version))
+            if self._is_noted(name, alias, version):
+                return before
+            tags = self._client.get_model_version(name, str(version)).tags
+            before = int(tags[_REPLACED]) if _REPLACED in tags else None
+        else:
+            if before is not None:
+                self._tag(name, version, _REPLACED, str(before))
+            self._client.set_registered_model_alias(name, alias, str(version))
         self._note(
             name,
             alias,
@@ -334,7 +343,11 @@ class Registry:
                         f"({describe(error)}); {remedy}"
                     ) from error
                 if isinstance(target, Path):
-                    Path(fetched).rename(target)
+                    try:
+                        Path(fetched).rename(target)
+                    except OSError:
+                        if not (target / _MODEL_FILE).is_file():  # else another was first
+                            raise
                 else:
                     upload(Path(fetched), target, files_under(Path(fetched)).keys() - {_MODEL_FILE})
                     upload(Path(fetched), target, [_MODEL_FILE])
@@ -366,6 +379,9 @@ class Registry:
 
     def _tag(self, name: str, version: int, key: str, value: str) -> None:
         self._client.set_model_version_tag(name, str(version), key, value)
+
+    def _is_noted(self, name: str, alias: str, version: int) -> bool:
+        return any(f" v{version}: " in line for line in self.history(name, alias))
 
     def _note(self, name: str, alias: str, text: str) -> None:
         lines = [f"{_now()} {without_credentials(text)}", *self.history(name, alias)]

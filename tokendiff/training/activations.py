@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokendiff.diffusion.attention_masks import block_diffusion, dflash_blocks
 from tokendiff.models.denoiser import ModelInTwoParts
-from tokendiff.models.dflash.model import FULL, SLIDING
+from tokendiff.models.dflash.model import FULL, SLIDING, DFlashDraftConfig
 from tokendiff.models.dflash.trainee import DraftTrainee
 from tokendiff.models.diffusion_gemma import MODEL_TYPE, EncoderDecoderDenoiser
 from tokendiff.models.layers import find_layers
@@ -22,6 +22,8 @@ from tokendiff.models.tiled_attention import register, tiles_of
 
 if TYPE_CHECKING:
     from tokendiff.config.train import TrainConfig
+
+_FLOAT = torch.float32.itemsize
 
 
 def activation_bytes(
@@ -108,6 +110,23 @@ def draft_activation_bytes(
     again = DraftTrainee(copy.deepcopy(trainee.model), trainee.target)
     again.recompute_activations()
     return _kept_by_draft(config, again, rows, length, device), of_a_layer
+
+
+def selector_bytes(draft: DFlashDraftConfig, num_tokens: int) -> int:
+    """What the loss of a draft's selector keeps of that many drafted tokens, in float32; 0 for a
+    draft without one.
+
+    Of each token its features, the vector of the token before it, their product and the gradient by
+    that, all [R], and C candidates with their logits; and the gradient by the successors [V, R].
+    """
+    if not draft.has_selector:
+        return 0
+    rank, num_candidates = draft.second("selector_rank"), draft.second("selector_top_k")
+    of_candidate = torch.int64.itemsize + _FLOAT
+    return (
+        num_tokens * (4 * rank * _FLOAT + num_candidates * of_candidate)
+        + draft.vocab_size * rank * _FLOAT
+    )
 
 
 def _kept_by_draft(

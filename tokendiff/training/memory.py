@@ -16,7 +16,11 @@ from tokendiff.models.dflash.planning import plan_draft
 from tokendiff.models.dflash.trainee import DraftTrainee
 from tokendiff.models.layers import find_layers
 from tokendiff.objectives.chunked import most_logits
-from tokendiff.training.activations import activation_bytes, draft_activation_bytes
+from tokendiff.training.activations import (
+    activation_bytes,
+    draft_activation_bytes,
+    selector_bytes,
+)
 from tokendiff.training.building import model_without_weights
 from tokendiff.training.world import World
 
@@ -138,15 +142,16 @@ def _plan_draft_memory(
         layers = find_layers(target, field="sharding")
         sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
         frozen = num_frozen - sum(sizes) + sum(sizes) // parts + 2 * max(sizes)
-    kept, again = draft_activation_bytes(
-        config, DraftTrainee(draft, target), rows, max_length, device
-    )
-    if not _is_added_up(config, num_workers):
-        gradients = max(0, gradients - kept)
     objective, size = config.objective, plan.draft.block_size
     assert objective.name == "dflash"
     assert size is not None
     num_drafted = rows * min(objective.num_anchors, max_length) * (size - 1)
+    kept, again = draft_activation_bytes(
+        config, DraftTrainee(draft, target), rows, max_length, device
+    )
+    kept += selector_bytes(plan.draft, num_drafted)
+    if not _is_added_up(config, num_workers):
+        gradients = max(0, gradients - kept)
     num_hidden = _hidden_numbers(draft) if config.optimizer == "muon" else 0
     return MemoryPlan(
         weights=weights + of_target * frozen,

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModel
+from transformers.masking_utils import sliding_window_overlay
 
 from tests.models.dflash.test_block_attention import some_blocks, some_rows
 from tests.models.dflash.test_draft_model import BLOCK, MASK, PUBLISHED, D, V, tiny_target
@@ -25,6 +26,7 @@ from tokendiff.diffusion.random import RowGenerator
 from tokendiff.errors import InputError
 from tokendiff.models.dflash.block_attention import block_mask_of
 from tokendiff.models.dflash.model import (
+    CandidateSelector,
     DFlash2DraftModel,
     DFlashDraftConfig,
     DFlashDraftModel,
@@ -32,7 +34,7 @@ from tokendiff.models.dflash.model import (
 )
 from tokendiff.models.dflash.planning import load_draft, new_draft_config, open_draft_config
 from tokendiff.models.dflash.trainee import DraftTrainee, new_draft
-from tokendiff.objectives.dflash import DFlash, accepted, draw_anchors
+from tokendiff.objectives.dflash import DFlash, _Selecting, accepted, draw_anchors
 
 TAPS, GROUP, RANK, TOP_K = 2, 8, 6, 5
 SECOND: dict[str, Any] = {
@@ -176,11 +178,12 @@ def test_a_window_in_every_form_of_mask(window: int, block_size: int) -> None:
     (num_rows, num_anchors), length = blocks.begin.shape, blocks.length
     num_queries = num_anchors * block_size
     mask = dense(blocks, num_rows, num_queries, length + num_queries)
+    is_in = sliding_window_overlay(window)  # of transformers
     for row, block in ((0, 0), (1, num_anchors // 2), (1, num_anchors - 1)):
         first, anchor = int(blocks.begin[row, block]), int(blocks.end[row, block])
         for k in (0, block_size - 1):
-            near = [first <= at < anchor and anchor + k - at <= window for at in range(length)]
-            assert mask[row, 0, block * block_size + k, :length].tolist() == near
+            seen = [first <= at < anchor and is_in(0, 0, anchor + k, at) for at in range(length)]
+            assert mask[row, 0, block * block_size + k, :length].tolist() == seen
     found = block_mask_of(blocks)
     asked = create_block_mask(
         mask_mod(blocks), num_rows, None, num_queries, length + num_queries, device="cpu"
@@ -300,6 +303,28 @@ def test_loss_gradient_and_figures_are_those_of_plain_blocks() -> None:
     assert accepted(is_right)[is_whole].tolist() == lengths
 
 
+def test_gradients_of_a_selector_do_not_depend_on_which_thread_is_first() -> None:
+    """Many places behind few tokens, so that threads would add to the same rows."""
+    generator = torch.Generator().manual_seed(0)
+    selector = CandidateSelector(second_config(own={"selector_rank": 256}))
+    states = torch.randn(20_000, D, generator=generator)
+    before = torch.randint(0, V, (20_000,), generator=generator)
+    threads, found = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        for _ in range(8):
+            selecting = _Selecting(selector, states, before)
+            selecting.columns[1].copy_(states.sum(1, keepdim=True))
+            selector.zero_grad()
+            selecting.gradient_alone().backward()
+            assert selector.predecessor_codebook.grad is not None
+            found.append(selector.predecessor_codebook.grad.clone())
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0].any()
+    assert all(torch.equal(found[0], other) for other in found)
+
+
 @pytest.mark.parametrize("loss_type", ["dflash", "dpace"])
 def test_a_new_draft_begins_as_one_of_the_first_layout(loss_type: Any) -> None:
     """To the bit: hidden states, and so figures and what is proposed."""
@@ -394,6 +419,7 @@ def test_names_and_shapes_are_the_published_ones_and_files_open_again(tmp_path: 
         ({"output_multiplier": 2.0}, {"output_multiplier": 3.0}, "output_multiplier 3.0 contrad"),
         ({"final_logit_softcapping": -1.0}, {}, "final_logit_softcapping -1.0 must be positive"),
         ({"new_field": 1}, {}, "new_field"),
+        ({"attention_mode": "mla"}, {}, "attention_mode 'mla': this version implements gqa alone"),
         ({}, {"sliding_window": None}, "sliding_window None"),
         ({}, {"is_causal": True}, "is_causal true"),
         ({}, {"layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
@@ -416,6 +442,9 @@ def test_scalars_stand_in_either_place() -> None:
         logits = torch.tensor([[-4.0, 0.0, 1.5]])
         expected = [3.0 * math.tanh(2.0 * x / 3.0) for x in logits[0].tolist()]
         assert config.shaped(logits)[0].tolist() == pytest.approx(expected)
+    logits = torch.tensor([[-4.0, 0.0, 1.5]])
+    uncapped = second_config(own={"attention_mode": "gqa", "final_logit_softcapping": 0.0})
+    assert torch.equal(uncapped.shaped(logits), logits)
     draft = tiny_second(own={"input_embedding_scale": 2.0})
     plain = tiny_second()
     block, context = torch.randn(1, BLOCK, D), torch.randn(1, 3, 2 * D)

@@ -45,6 +45,7 @@ Masks = AnyMask | Mapping[str, AnyMask]
 _KNOWN_FIELDS = frozenset({"target_layer_ids", "mask_token_id", "block_size"})
 _SECOND_FIELDS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 SCALARS = ("input_embedding_scale", "output_multiplier", "final_logit_softcapping")
+_ATTENTION_MODE = "attention_mode"  # of the second layout; what stands nowhere is "gqa"
 FULL, SLIDING = "full_attention", "sliding_attention"
 # What from_pretrained is told of where files lie.
 _WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -82,11 +83,11 @@ class DFlashDraftConfig(Qwen3Config):
         num_target_layers: layers of the target; None where it is not recorded.
         dflash_config: `target_layer_ids` and `mask_token_id`; of the second layout also
             `conv_kernel_size`, `conv_group_size`, `selector_rank` and `selector_top_k`.
-        sliding_window: of layers of type sliding_attention: a query sees context at most so many
-            positions before it, and its own block whole.
+        sliding_window: W of layers of type sliding_attention: a query at position p sees context
+            from p - W + 1 on, as transformers counts it, and its own block whole.
         input_embedding_scale, output_multiplier, final_logit_softcapping: of the second layout,
             here or in `dflash_config`: what embeddings and logits are multiplied by (1 where they
-            are not given), and the c of c tanh(logits / c) (no cap where it is not given).
+            are not given), and the c of c tanh(logits / c) (no cap where it is not given, or 0).
 
     Raises:
         ValueError: a value that no draft can have, or a field that this version would ignore.
@@ -142,11 +143,11 @@ class DFlashDraftConfig(Qwen3Config):
     def shaped(self, logits: Tensor) -> Tensor:
         """The draft's logits of what the target's head gives: as they are in the first layout."""
         multiplier, cap = self.scalar("output_multiplier"), self.scalar("final_logit_softcapping")
-        if multiplier in (None, 1.0) and cap is None:
+        if multiplier in (None, 1.0) and not cap:
             return logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits = logits * (1.0 if multiplier is None else multiplier)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def _own(self, name: str) -> Any:
         assert self.dflash_config is not None
@@ -158,7 +159,9 @@ class DFlashDraftConfig(Qwen3Config):
         own, ids = self.dflash_config or {}, (self.dflash_config or {}).get("target_layer_ids")
         if not own and self.block_size is None:
             return  # the default config, which transformers makes to see what differs from it
-        known = _KNOWN_FIELDS.union(_SECOND_FIELDS, SCALARS) if self.has_selector else _KNOWN_FIELDS
+        known = _KNOWN_FIELDS
+        if self.has_selector:
+            known = known.union(_SECOND_FIELDS, SCALARS, [_ATTENTION_MODE])
         if unknown := sorted(own.keys() - known):
             raise ValueError(
                 f"dflash_config has {', '.join(unknown)}, which this version does not implement"
@@ -227,8 +230,14 @@ class DFlashDraftConfig(Qwen3Config):
             if None not in (here, there) and here != there:
                 raise ValueError(f"{name} {here} contradicts dflash_config's {there}")
             number = self.scalar(name)
+            if number == 0.0 and name == "final_logit_softcapping":
+                continue  # written so where there is no cap
             if number is not None and not number > 0.0:
                 raise ValueError(f"{name} {number} must be positive")
+        if (mode := own.get(_ATTENTION_MODE, "gqa")) != "gqa":
+            raise ValueError(
+                f"dflash_config.{_ATTENTION_MODE} {mode!r}: this version implements gqa alone"
+            )
 
 
 class DFlashDraftModel(PreTrainedModel):
@@ -561,10 +570,10 @@ def _rotate(vectors: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def in_window(keys: Tensor, queries: Tensor, window: int) -> Tensor:
-    """[B, Q, KV] which keys at positions [B, KV] stand at most `window` before a query at [B, Q],
-    or in its block, which begins with the first query.
+    """[B, Q, KV] which keys at positions [B, KV] are among the `window` positions that end with a
+    query's own [B, Q], or in its block, which begins with the first query.
     """
-    begin = (queries - window).minimum(queries[:, :1])
+    begin = (queries - window + 1).minimum(queries[:, :1])
     return keys[:, None] >= begin[:, :, None]
 
 
