@@ -26,9 +26,8 @@ from pipelines.paths import RUNS
 from tokendiff.artifacts.locations import (
     Location,
     RemotePath,
-    forbid_writes,
+    guarded_writes,
     mirror_of,
-    permit_writes,
 )
 from tokendiff.artifacts.manifest import write_atomically
 
@@ -40,7 +39,7 @@ EXIT_LOCKED = 4
 RENEWAL_SECONDS = 10.0
 PAUSE_SECONDS = 1.0
 LAST_RESORT_SECONDS = 60.0
-_DEAD_AFTER = 4  # renewals that did not come
+DEAD_AFTER = 4  # renewals that did not come
 logger = logging.getLogger(__name__)
 
 
@@ -88,11 +87,12 @@ def alone(
     - A lease that was not renewed four times over, by its own time and this machine's clock, and is
       not renewed within two renewals more, while this run looks, is taken over. So clocks may
       differ: a wrong one costs a wait, not the lease.
-    - A holder that was only cut off from the store for that long, or suspended, finds another's
-      lease at its next renewal. Until then both run, and may write the same files: what a manifest
-      does not vouch for then is made again.
+    - A holder that was only cut off from the store for that long, or suspended, looks at its lease
+      before it writes anything more, and at its next renewal. It finds another's, or none where the
+      other has ended. What is on its way to the store in that instant may still arrive there: what
+      a manifest does not vouch for is made again.
 
-    From the moment that it finds the other's lease, this process can write nothing more under
+    From the moment that it finds so, this process can write nothing more under
     `over`, and the block is interrupted, which leaves it as a BlockingIOError. A block that is not
     left within LAST_RESORT_SECONDS, since it is not in the main thread or does not heed the
     interrupt, takes the process with it, with exit code 4; so Ray's workers end too, at the latest
@@ -164,6 +164,7 @@ class _Lease:
         self._folder, self._path, self._over, self._hold = folder, folder / _HOLDER, over, hold
         self._holder, self._renewal_s = holder, renewal_s
         self._is_over = threading.Event()
+        self._renewed = 0.0  # when, by `_now`
         self.is_given_back = True
 
     def take(self, *, is_dead: str | None, pause_s: float) -> None:
@@ -212,15 +213,16 @@ class _Lease:
         name = f"lease {self._folder}"
         thread = threading.Thread(target=self._keep, args=(interrupt,), name=name, daemon=True)
         thread.start()
-        try:
-            yield
-        finally:
-            self._is_over.set()
+        but_to = (self._over / RUNS, self._path)
+        with guarded_writes(self._over, but_to=but_to, check=self._check):
             try:
-                thread.join()  # which an interrupt may cut short
+                yield
             finally:
-                permit_writes(self._over)
-                self._give_back()
+                self._is_over.set()
+                try:
+                    thread.join()  # which an interrupt may cut short
+                finally:
+                    self._give_back()
 
     def _give_back(self) -> None:
         try:
@@ -233,16 +235,14 @@ class _Lease:
     def _keep(self, interrupt: Interrupt) -> None:
         while not self._is_over.wait(self._renewal_s):
             try:
-                there = _read(self._path)
-                if there and not self._is_ours(there):
+                if self._is_lost():
                     break
                 self._write()
             except Exception as error:  # whatever the store's package raises: the next may succeed
                 logger.warning("%s is not renewed: %s", self._path, error)
         else:
             return
-        self._hold.lost = lost = _taken(self._folder, there)
-        forbid_writes(self._over, but_to=self._over / RUNS, why=str(lost))
+        lost = self._hold.lost
         logger.error("%s; this run is stopped", lost)
         interrupt.send()
         if not self._is_over.wait(LAST_RESORT_SECONDS):
@@ -250,12 +250,42 @@ class _Lease:
             time.sleep(PAUSE_SECONDS)  # stderr may be passed on by a thread of this process
             os._exit(EXIT_LOCKED)
 
+    def _check(self) -> None:
+        """Raise BlockingIOError where the lease is lost; asks the store only where another may have
+        taken it since.
+        """
+        if self._hold.lost is None and self._may_be_taken() and not self._is_lost():
+            self._write()  # before somebody who looks takes it over
+        if self._hold.lost is not None:
+            raise BlockingIOError(str(self._hold.lost))
+
+    def _is_lost(self) -> bool:
+        there = _read(self._path)
+        if there and not self._is_ours(there):
+            self._hold.lost = _taken(self._folder, there)
+        elif not there and self._may_be_taken():
+            self._hold.lost = BlockingIOError(
+                f"{self._folder}: another run took this over while this one was suspended or cut "
+                "off, and has ended; run the same command again: it goes on"
+            )
+        return self._hold.lost is not None
+
+    def _may_be_taken(self) -> bool:
+        return _now() - self._renewed >= DEAD_AFTER * self._renewal_s
+
     def _write(self) -> None:
+        begun = _now()
         fields = {**self._holder, "renewed": time.time(), "renewal_s": self._renewal_s}
         self._path.write_bytes(json.dumps(fields).encode())
+        self._renewed = begun
 
     def _is_ours(self, there: dict[str, Any]) -> bool:
         return there.get("token") == self._holder["token"]
+
+
+def _now() -> float:
+    """Seconds that a machine which sleeps counts too, where the system can tell."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _fresh(lease: dict[str, Any]) -> bool:
@@ -264,7 +294,7 @@ def _fresh(lease: dict[str, Any]) -> bool:
         age, renewal_s = time.time() - lease["renewed"], lease["renewal_s"]
     except (KeyError, TypeError):  # not a lease of ours
         return False
-    return bool(abs(age) < _DEAD_AFTER * renewal_s)
+    return bool(abs(age) < DEAD_AFTER * renewal_s)
 
 
 @contextmanager

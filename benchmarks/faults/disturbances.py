@@ -3,19 +3,21 @@
 import errno
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.fake_mlflow import FakeMlflow
-from benchmarks.faults.moments import Moments
+from benchmarks.faults.moments import Moments, is_written
 from benchmarks.faults.signals import drawn, send
 from benchmarks.faults.subject import CONFIG, Subject, check_said
 from benchmarks.faults.table import Broken, CannotTry
@@ -133,6 +135,43 @@ def mounted(folder: Path, options: str) -> Iterator[None]:
 
 
 @contextmanager
+def _refused(folder: Path, *, number: int) -> Iterator[Arranged]:
+    """From the moment on Python can write nothing to the output, as where a quota is used up."""
+    yield Arranged(action=partial(_refuse, number, f"{folder / 'out'}/"))
+
+
+@contextmanager
+def _logs_refused(folder: Path, *, number: int) -> Iterator[Arranged]:
+    """From the moment on only what tells of a run cannot be written: logs, records of stages and
+    of runs, and what an MLflow server, which is well, is still to get.
+    """
+    places = f"{folder / 'out'}/(.*/)?(run|runs|\\.mlflow)/"
+    with _mlflow(folder, fails_with="never") as mlflow:
+        yield replace(mlflow, action=partial(_refuse, number, places), mend=lambda: None)
+
+
+def _refuse(number: int, places: str) -> None:
+    """From now on this process can open no file to write whose path begins like this pattern, nor
+    write to one by its descriptor: the system's answer is an OSError of that number.
+    """
+
+    def check(path: str) -> None:
+        if re.match(places, path):
+            raise OSError(number, os.strerror(number), path)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.mkdir" or (event == "open" and is_written(arguments)):
+            check(str(arguments[0]))
+
+    def write(file: int, data: Any, right: Callable[[int, Any], int] = os.write) -> int:
+        check(os.readlink(f"/proc/self/fd/{file}"))
+        return right(file, data)
+
+    sys.addaudithook(hook)
+    os.write = write
+
+
+@contextmanager
 def _clock_set_back(folder: Path) -> Iterator[Arranged]:
     def set_back() -> None:
         right = time.time
@@ -214,6 +253,21 @@ SIGINT = Disturbance(name="sigint", codes=(130, 0), arrange=partial(_signal, num
 FULL_DISK = Disturbance(
     name="full-disk", codes=(0, 1), arrange=full_disk, says="No space left on device"
 )
+QUOTA = Disturbance(
+    name="quota",
+    codes=(0, 1),
+    arrange=partial(_refused, number=errno.EDQUOT),
+    says=os.strerror(errno.EDQUOT),
+)
+LOGS_REFUSED = {
+    name: Disturbance(
+        name=name,
+        codes=(0, 1),
+        arrange=partial(_logs_refused, number=number),
+        says=os.strerror(number),
+    )
+    for name, number in (("disk-full", errno.ENOSPC), ("quota", errno.EDQUOT))
+}
 CLOCK = Disturbance(name="clock-set-back", codes=(0,), arrange=_clock_set_back)
 # The name of each way to fail is also the fake server's.
 MLFLOW = {

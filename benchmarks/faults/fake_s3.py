@@ -5,7 +5,7 @@ Objects are files, so that what a run made behind `s3://` is looked at as what o
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -45,6 +45,7 @@ class FakeS3:
         self.folder, self._failing = folder, failing
         folder.mkdir(parents=True)
         self.num_requests = 0
+        self.on_request: Callable[[int], None] = lambda number: None
         self.is_hit = False
         self._is_mended = failing.how == ""
         self._since: float | None = None
@@ -101,6 +102,7 @@ class FakeS3:
         """Whether this request fails; it is counted."""
         with self._lock:
             self.num_requests += 1
+            self.on_request(self.num_requests)
             if self._is_mended or self.num_requests < self._failing.at:
                 return False
             if self._failing.how == "dies" and self._since is None and request.command != "PUT":

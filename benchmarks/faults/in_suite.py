@@ -27,6 +27,17 @@ _TESTS = {
         "tests/cluster/test_cluster.py::"
         "test_samples_survive_a_killed_actor_and_do_not_depend_on_their_number",
     ),
+    "ray-worker-killed-for-memory": (
+        "The message names the worker that died, its step and its rows.",
+        "one of two workers is killed by Ray's memory monitor, as Ray reports it",
+        "tests/cluster/test_cluster.py::"
+        "test_the_worker_that_died_is_named_with_its_step_and_rows",
+    ),
+    "ray-actor-killed-for-memory": (
+        "A warning names the rows; each row is sampled once.",
+        "SIGKILL to a sampling actor in the middle of a batch",
+        "tests/cluster/test_poison_rows.py::test_the_rows_that_an_actor_died_at_are_named",
+    ),
     "ray-driver-killed-twice": (
         "The files are those of the run that was not killed.",
         "SIGKILL to the driver of a generation job, two times",

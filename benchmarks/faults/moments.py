@@ -34,7 +34,7 @@ class Moments:
     def _on(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self._is_acting or event not in ("open", "os.rename", "os.remove", "os.mkdir"):
             return
-        if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & _WRITES):
+        if event == "open" and not is_written(arguments):
             return
         path = str(arguments[1 if event == "os.rename" else 0])
         if not path.startswith(f"{self.root}/") or self.only not in path:
@@ -46,3 +46,8 @@ class Moments:
                 action()
             finally:
                 self._is_acting = False
+
+
+def is_written(arguments: tuple[Any, ...]) -> bool:
+    """Whether a file that is opened, by the arguments of the audit event, is opened to write."""
+    return isinstance(arguments[2], int) and bool(arguments[2] & _WRITES)

@@ -2,29 +2,41 @@
 
 import os
 import random
+import signal
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.faults.disturbances import fill, mounted
 from benchmarks.faults.fake_s3 import BUCKET, Failing, FakeS3
 from benchmarks.faults.signals import GOES_ON
-from benchmarks.faults.subject import Ended, Subject, check_said
+from benchmarks.faults.subject import Ended, Started, Subject, check_said
 from benchmarks.faults.table import Broken, Case
+from pipelines import lock
 
 UNHURT = "Exit code 0; rows, weights and losses are as on a local disk."
 STOPS = f"Exit code 1 and one message that names the object. {GOES_ON}"
 _LIST_SECONDS = 3.0
+_RENEWAL_SECONDS = 0.5  # of leases; 10 otherwise
+_DISK = "size=32m"
 _SHORT_SECONDS = 3.0  # pyarrow tries again for 6
 
 
-def _run(subject: Subject, folder: Path, store: FakeS3) -> Ended:
-    """The pipeline with its root in the bucket, on a machine that has no copies of it yet."""
+def _start(subject: Subject, folder: Path, store: FakeS3, *, machine: str = "cache") -> Started:
+    """The pipeline with its root in the bucket, on a machine of that name: a folder of copies."""
 
     def before() -> None:
-        os.environ |= {**store.environment, "TOKENDIFF_CACHE": str(folder / "cache")}
+        os.environ |= {**store.environment, "TOKENDIFF_CACHE": str(folder / machine)}
+        lock.RENEWAL_SECONDS = _RENEWAL_SECONDS
 
-    return subject.run("pipeline", folder, before, root=f"s3://{BUCKET}/out")
+    return subject.start("pipeline", folder, before, root=f"s3://{BUCKET}/out")
+
+
+def _run(subject: Subject, folder: Path, store: FakeS3) -> Ended:
+    return _start(subject, folder, store).wait()
 
 
 def _num_requests(subject: Subject) -> int:
@@ -61,6 +73,34 @@ def behind_s3(
             raise Broken(f"the same command again ended with {again.code}: {again.message}")
         subject.check_same("pipeline", store.folder)
     return f"exit code {ended.code}; gone on with the same result"
+
+
+def lease_lost(subject: Subject, chance: random.Random, folder: Path, *, is_disk_full: bool) -> str:
+    """A run is stopped at a random request past its lease, one of another machine takes that over
+    and ends, and the first is woken; with a full disk, if that is asked for.
+    """
+    at, stopped = chance.randint(1, _num_requests(subject) * 9 // 10), folder / "stopped"
+    disk = mounted(stopped, _DISK) if is_disk_full else nullcontext()
+    with FakeS3.started(folder / "store", Failing()) as store, disk:
+        pid: list[int] = []
+        store.on_request = lambda number: os.kill(pid[0], signal.SIGSTOP) if number == at else None
+        first = _start(subject, folder, store, machine=stopped.name)
+        pid.append(first.pid)
+        os.waitpid(first.pid, os.WUNTRACED)  # returns once it is stopped
+        is_holder = (store.folder / "out" / "tiny" / ".lock.holder").exists()
+        if is_disk_full:
+            fill(stopped / "ballast")
+        time.sleep(lock.DEAD_AFTER * _RENEWAL_SECONDS)
+        check_said(_start(subject, folder, store, machine="other").wait(), codes=(0,))
+        os.kill(first.pid, signal.SIGCONT)
+        ended = first.wait()
+        codes = {4} if is_holder else {0, 4}
+        check_said(ended, codes=tuple(codes | ({1} if is_disk_full else set())))
+        again = _start(subject, folder, store, machine="other").wait()
+        if again.code != 0:
+            raise Broken(f"the same command again ended with {again.code}: {again.message}")
+        subject.check_same("pipeline", store.folder)
+    return f"stopped at request {at} {'with' if is_holder else 'without'} the lease: {ended.code}"
 
 
 def _case(name: str, promise: str, done: str, *, codes: tuple[int, ...], **how: Any) -> Case:
@@ -109,5 +149,19 @@ CASES = (
         f"listings are {_LIST_SECONDS:g} s behind what was written and deleted",
         codes=(0,),
         lists_after=_LIST_SECONDS,
+    ),
+    *(
+        Case(
+            name=name,
+            promise=f"The other ends with exit code 0, the first with {codes} and one message. The "
+            "same command goes on; rows, weights and losses are as on a local disk.",
+            done="SIGSTOP at a random request, a run on another machine once the lease is over, "
+            f"{then}SIGCONT",
+            trial=partial(lease_lost, is_disk_full=is_disk_full),
+        )
+        for name, codes, then, is_disk_full in (
+            ("lease-holder-stopped-and-woken", "4", "", False),
+            ("full-disk+lease-lost", "1 or 4", "a full disk at the first, ", True),
+        )
     ),
 )

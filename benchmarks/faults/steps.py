@@ -19,6 +19,7 @@ from tokendiff.training.trainer import Trainer
 _TOO_MUCH = 1 << 46  # floats
 _STEPS = CONFIG["train"]["max_train_steps"]
 _SAMPLES = CONFIG["generate"]["num_samples"]
+_MEMORY = (("training", "step, worker and rows", "step"), ("sampling", "the rows", "row"))
 
 
 def _at_step(step: int, change: Callable[[Any], Any]) -> None:
@@ -85,29 +86,41 @@ def stopped(subject: Subject, chance: random.Random, folder: Path) -> str:
     return f"stopped at step {step} with exit code 1; went on with skip, as if it had skipped"
 
 
-def out_of_memory(subject: Subject, chance: random.Random, folder: Path, *, stage: str) -> str:
+def _at_row(row: int, act: Callable[[], object]) -> None:
+    """In this process that happens when the row is about to be sampled."""
+    sample = SamplingModel.sample
+
+    def changed(model: SamplingModel, rows: list[Any], **kwargs: Any) -> list[dict[str, Any]]:
+        if any(each.id == row for each in rows):
+            act()
+        return sample(model, rows, **kwargs)
+
+    SamplingModel.sample = changed  # type: ignore[assignment, method-assign]
+
+
+def out_of_memory(
+    subject: Subject, chance: random.Random, folder: Path, *, stage: str, is_killed: bool
+) -> str:
+    """Python is refused the memory; or the kernel kills the process, as its out-of-memory killer
+    does, and the next start says what that was at.
+    """
     step, row = chance.randint(1, _STEPS), chance.randrange(_SAMPLES)
-
-    def in_sampling() -> None:
-        sample = SamplingModel.sample
-
-        def hungry(model: SamplingModel, rows: list[Any], **kwargs: Any) -> list[dict[str, Any]]:
-            if any(each.id == row for each in rows):
-                torch.empty(_TOO_MUCH)
-            return sample(model, rows, **kwargs)
-
-        SamplingModel.sample = hungry  # type: ignore[assignment, method-assign]
-
-    is_training = stage == "training"
-    before = partial(_at_step, step, _too_much) if is_training else in_sampling
+    kill, is_training = send(signal.SIGKILL), stage == "training"
+    if is_training:
+        before = partial(_at_step, step, (lambda loss_sum: kill()) if is_killed else _too_much)
+    else:
+        before = partial(_at_row, row, kill if is_killed else partial(torch.empty, _TOO_MUCH))
     ended = subject.run("pipeline", folder, before)
     first = row - row % CONFIG["generate"]["batch_size"]
-    says = f"step {step}, worker 0" if is_training else f"rows {first}, "
-    check_said(ended, codes=(1,), says="memory ran out")
-    if says not in ended.err:
-        raise Broken(f"the message does not say {says!r}: {ended.message}")
-    subject.check_goes_on("pipeline", folder)
-    return f"exit code 1, {'its step and rows' if is_training else 'its rows'} named; went on"
+    place = f"step {step}, worker 0: 4 rows" if is_training else f"rows {first}, {first + 1} (2"
+    codes = (-signal.SIGKILL,) if is_killed else (1,)
+    check_said(ended, codes=codes, says="" if is_killed else "memory ran out")
+    again = subject.check_goes_on("pipeline", folder, is_killed=is_killed)
+    says = f"an earlier attempt was killed at {place}" if is_killed else place
+    if says not in (again.out + again.err if is_killed else ended.err):
+        raise Broken(f"nothing says {says!r}: {(again if is_killed else ended).message}")
+    what = "its step and rows" if is_training else "its rows"
+    return f"killed, {what} named by the next start" if is_killed else f"exit code 1, {what} named"
 
 
 CASES = (
@@ -134,11 +147,17 @@ CASES = (
             name=f"out-of-memory-{stage}",
             promise=f"Exit code 1 and one message that names {what}. {GOES_ON}",
             done=f"a random {which} asks for more memory than there is",
-            trial=partial(out_of_memory, stage=stage),
+            trial=partial(out_of_memory, stage=stage, is_killed=False),
         )
-        for stage, what, which in (
-            ("training", "step, worker and rows", "step"),
-            ("sampling", "the rows", "row"),
+        for stage, what, which in _MEMORY
+    ),
+    *(
+        Case(
+            name=f"killed-for-memory-{stage}",
+            promise=f"{GOES_ON} It says at which {what.removeprefix('the ')} the first was killed.",
+            done=f"SIGKILL in a random {which}, as the kernel sends where memory is exhausted",
+            trial=partial(out_of_memory, stage=stage, is_killed=True),
         )
+        for stage, what, which in _MEMORY
     ),
 )

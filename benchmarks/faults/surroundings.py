@@ -14,6 +14,7 @@ from benchmarks.faults.subject import JOBS, Subject, check_said
 from benchmarks.faults.table import Broken, Case
 
 FULL = f"Exit code 1 and one message, or 0 where what is left to write fits. {GOES_ON}"
+LOGS = f"{FULL} It brings MLflow all losses that it missed."
 UNHURT = "Exit code 0; rows, weights and losses are as without the fault."
 MISSED = (
     f"{UNHURT} Exit code 2 and one message where it fails before the start. Once it is back, the "
@@ -90,6 +91,26 @@ CASES = (
             trial=partial(disturbed, faults=[faults.FULL_DISK], only=only),
         )
         for what, only in _DISKS.items()
+    ),
+    *(
+        Case(
+            name=f"quota-while-{what}",
+            promise=FULL,
+            done=f"from a random write under STAGE{only}KEY on, each write to the output is "
+            f"answered with {faults.QUOTA.says!r}",
+            trial=partial(disturbed, faults=[faults.QUOTA], only=only),
+        )
+        for what, only in _DISKS.items()
+    ),
+    *(
+        Case(
+            name=f"{name}-while-logging",
+            promise=LOGS,
+            done="from a random write there on, each write to a folder run/, runs/ or .mlflow/ is "
+            f"answered with {fault.says!r}",
+            trial=partial(disturbed, faults=[fault], only="/run"),
+        )
+        for name, fault in faults.LOGS_REFUSED.items()
     ),
     Case(
         name="disk-full",

@@ -14,6 +14,7 @@ import pytest
 
 from tests.builders import letter_tokenizer, random_rows, token_folder
 from tests.in_this_process import jobs_here
+from tokendiff.artifacts.locations import RemotePath
 from tokendiff.artifacts.manifest import load_manifest
 from tokendiff.config.cluster import ClusterConfig
 from tokendiff.config.evaluate import EvaluateConfig
@@ -87,7 +88,7 @@ class Killer(threading.Thread):
         self.pid: int | None = None
 
     def run(self) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300  # Ray starts slowly on a busy machine
         while self.pid is None and time.monotonic() < deadline:
             if self._is_time(read_events(self._log.path)):
                 self.pid = pid_of(self._actor_name)
@@ -126,6 +127,7 @@ def test_a_worker_killed_in_mid_run_costs_nothing_but_time(
     assert len(resumed) == 1
     assert resumed[0] >= 5  # the checkpoint of step 10 may still be being written
     assert any("was lost" in e["message"] for e in events if e["event"] == "warning")
+    assert not list((out / "run").glob("at-*"))
     expected, _ = plain_run
     losses = {e["step"]: e["loss"] for e in metrics_by_step(log.path)}
     assert sorted(losses) == sorted(expected)
@@ -142,6 +144,26 @@ def test_a_worker_killed_in_mid_run_costs_nothing_but_time(
     with jobs_here():
         train(train_config(), CLUSTER, data_path=data_path, output_dir=out, on_event=log.write)
     assert (final / "model.safetensors").read_bytes() == weights
+
+
+def test_the_worker_that_died_is_named_with_its_step_and_rows(tmp_path: Path) -> None:
+    """And not the peer whose collective broke, which Ray may then have killed in the same step."""
+    from ray.exceptions import OutOfMemoryError
+    from ray.train import WorkerGroupError
+
+    from tokendiff.artifacts.last_notes import LastNote
+    from tokendiff.cluster.train_workers import _reason_to_retry
+
+    for rank in range(2):
+        note = LastNote(tmp_path, f"worker-{rank}").__enter__()
+        note.write(f"step 7, worker {rank}: 4 rows")
+    broken, killed = RuntimeError("gloo: connection closed by peer"), OutOfMemoryError("node full")
+    error: Any = WorkerGroupError("two failed", {0: broken, 1: killed})
+    reason = _reason_to_retry(error, tmp_path)
+    assert reason.startswith("worker 1 was lost (node full) at step 7, worker 1: 4 rows; if its")
+    # Behind a URI there are no notes.
+    reason = _reason_to_retry(error, RemotePath(f"memory://{tmp_path.name}"))
+    assert reason == "worker 1 was lost (node full)"
 
 
 def test_divergence_is_not_retried(

@@ -35,6 +35,22 @@ class KilledByA(_PartSampler):
         return super()._samples(rows, part)
 
 
+class KilledOnce(_PartSampler):
+    """Dies as it samples rows 12 to 15 for the first time."""
+
+    def _samples(self, rows: list[Any], part: int) -> Any:
+        note, flag = self._note, self._output_dir / "run" / "has-died"
+
+        def noted(what: str) -> None:
+            note(what)
+            if what.startswith("rows 12,") and not flag.exists():
+                flag.write_bytes(b"")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        self._note = noted
+        return super()._samples(rows, part)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
@@ -94,6 +110,37 @@ def test_a_row_that_kills_its_actor_is_set_aside(
     assert (metadata["rows"], metadata["set_aside"]) == (19, 1)
     assert sum("set aside, see" in e.get("message", "") for e in events) == 1
     assert not (tmp_path / "samples" / "run" / "attempts").exists()
+
+
+@pytest.mark.ray
+def test_the_rows_that_an_actor_died_at_are_named(
+    ray_session: None,
+    checkpoint: Path,
+    prompts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cluster_generate, "_PartSampler", KilledOnce)
+    said: list[str] = []
+    config = GenerateConfig.model_validate(
+        {
+            "prompts": [str(tmp_path / "prompts.txt")],
+            "num_samples": 1,
+            "batch_size": 4,
+            "sampler": {"num_inference_steps": 3},
+        }
+    )
+    cluster_generate.generate(
+        config,
+        ClusterConfig(cpus_per_worker=0.5, threads_per_worker=1),
+        checkpoint_path=str(checkpoint),
+        output_dir=tmp_path / "samples",
+        on_event=lambda event, **fields: said.append(fields.get("message", "")),
+    )
+    (message,) = [text for text in said if "died" in text]
+    assert message.startswith("an actor died at rows 12, 13, 14, 15 (4 at a time), which were")
+    assert len(list(read_samples(tmp_path / "samples"))) == 20
+    assert not list((tmp_path / "samples" / "run").glob("at-*"))
 
 
 def test_the_job_says_so_and_ends_with_exit_code_1(

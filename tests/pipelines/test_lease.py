@@ -259,6 +259,40 @@ def test_a_lease_that_was_deleted_is_written_again(folder: RemotePath, move: Mov
             alone(folder).__enter__()
 
 
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_who_was_suspended_writes_nothing_before_it_has_looked(
+    folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch, has_ended: bool
+) -> None:
+    """Long before its next renewal; also where the other run has come and gone meanwhile."""
+    wakes_at = lock._now() + 1000.0
+
+    def sleep_and_go_on() -> None:
+        with lock.alone(folder, renewal_s=60.0, pause_s=0.0):
+            (folder / "part").write_bytes(b"mine")
+            if has_ended:
+                (folder / ".lock.holder").unlink()
+            else:
+                write_lease(folder)
+            (folder / "part").write_bytes(b"other")
+            monkeypatch.setattr(lock, "_now", lambda: wakes_at)
+            (folder / "part").write_bytes(b"mine again")
+
+    says = "took this over.*and has ended" if has_ended else "process 7 on far"
+    with pytest.raises(BlockingIOError, match=says):
+        sleep_and_go_on()
+    assert (folder / "part").read_bytes() == b"other"
+
+
+def test_who_was_suspended_and_is_still_the_holder_goes_on(
+    folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with lock.alone(folder, renewal_s=60.0, pause_s=0.0):
+        before, wakes_at = read_lease(folder)["renewed"], lock._now() + 1000.0
+        monkeypatch.setattr(lock, "_now", lambda: wakes_at)
+        (folder / "part").write_bytes(b"")
+        assert read_lease(folder)["renewed"] > before
+
+
 def test_renewal_survives_whatever_the_store_raises(
     folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
 ) -> None:

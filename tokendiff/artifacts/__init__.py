@@ -6,6 +6,7 @@ For other rooms:
     identity          what changes when the content of a file, a folder or a model does
     model_folders     which folder a model's name stands for, and what its config says
     checkpoint        the folders of a training run: named, found again, removed
+    last_notes        what a process was at when it was killed
     tensor_files      tensors in safetensors files, of one process or of several
     noise_process     scheduler_config.json: the noise that a model was trained under
 """

@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,8 +43,8 @@ _MOST_CHANGES = 10_000
 # URI of a file that this process wrote or deleted -> (when, its size or None), so that a listing
 # that is behind is set right.
 _changes: dict[str, tuple[float, int | None]] = {}
-# URI of a folder that this process may not write to -> (what in it it still may, why not).
-_forbidden: dict[str, tuple[str, str]] = {}
+# URI of a folder -> (what in it is not guarded, what is called before each write to the rest).
+_guards: dict[str, tuple[tuple[str, ...], Callable[[], None]]] = {}
 
 
 @dataclass(frozen=True, order=True)
@@ -344,16 +344,18 @@ def upload_file(source: Path, target: RemotePath) -> None:
         _note_change(target.uri, os.fstat(file.fileno()).st_size)
 
 
-def forbid_writes(folder: RemotePath, *, but_to: RemotePath, why: str) -> None:
-    """From now on whatever in this process would write or delete under `folder`, or goes on with
-    many files there, gets a BlockingIOError; what is under `but_to` stays open.
+@contextmanager
+def guarded_writes(
+    folder: RemotePath, *, but_to: Sequence[RemotePath], check: Callable[[], None]
+) -> Iterator[None]:
+    """In this block whatever in this process would write or delete under `folder`, or goes on with
+    many files there, calls `check` first and gets what that raises; not under `but_to`.
     """
-    _forbidden[folder.uri] = (but_to.uri, why)
-
-
-def permit_writes(folder: RemotePath) -> None:
-    """Undo `forbid_writes`, if that was called."""
-    _forbidden.pop(folder.uri, None)
+    _guards[folder.uri] = (tuple(f"{each.uri}/" for each in but_to), check)
+    try:
+        yield
+    finally:
+        _guards.pop(folder.uri, None)
 
 
 def cache_folder() -> Path:
@@ -474,9 +476,9 @@ def _resolve(uri: str) -> tuple[Any, str]:
 
 
 def _resolve_to_write(uri: str) -> tuple[Any, str]:
-    for folder, (but_to, why) in list(_forbidden.items()):
-        if f"{uri}/".startswith(f"{folder}/") and not f"{uri}/".startswith(f"{but_to}/"):
-            raise BlockingIOError(why)
+    for folder, (but_to, check) in list(_guards.items()):
+        if f"{uri}/".startswith(f"{folder}/") and not f"{uri}/".startswith(but_to):
+            check()
     return _resolve(uri)
 
 

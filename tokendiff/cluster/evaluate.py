@@ -5,6 +5,7 @@ tasks.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ from tokendiff.cluster.tasks import ANSWERS, copy_answers, run_tasks
 from tokendiff.data.rows import TokenData
 from tokendiff.data.samples import num_new_tokens, read_samples
 from tokendiff.diffusion.interfaces import OnProgress
-from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.errors import CorruptFileError, InputError, naming_memory
 from tokendiff.evaluation.acceptance import accepted_by_row
 from tokendiff.evaluation.bound import Bound, summarize
 from tokendiff.evaluation.draft_acceptance import (
@@ -68,6 +69,8 @@ if TYPE_CHECKING:
     from tokendiff.config.evaluate import EvaluateConfig
 
 _ROWS_PER_TASK = 256
+_NAMED_ROWS = 8
+_MEMORY_REMEDY = "lower evaluate.batch_size, or give more memory"
 
 
 class _JudgingActor:
@@ -96,11 +99,17 @@ class _JudgingActor:
         for unit, text in zip(items["unit"], items["rows"], strict=True):
             places = np.asarray(json.loads(text))
             rows = self._data.read(places[:, 0], places[:, 1])
-            judged = self._judge(rows, on_progress=self._reporter.of(int(unit)))
+            with naming_memory(partial(_place_of, rows.row_ids), _MEMORY_REMEDY):
+                judged = self._judge(rows, on_progress=self._reporter.of(int(unit)))
             figures = {ROW_ID: rows.row_ids, "tokens": rows.lengths, **judged}
             yield {
                 "figures": [json.dumps({name: array.tolist() for name, array in figures.items()})]
             }
+
+
+def _place_of(row_ids: np.ndarray) -> str:
+    some = ", ".join(map(str, row_ids[:_NAMED_ROWS].tolist()))
+    return f"held-out rows, {len(row_ids)} to judge (the first row_ids: {some})"
 
 
 def evaluate_bound(

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokendiff.artifacts.checkpoint import find_checkpoint
 from tokendiff.artifacts.identity import checkpoint_identity, model_identity
+from tokendiff.artifacts.last_notes import LastNote, take_note, take_notes, without_notes
 from tokendiff.artifacts.locations import Location, files_under, remove
 from tokendiff.artifacts.manifest import (
     Manifest,
@@ -132,7 +133,10 @@ class _PartSampler:
             path=self._output_dir / self._parts.attempts_file(part), job=self._job
         )
         failures.read()
-        records, measured, set_aside = self._survivors(rows, part, failures)
+        died_at = take_note(self._output_dir, f"part-{part}")
+        with LastNote(self._output_dir, f"part-{part}") as last:
+            self._note = last.write
+            records, measured, set_aside = self._survivors(rows, part, failures)
         records.sort(key=lambda record: record["id"])
         for record in records:
             del record["seconds"]  # the same row takes another time in another run
@@ -147,6 +151,7 @@ class _PartSampler:
             "rows": self._parts.num_rows(part),
             "errors": len(errors),
             "first_error": f"{errors[0]['place']}: {errors[0]['reason']}" if errors else "",
+            "died_at": died_at,
             "set_aside": json.dumps([f"{e['place']}: {e['reason']}" for e in set_aside]),
             "new_tokens": sum(map(num_new_tokens, records)),
             "model_calls": sum(record["num_model_calls"] for record in records),
@@ -201,10 +206,13 @@ class _PartSampler:
             ids = [row.id for row in rows[len(records) :][: self._config.batch_size]]
             return f"rows {', '.join(map(str, ids[:_NAMED_ROWS]))} ({len(ids)} at a time)"
 
+        self._note(place())
         with naming_memory(place, _MEMORY_REMEDY):
             if not self._measures:
                 for record in self._model.samples(rows, on_progress=on_progress):
                     records.append(record)
+                    if len(records) % self._config.batch_size == 0:
+                        self._note(place() if len(records) < len(rows) else "")
                 return records, {}
             assert isinstance(self._model, CompletionModel)
             is_target_first = part % 2 == 0
@@ -259,11 +267,17 @@ def generate(
         for note in check.notes:
             on_event("warning", message=note)
     mark = _claim(output_dir, identity)
+    if notes := take_notes(output_dir):
+        on_event(
+            "warning",
+            message=f"an earlier attempt was killed at {'; '.join(notes[:2])}; if its memory ran "
+            f"out, {_MEMORY_REMEDY}",
+        )
     parts = _Parts(index.num_rows, config)
     totals = _Totals(parts, config.max_errors, output_dir, on_event)
     missing, done = totals.count_finished()
     arguments = (found, config, cluster, index, output_dir, uuid.uuid4().hex)
-    with JobProgress(on_event) as progress:
+    with JobProgress(on_event) as progress, without_notes(output_dir):
         progress.begin("rows", total=index.num_rows, done=done, errors=totals.errors.num_rows)
         for counts in _sample_parts(missing, arguments, cluster, on_event, progress):
             totals.add(counts)
@@ -376,6 +390,12 @@ class _Totals:
         self._on_event("part", part=counts["part"], **{name: counts[name] for name in names})
         if counts["errors"]:
             self._count_errors(counts["part"], counts["errors"], counts["first_error"])
+        if counts["died_at"] and counts["set_aside"] == "[]":
+            self._on_event(
+                "warning",
+                message=f"an actor died at {counts['died_at']}, which were sampled again; if its "
+                f"memory ran out, {_MEMORY_REMEDY}",
+            )
         for row in json.loads(counts["set_aside"]):
             self.num_set_aside += 1
             self._on_event(

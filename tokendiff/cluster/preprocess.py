@@ -39,7 +39,7 @@ from tokendiff.data.streams import is_compressed
 from tokendiff.data.templates import ChatRenderer, read_template
 from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.diffusion.interfaces import Figures, OnProgress
-from tokendiff.errors import InputError
+from tokendiff.errors import InputError, naming_memory
 from tokendiff.training.trainer import OnEvent
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
     from tokendiff.config.preprocess import PreprocessConfig
 
+_MEMORY_REMEDY = "lower partition_bytes, or give more memory"
 _MAX_BLOCKS = 1000
 Row = dict[str, Any]
 
@@ -261,7 +262,10 @@ def _task(
 
         partition = pickle.loads(row["partition"])
         try:
-            with _on_this_machine(output_dir, tokenizer_files) as folder:
+            with (
+                naming_memory(lambda: _place_of(partition), _MEMORY_REMEDY),
+                _on_this_machine(output_dir, tokenizer_files) as folder,
+            ):
                 stats = preprocess_partition(
                     partition,
                     tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
@@ -280,6 +284,14 @@ def _task(
         return {"stats": pickle.dumps(stats), "error": ""}
 
     return work
+
+
+def _place_of(partition: Partition) -> str:
+    first, last = partition.pieces[0], partition.pieces[-1]
+    return (
+        f"partition {partition.index}, from {first.path} at {first.start:,} to {last.path} at "
+        f"{last.stop:,}"
+    )
 
 
 def _of_partition(partition: Partition, reporter: Reporter) -> OnProgress:

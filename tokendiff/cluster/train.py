@@ -8,6 +8,7 @@ every start, so what stops a run costs the steps since then.
 from typing import TYPE_CHECKING
 
 from tokendiff.artifacts.checkpoint import newest_sound_checkpoint
+from tokendiff.artifacts.last_notes import take_notes
 from tokendiff.artifacts.locations import Location
 from tokendiff.cluster.session import (
     advice_on_threads,
@@ -27,7 +28,7 @@ from tokendiff.data.rows import TokenData, step_batches, step_plan
 from tokendiff.training.identity import check_same_run, finished_run
 from tokendiff.training.inputs import check_inputs
 from tokendiff.training.run import TrainingRun
-from tokendiff.training.trainer import OnEvent
+from tokendiff.training.trainer import MEMORY_REMEDY, OnEvent
 from tokendiff.training.world import World
 
 if TYPE_CHECKING:
@@ -70,6 +71,11 @@ def train(
     if (final := finished_run(output_dir, config, data, warn=warn)) is not None:
         return final
     output_dir.mkdir(parents=True, exist_ok=True)
+    if notes := take_notes(output_dir):
+        warn(
+            f"an earlier attempt was killed at {'; '.join(notes[:2])}; if its memory ran out, "
+            f"{MEMORY_REMEDY}"
+        )
     if works_here(cluster.max_workers):
         with memory_given_back():
             _train_here(config, cluster, data, output_dir, on_event)

@@ -16,6 +16,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from tokendiff.artifacts.checkpoint import newest_sound_checkpoint, step_of
+from tokendiff.artifacts.last_notes import take_note, without_notes
 from tokendiff.artifacts.locations import Location, remove
 from tokendiff.cluster.elastic import Outlook, workers_to_start
 from tokendiff.cluster.rank_rows import RankRows
@@ -35,8 +36,8 @@ from tokendiff.cluster.stopping import (
 from tokendiff.data.rows import TokenData, step_plan
 from tokendiff.errors import CorruptFileError, InputError, first_line
 from tokendiff.training.identity import check_same_run, finished_run
-from tokendiff.training.run import TrainingRun
-from tokendiff.training.trainer import OnEvent
+from tokendiff.training.run import TrainingRun, worker_name
+from tokendiff.training.trainer import MEMORY_REMEDY, OnEvent
 from tokendiff.training.world import World
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def train_on_workers(
     is_elastic = cluster.min_workers < cluster.max_workers
     num_workers, num_failures, is_moving = cluster.max_workers, 0, True
     last_step = -1
-    with Demand() if is_elastic else nullcontext() as demand:
+    with Demand() if is_elastic else nullcontext() as demand, without_notes(output_dir):
         while True:
             check_stop()
             if demand is not None:
@@ -114,7 +115,7 @@ def train_on_workers(
             try:
                 _fit_once(config, cluster, num_workers, data, output_dir, checkpoint, on_event)
             except ray.train.TrainingFailedError as error:
-                reason = _reason_to_retry(error)
+                reason = _reason_to_retry(error, output_dir)
                 is_moving, last_step = False, step
                 num_failures += 1
                 if num_failures > cluster.max_failures:
@@ -224,8 +225,10 @@ def _no_retries() -> FailureConfig:
     )
 
 
-def _reason_to_retry(error: ray.train.TrainingFailedError) -> str:
-    """What was lost, in words; or raises the error that no other attempt would get around."""
+def _reason_to_retry(error: ray.train.TrainingFailedError, output_dir: Location) -> str:
+    """What was lost, in words, and at which rows; or raises the error that no other attempt would
+    get around.
+    """
     if isinstance(error, ray.train.ControllerError):
         cause = _cause(error.controller_failure)
         if isinstance(cause, _NEVER_RETRIED):
@@ -241,8 +244,12 @@ def _reason_to_retry(error: ray.train.TrainingFailedError) -> str:
             raise failure from None
     if not failures:
         return f"the workers were preempted ({first_line(error)})"
-    rank, failure = min(failures.items())
-    return f"worker {rank} was lost ({first_line(failure)})"
+    # A worker whose peer died may tell of it first.
+    dead = {rank: failure for rank, failure in failures.items() if _is_death(failure)}
+    rank, failure = min((dead or failures).items())
+    place = take_note(output_dir, worker_name(rank))
+    where = f" at {place}; if its memory ran out, {MEMORY_REMEDY}" if dead and place else ""
+    return f"worker {rank} was lost ({first_line(failure)}){where}"
 
 
 def _cause(failure: Exception) -> Exception:
@@ -254,11 +261,16 @@ def _cause(failure: Exception) -> Exception:
 def _is_loss(failure: Exception) -> bool:
     """A worker that died, or one whose collective broke because another did."""
     import torch.distributed as dist
-    from ray.exceptions import RayActorError
 
-    if type(failure).__name__.startswith("WorkerHealthCheck") or isinstance(
-        failure, RayActorError | dist.DistError
-    ):
+    if _is_death(failure) or isinstance(failure, dist.DistError):
         return True
     # gloo reports a lost peer as a bare RuntimeError.
     return isinstance(failure, RuntimeError) and "gloo" in str(failure)
+
+
+def _is_death(failure: Exception) -> bool:
+    """Of a worker's process, or of its node; Ray names those that it ends for the node's memory."""
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    is_silent = type(failure).__name__.startswith("WorkerHealthCheck")
+    return is_silent or isinstance(failure, RayActorError | OutOfMemoryError)

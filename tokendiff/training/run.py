@@ -19,6 +19,7 @@ from tokendiff.artifacts.checkpoint import (
     remove_old_checkpoints,
     step_of,
 )
+from tokendiff.artifacts.last_notes import LastNote
 from tokendiff.artifacts.locations import Location, RemotePath
 from tokendiff.artifacts.manifest import fetch, verify
 from tokendiff.artifacts.noise_process import NoiseProcess
@@ -176,16 +177,18 @@ class TrainingRun:
                 torch.compiler.reset()
 
     def _fit(self, batches: Batches, should_stop: Callable[[], bool]) -> bool:
-        self.trainer.run(
-            batches,
-            last_good=self._last_good,
-            save=self._save,
-            rewind=self._rewind,
-            poll=self.saver.poll,
-            should_stop=should_stop,
-            measure=self.measure,
-            watch=self.watch,
-        )
+        with LastNote(self.output_dir, worker_name(self.trainer.world.rank)) as last:
+            self.trainer.run(
+                batches,
+                last_good=self._last_good,
+                save=self._save,
+                rewind=self._rewind,
+                note=last.write,
+                poll=self.saver.poll,
+                should_stop=should_stop,
+                measure=self.measure,
+                watch=self.watch,
+            )
         is_over = self.watch is not None and self.watch.is_over
         is_finished = is_over or self.trainer.step == self.config.max_train_steps
         self.saver.wait()
@@ -307,6 +310,11 @@ class TrainingRun:
             self.state.load_weights(self._fetch_best(best_step))
         self.saver.save(FINAL, lambda: self.state.final(metadata, self.watch))
         self.saver.wait()
+
+
+def worker_name(rank: int) -> str:
+    """Of the note of what a worker is at."""
+    return f"worker-{rank}"
 
 
 def train_in_process(

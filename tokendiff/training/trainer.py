@@ -49,7 +49,7 @@ Batches = Iterator[dict[str, Any]]
 _STOP = "stop"  # beside the metrics' names: how many workers want to
 _TELL_SECONDS = 2.0
 _NAMED_ROWS = 8
-_MEMORY_REMEDY = (
+MEMORY_REMEDY = (
     "lower per_device_train_batch_size and raise gradient_accumulation_steps as much, which keeps "
     "the step, or give shorter rows (max_length) or more memory"
 )
@@ -118,6 +118,7 @@ class Trainer:
         save: Callable[[], None],
         rewind: Callable[[], None] = lambda: None,
         should_stop: Callable[[], bool] = lambda: False,
+        note: Callable[[str], None] = lambda what: None,
         poll: Callable[[], None] = lambda: None,
         measure: Callable[[], dict[str, float]] = dict,
         watch: "Watch | None" = None,
@@ -131,6 +132,7 @@ class Trainer:
                 on all where the model is sharded.
             rewind: called on every worker at a spike with `on_spike: rewind`; loads the state of
                 the checkpoint to go back to.
+            note: told on every worker which step it begins, with its rows, and "" after it.
             poll: called in every step on every worker, for what goes on in the background.
             should_stop: asked in every step on every worker; when one of them says so, all end
                 after that step, which is saved. On a device several workers end one step later.
@@ -150,8 +152,10 @@ class Trainer:
             with clock.waiting():
                 batch = next(batches)
             is_asked_to_stop = should_stop()
-            with naming_memory(partial(self._place_of, batch), _MEMORY_REMEDY):
+            note(self._place_of(batch))
+            with naming_memory(partial(self._place_of, batch), MEMORY_REMEDY):
                 self._take_step(batch, last_good, rewind, is_asked_to_stop)
+            note("")
             poll()
             clock.steps += 1
             is_evaluated = watch is not None and watch.is_due(self.step)
