@@ -48,8 +48,9 @@ def open_config(name: str, *, field: str, remedy: str, trust_remote_code: bool =
     """
     from transformers import AutoConfig, PreTrainedConfig
 
-    # Registers our own architecture, which a checkpoint may be of.
-    import tokendiff.models.diffusion_transformer  # noqa: F401
+    # Registers our own architectures, which a checkpoint may be of.
+    import tokendiff.models.diffusion_transformer
+    import tokendiff.models.llada2  # noqa: F401
 
     with input_errors(f"{field} {name!r} cannot be opened", remedy):
         folder = local_model(name)
@@ -267,18 +268,21 @@ def open_weights(
 @contextmanager
 def quietly() -> Iterator[None]:
     """In this block transformers draws no bars over the job's progress, but for downloads, and
-    prints no table of weights that were missing or not used, which `Weights` names.
+    prints no table of weights that were missing or not used, which `Weights` names, nor how the
+    layers would be spread by tensor parallelism.
     """
     from transformers.utils.logging import set_tqdm_hook
 
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
+    names = ("modeling_utils", "distributed.tensor_parallel")
+    levels = {log: log.level for log in (logging.getLogger(f"transformers.{n}") for n in names)}
     before = set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **kwargs, disable=True))
-    logger.setLevel(logging.ERROR)
+    for log in levels:
+        log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for log, level in levels.items():
+            log.setLevel(level)
         set_tqdm_hook(before)
 
 
