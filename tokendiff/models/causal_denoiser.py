@@ -8,7 +8,7 @@ from tokendiff.diffusion.attention_masks import MaskRule
 from tokendiff.models import tiled_attention
 from tokendiff.models.adapters import DraftAdapters
 from tokendiff.models.denoiser import ModelInTwoParts
-from tokendiff.models.families import CAUSAL_TYPES
+from tokendiff.models.families import CAUSAL_TYPES, MASKED_TYPES
 from tokendiff.models.masked_attention import (
     IMPLEMENTATIONS,
     AttentionKernel,
@@ -21,7 +21,7 @@ class TransformersCausalDenoiser(ModelInTwoParts):
     """A `transformers` causal language model as `tokendiff.diffusion.interfaces.CausalDenoiser`.
 
     Args:
-        model: from AutoModelForCausalLM, one of CAUSAL_TYPES.
+        model: from AutoModelForCausalLM, one of MASKED_TYPES.
         attention_kernel: what computes attention, with the same numbers to rounding. `flex` is
             torch's flex_attention, `tiles` is `tokendiff.models.tiled_attention`, `dense` is one
             call with the whole mask. By default `masked_attention.best_kernel`.
@@ -35,7 +35,7 @@ class TransformersCausalDenoiser(ModelInTwoParts):
     ) -> None:
         super().__init__(model, vocab_size=vocab_size)
         model_type = model.config.model_type
-        if model_type not in CAUSAL_TYPES or not getattr(model.config, "is_causal", True):
+        if model_type not in MASKED_TYPES or not getattr(model.config, "is_causal", True):
             raise ValueError(
                 f"a model of type {model_type!r} is not a causal one of {CAUSAL_TYPES}"
             )

@@ -513,6 +513,8 @@ def _block_fields(
     """What a block sampler takes from the model where the config leaves it open."""
     mask = find_mask_token(model_config, tokenizer) if process is None else process.mask_token_id
     if mask is None:
+        mask = family_of(published_type(model_config)).mask_token_id
+    if mask is None:
         raise InputError(
             f"{name}: neither its config nor its tokenizer names a mask token, which block "
             "samplers fill in; give a model that was trained with one, or use sampler 'ar'"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tokendiff.models.layouts import LLADA, LLADA_MOE, SAME_FIELDS, Layout
+from tokendiff.models.layouts import LLADA, LLADA2, LLADA_MOE, SAME_FIELDS, Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,13 @@ FAMILIES: dict[str, Family] = {
         stop_tokens=("<|eot_id|>",),
         sampler="blockwise",
     ),
-    "llada2_moe": Family(attention="blocks", sampler="block_refinement"),
+    "llada2_moe": Family(  # LLaDA2.0 and 2.1
+        same_as="tokendiff_llada2",
+        layout=LLADA2,
+        attention="blocks",
+        mask_token_id=156_895,
+        sampler="block_refinement",
+    ),
     "lladamoe": Family(
         same_as="qwen3_moe",
         layout=LLADA_MOE,
@@ -113,8 +119,12 @@ FAMILIES: dict[str, Family] = {
 }
 CAUSAL_TYPES = tuple(name for name, family in FAMILIES.items() if family.can_see_both_ways)
 PUBLISHED_TYPES = tuple(name for name, family in FAMILIES.items() if family.same_as is not None)
+_LLADA2_TYPE = FAMILIES["llada2_moe"].same_as
+assert _LLADA2_TYPE is not None
+# Causal architectures that see what a mask of ours shows.
+MASKED_TYPES = (*CAUSAL_TYPES, _LLADA2_TYPE)
 # Architectures that keep keys and values, and whose logits are linear in the last hidden state.
-DECODER_TYPES = (*CAUSAL_TYPES, "qwen3_moe")
+DECODER_TYPES = (*MASKED_TYPES, "qwen3_moe")
 WHOLE_ROW_TYPES = tuple(name for name, family in FAMILIES.items() if family.attention == "rows")
 
 

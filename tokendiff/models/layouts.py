@@ -8,12 +8,16 @@ that a family was published with, and serving engines, open what was trained her
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokendiff.artifacts.model_folders import CONFIG_NAME, local_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _GENERATION_CONFIG = "generation_config.json"
 # Fields that are ids of a tokenizer.
@@ -32,6 +36,8 @@ class Layout:
         layer: what stands in front of the names of a layer's weights, with {} for its number: in
             transformers, and as published.
         inner: names of the weights in a layer, from those of transformers.
+        is_converted: some tensors in files are parts of those in the model, or several in one, and
+            names differ too: the conversion that transformers has for the architecture says how.
     """
 
     to_transformers: Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -39,6 +45,7 @@ class Layout:
     outer: Mapping[str, str] | None = None
     layer: tuple[str, str] = ("", "")
     inner: Mapping[str, str] | None = None
+    is_converted: bool = False
 
     def published_name(self, name: str) -> str:
         """The name in published files of a weight that transformers calls `name`."""
@@ -176,6 +183,89 @@ def _qwen3_of_llada_moe(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, **renamed}
 
 
+# The same of LLaDA2.x and GLM-4.5; what is missing is what its own config class says.
+_LLADA2_FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "moe_router_enable_expert_bias": (True, (True, None)),
+    "norm_head": (False, (False, None)),
+    "norm_softmax": (False, (False, None)),
+    "num_nextn_predict_layers": (0, (0, None)),
+    "rope_scaling": (None, (None,)),
+    "router_dtype": ("fp32", ("fp32", None)),
+    "score_function": ("sigmoid", ("sigmoid", None)),
+    "use_bias": (True, (False,)),
+    "use_qk_norm": (True, (True, None)),
+    "use_qkv_bias": (False, (False, None)),
+    "use_rmsnorm": (True, (True, None)),
+    "use_sliding_window": (False, (False, None)),
+    "using_split_qkv_in_self_attention": (False, (False, None)),
+}
+
+
+_LLADA2_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_experts_per_tok",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "vocab_size",
+)
+
+
+def _glm_of_llada2(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Its router scales the chosen scores up to 1 where there are several, whatever its
+    norm_topk_prob says. Dropout of embeddings and outputs, and rotary_dim, are read by nothing.
+    """
+    _check_fixed(fields, _LLADA2_FIXED, "GLM-4.5 that LLaDA2")
+    rope = dict(fields.get("rope_parameters") or {})  # as transformers 5 writes it
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"{CONFIG_NAME} has rope_parameters {rope!r}; supported is 'default'")
+    sizes = {name: _size(fields, name) for name in _LLADA2_SIZES}
+    num_experts, num_groups = _size(fields, "num_experts"), fields.get("n_group", 8)
+    chosen = fields.get("topk_group", 4)
+    of_group = num_experts // num_groups
+    if num_experts % num_groups or of_group < 2 or not 1 <= chosen <= num_groups:
+        raise ValueError(
+            f"{CONFIG_NAME} has num_experts {num_experts}, n_group {num_groups} and topk_group "
+            f"{chosen}; the groups must be equal, of two experts or more, and some be chosen"
+        )
+    if sizes["num_experts_per_tok"] > chosen * of_group:
+        raise ValueError(
+            f"{CONFIG_NAME} has num_experts_per_tok {sizes['num_experts_per_tok']}, and the chosen "
+            f"groups have {chosen * of_group} experts"
+        )
+    return {
+        **sizes,
+        "head_dim": fields.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"],
+        "hidden_act": fields.get("hidden_act", "silu"),
+        "max_position_embeddings": fields.get("max_position_embeddings", 16_384),
+        "rms_norm_eps": fields.get("rms_norm_eps", 1e-5),
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": float(rope.get("rope_theta", fields.get("rope_theta", 10_000.0))),
+            "partial_rotary_factor": rope.get(
+                "partial_rotary_factor", fields.get("partial_rotary_factor", 0.5)
+            ),
+        },
+        "attention_dropout": fields.get("attention_dropout", 0.1),
+        "initializer_range": fields.get("initializer_range", 0.02),
+        "tie_word_embeddings": fields.get("tie_word_embeddings", False),
+        "use_qk_norm": True,
+        "n_routed_experts": num_experts,
+        "n_shared_experts": _size(fields, "num_shared_experts"),
+        "n_group": num_groups,
+        "topk_group": chosen,
+        "norm_topk_prob": sizes["num_experts_per_tok"] > 1,
+        "routed_scaling_factor": fields.get("routed_scaling_factor", 2.5),
+        "first_k_dense_replace": fields.get("first_k_dense_replace", 0),
+        "bos_token_id": fields.get("bos_token_id"),
+        "eos_token_id": fields.get("eos_token_id"),
+        "pad_token_id": None,  # it is EOS, as LLaDA's
+        "mask_token_id": fields.get("mask_token_id"),
+    }
+
+
 def _size(fields: Mapping[str, Any], name: str) -> int:
     value = fields.get(name)
     if not isinstance(value, int) or value < 1:
@@ -205,7 +295,30 @@ LLADA = Layout(
     },
 )
 LLADA_MOE = Layout(to_transformers=_qwen3_of_llada_moe)
+LLADA2 = Layout(to_transformers=_glm_of_llada2, is_converted=True)
 SAME_FIELDS = Layout(to_transformers=unchanged)
+
+
+def as_in_files(
+    model: Any, pairs: "Iterable[tuple[str, Tensor]]"
+) -> "Iterator[tuple[str, Tensor]]":
+    """Weights of a model of a converted layout as its files have them, a layer at a time.
+
+    Args:
+        pairs: of all weights, layer by layer. What lies in parts on several workers is made whole,
+            which all of them must ask for.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    from tokendiff.artifacts.tensor_files import whole
+
+    def layer_of(pair: "tuple[str, Tensor]") -> str:
+        found = re.match(r".*\.layers\.\d+\.", pair[0])
+        return found[0] if found else pair[0]
+
+    for _, layer in groupby(pairs, key=layer_of):
+        tensors = {name: whole(tensor) for name, tensor in layer}
+        yield from revert_weight_conversion(model, tensors).items()
 
 
 def forget_publication(config: Any) -> None:

@@ -20,7 +20,7 @@ from tokendiff.models.denoiser import (
     check_isolation,
 )
 from tokendiff.models.diffusion_gemma import check_encoder_decoder
-from tokendiff.models.families import CAUSAL_TYPES, family_of, published_type
+from tokendiff.models.families import CAUSAL_TYPES, MASKED_TYPES, family_of, published_type
 from tokendiff.models.layouts import take_tokens
 from tokendiff.models.pretrained import (
     check_length,
@@ -157,11 +157,10 @@ def _prediction(
 def _check_mask(config: Any, name: str, tokenizer: Any, *, field: str) -> None:
     """Raise InputError where a published denoiser has learnt another mask than the rows have."""
     family = family_of(published_type(config))
-    if family.attention != "rows":
-        return
     mask = getattr(config, "mask_token_id", None)
     mask = family.mask_token_id if mask is None else mask
-    if mask != tokenizer.mask_token_id:
+    is_known = family.attention == "rows" or (family.attention == "blocks" and mask is not None)
+    if is_known and mask != tokenizer.mask_token_id:
         raise InputError(
             f"{field} {name!r}: its mask is id {mask}, and that of the rows' tokenizer is "
             f"{tokenizer.mask_token!r}, id {tokenizer.mask_token_id}; preprocess with "
@@ -251,7 +250,7 @@ def _sees_rows(config: Any) -> bool:
 
 
 def _check_causal(config: Any, name: str, field: str) -> None:
-    is_known = config.model_type in CAUSAL_TYPES
+    is_known = config.model_type in MASKED_TYPES
     if _sees_rows(config):
         raise InputError(
             f"{field} {name!r} is of type {published_type(config)!r}, a denoiser of whole rows; "
@@ -279,6 +278,11 @@ def _auto_class(config: Any, name: str, field: str) -> Any:
         return AutoModelForMaskedLM
     if config.model_type in CAUSAL_TYPES or _sees_rows(config):
         return AutoModelForCausalLM
+    if family_of(published_type(config)).attention == "blocks":
+        raise InputError(
+            f"{field} {name!r} is of type {published_type(config)!r}, a denoiser of blocks; train "
+            "it with objective 'block_diffusion'"
+        )
     is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     reason = (
         "a causal language model that is not known to work with attention in both directions"
@@ -286,7 +290,7 @@ def _auto_class(config: Any, name: str, field: str) -> Any:
         else "which is no language model"
     )
     raise InputError(
-        f"{field} {name!r} is of type {config.model_type!r}, {reason}; give a masked "
+        f"{field} {name!r} is of type {published_type(config)!r}, {reason}; give a masked "
         "language model (BERT, RoBERTa, ModernBERT, ...) or a causal one of type "
         f"{', '.join(CAUSAL_TYPES)}"
     )

@@ -48,8 +48,9 @@ def open_config(name: str, *, field: str, remedy: str, trust_remote_code: bool =
     """
     from transformers import AutoConfig, PreTrainedConfig
 
-    # Registers our own architecture, which a checkpoint may be of.
-    import tokendiff.models.diffusion_transformer  # noqa: F401
+    # Registers our own architectures, which a checkpoint may be of.
+    import tokendiff.models.diffusion_transformer
+    import tokendiff.models.llada2  # noqa: F401
 
     with input_errors(f"{field} {name!r} cannot be opened", remedy):
         folder = local_model(name)

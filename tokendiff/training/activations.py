@@ -49,6 +49,9 @@ def _kept_bytes(
     config: "TrainConfig", model: Any, rows: int, length: int, device: torch.device
 ) -> int:
     encoder = copy.deepcopy(model)
+    for module in encoder.modules():
+        if hasattr(module, "gate_up_proj"):
+            module.forward = partial(_as_one_expert, module)
     if model.config.model_type == MODEL_TYPE:
         return _kept_by_halves(config, encoder, rows, length)
     # Packed rows have no padding to mask, and flex attention keeps no mask.
@@ -75,9 +78,6 @@ def _kept_by_halves(config: "TrainConfig", model: Any, rows: int, length: int) -
     token.
     """
     denoiser = EncoderDecoderDenoiser(model, vocab_size=1, mask_token_id=0)
-    for module in model.modules():
-        if hasattr(module, "gate_up_proj"):
-            module.forward = partial(_as_one_expert, module)
     with _kept_by(config, model) as kept:
         document = torch.zeros(rows, length // 2, dtype=torch.int64)
         rule = block_diffusion(document, document, context_is_causal=True)

@@ -182,6 +182,7 @@ def build_trainee(
         )
         check_trainable(model.model.config, start, field=field)
         check_canvas_run(config, model.model.config)
+        check_block_run(config, model.model.config)
     else:
         denoiser = load_denoiser(start, predict=wanted_prediction(config), **fields)
         check_trainable(denoiser.model.config, start, field=field)
@@ -225,6 +226,36 @@ def check_canvas_run(config: "TrainConfig", model_config: Any) -> None:
 
 def _has_canvas(model_config: Any) -> bool:
     return family_of(published_type(model_config)).attention == "canvas"
+
+
+def check_block_run(config: "TrainConfig", model_config: Any) -> None:
+    """Raise InputError where what a run makes of a published model could not be saved: weights that
+    only its own layout holds, of a model that its own loader would take for what it was.
+    """
+    model_type = published_type(model_config)
+    layout = family_of(model_type).layout
+    if layout is None or not layout.is_converted:
+        return
+    fields = config.objective.process_fields() or {}
+    is_kept = (
+        fields.get("attention_mask_mode") == "4d"
+        and fields.get("context_attention", "block") == "block"
+        and fields.get("predict", "own") == "own"
+        and fields.get("forward_process") == "absorbing"
+        and not config.keep_base
+    )
+    if not is_kept:
+        raise InputError(
+            f"objective {config.objective.name!r} would make another model of one of type "
+            f"{model_type!r}, which could not be saved; train it as it was: with objective "
+            "'block_diffusion', without noise, predict, ar_loss_weight and keep_base, or with "
+            "'block_refinement' and attention_mask_mode '4d'"
+        )
+    if config.optimizer == "muon":
+        raise InputError(
+            f"optimizer 'muon' with a model of type {model_type!r}: its experts are no matrices; "
+            "set it to adamw"
+        )
 
 
 def states_reader(
@@ -329,6 +360,7 @@ def model_without_weights(config: "TrainConfig", tokenizer: Any, *, max_length: 
     )
     check_trainable(plan.config, name, field=field)
     check_canvas_run(config, plan.config)
+    check_block_run(config, plan.config)
     text = plan.config.get_text_config()
     text.vocab_size = max(text.vocab_size, plan.vocab_size)  # as the embedding will have grown
     with torch.device("meta"):

@@ -3,6 +3,7 @@ goes on from. Tensors have the names of the model's parameters and are whole, ho
 split them, so that any number of workers can read what any other number wrote.
 """
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -32,8 +33,8 @@ from tokendiff.models.adapters import (
 )
 from tokendiff.models.families import family_of
 from tokendiff.models.kept_base import draft_adapter_fields
-from tokendiff.models.layouts import Layout, forget_publication, write_beside
-from tokendiff.models.pretrained import dtype_in_files, quietly
+from tokendiff.models.layouts import Layout, as_in_files, forget_publication, write_beside
+from tokendiff.models.pretrained import dtype_in_files, open_weights, quietly
 from tokendiff.training.building import starting_point
 from tokendiff.training.model_card import CARD_NAME, model_card
 from tokendiff.training.saving import Contents, NamedTensors
@@ -119,6 +120,9 @@ class RunState:
             # The weights beside them are merged: what was added to them cannot be had back exactly.
             _fill(folder, ADAPTERS, adapter_tensors(self._model))
             stem = EMA_ADAPTERS
+        elif self._is_converted:
+            self._reopen(folder)
+            stem = EMA_WEIGHTS
         else:
             names = self._names_in_files
             tensors = {names[name]: value for name, value in self._own_tensors().items()}
@@ -127,9 +131,20 @@ class RunState:
         if average is not None and has_tensors(folder, stem):
             _fill(folder, stem, average.tensors)
 
+    @torch.no_grad()
+    def _reopen(self, folder: Path) -> None:
+        """Take weights that files hold in other pieces than the model: a second model in memory."""
+        config = copy.deepcopy(self._model.config)
+        opened = open_weights(
+            type(self._model), str(folder), config, field="checkpoint", dtype=torch.float32
+        )
+        there = opened.complete().state_dict()
+        for name, tensor in self._own_tensors().items():
+            local, part = local_part(tensor)
+            local.copy_(there[name] if part is None else there[name][part])
+
     def _weights(self) -> NamedTensors:
         """As transformers names them in files."""
-        names = self._names_in_files
         own: NamedTensors = self._own_tensors().items()
         if self._keeps_base:
             own = (
@@ -137,6 +152,9 @@ class RunState:
             )
         elif self._has_adapters:
             own = merged_weights(self._model)
+        if self._is_converted:
+            return as_in_files(self._model, own)
+        names = self._names_in_files
         return ((names[name], tensor) for name, tensor in own)
 
     def _averaged(self, pairs: NamedTensors) -> Iterator[tuple[str, Tensor]]:
@@ -165,6 +183,10 @@ class RunState:
             for name in plain
             if name not in tied
         }
+
+    @property
+    def _is_converted(self) -> bool:
+        return self._layout is not None and self._layout.is_converted
 
     @cached_property
     def _layout(self) -> Layout | None:
