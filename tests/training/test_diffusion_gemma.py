@@ -22,6 +22,7 @@ from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.rows import TokenData
+from tokendiff.diffusion.attention_masks import block_diffusion
 from tokendiff.diffusion.interfaces import LossOutput, SelfConditionedDenoiser, TokenBatch
 from tokendiff.diffusion.kernels import UniformKernel
 from tokendiff.diffusion.random import RowGenerator
@@ -37,7 +38,8 @@ from tokendiff.models.diffusion_gemma import EncoderDecoder, EncoderDecoderDenoi
 from tokendiff.objectives.autoregressive import Autoregressive
 from tokendiff.objectives.block_uniform import UniformBlockDiffusion
 from tokendiff.objectives.blocks import BlockRows, block_rows
-from tokendiff.training.building import add_configured_adapters
+from tokendiff.training.activations import activation_bytes
+from tokendiff.training.building import add_configured_adapters, model_without_weights
 from tokendiff.training.inputs import check_inputs
 from tokendiff.training.run import train_in_process
 from tokendiff.verification.checkpoints import verify_checkpoint
@@ -222,6 +224,39 @@ def test_recomputed_activations_change_neither_loss_nor_gradients(
     once = ["DiffusionGemmaDecoderModel"] * 2 + ["DiffusionGemmaEncoderTextModel"]
     assert found[0][2] == once
     assert found[1][2] == sorted([*once, *set(once)])
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_activations_are_planned_as_a_pass_keeps_them(recomputes: bool, tmp_path: Path) -> None:
+    model: Any = diffusion_gemma(tmp_path)
+    config = train_config(tmp_path, gradient_checkpointing=recomputes)
+    empty = model_without_weights(config, letter_tokenizer(V), max_length=LENGTH)
+    planned, _ = activation_bytes(config, empty, 8, 2 * LENGTH, torch.device("cpu"))
+    denoiser = EncoderDecoderDenoiser(model, vocab_size=V, mask_token_id=MASK).train()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    def keep_states(layer: Any, inputs: Any, output: Any) -> None:
+        for states in output[1:] if isinstance(output, tuple) else ():
+            keep(states)
+
+    if recomputes:
+        denoiser.recompute_activations()
+        for layer in denoiser.layers:
+            layer.register_forward_hook(keep_states)
+    tokens = torch.randint(4, V, (8, 2 * LENGTH))
+    places = torch.arange(LENGTH).repeat(8, 2)
+    document = torch.zeros(8, LENGTH, dtype=torch.int64)
+    rule = block_diffusion(document, places[:, :LENGTH] // CANVAS, context_is_causal=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        denoiser.encode_noisy(tokens, places, rule, is_told=None)
+    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert planned == pytest.approx(real, rel=0.05)
 
 
 # Runs.

@@ -144,10 +144,17 @@ class TiedLayers(nn.Module):
         if is_noisy:
             kept = None if states is None else _StatesOfLayer(self.decoder.layer_idx, states)
             return self.decoder(hidden, past_key_values=kept, **inputs)
-        # transformers computes again what its decoder kept, and of its encoder nothing.
-        if self.decoder.gradient_checkpointing and self.training:
+        if self.recomputes and self.training:
             return checkpoint(self._encoded, hidden, use_reentrant=False, **inputs)
         return self._encoded(hidden, **inputs)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are computed again in the backward pass. By transformers only those
+        of its decoder are, whose flag this is.
+        """
+        flag: bool = self.decoder.gradient_checkpointing
+        return flag
 
     def _encoded(self, hidden: Tensor, **inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         kept = _StatesOfLayer(self.encoder.layer_idx)

@@ -81,9 +81,20 @@ def _kept_by_halves(config: "TrainConfig", model: Any, rows: int, length: int) -
     with _kept_by(config, model) as kept:
         document = torch.zeros(rows, length // 2, dtype=torch.int64)
         rule = block_diffusion(document, document, context_is_causal=True)
+        for layer in denoiser.layers:
+            if layer.recomputes:  # what the decoder reads of the encoder stays
+                layer.register_forward_hook(partial(_keep_states, kept))
         tokens = torch.zeros(rows, length, dtype=torch.int64)
         denoiser.encode_noisy(tokens, tokens, rule, is_told=None)
     return sum(size for size, _ in kept.values())
+
+
+def _keep_states(
+    kept: dict[int, tuple[int, Tensor]], layer: nn.Module, inputs: Any, output: Any
+) -> None:
+    for states in output[1:] if isinstance(output, tuple) else ():
+        storage = states.untyped_storage()
+        kept[storage._cdata] = (storage.nbytes(), states)
 
 
 def _as_one_expert(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
