@@ -25,14 +25,10 @@ from tokendiff.diffusion.interfaces import TokenBatch
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.errors import InputError
 from tokendiff.models.dflash.block_attention import block_mask_of
-from tokendiff.models.dflash.model import (
-    CandidateSelector,
-    DFlash2DraftModel,
-    DFlashDraftConfig,
-    DFlashDraftModel,
-    DynamicConvolution,
-)
+from tokendiff.models.dflash.config import DFlashDraftConfig
+from tokendiff.models.dflash.model import DFlash2DraftModel, DFlashDraftModel
 from tokendiff.models.dflash.planning import load_draft, new_draft_config, open_draft_config
+from tokendiff.models.dflash.second_layout import CandidateSelector, DynamicConvolution
 from tokendiff.models.dflash.trainee import DraftTrainee, new_draft
 from tokendiff.objectives.dflash import DFlash, _Selecting, accepted, draw_anchors
 from tokendiff.objectives.draft_weights import dpace_weights
