@@ -1,7 +1,8 @@
 """Trains a target on a language that is learnt in context, then drafts for it: with its hidden
 states, and without; and measures what each, and an untrained one, has accepted on held-out rows.
 
-    python -m benchmarks.draft_learns [--target_steps 1800] [--draft_steps 800]
+    python -m benchmarks.draft_learns [--target_steps 1800] [--draft_steps 800] \
+        [--draft_layout dflash2]
 
 Every row goes around a circle of the letters in an order of its own, with a jump now and then. What
 comes next stands in the row: behind the last time that the letter occurred. Finding it takes one
@@ -48,6 +49,7 @@ MODEL: dict[str, Any] = {
 class Effort:
     target_steps: int = 1800
     draft_steps: int = 800
+    draft_layout: str = "dflash"
     rows_per_step: int = 32
     num_anchors: int = 8
     block_size: int = 5
@@ -128,6 +130,7 @@ def train_all(folder: Path, effort: Effort) -> dict[str, dict[str, float]]:
     ):
         objective = {
             "name": "dflash",
+            "draft_layout": effort.draft_layout,
             "draft_num_layers": 2,
             "block_size": effort.block_size,
             "num_anchors": effort.num_anchors,
@@ -186,6 +189,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     for name in ("target_steps", "draft_steps", "rows_per_step", "num_anchors", "eval_rows"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Effort, name))
+    parser.add_argument("--draft_layout", choices=["dflash", "dflash2"], default="dflash")
     parser.add_argument("--threads", type=int, default=1, help="torch's")
     args = vars(parser.parse_args())
     torch.set_num_threads(args.pop("threads"))

@@ -13,8 +13,9 @@ from tokendiff.data.rows import TokenData
 from tokendiff.diffusion.random import RowGenerator, key_from, strata_of
 from tokendiff.errors import InputError
 from tokendiff.models.dflash import trainee
-from tokendiff.models.dflash.model import CandidateSelector, DFlashDraftModel
+from tokendiff.models.dflash.model import DFlashDraftModel
 from tokendiff.models.dflash.planning import plan_draft
+from tokendiff.models.dflash.second_layout import CandidateSelector
 from tokendiff.objectives.dflash import _Selecting
 from tokendiff.training import memory
 from tokendiff.training.activations import activation_bytes, selector_bytes

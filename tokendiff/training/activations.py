@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokendiff.diffusion.attention_masks import block_diffusion, dflash_blocks
 from tokendiff.models.denoiser import ModelInTwoParts
-from tokendiff.models.dflash.model import FULL, SLIDING, DFlashDraftConfig
+from tokendiff.models.dflash.config import FULL, SLIDING, DFlashDraftConfig
 from tokendiff.models.dflash.trainee import DraftTrainee
 from tokendiff.models.diffusion_gemma import MODEL_TYPE, EncoderDecoderDenoiser
 from tokendiff.models.layers import find_layers

@@ -20,7 +20,7 @@ from tokendiff.errors import InputError
 from tokendiff.models.adapters import add_adapters
 from tokendiff.models.builtin import is_builtin
 from tokendiff.models.denoiser import ModelInTwoParts
-from tokendiff.models.dflash.model import DFlashDraftConfig
+from tokendiff.models.dflash.config import DFlashDraftConfig
 from tokendiff.models.dflash.planning import plan_draft
 from tokendiff.models.dflash.target_states import open_states
 from tokendiff.models.dflash.trainee import DraftTrainee, load_trainee

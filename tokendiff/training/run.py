@@ -26,7 +26,7 @@ from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.rows import TokenData, step_batches, step_plan
 from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.errors import CorruptFileError, InputError
-from tokendiff.models.dflash.model import DFlashDraftConfig
+from tokendiff.models.dflash.config import DFlashDraftConfig
 from tokendiff.objectives.dflash import DFlash
 from tokendiff.training.building import build_trainee, states_reader
 from tokendiff.training.heldout import heldout_acceptance

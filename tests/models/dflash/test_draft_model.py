@@ -22,11 +22,8 @@ from transformers import (
 
 from tokendiff.artifacts.model_folders import is_draft_folder
 from tokendiff.errors import InputError
-from tokendiff.models.dflash.model import (
-    DFlashDraftConfig,
-    DFlashDraftModel,
-    spread_layer_ids,
-)
+from tokendiff.models.dflash.config import DFlashDraftConfig, spread_layer_ids
+from tokendiff.models.dflash.model import DFlashDraftModel
 from tokendiff.models.dflash.planning import (
     check_fit,
     load_draft,

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokendiff.diffusion.interfaces import TokenBatch
 from tokendiff.diffusion.random import RowGenerator
-from tokendiff.models.dflash.model import DFlashDraftConfig, DFlashDraftModel
+from tokendiff.models.dflash.config import DFlashDraftConfig
+from tokendiff.models.dflash.model import DFlashDraftModel
 from tokendiff.models.dflash.planning import DraftPlan, new_draft_config
 from tokendiff.models.dflash.trainee import DraftTrainee, load_trainee
 from tokendiff.objectives.dflash import DFlash

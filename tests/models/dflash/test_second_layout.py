@@ -25,16 +25,13 @@ from tokendiff.diffusion.interfaces import TokenBatch
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.errors import InputError
 from tokendiff.models.dflash.block_attention import block_mask_of
-from tokendiff.models.dflash.model import (
-    CandidateSelector,
-    DFlash2DraftModel,
-    DFlashDraftConfig,
-    DFlashDraftModel,
-    DynamicConvolution,
-)
+from tokendiff.models.dflash.config import DFlashDraftConfig
+from tokendiff.models.dflash.model import DFlash2DraftModel, DFlashDraftModel
 from tokendiff.models.dflash.planning import load_draft, new_draft_config, open_draft_config
+from tokendiff.models.dflash.second_layout import CandidateSelector, DynamicConvolution
 from tokendiff.models.dflash.trainee import DraftTrainee, new_draft
 from tokendiff.objectives.dflash import DFlash, _Selecting, accepted, draw_anchors
+from tokendiff.objectives.draft_weights import dpace_weights
 
 TAPS, GROUP, RANK, TOP_K = 2, 8, 6, 5
 SECOND: dict[str, Any] = {
@@ -244,12 +241,16 @@ def plain_loss(
     for row, block in is_anchor.nonzero().tolist():
         chosen = before = int(batch.tokens[row, anchors[row, block]])
         line: list[bool] = []
+        targets, is_target = blocks.targets[row, block], blocks.is_target[row, block]
+        nll = -logits[row, block].log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        weights = [math.exp(-k / 2.0) for k in range(BLOCK - 1)]
+        if objective.loss_type == "dpace":
+            weights = dpace_weights(nll, is_target, alpha=objective.dpace_alpha).tolist()
         for k in range(BLOCK - 1):
-            if not blocks.is_target[row, block, k]:
+            if not is_target[k]:
                 break
-            target, one = int(blocks.targets[row, block, k]), logits[row, block, k]
-            weight = math.exp(-k / 2.0)
-            loss = loss - weight * one.log_softmax(-1)[target]
+            target, one, weight = int(targets[k]), logits[row, block, k], weights[k]
+            loss = loss + weight * nll[k]
             best = one.topk(TOP_K).indices.tolist()
             feature = selector.hidden_projection(hidden[row, block, k])
 
@@ -267,11 +268,16 @@ def plain_loss(
     return loss, right, (places, num_found)
 
 
-def test_loss_gradient_and_figures_are_those_of_plain_blocks() -> None:
+@pytest.mark.parametrize("loss_type", ["dflash", "dpace"])
+def test_loss_gradient_and_figures_are_those_of_plain_blocks(loss_type: Any) -> None:
     trainee = trainee_of(tiny_second(own={"output_multiplier": 0.7}, final_logit_softcapping=3.0))
     batch = some_rows(30, ((0,), (0, 12)), [30, 27])
-    objective = DFlash(block_size=BLOCK, mask_token_id=MASK, num_anchors=12)
+    objective = DFlash(block_size=BLOCK, mask_token_id=MASK, num_anchors=12, loss_type=loss_type)
     anchors = draw_anchors(batch, RowGenerator(keys=torch.arange(2)), 12)
+    every = trainee_of(tiny_second(own={"selector_top_k": V}))
+    recall = objective.loss_at(every, batch, *anchors).metrics["selector_recall"]
+    num_targets = objective.blocks_at(batch, *anchors).is_target.sum()
+    assert all(figure == num_targets for figure in recall)  # no place beyond the text's end
     optimizer = torch.optim.Adam(trainee.model.parameters(), lr=3e-3)
     losses = []
     for _ in range(12):  # so that something is right

@@ -16,14 +16,10 @@ from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import DecodingCache
 from tokendiff.errors import InputError
 from tokendiff.models.causal import CausalModel
-from tokendiff.models.dflash.model import (
-    FULL,
-    SLIDING,
-    CandidateSelector,
-    DFlashDraftModel,
-    in_window,
-)
+from tokendiff.models.dflash.config import FULL, SLIDING
+from tokendiff.models.dflash.model import DFlashDraftModel, in_window
 from tokendiff.models.dflash.planning import check_fit, open_draft_config, open_target_config
+from tokendiff.models.dflash.second_layout import CandidateSelector
 from tokendiff.models.ragged_cache import RaggedCache
 
 if TYPE_CHECKING:

@@ -14,14 +14,9 @@ from tokendiff.artifacts.model_folders import (
     local_model,
 )
 from tokendiff.errors import InputError, input_errors, reason_of
+from tokendiff.models.dflash.config import EMBEDDING_OUTPUT, DFlashDraftConfig, spread_layer_ids
 from tokendiff.models.dflash.mask_token import choose_mask_token
-from tokendiff.models.dflash.model import (
-    EMBEDDING_OUTPUT,
-    DFlashDraftConfig,
-    DFlashDraftModel,
-    class_of,
-    spread_layer_ids,
-)
+from tokendiff.models.dflash.model import DFlashDraftModel, class_of
 from tokendiff.models.pretrained import (
     check_causal_model,
     check_length,

@@ -12,18 +12,10 @@ from tokendiff.diffusion.attention_masks import AnchoredBlocks, causal, dense
 from tokendiff.diffusion.devices import sent
 from tokendiff.errors import InputError, reason_of
 from tokendiff.models.dflash.block_attention import block_mask_of, tiles_of_blocks
-from tokendiff.models.dflash.model import (
-    FULL,
-    SCALARS,
-    SLIDING,
-    AnyMask,
-    CandidateSelector,
-    DFlashDraftConfig,
-    DFlashDraftModel,
-    Masks,
-    class_of,
-)
+from tokendiff.models.dflash.config import FULL, SCALARS, SLIDING, DFlashDraftConfig
+from tokendiff.models.dflash.model import AnyMask, DFlashDraftModel, Masks, class_of
 from tokendiff.models.dflash.planning import DraftPlan, load_draft
+from tokendiff.models.dflash.second_layout import CandidateSelector
 from tokendiff.models.layers import hidden_states_asked
 from tokendiff.models.pretrained import open_weights
 
