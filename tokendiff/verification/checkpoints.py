@@ -118,6 +118,9 @@ def verify_checkpoint(checkpoint: Path, tokens: np.ndarray, lengths: np.ndarray)
         tokens, lengths: [N, L] and [N] rows of the data, padded at the right.
     """
     model, _, process = load_for_inference(checkpoint)
+    if any(hasattr(module, "gate_up_proj") for module in model.modules()):
+        # Products over groups of tokens are not made in float64; one expert's are.
+        model.model.set_experts_implementation("eager")
     length = min(MAX_TOKENS, process.max_length)
     loaded = LoadedCheckpoint(
         process=process,
