@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,9 +34,10 @@ from tokendiff.models.decoding import open_causal
 from tokendiff.models.default_sampler import default_sampler
 from tokendiff.models.opening import load_causal_denoiser
 from tokendiff.models.pretrained import open_config
-from tokendiff.training.inputs import check_inputs
+from tokendiff.training.inputs import check_inputs, check_model
 from tokendiff.training.memory import plan_memory
 from tokendiff.training.run import train_in_process
+from tokendiff.verification.checkpoints import verify_checkpoint
 
 LENGTH, K = 12, 4
 
@@ -216,6 +218,24 @@ def test_from_scratch_has_the_layout_too(data: TokenData, tmp_path: Path) -> Non
     shapes = llada2_shapes(fields | {"vocab_size": V})
     after = load_file(final / "model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in after.items()} == shapes
+
+
+def test_a_certificate_is_made_in_float64(data: TokenData, tmp_path: Path) -> None:
+    llada2(tmp_path / "source")
+    final = Path(train_in_process(train_config(tmp_path / "source"), data, tmp_path / "run"))
+    rows = np.array(random_rows(4, LENGTH))
+    checks = list(verify_checkpoint(final, rows, np.full(4, LENGTH)))
+    assert checks
+    assert not [check for check in checks if check.error or not check.passed]
+
+
+def test_a_model_is_checked_before_its_rows_are_made(tmp_path: Path) -> None:
+    llada2(tmp_path)
+    check_model(train_config(tmp_path), max_length=LENGTH)
+    with pytest.raises(InputError, match="objective 'ar' would make another model"):
+        check_model(train_config(tmp_path, objective={"name": "ar"}), max_length=LENGTH)
+    with pytest.raises(InputError, match="takes at most 64 tokens; max_length is 65"):
+        check_model(train_config(tmp_path), max_length=65)
 
 
 def test_memory_is_planned_without_weights(data: TokenData, tmp_path: Path) -> None:
