@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,14 +144,17 @@ def save_draft(folder: Path, target: Path, target_config: Any, *, mask_token_id:
     DFlashDraftModel(config).save_pretrained(folder)
 
 
-def save_denoisers(llada: Path, dream: Path, gemma: Path) -> None:
+def save_denoisers(llada: Path, llada2: Sequence[Path], dream: Path, gemma: Path) -> None:
     """Published denoisers beside the kind of tokenizer that they have, which names no mask."""
     sizes: dict[str, Any] = {"vocab_size": 320, "mask_token_id": 3}
     published.llada(llada, **sizes, embedding_size=320, max_sequence_length=2048)
     published.dream(dream, **sizes, max_position_embeddings=2048)
     text = {"vocab_size": 320, "max_position_embeddings": 2048, "eos_token_id": 2}
     diffusion_gemma(gemma, canvas_length=32, text_config=text)
-    for folder, mask in ((llada, "<|mdm_mask|>"), (dream, "<|mask|>"), (gemma, "<mask>")):
+    for folder in llada2:
+        published.llada2(folder, **sizes, max_position_embeddings=2048)
+    named = [(folder, "<|mask|>") for folder in (*llada2, dream)]
+    for folder, mask in ((llada, "<|mdm_mask|>"), (gemma, "<mask>"), *named):
         beside = folder / "tokenizer"
         save_causal(beside, "qwen2", num_layers=1, mask=mask)
         for path in (*beside.glob("tokenizer*"), *beside.glob("chat_template*")):
@@ -168,6 +171,7 @@ def hub(tmp_path: Path) -> dict[str, str]:
             *("bert-base-uncased", "wikitext", "Qwen/Qwen2.5-0.5B", "Qwen/Qwen3-4B"),
             *("Qwen/Qwen3-8B", "JetLM/SDAR-1.7B-Chat", "z-lab/Qwen3-4B-DFlash-b16"),
             *("GSAI-ML/LLaDA-8B-Instruct", "Dream-org/Dream-v0-Instruct-7B"),
+            *("inclusionAI/LLaDA2.0-mini", "inclusionAI/LLaDA2.1-mini"),
             *("google/diffusiongemma-26B-A4B-it", "z-lab/Qwen3-8B-DFlash-b16"),
         )
     }
@@ -185,6 +189,7 @@ def hub(tmp_path: Path) -> dict[str, str]:
     config_path.write_text(json.dumps({**json.loads(config_path.read_text()), **foreign}))
     save_denoisers(
         folders["GSAI-ML/LLaDA-8B-Instruct"],
+        [folders[f"inclusionAI/LLaDA2.{version}-mini"] for version in (0, 1)],
         folders["Dream-org/Dream-v0-Instruct-7B"],
         folders["google/diffusiongemma-26B-A4B-it"],
     )

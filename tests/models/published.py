@@ -1,5 +1,5 @@
 """Small random checkpoints in the layouts that LLaDA and Dream were published in, each beside the
-plain model of transformers that its weights were taken from.
+plain model of transformers that its weights were taken from; and LLaDA2, beside its formulas.
 """
 
 import json
@@ -364,8 +364,8 @@ def llada2_logits(
         x = norm(h, f"{layer}.post_attention_layernorm")
         is_dense = index < fields["first_k_dense_replace"]
         h = h + torch.stack([(mlp if is_dense else experts)(each, f"{layer}.mlp") for each in x])
-    head = given.get("lm_head.weight", given["model.word_embeddings.weight"])
-    return norm(h, "model.norm") @ head.T
+    embedding = given["model.word_embeddings.weight"]
+    return norm(h, "model.norm") @ given.get("lm_head.weight", embedding).T
 
 
 FAMILIES = {"llada": llada, "Dream": dream}

@@ -1,9 +1,11 @@
 """LLaDA2.x: opened without its code, sampled, trained, saved as it came."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,20 +21,23 @@ from tests.models.published import (
     llada2_logits,
     llada2_shapes,
 )
+from tests.training.distributed import run_distributed
+from tokendiff.artifacts.tensor_files import TensorFiles
 from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.rows import TokenData
 from tokendiff.diffusion.attention_masks import block_causal_by_position
 from tokendiff.errors import InputError
-from tokendiff.models.completion import CompletionSetup
+from tokendiff.models.completion import CompletionModel, CompletionSetup
 from tokendiff.models.decoding import open_causal
 from tokendiff.models.default_sampler import default_sampler
 from tokendiff.models.opening import load_causal_denoiser
 from tokendiff.models.pretrained import open_config
-from tokendiff.training.inputs import check_inputs
+from tokendiff.training.inputs import check_inputs, check_model
 from tokendiff.training.memory import plan_memory
 from tokendiff.training.run import train_in_process
+from tokendiff.verification.checkpoints import verify_checkpoint
 
 LENGTH, K = 12, 4
 
@@ -106,9 +111,7 @@ def test_greedy_samples_fill_one_by_one_what_the_formulas_say(tmp_path: Path) ->
         "eos_early_stop": False,
     }
     config = GenerateConfig.model_validate({"model_id": str(tmp_path), "sampler": sampler})
-    setup = CompletionSetup.of(config, None)
-    assert setup.sampler.attention_mask_mode == "4d"
-    (record,) = completion_model(config, setup).sample([GenerationRow(id=0, prompt="abc")])
+    (record,) = CompletionModel(config).sample([GenerationRow(id=0, prompt="abc")])
     tokens = torch.full((1, 12), MASK)
     tokens[0, :3] = torch.tensor([4, 5, 6])
     for end in (4, 8, 12):
@@ -120,12 +123,6 @@ def test_greedy_samples_fill_one_by_one_what_the_formulas_say(tmp_path: Path) ->
             place = int(confidence.argmax())
             tokens[0, place] = best.indices[place]
     assert record["tokens"] == tokens[0].tolist()
-
-
-def completion_model(config: GenerateConfig, setup: CompletionSetup) -> Any:
-    from tokendiff.models.completion import CompletionModel
-
-    return CompletionModel(None, config, device="cpu")
 
 
 # Training.
@@ -223,6 +220,24 @@ def test_from_scratch_has_the_layout_too(data: TokenData, tmp_path: Path) -> Non
     assert {name: tuple(tensor.shape) for name, tensor in after.items()} == shapes
 
 
+def test_a_certificate_is_made_in_float64(data: TokenData, tmp_path: Path) -> None:
+    llada2(tmp_path / "source")
+    final = Path(train_in_process(train_config(tmp_path / "source"), data, tmp_path / "run"))
+    rows = np.array(random_rows(4, LENGTH))
+    checks = list(verify_checkpoint(final, rows, np.full(4, LENGTH)))
+    assert checks
+    assert not [check for check in checks if check.error or not check.passed]
+
+
+def test_a_model_is_checked_before_its_rows_are_made(tmp_path: Path) -> None:
+    llada2(tmp_path)
+    check_model(train_config(tmp_path), max_length=LENGTH)
+    with pytest.raises(InputError, match="objective 'ar' would make another model"):
+        check_model(train_config(tmp_path, objective={"name": "ar"}), max_length=LENGTH)
+    with pytest.raises(InputError, match="takes at most 64 tokens; max_length is 65"):
+        check_model(train_config(tmp_path), max_length=65)
+
+
 def test_memory_is_planned_without_weights(data: TokenData, tmp_path: Path) -> None:
     fields = llada2(tmp_path)
     plan = plan_memory(
@@ -281,9 +296,9 @@ def test_fields_may_be_as_transformers_5_writes_them(tmp_path: Path) -> None:
 
 def test_the_mask_of_the_family_is_known_where_nothing_names_it(tmp_path: Path) -> None:
     llada2(tmp_path, mask_token_id=None)
-    tokenizer = letter_tokenizer(V)
-    tokenizer.mask_token = None
-    tokenizer.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (tmp_path / name).read_text().replace('"mask_token": "[MASK]",', "")
+        (tmp_path / name).write_text(text.replace("[MASK]", "[HOLE]"))
     config = GenerateConfig.model_validate(
         {"model_id": str(tmp_path), "sampler": "block_refinement"}
     )
@@ -330,3 +345,20 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLADA2_CONFIG))
     with pytest.raises(InputError, match="have another shape than its config says"):
         open_causal(str(tmp_path))
+
+
+def test_workers_that_share_the_model_write_what_one_does(data: TokenData, tmp_path: Path) -> None:
+    llada2(tmp_path / "source")
+    fields: dict[str, Any] = {"checkpointing_steps": 1, "learning_rate": 1e-4}
+    one = train_config(tmp_path / "source", **fields)
+    train_in_process(one, data, tmp_path / "one")
+    both = train_config(tmp_path / "source", **fields, sharding="full")
+    run_distributed([(both, tmp_path / "two")], data, 2)
+    shutil.rmtree(tmp_path / "two/final")
+    shutil.rmtree(tmp_path / "two/checkpoint-2")
+    run_distributed([(both, tmp_path / "two")], data, 2)  # from checkpoint-1
+    expected = load_file(tmp_path / "one/final/model.safetensors")
+    with TensorFiles(tmp_path / "two/final", "model") as files:
+        assert files.names == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(files.read(name), tensor, rtol=1e-3, atol=1e-5)

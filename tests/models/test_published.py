@@ -400,11 +400,6 @@ def test_published_denoisers_are_listed_where_another_model_is_given(tmp_path: P
         match=r"of type 'nobody' \(tokendiff adds Dream, diffusion_gemma, llada, .*sdar",
     ):
         PromptCheck.of(None, generate_config(tmp_path))
-    (tmp_path / "config.json").write_text('{"model_type": "llada2_moe"}')
-    with pytest.raises(
-        InputError, match=r"no architecture for 'llada2_moe'; to sample from it, run the code"
-    ):
-        PromptCheck.of(None, generate_config(tmp_path))
     with pytest.raises(
         InputError, match=r"model_id 'nobody/there' cannot be opened \(.*; give the hub"
     ):

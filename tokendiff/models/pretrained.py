@@ -21,7 +21,6 @@ from tokendiff.artifacts.model_folders import (
 )
 from tokendiff.errors import InputError, input_errors
 from tokendiff.models.families import (
-    FAMILIES,
     PUBLISHED_TYPES,
     family_of,
     published_type,
@@ -81,13 +80,6 @@ def _check_type(fields: dict[str, Any]) -> None:
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type in CONFIG_MAPPING:
         return
-    family = family_of(model_type)
-    if model_type in FAMILIES:
-        raise ValueError(
-            f"transformers has no architecture for {model_type!r}; to sample from it, run the code "
-            f"that comes with it: jobs.generate with trust_remote_code and sampler "
-            f"{family.sampler!r}"
-        )
     raise ValueError(
         f"neither transformers nor tokendiff knows models of type {model_type!r} (tokendiff adds "
         f"{', '.join(PUBLISHED_TYPES)}); to sample from one, run the code that comes with it: "

@@ -18,7 +18,6 @@ from tokendiff.diffusion.interfaces import TokenBatch
 from tokendiff.diffusion.kernels import ForwardKernel
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.models.checkpoints import load_for_inference
-from tokendiff.models.diffusion_gemma import EncoderDecoderDenoiser
 from tokendiff.objectives.chunked import (
     negative_log_likelihood,
     reduce_through_head,
@@ -119,7 +118,8 @@ def verify_checkpoint(checkpoint: Path, tokens: np.ndarray, lengths: np.ndarray)
         tokens, lengths: [N, L] and [N] rows of the data, padded at the right.
     """
     model, _, process = load_for_inference(checkpoint)
-    if isinstance(model, EncoderDecoderDenoiser):  # products of groups have no float64
+    if any(hasattr(module, "gate_up_proj") for module in model.modules()):
+        # Products over groups of tokens are not made in float64; one expert's are.
         model.model.set_experts_implementation("eager")
     length = min(MAX_TOKENS, process.max_length)
     loaded = LoadedCheckpoint(
