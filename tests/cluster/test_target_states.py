@@ -189,14 +189,16 @@ def test_what_an_attempt_left_is_kept_where_it_is_whole(
     (there / "run" / "target_states.unfinished").touch()
     cache_target_states(bench.config(), ClusterConfig(), data_path=bench.rows, output_dir=there)
     assert first.read_bytes() == unchanged
-    # Nor are those of another run: the same rows with other layers.
-    os.utime(first, (1, 1))
-    (there / MANIFEST_NAME).unlink()
-    (there / "run" / "target_states.unfinished").touch()
-    other = config({**DRAFT, "draft_num_layers": 1}, target_model_id=bench.target)
-    found = cache_target_states(other, ClusterConfig(), data_path=bench.rows, output_dir=there)
+    # Nor are those of another run: the same rows read otherwise, or with other layers.
+    one_layer = config({**DRAFT, "draft_num_layers": 1}, target_model_id=bench.target)
+    for other in (bench.config(mixed_precision="bf16"), one_layer):
+        os.utime(first, (1, 1))
+        (there / MANIFEST_NAME).unlink()
+        (there / "run" / "target_states.unfinished").touch()
+        found = cache_target_states(other, ClusterConfig(), data_path=bench.rows, output_dir=there)
+        assert found.metadata["of"]["mixed_precision"] == other.mixed_precision
+        assert first.stat().st_mtime != 1
     assert found.metadata["of"]["layers"] == [3]
-    assert first.stat().st_mtime != 1
 
 
 def test_stale_states_are_refused(bench: Bench, states: Path, tmp_path: Path) -> None:
