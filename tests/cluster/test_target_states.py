@@ -134,8 +134,6 @@ def test_losses_are_those_of_a_target_that_reads_in_every_step(
     fields = {"objective": DRAFT, "max_train_steps": 6, **changes}
     cfg = config(fields.pop("objective"), target_model_id=bench.target, **fields)
     kept = tmp_path / "states"
-    cache_target_states(cfg, ClusterConfig(), data_path=bench.rows, output_dir=kept)
-    without, _ = run(cfg, bench.data, tmp_path / "without")
     reads: list[int] = []
     read = DraftTrainee.read
 
@@ -144,6 +142,11 @@ def test_losses_are_those_of_a_target_that_reads_in_every_step(
         return read(self, tokens, positions)
 
     monkeypatch.setattr(DraftTrainee, "read", counted)
+    cache_target_states(cfg, ClusterConfig(), data_path=bench.rows, output_dir=kept)
+    # The check of the target; passes as those of training, the last of a shard filled up.
+    assert set(reads) == {1, cfg.per_device_train_batch_size}
+    without, _ = run(cfg, bench.data, tmp_path / "without")
+    reads.clear()
     cached, _ = run(reading(cfg, kept), bench.data, tmp_path / "cached")
     assert cached == without
     assert set(reads) == {1, 4}  # the check of the target; the held-out rows
