@@ -134,8 +134,6 @@ def test_losses_are_those_of_a_target_that_reads_in_every_step(
     fields = {"objective": DRAFT, "max_train_steps": 6, **changes}
     cfg = config(fields.pop("objective"), target_model_id=bench.target, **fields)
     kept = tmp_path / "states"
-    cache_target_states(cfg, ClusterConfig(), data_path=bench.rows, output_dir=kept)
-    without, _ = run(cfg, bench.data, tmp_path / "without")
     reads: list[int] = []
     read = DraftTrainee.read
 
@@ -144,6 +142,11 @@ def test_losses_are_those_of_a_target_that_reads_in_every_step(
         return read(self, tokens, positions)
 
     monkeypatch.setattr(DraftTrainee, "read", counted)
+    cache_target_states(cfg, ClusterConfig(), data_path=bench.rows, output_dir=kept)
+    # The check of the target; passes as those of training, the last of a shard filled up.
+    assert set(reads) == {1, cfg.per_device_train_batch_size}
+    without, _ = run(cfg, bench.data, tmp_path / "without")
+    reads.clear()
     cached, _ = run(reading(cfg, kept), bench.data, tmp_path / "cached")
     assert cached == without
     assert set(reads) == {1, 4}  # the check of the target; the held-out rows
@@ -189,14 +192,16 @@ def test_what_an_attempt_left_is_kept_where_it_is_whole(
     (there / "run" / "target_states.unfinished").touch()
     cache_target_states(bench.config(), ClusterConfig(), data_path=bench.rows, output_dir=there)
     assert first.read_bytes() == unchanged
-    # Nor are those of another run: the same rows with other layers.
-    os.utime(first, (1, 1))
-    (there / MANIFEST_NAME).unlink()
-    (there / "run" / "target_states.unfinished").touch()
-    other = config({**DRAFT, "draft_num_layers": 1}, target_model_id=bench.target)
-    found = cache_target_states(other, ClusterConfig(), data_path=bench.rows, output_dir=there)
+    # Nor are those of another run: the same rows read otherwise, or with other layers.
+    one_layer = config({**DRAFT, "draft_num_layers": 1}, target_model_id=bench.target)
+    for other in (bench.config(mixed_precision="bf16"), one_layer):
+        os.utime(first, (1, 1))
+        (there / MANIFEST_NAME).unlink()
+        (there / "run" / "target_states.unfinished").touch()
+        found = cache_target_states(other, ClusterConfig(), data_path=bench.rows, output_dir=there)
+        assert found.metadata["of"]["mixed_precision"] == other.mixed_precision
+        assert first.stat().st_mtime != 1
     assert found.metadata["of"]["layers"] == [3]
-    assert first.stat().st_mtime != 1
 
 
 def test_stale_states_are_refused(bench: Bench, states: Path, tmp_path: Path) -> None:

@@ -156,6 +156,22 @@ def test_a_run_goes_on_as_from_an_earlier_checkpoint_with_the_next_rows(
     assert learning_rates[0].items() >= learning_rates[1].items()
 
 
+def test_a_gradient_that_jumps_alone_is_a_spike(
+    tmp_path: Path, data: TokenData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = Trainer._loss
+
+    def steep(trainer: Trainer, *args: Any) -> tuple[Any, ...]:
+        loss_sum, *rest = loss(trainer, *args)
+        slope = 1e4 if trainer.step == 17 else 0.0
+        return loss_sum + slope * (loss_sum - loss_sum.detach()), *rest
+
+    monkeypatch.setattr(Trainer, "_loss", steep)
+    _, events = run(config(on_spike="skip", max_train_steps=20), data, tmp_path)
+    assert re.search(r"step 18: gradient norm \S+ exceeds \S+, the limit", warnings_of(events))
+    assert losses_of(events).keys() == set(range(1, 21)) - {18}
+
+
 def test_rewinding_before_the_first_checkpoint_goes_back_to_the_start(
     tmp_path: Path, data: TokenData, spikes: Spikes
 ) -> None:
