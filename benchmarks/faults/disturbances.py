@@ -48,12 +48,15 @@ class Arranged:
 
 @dataclass(frozen=True, kw_only=True)
 class Disturbance:
-    """A fault by name, the exit codes that a run may have under it, and what it then says."""
+    """A fault by name, the exit codes that a run may have under it, what it says where that is not
+    0, and what it says in any case.
+    """
 
     name: str
     codes: tuple[int, ...]
     arrange: Callable[[Path], AbstractContextManager[Arranged]]
     says: str = ""
+    warns: str = ""
 
 
 def disturbed(
@@ -80,6 +83,9 @@ def disturbed(
         codes = {code for fault in faults for code in fault.codes}
         says = faults[0].says if len(faults) == 1 else ""
         check_said(ended, codes=tuple(sorted(codes)), says=says)
+        for fault in faults:
+            if fault.warns not in ended.err:
+                raise Broken(f"stderr does not say {fault.warns!r}: {ended.message}")
         for each in arranged:
             each.mend()
         subject.check_goes_on(
@@ -210,6 +216,25 @@ def _full_store(folder: Path) -> Iterator[Arranged]:
         )
 
 
+@contextmanager
+def _deleted_experiment(folder: Path) -> Iterator[Arranged]:
+    """A sqlite store whose experiment is deleted, with its runs, as MLflow does it; restored, it
+    gets no metric that it refused meanwhile.
+    """
+    database = folder / "mlflow.db"
+
+    def mark(stage: str) -> None:
+        with closing(sqlite3.connect(database, timeout=30.0)) as store, store:
+            for table in ("experiments", "runs"):
+                store.execute(f"UPDATE {table} SET lifecycle_stage = ?", (stage,))
+
+    yield Arranged(
+        action=partial(mark, "deleted"),
+        mend=partial(mark, "active"),
+        sections={"tracking": {"uri": f"sqlite:///{database}"}},
+    )
+
+
 def _with_store(folder: Path, database: Path, **kwargs: Any) -> Arranged:
     def check() -> None:
         with closing(sqlite3.connect(database)) as store:
@@ -268,6 +293,12 @@ LOGS_REFUSED = {
     )
     for name, number in (("disk-full", errno.ENOSPC), ("quota", errno.EDQUOT))
 }
+DELETED_EXPERIMENT = Disturbance(
+    name="mlflow-experiment-deleted-in-mid-run",
+    codes=(0,),
+    arrange=_deleted_experiment,
+    warns="goes without a ",
+)
 CLOCK = Disturbance(name="clock-set-back", codes=(0,), arrange=_clock_set_back)
 # The name of each way to fail is also the fake server's.
 MLFLOW = {

@@ -11,7 +11,7 @@ from benchmarks.faults.in_suite import ROOT
 from benchmarks.faults.subject import Subject
 from benchmarks.faults.table import Broken, Case
 
-DEFAULT = 20_000
+DEFAULT = 20_000  # three minutes on a busy machine; each run draws others
 
 
 def fuzzed(subject: Subject, chance: random.Random, folder: Path, *, inputs: int) -> str:

@@ -99,7 +99,9 @@ def lease_lost(subject: Subject, chance: random.Random, folder: Path, *, is_disk
         again = _start(subject, folder, store, machine="other").wait()
         if again.code != 0:
             raise Broken(f"the same command again ended with {again.code}: {again.message}")
-        subject.check_same("pipeline", store.folder)
+        # A log is copied to the store at each checkpoint and at the end of a stage: what the first
+        # run logged after that is on its machine alone.
+        subject.check_same("pipeline", store.folder, may_lack_losses=True)
     return f"stopped at request {at} {'with' if is_holder else 'without'} the lease: {ended.code}"
 
 
@@ -154,7 +156,8 @@ CASES = (
         Case(
             name=name,
             promise=f"The other ends with exit code 0, the first with {codes} and one message. The "
-            "same command goes on; rows, weights and losses are as on a local disk.",
+            "same command goes on; rows and weights are as on a local disk, and so are the losses "
+            "that had reached the store.",
             done="SIGSTOP at a random request, a run on another machine once the lease is over, "
             f"{then}SIGCONT",
             trial=partial(lease_lost, is_disk_full=is_disk_full),

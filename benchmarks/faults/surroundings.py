@@ -152,6 +152,13 @@ CASES = (
         for how, fault in faults.STORE.items()
     ),
     Case(
+        name=faults.DELETED_EXPERIMENT.name,
+        promise=f"{UNHURT} A warning says that MLflow refuses metrics, which stay in the log. Once "
+        "the experiment is restored, the same command ends with exit code 0.",
+        done="before a random write of a stage's log folder the experiment is deleted from MLflow",
+        trial=partial(disturbed, faults=[faults.DELETED_EXPERIMENT], only="/run/"),
+    ),
+    Case(
         name="two-at-once",
         promise="One runs; the other is refused with exit code 4, or finds all done.",
         done="two pipelines of one name start in the same instant",
