@@ -542,7 +542,9 @@ def _block_fields(
             )
         if wanted == "auto":
             found["attention_mask_mode"] = trained or _mode_of(model_config)
-        found["sees_tail"] = process is not None and process.block_start is not None
+        # Published models fill their last block whole, and cut it.
+        is_cut = process is None and _mode_of(model_config) == "4d"
+        found["sees_tail"] = is_cut or (process is not None and process.block_start is not None)
     return found
 
 

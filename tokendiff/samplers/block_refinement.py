@@ -33,8 +33,8 @@ class BlockRefinementSampler(BlockSampler):
         attention_mask_mode: "2d", a causal model as it is, in which a mask sees only what is left
             of it; "4d", a block sees itself whole. As the model was trained.
         sees_tail: in mode 4d the last block is seen whole, with the masks behind the last token
-            that is wanted: as a model met it whose training filled blocks up. By default, as
-            published, nothing sees those.
+            that is wanted: as a model met it whose training filled blocks up, and as the
+            `generate` of LLaDA2 does. By default, as the pipeline does, nothing sees those.
     """
 
     block_length: int = 32
