@@ -1,6 +1,8 @@
 """Models by name: whichever field gives the name, the same is read, and the same is refused."""
 
 import json
+import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -261,9 +263,14 @@ def test_a_folder_that_gives_less_than_half_is_refused_unless_all_is_to_be_new(
 
 
 def test_opening_a_model_writes_nothing_to_the_terminal(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers draws a bar, and prints a table of the weights that are missing."""
+    """transformers draws a bar, and prints a table of the weights that are missing, and of those
+    that its tensor parallelism would not spread.
+    """
+    for handler in logging.getLogger("transformers").handlers:
+        if type(handler) is logging.StreamHandler:  # which keeps the stderr of its import
+            monkeypatch.setattr(handler, "stream", sys.stderr)
     folder = Path(causal(tmp_path))
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.3.mlp.up_proj.weight"]

@@ -159,7 +159,8 @@ class TiedLayers(nn.Module):
     def _encoded(self, hidden: Tensor, **inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         kept = _StatesOfLayer(self.encoder.layer_idx)
         hidden = self.encoder(hidden, past_key_values=kept, **inputs)
-        return hidden, kept.keys, kept.values
+        # Copies, since FSDP2 hooks what a module returns, and warns of views.
+        return hidden, kept.keys.clone(), kept.values.clone()
 
 
 class _BothHalves(ModelInTwoParts):
