@@ -290,7 +290,7 @@ def test_a_row_that_is_not_there_is_named(bench: Bench, states: Path) -> None:
         found.read(np.array([3]), np.array([3]), max_length=LENGTH)
 
 
-def test_behind_a_uri(bench: Bench, states: Path, tmp_path: Path) -> None:
+def test_behind_a_uri(in_this_process: None, bench: Bench, states: Path, tmp_path: Path) -> None:
     there = RemotePath(f"memory://{tmp_path.name}/states")
     found = cache_target_states(
         bench.config(), ClusterConfig(), data_path=bench.rows, output_dir=there

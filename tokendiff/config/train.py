@@ -154,7 +154,9 @@ class TrainConfig(Section):
     )
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout in front of the adapters")
     lora_target_modules: list[str] = Field(
-        [], description="names of the layers that get adapters; by default all except the head"
+        [],
+        description="names of the layers that get adapters; by default all except the head and "
+        "what routes to experts",
     )
     keep_base: bool = added(
         False,
