@@ -27,6 +27,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.real_model import save_real_model
 from tokendiff.cluster.target_states import cache_target_states
 from tokendiff.config.cluster import ClusterConfig
@@ -183,7 +185,7 @@ def read_once(folder: Path) -> float:
         start = time.process_time()
         cache_target_states(
             config_of(folder, DRAFT, steps=1),
-            ClusterConfig(),
+            ClusterConfig(threads_per_worker=torch.get_num_threads()),  # as training has
             data_path=folder / "data",
             output_dir=folder / "states",
         )
