@@ -153,7 +153,7 @@ def add_adapters(
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         target_modules=list(target_modules) or _ALL_LINEAR,
-        exclude_modules=None if target_modules else [_ROUTER],
+        exclude_modules=None if target_modules or not _has_router(part) else [_ROUTER],
         fan_in_fan_out=model.config.model_type == "gpt2",  # whose layers hold their transposes
     )
     with torch.random.fork_rng(devices=[]), _as_float32(model):
@@ -184,6 +184,11 @@ def add_adapters(
         model.set_input_embeddings(row)
         if is_tied and reads_its_logit:
             head.register_forward_hook(partial(_with_logit_of, row))
+
+
+def _has_router(model: nn.Module) -> bool:
+    """peft warns of a name that it is to leave out and does not find."""
+    return any(name.endswith(_ROUTER) for name, _ in model.named_modules())
 
 
 def _give_to_encoder(model: Any) -> None:
