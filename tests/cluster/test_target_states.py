@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipelines.graph import pipeline_stages
 from pipelines.runner import plan, run_pipeline
 from pipelines.tables import plan_as_json
 from tests.builders import letter_tokenizer, random_rows, tiny_causal, token_folder
+from tests.in_this_process import jobs_here
 from tests.training.test_dflash_training import DRAFT, LENGTH, config, runs_of
 from tests.training.test_training import run
 from tokendiff.artifacts.locations import RemotePath
@@ -72,6 +74,13 @@ class Bench:
         cluster = cluster or ClusterConfig()
         cache_target_states(cfg, cluster, data_path=self.rows, output_dir=out)
         return out
+
+
+@pytest.fixture(autouse=True)
+def here(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All but what is of Ray runs in this process, whatever ran in it before."""
+    with nullcontext() if request.node.get_closest_marker("ray") else jobs_here():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +299,7 @@ def test_a_row_that_is_not_there_is_named(bench: Bench, states: Path) -> None:
         found.read(np.array([3]), np.array([3]), max_length=LENGTH)
 
 
-def test_behind_a_uri(in_this_process: None, bench: Bench, states: Path, tmp_path: Path) -> None:
+def test_behind_a_uri(bench: Bench, states: Path, tmp_path: Path) -> None:
     there = RemotePath(f"memory://{tmp_path.name}/states")
     found = cache_target_states(
         bench.config(), ClusterConfig(), data_path=bench.rows, output_dir=there
@@ -360,9 +369,7 @@ def previews(config: Config) -> dict[str, str]:
     return {step["stage"]: step.get("preview", {}).get("on disk", "") for step in steps}
 
 
-def test_a_pipeline_computes_them_once_and_says_what_they_take(
-    in_this_process: None, tmp_path: Path
-) -> None:
+def test_a_pipeline_computes_them_once_and_says_what_they_take(tmp_path: Path) -> None:
     config = load_config(written(tmp_path))
     assert previews(config)["states"] == (
         "512.0 MB for each million training tokens (128 numbers of 4 bytes for each training token)"
