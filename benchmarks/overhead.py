@@ -1,16 +1,11 @@
-"""What Ray costs per training step: the same model and rows, with Ray and without.
+"""What Ray costs per training step: the same model and rows, with Ray and in a plain loop.
 
     python -m benchmarks.overhead [--turns 20] [--seconds 3]
-    python -m benchmarks.overhead --quickstart
 
-Without Ray runs a plain loop, with one torch thread as its worker of Ray; with `--quickstart` it is
-the training of `pipelines/quickstart.yaml` in a process of its own, as `jobs.train` does it where
-there is no cluster, with as many threads as there are cores on both sides.
-
-Both sides train all the while and take turns: while one runs, every process of the other is
-suspended. Only steps that lie wholly within a turn count, and each of Ray's turns is compared with
-the other side's turns right before and after it. So neither has the machine to share with the
-other, and what else runs on it hits both alike. Needs a system with SIGSTOP.
+Both sides train all the while, each with one torch thread, and take turns: while one runs, every
+process of the other is suspended. Only steps that lie wholly within a turn count, and each of Ray's
+turns is compared with the plain loop's turns right before and after it. So neither has the machine
+to share with the other, and what else runs on it hits both alike. Needs a system with SIGSTOP.
 """
 
 import argparse
@@ -20,8 +15,8 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing.process import BaseProcess
@@ -32,26 +27,21 @@ import psutil
 
 from tests.builders import letter_tokenizer, random_rows, token_folder
 from tokendiff.config.cluster import ClusterConfig
-from tokendiff.config.loader import load_config
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import InputError
 
 LENGTH, ROWS, WARM_UP = 128, 512, 10
 WAIT_SECONDS = 300.0
-QUICKSTART = Path(__file__).parents[1] / "pipelines" / "quickstart.yaml"
-EACH_STEP: dict[str, Any] = {
-    "max_train_steps": 5000,  # more than are taken
-    "logging_steps": 1,
-    "checkpointing_steps": 10**6,
-}
 
 
 def bench_config(rows_per_step: int) -> TrainConfig:
     return TrainConfig(
         model_name_or_path="builtin:bert-mini",
+        max_train_steps=5000,  # more than are taken
         per_device_train_batch_size=rows_per_step,
-        **EACH_STEP,
+        logging_steps=1,
+        checkpointing_steps=10**6,
     )
 
 
@@ -121,36 +111,11 @@ def plain_loop(config: TrainConfig, folder: Path, times: StepTimes) -> None:
         times("metrics")
 
 
-def quickstart_job(root: Path) -> tuple[TrainConfig, Path]:
-    """The training of the quickstart and its rows, with each step told of."""
-    from tokendiff.cluster.preprocess import preprocess
-
-    config = load_config(QUICKSTART)
-    tokenizer, folder = config.tokenizer_name_or_path, root / "data"
-    preprocess(config.preprocess, tokenizer_name_or_path=tokenizer, output_dir=folder)
-    return config.train.model_copy(update=EACH_STEP), folder
-
-
-def training_here(config: TrainConfig, folder: Path, times: StepTimes) -> None:
-    """What `jobs.train` does where there is no cluster."""
-    from tokendiff.cluster.train import train
-
-    os.setsid()  # as in `plain_loop`
-    output = times.path.with_suffix(".output")
-    with suppress(InputError):  # of `times`
-        train(config, ClusterConfig(), data_path=folder, output_dir=output, on_event=times)
-
-
 @contextmanager
-def plain_side(
-    loop: Callable[[TrainConfig, Path, StepTimes], None],
-    config: TrainConfig,
-    folder: Path,
-    times: StepTimes,
-) -> Iterator[BaseProcess]:
-    """A loop without Ray, in a process of its own, warm."""
+def plain_side(config: TrainConfig, folder: Path, times: StepTimes) -> Iterator[BaseProcess]:
+    """The plain loop, in a process of its own, warm."""
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=loop, args=(config, folder, times), daemon=True)
+    process = context.Process(target=plain_loop, args=(config, folder, times), daemon=True)
     process.start()
     try:
         times.wait_for_warm_up()
@@ -161,12 +126,11 @@ def plain_side(
 
 
 @contextmanager
-def ray_side(
-    config: TrainConfig, folder: Path, times: StepTimes, output: Path, cluster: ClusterConfig
-) -> Iterator[None]:
+def ray_side(config: TrainConfig, folder: Path, times: StepTimes, output: Path) -> Iterator[None]:
     """`jobs.train`'s own way, in the Ray that is connected, warm."""
     from tokendiff.cluster.train import train
 
+    cluster = ClusterConfig(threads_per_worker=1)
     failures: list[BaseException] = []
 
     def work() -> None:
@@ -288,7 +252,7 @@ def report(
         for turn in (*plain[0], *ray[0])
     ]
     return [
-        f"a step, median of turns' means: without "
+        f"a step, median of turns' means: plain loop "
         f"{1e3 * statistics.median(mean_step(t, plain[1]) for t in plain[0]):.1f} ms, "
         f"on Ray {1e3 * statistics.median(mean_step(t, ray[1]) for t in ray[0]):.1f} ms",
         f"ratio {middle:.3f}, quartiles {low:.3f} to {high:.3f} of {len(ratios)} pairs of turns, "
@@ -304,32 +268,26 @@ def report(
 
 
 def main() -> None:
-    from tokendiff.cluster.session import ray_session, thread_policy
+    from tokendiff.cluster.session import ray_session
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=3.0, help="of a turn")
-    parser.add_argument("--rows_per_step", type=int, default=8, help="of the plain loop's model")
-    parser.add_argument("--quickstart", action="store_true", help="measure the quickstart's job")
+    parser.add_argument("--rows_per_step", type=int, default=8)
     args = parser.parse_args()
-    os.environ |= thread_policy()  # before torch is loaded
+    config = bench_config(args.rows_per_step)
     with tempfile.TemporaryDirectory() as name, ray_session(ClusterConfig(address="local")):
         root = Path(name)
-        if args.quickstart:
-            (config, folder), loop, cluster = quickstart_job(root), training_here, ClusterConfig()
-        else:
-            config, loop = bench_config(args.rows_per_step), plain_loop
-            cluster = ClusterConfig(threads_per_worker=1)
-            folder = token_folder(
-                root / "data",
-                files=[random_rows(ROWS, LENGTH)],
-                max_length=LENGTH,
-                tokenizer=letter_tokenizer(),
-            )
+        folder = token_folder(
+            root / "data",
+            files=[random_rows(ROWS, LENGTH)],
+            max_length=LENGTH,
+            tokenizer=letter_tokenizer(),
+        )
         plain_times, ray_times = StepTimes(root / "plain"), StepTimes(root / "ray")
         with (
-            ray_side(config, folder, ray_times, root / "output", cluster),
-            plain_side(loop, config, folder, plain_times) as plain,
+            ray_side(config, folder, ray_times, root / "output"),
+            plain_side(config, folder, plain_times) as plain,
         ):
             turns = alternate(psutil.Process(plain.pid), args.turns, args.seconds)
             sides = list(zip(turns, (plain_times.read(), ray_times.read()), strict=True))
