@@ -181,8 +181,7 @@ def build_trainee(
             start, keeps_base=config.keep_base, takes_canvas=canvas, **fields
         )
         check_trainable(model.model.config, start, field=field)
-        check_canvas_run(config, model.model.config)
-        check_block_run(config, model.model.config)
+        check_published_run(config, model.model.config)
     else:
         denoiser = load_denoiser(start, predict=wanted_prediction(config), **fields)
         check_trainable(denoiser.model.config, start, field=field)
@@ -202,7 +201,13 @@ def takes_canvas(config: "TrainConfig") -> bool:
     return getattr(config.objective, "noise", None) == "uniform"
 
 
-def check_canvas_run(config: "TrainConfig", model_config: Any) -> None:
+def check_published_run(config: "TrainConfig", model_config: Any) -> None:
+    """Raise InputError where a run asks of a published model what is not done with its family."""
+    _check_canvas_run(config, model_config)
+    _check_block_run(config, model_config)
+
+
+def _check_canvas_run(config: "TrainConfig", model_config: Any) -> None:
     """Raise InputError where a run asks of an encoder with a decoder what is not done with one."""
     if not _has_canvas(model_config):
         return
@@ -228,7 +233,7 @@ def _has_canvas(model_config: Any) -> bool:
     return family_of(published_type(model_config)).attention == "canvas"
 
 
-def check_block_run(config: "TrainConfig", model_config: Any) -> None:
+def _check_block_run(config: "TrainConfig", model_config: Any) -> None:
     """Raise InputError where what a run makes of a published model could not be saved: weights that
     only its own layout holds, of a model that its own loader would take for what it was.
     """
@@ -359,8 +364,7 @@ def model_without_weights(config: "TrainConfig", tokenizer: Any, *, max_length: 
         takes_canvas=takes_canvas(config),
     )
     check_trainable(plan.config, name, field=field)
-    check_canvas_run(config, plan.config)
-    check_block_run(config, plan.config)
+    check_published_run(config, plan.config)
     text = plan.config.get_text_config()
     text.vocab_size = max(text.vocab_size, plan.vocab_size)  # as the embedding will have grown
     with torch.device("meta"):

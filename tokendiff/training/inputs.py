@@ -22,9 +22,8 @@ from tokendiff.models.plans import check_trainable, open_trainable_config, plan_
 from tokendiff.models.pretrained import check_length, check_weights
 from tokendiff.models.vocabulary import check_vocabulary
 from tokendiff.training.building import (
-    check_block_run,
-    check_canvas_run,
     check_kept_base,
+    check_published_run,
     make_objective,
     model_without_weights,
     starting_point,
@@ -101,8 +100,7 @@ def check_inputs(config: "TrainConfig", data: TokenData) -> None:
         takes_canvas=takes_canvas(config),
     )
     check_trainable(plan.config, name, field=field)
-    check_canvas_run(config, plan.config)
-    check_block_run(config, plan.config)
+    check_published_run(config, plan.config)
     if not config.from_scratch:
         check_vocabulary(name, tokenizer, field=field)
     check_kept_base(config, tokenizer)
@@ -132,8 +130,7 @@ def check_model(config: "TrainConfig", *, max_length: int) -> None:
         takes_canvas=takes_canvas(config),
     )
     check_trainable(model, name, field=field)
-    check_canvas_run(config, model)
-    check_block_run(config, model)
+    check_published_run(config, model)
     check_length(model, name, field=field, max_length=max_length)
     if not config.from_scratch:
         check_weights(name, field=field)
