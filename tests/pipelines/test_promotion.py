@@ -441,6 +441,25 @@ def test_a_promotion_that_was_cut_off_registers_once(
     assert (result["version"], result["replaced_version"]) == (3, 1)
 
 
+def test_a_move_that_was_cut_off_is_noted_though_the_version_was_the_champion_before(
+    shop: Shop, history: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = shop.registry
+    assert registry.roll_back("toy", "champion") == (2, 1)
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "_note", die)
+        with pytest.raises(KeyboardInterrupt):
+            registry.promote("toy", "champion", 2, because="better again")
+    for _ in range(2):
+        registry.promote("toy", "champion", 2, because="better again")
+        newest = [line.split(" ", 2)[2] for line in registry.history("toy", "champion")][:2]
+        assert newest == ["v1 -> v2: better again", "v2 -> v1: rolled back"]
+
+
 @pytest.mark.parametrize(
     "call",
     [

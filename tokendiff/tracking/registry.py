@@ -381,7 +381,8 @@ class Registry:
         self._client.set_model_version_tag(name, str(version), key, value)
 
     def _is_noted(self, name: str, alias: str, version: int) -> bool:
-        return any(f" v{version}: " in line for line in self.history(name, alias))
+        """Whether the newest line tells of it: older ones may be of an earlier time as champion."""
+        return any(f" v{version}: " in line for line in self.history(name, alias)[:1])
 
     def _note(self, name: str, alias: str, text: str) -> None:
         lines = [f"{_now()} {without_credentials(text)}", *self.history(name, alias)]
