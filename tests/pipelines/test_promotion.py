@@ -442,9 +442,11 @@ def test_a_promotion_that_was_cut_off_registers_once(
 
 
 def test_a_move_that_was_cut_off_is_noted_though_the_version_was_the_champion_before(
-    shop: Shop, history: Any, monkeypatch: pytest.MonkeyPatch
+    shop: Shop, history: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    registry = shop.registry
+    registry = registered(tmp_path, shop.root, *history["checkpoints"][:2])
+    registry.promote("toy", "champion", 1, because="new")
+    registry.promote("toy", "champion", 2, because="better")
     assert registry.roll_back("toy", "champion") == (2, 1)
 
     def die(*args: Any, **kwargs: Any) -> None:
@@ -528,8 +530,8 @@ def test_the_champion_is_a_version_anew_where_it_is_served_otherwise(
         )
 
 
-def registered(store: Path, root: Location, checkpoint: Path) -> Registry:
-    """A store of files, and in it models:/toy/1 with what is read of a model."""
+def registered(store: Path, root: Location, *checkpoints: Path) -> Registry:
+    """A store of files, and in it models:/toy/1 and on with what is read of a model."""
     registry = Registry(TrackingConfig(uri=f"sqlite:///{store}/mlflow.db"), root)
     client = MlflowClient(f"sqlite:///{store}/mlflow.db")
     found = client.get_experiment_by_name("toy")
@@ -546,9 +548,10 @@ def registered(store: Path, root: Location, checkpoint: Path) -> Registry:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tokendiff.tracking.registry.save_model", save)
-        run_id = client.create_run(experiment).info.run_id
         fields: dict[str, Any] = {"sampling": {}, "trained_on": [], "tags": {}}
-        assert registry.register("toy", checkpoint, run_id=run_id, **fields) == 1
+        for version, checkpoint in enumerate(checkpoints, start=1):
+            run_id = client.create_run(experiment).info.run_id
+            assert registry.register("toy", checkpoint, run_id=run_id, **fields) == version
     return registry
 
 
