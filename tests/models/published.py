@@ -178,7 +178,7 @@ LLADA_MOE_CONFIG: dict[str, Any] = {
 }
 
 
-def llada_moe(folder: Path) -> Any:
+def llada_moe(folder: Path, **changes: Any) -> Any:
     """A LLaDA-MoE in `folder`, its first layer without experts; returns the causal Qwen3 with
     experts that has its weights, whose names in files are the same.
     """
@@ -201,7 +201,7 @@ def llada_moe(folder: Path) -> Any:
     )
     model = _random(Qwen3MoeForCausalLM(config), torch.float32)
     model.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(LLADA_MOE_CONFIG))
+    (folder / "config.json").write_text(json.dumps(LLADA_MOE_CONFIG | changes))
     letter_tokenizer(V).save_pretrained(folder)
     return model
 
@@ -368,7 +368,7 @@ def llada2_logits(
     return norm(h, "model.norm") @ given.get("lm_head.weight", embedding).T
 
 
-FAMILIES = {"llada": llada, "Dream": dream}
+FAMILIES = {"llada": llada, "Dream": dream, "lladamoe": llada_moe}
 
 
 def reference_logits(model: Any, tokens: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def published_decoding(model: Any, prompt: list[int], *, shift: int, steps: int)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["llada", "Dream"])  # whose random weights end some answers
 def test_greedy_answers_are_those_of_the_published_decoding(
     name: str, steps: int, tmp_path: Path
 ) -> None:

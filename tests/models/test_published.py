@@ -24,6 +24,8 @@ from tests.models.published import (
     llada_names,
     reference_logits,
 )
+from tests.training.distributed import run_distributed
+from tokendiff.artifacts.tensor_files import TensorFiles
 from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.prompts import GenerationRow
@@ -81,9 +83,7 @@ def test_dream_is_a_qwen2_whose_states_tell_what_is_behind_them(tmp_path: Path) 
     torch.testing.assert_close(ours[:, 0], expected[:, 0])  # which no state stands before
 
 
-def test_llada_moe_is_a_qwen3_with_experts_and_is_not_trained(
-    data: TokenData, tmp_path: Path
-) -> None:
+def test_llada_moe_is_a_qwen3_with_experts(tmp_path: Path) -> None:
     model = llada_moe(tmp_path)
     assert "model.layers.1.mlp.experts.5.up_proj.weight" in load_file(
         tmp_path / "model.safetensors"
@@ -94,9 +94,25 @@ def test_llada_moe_is_a_qwen3_with_experts_and_is_not_trained(
     sampling = SamplingModel(None, generate_config(tmp_path, sampler=sampler), device="cpu")
     (record,) = sampling.sample([GenerationRow(id=0, prompt="ab")])
     assert MASK not in record["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"objective": {"name": "udlm"}}, "objective 'udlm' would make another model of one of"),
+        ({"objective": {"name": "hybrid"}}, "would make another .*'lladamoe', which could not be"),
+        ({"objective": {"name": "mdlm", "predict": "next"}}, "loaders assume predict 'own'"),
+        ({"optimizer": "muon"}, "optimizer 'muon' with a model of type 'lladamoe': its experts"),
+        ({"objective": {"name": "ar"}}, "a denoiser of whole rows; train it with objective 'mdlm'"),
+    ],
+)
+def test_what_could_not_be_saved_of_a_llada_moe_is_not_trained(
+    changes: dict[str, Any], says: str, data: TokenData, tmp_path: Path
+) -> None:
+    llada_moe(tmp_path)
     for make in (check_inputs, lambda cfg, rows: train_in_process(cfg, rows, tmp_path / "run")):
-        with pytest.raises(InputError, match="type 'lladamoe', which can be sampled from but not"):
-            make(train_config(tmp_path), data)
+        with pytest.raises(InputError, match=says):
+            make(train_config(tmp_path, **changes), data)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -181,9 +197,12 @@ def test_what_is_trained_is_saved_in_the_layout_that_it_came_in(
         assert (Path(final) / file).read_text() == (source / file).read_text()
     # Read as the published loader does, name by name.
     names = llada_names() if name == "llada" else {}
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            parameter.copy_(after[names.get(key, key)])
+    if name == "lladamoe":  # the names of transformers
+        model = type(model).from_pretrained(final, config=model.config)
+    else:
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                parameter.copy_(after[names.get(key, key)])
     denoiser, _, process = load_for_inference(final)
     assert process.predict == ("next" if name == "Dream" else "own")
     tokens = some_tokens()
@@ -195,9 +214,12 @@ def test_what_is_trained_is_saved_in_the_layout_that_it_came_in(
     assert load_file(Path(again) / "model.safetensors").keys() == before.keys()
 
 
-def test_an_interrupted_run_goes_on_from_published_names(data: TokenData, tmp_path: Path) -> None:
-    llada(tmp_path / "source")
-    fields = {"checkpointing_steps": 1, "lr_scheduler": "constant"}
+@pytest.mark.parametrize("name", ["llada", "lladamoe"])
+def test_an_interrupted_run_goes_on_from_published_names(
+    name: str, data: TokenData, tmp_path: Path
+) -> None:
+    FAMILIES[name](tmp_path / "source")
+    fields = {"checkpointing_steps": 1, "lr_scheduler": "constant", "ema_decay": 0.5}
     cfg, short = (
         train_config(tmp_path / "source", **fields, max_train_steps=steps) for steps in (2, 1)
     )
@@ -206,6 +228,22 @@ def test_an_interrupted_run_goes_on_from_published_names(data: TokenData, tmp_pa
     cut = train_in_process(cfg, data, tmp_path / "cut")
     files = [load_file(Path(folder) / "model.safetensors") for folder in (whole, cut)]
     assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+
+
+def test_workers_that_share_a_llada_moe_write_what_one_does(
+    data: TokenData, tmp_path: Path
+) -> None:
+    llada_moe(tmp_path / "source")
+    fields: dict[str, Any] = {"checkpointing_steps": 1, "learning_rate": 1e-4}
+    one = train_config(tmp_path / "source", **fields)
+    train_in_process(one, data, tmp_path / "one")
+    both = train_config(tmp_path / "source", **fields, sharding="full")
+    run_distributed([(both, tmp_path / "two")], data, 2)
+    expected = load_file(tmp_path / "one/final/model.safetensors")
+    with TensorFiles(tmp_path / "two/final", "model") as files:
+        assert files.names == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(files.read(name), tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_other_noise_makes_a_plain_llama_of_it(data: TokenData, tmp_path: Path) -> None:
@@ -245,6 +283,7 @@ def sdar(folder: Path, **changes: Any) -> None:
     [
         (llada, {"name": "mdlm"}),
         (dream, {"name": "mdlm"}),
+        (llada_moe, {"name": "mdlm"}),
         (sdar, {"name": "block_diffusion", "block_length": 4}),
     ],
 )
@@ -366,7 +405,7 @@ def test_a_llada_that_is_no_llama_is_refused(
 def test_fields_that_change_nothing_are_allowed(fields: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(fields))
     config = open_config(str(tmp_path), field="model_id", remedy="give another")
-    assert config.model_type == ("qwen3_moe" if "num_experts" in fields else "llama")
+    assert config.model_type == ("tokendiff_lladamoe" if "num_experts" in fields else "llama")
 
 
 def test_what_does_not_go_with_a_denoiser_is_said(data: TokenData, tmp_path: Path) -> None:

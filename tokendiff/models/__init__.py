@@ -32,5 +32,5 @@ Of this room alone:
     block_masks       flex attention's masks, from the runs of keys that queries see
     diffusion_transformer
                       our own small architecture, which is told the time
-    llada2            LLaDA2.x as an architecture of transformers, and its weights in files
+    llada_moe         LLaDAs with experts as architectures of transformers; their weights in files
 """

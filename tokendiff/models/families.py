@@ -31,7 +31,6 @@ class Family:
         mask_token_id: its mask, where neither config nor tokenizer tells.
         chat_template: how its chats are written, where its tokenizer does not say.
         stop_tokens: what ends an answer, beside the EOS of its tokenizer.
-        can_be_trained: whether what is trained of it can be saved as it came.
         sampler: the one that `jobs.generate` uses where the user names none, and that errors advise
             where another was asked for that does not go with it.
     """
@@ -46,7 +45,6 @@ class Family:
     mask_token_id: int | None = None
     chat_template: str | None = None
     stop_tokens: tuple[str, ...] = ()
-    can_be_trained: bool = True
     sampler: str = "ar"
 
 
@@ -101,11 +99,10 @@ FAMILIES: dict[str, Family] = {
         sampler="block_refinement",
     ),
     "lladamoe": Family(
-        same_as="qwen3_moe",
+        same_as="tokendiff_lladamoe",
         layout=LLADA_MOE,
         attention="rows",
         stop_tokens=("<|role_end|>",),
-        can_be_trained=False,
         sampler="blockwise",
     ),
     "llama": Family(can_see_both_ways=True),
@@ -119,12 +116,10 @@ FAMILIES: dict[str, Family] = {
 }
 CAUSAL_TYPES = tuple(name for name, family in FAMILIES.items() if family.can_see_both_ways)
 PUBLISHED_TYPES = tuple(name for name, family in FAMILIES.items() if family.same_as is not None)
-_LLADA2_TYPE = FAMILIES["llada2_moe"].same_as
-assert _LLADA2_TYPE is not None
 # Causal architectures that see what a mask of ours shows.
-MASKED_TYPES = (*CAUSAL_TYPES, _LLADA2_TYPE)
+MASKED_TYPES = (*CAUSAL_TYPES, "tokendiff_llada2")
 # Architectures that keep keys and values, and whose logits are linear in the last hidden state.
-DECODER_TYPES = (*MASKED_TYPES, "qwen3_moe")
+DECODER_TYPES = (*MASKED_TYPES, "tokendiff_lladamoe")
 WHOLE_ROW_TYPES = tuple(name for name, family in FAMILIES.items() if family.attention == "rows")
 
 

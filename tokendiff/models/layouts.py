@@ -294,7 +294,7 @@ LLADA = Layout(
         "mlp.down_proj": "ff_out",
     },
 )
-LLADA_MOE = Layout(to_transformers=_qwen3_of_llada_moe)
+LLADA_MOE = Layout(to_transformers=_qwen3_of_llada_moe, is_converted=True)
 LLADA2 = Layout(to_transformers=_glm_of_llada2, is_converted=True)
 SAME_FIELDS = Layout(to_transformers=unchanged)
 

@@ -236,15 +236,6 @@ def _fitted(
     return auto_class
 
 
-def check_trainable(config: Any, name: str, *, field: str) -> None:
-    """Raise InputError where a published model can be sampled from, and no more."""
-    if not family_of(published_type(config)).can_be_trained:
-        raise InputError(
-            f"{field} {name!r} is of type {published_type(config)!r}, which can be sampled from "
-            "but not trained: its experts could not be saved as they came; give another model"
-        )
-
-
 def _sees_rows(config: Any) -> bool:
     return family_of(published_type(config)).attention == "rows"
 

@@ -49,7 +49,7 @@ def open_config(name: str, *, field: str, remedy: str, trust_remote_code: bool =
 
     # Registers our own architectures, which a checkpoint may be of.
     import tokendiff.models.diffusion_transformer
-    import tokendiff.models.llada2  # noqa: F401
+    import tokendiff.models.llada_moe  # noqa: F401
 
     with input_errors(f"{field} {name!r} cannot be opened", remedy):
         folder = local_model(name)

@@ -32,7 +32,7 @@ from tokendiff.models.kept_base import (
     read_fields,
 )
 from tokendiff.models.opening import load_causal_denoiser, load_denoiser
-from tokendiff.models.plans import check_trainable, plan_model
+from tokendiff.models.plans import plan_model
 from tokendiff.models.pretrained import open_config
 from tokendiff.models.vocabulary import check_vocabulary
 from tokendiff.objectives.autoregressive import Autoregressive
@@ -180,12 +180,10 @@ def build_trainee(
         model = load_causal_denoiser(
             start, keeps_base=config.keep_base, takes_canvas=canvas, **fields
         )
-        check_trainable(model.model.config, start, field=field)
-        check_published_run(config, model.model.config)
     else:
         denoiser = load_denoiser(start, predict=wanted_prediction(config), **fields)
-        check_trainable(denoiser.model.config, start, field=field)
         model, predict = denoiser, "next" if denoiser.predicts_next else "own"
+    check_published_run(config, model.model.config)
     if not config.from_scratch:
         check_vocabulary(start, tokenizer, field=field)
     if config.keep_base:
@@ -204,7 +202,7 @@ def takes_canvas(config: "TrainConfig") -> bool:
 def check_published_run(config: "TrainConfig", model_config: Any) -> None:
     """Raise InputError where a run asks of a published model what is not done with its family."""
     _check_canvas_run(config, model_config)
-    _check_block_run(config, model_config)
+    _check_converted_run(config, model_config)
 
 
 def _check_canvas_run(config: "TrainConfig", model_config: Any) -> None:
@@ -233,28 +231,33 @@ def _has_canvas(model_config: Any) -> bool:
     return family_of(published_type(model_config)).attention == "canvas"
 
 
-def _check_block_run(config: "TrainConfig", model_config: Any) -> None:
+def _check_converted_run(config: "TrainConfig", model_config: Any) -> None:
     """Raise InputError where what a run makes of a published model could not be saved: weights that
     only its own layout holds, of a model that its own loader would take for what it was.
     """
     model_type = published_type(model_config)
-    layout = family_of(model_type).layout
-    if layout is None or not layout.is_converted:
+    family = family_of(model_type)
+    if family.layout is None or not family.layout.is_converted:
         return
     fields = config.objective.process_fields() or {}
+    sees_blocks = fields.get("attention_mask_mode") == "4d"
     is_kept = (
-        fields.get("attention_mask_mode") == "4d"
+        sees_blocks == (family.attention == "blocks")
         and fields.get("context_attention", "block") == "block"
-        and fields.get("predict", "own") == "own"
+        and fields.get("predict") in (None, "own")
         and fields.get("forward_process") == "absorbing"
         and not config.keep_base
     )
     if not is_kept:
+        remedy = (
+            "with objective 'block_diffusion', without noise, predict, ar_loss_weight and "
+            "keep_base, or with 'block_refinement' and attention_mask_mode '4d'"
+            if family.attention == "blocks"
+            else "with objective 'mdlm'"
+        )
         raise InputError(
             f"objective {config.objective.name!r} would make another model of one of type "
-            f"{model_type!r}, which could not be saved; train it as it was: with objective "
-            "'block_diffusion', without noise, predict, ar_loss_weight and keep_base, or with "
-            "'block_refinement' and attention_mask_mode '4d'"
+            f"{model_type!r}, which could not be saved; train it as it was: {remedy}"
         )
     if config.optimizer == "muon":
         raise InputError(
@@ -363,7 +366,6 @@ def model_without_weights(config: "TrainConfig", tokenizer: Any, *, max_length: 
         field=field,
         takes_canvas=takes_canvas(config),
     )
-    check_trainable(plan.config, name, field=field)
     check_published_run(config, plan.config)
     text = plan.config.get_text_config()
     text.vocab_size = max(text.vocab_size, plan.vocab_size)  # as the embedding will have grown

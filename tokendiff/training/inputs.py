@@ -18,7 +18,7 @@ from tokendiff.models.dflash.planning import check_pair, check_rows, plan_draft
 from tokendiff.models.dflash.target_states import states_wanted
 from tokendiff.models.families import family_of, published_type
 from tokendiff.models.layers import find_layers
-from tokendiff.models.plans import check_trainable, open_trainable_config, plan_model
+from tokendiff.models.plans import open_trainable_config, plan_model
 from tokendiff.models.pretrained import check_length, check_weights
 from tokendiff.models.vocabulary import check_vocabulary
 from tokendiff.training.building import (
@@ -99,7 +99,6 @@ def check_inputs(config: "TrainConfig", data: TokenData) -> None:
         field=field,
         takes_canvas=takes_canvas(config),
     )
-    check_trainable(plan.config, name, field=field)
     check_published_run(config, plan.config)
     if not config.from_scratch:
         check_vocabulary(name, tokenizer, field=field)
@@ -129,7 +128,6 @@ def check_model(config: "TrainConfig", *, max_length: int) -> None:
         field=field,
         takes_canvas=takes_canvas(config),
     )
-    check_trainable(model, name, field=field)
     check_published_run(config, model)
     check_length(model, name, field=field, max_length=max_length)
     if not config.from_scratch:
