@@ -57,6 +57,7 @@ bench: setup  ## speed and memory against the published formulation; decoding; w
 	$(BIN)/python -m benchmarks.dflash
 	$(BIN)/python -m benchmarks.optimizers
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.job_overhead
 	$(BIN)/python -m benchmarks.large_corpus
 
 # With torch and transformers alone; so without setup, and by any Python that has the two.
