@@ -260,7 +260,7 @@ class _Lease:
             raise BlockingIOError(str(self._hold.lost))
 
     def _is_lost(self) -> bool:
-        there = _read(self._path)
+        there = self._read_now()
         if there and not self._is_ours(there):
             self._hold.lost = _taken(self._folder, there)
         elif not there and self._may_be_taken():
@@ -269,6 +269,16 @@ class _Lease:
                 "off, and has ended; run the same command again: it goes on"
             )
         return self._hold.lost is not None
+
+    def _read_now(self) -> dict[str, Any]:
+        """What is there. An answer from before this process was suspended may have been overtaken:
+        who wrote the lease anew by it would have it back.
+        """
+        while True:
+            asked = _now()
+            there = _read(self._path)
+            if _now() - asked < DEAD_AFTER * self._renewal_s:
+                return there
 
     def _may_be_taken(self) -> bool:
         return _now() - self._renewed >= DEAD_AFTER * self._renewal_s

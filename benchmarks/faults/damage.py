@@ -85,6 +85,7 @@ def damaged(
     before = subject.undisturbed("pipeline") if is_finished else killed_in_training(subject)
     shutil.copytree(before, folder / "out")
     (path,) = (folder / "out" / CONFIG["name"]).glob(pattern)
+    sound = path.read_bytes()
     damage(path, chance)
     arguments = subject.arguments("pipeline", folder)
     if is_finished:
@@ -92,6 +93,10 @@ def damaged(
     ended = subject.run("pipeline", folder, arguments=arguments)
     check_said(ended, codes=(0, 1, 2))
     if ended.code == 0:
+        if pattern == UNFINISHED["shard"] and path.is_file():
+            # A bit that no row is read from: pages have checksums of their own, and shards are not
+            # made again. What was made of it must be the same all the same.
+            path.write_bytes(sound)
         subject.check_same("pipeline", folder, is_killed=True)
         return "gone on, with the same result"
     named = re.findall(rf"{re.escape(str(folder))}/[\w./-]+", " ".join(ended.err.split()))

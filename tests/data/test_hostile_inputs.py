@@ -1,16 +1,22 @@
-"""Files that are made to do harm: templates that are programs, names that lead elsewhere, lines and
-row groups without end.
+"""Files that are made to do harm, or were damaged: templates that are programs, names that lead
+elsewhere, lines and row groups without end, bits that are not what they were.
 """
 
 import gzip
 import json
+import random
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.builders import letter_tokenizer, random_rows, token_folder
-from tokendiff.artifacts.manifest import MANIFEST_NAME, fingerprint, load_manifest
+from tokendiff.artifacts.manifest import MANIFEST_NAME, commit, fingerprint, load_manifest
 from tokendiff.data import lines, rows
 from tokendiff.data.chats import Conversation, Message
 from tokendiff.data.prompt_index import PromptFile
@@ -105,3 +111,44 @@ def test_a_row_group_that_memory_would_not_hold_is_refused(
         data.read_group(0)
     monkeypatch.undo()
     assert len(data.read_group(0)) == 8
+
+
+def test_a_flipped_bit_of_a_shard_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    """Also in the footer, which has no checksum: a column that is called otherwise is not taken for
+    one that text does not have.
+    """
+    folder = token_folder(
+        tmp_path / "data",
+        files=[random_rows(24, 12)],
+        max_length=12,
+        tokenizer=letter_tokenizer(),
+    )
+    (path,) = (folder / "train").iterdir()
+    table = pq.read_table(path)
+    targets = pa.array([[place > 4 for place in range(12)]] * 24)
+    table = table.append_column("is_target", targets)
+    table = table.append_column("num_filler", pa.array([0] * 24, pa.int32()))
+    pq.write_table(table, path, row_group_size=16, write_page_checksum=True)
+    metadata = load_manifest(folder).metadata
+    (folder / MANIFEST_NAME).unlink()
+    commit(folder, kind="tokens", metadata=metadata)
+    data = TokenData.open(folder, split="train")
+    sound, expected = path.read_bytes(), [vars(data.read_group(group)) for group in range(2)]
+    bits = random.Random(0).sample(range(8 * len(sound)), 1000)
+    for name in (b"is_target", b"num_filler"):
+        for found in re.finditer(name, sound):
+            bits += range(8 * found.start(), 8 * found.end())
+    outcomes = Counter[str]()
+    for bit in bits:
+        damaged = bytearray(sound)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            for group, whole in enumerate(expected):
+                for field, value in vars(data.read_group(group)).items():
+                    np.testing.assert_array_equal(value, whole[field])
+        except CorruptFileError:
+            outcomes["found"] += 1
+        else:
+            outcomes["changes nothing"] += 1
+    assert min(outcomes["found"], outcomes["changes nothing"]) > 100

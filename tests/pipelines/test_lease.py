@@ -293,6 +293,37 @@ def test_who_was_suspended_and_is_still_the_holder_goes_on(
         assert read_lease(folder)["renewed"] > before
 
 
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_who_was_suspended_while_it_looked_looks_again(
+    folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch, has_ended: bool
+) -> None:
+    """What it read was true before: written anew, its lease would be back."""
+    read, start = lock._read, lock._now()
+
+    def sleep_and_go_on() -> None:
+        with lock.alone(folder, renewal_s=60.0, pause_s=0.0):
+            (folder / "part").write_bytes(b"mine")
+            monkeypatch.setattr(lock, "_now", lambda: start + 1000.0)
+            monkeypatch.setattr(lock, "_read", read_and_sleep)
+            (folder / "part").write_bytes(b"mine again")
+
+    def read_and_sleep(path: RemotePath) -> dict[str, object]:
+        there = read(path)
+        monkeypatch.setattr(lock, "_read", read)
+        monkeypatch.setattr(lock, "_now", lambda: start + 2000.0)
+        if has_ended:
+            (folder / ".lock.holder").unlink()
+        else:
+            write_lease(folder)
+        return there
+
+    says = "took this over.*and has ended" if has_ended else "process 7 on far"
+    with pytest.raises(BlockingIOError, match=says):
+        sleep_and_go_on()
+    assert (folder / "part").read_bytes() == b"mine"
+    assert (folder / ".lock.holder").exists() is not has_ended
+
+
 def test_renewal_survives_whatever_the_store_raises(
     folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,6 +117,8 @@ class TokenRows:
         )
 
 
+_COLUMNS = frozenset({"row_id", "tokens", "document_lengths", "num_bytes"})
+_CHAT_COLUMNS = frozenset({"is_target", "num_filler"})
 _ARRAYS = ("tokens", "lengths", "is_start", "is_target", "row_ids", "num_bytes", "num_filler")
 
 
@@ -264,19 +266,29 @@ class TokenData:
                         f"{_MAX_GROUP_BYTES:,} at once; run jobs.preprocess with a smaller "
                         "max_length"
                     )
-                table = opened.read_row_group(index)
+                return self._rows_of(opened.read_row_group(index), rows)
         except InputError:
             raise
-        except (OSError, ValueError) as error:
+        # Pages have checksums and the footer has none: what it makes of them may fail anywhere.
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
             raise CorruptFileError(
                 f"{self.folder}: {name} cannot be read ({error}); run jobs.preprocess again"
             ) from error
+
+    def _rows_of(self, table: Any, rows: int) -> TokenRows:
+        """
+        Args:
+            rows: how many there must be.
+        """
+        names = set(table.column_names)
+        if names not in (_COLUMNS, _COLUMNS | _CHAT_COLUMNS) or len(table) != rows:
+            raise ValueError(f"{len(table)} rows of {', '.join(sorted(names))}")
         lengths, values = _lists(table.column("tokens"))
         is_token = np.arange(self.max_length) < lengths[:, None]
         tokens = np.zeros((rows, self.max_length), dtype=np.int32)
         tokens[is_token] = values
         is_target = is_token.copy()
-        if "is_target" in table.column_names:  # of text all tokens are targets
+        if "is_target" in names:  # of text all tokens are targets
             is_target[is_token] = _lists(table.column("is_target"))[1]
         runs_of_row, run_lengths = _lists(table.column("document_lengths"))
         # Runs lie end to end as tokens do: where each begins, less where its row begins.
