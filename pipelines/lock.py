@@ -226,8 +226,10 @@ class _Lease:
 
     def _give_back(self) -> None:
         try:
-            if self._is_ours(_read(self._path)):
+            if self._is_ours(there := self._read_now()):
                 self._path.unlink(missing_ok=True)
+            else:  # found now, it ends this run as at any other time
+                self._note_loss(there)
             self.is_given_back = True
         except Exception as error:  # the run is over; what is left goes dead by itself
             logger.warning("%s is left behind: %s", self._path, error)
@@ -235,9 +237,8 @@ class _Lease:
     def _keep(self, interrupt: Interrupt) -> None:
         while not self._is_over.wait(self._renewal_s):
             try:
-                if self._is_lost():
+                if self._is_lost() or self._renew():
                     break
-                self._write()
             except Exception as error:  # whatever the store's package raises: the next may succeed
                 logger.warning("%s is not renewed: %s", self._path, error)
         else:
@@ -255,18 +256,32 @@ class _Lease:
         taken it since.
         """
         if self._hold.lost is None and self._may_be_taken() and not self._is_lost():
-            self._write()  # before somebody who looks takes it over
+            self._renew()  # before somebody who looks takes it over
         if self._hold.lost is not None:
             raise BlockingIOError(str(self._hold.lost))
 
     def _is_lost(self) -> bool:
-        there = self._read_now()
+        self._note_loss(self._read_now())
+        return self._hold.lost is not None
+
+    def _note_loss(self, there: dict[str, Any]) -> None:
         if there and not self._is_ours(there):
             self._hold.lost = _taken(self._folder, there)
         elif not there and self._may_be_taken():
             self._hold.lost = BlockingIOError(
                 f"{self._folder}: another run took this over while this one was suspended or cut "
                 "off, and has ended; run the same command again: it goes on"
+            )
+
+    def _renew(self) -> bool:
+        """Write it anew; returns whether it is lost: a write that took so long may have come behind
+        that of a run which took it over, and hidden it.
+        """
+        self._write()
+        if self._may_be_taken():
+            self._hold.lost = BlockingIOError(
+                f"{self._folder}: this run was suspended or cut off while it renewed its lease, "
+                "and another may have taken this over; run the same command again: it goes on"
             )
         return self._hold.lost is not None
 

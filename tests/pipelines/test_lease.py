@@ -324,6 +324,65 @@ def test_who_was_suspended_while_it_looked_looks_again(
     assert (folder / ".lock.holder").exists() is not has_ended
 
 
+def test_who_was_suspended_while_it_gave_its_lease_back_leaves_that_of_another(
+    folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, start = lock._read, lock._now()
+
+    def read_and_sleep(path: RemotePath) -> dict[str, object]:
+        there = read(path)
+        monkeypatch.setattr(lock, "_read", read)
+        monkeypatch.setattr(lock, "_now", lambda: start + 1000.0)
+        write_lease(folder)
+        return there
+
+    def work() -> None:
+        with lock.alone(folder, renewal_s=60.0, pause_s=0.0):
+            monkeypatch.setattr(lock, "_read", read_and_sleep)
+
+    with pytest.raises(BlockingIOError, match="process 7 on far"):
+        work()
+    assert read_lease(folder)["token"] == "other"
+
+
+def test_who_finds_all_done_by_the_run_that_took_over_lost_its_lease_all_the_same(
+    folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes nothing, and so does not look before its end."""
+    start = lock._now()
+
+    def sleep_and_read() -> None:
+        with lock.alone(folder, renewal_s=60.0, pause_s=0.0):
+            (folder / ".lock.holder").unlink()
+            monkeypatch.setattr(lock, "_now", lambda: start + 1000.0)
+
+    with pytest.raises(BlockingIOError, match=r"took this over.*and has ended"):
+        sleep_and_read()
+
+
+def test_who_was_suspended_while_it_renewed_does_not_trust_its_lease(
+    folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write of several requests may end behind all that another run did, and so hide it."""
+    write, start = RemotePath.write_bytes, lock._now()
+
+    def sleep_and_write(path: RemotePath, data: bytes) -> None:
+        if path.name == ".lock.holder":
+            monkeypatch.setattr(lock, "_now", lambda: start + 2000.0)
+        write(path, data)
+
+    def work() -> None:
+        with lock.alone(folder, renewal_s=60.0, pause_s=0.0):
+            monkeypatch.setattr(lock, "_now", lambda: start + 1000.0)
+            monkeypatch.setattr(RemotePath, "write_bytes", sleep_and_write)
+            (folder / "part").write_bytes(b"mine")
+
+    with pytest.raises(BlockingIOError, match="while it renewed its lease"):
+        work()
+    assert not (folder / "part").exists()
+    assert not (folder / ".lock.holder").exists()
+
+
 def test_renewal_survives_whatever_the_store_raises(
     folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
 ) -> None:
