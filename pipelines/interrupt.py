@@ -50,6 +50,7 @@ class Interrupt:
             _entered.remove(self)  # from here on nothing is raised
             signal.signal(_SIGNAL, self._before)
             sys.unraisablehook = self._hook_before
+            self._raised = None  # it holds all that the block had
 
     def send(self) -> None:
         """Raise KeyboardInterrupt in the block, if that is not over; for another thread to call."""
@@ -59,9 +60,12 @@ class Interrupt:
             signal.pthread_kill(thread_id, _SIGNAL)
 
     def _send_again(self, unraisable: Any) -> None:
-        if unraisable.exc_value is not None and unraisable.exc_value is self._raised:
+        error = unraisable.exc_value
+        while error is not None and error is not self._raised:  # which another may hide
+            error = error.__cause__ or error.__context__
+        if error is not None:
             threading.Timer(_AGAIN_SECONDS, self.send).start()  # in here it would be lost as well
-        else:
+        if error is None or error is not unraisable.exc_value:
             self._hook_before(unraisable)
 
 

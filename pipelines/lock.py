@@ -89,8 +89,9 @@ def alone(
       differ: a wrong one costs a wait, not the lease.
     - A holder that was only cut off from the store for that long, or suspended, looks at its lease
       before it writes anything more, and at its next renewal. It finds another's, or none where the
-      other has ended. What is on its way to the store in that instant may still arrive there: what
-      a manifest does not vouch for is made again.
+      other has ended. A renewal whose own write took that long ends the run too, since it may have
+      hidden another's lease. What is on its way to the store in that instant may still arrive
+      there: what a manifest does not vouch for is made again.
 
     From the moment that it finds so, this process can write nothing more under
     `over`, and the block is interrupted, which leaves it as a BlockingIOError. A block that is not
@@ -176,15 +177,18 @@ class _Lease:
         Raises:
             BlockingIOError: another run has it.
         """
-        there = _read(self._path)
+        there = self._read_now()
         if there and there.get("token") != is_dead:
             self._see_it_dead(there)
+        looked = _now()
         self.is_given_back = False
         try:
             self._write()
             time.sleep(pause_s)
             if not self._is_ours(there := _read(self._path)):
                 raise _taken(self._folder, there)
+            if self._is_long_since(looked):  # and what is there may hide that of another
+                raise self._overtaken()
         except BaseException:
             self._give_back()
             raise
@@ -228,7 +232,7 @@ class _Lease:
         try:
             if self._is_ours(there := self._read_now()):
                 self._path.unlink(missing_ok=True)
-            else:  # found now, it ends this run as at any other time
+            else:  # the loss ends the run here as it does anywhere else
                 self._note_loss(there)
             self.is_given_back = True
         except Exception as error:  # the run is over; what is left goes dead by itself
@@ -277,26 +281,38 @@ class _Lease:
         """Write it anew; returns whether it is lost: a write that took so long may have come behind
         that of a run which took it over, and hidden it.
         """
+        begun = _now()
         self._write()
-        if self._may_be_taken():
-            self._hold.lost = BlockingIOError(
-                f"{self._folder}: this run was suspended or cut off while it renewed its lease, "
-                "and another may have taken this over; run the same command again: it goes on"
-            )
+        if self._is_long_since(begun):
+            self._hold.lost = self._overtaken()
         return self._hold.lost is not None
 
+    def _overtaken(self) -> BlockingIOError:
+        return BlockingIOError(
+            f"{self._folder}: this run was suspended or cut off while it wrote its lease, and "
+            "another may have taken this over; run the same command again: it goes on"
+        )
+
     def _read_now(self) -> dict[str, Any]:
-        """What is there. An answer from before this process was suspended may have been overtaken:
-        who wrote the lease anew by it would have it back.
+        """What is there. Where this process was suspended before it had the answer, it asks again:
+        another run may have taken the lease since, and to renew it would be to take it back.
+
+        Raises:
+            TimeoutError: the second answer took as long.
         """
-        while True:
+        for _ in range(2):
             asked = _now()
             there = _read(self._path)
-            if _now() - asked < DEAD_AFTER * self._renewal_s:
+            if not self._is_long_since(asked):
                 return there
+        raise TimeoutError(f"{self._path}: the store takes {_now() - asked:.0f} s to answer")
 
     def _may_be_taken(self) -> bool:
-        return _now() - self._renewed >= DEAD_AFTER * self._renewal_s
+        return self._is_long_since(self._renewed)
+
+    def _is_long_since(self, time_s: float) -> bool:
+        """Whether a lease that was last renewed then is dead for those who look at it."""
+        return _now() - time_s >= DEAD_AFTER * self._renewal_s
 
     def _write(self) -> None:
         begun = _now()

@@ -1,5 +1,6 @@
 """An interrupt arrives, wherever the main thread is."""
 
+import sys
 import threading
 import time
 
@@ -30,8 +31,29 @@ def test_one_that_a_destructor_swallows_is_sent_again(is_nested: bool) -> None:
         with Interrupt():
             work(interrupt)
 
-    start = time.monotonic()
+    start, hook = time.monotonic(), sys.unraisablehook
     with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
         (nested if is_nested else work)(interrupt)
     assert swallowed
+    assert time.monotonic() - start < 4
+    assert sys.unraisablehook is hook
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_one_that_a_destructor_makes_another_error_of_is_sent_again() -> None:
+    class Slow:
+        def __del__(self) -> None:
+            try:
+                time.sleep(5)
+            except KeyboardInterrupt as error:
+                raise ValueError("not closed") from error
+
+    def work(interrupt: Interrupt) -> None:
+        threading.Timer(0.1, interrupt.send).start()
+        Slow()
+        time.sleep(5)
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
+        work(interrupt)
     assert time.monotonic() - start < 4

@@ -119,6 +119,7 @@ class TokenRows:
 
 _COLUMNS = frozenset({"row_id", "tokens", "document_lengths", "num_bytes"})
 _CHAT_COLUMNS = frozenset({"is_target", "num_filler"})
+_OF_DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError)
 _ARRAYS = ("tokens", "lengths", "is_start", "is_target", "row_ids", "num_bytes", "num_filler")
 
 
@@ -255,8 +256,8 @@ class TokenData:
 
         name, digest, index = self.shards[self.split].find(group)
         rows = int(self.row_group_sizes[group])
-        try:
-            with self._shard(name, digest) as file:
+        with self._shard(name, digest) as file:
+            try:
                 opened = pq.ParquetFile(file, page_checksum_verification=True)
                 num_bytes = opened.metadata.row_group(index).total_byte_size
                 if max(num_bytes, 4 * rows * self.max_length) > _MAX_GROUP_BYTES:
@@ -267,18 +268,20 @@ class TokenData:
                         "max_length"
                     )
                 return self._rows_of(opened.read_row_group(index), rows)
-        except InputError:
-            raise
-        # Pages have checksums and the footer has none: what it makes of them may fail anywhere.
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-            raise CorruptFileError(
-                f"{self.folder}: {name} cannot be read ({error}); run jobs.preprocess again"
-            ) from error
+            except (InputError, ConnectionError, TimeoutError):
+                raise
+            # Pages have checksums, the footer has none: a damaged one raises any of these.
+            except _OF_DAMAGE as error:
+                raise CorruptFileError(
+                    f"{self.folder}: {name} cannot be read ({type(error).__name__}: {error}); run "
+                    "jobs.preprocess again"
+                ) from error
 
     def _rows_of(self, table: Any, rows: int) -> TokenRows:
-        """
-        Args:
-            rows: how many there must be.
+        """The rows of a row group.
+
+        Raises:
+            ValueError: its columns, or the number of its rows, are not what jobs.preprocess writes.
         """
         names = set(table.column_names)
         if names not in (_COLUMNS, _COLUMNS | _CHAT_COLUMNS) or len(table) != rows:
