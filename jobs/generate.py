@@ -16,9 +16,12 @@ the prompts that could not be used; running the same command again goes on where
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jobs import cli
 from tokendiff.errors import InputError
+
+_SHOWN = 4
 
 
 @cli.entry_point
@@ -55,11 +58,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         stage = in_own_folder(stage, checkpoint)
     result = run_job([stage], args.config)
     if not args.json:
-        for record in first_records(stage.output, 4):
+        read = first_records(stage.output, _SHOWN * config.num_samples)
+        shown = _of_many_prompts(read, _SHOWN)
+        for record in shown:
             print(f"--- {record['id']}\n{printable(record['text'])}")
+            if record["completion"] == "":
+                print("(nothing: it ended at once)")
+        print(f"--- {len(shown)} of {result['rows']} samples are shown")
     cli.print_result(result, as_json=args.json)
     message = failure_of([result])
     return cli.EXIT_OK if message is None else cli.fail(message)
+
+
+def _of_many_prompts(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The first sample of each prompt, then others, up to `count`; in their order."""
+    seen: set[str] = set()
+    firsts: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    for record in records:
+        prompt = repr(record["prompt"])
+        (others if prompt in seen else firsts).append(record)
+        seen.add(prompt)
+    return sorted([*firsts, *others][:count], key=lambda record: record["id"])
 
 
 def _default_sampler(model_id: str) -> str:

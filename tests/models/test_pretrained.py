@@ -149,11 +149,20 @@ def test_a_tokenizer_that_cannot_be_read_is_bad_input(
     folder = Path(causal(tmp_path))
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(InputError, match="holds no tokenizer; "):  # transformers makes one up
+    with pytest.raises(InputError, match="holds no tokenizer .no tokenizer.json"):
         opened(str(folder))
     (folder / name).write_text(text)
     with pytest.raises(InputError, match="no tokenizer can be opened there"):
         opened(str(folder))
+
+
+@pytest.mark.parametrize("opened", [open_causal_config, check_reference])
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "a/folder/model"])
+def test_a_folder_that_is_not_there_is_no_name_of_the_hub(
+    opened: Callable[[str], Any], name: str
+) -> None:
+    with pytest.raises(InputError, match=r"\(there is no folder /.*(nowhere|a/folder)"):
+        opened(name)
 
 
 # Weights that the folder does not have.

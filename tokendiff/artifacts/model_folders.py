@@ -44,6 +44,15 @@ def local_model(name: str) -> str:
     )
 
 
+def check_there(name: str) -> None:
+    """Raise FileNotFoundError where a name can only be that of a folder, and there is none: a name
+    of the hub has one slash at most, and no dot or slash in front.
+    """
+    is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+    if is_path and not is_uri(name) and not Path(name).expanduser().exists():
+        raise FileNotFoundError(f"there is no folder {Path(name).expanduser().absolute()}")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The fields of a folder's config.json.
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokendiff.artifacts.model_folders import local_model
+from tokendiff.artifacts.model_folders import check_there, local_model
 from tokendiff.errors import InputError, input_errors
 
 if TYPE_CHECKING:
@@ -22,7 +22,10 @@ PAD, MASK, EOS = "[PAD]", "[MASK]", "[EOS]"
 MASK_TOKENS = ("<|MASK|>", "<|mask|>", "<|mdm_mask|>", MASK, "<mask>")
 # Tokenizers that come with code of their own, and the class of transformers that each is a copy of.
 _SAME_AS = {"DreamTokenizer": "Qwen2Tokenizer"}
-_REMEDY = "give bytes, bpe, a hub name, or a folder that holds a tokenizer"
+_REMEDY = (
+    "give bytes, bpe, a hub name, or a folder that holds a tokenizer (by default it is that of "
+    "model_name_or_path)"
+)
 
 
 def build_tokenizer(
@@ -70,6 +73,11 @@ def _check_gaps(tokenizer: "PreTrainedTokenizerBase", name_or_path: str) -> None
         )
 
 
+def _is_of_tokenizer(path: Path) -> bool:
+    """Whether a file may be a tokenizer's: they have many names."""
+    return any(part in path.name for part in ("token", "vocab", ".model", "merges", ".bpe"))
+
+
 def open_tokenizer(
     name: str | Path,
     *,
@@ -94,7 +102,10 @@ def open_tokenizer(
 
     place = f"{field} {str(name)!r}"
     with input_errors(f"{place}: no tokenizer can be opened there", remedy), _quiet_configs():
+        check_there(str(name))
         folder = local_model(str(name))
+        if Path(folder).is_dir() and not any(map(_is_of_tokenizer, Path(folder).iterdir())):
+            raise InputError(f"{place} holds no tokenizer (no tokenizer.json, for one); {remedy}")
         same_as = _SAME_AS.get(get_tokenizer_config(folder).get("tokenizer_class", ""))
         if same_as is not None:
             tokenizer: Any = getattr(transformers, same_as).from_pretrained(folder)

@@ -22,7 +22,6 @@ from tokendiff.artifacts.manifest import write_atomically
 Points = Sequence[tuple[int, float]]
 
 _MAX_DRAWN_POINTS = 400
-_LOSS_LABEL = "loss, nats per token"
 _CURVE_NAMES = ("training", "held out")
 # Control characters but tab and newline, as pictures: a browser would hide or drop them. Those that
 # turn the direction of text are written out: obeyed, they would show a text as another one.
@@ -89,6 +88,7 @@ class Report:
         curve_names: what those two are called; of a page that holds two runs side by side their
             names, and the curves are then their losses.
         loss_reference: (label, nats per token) of a horizontal line.
+        loss_label: of the axis of these.
         curves: label with unit -> (step, value).
         pairs: label with unit -> a curve of each of two runs, side by side.
         metrics: name -> value, the whole table.
@@ -107,6 +107,7 @@ class Report:
     heldout_curve: Points = ()
     curve_names: tuple[str, str] = _CURVE_NAMES
     loss_reference: tuple[str, float] | None = None
+    loss_label: str = "loss, nats per token"
     curves: Mapping[str, Points] = field(default_factory=dict)
     pairs: Mapping[str, tuple[Points, Points]] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -178,7 +179,7 @@ def _render(report: Report) -> str:
     source = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
     names = report.curve_names
     loss = _chart(
-        _LOSS_LABEL,
+        report.loss_label,
         report.loss_curve,
         report.loss_reference,
         heldout=report.heldout_curve,
@@ -372,7 +373,7 @@ def _loss_png(report: Report) -> bytes:
     # Not pyplot, which holds state; and a "$" in a title is a dollar, not a formula.
     with matplotlib.rc_context({"text.parse_math": False}):
         figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-        axes = figure.add_subplot(title=report.title, xlabel="step", ylabel=_LOSS_LABEL)
+        axes = figure.add_subplot(title=report.title, xlabel="step", ylabel=report.loss_label)
         if series := _series(report.loss_curve):
             axes.plot(series.step, series.mean, marker="o" if len(series.step) <= 60 else None)
             axes.fill_between(series.step, series.low, series.high, alpha=0.25, linewidth=0)

@@ -10,6 +10,10 @@ from tokendiff.evaluation.report import Denoising, Report, Table, explain_bound
 
 _SHOWN_SAMPLES = 16
 _ACCURACY = "draft_accuracy_"
+_JOINT_CURVES = (
+    ("next-token loss, nats per token", "ar_nll"),
+    ("both losses, weighted", "loss"),
+)
 
 
 def make_report(
@@ -45,17 +49,21 @@ def make_report(
             standard_error=bound.standard_error,
             is_exact="is_exact" in metrics,
         )
+    # A sum of two losses compares with neither the bound nor the entropy of single tokens.
+    is_joint = any("ar_nll" in event and "elbo" in event for event in training_log)
     return Report(
         title=title,
         subtitle=subtitle,
         summary=[*summary, *_speed(training_log), *_samples_headline(metrics)],
         explanation=explanation,
-        loss_curve=_curve(training_log, "loss"),
+        loss_curve=_curve(training_log, "elbo" if is_joint else "loss"),
         heldout_curve=_curve(training_log, "heldout_nats_per_token"),
         loss_reference=reference,
+        loss_label="loss of the blocks, nats per token" if is_joint else "loss, nats per token",
         curves={
             name: _curve(training_log, key)
             for name, key in (
+                *(_JOINT_CURVES if is_joint else ()),
                 ("expected acceptance length, tokens", "expected_acceptance_length"),
                 ("the same on held-out rows, tokens", "heldout_acceptance_length"),
                 ("learning rate", "lr"),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokendiff.artifacts.model_folders import (
     DRAFT_ARCHITECTURES,
+    check_there,
     lacks_weights,
     local_model,
     longest_row,
@@ -52,6 +53,7 @@ def open_config(name: str, *, field: str, remedy: str, trust_remote_code: bool =
     import tokendiff.models.llada_moe  # noqa: F401
 
     with input_errors(f"{field} {name!r} cannot be opened", remedy):
+        check_there(name)
         folder = local_model(name)
         fields, _ = PreTrainedConfig.get_config_dict(folder)
         family = family_of(type_of(fields))
