@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import gc
 import importlib.util
 import logging
 import os
@@ -46,6 +47,8 @@ os.environ.update(
         "TOKENIZERS_PARALLELISM": "false",
     }
 )
+
+gc.set_threshold(50_000)  # as jobs have, which import as much
 
 
 def pytest_unconfigure() -> None:
@@ -96,15 +99,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @functools.cache
 def _step_back() -> None:
-    """The tests that use Ray, one behind the other, take longest; so the other processes of
-    pytest-xdist leave the cores to theirs, and are done before it all the same.
+    """The tests that use Ray, one behind the other, take longest, those of submitted jobs next; so
+    the other processes of pytest-xdist leave the cores to theirs, and are done before them all the
+    same.
     """
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.nice(5)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if "ray_session" not in getattr(item, "fixturenames", ()):
+    if {"ray_session", "head"}.isdisjoint(getattr(item, "fixturenames", ())):
         _step_back()
 
 

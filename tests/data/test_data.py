@@ -516,7 +516,7 @@ def test_what_a_foreign_tokenizer_lacks_is_added_and_told(tmp_path: Path) -> Non
 
 def test_a_tokenizer_that_cannot_be_had_is_named(tmp_path: Path) -> None:
     for name in ("no/such-model", str(tmp_path)):
-        with pytest.raises(InputError, match=f"tokenizer_name_or_path '{name}': no tokenizer"):
+        with pytest.raises(InputError, match=f"tokenizer_name_or_path '{name}'.* no tokenizer"):
             build_tokenizer(name, documents=(), vocab_size=400)
 
 

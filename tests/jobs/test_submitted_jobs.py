@@ -30,7 +30,8 @@ from tokendiff.data.rows import TokenData
 from tokendiff.tracking.run_log import metrics_by_step, read_events
 from tokendiff.training.run import train_in_process
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+# Of a minute on an idle machine; every process that Ray starts waits for the tests beside it.
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 TRAIN: dict[str, Any] = {
@@ -59,7 +60,7 @@ class Submission:
             time.sleep(0.05)
         return found
 
-    def finish(self, *, seconds: float = 300) -> tuple[int, str]:
+    def finish(self, *, seconds: float = 600) -> tuple[int, str]:
         """Exit code, and all that was printed."""
         code = self.process.wait(timeout=seconds)
         return code, self.log.read_text()
@@ -283,7 +284,7 @@ def test_a_stopped_pipeline_has_saved_its_step_and_goes_on(
         found = list((tmp_path / "root/nightly").glob("train-*/run/log.jsonl"))
         return found[0] if found and steps_in(found[0]) else None
 
-    log = first.wait_for(train_log, seconds=300)
+    log = first.wait_for(train_log, seconds=600)
     assert head.request("/api/jobs/first/stop", method="POST") == {"stopped": True}
     _, output = first.finish()
     assert head.request("/api/jobs/first")["status"] == "STOPPED"
