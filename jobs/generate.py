@@ -22,6 +22,7 @@ from jobs import cli
 from tokendiff.errors import InputError
 
 _SHOWN = 4
+_READ = 1000  # most records that these are chosen from: not all of a million samples
 
 
 @cli.entry_point
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stage = in_own_folder(stage, checkpoint)
     result = run_job([stage], args.config)
     if not args.json:
-        read = first_records(stage.output, _SHOWN * config.num_samples)
+        read = first_records(stage.output, min(_SHOWN * config.num_samples, _READ))
         shown = _of_many_prompts(read, _SHOWN)
         for record in shown:
             print(f"--- {record['id']}\n{printable(record['text'])}")

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+from tokendiff.artifacts.tensor_files import TensorFiles
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
 from tokendiff.training.run import train_in_process
@@ -32,6 +34,15 @@ Losses = dict[int, float]
 Job = tuple[TrainConfig, Any]  # and the folder that it writes to
 # A rank; and what it calls first, with a word of its own and the rank.
 Killed = tuple[int, Callable[[str, int], None], str]
+
+
+def assert_same_weights(sharded: Path, whole: Path) -> None:
+    """That workers which share a model have written what one process did, to rounding."""
+    expected = load_file(whole / "model.safetensors")
+    with TensorFiles(sharded, "model") as files:
+        assert files.names == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(files.read(name), tensor, rtol=1e-3, atol=1e-5)
 
 
 def run_distributed(
