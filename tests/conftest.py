@@ -121,7 +121,7 @@ def pytest_runtest_teardown() -> None:
         sys.modules["torch"].set_num_threads(1)
 
 
-_LONG_TO_MAKE = ("ray_session", "head", "history", "portable_failures", "trained", "whole")
+_LONG_TO_MAKE = ("ray_session", "head", "history", "portable_failures", "trained", "tried", "whole")
 
 
 @functools.cache
