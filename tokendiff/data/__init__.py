@@ -26,5 +26,6 @@ Of this room alone:
     tables            csv, tsv, and one JSON array
     lines             where lines end
     hub               Hugging Face datasets
+    encoding          texts to ids, and where a token begins
     packing           documents to ids, ids to rows of one length
 """

@@ -6,9 +6,11 @@ Documents, each ended by EOS, are laid end to end and cut every max_length token
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress, islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from tokendiff.data.encoding import Encoded, Encoder, utf8_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,24 +96,26 @@ def tokenize_stream(
     A document of more than 262,144 characters is tokenized in parts, cut before a space where there
     is one: tokens may differ there from those of the whole.
     """
+    # A document that spells out [MASK] must not hold the mask token.
+    encoder, eos = Encoder(tokenizer, splits_special=True), tokenizer.eos_token_id
     for batch in _batched(documents, batch_chars):
-        yield batch, _tokenize(tokenizer, batch, batch_chars)
+        yield batch, _tokenize(encoder, batch, batch_chars, eos)
 
 
 def _tokenize(
-    tokenizer: "PreTrainedTokenizerBase", documents: list[str], batch_chars: int
+    encoder: Encoder, documents: list[str], batch_chars: int, eos: int
 ) -> TokenizedDocuments:
     texts = [_parts(document) for document in documents]
-    parts: list[_Part] = []
+    parts: list[Encoded] = []
     for batch in _batched(chain.from_iterable(texts), batch_chars):
-        parts += _encode(tokenizer, batch)
+        parts += encoder(batch)
     rest = iter(parts)
     places = [_Places([*islice(rest, len(of_document))]) for of_document in texts]
     counts = np.array([each.num_tokens for each in places])
     is_kept = counts > 0
-    ids = np.fromiter(chain.from_iterable(part.ids for part in parts), np.int32, counts.sum())
+    ids = np.concatenate([part.ids for part in parts])
     return TokenizedDocuments(
-        tokens=np.insert(ids, np.cumsum(counts)[is_kept], tokenizer.eos_token_id),
+        tokens=np.insert(ids, np.cumsum(counts)[is_kept], eos),
         lengths=counts + is_kept,
         num_bytes=np.array([each.num_bytes for each in places]) * is_kept,
         bytes_before=places,
@@ -199,29 +203,10 @@ def cut_rows(
     )
 
 
-class _Part(NamedTuple):
-    """A text as tokens.
-
-    Attributes:
-        encoding: of the tokenizers library; None of a slow tokenizer.
-    """
-
-    text: str
-    ids: list[int]
-    encoding: Any
-
-    def bytes_before(self, token: int) -> int:
-        if self.encoding is None:
-            # Bytes are spread evenly over the tokens; the sum is right.
-            return token * utf8_bytes(self.text) // len(self.ids)
-        start, _ = self.encoding.token_to_chars(token)
-        return utf8_bytes(self.text[:start])
-
-
 class _Places:
     """BytesBefore of a document in parts."""
 
-    def __init__(self, parts: list[_Part]) -> None:
+    def __init__(self, parts: list[Encoded]) -> None:
         self._parts = parts
         self.num_tokens = sum(len(part.ids) for part in parts)
         self.num_bytes = sum(utf8_bytes(part.text) for part in parts)
@@ -236,23 +221,6 @@ class _Places:
             token -= len(part.ids)
             before += utf8_bytes(part.text)
         return before
-
-
-def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[_Part]:
-    encoding = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,  # a document that spells out [MASK] must not hold the mask token
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    rust = encoding.encodings or [None] * len(texts)
-    return [*map(_Part, texts, encoding["input_ids"], rust)]
-
-
-def utf8_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())
 
 
 def _parts(document: str) -> list[str]:

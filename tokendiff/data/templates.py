@@ -6,7 +6,6 @@ conversation begins: what an answer adds to the messages before it, with the wor
 answer, is that answer. So it holds the token that ends the turn, which the model must learn too.
 """
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy as np
 
 from tokendiff.artifacts.locations import location
 from tokendiff.data.chats import Conversation, Message
-from tokendiff.data.packing import utf8_bytes
+from tokendiff.data.encoding import Encoded, Encoder, utf8_bytes
 from tokendiff.errors import InputError, reason_of
 
 Written = tuple[str, list[tuple[int, int]]]  # a text, and the characters that each answer takes
@@ -35,16 +34,14 @@ class Rendered:
     Attributes:
         tokens: [N] int32, with what stands behind the last answer.
         is_target: [N] bool, the tokens that are learnt.
-        special: ids of the tokenizer's special tokens.
-        text: what it renders to.
-        encoding: of the tokenizers library, which knows where in the text the tokens stand.
+        is_special: [N] bool, the tokens that are special ones of the tokenizer.
+        encoded: the same tokens, and where in the text they stand.
     """
 
     tokens: np.ndarray
     is_target: np.ndarray
-    special: Sequence[int]
-    text: str
-    encoding: Any
+    is_special: np.ndarray
+    encoded: Encoded
 
     def num_bytes(self, stop: int) -> int:
         """UTF-8 bytes of text that the targets among the first `stop` tokens stand for, but for
@@ -53,20 +50,13 @@ class Rendered:
         A token's text goes on to where the next one begins, so the last one of a character that
         takes several has its bytes.
         """
-        is_counted = self.is_target[:stop].copy()
-        for token in self.special:
-            is_counted &= self.tokens[:stop] != token
+        is_counted = self.is_target[:stop] & ~self.is_special[:stop]
         edges = np.flatnonzero(np.diff(is_counted, prepend=False, append=False))
-        places = [self._starts_at(edge) for edge in edges.tolist()]
+        places = [self.encoded.starts_at(edge) for edge in edges.tolist()]
         return sum(
-            utf8_bytes(self.text[start:end])
+            utf8_bytes(self.encoded.text[start:end])
             for start, end in zip(places[::2], places[1::2], strict=True)
         )
-
-    def _starts_at(self, token: int) -> int:
-        if token == len(self.tokens):
-            return len(self.text)
-        return int(self.encoding.token_to_chars(token)[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +89,14 @@ class ChatRenderer:
     @cached_property
     def _special(self) -> list[str]:
         return sorted({token.content for token in self._added.values() if token.special})
+
+    @cached_property
+    def _is_special(self) -> np.ndarray:
+        """[V] bool by id; ids from V - 1 on are none."""
+        special = [id_ for id_, token in self._added.items() if token.special]
+        found = np.zeros(max(special, default=0) + 2, dtype=bool)
+        found[special] = True
+        return found
 
     @property
     def has_template(self) -> bool:
@@ -179,49 +177,37 @@ class ChatRenderer:
     def _tokenize(self, written: Sequence[Written]) -> list[Rendered | RenderError]:
         if not written:
             return []
-        encoding = self.tokenizer(
-            [text for text, _ in written],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        special = [id_ for id_, token in self._added.items() if token.special]
         found: list[Rendered | RenderError] = []
-        for (text, spans), ids, rust in zip(
-            written, encoding["input_ids"], encoding.encodings, strict=True
-        ):
-            tokens = np.array(ids, dtype=np.int32)
-            is_target = self._in_spans(rust, spans)
-            if not len(tokens):
+        encoded = self._encoder([text for text, _ in written])
+        for (_, spans), each in zip(written, encoded, strict=True):
+            is_target = self._in_spans(each, spans)
+            if not len(each.ids):
                 found.append(RenderError("it renders to nothing"))
             elif not is_target.any():
                 found.append(RenderError("none of its tokens is of an answer"))
             else:
                 found.append(
                     Rendered(
-                        tokens=tokens,
+                        tokens=each.ids,
                         is_target=is_target,
-                        special=special,
-                        text=text,
-                        encoding=rust,
+                        is_special=self._is_special[each.ids.clip(max=len(self._is_special) - 1)],
+                        encoded=each,
                     )
                 )
         return found
 
-    def _in_spans(self, encoding: Any, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.tokenizer)
+
+    def _in_spans(self, encoded: Encoded, spans: Sequence[tuple[int, int]]) -> np.ndarray:
         """[N] bool, tokens that begin in one of the spans of characters."""
         if self.train_on == "all":
-            return np.ones(len(encoding), dtype=bool)
+            return np.ones(len(encoded.ids), dtype=bool)
         chosen = spans[-1:] if self.train_on == "last_answer" else spans
-        found = np.zeros(len(encoding), dtype=bool)
-        for span in chosen:
-            # Tokens stand in the order of their text.
-            start, stop = (
-                bisect_left(range(len(encoding)), char, key=lambda i: encoding.token_to_chars(i)[0])
-                for char in span
-            )
-            found[start:stop] = True
+        found = np.zeros(len(encoded.ids), dtype=bool)
+        for start, stop in chosen:
+            found[encoded.first_from(start) : encoded.first_from(stop)] = True
         return found
 
     def _written(self, talks: Sequence[Sequence[Message]], *, ask: bool = False) -> list[str]:
@@ -307,8 +293,17 @@ class ChatRenderer:
                 return start, stop + len(token.content)
         return start, stop
 
+    @cached_property
+    def _beginnings(self) -> set[str]:
+        """Of special tokens: two characters, of which few texts have any, where tokenizers have
+        hundreds of such tokens.
+        """
+        return {token[:2] for token in self._special}
+
     def _refuse_special_tokens(self, conversation: Conversation) -> None:
         for number, message in enumerate(conversation.messages):
+            if not any(beginning in message.content for beginning in self._beginnings):
+                continue
             for token in self._special:
                 if token in message.content:
                     raise RenderError(

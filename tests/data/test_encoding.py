@@ -1,0 +1,150 @@
+"""Ids and places are those of transformers, whichever way they are found."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
+
+from tokendiff.data.encoding import Encoded, Encoder
+
+SPECIAL = ["[EOS]", "<|end|>"]
+WORDS = [
+    *("the", "The", " ", "  ", "\n", "\n\n", "\t", "cat's", "1984", ".", "...", "\u00e9"),
+    *("e\u0301", "\u5b57\u5178", "\U0001f642", "\U0001f469\u200d\U0001f680", "\u00a0", "\u00ad"),
+    *("[EOS]", " [EOS] ", "<|end|>", "<mark>", "  <mark>  ", "\u0627\u0644", "\x00", "\ufb01"),
+]
+
+
+def byte_level(
+    *, has_prefix_space: bool = False, trims: bool | None = None, normalizer: Any = None
+) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=has_prefix_space)
+    tokenizer.decoder = decoders.ByteLevel()
+    if trims is not None:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=trims)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return trained(tokenizer, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+
+
+def wordpiece() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return trained(tokenizer, trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]"]))
+
+
+def unigram() -> Tokenizer:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=100, special_tokens=["[UNK]"], unk_token="[UNK]")
+    return trained(tokenizer, trainer)
+
+
+def trained(tokenizer: Tokenizer, trainer: Any) -> Tokenizer:
+    tokenizer.train_from_iterator(texts(200, seed=1), trainer)
+    return tokenizer
+
+
+def texts(count: int, seed: int) -> list[str]:
+    chance = random.Random(seed)
+    return ["".join(chance.choices(WORDS, k=chance.randrange(40))) for _ in range(count)]
+
+
+TOKENIZERS: dict[str, tuple[Callable[[], Tokenizer], bool]] = {
+    "byte level": (byte_level, True),
+    "a prefix space": (lambda: byte_level(has_prefix_space=True), False),
+    "nothing trimmed": (lambda: byte_level(trims=False), True),
+    "blanks trimmed": (lambda: byte_level(trims=True), False),
+    "nfc": (lambda: byte_level(normalizer=normalizers.NFC()), True),
+    "lower case": (lambda: byte_level(normalizer=normalizers.Lowercase()), False),
+    "wordpiece": (wordpiece, False),
+    "unigram": (unigram, False),
+}
+
+
+def of_transformers(name: str) -> Any:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=TOKENIZERS[name][0](), eos_token="[EOS]", additional_special_tokens=SPECIAL
+    )
+    tokenizer.add_tokens([AddedToken("<mark>", lstrip=True, rstrip=True)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("splits_special", [False, True])
+def test_ids_and_places_are_those_of_transformers(name: str, splits_special: bool) -> None:
+    tokenizer, given = of_transformers(name), texts(300, seed=2)
+    encoder = Encoder(tokenizer, splits_special=splits_special)
+    found = encoder(given)
+    # Another call must not leave its settings to ours.
+    tokenizer("x y z", split_special_tokens=not splits_special, truncation=True, max_length=2)
+    assert [each.ids.tolist() for each in encoder(given)] == [each.ids.tolist() for each in found]
+    expected = tokenizer(given, add_special_tokens=False, split_special_tokens=splits_special)
+    for text, each, ids, rust in zip(
+        given, found, expected["input_ids"], expected.encodings, strict=True
+    ):
+        assert each.ids.tolist() == ids
+        starts = [rust.token_to_chars(token)[0] for token in range(len(ids))]
+        assert [each.starts_at(token) for token in range(len(ids) + 1)] == [*starts, len(text)]
+        assert [each.bytes_before(token) for token in range(len(ids))] == [
+            len(text[:start].encode()) for start in starts
+        ]
+        for char in range(len(text) + 1):
+            later = [token for token, start in enumerate(starts) if start >= char]
+            assert each.first_from(char) == min(later, default=len(ids))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_library_is_asked_for_places_only_where_bytes_do_not_give_them(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = Encoder(of_transformers(name))
+    asked: list[str] = []
+    ask = encoder.with_offsets
+
+    def with_offsets(text: str) -> Encoded:
+        asked.append(text)
+        return ask(text)
+
+    monkeypatch.setattr(encoder, "with_offsets", with_offsets)
+    plain, composed, marked = encoder(["The cat's \u00e9 [EOS]\n", "The e\u0301", "a <mark> b"])
+    for each in (plain, composed, marked):
+        each.starts_at(1)
+        each.starts_at(2)
+    if not TOKENIZERS[name][1]:
+        assert not asked  # it was, for all of them at once
+    else:
+        assert asked == (["The e\u0301"] if name == "nfc" else []) + ["a <mark> b"]
+
+
+def test_what_a_tokenizer_of_transformers_does_itself_is_left_to_it() -> None:
+    class Shouting(PreTrainedTokenizerFast):
+        def _encode_plus(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+            return super()._encode_plus([each.upper() for each in text], *args, **kwargs)
+
+    tokenizer = Shouting(tokenizer_object=byte_level())
+    (found,) = Encoder(tokenizer)(["the cat's"])
+    assert tokenizer.decode(found.ids) == "THE CAT'S"
+    assert found.starts_at(len(found.ids)) == len("the cat's")
+
+
+def test_a_slow_tokenizer_spreads_a_text_over_its_tokens() -> None:
+    encoded = Encoded("abcdef\u00e9\u00e9", [1, 2, 3, 4, 5])
+    assert [encoded.bytes_before(token) for token in range(6)] == [0, 2, 4, 6, 8, 10]
+    assert encoded.ids.dtype == np.int32
