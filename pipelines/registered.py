@@ -62,9 +62,10 @@ def with_models(config: Config, sections: Sequence[str] = ("preprocess", "train"
         for field in MODEL_FIELDS[section]:
             if not is_model_uri(uri := getattr(part, field)):
                 continue
-            registered = _registry_of(config).open(uri)
+            registry = _registry_of(config)
+            registered = registry.open(uri)
             if registered is None and field not in _LENIENT:
-                raise InputError(f"{section}.{field}: there is no {uri} in the MLflow registry")
+                raise InputError(f"{section}.{field}: {registry.missing(uri)}")
             part = part.model_copy(update=model_paths(field, registered))
         config = config.model_copy(update={section: part})
     return config
@@ -78,9 +79,10 @@ def checkpoint_folder(path: str, config: Config) -> str:
     """
     if not is_model_uri(path):
         return input_path(path, what="checkpoint_path")
-    registered = _registry_of(config).open(path)
+    registry = _registry_of(config)
+    registered = registry.open(path)
     if registered is None:
-        raise InputError(f"checkpoint_path: there is no {path} in the MLflow registry")
+        raise InputError(f"checkpoint_path: {registry.missing(path)}")
     return str(registered.checkpoint)
 
 
@@ -146,7 +148,7 @@ class PinnedModels:
                     f"{root / config.name / '.run' / _PINS_NAME}"
                 )
             if models[uri] is None and is_needed:
-                raise InputError(f"{uri}: there is no {uri} in the MLflow registry")
+                raise InputError(registry.missing(uri))
             if uri in kept and (now := registry.version_of(uri)) != _version(models[uri]):
                 moved[uri] = now
         return cls(models=models, inputs=inputs, moved=moved)

@@ -42,6 +42,7 @@ _URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-
 _DIGEST, _SERVED, _REPLACED = "checkpoint_digest", "served_with", "replaced_version"
 STAGE_KEY = "stage_key"
 _HISTORY = "history"
+_NAMED_MODELS = 10  # in an error
 _PAGE = 1000  # versions that a store is asked for at once
 _FAILURES = ("INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED", "TEMPORARILY_UNAVAILABLE")
 _MODEL_FILE = "MLmodel"  # a copy counts once it is there
@@ -163,6 +164,23 @@ class Registry:
         match = _matched(uri)
         version = self._find(match["name"], alias=match["alias"], number=match["version"])
         return None if version is None else int(version.version)
+
+    def missing(self, uri: str) -> str:
+        """What to say of a URI that stands for nothing: that, and what there is in its place."""
+        from mlflow.exceptions import MlflowException
+
+        name = _matched(uri)["name"]
+        told = f"there is no {uri} in the MLflow registry"
+        try:
+            aliases = self._client.get_registered_model(name).aliases
+        except MlflowException:
+            found = self._client.search_registered_models(max_results=_NAMED_MODELS)
+            names = ", ".join(sorted(model.name for model in found)) or "nothing"
+            return f"{told}; no model has that name, there is {names}"
+        listed = [f"@{alias} (v{number})" for alias, number in sorted(aliases.items())]
+        return (
+            f"{told}; {name} has {', '.join(listed) or 'no alias'}, {_listed(self._numbers(name))}"
+        )
 
     def holder(self, name: str, alias: str) -> int | None:
         """The version that an alias points at."""
