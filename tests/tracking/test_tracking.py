@@ -337,7 +337,7 @@ def test_what_is_told_beside_the_log_does_not_go_behind_the_log(tmp_path: Path) 
     assert (shown.state, shown.place) == ("running", "step 10/10")
 
 
-def test_something_moves_at_least_every_ten_seconds_and_the_log_stays_short(
+def test_something_moves_every_ten_seconds_later_every_minute_and_the_log_stays_short(
     tmp_path: Path,
 ) -> None:
     """An hour in which a job tells of its progress every second, but for a minute of silence."""
@@ -358,17 +358,19 @@ def test_something_moves_at_least_every_ten_seconds_and_the_log_stays_short(
             if stream.tell() > before:
                 times.append(now[0])
     lines = stream.getvalue().splitlines()
-    assert max(later - sooner for sooner, later in pairwise([*times, now[0]])) <= 10.0
-    assert len(lines) < 3600 / 6
+    pauses = [(sooner, later - sooner) for sooner, later in pairwise([*times, now[0]])]
+    assert max(pause for start, pause in pauses if start < 120) <= 10.0
+    assert max(pause for _, pause in pauses) <= 63.0
+    assert len(lines) < 120
     moving = [line for line in lines if "nothing new" not in line]
-    assert len(set(moving)) == len(moving) > 400
-    assert moving[-1].startswith("generate  1,79")
-    assert re.search(r"rows  50,000 tokens/s  40:\d\d left$", moving[-1])
+    assert len(set(moving)) == len(moving) > 90
+    assert moving[-1].startswith("generate  1,7")
+    assert re.search(r"rows  50,000 tokens/s  4\d:\d\d left$", moving[-1])
     silent = [line for line in lines if "nothing new" in line]
     assert re.search(
         r"rows  50,000 tokens/s  1:3\d:\d\d left  \(nothing new for 0:\d\d\)$", silent[0]
     )
-    assert len(silent) == 6
+    assert len(silent) == 5
     # 60 % were done: a line of the log for each, whatever the number of reports.
     assert sum(event["event"] == "progress" for event in read_events(path)) == 60
     assert read_progress(path) == read_events(path)[-1] | {

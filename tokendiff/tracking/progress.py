@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 Events = list[dict[str, Any]]
 # Without a bar: what is told within so many seconds of a line makes no line of its own, and where
 # nothing is told for so long that is said. With the seconds between two reports of a job, and those
-# between two looks, no more than ten pass between two lines.
-_LINE_SECONDS = 7.0
-_SILENT_SECONDS = 9.0
+# between two looks, no more than ten pass between two lines at first. Of a job that takes hours a
+# file would hold thousands, so they come more seldom: after an hour one a minute.
+_LINE_SECONDS, _MOST_LINE_SECONDS = 7.0, 60.0
+_LINE_SHARE = 0.05  # of the time since the start
+_SILENT_SECONDS = 2.0  # on top of that
 _RATE_SECONDS = 60.0
 _BAR_WIDTH, _CLOCK_WIDTH = 16, 7  # of the bar on a terminal, and of 0:00:00 behind it
 # The time left is not told before so many seconds and so many steps (or rows, ...) were measured.
@@ -121,7 +123,7 @@ class ProgressPrinter:
         self._log_path = log_path
         self._stream = stream or sys.stdout
         self._clock = clock
-        self._line_time = self._news_time = clock()
+        self._start_time = self._line_time = self._news_time = clock()
         self._status, self._silence, self._is_told = "at work", "{} so far", True
         self._progress: dict[str, Any] = {}  # the last of its events
         self._of_before = log_path and read_progress(log_path)  # what an earlier attempt left
@@ -153,10 +155,10 @@ class ProgressPrinter:
         # Beside the log stands what was told seconds ago; the log may be ahead of it by many steps.
         if progress is not None and is_new and not is_behind(progress, self._step):
             self._show(progress)
-        now = self._clock()
-        if self._bar is None and not self._is_told and now - self._line_time >= _LINE_SECONDS:
+        now, is_due = self._clock(), self._is_line_due
+        if self._bar is None and not self._is_told and is_due():
             self._print_status()
-        elif self._bar is None and now - self._line_time >= _SILENT_SECONDS:
+        elif self._bar is None and is_due(_SILENT_SECONDS):
             self._print_status(
                 f"  ({self._silence.format(duration_in_words(now - self._news_time))})"
             )
@@ -228,8 +230,14 @@ class ProgressPrinter:
         if self._bar and self._task is not None:
             text = self._cut_to_fit(f"{place}  {text}".rstrip())
             self._bar.update(self._task, completed=done, total=self._total, text=text)
-        elif is_line or self._clock() - self._line_time >= _LINE_SECONDS:
+        elif is_line or self._is_line_due():
             self._print_status()
+
+    def _is_line_due(self, later: float = 0.0) -> bool:
+        now = self._clock()
+        seconds = _LINE_SHARE * (now - self._start_time)
+        seconds = min(max(seconds, _LINE_SECONDS), _MOST_LINE_SECONDS)
+        return now - self._line_time >= seconds + later
 
     def _cut_to_fit(self, text: str) -> str:
         """On a narrow terminal the last facts are cut off, and nothing before them."""
