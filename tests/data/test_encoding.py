@@ -133,6 +133,15 @@ def test_the_library_is_asked_for_places_only_where_bytes_do_not_give_them(
         assert asked == (["The e\u0301"] if name == "nfc" else []) + ["a <mark> b"]
 
 
+def test_an_id_beyond_the_size_of_the_vocabulary() -> None:
+    """As where a vocabulary leaves ids out."""
+    tokenizer = of_transformers("byte level")
+    encoder = Encoder(tokenizer)
+    tokenizer.add_tokens(["<late>", "<later>"])
+    (found,) = encoder(["a <later> b"])
+    assert [found.starts_at(token) for token in range(4)] == [0, 1, 2, 9]
+
+
 def test_what_a_tokenizer_of_transformers_does_itself_is_left_to_it() -> None:
     class Shouting(PreTrainedTokenizerFast):
         def _encode_plus(self, text: Any, *args: Any, **kwargs: Any) -> Any:

@@ -9,14 +9,15 @@ the bytes of the tokens before one are those of the text before it.
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
+from types import NoneType
 from typing import Any
+from unicodedata import is_normalized
 
 import numpy as np
 
-# Where the library's places of this are not those of the bytes, as where blanks are left out of
-# them or put in front, it is asked for all of them. Changes of a normalizer are found text by text.
+# A text, and places of its tokens that are not those of the bytes where blanks are left out of
+# places, or put in front.
 _PROBE = "a  bc\n\n d\u00e9 \u5b57\U0001f642 x1 .\tA"
-_NO_TEXT = b"\xff"  # in no UTF-8
 
 
 class Encoded:
@@ -27,7 +28,7 @@ class Encoded:
         ids: [N] int32, those of `tokenizer(text, add_special_tokens=False)`.
     """
 
-    def __init__(self, text: str, ids: Sequence[int]) -> None:
+    def __init__(self, text: str, ids: Sequence[int] | np.ndarray) -> None:
         self.text = text
         self.ids = np.array(ids, dtype=np.int32)
 
@@ -58,7 +59,8 @@ class Encoder:
     def __init__(self, tokenizer: Any, *, splits_special: bool = False) -> None:
         self._tokenizer, self._splits_special = tokenizer, splits_special
         self._backend = tokenizer.backend_tokenizer if _is_only_rust(tokenizer) else None
-        self._pieces = _Pieces(tokenizer)
+        self._lengths = _Lengths(tokenizer)
+        self._is_normalized = self._backend is not None and self._backend.normalizer is not None
         self._is_byte_level = self._backend is not None and self._finds_places_by_bytes()
 
     def __call__(self, texts: list[str]) -> Sequence[Encoded]:
@@ -77,9 +79,15 @@ class Encoder:
         (found,) = self._backend.encode_batch([text], add_special_tokens=False)
         return _ByOffsets(text, found.ids, found)
 
-    def written(self, ids: np.ndarray) -> tuple[bytes, np.ndarray]:
-        """What byte-level tokens write; [N] how many bytes each."""
-        return b"".join(map(self._pieces.__getitem__, ids.tolist())), self._pieces.lengths[ids]
+    def starts(self, ids: np.ndarray, text: str) -> np.ndarray | None:
+        """[N] bytes before each token; None where the tokens do not write all of this text, or
+        write another, for a normalizer changed it or an added token took the blanks beside it.
+        """
+        if self._is_normalized and not is_normalized("NFC", text):
+            return None
+        lengths = self._lengths.of(ids)
+        ends = np.cumsum(lengths)
+        return ends - lengths if lengths.sum() == utf8_bytes(text) else None
 
     def _set_up(self) -> None:
         """As transformers does in each call."""
@@ -102,13 +110,18 @@ class Encoder:
         return [*map(_ByOffsets, texts, found["input_ids"], found.encodings)]
 
     def _finds_places_by_bytes(self) -> bool:
+        """Whether tokens are bytes of the text, each of them, in their order."""
+        from tokenizers import normalizers, pre_tokenizers
+
         assert self._backend is not None
-        told = self.with_offsets(_PROBE)
-        (fast,) = self._backend.encode_batch_fast([_PROBE], add_special_tokens=False)
-        if fast.ids != told.ids.tolist() or self.written(told.ids)[0] != _PROBE.encode():
+        tokens = map(self._backend.token_to_id, pre_tokenizers.ByteLevel.alphabet())
+        if None in tokens or type(self._backend.normalizer) not in (NoneType, normalizers.NFC):
             return False
-        by_bytes = _ByBytes(_PROBE, fast.ids, self)
-        return all(by_bytes.starts_at(n) == told.starts_at(n) for n in range(len(told.ids)))
+        told = self.with_offsets(_PROBE)
+        found = _ByBytes(_PROBE, told.ids, self)
+        return self.starts(told.ids, _PROBE) is not None and all(
+            found.starts_at(token) == told.starts_at(token) for token in range(len(told.ids))
+        )
 
 
 class _Placed(Encoded):
@@ -128,7 +141,7 @@ class _ByOffsets(_Placed):
 
 
 class _ByBytes(_Placed):
-    def __init__(self, text: str, ids: Sequence[int], encoder: Encoder) -> None:
+    def __init__(self, text: str, ids: Sequence[int] | np.ndarray, encoder: Encoder) -> None:
         super().__init__(text, ids)
         self._encoder = encoder
 
@@ -142,64 +155,48 @@ class _ByBytes(_Placed):
             return start
         return len(self.text.encode()[:start].decode(errors="ignore"))
 
+    def first_from(self, char: int) -> int:
+        if self._starts is None:
+            return self._told.first_from(char)
+        return int(np.searchsorted(self._starts, len(self.text[:char].encode())))
+
     @cached_property
     def _starts(self) -> np.ndarray | None:
-        """[N] bytes before each token; None where the tokens do not write this text."""
-        written, lengths = self._encoder.written(self.ids)
-        if written != self.text.encode():
-            return None
-        return np.cumsum(lengths) - lengths
+        return self._encoder.starts(self.ids, self.text)
 
     @cached_property
     def _told(self) -> _ByOffsets:
         return self._encoder.with_offsets(self.text)
 
 
-class _Pieces(dict[int, bytes]):
-    """What a token of a byte-level vocabulary writes: each of its characters stands for a byte.
-
-    Attributes:
-        lengths: [V] of the tokens that were asked for.
-    """
+class _Lengths:
+    """How many bytes a token of a byte-level vocabulary is: each of its characters is one."""
 
     def __init__(self, tokenizer: Any) -> None:
-        super().__init__()
         self._tokenizer = tokenizer
-        self.lengths = np.zeros(len(tokenizer), dtype=np.int64)
+        self._known = np.full(len(tokenizer), -1, dtype=np.int32)
 
-    def __missing__(self, id_: int) -> bytes:
-        added = self._added.get(id_)
-        if added is not None:
-            piece = added.content.encode()
-        else:
-            token = self._tokenizer.convert_ids_to_tokens(id_) or ""
-            numbers = [_BYTES.get(character) for character in token]
-            piece = bytes(n for n in numbers if n is not None)
-            if not numbers or None in numbers:
-                piece = _NO_TEXT
-        if id_ >= len(self.lengths):
-            self.lengths = np.append(self.lengths, np.zeros(id_ + 1, dtype=np.int64))
-        self[id_], self.lengths[id_] = piece, len(piece)
-        return piece
+    def of(self, ids: np.ndarray) -> np.ndarray:
+        more = ids.max(initial=-1) + 1 - len(self._known)
+        if more > 0:  # there are vocabularies whose ids leave some out
+            self._known = np.append(self._known, np.full(more, -1, dtype=np.int32))
+        lengths = self._known[ids]
+        if (is_new := lengths < 0).any():
+            for id_ in np.unique(ids[is_new]).tolist():
+                self._known[id_] = self._length(id_)
+            lengths = self._known[ids]
+        return lengths
+
+    def _length(self, id_: int) -> int:
+        if (added := self._added.get(id_)) is not None:
+            return utf8_bytes(added.content)
+        return len(self._tokenizer.convert_ids_to_tokens(id_))
 
     @cached_property
     def _added(self) -> dict[int, Any]:
         # transformers makes it anew each time that it is asked.
         added: dict[int, Any] = self._tokenizer.added_tokens_decoder
         return added
-
-
-def _byte_of() -> dict[str, int]:
-    """Of the characters of GPT-2's byte-level vocabularies: printable ones stand for themselves,
-    the others for the characters from 256 on.
-    """
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [byte for byte in range(256) if byte not in printable]
-    found = {chr(byte): byte for byte in printable}
-    return found | {chr(256 + number): byte for number, byte in enumerate(others)}
-
-
-_BYTES = _byte_of()
 
 
 def utf8_bytes(text: str) -> int:
