@@ -17,7 +17,7 @@ from tokendiff.models.diffusion_gemma import (
 from tokendiff.models.layers import to_float32
 from tokendiff.models.plans import NO_WEIGHTS, ModelPlan, plan_model
 from tokendiff.models.pretrained import Weights, dtype_in_files, open_weights
-from tokendiff.models.vocabulary import grow_embedding, start_unknown_tokens
+from tokendiff.models.vocabulary import fit_embedding
 
 
 def load_denoiser(
@@ -165,8 +165,7 @@ def _load(
         model = weights.told(warn) if allow_new_weights else weights.complete()
         if keeps_base:
             return model
-        grow_embedding(model, plan.vocab_size, warn)
-        start_unknown_tokens(model, plan.name, tokenizer, warn)
+        fit_embedding(model, plan.name, tokenizer, plan.vocab_size, warn)
     return model
 
 

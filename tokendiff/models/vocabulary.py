@@ -1,6 +1,8 @@
 """A model's vocabulary beside that of the tokenizer that made the data."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,25 +89,43 @@ def unknown_mask(name: str, tokenizer: Any, *, field: str = MODEL_FIELD) -> bool
     return True
 
 
-def grow_embedding(model: Any, vocab_size: int, warn: Callable[[str], None]) -> None:
-    """Give the model an embedding for each of the tokenizer's ids, where it has fewer."""
+def fit_embedding(
+    model: Any, name: str, tokenizer: Any, vocab_size: int, warn: Callable[[str], None]
+) -> None:
+    """Give the model an embedding for each of the tokenizer's ids, and say which are new to it."""
     size = model.get_input_embeddings().num_embeddings
-    if size >= vocab_size:
+    if size < vocab_size:
+        # transformers draws the new rows from a normal distribution around the mean of the old
+        # ones that is so narrow (1e-9 of their covariance) that they are that mean.
+        with _quiet_models():
+            model.resize_token_embeddings(vocab_size, mean_resizing=True)
+    new = _start_unknown_tokens(model, name, tokenizer) or [*range(size, vocab_size)]
+    if not new:
         return
-    # transformers draws the new rows from a normal distribution around the mean of the old ones
-    # that is so narrow (1e-9 of their covariance) that they are that mean.
-    model.resize_token_embeddings(vocab_size, mean_resizing=True)
-    warn(
-        f"embedding resized from {size} to {vocab_size}: the tokenizer has {vocab_size - size} "
-        "tokens that the model does not know; theirs start at the mean of the others"
-    )
+    token = tokenizer.convert_ids_to_tokens(new[0])
+    told = f"the tokenizer's {token!r} is new to the model: its embedding starts"
+    if len(new) > 1:
+        told = f"{len(new):,} tokens of the tokenizer are new to the model, {token!r} for one: "
+        told += "their embeddings start"
+    grown = f"; the embedding grows from {size:,} rows to {vocab_size:,}"
+    warn(f"{told} at the mean of the others{grown if size < vocab_size else ''}")
+
+
+@contextmanager
+def _quiet_models() -> Iterator[None]:
+    """Within it transformers does not say how it draws new embeddings: that is said here."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @torch.no_grad()
-def start_unknown_tokens(
-    model: Any, name: str, tokenizer: Any, warn: Callable[[str], None]
-) -> None:
-    """Give tokens that the model's own tokenizer does not have the mean embedding.
+def _start_unknown_tokens(model: Any, name: str, tokenizer: Any) -> list[int]:
+    """Give tokens that the model's own tokenizer does not have the mean embedding; returns them.
 
     Models are padded to a round number of ids, so a mask token that was added to the tokenizer
     often needs no new row: it gets one that was never trained, of a scale unlike all others (zero,
@@ -117,7 +137,7 @@ def start_unknown_tokens(
     own = _vocabulary_of(name)
     unknown = sorted(set(tokenizer.get_vocab().values()) - set(own.values()))
     if not own or not unknown:
-        return
+        return []
     known = torch.tensor(sorted(own.values()))
     heads = [model.get_input_embeddings().weight]
     output = model.get_output_embeddings()
@@ -125,7 +145,4 @@ def start_unknown_tokens(
         heads.append(output.weight)
     for weight in heads:
         weight[unknown] = weight[known[known < len(weight)]].mean(0)
-    warn(
-        f"{len(unknown)} tokens of the tokenizer are not in the model's own, the first of them "
-        f"{tokenizer.convert_ids_to_tokens(unknown[0])!r}; their embeddings start at the mean"
-    )
+    return unknown
