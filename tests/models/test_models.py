@@ -412,8 +412,8 @@ def test_embedding_grows_with_the_tokenizer_and_it_is_said(model_type: str, tmp_
     (message,) = said
     token = tokenizer.convert_ids_to_tokens(20)
     assert message == (
-        f"4 tokens of the tokenizer are new to the model, {token!r} for one: their embeddings start "
-        "at the mean of the others; the embedding grows from 20 rows to 24"
+        f"4 tokens of the tokenizer are new to the model, {token!r} for one: their embeddings "
+        "start at the mean of the others; the embedding grows from 20 rows to 24"
     )
     old = model.get_input_embeddings().weight.detach()
     new = denoiser.model.get_input_embeddings().weight.detach()
