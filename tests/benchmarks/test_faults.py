@@ -39,7 +39,7 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Try]:
         yield lambda case, seed: process.submit(_try, case, seed).result()
 
 
-_prepared = ExitStack()
+_prepared = ExitStack()  # as long as its process
 _subjects: list[Subject] = []
 
 

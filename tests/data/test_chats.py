@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tokendiff.config.preprocess import PreprocessConfig
 from tokendiff.data.chat_documents import ChatDocuments, ChatOptions
@@ -95,6 +97,31 @@ def test_tokens_are_those_of_the_template_and_targets_the_answers(
     counted = np.cumsum(rendered.is_target & ~np.isin(whole, tokenizer.all_special_ids))
     if all(m.content.isascii() for m in talk.messages):
         assert [rendered.num_bytes(stop) for stop in range(1, len(whole) + 1)] == counted.tolist()
+
+
+def test_special_tokens_are_told_where_other_ids_are_above_theirs() -> None:
+    """As in Llama 2 and BERT."""
+    words = ["[UNK]", "<|im_start|>", "<|im_end|>", "user", "assistant", "hi", "you"]
+    words_only = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, "[UNK]"))
+    words_only.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words_only, additional_special_tokens=words[1:3], eos_token=words[2]
+    )
+    tokenizer.chat_template = CHATML
+    rendered = ChatRenderer(tokenizer=tokenizer)(conversation("you", "hi you"))
+    assert [words[token] for token in rendered.tokens[rendered.is_special]] == words[1:3] * 2
+    assert rendered.num_bytes(len(rendered.tokens)) == len("hi you")
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_tokenizer_may_split_special_tokens_by_its_own_setting(splits: bool) -> None:
+    tokenizer = chat_tokenizer(CHATML)
+    tokenizer.split_special_tokens = splits
+    talk = conversation("Hi", "Hello")
+    plain = [{"role": m.role, "content": m.content} for m in talk.messages]
+    whole = tokenizer.apply_chat_template(plain, tokenize=True)["input_ids"]
+    assert ChatRenderer(tokenizer=tokenizer)(talk).tokens.tolist() == whole
+    assert (tokenizer.convert_tokens_to_ids("<|im_end|>") in whole) != splits
 
 
 @pytest.mark.parametrize("train_on", ["answers", "last_answer"])

@@ -80,20 +80,26 @@ TOKENIZERS: dict[str, tuple[Callable[[], Tokenizer], bool]] = {
 
 def of_transformers(name: str) -> Any:
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=TOKENIZERS[name][0](), eos_token="[EOS]", additional_special_tokens=SPECIAL
+        tokenizer_object=TOKENIZERS[name][0](),
+        eos_token="[EOS]",
+        pad_token="[EOS]",
+        additional_special_tokens=SPECIAL,
     )
-    tokenizer.add_tokens([AddedToken("<mark>", lstrip=True, rstrip=True)])
+    tokenizer.add_tokens([AddedToken("<mark>", lstrip=True, rstrip=True), "<\u00fcber>"])
     return tokenizer
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("splits_special", [False, True])
 def test_ids_and_places_are_those_of_transformers(name: str, splits_special: bool) -> None:
-    tokenizer, given = of_transformers(name), texts(300, seed=2)
+    tokenizer = of_transformers(name)
+    # The first becomes longer under NFC, the others shorter: together as long as before.
+    given = [*texts(300, seed=2), "\u0958 e\u0301e\u0301e\u0301 z", ""]
     encoder = Encoder(tokenizer, splits_special=splits_special)
     found = encoder(given)
     # Another call must not leave its settings to ours.
-    tokenizer("x y z", split_special_tokens=not splits_special, truncation=True, max_length=2)
+    other = {"split_special_tokens": not splits_special, "truncation": True, "max_length": 2}
+    tokenizer(["x y z", "x"], padding=True, **other)
     assert [each.ids.tolist() for each in encoder(given)] == [each.ids.tolist() for each in found]
     expected = tokenizer(given, add_special_tokens=False, split_special_tokens=splits_special)
     for text, each, ids, rust in zip(
@@ -123,7 +129,9 @@ def test_the_library_is_asked_for_places_only_where_bytes_do_not_give_them(
         return ask(text)
 
     monkeypatch.setattr(encoder, "with_offsets", with_offsets)
-    plain, composed, marked = encoder(["The cat's \u00e9 [EOS]\n", "The e\u0301", "a <mark> b"])
+    plain, composed, marked = encoder(
+        ["The cat's \u00e9 <\u00fcber> [EOS]\n", "The e\u0301", "a <mark> b"]
+    )
     for each in (plain, composed, marked):
         each.starts_at(1)
         each.starts_at(2)
@@ -143,14 +151,44 @@ def test_an_id_beyond_the_size_of_the_vocabulary() -> None:
 
 
 def test_what_a_tokenizer_of_transformers_does_itself_is_left_to_it() -> None:
-    class Shouting(PreTrainedTokenizerFast):
+    class Encodes(PreTrainedTokenizerFast):
         def _encode_plus(self, text: Any, *args: Any, **kwargs: Any) -> Any:
             return super()._encode_plus([each.upper() for each in text], *args, **kwargs)
 
-    tokenizer = Shouting(tokenizer_object=byte_level())
-    (found,) = Encoder(tokenizer)(["the cat's"])
-    assert tokenizer.decode(found.ids) == "THE CAT'S"
-    assert found.starts_at(len(found.ids)) == len("the cat's")
+    class Called(PreTrainedTokenizerFast):
+        def __call__(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__([each.upper() for each in text], *args, **kwargs)
+
+    for own in (Encodes, Called):
+        tokenizer = own(tokenizer_object=byte_level())
+        (found,) = Encoder(tokenizer)(["the cat's"])
+        assert tokenizer.decode(found.ids) == "THE CAT'S"
+        assert found.starts_at(len(found.ids)) == len("the cat's")
+
+
+def test_places_are_of_the_tokens_that_were_drawn() -> None:
+    """A BPE with dropout gives a text other tokens each time."""
+    backend = byte_level()
+    backend.model.dropout = 0.5
+    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=backend))
+    for _ in range(50):
+        (found,) = encoder(["the cat's <mark> 1984"])
+        places = [found.starts_at(token) for token in range(len(found.ids) + 1)]
+        assert places == sorted(set(places))
+
+
+@pytest.mark.parametrize("added", ["\u00e9", "e\u0301x"])
+def test_added_tokens_that_stand_for_a_shorter_text(added: str) -> None:
+    """A letter that is a byte's, and what a normalizer makes shorter: with a token that takes the
+    blanks beside it, lengths would add up all the same.
+    """
+    tokenizer = of_transformers("nfc" if len(added) > 1 else "byte level")
+    tokenizer.add_tokens([AddedToken(added, normalized=True)])
+    text = "a <mark>\u9577b" if len(added) == 1 else "a <mark>\u00e9x b"
+    (found,) = Encoder(tokenizer)([text])
+    rust = tokenizer(text, add_special_tokens=False).encodings[0]
+    starts = [rust.token_to_chars(token)[0] for token in range(len(found.ids))]
+    assert [found.starts_at(token) for token in range(len(found.ids))] == starts
 
 
 def test_a_slow_tokenizer_spreads_a_text_over_its_tokens() -> None:

@@ -589,11 +589,8 @@ def test_models_in_the_place_of_paths(shop: Shop, history: Any) -> None:
     assert trained(warm_start_from="models:/toy@nobody").warm_start_from is None
     with pytest.raises(InputError, match=r"train.model_name_or_path: there is no models:/toy/99"):
         trained(model_name_or_path="models:/toy/99")
-    nobody = r"checkpoint_path: there is no models:/toy@nobody .*; toy has @champion \(v\d\), v1"
-    with pytest.raises(InputError, match=nobody):
+    with pytest.raises(InputError, match=r"checkpoint_path: there is no models:/toy@nobody.*; toy"):
         checkpoint_folder("models:/toy@nobody", shop.config)
-    with pytest.raises(InputError, match=r"; no model has that name, there is (served, )?toy$"):
-        checkpoint_folder("models:/tony@champion", shop.config)
     with pytest.raises(InputError, match=r"write models:/NAME@ALIAS or models:/NAME/VERSION"):
         shop.registry.open("models:/toy")
 

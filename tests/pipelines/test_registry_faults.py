@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos import databricks_pb2
 
 from pipelines.registered import PinnedModels
 from tests.pipelines.test_promotion import URI, Shop
@@ -87,3 +90,31 @@ def test_what_is_deleted_is_named_and_the_alias_never_leads_to_it(registry: Regi
     model = registry.open(URI)
     assert model is not None
     assert model.version == 1
+
+
+def test_what_is_unknown_is_refused_with_what_there_is(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = "there is no {} in the MLflow registry"
+    nobody, typo = "models:/toy@nobody", "models:/tony/1"
+    versions = "toy has the versions v1, v2, v3 and the aliases @champion (v3)"
+    assert registry.missing(nobody) == f"{told.format(nobody)}; {versions}"
+    assert registry.missing(typo) == f"{told.format(typo)}; its models: toy"
+    stage = {"kind": "train", "config": {"model_name_or_path": typo}}
+    config = Config.model_validate({"name": "late", "stages": {"train": stage}})
+    with pytest.raises(InputError) as error:
+        PinnedModels.read(config, registry._root, ["monday"])
+    assert str(error.value) == registry.missing(typo)
+
+    for number in range(11):
+        registry._client.create_registered_model(f"another-{number}")
+    assert registry.missing(typo).startswith(f"{told.format(typo)}; its models: toy, another-")
+    assert registry.missing(typo).endswith(" and 2 more")
+
+    for code in ("INTERNAL_ERROR", "PERMISSION_DENIED"):  # what is known is said all the same
+
+        def fail(*args: Any, code: str = code, **kwargs: Any) -> None:
+            raise MlflowException("no", error_code=getattr(databricks_pb2, code))
+
+        monkeypatch.setattr(MlflowClient, "get_registered_model", fail)
+        assert registry.missing(nobody) == told.format(nobody)

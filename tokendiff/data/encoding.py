@@ -1,9 +1,9 @@
 """Texts to token ids, and where in its text a token begins.
 
-The tokenizers library keeps the place of every token while it encodes, which takes a sixth of its
-time, and is asked for few of them: where rows end, and answers begin. So it is told not to, where a
-token's own bytes give its place as well: byte-level tokenizers write out every byte of a text, so
-the bytes of the tokens before one are those of the text before it.
+The tokenizers library computes the place of every token, which takes up to a sixth of its time. Few
+of them are needed: where rows end, and where answers begin. Byte-level tokenizers write out every
+byte of a text, so the lengths of the tokens before a place give it, and the library is told not to
+compute it.
 """
 
 from bisect import bisect_left
@@ -15,8 +15,7 @@ from unicodedata import is_normalized
 
 import numpy as np
 
-# A text, and places of its tokens that are not those of the bytes where blanks are left out of
-# places, or put in front.
+# Shows whether a tokenizer leaves blanks out of its places, or puts one in front.
 _PROBE = "a  bc\n\n d\u00e9 \u5b57\U0001f642 x1 .\tA"
 
 
@@ -53,14 +52,18 @@ class Encoder:
 
     Args:
         tokenizer: one of transformers.
-        splits_special: a special token that a text spells out is text.
+        splits_special: whether a special token that a text spells out is text; None leaves it to
+            the tokenizer.
     """
 
-    def __init__(self, tokenizer: Any, *, splits_special: bool = False) -> None:
-        self._tokenizer, self._splits_special = tokenizer, splits_special
+    def __init__(self, tokenizer: Any, *, splits_special: bool | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._splits_special = (
+            tokenizer.split_special_tokens if splits_special is None else splits_special
+        )
         self._backend = tokenizer.backend_tokenizer if _is_only_rust(tokenizer) else None
         self._lengths = _Lengths(tokenizer)
-        self._is_normalized = self._backend is not None and self._backend.normalizer is not None
+        self._has_normalizer = self._backend is not None and self._backend.normalizer is not None
         self._is_byte_level = self._backend is not None and self._finds_places_by_bytes()
 
     def __call__(self, texts: list[str]) -> Sequence[Encoded]:
@@ -83,7 +86,7 @@ class Encoder:
         """[N] bytes before each token; None where the tokens do not write all of this text, or
         write another, for a normalizer changed it or an added token took the blanks beside it.
         """
-        if self._is_normalized and not is_normalized("NFC", text):
+        if self._has_normalizer and not is_normalized("NFC", text):
             return None
         lengths = self._lengths.of(ids)
         ends = np.cumsum(lengths)
@@ -114,9 +117,17 @@ class Encoder:
         from tokenizers import normalizers, pre_tokenizers
 
         assert self._backend is not None
-        tokens = map(self._backend.token_to_id, pre_tokenizers.ByteLevel.alphabet())
-        if None in tokens or type(self._backend.normalizer) not in (NoneType, normalizers.NFC):
+        letters = pre_tokenizers.ByteLevel.alphabet()
+        if type(self._backend.normalizer) not in (NoneType, normalizers.NFC):
             return False
+        if getattr(self._backend.model, "dropout", None):
+            return False  # a text has other tokens each time
+        # Such a token may be longer than the text that it stands for.
+        for added in self._tokenizer.added_tokens_decoder.values():
+            if added.content in letters and not added.content.isascii():
+                return False
+            if self._has_normalizer and not is_normalized("NFC", added.content):
+                return False
         told = self.with_offsets(_PROBE)
         found = _ByBytes(_PROBE, told.ids, self)
         return self.starts(told.ids, _PROBE) is not None and all(
@@ -149,7 +160,7 @@ class _ByBytes(_Placed):
         if token == len(self.ids):
             return len(self.text)
         if self._starts is None:
-            return self._told.starts_at(token)
+            return self._by_library.starts_at(token)
         start = int(self._starts[token])
         if self.text.isascii():
             return start
@@ -157,7 +168,7 @@ class _ByBytes(_Placed):
 
     def first_from(self, char: int) -> int:
         if self._starts is None:
-            return self._told.first_from(char)
+            return self._by_library.first_from(char)
         return int(np.searchsorted(self._starts, len(self.text[:char].encode())))
 
     @cached_property
@@ -165,7 +176,7 @@ class _ByBytes(_Placed):
         return self._encoder.starts(self.ids, self.text)
 
     @cached_property
-    def _told(self) -> _ByOffsets:
+    def _by_library(self) -> _ByOffsets:
         return self._encoder.with_offsets(self.text)
 
 
@@ -209,5 +220,6 @@ def _is_only_rust(tokenizer: Any) -> bool:
     """
     from transformers import PreTrainedTokenizerFast
 
-    encode = getattr(PreTrainedTokenizerFast, "_encode_plus", None)
-    return encode is not None and getattr(type(tokenizer), "_encode_plus", None) is encode
+    steps = ("__call__", "_encode_plus", "_convert_encoding")
+    here, there = type(tokenizer), PreTrainedTokenizerFast
+    return all(hasattr(there, s) and getattr(here, s, None) is getattr(there, s) for s in steps)

@@ -92,7 +92,7 @@ class ChatRenderer:
 
     @cached_property
     def _is_special(self) -> np.ndarray:
-        """[V] bool by id; ids from V - 1 on are none."""
+        """[N] bool by id: whether it is a special token. The last one stands for all ids above."""
         special = [id_ for id_, token in self._added.items() if token.special]
         found = np.zeros(max(special, default=0) + 2, dtype=bool)
         found[special] = True
@@ -295,8 +295,8 @@ class ChatRenderer:
 
     @cached_property
     def _beginnings(self) -> set[str]:
-        """Of special tokens: two characters, of which few texts have any, where tokenizers have
-        hundreds of such tokens.
+        """The first two characters of each special token, of which there may be hundreds; few
+        texts contain any of them.
         """
         return {token[:2] for token in self._special}
 

@@ -1,5 +1,5 @@
 """What a person sees of a running stage: its log and its progress, followed by a thread and printed
-as they grow, so that something moves at least every ten seconds.
+as they grow: something moves at least every ten seconds, in a file later every minute.
 """
 
 import logging
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 Events = list[dict[str, Any]]
 # Without a bar: what is told within so many seconds of a line makes no line of its own, and where
-# nothing is told for so long that is said. With the seconds between two reports of a job, and those
-# between two looks, no more than ten pass between two lines at first. Of a job that takes hours a
-# file would hold thousands, so they come more seldom: after an hour one a minute.
+# nothing is told for some seconds more, that is said. With the seconds between two reports of a
+# job, and those between two looks, no more than ten pass between two lines at first. Later they
+# come less often, one a minute after twenty: a file would hold hundreds for each hour. A logged
+# step is a line whenever it comes.
 _LINE_SECONDS, _MOST_LINE_SECONDS = 7.0, 60.0
 _LINE_SHARE = 0.05  # of the time since the start
-_SILENT_SECONDS = 2.0  # on top of that
+_MORE_IF_SILENT_SECONDS = 2.0
 _RATE_SECONDS = 60.0
 _BAR_WIDTH, _CLOCK_WIDTH = 16, 7  # of the bar on a terminal, and of 0:00:00 behind it
 # The time left is not told before so many seconds and so many steps (or rows, ...) were measured.
@@ -155,13 +156,11 @@ class ProgressPrinter:
         # Beside the log stands what was told seconds ago; the log may be ahead of it by many steps.
         if progress is not None and is_new and not is_behind(progress, self._step):
             self._show(progress)
-        now, is_due = self._clock(), self._is_line_due
-        if self._bar is None and not self._is_told and is_due():
+        if self._bar is None and not self._is_told and self._is_line_due():
             self._print_status()
-        elif self._bar is None and is_due(_SILENT_SECONDS):
-            self._print_status(
-                f"  ({self._silence.format(duration_in_words(now - self._news_time))})"
-            )
+        elif self._bar is None and self._is_line_due(later=_MORE_IF_SILENT_SECONDS):
+            silent = duration_in_words(self._clock() - self._news_time)
+            self._print_status(f"  ({self._silence.format(silent)})")
 
     def _is_for_the_log_to_tell(self, event: dict[str, Any]) -> bool:
         """Whether a "progress" of the log is to be shown: it keeps a few, and all are seen beside

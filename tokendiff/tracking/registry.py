@@ -11,8 +11,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -42,7 +44,7 @@ _URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-
 _DIGEST, _SERVED, _REPLACED = "checkpoint_digest", "served_with", "replaced_version"
 STAGE_KEY = "stage_key"
 _HISTORY = "history"
-_NAMED_MODELS = 10  # in an error
+_MOST_NAMED = 10
 _PAGE = 1000  # versions that a store is asked for at once
 _FAILURES = ("INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED", "TEMPORARILY_UNAVAILABLE")
 _MODEL_FILE = "MLmodel"  # a copy counts once it is there
@@ -166,21 +168,33 @@ class Registry:
         return None if version is None else int(version.version)
 
     def missing(self, uri: str) -> str:
-        """What to say of a URI that stands for nothing: that, and what there is in its place."""
+        """A sentence that the URI is unknown, with the names, or aliases and versions, that exist.
+
+        Where the store does not say those, it is the sentence alone.
+        """
         from mlflow.exceptions import MlflowException
 
-        name = _matched(uri)["name"]
         told = f"there is no {uri} in the MLflow registry"
+        with suppress(MlflowException, ConnectionError):
+            return f"{told}; {self._what_there_is(_matched(uri)['name'])}"
+        return told
+
+    def _what_there_is(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
         try:
             aliases = self._client.get_registered_model(name).aliases
-        except MlflowException:
-            found = self._client.search_registered_models(max_results=_NAMED_MODELS)
-            names = ", ".join(sorted(model.name for model in found)) or "nothing"
-            return f"{told}; no model has that name, there is {names}"
-        listed = [f"@{alias} (v{number})" for alias, number in sorted(aliases.items())]
-        return (
-            f"{told}; {name} has {', '.join(listed) or 'no alias'}, {_listed(self._numbers(name))}"
-        )
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            found = self._client.search_registered_models(max_results=_PAGE)
+            names = [model.name for model in found]
+            closest = get_close_matches(name, names, n=_MOST_NAMED, cutoff=0.0)
+            more = f" and {len(names) - len(closest)} more" if len(names) > len(closest) else ""
+            return f"its models: {', '.join(closest) or 'none'}{more}"
+        named = ", ".join(f"@{alias} (v{number})" for alias, number in sorted(aliases.items()))
+        there = _versions(self._numbers(name))
+        return f"{name} has the versions {there} and the aliases {named or 'none'}"
 
     def holder(self, name: str, alias: str) -> int | None:
         """The version that an alias points at."""
@@ -279,7 +293,7 @@ class Registry:
             if numbers := self._numbers(name):
                 raise InputError(
                     f"{SCHEME}{name}@{alias}: no version has this alias, as after its version was "
-                    f"deleted; there are {_listed(numbers)}: {by_hand}"
+                    f"deleted; there are {_versions(numbers)}: {by_hand}"
                 )
             raise InputError(
                 f"{SCHEME}{name}@{alias}: there is no such model; nothing to roll back"
@@ -295,7 +309,7 @@ class Registry:
         if version is None:
             raise InputError(
                 f"{SCHEME}{name}@{alias}: v{before}, which v{current} replaced, was deleted from "
-                f"the registry; there are {_listed(self._numbers(name))}: {by_hand}"
+                f"the registry; there are {_versions(self._numbers(name))}: {by_hand}"
             )
         try:
             self._opened(version)
@@ -479,8 +493,11 @@ def _requirements(*others: str) -> list[str]:
     return [f"{name}=={metadata.version(name).split('+')[0]}" for name in names]
 
 
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(f"v{number}" for number in numbers) or "no versions"
+def _versions(numbers: Sequence[int]) -> str:
+    """The newest of them."""
+    shown = ", ".join(f"v{number}" for number in numbers[-_MOST_NAMED:]) or "none"
+    older = len(numbers) - _MOST_NAMED
+    return f"{shown} and {older} older" if older > 0 else shown
 
 
 def _now() -> str:
