@@ -40,7 +40,7 @@ test: setup  ## the test suite on TEST_WORKERS=4 processes; PYTEST_ARGS="-m 'not
 	@$(BIN)/python -m compileall -q benchmarks jobs pipelines tests tokendiff
 	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) -m "not deep" $(PYTEST_ARGS)
 
-deep: setup  ## the tests that take minutes each: nodes that come and go, a job killed twice, a toy trained long
+deep: setup  ## the tests that take long: nodes that come and go, a job killed twice, a toy trained long, more compiled models
 	$(BIN)/python -m pytest -m deep
 
 lint: setup  ## ruff and mypy
