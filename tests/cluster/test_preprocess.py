@@ -384,8 +384,9 @@ def test_the_job_makes_the_shards_of_one_process(tmp_path: Path, ray_session: No
     assert {(p["unit"], p["total"]) for p in progress} == {("bytes", sum(sizes))}
     assert [p["done"] for p in progress] == sorted(p["done"] for p in progress)
     assert progress[-1]["done"] == sum(sizes)
-    assert progress[-1]["tokens"] == sum(s["tokens"] for s in manifest.metadata["splits"].values())
-    assert progress[-1]["rows"] == progress[-1]["tokens"] // config.max_length
+    splits = manifest.metadata["splits"].values()
+    assert progress[-1]["tokens"] == sum(split["tokens"] for split in splits)
+    assert progress[-1]["rows"] == sum(split["rows"] for split in splits)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ray" / "tokenizer")
     stats = shards_of(config, tmp_path / "plain", tokenizer=tokenizer)
     assert contents(tmp_path / "ray") == contents(tmp_path / "plain")

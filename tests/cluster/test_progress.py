@@ -46,13 +46,15 @@ def test_another_thing_is_counted_from_its_beginning() -> None:
     progress, told = watched()
     with progress:
         progress.begin("bytes", total=1000, tokens_per_row=128)
-        progress._hear({(1, 0): (500, 300)})
+        progress._hear({(1, 0): (500, 300), (1, 1): (0, 0)})
+        progress.finish(0, (500, 310), rows=3)
+        progress._hear({(1, 1): (500, 150)})
         progress.begin("checks", total=71)
         progress._hear({(1, 0): (600, 400), (2, 0): (7, 0)})  # the first is of what is over
         progress.end()
         progress._hear({(2, 0): (8, 0)})
-    assert [fields.get("rows") for fields in told] == [0, 2, None, None, None]
-    assert places(told) == [(0, 0), (500, 300), (0, 0), (7, 0), (71, 0)]
+    assert [fields.get("rows") for fields in told] == [0, 2, 3, 4, None, None, None]
+    assert places(told) == [(0, 0), (500, 300), (500, 310), (1000, 460), (0, 0), (7, 0), (71, 0)]
 
 
 def test_a_worker_is_asked_once_a_second_at_most(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,9 +108,10 @@ def preprocess(
             stats.append(done)
             if done.errors is not None:
                 errors.add(done.index, done.errors.num_rows, done.errors.first)
-            num_tokens = sum(shard.tokens for shard in done.shards.values())
-            figures = (_num_bytes(partitions[done.index]), num_tokens)
-            progress.finish(done.index, figures, errors=errors.num_rows)
+            shards = done.shards.values()
+            figures = (_num_bytes(partitions[done.index]), sum(shard.tokens for shard in shards))
+            num_rows = sum(shard.rows for shard in shards)
+            progress.finish(done.index, figures, rows=num_rows, errors=errors.num_rows)
     stats.sort(key=lambda partition: partition.index)
     metadata = _metadata(config, tokenizer_name_or_path, tokenizer, stats, chats)
     warnings = _check_corpus(config, metadata, errors)

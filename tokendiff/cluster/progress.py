@@ -124,6 +124,7 @@ class JobProgress:
         self._phase = 0
         self._fields: dict[str, Any] = {}
         self._tokens_per_row: int | None = None
+        self._finished_rows = 0
         self._finished: Figures = (0, 0)
         self._under_way: dict[Unit, Figures] = {}
         self._over: set[Unit] = set()
@@ -156,13 +157,14 @@ class JobProgress:
         Args:
             what: the events' `unit`: what `done` and `total` count.
             done: of it, what an earlier attempt did.
-            tokens_per_row: where rows are not what is counted, to say how many the tokens make.
+            tokens_per_row: where rows are not what is counted, to say how many the tokens of a
+                unit make before it is whole.
             fields: what else the events say.
         """
         with self._lock:
             self._phase += 1
             self._fields = {"unit": what, "total": total, **fields}
-            self._tokens_per_row = tokens_per_row
+            self._tokens_per_row, self._finished_rows = tokens_per_row, 0
             self._finished = (done, 0)
             self._under_way = {}
             self._over = set()
@@ -180,11 +182,12 @@ class JobProgress:
             self._thread.start()
         return Reporter(board=self._board, phase=self._phase)
 
-    def finish(self, unit: int, figures: "Figures", **fields: Any) -> None:
+    def finish(self, unit: int, figures: "Figures", *, rows: int = 0, **fields: Any) -> None:
         """Count a unit that is whole.
 
         Args:
             figures: of all of it, done and tokens.
+            rows: that it made, where rows are not what is counted.
             fields: what else the events say from now on.
         """
         here = (self._phase, unit)
@@ -192,6 +195,7 @@ class JobProgress:
             self._over.add(here)
             self._under_way.pop(here, None)
             self._finished = _sum([self._finished, figures])
+            self._finished_rows += rows
             self._fields |= fields
             self._tell()
         if self._board is not None:
@@ -207,7 +211,10 @@ class JobProgress:
 
     def _tell(self) -> None:
         done, tokens = _sum([self._finished, *self._under_way.values()])
-        rows = {} if self._tokens_per_row is None else {"rows": int(tokens // self._tokens_per_row)}
+        rows = {}
+        if self._tokens_per_row is not None:
+            under_way = sum(int(n // self._tokens_per_row) for _, n in self._under_way.values())
+            rows = {"rows": self._finished_rows + under_way}
         self.on_event("progress", done=done, tokens=tokens, **rows, **self._fields)
 
     def _watch(self) -> None:
