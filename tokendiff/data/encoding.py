@@ -79,7 +79,7 @@ class Encoder:
     def with_offsets(self, text: str) -> "_ByOffsets":
         assert self._backend is not None
         self._set_up()
-        (found,) = self._backend.encode_batch([text], add_special_tokens=False)
+        found = self._backend.encode(text, add_special_tokens=False)
         return _ByOffsets(text, found.ids, found)
 
     def starts(self, ids: np.ndarray, text: str) -> np.ndarray | None:

@@ -122,13 +122,19 @@ def _quiet_configs() -> Iterator[None]:
     """Within it transformers does not warn of the config of the model beside a tokenizer, say that
     it does not know its type: whether the model can be opened is seen where it is.
     """
-    logger = logging.getLogger("transformers.configuration_utils")
+    with errors_alone("transformers.configuration_utils"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`rope_scaling` is deprecated")
+        yield
+
+
+@contextmanager
+def errors_alone(name: str) -> Iterator[None]:
+    """Within it a logger passes on errors, and nothing that is less."""
+    logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`rope_scaling` is deprecated")
-            yield
+        yield
     finally:
         logger.setLevel(level)
 

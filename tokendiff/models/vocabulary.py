@@ -1,15 +1,13 @@
 """A model's vocabulary beside that of the tokenizer that made the data."""
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tokendiff.artifacts.model_folders import local_model
-from tokendiff.data.tokenizers import open_tokenizer
+from tokendiff.data.tokenizers import errors_alone, open_tokenizer
 from tokendiff.errors import InputError
 from tokendiff.models.builtin import MODEL_FIELD, is_builtin
 
@@ -97,7 +95,7 @@ def fit_embedding(
     if size < vocab_size:
         # transformers draws the new rows from a normal distribution around the mean of the old
         # ones that is so narrow (1e-9 of their covariance) that they are that mean.
-        with _quiet_models():
+        with errors_alone("transformers.modeling_utils"):  # how they are drawn is said below
             model.resize_token_embeddings(vocab_size, mean_resizing=True)
     new = _start_unknown_tokens(model, name, tokenizer) or [*range(size, vocab_size)]
     if not new:
@@ -109,18 +107,6 @@ def fit_embedding(
         told += "their embeddings start"
     grown = f"; the embedding grows from {size:,} rows to {vocab_size:,}"
     warn(f"{told} at the mean of the others{grown if size < vocab_size else ''}")
-
-
-@contextmanager
-def _quiet_models() -> Iterator[None]:
-    """Within it transformers does not say how it draws new embeddings: that is said here."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 @torch.no_grad()
