@@ -241,9 +241,16 @@ class _Counted(TorchDispatchMode):
             index is not None and index.device.type == "cpu" for index in args[1]
         ):
             return self._waits.sent
-        is_sized = name is _aten.repeat_interleave and kwargs.get("output_size") is None
-        is_read = name in _READS or is_sized or (name in _INDEXED and _is_by_mask(name, args))
-        return self._waits.read if is_read else None
+        return self._waits.read if asks_for_a_value(func, args, kwargs) else None
+
+
+def asks_for_a_value(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation of torch answers with a value of its tensors, or with a tensor whose
+    size is one.
+    """
+    name = func.overloadpacket
+    is_sized = name is _aten.repeat_interleave and kwargs.get("output_size") is None
+    return name in _READS or is_sized or (name in _INDEXED and _is_by_mask(name, args))
 
 
 def _is_by_mask(name: Any, args: Any) -> bool:

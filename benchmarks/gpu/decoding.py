@@ -19,6 +19,7 @@ from benchmarks.gpu.models import (
     decoder,
     drafted,
     published,
+    replay_passes,
     requests_of,
     whole_row_denoiser,
 )
@@ -50,7 +51,7 @@ class Sizes:
 
 def sizes_on(machine: Machine) -> Sizes:
     if machine.is_cuda:
-        return Sizes(prompt=128, new=64, steps=16, batches=(1, 128, 8, 64))
+        return Sizes(prompt=128, new=192, steps=16, batches=(1, 128, 8, 64))
     return Sizes(prompt=6, new=8, steps=4, batches=(1, 4))
 
 
@@ -105,7 +106,8 @@ KINDS: dict[str, Kind] = {
 
 def cases(machine: Machine) -> Iterator[Case]:
     """Batch 1 and the largest one first, of each size: time may run out."""
-    build = functools.lru_cache(maxsize=3)(partial(model_of, machine))
+    build = functools.lru_cache(maxsize=3)(partial(_replaying, machine))
+    by_kernel = functools.lru_cache(maxsize=1)(partial(model_of, machine))
     sizes, shapes = sizes_on(machine), published(machine)
     dtype = "bf16" if machine.is_cuda else "toy, fp32"
     for batches in (sizes.batches[:2], sizes.batches[2:]):
@@ -118,6 +120,21 @@ def cases(machine: Machine) -> Iterator[Case]:
                         run=partial(_speed, name, shape, batch, machine, build),
                         most_seconds=40.0,
                     )
+    for name in ("ar", "sdar", "ancestral"):
+        yield Case(
+            name=f"{name}, {shapes[0].name}, batch 1, no CUDA graphs",
+            compared="each kernel launched by itself",
+            run=partial(_speed, name, shapes[0], 1, machine, by_kernel),
+            most_seconds=40.0,
+        )
+
+
+def _replaying(machine: Machine, kind: str, shape: Shape) -> Any:
+    """As in a job on a card; on a CPU passes are not replayed, nor are they in a job."""
+    model = model_of(machine, kind, shape)
+    if machine.is_cuda:
+        replay_passes(model, machine)
+    return model
 
 
 def model_of(machine: Machine, kind: str, shape: Shape) -> Any:

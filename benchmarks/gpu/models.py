@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.machine import Machine
+from benchmarks.recorded_passes import OperationRecorder
 from tokendiff.diffusion.interfaces import Request, TokenBatch
 from tokendiff.models.causal import CausalModel
 from tokendiff.models.causal_denoiser import TransformersCausalDenoiser
+from tokendiff.models.cuda_graphs import Recorder
 from tokendiff.models.denoiser import TransformersDenoiser, attend_both_ways
 from tokendiff.models.dflash.decoder import DraftedModel
 from tokendiff.models.dflash.model import DFlashDraftModel
@@ -166,6 +168,16 @@ def causal_denoiser(
 
 def decoder(shape: Shape, device: Any, dtype: torch.dtype) -> CausalModel:
     return CausalModel(causal_lm(shape, device, dtype), vocab_size=shape.vocab_size)
+
+
+def replay_passes(model: Any, machine: Machine) -> Recorder:
+    """Let a decoder or a denoiser replay its passes: CUDA graphs on a card."""
+    recorder = Recorder.on(machine.device) or OperationRecorder()
+    if isinstance(model, TransformersDenoiser):
+        model.replay_by(recorder)
+    else:
+        getattr(model, "target", model).recorder = recorder
+    return recorder
 
 
 def new_draft(shape: Shape, device: Any, dtype: torch.dtype, *, block_size: int) -> Any:

@@ -6,6 +6,7 @@ something else in that row; ties are counted and excused. Else the row is wrong.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from benchmarks.gpu.models import (
     PROVEN,
     decoder,
     drafted,
+    replay_passes,
     requests_of,
     whole_row_denoiser,
 )
@@ -88,6 +90,13 @@ def cases(machine: Machine) -> Iterator[Case]:
             run=partial(_same_as_reference, texts, machine.device),
             is_proof=True,
         )
+    for name, sampler in {**FIXED, **OPEN_ENDED}.items():
+        yield Case(
+            name=f"tokens of {name}, passes replayed",
+            compared="the same keys in float64 on the CPU, no pass replayed",
+            run=partial(_replayed, sampler, machine),
+            is_proof=True,
+        )
     for name in ("dflash", "self_speculation"):
         yield Case(
             name=f"greedy text of {name}",
@@ -143,6 +152,20 @@ def _same_as_reference(texts_of: _TextsOf, device: torch.device) -> Finding:
     expected = texts_of("cpu", torch.float64, None)
     ours = texts_of(device, torch.float32, None)
     return compared(ours, expected, lambda seed: texts_of("cpu", torch.float64, Moved(seed)))
+
+
+def _replayed(sampler: Any, machine: Machine) -> Finding:
+    is_fixed = sampler in FIXED.values()
+    texts_of = partial(_fixed if is_fixed else _open_ended, sampler)
+    new = partial(whole_row_denoiser, PROVEN) if is_fixed else partial(decoder_for, sampler)
+    model = new(machine.device, torch.float32)
+    recorder = replay_passes(model, machine)
+    ours = (rows_by if is_fixed else completions_by)(sampler, model)
+    expected = texts_of("cpu", torch.float64, None)
+    found = compared(ours, expected, lambda seed: texts_of("cpu", torch.float64, Moved(seed)))
+    if recorder.is_working and recorder.num_recorded:
+        return replace(found, figure=f"{found.figure}; {recorder.num_recorded} passes recorded")
+    return replace(found, figure=f"{found.figure}; no pass could be recorded", verdict=FAILS)
 
 
 def _as_ar(name: str, device: torch.device) -> Finding:

@@ -2,8 +2,10 @@
 
 import json
 import runpy
+import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,13 +17,23 @@ from tokendiff.tracking.serving_limits import Limits
 
 
 class Echo:
-    """In place of a model that samples."""
+    """In place of a model that samples, which takes a moment."""
+
+    def __init__(self) -> None:
+        self.num_inside = self.most_inside = 0
 
     def num_tokens(self, row: GenerationRow) -> int:
         return len(str(row.prompt)) + 10
 
     def sample(self, rows: list[GenerationRow]) -> list[dict[str, Any]]:
+        self.num_inside += 1
+        self.most_inside = max(self.most_inside, self.num_inside)
+        time.sleep(0.01)
+        self.num_inside -= 1
         return [{"text": f"{row.prompt}!", "num_model_calls": 1} for row in rows]
+
+
+ECHO = Echo()
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +48,7 @@ def ask() -> Callable[[Any], tuple[int, Any]]:
     from tokendiff.tracking.served_model import PromptModel
 
     prompt_model = PromptModel()
-    prompt_model._model, prompt_model._batch_size = Echo(), 2  # type: ignore[assignment]
+    prompt_model._model, prompt_model._batch_size = ECHO, 2  # type: ignore[assignment]
     prompt_model._limits = Limits(max_prompts=9, max_chars=200, max_tokens=150)
     signature = model_signature()
     served = PyFuncModel(
@@ -100,6 +112,16 @@ def test_texts_are_answered_in_every_form(
 ) -> None:
     """The text "5" is one."""
     assert ask(request_) == (200, ["a!", "5!"])
+
+
+def test_requests_of_several_threads_take_turns(ask: Callable[[Any], tuple[int, Any]]) -> None:
+    """A model has one state, and the server of MLflow calls it from a pool of threads."""
+    requests = [{"inputs": [f"{number}", "a", "b"]} for number in range(6)]
+    ECHO.most_inside = 0
+    with ThreadPoolExecutor(6) as threads:
+        answers = list(threads.map(ask, requests))
+    assert answers == [(200, [f"{number}!", "a!", "b!"]) for number in range(6)]
+    assert ECHO.most_inside == 1
 
 
 def test_other_columns_and_seeds_are_refused(ask: Callable[[Any], tuple[int, Any]]) -> None:

@@ -15,6 +15,7 @@ from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import DecodingCache
 from tokendiff.errors import InputError
 from tokendiff.models.adapters import DraftAdapters
+from tokendiff.models.cuda_graphs import Recorder
 from tokendiff.models.layers import hidden_states_asked
 from tokendiff.models.pretrained import longest_input
 from tokendiff.models.ragged_cache import RaggedCache
@@ -26,6 +27,10 @@ class CausalModel(nn.Module):
     Args:
         model: of AutoModelForCausalLM.
         vocab_size: ids that the tokenizer has; logits of those beyond are dropped.
+
+    Attributes:
+        recorder: of passes over caches to come, which are then replayed; for weights that stay
+            where they are. By default passes are launched one kernel after the other.
     """
 
     def __init__(self, model: Any, *, vocab_size: int) -> None:
@@ -33,6 +38,7 @@ class CausalModel(nn.Module):
         self.model = model
         self.vocab_size = vocab_size
         self.draft_adapters: DraftAdapters | None = None
+        self.recorder: Recorder | None = None
         self._is_split = _has_plain_head(model)
 
     @property
@@ -47,7 +53,7 @@ class CausalModel(nn.Module):
 
     def new_cache(self, num_rows: int) -> RaggedCache:
         layers = self.model.config.get_text_config().num_hidden_layers
-        return RaggedCache(num_rows, num_layers=layers, device=self.device)
+        return RaggedCache(num_rows, num_layers=layers, device=self.device, recorder=self.recorder)
 
     def encode(
         self,
@@ -60,11 +66,15 @@ class CausalModel(nn.Module):
         positions: Tensor | None = None,
         is_draft: Tensor | None = None,
     ) -> Tensor:
-        if self.draft_adapters is not None:
-            is_draft = None if is_draft is None else sent(is_draft, self.device)
-            self.draft_adapters.count_at(is_draft)
         return self.encode_layers(
-            tokens, num_tokens, cache, rows, rule, layers=(), positions=positions
+            tokens,
+            num_tokens,
+            cache,
+            rows,
+            rule,
+            layers=(),
+            positions=positions,
+            is_draft=is_draft,
         )[0]
 
     def encode_layers(
@@ -77,6 +87,7 @@ class CausalModel(nn.Module):
         *,
         layers: Sequence[int],
         positions: Tensor | None = None,
+        is_draft: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """As `encode`, and besides the last hidden states [n, N, D] those after each of `layers`,
         counted from 0; -1 is the embedding's output. As transformers has it, what the last layer
@@ -95,20 +106,34 @@ class CausalModel(nn.Module):
         q = places[:, :, None]
         # Padding sees itself alone: a query with nothing to see has no softmax.
         is_seen = torch.where(q < end[..., None], rule(b, q, kv) & (kv < end)[:, None], kv == q)
-        encoder = self.model.base_model if self._is_split else self.model
         # transformers counts the embedding's output as the first, and keeps those alone.
         chosen = [layer + 1 for layer in layers]
-        output = encoder(
-            input_ids=tokens,
-            attention_mask=self._masks(is_seen, places, positions),
+        inputs = {
+            "input_ids": tokens,
+            "attention_mask": self._masks(is_seen, places, positions),
             # Padding may stand where a model with learned positions has none.
-            position_ids=positions.masked_fill(is_padding, 0),
-            past_key_values=cache,
-            use_cache=True,
-            output_hidden_states=hidden_states_asked(chosen),
+            "position_ids": positions.masked_fill(is_padding, 0),
+        }
+
+        def forward(given: dict[str, Any]) -> list[Tensor]:
+            if self.draft_adapters is not None:
+                self.draft_adapters.count_at(given["is_draft"])
+            output = encoder(
+                **given["inputs"],
+                past_key_values=cache,
+                use_cache=True,
+                output_hidden_states=hidden_states_asked(chosen),
+            )
+            hidden = output.last_hidden_state if self._is_split else output.logits
+            return [hidden, *(output.hidden_states[index] for index in chosen)]
+
+        encoder = self.model.base_model if self._is_split else self.model
+        if is_draft is not None:
+            is_draft = sent(is_draft, self.device)
+        hidden, *states = cache.run(
+            forward, {"inputs": inputs, "is_draft": is_draft}, facts=(tuple(chosen),)
         )
-        hidden = output.last_hidden_state if self._is_split else output.logits
-        return hidden, [output.hidden_states[index] for index in chosen]
+        return hidden, states
 
     def head(self, hidden: Tensor) -> Tensor:
         logits = self.model.get_output_embeddings()(hidden) if self._is_split else hidden

@@ -29,7 +29,9 @@ from tokendiff.diffusion.interfaces import (
 )
 from tokendiff.diffusion.random import key_from
 from tokendiff.errors import InputError
+from tokendiff.models.causal import CausalModel
 from tokendiff.models.checkpoints import take_average
+from tokendiff.models.cuda_graphs import Recorder
 from tokendiff.models.decoding import (
     check_decoder,
     find_mask_token,
@@ -237,6 +239,8 @@ class CompletionModel:
         elif checkpoint is not None:
             take_average(model.model, checkpoint)
         self._model: Decoder = model.to(device)
+        if isinstance(model, CausalModel):
+            model.recorder = Recorder.on(torch.device(device))
         self._target = self._model
         if config.draft_model_id is not None:
             draft: Any = load_draft(config.draft_model_id, dtype=dtype)

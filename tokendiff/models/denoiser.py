@@ -12,6 +12,7 @@ from tokendiff.diffusion.attention_masks import positions_in_document, whole_doc
 from tokendiff.diffusion.devices import sent
 from tokendiff.errors import InputError
 from tokendiff.models import tiled_attention
+from tokendiff.models.cuda_graphs import Recorder, Replays
 from tokendiff.models.families import CAUSAL_TYPES, DECODER_TYPES
 from tokendiff.models.masked_attention import (
     IMPLEMENTATIONS,
@@ -201,6 +202,13 @@ class TransformersDenoiser(ModelInTwoParts):
         tiled_attention.register()
         self._kernel = attention_kernel
         self._own_attention = self._attention = model.config._attn_implementation
+        self._recorder: Recorder | None = None
+        self._replays: Replays | None = None
+
+    def replay_by(self, recorder: Recorder | None) -> None:
+        """Replay passes without gradient from now on; for weights that stay where they are."""
+        self._recorder = recorder
+        self._replays = None if recorder is None else Replays(recorder)
 
     @property
     def is_time_conditioned(self) -> bool:
@@ -214,10 +222,19 @@ class TransformersDenoiser(ModelInTwoParts):
         else:
             inputs = self._hiding_padding(is_valid)
         condition = {"time": sent(time, self.device)} if self.is_time_conditioned else {}
-        encoder = self.model if self._head is None else self.model.base_model
-        output = encoder(input_ids=sent(tokens, self.device), **inputs, **condition)
-        hidden: Tensor = output.logits if self._head is None else output.last_hidden_state
+        inputs = {"input_ids": sent(tokens, self.device), **inputs, **condition}
+        if self._replays is None:
+            (hidden,) = self._forward(inputs)
+        else:
+            (hidden,) = self._replays(
+                self._forward, inputs, num_tokens=tokens.numel(), facts=(self._attention,)
+            )
         return self._at_what_they_tell(hidden, document) if self.predicts_next else hidden
+
+    def _forward(self, inputs: dict[str, Any]) -> list[Tensor]:
+        encoder = self.model if self._head is None else self.model.base_model
+        output = encoder(**inputs)
+        return [output.logits if self._head is None else output.last_hidden_state]
 
     def new_memory(self, num_rows: int) -> "RaggedCache":
         """See `tokendiff.diffusion.interfaces.WindowedDenoiser`."""
@@ -225,7 +242,9 @@ class TransformersDenoiser(ModelInTwoParts):
 
         check_windows(self.model.config, origin="the model")
         layers = self.model.config.num_hidden_layers
-        return RaggedCache(num_rows, num_layers=layers, device=self.model.device)
+        return RaggedCache(
+            num_rows, num_layers=layers, device=self.model.device, recorder=self._recorder
+        )
 
     def encode_window(
         self, tokens: Tensor, positions: Tensor, is_valid: Tensor, memory: Any, rows: Tensor
@@ -243,14 +262,17 @@ class TransformersDenoiser(ModelInTwoParts):
             is_seen = torch.zeros_like(is_seen, dtype=self.model.dtype).masked_fill(
                 ~is_seen, lowest
             )
-        output = self.model.base_model(
-            input_ids=sent(tokens.gather(1, positions), self.device),
-            attention_mask=is_seen,
-            position_ids=sent(positions, self.device),
-            past_key_values=memory,
-            use_cache=True,
-        )
-        hidden: Tensor = output.last_hidden_state
+        inputs = {
+            "input_ids": sent(tokens.gather(1, positions), self.device),
+            "attention_mask": is_seen,
+            "position_ids": sent(positions, self.device),
+        }
+
+        def forward(given: dict[str, Any]) -> list[Tensor]:
+            output = self.model.base_model(**given, past_key_values=memory, use_cache=True)
+            return [output.last_hidden_state]
+
+        (hidden,) = memory.run(forward, inputs)
         return hidden[:, :-1] if self.predicts_next else hidden
 
     def _at_what_they_tell(self, hidden: Tensor, document: Tensor | None) -> Tensor:

@@ -6,7 +6,8 @@ that prompts need no padding at the left, positions are true positions, a row ca
 and its place can be given to another text.
 """
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from tokendiff.diffusion.devices import sent
+from tokendiff.models.cuda_graphs import Pass, Recorder, Replays
 
 _GROWTH = 128  # tokens; capacity is a multiple
 
@@ -104,12 +106,23 @@ class RaggedCache(Cache):
     Args:
         num_rows: R.
         device: of the model.
+        recorder: of the model's passes, where they are replayed; widths are round then, so that
+            passes are alike.
     """
 
-    def __init__(self, num_rows: int, *, num_layers: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        num_layers: int,
+        device: torch.device | str,
+        recorder: Recorder | None = None,
+    ) -> None:
         self._layers = [_RaggedLayer(num_rows) for _ in range(num_layers)]
         super().__init__(layers=list(self._layers))
         self._device = torch.device(device)
+        self._replays = None if recorder is None else Replays(recorder)
+        self._widest = 0
         self._lengths = torch.zeros(num_rows, dtype=torch.int64)  # of the CPU, wherever keys are
 
     @property
@@ -133,6 +146,8 @@ class RaggedCache(Cache):
         lengths = self._lengths[rows]
         positions = lengths[:, None] + offsets
         width = int(lengths.max()) + offsets.shape[1]
+        if self._replays is not None:
+            width = -(-width // _GROWTH) * _GROWTH
         self.begin_within(rows, positions, width)
         return positions, width
 
@@ -141,14 +156,46 @@ class RaggedCache(Cache):
         sees the first `width` keys of each row.
         """
         leading = torch.arange(len(rows), device=rows.device)
-        call = _Call(
-            rows=sent(rows, self._device),
-            positions=sent(positions, self._device),
-            width=width,
-            is_leading=bool((rows == leading).all()),
+        if width > self._widest:  # and so keys and values move
+            self._widest = width
+            if self._replays is not None:
+                self._replays.forget()
+        self._begin(
+            _Call(
+                rows=sent(rows, self._device),
+                positions=sent(positions, self._device),
+                width=width,
+                is_leading=bool((rows == leading).all()),
+            )
         )
+
+    def _begin(self, call: _Call) -> None:
+        self._call = call
         for layer in self._layers:
             layer.call = call
+
+    def run(
+        self, forward: Pass, inputs: dict[str, Any], *, facts: tuple[Hashable, ...] = ()
+    ) -> list[Tensor]:
+        """`forward(inputs)`, the pass that was begun; replayed where one like it was recorded.
+
+        Args:
+            inputs, facts: see `Replays.__call__`.
+        """
+        if self._replays is None:
+            return forward(inputs)
+        call = self._call
+
+        def begun(given: dict[str, Any]) -> list[Tensor]:
+            self._begin(replace(call, rows=given["rows"], positions=given["positions"]))
+            return forward(given["inputs"])
+
+        return self._replays(
+            begun,
+            {"rows": call.rows, "positions": call.positions, "inputs": inputs},
+            num_tokens=call.positions.numel(),
+            facts=(call.width, call.is_leading, *facts),
+        )
 
     def view(self, rows: Tensor) -> CacheView:
         """What is kept of rows [n], as wide as the longest of them."""

@@ -19,6 +19,7 @@ from tokendiff.data.samples import num_new_tokens
 from tokendiff.diffusion.interfaces import Figures, OnProgress, StepCallback, unwatched
 from tokendiff.diffusion.random import RowGenerator, key_from
 from tokendiff.errors import InputError
+from tokendiff.models.cuda_graphs import Recorder
 from tokendiff.models.denoiser import check_windows
 from tokendiff.models.layers import round_for_autocast
 from tokendiff.models.sources import DenoiserSource
@@ -201,6 +202,7 @@ class SamplingModel:
         if dtype == torch.bfloat16 and self._device.type != "cpu":
             round_for_autocast(denoiser)
         self._denoiser = denoiser.to(device)
+        self._denoiser.replay_by(Recorder.on(self._device))
         self._source = source
         self._take_sampler(config)
         self._encoder = prompt_encoder(source, config)

@@ -5,9 +5,10 @@ the package.
 """
 
 import os
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
@@ -15,6 +16,9 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel
 
 from tokendiff.tracking.serving_limits import Limits
+
+if TYPE_CHECKING:
+    from tokendiff.data.prompts import GenerationRow
 
 # A request's rows have ids of their own: the seed, then the place in the request.
 _PLACE_BITS = 32
@@ -27,6 +31,11 @@ class PromptModel(PythonModel):
     # MLflow would advise type hints wherever this class is made, past every filter of warnings; the
     # signature says more than they could.
     _skip_type_hint_validation = True
+
+    def __init__(self) -> None:
+        # A server calls from several threads, and what a model is told before a pass (where its
+        # adapters count, say) is the whole model's.
+        self._turn = threading.Lock()
 
     def load_context(self, context: Any) -> None:
         import torch
@@ -83,20 +92,25 @@ class PromptModel(PythonModel):
             GenerationRow(id=(seed << _PLACE_BITS) + place, prompt=prompt)
             for place, prompt in enumerate(prompts)
         ]
-        records: list[dict[str, Any]] = []
-        begun = time.monotonic()
         try:
             self._refuse_too_much(prompts, num_tokens=sum(map(self._model.num_tokens, rows)))
-            for at in range(0, len(rows), self._batch_size):
-                if time.monotonic() - begun > self._limits.max_seconds:
-                    raise TooMuch(
-                        f"not done after {self._limits.max_seconds} s, with {at} of {len(rows)} "
-                        "prompts; send fewer in one request"
-                    )
-                records += self._model.sample(rows[at : at + self._batch_size])
+            with self._turn:
+                records = self._sampled(rows)
         except ValueError as error:  # too long, or what the sampler cannot fill
             raise _refusal(str(error)) from error
         return [{name: r[name] for name in ("text", "num_model_calls")} for r in records]
+
+    def _sampled(self, rows: "list[GenerationRow]") -> list[dict[str, Any]]:
+        records: list[dict[str, Any]] = []
+        begun = time.monotonic()
+        for at in range(0, len(rows), self._batch_size):
+            if time.monotonic() - begun > self._limits.max_seconds:
+                raise TooMuch(
+                    f"not done after {self._limits.max_seconds} s, with {at} of {len(rows)} "
+                    "prompts; send fewer in one request"
+                )
+            records += self._model.sample(rows[at : at + self._batch_size])
+        return records
 
     def _refuse_too_much(self, prompts: list[Any], *, num_tokens: int | None = None) -> None:
         problem = self._limits.problem_of(

@@ -142,7 +142,10 @@ class DraftedCache:
         self.of_target = target.new_cache(num_rows)
         self._draft = draft
         self._of_draft = RaggedCache(
-            num_rows, num_layers=draft.config.num_hidden_layers, device=target.device
+            num_rows,
+            num_layers=draft.config.num_hidden_layers,
+            device=target.device,
+            recorder=target.recorder,
         )
         width, block_size = draft.fc.in_features, draft.config.block_size
         assert block_size is not None
@@ -212,12 +215,17 @@ class DraftedCache:
             of_block = sent(positions, there)[:, num_states:]
             is_near = in_window(kv, of_block, window)[:, None]
             masks[SLIDING] = is_near if mask is None else is_near & mask
-        output: Any = self._draft(
-            noise_embeds=block,
-            context_hidden_states=states,
-            attention_mask=masks,
-            position_ids=sent(positions, there),
-            past_key_values=self._of_draft,
-        )
+        inputs = {
+            "noise_embeds": block,
+            "context_hidden_states": states,
+            "attention_mask": masks,
+            "position_ids": sent(positions, there),
+        }
+
+        def forward(given: dict[str, Any]) -> list[Tensor]:
+            output: Any = self._draft(**given, past_key_values=self._of_draft)
+            return [output.last_hidden_state]
+
+        (hidden,) = self._of_draft.run(forward, inputs)
         self._of_draft.extend(rows, counts)
-        return output.last_hidden_state
+        return hidden

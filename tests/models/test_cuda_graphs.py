@@ -1,0 +1,258 @@
+"""Passes that are recorded and replayed, on the CPU: what is replayed there are the operations that
+ran (`benchmarks.recorded_passes`), on the memory that they ran on.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.models import PROVEN, whole_row_denoiser
+from benchmarks.gpu.samplers import FIXED, OPEN_ENDED, completions_by, decoder_for, rows_by
+from benchmarks.recorded_passes import OperationRecorder
+from tests.samplers import test_dflash_walk
+from tests.samplers.test_decoding import ARCHITECTURES, V, causal_model, completed, requests_of
+from tokendiff.models import cuda_graphs, ragged_cache
+from tokendiff.models.causal import CausalModel
+from tokendiff.models.cuda_graphs import Recorder, Replays
+from tokendiff.models.kept_base import put_draft_adapters
+from tokendiff.samplers.autoregressive import AutoregressiveSampler
+from tokendiff.samplers.dflash import DFlashSampler
+from tokendiff.samplers.sdar import SDARSampler
+from tokendiff.samplers.self_speculation import SelfSpeculationSampler
+
+MASK = V - 1
+
+
+def replaying(model: Any, recorder: Recorder) -> Any:
+    """The model, or its target with the draft beside it, with its passes replayed."""
+    getattr(model, "target", model).recorder = recorder
+    return model
+
+
+def assert_replayed(recorder: OperationRecorder) -> None:
+    assert recorder.is_working
+    assert recorder.num_recorded > 0
+    assert recorder.num_replayed > 2 * recorder.num_recorded
+
+
+# Text is what it was.
+
+
+@pytest.mark.parametrize("name", OPEN_ENDED)
+def test_continuations_are_those_without(name: str) -> None:
+    sampler, recorder = OPEN_ENDED[name], OperationRecorder()
+    expected = completions_by(sampler, decoder_for(sampler, "cpu", torch.float64))
+    model = replaying(decoder_for(sampler, "cpu", torch.float64), recorder)
+    assert completions_by(sampler, model) == expected
+    assert_replayed(recorder)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_rows_of_one_length_are_those_without(name: str) -> None:
+    sampler, recorder = FIXED[name], OperationRecorder()
+    expected = rows_by(sampler, whole_row_denoiser(PROVEN, "cpu", torch.float64))
+    model = whole_row_denoiser(PROVEN, "cpu", torch.float64)
+    model.replay_by(recorder)
+    assert rows_by(sampler, model) == expected
+    assert_replayed(recorder)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_text_of_every_kind_of_layer_while_the_cache_grows(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows, learned positions and capped logits; and a cache that moves when it grows."""
+    monkeypatch.setattr(ragged_cache, "_GROWTH", 8)
+    sampler = AutoregressiveSampler(max_new_tokens=20, stop_token_ids=(7, 12))
+    expected = completed(sampler, causal_model(name), requests_of())
+    recorder = OperationRecorder()
+    model = replaying(causal_model(name), recorder)
+    assert completed(sampler, model, requests_of()) == expected
+    assert recorder.is_working
+    assert recorder.num_replayed > 0
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_text_of_a_model_that_drafts_for_itself(is_kept: bool) -> None:
+    """With adapters that count in drafts alone, and without."""
+
+    def model() -> CausalModel:
+        made = causal_model()
+        if is_kept:
+            adapters: Any = {
+                "rank": 2,
+                "alpha": 4.0,
+                "target_modules": ["q_proj", "v_proj"],
+                "mask_token_id": MASK,
+                "is_new_token": False,
+            }
+            put_draft_adapters(made, adapters)
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(3)
+                for name, parameter in made.named_parameters():
+                    if "lora_" in name:
+                        parameter.copy_(torch.randn_like(parameter))
+        return made
+
+    sampler = SelfSpeculationSampler(
+        mask_token_id=MASK, block_length=4, max_new_tokens=20, keeps_base=is_kept
+    )
+    expected = completed(sampler, model(), requests_of())
+    recorder = OperationRecorder()
+    assert completed(sampler, replaying(model(), recorder), requests_of()) == expected
+    assert_replayed(recorder)
+
+
+@pytest.mark.parametrize("window", [6, 2048])
+def test_text_of_a_draft_that_walks_over_candidates(window: int) -> None:
+    sampler = DFlashSampler(max_new_tokens=20, temperature=0.0)
+    walking = test_dflash_walk.walking_model
+    expected = completed(sampler, walking("qwen3", window=window), requests_of())  # type: ignore
+    recorder = OperationRecorder()
+    model = replaying(walking("qwen3", window=window), recorder)
+    assert completed(sampler, model, requests_of()) == expected
+    assert recorder.is_working
+    assert recorder.num_replayed > 0
+
+
+# A pass that cannot be recorded.
+
+
+def sdar() -> SDARSampler:
+    return SDARSampler(
+        mask_token_id=MASK, block_length=4, max_new_tokens=16, confidence_threshold=0.3
+    )
+
+
+class _Asking(OperationRecorder):
+    """Of a model that asks the device for a number, as one with experts may."""
+
+    def record(self, run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+        def asking() -> list[Tensor]:
+            results = run()
+            bool(results[0].sum() > 0)
+            return results
+
+        return super().record(asking)
+
+
+class _Wrong(OperationRecorder):
+    """Of a card that replays something else."""
+
+    def record(self, run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+        replay = super().record(run)
+        return lambda: [result + 1 for result in replay()]
+
+
+@pytest.mark.parametrize(
+    ("recorder", "reason"),
+    [(_Asking(), "asks the device for a value"), (_Wrong(), "gave other numbers")],
+)
+def test_it_decodes_without_and_says_so_once(
+    recorder: Recorder, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = completed(sdar(), causal_model(), requests_of())
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            model = replaying(causal_model(), recorder)
+            assert completed(sdar(), model, requests_of()) == expected
+    (said,) = caplog.messages
+    assert reason in said
+    assert "decodes slower" in said
+    assert recorder.num_recorded == 0
+
+
+# When a pass is recorded.
+
+
+def doubled(given: dict[str, Any]) -> list[Tensor]:
+    return [2 * given["x"], given["x"] + (0 if given["y"] is None else given["y"])]
+
+
+@torch.no_grad()
+def test_what_has_come_before_is_replayed_and_results_stay() -> None:
+    recorder = OperationRecorder()
+    replays, results = Replays(recorder), []
+    for number in range(6):
+        given = {"x": torch.full((2, 3), float(number)), "y": None}
+        results.append(replays(doubled, given, num_tokens=6))
+    # The third call is the one that records, and sees that the recording gives the same.
+    assert (recorder.num_recorded, recorder.num_replayed) == (1, 1 + 3)
+    for number, (first, second) in enumerate(results):
+        assert torch.equal(first, torch.full((2, 3), 2.0 * number))
+        assert torch.equal(second, torch.full((2, 3), float(number)))
+
+
+@torch.no_grad()
+def test_what_differs_is_recorded_by_itself() -> None:
+    recorder = OperationRecorder()
+    replays = Replays(recorder)
+    x = torch.ones(2, 3)
+    kinds: list[tuple[Any, tuple[int, ...]]] = [
+        ({"x": x, "y": None}, ()),
+        ({"x": x, "y": x}, ()),
+        ({"x": x, "y": 1}, ()),
+        ({"x": x, "y": 2}, ()),
+        ({"x": x.double(), "y": None}, ()),
+        ({"x": x[:1], "y": None}, ()),
+        ({"x": x, "y": None}, (1,)),
+    ]
+    for _ in range(4):
+        for given, facts in kinds:
+            found = replays(doubled, given, num_tokens=6, facts=facts)
+            assert all(map(torch.equal, found, doubled(given)))
+    assert recorder.num_recorded == len(kinds)
+    with torch.autocast("cpu", torch.bfloat16):
+        replays(doubled, kinds[0][0], num_tokens=6)
+    assert recorder.num_replayed == 2 * len(kinds)
+
+
+@torch.no_grad()
+def test_what_is_better_launched_anew() -> None:
+    recorder = OperationRecorder()
+    replays, given = Replays(recorder), {"x": torch.ones(2, 3), "y": None}
+    for _ in range(4):
+        replays(doubled, given, num_tokens=100_000)
+        replays(doubled, {**given, "z": object()}, num_tokens=6)  # as a mask of flex attention
+        with torch.enable_grad():
+            replays(doubled, given, num_tokens=6)
+    assert recorder.num_recorded == 0
+    for width in range(1, cuda_graphs._MOST_RECORDINGS + 4):
+        for _ in range(4):
+            replays(doubled, {"x": torch.ones(2, width), "y": None}, num_tokens=6)
+    assert recorder.num_recorded == cuda_graphs._MOST_RECORDINGS
+    replays.forget()
+    replays(doubled, given, num_tokens=6)
+    assert recorder.num_recorded == cuda_graphs._MOST_RECORDINGS
+
+
+@torch.no_grad()
+def test_a_weight_that_autocast_has_cast_is_not_part_of_a_recording() -> None:
+    """Autocast keeps what it has cast until it ends, and a recording would go on reading that."""
+    layer, recorder = torch.nn.Linear(4, 4), OperationRecorder()
+    layer.requires_grad_(True)
+    replays = Replays(recorder)
+
+    def run(given: dict[str, Any]) -> list[Tensor]:
+        with torch.enable_grad():  # so that the cast is kept
+            return [layer(given["x"]).detach()]
+
+    for number in range(5):
+        x = torch.full((1, 4), float(number))
+        with torch.autocast("cpu", torch.bfloat16):
+            if number == 4:
+                layer.weight.mul_(2)
+                layer.bias.zero_()
+            (found,) = replays(run, {"x": x}, num_tokens=1)
+        expected = x.bfloat16() @ layer.weight.bfloat16().T + layer.bias.bfloat16()
+        torch.testing.assert_close(found, expected)
+    assert (recorder.num_recorded, recorder.num_replayed) == (1, 3)
+
+
+def test_jobs_on_a_cpu_record_nothing() -> None:
+    assert Recorder.on(torch.device("cpu")) is None
+    assert isinstance(Recorder.on(torch.device("cuda", 0)), Recorder)

@@ -1,0 +1,192 @@
+"""Forward passes that are recorded once and then replayed: CUDA graphs.
+
+A pass of decoding reads a few tokens and launches hundreds of kernels, and to launch them takes
+Python longer than it takes the card to run them. Passes with the same shapes come again and again.
+One that has come a few times is recorded, and from then on all its kernels are launched at once.
+
+A recording holds addresses: what a pass reads that is new each time is copied to where the recorded
+pass reads it, and everything else, weights and caches, must stay where it is. So models are only
+recorded where they do nothing but decode.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from tokendiff.errors import reason_of
+
+logger = logging.getLogger(__name__)
+
+Pass = Callable[[Any], list[Tensor]]
+Replay = Callable[[], list[Tensor]]
+
+_TIMES_BEFORE = 2  # that a pass runs without being recorded: many shapes come but once
+_MOST_TOKENS = 8192  # of a pass; in longer ones the card is busy without this
+_MOST_RECORDINGS = 32  # at a time
+_TOLERANCE = 0.02  # of the spread of a result: kernels may be others, and sum in another order
+
+
+class Recorder:
+    """What records the passes of one model on a CUDA device.
+
+    A model whose passes cannot be recorded (one that asks the device for a number, say) decodes
+    without: it is said once and not tried again.
+
+    Attributes:
+        is_working: False once a recording failed.
+        num_recorded: passes so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.is_working, self.num_recorded = True, 0
+        self._shared: tuple[Any, torch.cuda.Stream] | None = None
+
+    @classmethod
+    def on(cls, device: torch.device) -> "Recorder | None":
+        """None where passes are launched fast enough: on a CPU."""
+        return cls(device) if device.type == "cuda" else None
+
+    def record(self, run: Replay) -> Replay:
+        """What a call of `run` computes, to be computed again."""
+        with torch.cuda.device(self.device):
+            if self._shared is None:  # recordings never run at once, so their memory is shared
+                self._shared = (torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+            pool, stream = self._shared
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()  # what libraries set up in their first call on a stream is not recorded
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may use the device meanwhile.
+            with torch.cuda.graph(
+                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
+                results = run()
+
+        def replay() -> list[Tensor]:
+            graph.replay()
+            return results
+
+        return replay
+
+    def give_up(self, reason: str) -> None:
+        self.is_working = False
+        logger.warning(
+            "passes of this model are not replayed as CUDA graphs (%s); it decodes slower", reason
+        )
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """
+    Attributes:
+        inputs: the tensors that the recorded pass reads.
+    """
+
+    inputs: list[Tensor]
+    replay: Replay
+
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        for held, new in zip(self.inputs, inputs, strict=True):
+            held.copy_(new)
+        # The next replay writes where this one did.
+        return [result.clone() for result in self.replay()]
+
+
+class Replays:
+    """The passes of one model over one cache, by their shapes."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._times: Counter[Hashable] = Counter()
+        self._recordings: dict[Hashable, _Recording] = {}
+
+    def forget(self) -> None:
+        """To be called when a tensor has moved that passes use and do not take as an input."""
+        self._times.clear()
+        self._recordings.clear()
+
+    def __call__(
+        self, run: Pass, inputs: Any, *, num_tokens: int, facts: tuple[Hashable, ...] = ()
+    ) -> list[Tensor]:
+        """`run(inputs)`, replayed where a pass of these shapes was recorded.
+
+        Args:
+            inputs: tensors on the device, and numbers and None, in dicts, lists and tuples.
+            num_tokens: of the pass.
+            facts: what else decides what `run` does.
+        """
+        leaves, structure = pytree.tree_flatten(inputs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        is_recorded = (
+            self._recorder.is_working
+            and num_tokens <= _MOST_TOKENS
+            and not torch.is_grad_enabled()
+            and all(leaf is None or isinstance(leaf, bool | int | float) for leaf in others)
+        )
+        if not is_recorded:
+            return run(inputs)
+        device = self._recorder.device.type
+        key = (
+            facts,
+            repr(structure),
+            tuple(
+                (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+            ),
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+        )
+        if (recording := self._recordings.get(key)) is not None:
+            return recording(tensors)
+        self._times[key] += 1
+        results = run(inputs)
+        if self._times[key] > _TIMES_BEFORE and len(self._recordings) < _MOST_RECORDINGS:
+            self._record(key, run, leaves, structure, results)
+        return results
+
+    def _record(
+        self,
+        key: Hashable,
+        run: Pass,
+        leaves: list[Any],
+        structure: Any,
+        results: list[Tensor],
+    ) -> None:
+        """Record a pass that gave `results`, and see that it gives them again."""
+        held = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        inputs = pytree.tree_unflatten(held, structure)
+
+        def run_once() -> list[Tensor]:
+            # A weight that autocast has cast and kept would be gone when the pass is replayed.
+            was_kept = torch.is_autocast_cache_enabled()
+            torch.set_autocast_cache_enabled(False)
+            try:
+                return run(inputs)
+            finally:
+                torch.set_autocast_cache_enabled(was_kept)
+
+        try:
+            replay = self._recorder.record(run_once)
+            is_same = all(map(_are_close, replay(), results))
+        except RuntimeError as error:  # of CUDA, out of memory included
+            self._recorder.give_up(reason_of(error))
+            return
+        if not is_same:
+            self._recorder.give_up("a replayed pass gave other numbers")
+            return
+        self._recorder.num_recorded += 1
+        tensors = [leaf for leaf in held if isinstance(leaf, Tensor)]
+        self._recordings[key] = _Recording(inputs=tensors, replay=replay)
+
+
+def _are_close(found: Tensor, expected: Tensor) -> bool:
+    expected = expected.float()
+    tolerance = _TOLERANCE * float(expected.nan_to_num().std(correction=0)) + 1e-6
+    return torch.allclose(found.float(), expected, rtol=_TOLERANCE, atol=tolerance, equal_nan=True)
