@@ -51,7 +51,9 @@ class _Operations(TorchDispatchMode):
         return found
 
     def run_again(self, results: list[Tensor]) -> list[Tensor]:
-        """The results, of what now stands in the tensors that no operation made."""
+        """The results, of what now stands in the tensors that no operation made, in the same memory
+        as the last time.
+        """
         made: dict[int, Any] = {}
 
         def now(value: Any) -> Any:
@@ -62,4 +64,4 @@ class _Operations(TorchDispatchMode):
             again = func(*args, **kwargs)
             for old, new in zip(pytree.tree_leaves(found), pytree.tree_leaves(again), strict=True):
                 made[id(old)] = new
-        return [now(result) for result in results]
+        return [result.copy_(now(result)) for result in results]
