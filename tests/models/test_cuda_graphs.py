@@ -15,6 +15,7 @@ from benchmarks.gpu.samplers import FIXED, OPEN_ENDED, completions_by, decoder_f
 from benchmarks.recorded_passes import OperationRecorder
 from tests.samplers import test_dflash_walk
 from tests.samplers.test_decoding import ARCHITECTURES, V, causal_model, completed, requests_of
+from tokendiff.diffusion.attention_masks import block_causal_by_position, causal_by_position
 from tokendiff.models import cuda_graphs, ragged_cache
 from tokendiff.models.causal import CausalModel
 from tokendiff.models.cuda_graphs import Recorder, Replays
@@ -76,34 +77,70 @@ def test_text_of_every_kind_of_layer_while_the_cache_grows(
     assert recorder.num_replayed > 0
 
 
-@pytest.mark.parametrize("is_kept", [False, True])
-def test_text_of_a_model_that_drafts_for_itself(is_kept: bool) -> None:
-    """With adapters that count in drafts alone, and without."""
+def with_adapters() -> CausalModel:
+    """A model with adapters that count in drafts alone."""
+    made = causal_model()
+    adapters: Any = {
+        "rank": 2,
+        "alpha": 4.0,
+        "target_modules": ["q_proj", "v_proj"],
+        "mask_token_id": MASK,
+        "is_new_token": False,
+    }
+    put_draft_adapters(made, adapters)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(3)
+        for name, parameter in made.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter))
+    return made
 
-    def model() -> CausalModel:
-        made = causal_model()
-        if is_kept:
-            adapters: Any = {
-                "rank": 2,
-                "alpha": 4.0,
-                "target_modules": ["q_proj", "v_proj"],
-                "mask_token_id": MASK,
-                "is_new_token": False,
-            }
-            put_draft_adapters(made, adapters)
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                torch.manual_seed(3)
-                for name, parameter in made.named_parameters():
-                    if "lora_" in name:
-                        parameter.copy_(torch.randn_like(parameter))
-        return made
 
+@pytest.mark.parametrize("model", [causal_model, with_adapters])
+def test_text_of_a_model_that_drafts_for_itself(model: Callable[[], CausalModel]) -> None:
     sampler = SelfSpeculationSampler(
-        mask_token_id=MASK, block_length=4, max_new_tokens=20, keeps_base=is_kept
+        mask_token_id=MASK, block_length=4, max_new_tokens=20, keeps_base=model is with_adapters
     )
     expected = completed(sampler, model(), requests_of())
     recorder = OperationRecorder()
     assert completed(sampler, replaying(model(), recorder), requests_of()) == expected
+    assert_replayed(recorder)
+
+
+@torch.no_grad()
+def test_whatever_a_caller_may_change_between_passes_counts() -> None:
+    """Where adapters count, which rows there are, how many tokens of each, what they see, which
+    layers are asked for.
+    """
+    plain, recorder = with_adapters(), OperationRecorder()
+    model = replaying(with_adapters(), recorder)
+    caches = [each.new_cache(3) for each in (plain, model)]
+    generator = torch.Generator().manual_seed(4)
+    for number in range(24):
+        rows = torch.tensor([[0, 1], [2, 0], [1, 2]][number % 3])
+        tokens = torch.randint(0, V, (2, 3), generator=generator)
+        counts = torch.randint(1, 4, (2,), generator=generator)
+        is_draft = torch.rand(2, 3, generator=generator) < 0.5
+        rule = (causal_by_position, block_causal_by_position(3))[number % 2]
+        found = [
+            each.encode_layers(
+                tokens,
+                counts,
+                cache,
+                rows,
+                rule,
+                layers=[(0,), (1,)][number // 12],
+                is_draft=None if number % 4 == 0 else is_draft,
+            )
+            for each, cache in zip((plain, model), caches, strict=True)
+        ]
+        (expected, states), (hidden, again) = found
+        is_there = torch.arange(3) < counts[:, None]
+        torch.testing.assert_close(hidden[is_there], expected[is_there])
+        torch.testing.assert_close(again[0][is_there], states[0][is_there])
+        if number % 2:
+            for cache in caches:
+                cache.extend(rows, counts)
     assert_replayed(recorder)
 
 

@@ -226,9 +226,7 @@ class TransformersDenoiser(ModelInTwoParts):
         if self._replays is None:
             (hidden,) = self._forward(inputs)
         else:
-            (hidden,) = self._replays(
-                self._forward, inputs, num_tokens=tokens.numel(), facts=(self._attention,)
-            )
+            (hidden,) = self._replays(self._forward, inputs, num_tokens=tokens.numel())
         return self._at_what_they_tell(hidden, document) if self.predicts_next else hidden
 
     def _forward(self, inputs: dict[str, Any]) -> list[Tensor]:
