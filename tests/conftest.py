@@ -70,6 +70,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return "pytest.mark.gpu" not in collection_path.read_text(encoding="utf-8") or None
 
 
+def pytest_collection_finish() -> None:
+    _leave_modules_alone(len(sys.modules) // 100)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What starts a cluster is slow, so that `-m "not slow"` is all that need not."""
     for item in items:
@@ -119,6 +123,16 @@ def pytest_runtest_teardown() -> None:
     """
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+    _leave_modules_alone(len(sys.modules) // 100)
+
+
+@functools.cache
+def _leave_modules_alone(num_hundreds: int) -> None:
+    """What modules hold stays, and jobs that end, each of which looks for garbage, would look
+    through it, half a second every time. To be called again once there are many more of them.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 _LONG_TO_MAKE = ("ray_session", "head", "history", "portable_failures", "trained", "tried", "whole")

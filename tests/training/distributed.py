@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 from tokendiff.artifacts.tensor_files import TensorFiles
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
+from tokendiff.training import run
+from tokendiff.training.memory import MemoryPlan
 from tokendiff.training.run import train_in_process
 
 # What a run imports on its way, which each worker would do anew.
@@ -29,6 +32,8 @@ _IMPORTED_BY_A_RUN = (
     "transformers.models.modernbert.modeling_modernbert",
     "transformers.trainer_pt_utils",
 )
+
+_NO_MEMORY = MemoryPlan(weights=0, gradients=0, optimizer=0, average=0, activations=0, logits=0)
 
 Losses = dict[int, float]
 Job = tuple[TrainConfig, Any]  # and the folder that it writes to
@@ -118,7 +123,9 @@ def _losses_of(config: TrainConfig, data: Path, folder: Any) -> Losses:
         if event == "metrics":
             losses[fields["step"]] = fields["loss"]
 
-    train_in_process(config, TokenData.open(data, split="train"), folder, on_event=keep)
+    # The plan of each worker's memory takes longer than these runs do, and has tests of its own.
+    with mock.patch.object(run, "plan_memory", return_value=_NO_MEMORY):
+        train_in_process(config, TokenData.open(data, split="train"), folder, on_event=keep)
     return losses
 
 
