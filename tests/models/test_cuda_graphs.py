@@ -255,6 +255,7 @@ def test_what_is_better_launched_anew() -> None:
     for _ in range(4):
         replays(doubled, given, num_tokens=100_000)
         replays(doubled, {**given, "z": object()}, num_tokens=6)  # as a mask of flex attention
+        replays(doubled, {**given, "x": torch.ones(2**23)}, num_tokens=6)
         with torch.enable_grad():
             replays(doubled, given, num_tokens=6)
     assert recorder.num_recorded == 0

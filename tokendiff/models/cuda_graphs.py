@@ -28,7 +28,7 @@ Replay = Callable[[], list[Tensor]]
 
 _TIMES_BEFORE = 2  # that a pass runs without being recorded: many shapes come but once
 _MOST_TOKENS = 8192  # of a pass; in longer ones the card is busy without this
-_MOST_RECORDINGS = 32  # at a time
+_MOST_RECORDINGS, _MOST_BYTES = 32, 2**26  # at a time; of what each holds
 _TOLERANCE = 0.02  # of the spread of a result: kernels may be others, and sum in another order
 
 
@@ -147,7 +147,9 @@ class Replays:
             return recording(tensors)
         self._times[key] += 1
         results = run(inputs)
-        if self._times[key] > _TIMES_BEFORE and len(self._recordings) < _MOST_RECORDINGS:
+        is_small = sum(tensor.nbytes for tensor in [*tensors, *results]) <= _MOST_BYTES
+        is_due = self._times[key] > _TIMES_BEFORE and len(self._recordings) < _MOST_RECORDINGS
+        if is_due and is_small:
             self._record(key, run, leaves, structure, results)
         return results
 
