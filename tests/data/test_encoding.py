@@ -43,11 +43,13 @@ def byte_level(
     return trained(tokenizer, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
 
 
-def wordpiece(*, prefix: str = "##", **options: Any) -> Tokenizer:
+def wordpiece(
+    *, prefix: str = "##", pre_tokenizer: str = "BertPreTokenizer", **options: Any
+) -> Tokenizer:
     model = models.WordPiece(unk_token="[UNK]", continuing_subword_prefix=prefix)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.BertNormalizer(**options)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.pre_tokenizer = getattr(pre_tokenizers, pre_tokenizer)()
     trainer = trainers.WordPieceTrainer(
         vocab_size=200, special_tokens=["[UNK]"], continuing_subword_prefix=prefix
     )
@@ -84,6 +86,7 @@ TOKENIZERS: dict[str, tuple[Callable[[], Tokenizer], list[str] | None]] = {
     "wordpiece": (wordpiece, [MARKED]),
     "wordpiece, cased": (lambda: wordpiece(lowercase=False), [MARKED]),
     "wordpiece, not of BERT": (lambda: wordpiece(prefix="@@"), None),
+    "wordpiece, words of letters": (lambda: wordpiece(pre_tokenizer="Whitespace"), None),
     "unigram": (unigram, None),
 }
 
@@ -149,7 +152,20 @@ def test_the_library_is_asked_for_places_only_where_lengths_do_not_give_them(
 
 # What BERT's normalizer leaves out, takes apart, makes longer, or puts blanks around.
 LETTERS = [
-    *("\u00ad", "\u200b", "\ufeff", "\u00a0", "\u3000", "\x00", "\x0b", "\x85", "\u0130", "\u1e9e"),
+    *(
+        "\u0e01 \u0e02",
+        "\u200c",
+        "\u00ad",
+        "\u200b",
+        "\ufeff",
+        "\u00a0",
+        "\u3000",
+        "\x00",
+        "\x0b",
+        "\x85",
+        "\u0130",
+        "\u1e9e",
+    ),
     *(
         "\ufb01",
         "\u0301",
@@ -177,13 +193,16 @@ def test_places_by_letters_of_any_script(
     chance = random.Random(3)
     codes = [*range(0x20, 0x3100), *range(0xAC00, 0xAD00), *range(0x1F600, 0x1F650)]
     alphabet = [*map(chr, codes), *LETTERS]
-    known = {letter for each in alphabet for letter in normalizer.normalize_str(each)}
+    known = {letter for each in "".join(alphabet) for letter in normalizer.normalize_str(each)}
     pieces = ["[UNK]", *known, *(f"##{letter}" for letter in known), "the", "##ing"]
     model = models.WordPiece({piece: id_ for id_, piece in enumerate(pieces)}, unk_token="[UNK]")
     rust = Tokenizer(model)
     rust.normalizer, rust.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="[EOS]")
-    tokenizer.add_tokens([AddedToken("\u00c9a", normalized=True)])
+    tokenizer.add_tokens([AddedToken("\u00c9a", normalized=True), AddedToken("\u0e01 \u0e02")])
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["\u200c"]}
+    )  # no letter of it is left
     encoder, num_asked = Encoder(tokenizer), 0
     ask = encoder.with_offsets
 

@@ -178,7 +178,7 @@ class Encoder:
             return _MANY  # of any text, or with the blanks before it
         if added is not None:
             return int(self._letters.of(_code_points(token)).sum())
-        return len(token.removeprefix(_CONTINUES) or token)
+        return len(token.removeprefix(_CONTINUES))
 
     @cached_property
     def _letters(self) -> "_Numbers":
