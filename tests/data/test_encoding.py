@@ -1,6 +1,7 @@
 """Ids and places are those of transformers, whichever way they are found."""
 
 import random
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
@@ -42,11 +43,17 @@ def byte_level(
     return trained(tokenizer, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
 
 
-def wordpiece() -> Tokenizer:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return trained(tokenizer, trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]"]))
+def wordpiece(
+    *, prefix: str = "##", pre_tokenizer: str = "BertPreTokenizer", **options: Any
+) -> Tokenizer:
+    model = models.WordPiece(unk_token="[UNK]", continuing_subword_prefix=prefix)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(**options)
+    tokenizer.pre_tokenizer = getattr(pre_tokenizers, pre_tokenizer)()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=200, special_tokens=["[UNK]"], continuing_subword_prefix=prefix
+    )
+    return trained(tokenizer, trainer)
 
 
 def unigram() -> Tokenizer:
@@ -66,15 +73,21 @@ def texts(count: int, seed: int) -> list[str]:
     return ["".join(chance.choices(WORDS, k=chance.randrange(40))) for _ in range(count)]
 
 
-TOKENIZERS: dict[str, tuple[Callable[[], Tokenizer], bool]] = {
-    "byte level": (byte_level, True),
-    "a prefix space": (lambda: byte_level(has_prefix_space=True), False),
-    "nothing trimmed": (lambda: byte_level(trims=False), True),
-    "blanks trimmed": (lambda: byte_level(trims=True), False),
-    "nfc": (lambda: byte_level(normalizer=normalizers.NFC()), True),
-    "lower case": (lambda: byte_level(normalizer=normalizers.Lowercase()), False),
-    "wordpiece": (wordpiece, False),
-    "unigram": (unigram, False),
+# A tokenizer, and the texts of `WITH_MARKS` whose places the library is asked for later; None where
+# it is for all of them at once.
+PLAIN, COMPOSED, MARKED = "The cat's \u00e9 <\u00fcber> [EOS]\n", "The e\u0301", "a <mark> b"
+TOKENIZERS: dict[str, tuple[Callable[[], Tokenizer], list[str] | None]] = {
+    "byte level": (byte_level, [MARKED]),
+    "a prefix space": (lambda: byte_level(has_prefix_space=True), None),
+    "nothing trimmed": (lambda: byte_level(trims=False), [MARKED]),
+    "blanks trimmed": (lambda: byte_level(trims=True), None),
+    "nfc": (lambda: byte_level(normalizer=normalizers.NFC()), [COMPOSED, MARKED]),
+    "lower case": (lambda: byte_level(normalizer=normalizers.Lowercase()), None),
+    "wordpiece": (wordpiece, [MARKED]),
+    "wordpiece, cased": (lambda: wordpiece(lowercase=False), [MARKED]),
+    "wordpiece, not of BERT": (lambda: wordpiece(prefix="@@"), None),
+    "wordpiece, words of letters": (lambda: wordpiece(pre_tokenizer="Whitespace"), None),
+    "unigram": (unigram, None),
 }
 
 
@@ -117,7 +130,7 @@ def test_ids_and_places_are_those_of_transformers(name: str, splits_special: boo
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_the_library_is_asked_for_places_only_where_bytes_do_not_give_them(
+def test_the_library_is_asked_for_places_only_where_lengths_do_not_give_them(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = Encoder(of_transformers(name))
@@ -129,16 +142,89 @@ def test_the_library_is_asked_for_places_only_where_bytes_do_not_give_them(
         return ask(text)
 
     monkeypatch.setattr(encoder, "with_offsets", with_offsets)
-    plain, composed, marked = encoder(
-        ["The cat's \u00e9 <\u00fcber> [EOS]\n", "The e\u0301", "a <mark> b"]
-    )
-    for each in (plain, composed, marked):
+    for each in encoder([PLAIN, COMPOSED, MARKED]):
         each.starts_at(1)
         each.starts_at(2)
-    if not TOKENIZERS[name][1]:
-        assert not asked  # it was, for all of them at once
-    else:
-        assert asked == (["The e\u0301"] if name == "nfc" else []) + ["a <mark> b"]
+    later = TOKENIZERS[name][1]
+    assert (encoder._placed is None) == (later is None)
+    assert asked == (later or [])
+
+
+# What BERT's normalizer leaves out, takes apart, makes longer, or puts blanks around.
+LETTERS = [
+    *(
+        "\u0e01 \u0e02",
+        "\u200c",
+        "\u00ad",
+        "\u200b",
+        "\ufeff",
+        "\u00a0",
+        "\u3000",
+        "\x00",
+        "\x0b",
+        "\x85",
+        "\u0130",
+        "\u1e9e",
+    ),
+    *(
+        "\ufb01",
+        "\u0301",
+        "\u0327",
+        "\u0958",
+        "\ud55c",
+        "\uae00",
+        "\u5b57",
+        "\U0001f642",
+        "\U0002f800",
+    ),
+]
+
+
+@pytest.mark.parametrize("clean_text", [False, True])
+@pytest.mark.parametrize("lowercase", [False, True])
+@pytest.mark.parametrize("strip_accents", [None, False, True])
+def test_places_by_letters_of_any_script(
+    clean_text: bool, lowercase: bool, strip_accents: bool | None
+) -> None:
+    """With a vocabulary that knows every letter, so that no word is unknown."""
+    normalizer: Any = normalizers.BertNormalizer(
+        clean_text=clean_text, lowercase=lowercase, strip_accents=strip_accents
+    )
+    chance = random.Random(3)
+    codes = [*range(0x20, 0x3100), *range(0xAC00, 0xAD00), *range(0x1F600, 0x1F650)]
+    alphabet = [*map(chr, codes), *LETTERS]
+    known = {letter for each in "".join(alphabet) for letter in normalizer.normalize_str(each)}
+    pieces = ["[UNK]", *known, *(f"##{letter}" for letter in known), "the", "##ing"]
+    model = models.WordPiece({piece: id_ for id_, piece in enumerate(pieces)}, unk_token="[UNK]")
+    rust = Tokenizer(model)
+    rust.normalizer, rust.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="[EOS]")
+    tokenizer.add_tokens([AddedToken("\u00c9a", normalized=True), AddedToken("\u0e01 \u0e02")])
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["\u200c"]}
+    )  # no letter of it is left
+    encoder, num_asked = Encoder(tokenizer), 0
+    ask = encoder.with_offsets
+
+    def with_offsets(text: str) -> Any:
+        nonlocal num_asked
+        num_asked += 1
+        return ask(text)
+
+    encoder.with_offsets = with_offsets  # type: ignore[method-assign]
+    drawn: list[str] = []
+    for _ in range(400):
+        some = [*chance.choices(alphabet, k=12), *chance.choices(WORDS + LETTERS, k=8)]
+        chance.shuffle(some)
+        drawn.append("".join(some))
+    expected = tokenizer(drawn, add_special_tokens=False).encodings
+    for text, each, told in zip(drawn, encoder(drawn), expected, strict=True):
+        starts = [told.token_to_chars(token)[0] for token in range(len(told.ids))]
+        assert each.ids.tolist() == told.ids
+        assert [each.starts_at(token) for token in range(len(starts))] == starts, repr(text)
+        for char in range(len(text) + 1):
+            assert each.first_from(char) == bisect_left(starts, char)
+    assert num_asked < len(drawn) // 2
 
 
 def test_an_id_beyond_the_size_of_the_vocabulary() -> None:

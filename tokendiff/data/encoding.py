@@ -2,12 +2,12 @@
 
 The tokenizers library computes the place of every token, which takes up to a sixth of its time. Few
 of them are needed: where rows end, and where answers begin. Byte-level tokenizers write out every
-byte of a text, so the lengths of the tokens before a place give it, and the library is told not to
-compute it.
+byte of a text, and BERT's every letter, blanks apart. So the lengths of the tokens before a place
+give it, and the library is told not to compute it.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from types import NoneType
 from typing import Any
@@ -16,6 +16,8 @@ from unicodedata import is_normalized
 import numpy as np
 
 # Shows whether a tokenizer leaves blanks out of its places, or puts one in front.
+_CONTINUES = "##"  # what BERT puts before a token within a word
+_MANY = 2**24  # letters, more than a text of this length could have with others
 _PROBE = "a  bc\n\n d\u00e9 \u5b57\U0001f642 x1 .\tA"
 
 
@@ -62,17 +64,21 @@ class Encoder:
             tokenizer.split_special_tokens if splits_special is None else splits_special
         )
         self._backend = tokenizer.backend_tokenizer if _is_only_rust(tokenizer) else None
-        self._lengths = _Lengths(tokenizer)
         self._has_normalizer = self._backend is not None and self._backend.normalizer is not None
-        self._is_byte_level = self._backend is not None and self._finds_places_by_bytes()
+        self._lengths = _Numbers(self._bytes_of_token)
+        self._placed: type[_ByBytes | _ByLetters] | None = None
+        if self._backend is not None and self._finds_places_by_bytes():
+            self._placed = _ByBytes
+        elif self._backend is not None and self._finds_places_by_letters():
+            self._placed = _ByLetters
 
     def __call__(self, texts: list[str]) -> Sequence[Encoded]:
         if self._backend is None:
             return self._by_transformers(texts)
         self._set_up()
-        if self._is_byte_level:
+        if (placed := self._placed) is not None:
             found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-            return [_ByBytes(text, each.ids, self) for text, each in zip(texts, found, strict=True)]
+            return [placed(text, each.ids, self) for text, each in zip(texts, found, strict=True)]
         found = self._backend.encode_batch(texts, add_special_tokens=False)
         return [_ByOffsets(text, each.ids, each) for text, each in zip(texts, found, strict=True)]
 
@@ -82,7 +88,7 @@ class Encoder:
         found = self._backend.encode(text, add_special_tokens=False)
         return _ByOffsets(text, found.ids, found)
 
-    def starts(self, ids: np.ndarray, text: str) -> np.ndarray | None:
+    def byte_starts(self, ids: np.ndarray, text: str) -> np.ndarray | None:
         """[N] bytes before each token; None where the tokens do not write all of this text, or
         write another, for a normalizer changed it or an added token took the blanks beside it.
         """
@@ -91,6 +97,15 @@ class Encoder:
         lengths = self._lengths.of(ids)
         ends = np.cumsum(lengths)
         return ends - lengths if lengths.sum() == utf8_bytes(text) else None
+
+    def letter_starts(self, ids: np.ndarray, text: str) -> np.ndarray | None:
+        """[N] the character in which each token begins; None where the tokens do not write all
+        letters of this text, for it has an unknown word.
+        """
+        lengths, letters = self._lengths.of(ids), self._letters.of(_code_points(text))
+        if lengths.sum() != letters.sum() or (lengths == 0).any():
+            return None
+        return np.repeat(np.arange(len(text)), letters)[np.cumsum(lengths) - lengths]
 
     def _set_up(self) -> None:
         """As transformers does in each call."""
@@ -130,9 +145,53 @@ class Encoder:
                 return False
         told = self.with_offsets(_PROBE)
         found = _ByBytes(_PROBE, told.ids, self)
-        return self.starts(told.ids, _PROBE) is not None and all(
+        return self.byte_starts(told.ids, _PROBE) is not None and all(
             found.starts_at(token) == told.starts_at(token) for token in range(len(told.ids))
         )
+
+    def _finds_places_by_letters(self) -> bool:
+        """Whether tokens are the letters that BERT's normalizer makes of a text, each of them, in
+        their order. It looks at one character at a time.
+        """
+        from tokenizers import models, normalizers, pre_tokenizers
+
+        assert self._backend is not None
+        self._lengths = _Numbers(self._letters_of_token)
+        model = self._backend.model
+        return (
+            type(self._backend.normalizer) is normalizers.BertNormalizer
+            and type(self._backend.pre_tokenizer) is pre_tokenizers.BertPreTokenizer
+            and type(model) is models.WordPiece
+            and model.continuing_subword_prefix == _CONTINUES
+        )
+
+    def _bytes_of_token(self, id_: int) -> int:
+        """Each character of a byte-level vocabulary is a byte."""
+        if (added := self._added.get(id_)) is not None:
+            return utf8_bytes(added.content)
+        return len(self._tokenizer.convert_ids_to_tokens(id_))
+
+    def _letters_of_token(self, id_: int) -> int:
+        assert self._backend is not None
+        token, added = self._tokenizer.convert_ids_to_tokens(id_), self._added.get(id_)
+        if token == self._backend.model.unk_token or (added is not None and added.lstrip):
+            return _MANY  # of any text, or with the blanks before it
+        if added is not None:
+            return int(self._letters.of(_code_points(token)).sum())
+        return len(token.removeprefix(_CONTINUES))
+
+    @cached_property
+    def _letters(self) -> "_Numbers":
+        """By code point, how many letters are left of a character, blanks being none."""
+        assert self._backend is not None
+        normalizer = self._backend.normalizer
+        return _Numbers(lambda code: len(normalizer.normalize_str(chr(code)).strip()))
+
+    @cached_property
+    def _added(self) -> dict[int, Any]:
+        # transformers makes it anew each time that it is asked.
+        added: dict[int, Any] = self._tokenizer.added_tokens_decoder
+        return added
 
 
 class _Placed(Encoded):
@@ -151,7 +210,7 @@ class _ByOffsets(_Placed):
         return int(self._encoding.token_to_chars(token)[0])
 
 
-class _ByBytes(_Placed):
+class _ByLetters(_Placed):
     def __init__(self, text: str, ids: Sequence[int] | np.ndarray, encoder: Encoder) -> None:
         super().__init__(text, ids)
         self._encoder = encoder
@@ -161,10 +220,27 @@ class _ByBytes(_Placed):
             return len(self.text)
         if self._starts is None:
             return self._by_library.starts_at(token)
-        start = int(self._starts[token])
-        if self.text.isascii():
-            return start
-        return len(self.text.encode()[:start].decode(errors="ignore"))
+        return int(self._starts[token])
+
+    def first_from(self, char: int) -> int:
+        if self._starts is None:
+            return self._by_library.first_from(char)
+        return int(np.searchsorted(self._starts, char))
+
+    @cached_property
+    def _starts(self) -> np.ndarray | None:
+        return self._encoder.letter_starts(self.ids, self.text)
+
+    @cached_property
+    def _by_library(self) -> _ByOffsets:
+        return self._encoder.with_offsets(self.text)
+
+
+class _ByBytes(_ByLetters):
+    def starts_at(self, token: int) -> int:
+        if token == len(self.ids) or self._starts is None or self.text.isascii():
+            return super().starts_at(token)
+        return len(self.text.encode()[: int(self._starts[token])].decode(errors="ignore"))
 
     def first_from(self, char: int) -> int:
         if self._starts is None:
@@ -173,41 +249,30 @@ class _ByBytes(_Placed):
 
     @cached_property
     def _starts(self) -> np.ndarray | None:
-        return self._encoder.starts(self.ids, self.text)
-
-    @cached_property
-    def _by_library(self) -> _ByOffsets:
-        return self._encoder.with_offsets(self.text)
+        return self._encoder.byte_starts(self.ids, self.text)
 
 
-class _Lengths:
-    """How many bytes a token of a byte-level vocabulary is: each of its characters is one."""
+class _Numbers:
+    """A number of each of many ids, found when it is first asked for."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._known = np.full(len(tokenizer), -1, dtype=np.int32)
+    def __init__(self, find: Callable[[int], int]) -> None:
+        self._find = find
+        self._known = np.empty(0, dtype=np.int32)
 
     def of(self, ids: np.ndarray) -> np.ndarray:
-        more = ids.max(initial=-1) + 1 - len(self._known)
-        if more > 0:  # there are vocabularies whose ids leave some out
+        more = int(ids.max(initial=-1)) + 1 - len(self._known)
+        if more > 0:
             self._known = np.append(self._known, np.full(more, -1, dtype=np.int32))
-        lengths = self._known[ids]
-        if (is_new := lengths < 0).any():
+        numbers = self._known[ids]
+        if (is_new := numbers < 0).any():
             for id_ in np.unique(ids[is_new]).tolist():
-                self._known[id_] = self._length(id_)
-            lengths = self._known[ids]
-        return lengths
+                self._known[id_] = self._find(id_)
+            numbers = self._known[ids]
+        return numbers
 
-    def _length(self, id_: int) -> int:
-        if (added := self._added.get(id_)) is not None:
-            return utf8_bytes(added.content)
-        return len(self._tokenizer.convert_ids_to_tokens(id_))
 
-    @cached_property
-    def _added(self) -> dict[int, Any]:
-        # transformers makes it anew each time that it is asked.
-        added: dict[int, Any] = self._tokenizer.added_tokens_decoder
-        return added
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<i4")
 
 
 def utf8_bytes(text: str) -> int:
