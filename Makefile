@@ -40,8 +40,9 @@ test: setup  ## the test suite on TEST_WORKERS=4 processes; PYTEST_ARGS="-m 'not
 	@$(BIN)/python -m compileall -q benchmarks jobs pipelines tests tokendiff
 	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) -m "not deep" $(PYTEST_ARGS)
 
-deep: setup  ## the tests that take long: nodes that come and go, a job killed twice, a toy trained long, more compiled models
+deep: setup  ## the tests that take long: nodes that come and go, a job killed twice, a toy trained long, more compiled models, whole pipelines on Ray
 	$(BIN)/python -m pytest -m deep
+	TESTS_ON_RAY=1 $(BIN)/python -m pytest tests/pipelines/test_pipeline.py tests/jobs/test_remote_jobs.py
 
 lint: setup  ## ruff and mypy
 	$(BIN)/python -m ruff check .

@@ -6,11 +6,13 @@ So whatever goes wrong in a replay because it was not handed over goes wrong her
 """
 
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.utils import import_utils
 
 from benchmarks.device_reads import asks_for_a_value
 from tokendiff.models.cuda_graphs import Recorder, Replay
@@ -27,7 +29,11 @@ class OperationRecorder(Recorder):
         self.num_replayed = 0
 
     def record(self, run: Replay) -> Replay:
-        with _Operations() as recorded:
+        # transformers asks whether a stream is being recorded, and goes other ways then.
+        with (
+            mock.patch.object(import_utils, "is_cuda_stream_capturing", return_value=True),
+            _Operations() as recorded,
+        ):
             results = run()
 
         def replay() -> list[Tensor]:

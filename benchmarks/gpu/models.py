@@ -173,10 +173,7 @@ def decoder(shape: Shape, device: Any, dtype: torch.dtype) -> CausalModel:
 def replay_passes(model: Any, machine: Machine) -> Recorder:
     """Let a decoder or a denoiser replay its passes: CUDA graphs on a card."""
     recorder = Recorder.on(machine.device) or OperationRecorder()
-    if isinstance(model, TransformersDenoiser):
-        model.replay_by(recorder)
-    else:
-        getattr(model, "target", model).recorder = recorder
+    getattr(model, "target", model).replay_by(recorder)
     return recorder
 
 

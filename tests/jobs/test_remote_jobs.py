@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.in_this_process import jobs_here
 from tokendiff.artifacts.locations import RemotePath, cache_folder, files_under
 from tokendiff.artifacts.manifest import verify
 from tokendiff.config.train import TrainConfig
@@ -45,7 +46,8 @@ def test_from_text_to_a_report(
     assert result["checkpoint"] == f"{root}/out/final"
     # What one process makes of the same text on this machine.
     here = {"data_files": f"{tmp_path}/*.txt", "output_dir": tmp_path / "data"}
-    job(preprocess.main, capsys, **data, **here)
+    with jobs_here():
+        job(preprocess.main, capsys, **data, **here)
     local = TokenData.open(tmp_path / "data", split="train")
     assert TokenData.open(f"{root}/out/data", split="train").fingerprint == local.fingerprint
     losses: list[float] = []
@@ -65,14 +67,9 @@ def test_from_text_to_a_report(
     again = job(train.main, capsys, **flags)
     assert again == result
 
-    judged = job(
-        evaluate.main,
-        capsys,
-        **cluster,
-        checkpoint_path=f"{root}/out",
-        output_dir=f"{root}/evaluation",
-        max_eval_rows=4,
-    )
+    evaluation = {"checkpoint_path": f"{root}/out", "output_dir": f"{root}/evaluation"}
+    with jobs_here():
+        judged = job(evaluate.main, capsys, **cluster, **evaluation, max_eval_rows=4)
     assert judged["report"] == f"{root}/evaluation/report/index.html"
     verify(root / "evaluation")
     by_row = read_rows(root / "evaluation", "nats_per_token")

@@ -30,7 +30,7 @@ MASK = V - 1
 
 def replaying(model: Any, recorder: Recorder) -> Any:
     """The model, or its target with the draft beside it, with its passes replayed."""
-    getattr(model, "target", model).recorder = recorder
+    getattr(model, "target", model).replay_by(recorder)
     return model
 
 

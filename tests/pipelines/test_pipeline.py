@@ -18,6 +18,7 @@ from pipelines.graph import pipeline_stages
 from pipelines.paths import input_path, output_path
 from pipelines.runner import plan, run_pipeline
 from tests import ROOT
+from tests.in_this_process import jobs_here
 from tokendiff.artifacts.locations import RemotePath
 from tokendiff.artifacts.manifest import verify
 from tokendiff.config.loader import load_config
@@ -207,7 +208,8 @@ def test_a_pipeline_from_file_to_report_and_again(
 
     # Another evaluation of the same model: only that stage runs.
     changed = ["-o", "evaluate.seed=1", *untracked]
-    assert pipeline_job.main(["run", str(path), *changed]) == 0
+    with jobs_here():
+        assert pipeline_job.main(["run", str(path), *changed]) == 0
     assert capsys.readouterr().out.count("  done (made by an earlier run, in ") == 3
 
     # A finished stage whose file is gone is said, not passed over.
@@ -250,9 +252,9 @@ def test_a_pipeline_that_watches_itself_ends_early_and_shows_it(
     assert capsys.readouterr().out.count("  done (made by an earlier run, in ") == 3
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 def test_variants_run_side_by_side_in_processes_of_their_own(
-    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sections = {
         "stages": {

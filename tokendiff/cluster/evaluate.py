@@ -59,6 +59,7 @@ from tokendiff.evaluation.pass_times import num_passes, outlook_tables, pass_sec
 from tokendiff.evaluation.report import write_report
 from tokendiff.evaluation.summary import make_report
 from tokendiff.evaluation.tasks.suite import TASKS, SuiteResult, write_suite
+from tokendiff.models.cuda_graphs import Recorder
 from tokendiff.models.decoding import open_causal
 from tokendiff.models.tracing import TRACE_STEPS, can_be_traced, trace_sample
 from tokendiff.training.trainer import OnEvent
@@ -271,6 +272,7 @@ def timed_passes(
 
         dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         model, _ = open_causal(str(fetch(checkpoint)), field="checkpoint_path", dtype=dtype)
+        model.replay_by(Recorder.on(torch.device(device)))  # as where it generates
         done: list[int] = []
 
         def note() -> None:

@@ -2,8 +2,8 @@
 
 The tokenizers library computes the place of every token, which takes up to a sixth of its time. Few
 of them are needed: where rows end, and where answers begin. Byte-level tokenizers write out every
-byte of a text, and BERT's every letter, blanks apart. So the lengths of the tokens before a place
-give it, and the library is told not to compute it.
+byte of a text, BERT's tokenizers every letter but no blanks. So the lengths of the tokens before a
+place give it, and the library is told not to compute it.
 """
 
 from bisect import bisect_left
@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from types import NoneType
 from typing import Any
-from unicodedata import is_normalized
+from unicodedata import combining, is_normalized
 
 import numpy as np
 
-# Shows whether a tokenizer leaves blanks out of its places, or puts one in front.
 _CONTINUES = "##"  # what BERT puts before a token within a word
-_MANY = 2**24  # letters, more than a text of this length could have with others
+_MANY = 2**24  # letters: it is not known how many
+# Shows whether a tokenizer leaves blanks out of its places, or puts one in front.
 _PROBE = "a  bc\n\n d\u00e9 \u5b57\U0001f642 x1 .\tA"
 
 
@@ -70,7 +70,7 @@ class Encoder:
         if self._backend is not None and self._finds_places_by_bytes():
             self._placed = _ByBytes
         elif self._backend is not None and self._finds_places_by_letters():
-            self._placed = _ByLetters
+            self._placed, self._lengths = _ByLetters, _Numbers(self._letters_of_token)
 
     def __call__(self, texts: list[str]) -> Sequence[Encoded]:
         if self._backend is None:
@@ -103,7 +103,7 @@ class Encoder:
         letters of this text, for it has an unknown word.
         """
         lengths, letters = self._lengths.of(ids), self._letters.of(_code_points(text))
-        if lengths.sum() != letters.sum() or (lengths == 0).any():
+        if not lengths.sum() == letters.sum() < _MANY:
             return None
         return np.repeat(np.arange(len(text)), letters)[np.cumsum(lengths) - lengths]
 
@@ -156,7 +156,6 @@ class Encoder:
         from tokenizers import models, normalizers, pre_tokenizers
 
         assert self._backend is not None
-        self._lengths = _Numbers(self._letters_of_token)
         model = self._backend.model
         return (
             type(self._backend.normalizer) is normalizers.BertNormalizer
@@ -174,18 +173,27 @@ class Encoder:
     def _letters_of_token(self, id_: int) -> int:
         assert self._backend is not None
         token, added = self._tokenizer.convert_ids_to_tokens(id_), self._added.get(id_)
-        if token == self._backend.model.unk_token or (added is not None and added.lstrip):
-            return _MANY  # of any text, or with the blanks before it
-        if added is not None:
-            return int(self._letters.of(_code_points(token)).sum())
-        return len(token.removeprefix(_CONTINUES))
+        if token == self._backend.model.unk_token:
+            return _MANY
+        if added is None:
+            return len(token.removeprefix(_CONTINUES))
+        letters = self._letters.of(_code_points(token))
+        # Such a token begins before its first letter.
+        begins_apart = added.lstrip or not letters[:1].any()
+        return _MANY if begins_apart else int(letters.sum())
 
     @cached_property
     def _letters(self) -> "_Numbers":
         """By code point, how many letters are left of a character, blanks being none."""
         assert self._backend is not None
         normalizer = self._backend.normalizer
-        return _Numbers(lambda code: len(normalizer.normalize_str(chr(code)).strip()))
+
+        def letters_of(code: int) -> int:
+            found = normalizer.normalize_str(chr(code)).strip()
+            # Marks are sorted among themselves, and then stand elsewhere than in the text.
+            return _MANY if any(map(combining, found)) else len(found)
+
+        return _Numbers(letters_of)
 
     @cached_property
     def _added(self) -> dict[int, Any]:
@@ -210,7 +218,9 @@ class _ByOffsets(_Placed):
         return int(self._encoding.token_to_chars(token)[0])
 
 
-class _ByLetters(_Placed):
+class _ByLengths(_Placed):
+    """Places from the lengths of tokens; asked of the library where they do not give them."""
+
     def __init__(self, text: str, ids: Sequence[int] | np.ndarray, encoder: Encoder) -> None:
         super().__init__(text, ids)
         self._encoder = encoder
@@ -229,14 +239,20 @@ class _ByLetters(_Placed):
 
     @cached_property
     def _starts(self) -> np.ndarray | None:
-        return self._encoder.letter_starts(self.ids, self.text)
+        raise NotImplementedError
 
     @cached_property
     def _by_library(self) -> _ByOffsets:
         return self._encoder.with_offsets(self.text)
 
 
-class _ByBytes(_ByLetters):
+class _ByLetters(_ByLengths):
+    @cached_property
+    def _starts(self) -> np.ndarray | None:
+        return self._encoder.letter_starts(self.ids, self.text)
+
+
+class _ByBytes(_ByLengths):
     def starts_at(self, token: int) -> int:
         if token == len(self.ids) or self._starts is None or self.text.isascii():
             return super().starts_at(token)

@@ -24,6 +24,7 @@ import torch
 
 from tokendiff.diffusion.attention_masks import causal_by_position
 from tokendiff.models.causal import CausalModel
+from tokendiff.models.cuda_graphs import RECORDED_AT
 
 BATCHES, BLOCKS = (1, 8), (4, 8, 16)
 _CONTEXT, _REPEATS = 256, 5  # tokens that a row has read before; passes of each kind
@@ -61,13 +62,13 @@ def pass_seconds(
         cache.extend(rows, torch.full_like(rows, context))
         for width in widths:
             seconds = []
-            for _ in range(1 + _REPEATS):  # the first does what is done once
+            for _ in range(RECORDED_AT + _REPEATS):  # the first ones do what is done once
                 begun = _now(model.device)
                 hidden = _read(model, cache, rows, width)
                 for states in hidden[:, : _num_predicting(width)].flatten(0, 1).split(_AT_ONCE):
                     model.head(states)
                 seconds.append(_now(model.device) - begun)
-            found[_name(batch, width)] = statistics.median(seconds[1:])
+            found[_name(batch, width)] = statistics.median(seconds[-_REPEATS:])
             on_pass()
     return found
 

@@ -27,10 +27,6 @@ class CausalModel(nn.Module):
     Args:
         model: of AutoModelForCausalLM.
         vocab_size: ids that the tokenizer has; logits of those beyond are dropped.
-
-    Attributes:
-        recorder: of passes over caches to come, which are then replayed; for weights that stay
-            where they are. By default passes are launched one kernel after the other.
     """
 
     def __init__(self, model: Any, *, vocab_size: int) -> None:
@@ -40,6 +36,10 @@ class CausalModel(nn.Module):
         self.draft_adapters: DraftAdapters | None = None
         self.recorder: Recorder | None = None
         self._is_split = _has_plain_head(model)
+
+    def replay_by(self, recorder: Recorder | None) -> None:
+        """Replay passes over caches to come; for weights that stay where they are."""
+        self.recorder = recorder
 
     @property
     def device(self) -> torch.device:

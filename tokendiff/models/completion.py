@@ -240,7 +240,7 @@ class CompletionModel:
             take_average(model.model, checkpoint)
         self._model: Decoder = model.to(device)
         if isinstance(model, CausalModel):
-            model.recorder = Recorder.on(torch.device(device))
+            model.replay_by(Recorder.on(torch.device(device)))
         self._target = self._model
         if config.draft_model_id is not None:
             draft: Any = load_draft(config.draft_model_id, dtype=dtype)
@@ -331,7 +331,7 @@ class CompletionModel:
         names = [field.name for field in dataclasses.fields(AutoregressiveSampler)]
         alone = AutoregressiveSampler(**{name: getattr(sampler, name) for name in names})
         requests = [self.setup.request(row) for row in rows]
-        if not self._is_warm:  # what is done once, and then never again, is not timed
+        if not self._is_warm:  # what is done once in a process is not timed
             few = min(_WARM_UP_TOKENS, sampler.max_new_tokens)
             for side, model in ((alone, self._target), (sampler, self._model)):
                 brief = dataclasses.replace(side, max_new_tokens=few)

@@ -10,8 +10,9 @@ recorded where they do nothing but decode.
 """
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Hashable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,17 +27,20 @@ logger = logging.getLogger(__name__)
 Pass = Callable[[Any], list[Tensor]]
 Replay = Callable[[], list[Tensor]]
 
-_TIMES_BEFORE = 2  # that a pass runs without being recorded: many shapes come but once
-_MOST_TOKENS = 8192  # of a pass; in longer ones the card is busy without this
-_MOST_RECORDINGS, _MOST_BYTES = 32, 2**26  # at a time; of what each holds
+# A pass is recorded when its shapes come up for this time. To record one takes as long as some five
+# passes do.
+RECORDED_AT = 5
+_MOST_TOKENS = 2048  # of a pass; with more of them the card is busy all the time anyway
+_MOST_RECORDINGS = 32  # of one cache, or of one denoiser
+_MOST_BYTES = 2**26  # of the inputs and results of one recording
 _TOLERANCE = 0.02  # of the spread of a result: kernels may be others, and sum in another order
 
 
 class Recorder:
-    """What records the passes of one model on a CUDA device.
+    """Records the passes of one model on a CUDA device.
 
     A model whose passes cannot be recorded (one that asks the device for a number, say) decodes
-    without: it is said once and not tried again.
+    without CUDA graphs. One warning says so, and recording is not tried again.
 
     Attributes:
         is_working: False once a recording failed.
@@ -54,19 +58,31 @@ class Recorder:
         return cls(device) if device.type == "cuda" else None
 
     def record(self, run: Replay) -> Replay:
-        """What a call of `run` computes, to be computed again."""
+        """Record the kernels that `run` launches. The returned function launches them again, and
+        returns the results of `run` in the same memory each time.
+        """
         with torch.cuda.device(self.device):
             if self._shared is None:  # recordings never run at once, so their memory is shared
                 self._shared = (torch.cuda.graph_pool_handle(), torch.cuda.Stream())
             pool, stream = self._shared
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                run()  # what libraries set up in their first call on a stream is not recorded
-            torch.cuda.current_stream().wait_stream(stream)
+            current = torch.cuda.current_stream()
+            stream.wait_stream(current)
+            try:
+                # What libraries set up in their first call on a stream is not recorded. And what
+                # waits for the device raises here: in the midst of a recording it would leave torch
+                # unable to free memory (https://github.com/pytorch/pytorch/pull/180395).
+                with torch.cuda.stream(stream), _waits_raise():
+                    run()
+            finally:
+                current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads may use the device meanwhile.
-            with torch.cuda.graph(
-                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            # A recording that fails leaves its stream the current one, so the outer block is there
+            # to restore it. Other threads may use the device meanwhile.
+            with (
+                torch.cuda.stream(stream),
+                torch.cuda.graph(
+                    graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+                ),
             ):
                 results = run()
 
@@ -81,6 +97,16 @@ class Recorder:
         logger.warning(
             "passes of this model are not replayed as CUDA graphs (%s); it decodes slower", reason
         )
+
+
+@contextmanager
+def _waits_raise() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @dataclass(frozen=True)
@@ -106,7 +132,7 @@ class Replays:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._times: Counter[Hashable] = Counter()
-        self._recordings: dict[Hashable, _Recording] = {}
+        self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
 
     def forget(self) -> None:
         """To be called when a tensor has moved that passes use and do not take as an input."""
@@ -119,39 +145,56 @@ class Replays:
         """`run(inputs)`, replayed where a pass of these shapes was recorded.
 
         Args:
+            run: may write to tensors of its own, and writes the same when it is called again.
             inputs: tensors on the device, and numbers and None, in dicts, lists and tuples.
             num_tokens: of the pass.
             facts: what else decides what `run` does.
         """
         leaves, structure = pytree.tree_flatten(inputs)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
-        is_recorded = (
-            self._recorder.is_working
-            and num_tokens <= _MOST_TOKENS
-            and not torch.is_grad_enabled()
-            and all(leaf is None or isinstance(leaf, bool | int | float) for leaf in others)
-        )
-        if not is_recorded:
+        if not self._can_record(leaves, num_tokens):
             return run(inputs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         device = self._recorder.device.type
         key = (
             facts,
-            repr(structure),
+            structure,
             tuple(
-                (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+                (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+                for leaf in leaves
             ),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         )
         if (recording := self._recordings.get(key)) is not None:
+            self._recordings.move_to_end(key)
             return recording(tensors)
         self._times[key] += 1
-        results = run(inputs)
+        is_due = self._times[key] >= RECORDED_AT
+        results = self._with_room(run, inputs)
         is_small = sum(tensor.nbytes for tensor in [*tensors, *results]) <= _MOST_BYTES
-        is_due = self._times[key] > _TIMES_BEFORE and len(self._recordings) < _MOST_RECORDINGS
-        if is_due and is_small:
-            self._record(key, run, leaves, structure, results)
+        if is_due and is_small and not self._record(key, run, leaves, structure, results):
+            return run(inputs)  # over what a recording has written that was not right
         return results
+
+    def _can_record(self, leaves: list[Any], num_tokens: int) -> bool:
+        if not self._recorder.is_working:
+            self.forget()  # and so give back what they hold
+            return False
+        others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        return (
+            num_tokens <= _MOST_TOKENS
+            and not torch.is_grad_enabled()
+            and all(leaf is None or isinstance(leaf, bool | int | float) for leaf in others)
+        )
+
+    def _with_room(self, run: Pass, inputs: Any) -> list[Tensor]:
+        """A pass that may have the memory of the recordings, if there is no other."""
+        try:
+            return run(inputs)
+        except torch.OutOfMemoryError:
+            if not self._recordings:
+                raise
+        self.forget()
+        return run(inputs)
 
     def _record(
         self,
@@ -160,7 +203,7 @@ class Replays:
         leaves: list[Any],
         structure: Any,
         results: list[Tensor],
-    ) -> None:
+    ) -> bool:
         """Record a pass that gave `results`, and see that it gives them again."""
         held = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         inputs = pytree.tree_unflatten(held, structure)
@@ -179,13 +222,17 @@ class Replays:
             is_same = all(map(_are_close, replay(), results))
         except RuntimeError as error:  # of CUDA, out of memory included
             self._recorder.give_up(reason_of(error))
-            return
+            return False
         if not is_same:
             self._recorder.give_up("a replayed pass gave other numbers")
-            return
+            return False
         self._recorder.num_recorded += 1
+        if len(self._recordings) == _MOST_RECORDINGS:
+            oldest, _ = self._recordings.popitem(last=False)
+            del self._times[oldest]
         tensors = [leaf for leaf in held if isinstance(leaf, Tensor)]
         self._recordings[key] = _Recording(inputs=tensors, replay=replay)
+        return True
 
 
 def _are_close(found: Tensor, expected: Tensor) -> bool:

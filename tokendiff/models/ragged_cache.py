@@ -6,7 +6,7 @@ that prompts need no padding at the left, positions are true positions, a row ca
 and its place can be given to another text.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,11 +48,15 @@ class CacheView:
 
 
 class _RaggedLayer(CacheLayerMixin):
-    """One layer: keys and values [R, heads, capacity, D]."""
+    """One layer: keys and values [R, heads, capacity, D].
 
-    def __init__(self, num_rows: int) -> None:
+    Args:
+        moved: hears of keys and values that were moved to a larger place.
+    """
+
+    def __init__(self, num_rows: int, *, moved: Callable[[], None]) -> None:
         super().__init__()
-        self.num_rows = num_rows
+        self.num_rows, self._moved = num_rows, moved
         self.call: _Call | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -72,8 +76,11 @@ class _RaggedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
+        before = self.keys
         self.keys = _written(self.keys, key_states, self.call)
         self.values = _written(self.values, value_states, self.call)
+        if self.keys is not before:
+            self._moved()
         return _read(self.keys, self.call), _read(self.values, self.call)
 
     def kept(self) -> tuple[Tensor, Tensor]:
@@ -106,8 +113,8 @@ class RaggedCache(Cache):
     Args:
         num_rows: R.
         device: of the model.
-        recorder: of the model's passes, where they are replayed; widths are round then, so that
-            passes are alike.
+        recorder: of the model's passes, where they are replayed; the number of keys that a pass
+            sees is then rounded up to a multiple of 128, so that passes have equal shapes.
     """
 
     def __init__(
@@ -118,11 +125,11 @@ class RaggedCache(Cache):
         device: torch.device | str,
         recorder: Recorder | None = None,
     ) -> None:
-        self._layers = [_RaggedLayer(num_rows) for _ in range(num_layers)]
+        self._replays = None if recorder is None else Replays(recorder)
+        moved = self._replays.forget if self._replays is not None else _nothing
+        self._layers = [_RaggedLayer(num_rows, moved=moved) for _ in range(num_layers)]
         super().__init__(layers=list(self._layers))
         self._device = torch.device(device)
-        self._replays = None if recorder is None else Replays(recorder)
-        self._widest = 0
         self._lengths = torch.zeros(num_rows, dtype=torch.int64)  # of the CPU, wherever keys are
 
     @property
@@ -156,10 +163,6 @@ class RaggedCache(Cache):
         sees the first `width` keys of each row.
         """
         leading = torch.arange(len(rows), device=rows.device)
-        if width > self._widest:  # and so keys and values move
-            self._widest = width
-            if self._replays is not None:
-                self._replays.forget()
         self._begin(
             _Call(
                 rows=sent(rows, self._device),
@@ -217,6 +220,10 @@ class RaggedCache(Cache):
         for layer in self._layers:
             layer.move(source, target)
         self._lengths[target] = self._lengths[source]
+
+
+def _nothing() -> None:
+    pass
 
 
 def _written(buffer: Tensor, new: Tensor, call: _Call) -> Tensor:

@@ -94,8 +94,7 @@ class PromptModel(PythonModel):
         ]
         try:
             self._refuse_too_much(prompts, num_tokens=sum(map(self._model.num_tokens, rows)))
-            with self._turn:
-                records = self._sampled(rows)
+            records = self._sampled(rows)
         except ValueError as error:  # too long, or what the sampler cannot fill
             raise _refusal(str(error)) from error
         return [{name: r[name] for name in ("text", "num_model_calls")} for r in records]
@@ -109,7 +108,8 @@ class PromptModel(PythonModel):
                     f"not done after {self._limits.max_seconds} s, with {at} of {len(rows)} "
                     "prompts; send fewer in one request"
                 )
-            records += self._model.sample(rows[at : at + self._batch_size])
+            with self._turn:
+                records += self._model.sample(rows[at : at + self._batch_size])
         return records
 
     def _refuse_too_much(self, prompts: list[Any], *, num_tokens: int | None = None) -> None:
