@@ -71,7 +71,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_finish() -> None:
-    _leave_modules_alone(len(sys.modules) // 100)
+    _freeze(len(sys.modules) // 100)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -123,13 +123,14 @@ def pytest_runtest_teardown() -> None:
     """
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-    _leave_modules_alone(len(sys.modules) // 100)
+    _freeze(len(sys.modules) // 100)
 
 
 @functools.cache
-def _leave_modules_alone(num_hundreds: int) -> None:
-    """What modules hold stays, and jobs that end, each of which looks for garbage, would look
-    through it, half a second every time. To be called again once there are many more of them.
+def _freeze(num_modules_in_hundreds: int) -> None:
+    """Pass over the objects of today, above all those of modules, in all later collections of
+    garbage: a job collects when it ends, which took half a second each time. Once for every hundred
+    modules that are imported.
     """
     gc.collect()
     gc.freeze()

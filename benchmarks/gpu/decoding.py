@@ -120,7 +120,7 @@ def cases(machine: Machine) -> Iterator[Case]:
                         run=partial(_speed, name, shape, batch, machine, build),
                         most_seconds=40.0,
                     )
-    for name in ("ar", "sdar", "ancestral"):
+    for name in ("ar", "sdar", "ancestral") if machine.is_cuda else ():
         yield Case(
             name=f"{name}, {shapes[0].name}, batch 1, no CUDA graphs",
             compared="each kernel launched by itself",
@@ -173,6 +173,9 @@ def _speed(name: str, shape: Shape, batch: int, machine: Machine, build: Any) ->
         f"{batch * sizes.new / seconds:,.0f} tokens/s, {1e3 * seconds / passes:.2f} ms a pass, "
         f"{outside:.0%} outside the model"
     )
+    recorder = getattr(getattr(model, "target", model), "recorder", None)
+    if recorder is not None and not recorder.is_working:
+        figure += ", passes NOT replayed"
     if not machine.is_cuda:
         return Finding(figure=figure, limit="", verdict=MEASURED, values=values)
     limit = _limit_seconds(kind, model, shape, batch, sizes, machine)

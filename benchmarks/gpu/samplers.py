@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from benchmarks.gpu.models import (
 )
 from benchmarks.gpu.report import FAILS, HOLDS, Case, Finding
 from tokendiff.diffusion.random import RowGenerator
+from tokendiff.models import cuda_graphs, ragged_cache
 from tokendiff.samplers.ancestral import AncestralSampler
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
 from tokendiff.samplers.block_refinement import BlockRefinementSampler
@@ -40,6 +42,7 @@ _MOVED = 1e-4  # of the spread of logits
 _TRIES = 8  # with other numbers each: a row that is a tie shows it in one of them
 _MOST_TIES = 0.25  # of the rows, or too little was compared
 _NUM_ROWS, _LENGTH, _NEW = 8, 24, 16
+_OF_BF16 = 0.05
 
 Texts = list[list[int]]
 
@@ -97,6 +100,25 @@ def cases(machine: Machine) -> Iterator[Case]:
             run=partial(_replayed, sampler, machine),
             is_proof=True,
         )
+    for name in ("ar", "sdar", "dflash"):
+        yield Case(
+            name=f"tokens of {name}, passes replayed while the cache grows",
+            compared="the same keys in float64 on the CPU, no pass replayed",
+            run=partial(_replayed, OPEN_ENDED[name], machine, growth=8),
+            is_proof=True,
+        )
+    yield Case(
+        name="hidden states under bf16 autocast, passes replayed",
+        compared="the same passes, not replayed",
+        run=partial(_replayed_under_autocast, machine),
+        is_proof=True,
+    )
+    yield Case(
+        name="tokens of ar where a pass cannot be recorded",
+        compared="the same keys, nothing recorded; memory can be given back",
+        run=partial(_not_recorded, machine),
+        is_proof=True,
+    )
     for name in ("dflash", "self_speculation"):
         yield Case(
             name=f"greedy text of {name}",
@@ -154,18 +176,72 @@ def _same_as_reference(texts_of: _TextsOf, device: torch.device) -> Finding:
     return compared(ours, expected, lambda seed: texts_of("cpu", torch.float64, Moved(seed)))
 
 
-def _replayed(sampler: Any, machine: Machine) -> Finding:
+def _replayed(sampler: Any, machine: Machine, *, growth: int | None = None) -> Finding:
+    """Twice, so that caches have come and gone.
+
+    Args:
+        growth: tokens that a cache grows by, fewer than the texts have.
+    """
     is_fixed = sampler in FIXED.values()
     texts_of = partial(_fixed if is_fixed else _open_ended, sampler)
     new = partial(whole_row_denoiser, PROVEN) if is_fixed else partial(decoder_for, sampler)
     model = new(machine.device, torch.float32)
     recorder = replay_passes(model, machine)
-    ours = (rows_by if is_fixed else completions_by)(sampler, model)
     expected = texts_of("cpu", torch.float64, None)
-    found = compared(ours, expected, lambda seed: texts_of("cpu", torch.float64, Moved(seed)))
+    with (
+        mock.patch.object(cuda_graphs, "RECORDED_AT", 2),  # texts are short
+        mock.patch.object(ragged_cache, "_GROWTH", growth or ragged_cache._GROWTH),
+    ):
+        ours = [(rows_by if is_fixed else completions_by)(sampler, model) for _ in range(2)]
+    found = compared(
+        ours[0] + ours[1],
+        2 * expected,
+        lambda seed: 2 * texts_of("cpu", torch.float64, Moved(seed)),
+    )
     if recorder.is_working and recorder.num_recorded:
         return replace(found, figure=f"{found.figure}; {recorder.num_recorded} passes recorded")
     return replace(found, figure=f"{found.figure}; no pass could be recorded", verdict=FAILS)
+
+
+@torch.no_grad()
+def _replayed_under_autocast(machine: Machine) -> Finding:
+    plain, model = (whole_row_denoiser(PROVEN, machine.device, torch.float32) for _ in range(2))
+    recorder = replay_passes(model, machine)
+    generator, error = torch.Generator().manual_seed(6), 0.0
+    for _ in range(3 * cuda_graphs.RECORDED_AT):
+        tokens = torch.randint(MASK + 1, PROVEN.vocab_size, (4, _LENGTH), generator=generator)
+        given = (tokens, torch.ones_like(tokens).bool(), torch.zeros(4))
+        with torch.autocast(machine.device.type, torch.bfloat16):
+            expected, found = plain.encode(*given).float(), model.encode(*given).float()
+        error = max(error, float((found - expected).abs().max() / expected.std()))
+    holds = recorder.is_working and recorder.num_recorded == 1 and error <= _OF_BF16
+    return Finding(
+        figure=f"{error:.1e} of their spread; {recorder.num_recorded} passes recorded",
+        limit=f"{_OF_BF16:.0e}",
+        verdict=HOLDS if holds else FAILS,
+        values={"error": error},
+    )
+
+
+def _not_recorded(machine: Machine) -> Finding:
+    """A model that asks the device for a number in each pass."""
+    sampler = OPEN_ENDED["ar"]
+    expected = completions_by(sampler, decoder_for(sampler, machine.device, torch.float32))
+    model = decoder_for(sampler, machine.device, torch.float32)
+    recorder = replay_passes(model, machine)
+    first = model.model.get_input_embeddings()
+    first.register_forward_hook(lambda module, given, found: found + 0 * int(given[0].sum()))
+    stream = torch.cuda.current_stream(machine.device) if machine.is_cuda else None
+    ours = completions_by(sampler, model)
+    is_as_before = not machine.is_cuda or torch.cuda.current_stream(machine.device) == stream
+    machine.forget()
+    wrong = sum(one != other for one, other in zip(ours, expected, strict=True))
+    holds = wrong == 0 and is_as_before and not recorder.is_working
+    return Finding(
+        figure=f"{wrong} of {len(ours)} rows differ, {recorder.num_recorded} passes recorded",
+        limit="0 rows",
+        verdict=HOLDS if holds else FAILS,
+    )
 
 
 def _as_ar(name: str, device: torch.device) -> Finding:

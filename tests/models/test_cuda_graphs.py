@@ -3,12 +3,14 @@ ran (`benchmarks.recorded_passes`), on the memory that they ran on.
 """
 
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from benchmarks.gpu.models import PROVEN, whole_row_denoiser
 from benchmarks.gpu.samplers import FIXED, OPEN_ENDED, completions_by, decoder_for, rows_by
@@ -18,7 +20,7 @@ from tests.samplers.test_decoding import ARCHITECTURES, V, causal_model, complet
 from tokendiff.diffusion.attention_masks import block_causal_by_position, causal_by_position
 from tokendiff.models import cuda_graphs, ragged_cache
 from tokendiff.models.causal import CausalModel
-from tokendiff.models.cuda_graphs import Recorder, Replays
+from tokendiff.models.cuda_graphs import RECORDED_AT, Recorder, Replays
 from tokendiff.models.kept_base import put_draft_adapters
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
 from tokendiff.samplers.dflash import DFlashSampler
@@ -43,8 +45,14 @@ def assert_replayed(recorder: OperationRecorder) -> None:
 # Text is what it was.
 
 
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of tests are short."""
+    monkeypatch.setattr(cuda_graphs, "RECORDED_AT", 3)
+
+
 @pytest.mark.parametrize("name", OPEN_ENDED)
-def test_continuations_are_those_without(name: str) -> None:
+def test_continuations_are_those_without(soon: None, name: str) -> None:
     sampler, recorder = OPEN_ENDED[name], OperationRecorder()
     expected = completions_by(sampler, decoder_for(sampler, "cpu", torch.float64))
     model = replaying(decoder_for(sampler, "cpu", torch.float64), recorder)
@@ -53,7 +61,7 @@ def test_continuations_are_those_without(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_rows_of_one_length_are_those_without(name: str) -> None:
+def test_rows_of_one_length_are_those_without(soon: None, name: str) -> None:
     sampler, recorder = FIXED[name], OperationRecorder()
     expected = rows_by(sampler, whole_row_denoiser(PROVEN, "cpu", torch.float64))
     model = whole_row_denoiser(PROVEN, "cpu", torch.float64)
@@ -97,7 +105,9 @@ def with_adapters() -> CausalModel:
 
 
 @pytest.mark.parametrize("model", [causal_model, with_adapters])
-def test_text_of_a_model_that_drafts_for_itself(model: Callable[[], CausalModel]) -> None:
+def test_text_of_a_model_that_drafts_for_itself(
+    soon: None, model: Callable[[], CausalModel]
+) -> None:
     sampler = SelfSpeculationSampler(
         mask_token_id=MASK, block_length=4, max_new_tokens=20, keeps_base=model is with_adapters
     )
@@ -116,7 +126,7 @@ def test_whatever_a_caller_may_change_between_passes_counts() -> None:
     model = replaying(with_adapters(), recorder)
     caches = [each.new_cache(3) for each in (plain, model)]
     generator = torch.Generator().manual_seed(4)
-    for number in range(24):
+    for number in range(48):
         rows = torch.tensor([[0, 1], [2, 0], [1, 2]][number % 3])
         tokens = torch.randint(0, V, (2, 3), generator=generator)
         counts = torch.randint(1, 4, (2,), generator=generator)
@@ -129,7 +139,7 @@ def test_whatever_a_caller_may_change_between_passes_counts() -> None:
                 cache,
                 rows,
                 rule,
-                layers=[(0,), (1,)][number // 12],
+                layers=[(0,), (1,)][number // 24],
                 is_draft=None if number % 4 == 0 else is_draft,
             )
             for each, cache in zip((plain, model), caches, strict=True)
@@ -178,11 +188,22 @@ class _Asking(OperationRecorder):
 
 
 class _Wrong(OperationRecorder):
-    """Of a card that replays something else."""
+    """Of a card that replays something else, over what was written before."""
 
     def record(self, run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
         replay = super().record(run)
-        return lambda: [result + 1 for result in replay()]
+
+        def wrong() -> list[Tensor]:
+            results = [result + 1 for result in replay()]
+            for written in self.written:
+                written.fill_(9.0)
+            return results
+
+        return wrong
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[Tensor] = []
 
 
 @pytest.mark.parametrize(
@@ -203,6 +224,59 @@ def test_it_decodes_without_and_says_so_once(
     assert recorder.num_recorded == 0
 
 
+@torch.no_grad()
+def test_what_a_rejected_recording_has_written_is_written_anew() -> None:
+    recorder, kept = _Wrong(), torch.zeros(3)
+    recorder.written.append(kept)
+    replays = Replays(recorder)
+
+    def run(given: dict[str, Any]) -> list[Tensor]:
+        kept.copy_(given["x"])
+        return [2 * given["x"]]
+
+    for number in range(2 * RECORDED_AT):
+        x = torch.full((3,), float(number))
+        (found,) = replays(run, {"x": x}, num_tokens=3)
+        assert torch.equal(found, 2 * x)
+        assert torch.equal(kept, x)
+    assert not recorder.is_working
+
+
+@torch.no_grad()
+def test_a_model_that_gave_up_holds_no_recordings() -> None:
+    recorder, given = OperationRecorder(), {"x": torch.ones(2, 3), "y": None}
+    replays = Replays(recorder)
+    for _ in range(RECORDED_AT):
+        replays(doubled, given, num_tokens=6)
+    (recording,) = map(weakref.ref, replays._recordings.values())
+    recorder.give_up("for a reason")
+    replays(doubled, given, num_tokens=6)
+    assert recording() is None
+
+
+@torch.no_grad()
+def test_a_pass_without_room_gets_that_of_the_recordings() -> None:
+    recorder, given = OperationRecorder(), {"x": torch.ones(2, 3), "y": None}
+    replays = Replays(recorder)
+    for _ in range(RECORDED_AT):
+        replays(doubled, given, num_tokens=6)
+
+    def large(given: dict[str, Any]) -> list[Tensor]:
+        if replays._recordings:
+            raise torch.OutOfMemoryError("out of memory")
+        return doubled(given)
+
+    found = replays(large, {**given, "x": torch.ones(9, 3)}, num_tokens=27)
+    assert all(map(torch.equal, found, doubled({**given, "x": torch.ones(9, 3)})))
+    assert recorder.is_working
+
+    def too_large(given: dict[str, Any]) -> list[Tensor]:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        replays(too_large, given, num_tokens=6)
+
+
 # When a pass is recorded.
 
 
@@ -214,10 +288,10 @@ def doubled(given: dict[str, Any]) -> list[Tensor]:
 def test_what_has_come_before_is_replayed_and_results_stay() -> None:
     recorder = OperationRecorder()
     replays, results = Replays(recorder), []
-    for number in range(6):
+    for number in range(RECORDED_AT + 3):
         given = {"x": torch.full((2, 3), float(number)), "y": None}
         results.append(replays(doubled, given, num_tokens=6))
-    # The third call is the one that records, and sees that the recording gives the same.
+    # The call that records sees that the recording gives the same.
     assert (recorder.num_recorded, recorder.num_replayed) == (1, 1 + 3)
     for number, (first, second) in enumerate(results):
         assert torch.equal(first, torch.full((2, 3), 2.0 * number))
@@ -233,12 +307,13 @@ def test_what_differs_is_recorded_by_itself() -> None:
         ({"x": x, "y": None}, ()),
         ({"x": x, "y": x}, ()),
         ({"x": x, "y": 1}, ()),
+        ({"x": x, "y": 1.0}, ()),
         ({"x": x, "y": 2}, ()),
         ({"x": x.double(), "y": None}, ()),
         ({"x": x[:1], "y": None}, ()),
         ({"x": x, "y": None}, (1,)),
     ]
-    for _ in range(4):
+    for _ in range(RECORDED_AT + 1):
         for given, facts in kinds:
             found = replays(doubled, given, num_tokens=6, facts=facts)
             assert all(map(torch.equal, found, doubled(given)))
@@ -252,20 +327,35 @@ def test_what_differs_is_recorded_by_itself() -> None:
 def test_what_is_better_launched_anew() -> None:
     recorder = OperationRecorder()
     replays, given = Replays(recorder), {"x": torch.ones(2, 3), "y": None}
-    for _ in range(4):
+    mask = create_block_mask(lambda b, h, q, kv: q >= kv, None, None, 8, 8, device="cpu")
+    for _ in range(RECORDED_AT + 1):
         replays(doubled, given, num_tokens=100_000)
-        replays(doubled, {**given, "z": object()}, num_tokens=6)  # as a mask of flex attention
+        replays(doubled, {**given, "z": mask}, num_tokens=6)
         replays(doubled, {**given, "x": torch.ones(2**23)}, num_tokens=6)
         with torch.enable_grad():
             replays(doubled, given, num_tokens=6)
     assert recorder.num_recorded == 0
-    for width in range(1, cuda_graphs._MOST_RECORDINGS + 4):
-        for _ in range(4):
+
+
+@torch.no_grad()
+def test_the_recording_that_was_not_used_for_longest_goes() -> None:
+    recorder, count = OperationRecorder(), cuda_graphs._MOST_RECORDINGS
+    replays = Replays(recorder)
+
+    def use(width: int, times: int = 1) -> int:
+        """How many passes are recorded meanwhile."""
+        before = recorder.num_recorded
+        for _ in range(times):
             replays(doubled, {"x": torch.ones(2, width), "y": None}, num_tokens=6)
-    assert recorder.num_recorded == cuda_graphs._MOST_RECORDINGS
+        return recorder.num_recorded - before
+
+    assert sum(use(width, RECORDED_AT) for width in range(1, count + 1)) == count
+    use(1)
+    assert use(count + 1, RECORDED_AT) == 1
+    assert use(1, RECORDED_AT) == 0
+    assert use(2, RECORDED_AT) == 1
     replays.forget()
-    replays(doubled, given, num_tokens=6)
-    assert recorder.num_recorded == cuda_graphs._MOST_RECORDINGS
+    assert use(1, RECORDED_AT) == 1
 
 
 @torch.no_grad()
@@ -279,10 +369,10 @@ def test_a_weight_that_autocast_has_cast_is_not_part_of_a_recording() -> None:
         with torch.enable_grad():  # so that the cast is kept
             return [layer(given["x"]).detach()]
 
-    for number in range(5):
+    for number in range(RECORDED_AT + 2):
         x = torch.full((1, 4), float(number))
         with torch.autocast("cpu", torch.bfloat16):
-            if number == 4:
+            if number == RECORDED_AT + 1:
                 layer.weight.mul_(2)
                 layer.bias.zero_()
             (found,) = replays(run, {"x": x}, num_tokens=1)

@@ -252,9 +252,9 @@ def test_a_pipeline_that_watches_itself_ends_early_and_shows_it(
     assert capsys.readouterr().out.count("  done (made by an earlier run, in ") == 3
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 def test_variants_run_side_by_side_in_processes_of_their_own(
-    in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sections = {
         "stages": {

@@ -202,12 +202,12 @@ class TransformersDenoiser(ModelInTwoParts):
         tiled_attention.register()
         self._kernel = attention_kernel
         self._own_attention = self._attention = model.config._attn_implementation
-        self._recorder: Recorder | None = None
+        self.recorder: Recorder | None = None
         self._replays: Replays | None = None
 
     def replay_by(self, recorder: Recorder | None) -> None:
         """Replay passes without gradient from now on; for weights that stay where they are."""
-        self._recorder = recorder
+        self.recorder = recorder
         self._replays = None if recorder is None else Replays(recorder)
 
     @property
@@ -241,7 +241,7 @@ class TransformersDenoiser(ModelInTwoParts):
         check_windows(self.model.config, origin="the model")
         layers = self.model.config.num_hidden_layers
         return RaggedCache(
-            num_rows, num_layers=layers, device=self.model.device, recorder=self._recorder
+            num_rows, num_layers=layers, device=self.model.device, recorder=self.recorder
         )
 
     def encode_window(
