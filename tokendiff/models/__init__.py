@@ -22,6 +22,7 @@ For other rooms:
     kept_base         adapters that draft beside a model that stays what it was
     layers            the layers of a model
     ragged_cache      keys and values of rows with their own lengths
+    cuda_graphs       passes that are recorded once and then replayed
     masked_attention  what computes attention under a rule
     tiled_attention   attention that computes only what a mask leaves
     dflash            the draft: a room of its own
@@ -29,7 +30,6 @@ For other rooms:
 Of this room alone:
     sources           what samplers of one length sample from, before a weight is read
     causal_denoiser   a causal model under explicit masks and positions
-    cuda_graphs       passes that are recorded once and then replayed
     block_masks       flex attention's masks, from the runs of keys that queries see
     diffusion_transformer
                       our own small architecture, which is told the time
