@@ -211,12 +211,16 @@ class _Factories(TorchFunctionMode):
 
 
 class _Counted(TorchDispatchMode):
+    supports_higher_order_operators = True  # flex attention is one; what it runs is counted
+
     def __init__(self, waits: Waits) -> None:
         super().__init__()
         self._waits = waits
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not hasattr(func, "overloadpacket"):
+            return func(*args, **kwargs)
         if (kept := self._kept_by(func, args, kwargs)) is not None:
             kept.append(f"{_place()} {func.overloadpacket.__name__}")
         return _emulated(func, args, kwargs) if _Hook.is_set_up else func(*args, **kwargs)

@@ -2,7 +2,8 @@
 
 As on a card, a recorded pass is the operations that ran, on the memory that they ran on: what
 Python decided while it was recorded stays decided, and a number that is asked for cannot be had.
-So whatever goes wrong in a replay because it was not handed over goes wrong here too.
+So whatever goes wrong in a replay because it was not handed over goes wrong here too. What a card
+has beside, its streams and its memory, is not there.
 """
 
 from typing import Any

@@ -128,9 +128,9 @@ def pytest_runtest_teardown() -> None:
 
 @functools.cache
 def _freeze(num_modules_in_hundreds: int) -> None:
-    """Pass over the objects of today, above all those of modules, in all later collections of
-    garbage: a job collects when it ends, which took half a second each time. Once for every hundred
-    modules that are imported.
+    """Exclude the objects that exist now, above all those of modules, from later collections of
+    garbage: a job collects when it ends, which took half a second each time. The argument is there
+    so that it is done once for every hundred modules.
     """
     gc.collect()
     gc.freeze()

@@ -159,8 +159,7 @@ def _cache(device: torch.device) -> Finding:
     model, lengths = decoder(PROVEN, device, torch.float32), torch.tensor([37, 20, 29])
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(MASK + 1, PROVEN.vocab_size, (3, 37), generator=generator)
-    tokens, lengths = tokens.to(device), lengths.to(device)
-    rows = torch.arange(3, device=device)
+    rows = torch.arange(3)
     cache = model.new_cache(3)
     pieces = torch.zeros(3, 37, PROVEN.hidden_size, device=device)
     for turn in range(40):
@@ -169,7 +168,7 @@ def _cache(device: torch.device) -> Finding:
         counts = (lengths - begin).clamp(min=0, max=size)
         if not bool(counts.any()):
             break
-        at = begin[:, None] + torch.arange(size, device=device)
+        at = begin[:, None] + torch.arange(size)
         part = tokens.gather(1, at.clamp(max=36))
         hidden = model.encode(part, counts, cache, rows, causal_by_position)
         cache.extend(rows, counts)
@@ -179,7 +178,7 @@ def _cache(device: torch.device) -> Finding:
         if turn == 4:
             cache.crop(rows[:1], cache.lengths[:1] - 3)
     whole = model.encode(tokens, lengths, model.new_cache(3), rows, causal_by_position)
-    is_text = torch.arange(37, device=device) < lengths[:, None]
+    is_text = (torch.arange(37) < lengths[:, None]).to(device)
     return within(distance(pieces[is_text], whole[is_text]), _LIMIT)
 
 

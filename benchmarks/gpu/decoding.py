@@ -106,7 +106,7 @@ KINDS: dict[str, Kind] = {
 
 def cases(machine: Machine) -> Iterator[Case]:
     """Batch 1 and the largest one first, of each size: time may run out."""
-    build = functools.lru_cache(maxsize=3)(partial(_replaying, machine))
+    build = functools.lru_cache(maxsize=3)(partial(replaying, machine))
     by_kernel = functools.lru_cache(maxsize=1)(partial(model_of, machine))
     sizes, shapes = sizes_on(machine), published(machine)
     dtype = "bf16" if machine.is_cuda else "toy, fp32"
@@ -129,7 +129,7 @@ def cases(machine: Machine) -> Iterator[Case]:
         )
 
 
-def _replaying(machine: Machine, kind: str, shape: Shape) -> Any:
+def replaying(machine: Machine, kind: str, shape: Shape) -> Any:
     """As in a job on a card; on a CPU passes are not replayed, nor are they in a job."""
     model = model_of(machine, kind, shape)
     if machine.is_cuda:

@@ -81,11 +81,15 @@ class Machine:
             torch.cuda.synchronize(self.device)
 
     def forget(self) -> None:
-        """Give the memory of what went before back, and count its peak anew."""
+        """Give the memory of what went before back, count its peak anew, and forget what was
+        compiled: flex attention that was compiled in more than eight ways is not compiled any more.
+        """
         import gc
 
         gc.collect()
         if self.is_cuda:
+            torch.compiler.reset()
+            torch.cuda.init()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 

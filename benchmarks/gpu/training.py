@@ -155,7 +155,7 @@ def _speed(run: Run, machine: Machine, mfu_of_ar: dict[str, float]) -> Finding:
         try:
             seconds, first = _step_seconds(run, rows, machine)
             break
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):  # the second is a trainer's word for it
             if rows == 1:
                 return Finding(figure="out of memory with one row", limit="", verdict=MISSED)
         rows //= 2

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.models import PROVEN, whole_row_denoiser
 from benchmarks.gpu.samplers import FIXED, OPEN_ENDED, completions_by, decoder_for, rows_by
@@ -21,6 +22,7 @@ from tokendiff.diffusion.attention_masks import block_causal_by_position, causal
 from tokendiff.models import cuda_graphs, ragged_cache
 from tokendiff.models.causal import CausalModel
 from tokendiff.models.cuda_graphs import RECORDED_AT, Recorder, Replays
+from tokendiff.models.grouped_attention import grouped_attention
 from tokendiff.models.kept_base import put_draft_adapters
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
 from tokendiff.samplers.dflash import DFlashSampler
@@ -164,6 +166,20 @@ def test_text_of_a_draft_that_walks_over_candidates(window: int) -> None:
     assert completed(sampler, model, requests_of()) == expected
     assert recorder.is_working
     assert recorder.num_replayed > 0
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_grouped_attention_is_that_of_copied_keys(length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    query = torch.randn(2, 6, length, 8, generator=generator, dtype=torch.float64)
+    key, value = torch.randn(2, 2, 2, 9, 8, generator=generator, dtype=torch.float64)
+    is_seen = torch.rand(2, 1, length, 9, generator=generator) < 0.5
+    is_seen[..., 0] = True
+    for mask in (is_seen, torch.zeros(is_seen.shape).double().masked_fill(~is_seen, -9.0)):
+        keys, values = (states.repeat_interleave(3, dim=1) for states in (key, value))
+        expected = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=0.3)
+        found, _ = grouped_attention(torch.nn.Identity(), query, key, value, mask, scaling=0.3)
+        torch.testing.assert_close(found, expected.transpose(1, 2))
 
 
 # A pass that cannot be recorded.

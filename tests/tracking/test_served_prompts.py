@@ -1,5 +1,6 @@
 """What a served model answers, and refuses with 400, by MLflow's own parsing of requests."""
 
+import dataclasses
 import json
 import runpy
 import time
@@ -37,7 +38,17 @@ ECHO = Echo()
 
 
 @pytest.fixture(scope="module")
-def ask() -> Callable[[Any], tuple[int, Any]]:
+def prompt_model() -> Any:
+    from tokendiff.tracking.served_model import PromptModel
+
+    model = PromptModel()
+    model._model, model._batch_size = ECHO, 2  # type: ignore[assignment]
+    model._limits = Limits(max_prompts=9, max_chars=200, max_tokens=150)
+    return model
+
+
+@pytest.fixture(scope="module")
+def ask(prompt_model: Any) -> Callable[[Any], tuple[int, Any]]:
     """Status and answer for a request to /invocations; no server, and no model that samples."""
     from mlflow.exceptions import MlflowException
     from mlflow.models import Model
@@ -45,11 +56,6 @@ def ask() -> Callable[[Any], tuple[int, Any]]:
     from mlflow.pyfunc.model import _PythonModelPyfuncWrapper
     from mlflow.pyfunc.scoring_server import invocations
 
-    from tokendiff.tracking.served_model import PromptModel
-
-    prompt_model = PromptModel()
-    prompt_model._model, prompt_model._batch_size = ECHO, 2  # type: ignore[assignment]
-    prompt_model._limits = Limits(max_prompts=9, max_chars=200, max_tokens=150)
     signature = model_signature()
     served = PyFuncModel(
         Model(signature=signature, flavors={"python_function": {"loader_module": "none"}}),
@@ -122,6 +128,22 @@ def test_requests_of_several_threads_take_turns(ask: Callable[[Any], tuple[int, 
         answers = list(threads.map(ask, requests))
     assert answers == [(200, [f"{number}!", "a!", "b!"]) for number in range(6)]
     assert ECHO.most_inside == 1
+
+
+def test_a_request_that_waits_longer_than_it_may_is_refused(
+    ask: Callable[[Any], tuple[int, Any]], prompt_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time runs while other requests have their turn."""
+    limits = dataclasses.replace(prompt_model._limits, max_seconds=0.05)
+    monkeypatch.setattr(prompt_model, "_limits", limits)
+    with prompt_model._turn, ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(ask, {"inputs": ["a"]})
+        time.sleep(0.2)
+        prompt_model._turn.release()
+        status, answer = waiting.result()
+        prompt_model._turn.acquire()
+    assert status == 413
+    assert "fewer requests at once" in answer
 
 
 def test_other_columns_and_seeds_are_refused(ask: Callable[[Any], tuple[int, Any]]) -> None:

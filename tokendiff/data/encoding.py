@@ -99,8 +99,8 @@ class Encoder:
         return ends - lengths if lengths.sum() == utf8_bytes(text) else None
 
     def letter_starts(self, ids: np.ndarray, text: str) -> np.ndarray | None:
-        """[N] the character in which each token begins; None where the tokens do not write all
-        letters of this text, for it has an unknown word.
+        """[N] the character in which each token begins; None where lengths do not tell: an unknown
+        word, marks that change their order, an added token that begins with no letter.
         """
         lengths, letters = self._lengths.of(ids), self._letters.of(_code_points(text))
         if not lengths.sum() == letters.sum() < _MANY:
@@ -151,7 +151,7 @@ class Encoder:
 
     def _finds_places_by_letters(self) -> bool:
         """Whether tokens are the letters that BERT's normalizer makes of a text, each of them, in
-        their order. It looks at one character at a time.
+        their order. The normalizer looks at one character at a time.
         """
         from tokenizers import models, normalizers, pre_tokenizers
 

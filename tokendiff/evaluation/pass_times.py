@@ -62,7 +62,7 @@ def pass_seconds(
         cache.extend(rows, torch.full_like(rows, context))
         for width in widths:
             seconds = []
-            for _ in range(RECORDED_AT + _REPEATS):  # the first ones do what is done once
+            for _ in range(RECORDED_AT + 1 + _REPEATS):  # the first do what is done once
                 begun = _now(model.device)
                 hidden = _read(model, cache, rows, width)
                 for states in hidden[:, : _num_predicting(width)].flatten(0, 1).split(_AT_ONCE):

@@ -30,6 +30,8 @@ For other rooms:
 Of this room alone:
     sources           what samplers of one length sample from, before a weight is read
     causal_denoiser   a causal model under explicit masks and positions
+    grouped_attention
+                      attention to keys that several heads share
     block_masks       flex attention's masks, from the runs of keys that queries see
     diffusion_transformer
                       our own small architecture, which is told the time

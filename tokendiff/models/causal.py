@@ -14,6 +14,7 @@ from tokendiff.diffusion.attention_masks import MaskRule
 from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import DecodingCache
 from tokendiff.errors import InputError
+from tokendiff.models import grouped_attention
 from tokendiff.models.adapters import DraftAdapters
 from tokendiff.models.cuda_graphs import Recorder
 from tokendiff.models.layers import hidden_states_asked
@@ -40,6 +41,9 @@ class CausalModel(nn.Module):
     def replay_by(self, recorder: Recorder | None) -> None:
         """Replay passes over caches to come; for weights that stay where they are."""
         self.recorder = recorder
+        if recorder is not None and self.model.config._attn_implementation == "sdpa":
+            grouped_attention.register()
+            self.model.set_attn_implementation(grouped_attention.NAME)
 
     @property
     def device(self) -> torch.device:
@@ -106,6 +110,7 @@ class CausalModel(nn.Module):
         q = places[:, :, None]
         # Padding sees itself alone: a query with nothing to see has no softmax.
         is_seen = torch.where(q < end[..., None], rule(b, q, kv) & (kv < end)[:, None], kv == q)
+        encoder = self.model.base_model if self._is_split else self.model
         # transformers counts the embedding's output as the first, and keeps those alone.
         chosen = [layer + 1 for layer in layers]
         inputs = {
@@ -127,7 +132,6 @@ class CausalModel(nn.Module):
             hidden = output.last_hidden_state if self._is_split else output.logits
             return [hidden, *(output.hidden_states[index] for index in chosen)]
 
-        encoder = self.model.base_model if self._is_split else self.model
         if is_draft is not None:
             is_draft = sent(is_draft, self.device)
         hidden, *states = cache.run(

@@ -33,11 +33,12 @@ RECORDED_AT = 5
 _MOST_TOKENS = 2048  # of a pass; with more of them the card is busy all the time anyway
 _MOST_RECORDINGS = 32  # of one cache, or of one denoiser
 _MOST_BYTES = 2**26  # of the inputs and results of one recording
-_TOLERANCE = 0.02  # of the spread of a result: kernels may be others, and sum in another order
+# Of the spread of a result: transformers may take another kernel in a recording.
+_TOLERANCE = 0.05
 
 
 class Recorder:
-    """Records the passes of one model on a CUDA device.
+    """Records the passes of one model, and of the draft beside it, on a CUDA device.
 
     A model whose passes cannot be recorded (one that asks the device for a number, say) decodes
     without CUDA graphs. One warning says so, and recording is not tried again.
@@ -76,15 +77,27 @@ class Recorder:
             finally:
                 current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # A recording that fails leaves its stream the current one, so the outer block is there
-            # to restore it. Other threads may use the device meanwhile.
-            with (
-                torch.cuda.stream(stream),
-                torch.cuda.graph(
-                    graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-                ),
-            ):
-                results = run()
+            # cuBLAS keeps memory for each stream, and torch frees that when any recording of the
+            # stream goes (https://github.com/pytorch/pytorch/issues/193402). So a recording has it
+            # in its own pool.
+            torch._C._cuda_clearCublasWorkspaces()
+            try:
+                # A recording that fails leaves its stream the current one, so the outer block is
+                # there to restore it. Other threads may use the device meanwhile.
+                with (
+                    torch.cuda.stream(stream),
+                    torch.cuda.graph(
+                        graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+                    ),
+                ):
+                    results = run()
+            except BaseException:
+                # A recording that fails leaves the generator waiting for its end.
+                generator = torch.cuda.default_generators[torch.cuda.current_device()]
+                generator.graphsafe_set_state(generator.clone_state())
+                raise
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()
 
         def replay() -> list[Tensor]:
             graph.replay()
@@ -150,8 +163,11 @@ class Replays:
             num_tokens: of the pass.
             facts: what else decides what `run` does.
         """
+        if not self._recorder.is_working:
+            self.forget()  # and so give back what they hold
+            return run(inputs)
         leaves, structure = pytree.tree_flatten(inputs)
-        if not self._can_record(leaves, num_tokens):
+        if not _can_be_recorded(leaves, num_tokens):
             return run(inputs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         device = self._recorder.device.type
@@ -167,34 +183,23 @@ class Replays:
         if (recording := self._recordings.get(key)) is not None:
             self._recordings.move_to_end(key)
             return recording(tensors)
-        self._times[key] += 1
-        is_due = self._times[key] >= RECORDED_AT
-        results = self._with_room(run, inputs)
-        is_small = sum(tensor.nbytes for tensor in [*tensors, *results]) <= _MOST_BYTES
-        if is_due and is_small and not self._record(key, run, leaves, structure, results):
-            return run(inputs)  # over what a recording has written that was not right
-        return results
-
-    def _can_record(self, leaves: list[Any], num_tokens: int) -> bool:
-        if not self._recorder.is_working:
-            self.forget()  # and so give back what they hold
-            return False
-        others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
-        return (
-            num_tokens <= _MOST_TOKENS
-            and not torch.is_grad_enabled()
-            and all(leaf is None or isinstance(leaf, bool | int | float) for leaf in others)
-        )
-
-    def _with_room(self, run: Pass, inputs: Any) -> list[Tensor]:
-        """A pass that may have the memory of the recordings, if there is no other."""
         try:
-            return run(inputs)
+            results = run(inputs)
         except torch.OutOfMemoryError:
             if not self._recordings:
                 raise
-        self.forget()
-        return run(inputs)
+            results = None
+        if results is None:
+            self.forget()  # so that the pass has the memory of the recordings
+            return run(inputs)
+        self._times[key] += 1
+        is_due = self._times[key] >= RECORDED_AT
+        is_small = sum(tensor.nbytes for tensor in [*tensors, *results]) <= _MOST_BYTES
+        if is_due and is_small and not self._record(key, run, leaves, structure, results):
+            self.forget()
+            # A rejected recording may have written wrong keys. This overwrites them.
+            return run(inputs)
+        return results
 
     def _record(
         self,
@@ -235,7 +240,17 @@ class Replays:
         return True
 
 
+def _can_be_recorded(leaves: list[Any], num_tokens: int) -> bool:
+    others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+    return (
+        num_tokens <= _MOST_TOKENS
+        and not torch.is_grad_enabled()
+        and all(leaf is None or isinstance(leaf, bool | int | float) for leaf in others)
+    )
+
+
 def _are_close(found: Tensor, expected: Tensor) -> bool:
-    expected = expected.float()
-    tolerance = _TOLERANCE * float(expected.nan_to_num().std(correction=0)) + 1e-6
-    return torch.allclose(found.float(), expected, rtol=_TOLERANCE, atol=tolerance, equal_nan=True)
+    """Whether the vectors at all places are the same, to rounding."""
+    found, expected = found.float().nan_to_num(), expected.float().nan_to_num()
+    error = (found - expected).square().mean(-1).sqrt().max()
+    return bool(error <= _TOLERANCE * expected.std(correction=0) + 1e-6)

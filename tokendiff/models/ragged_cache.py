@@ -130,6 +130,7 @@ class RaggedCache(Cache):
         self._layers = [_RaggedLayer(num_rows, moved=moved) for _ in range(num_layers)]
         super().__init__(layers=list(self._layers))
         self._device = torch.device(device)
+        self._call: _Call | None = None
         self._lengths = torch.zeros(num_rows, dtype=torch.int64)  # of the CPU, wherever keys are
 
     @property
@@ -188,6 +189,7 @@ class RaggedCache(Cache):
         if self._replays is None:
             return forward(inputs)
         call = self._call
+        assert call is not None, "RaggedCache.begin comes first"
 
         def begun(given: dict[str, Any]) -> list[Tensor]:
             self._begin(replace(call, rows=given["rows"], positions=given["positions"]))

@@ -33,8 +33,8 @@ class PromptModel(PythonModel):
     _skip_type_hint_validation = True
 
     def __init__(self) -> None:
-        # A server calls from several threads, and what a model is told before a pass (where its
-        # adapters count, say) is the whole model's.
+        # A server calls from several threads. Positions at which adapters count, and the inputs of
+        # recorded passes, are stored in the model, and two passes at once would overwrite them.
         self._turn = threading.Lock()
 
     def load_context(self, context: Any) -> None:
@@ -103,12 +103,12 @@ class PromptModel(PythonModel):
         records: list[dict[str, Any]] = []
         begun = time.monotonic()
         for at in range(0, len(rows), self._batch_size):
-            if time.monotonic() - begun > self._limits.max_seconds:
-                raise TooMuch(
-                    f"not done after {self._limits.max_seconds} s, with {at} of {len(rows)} "
-                    "prompts; send fewer in one request"
-                )
             with self._turn:
+                if time.monotonic() - begun > self._limits.max_seconds:
+                    raise TooMuch(
+                        f"not done after {self._limits.max_seconds} s, with {at} of {len(rows)} "
+                        "prompts; send fewer in one request, or fewer requests at once"
+                    )
                 records += self._model.sample(rows[at : at + self._batch_size])
         return records
 
