@@ -5,6 +5,7 @@ ran (`benchmarks.recorded_passes`), on the memory that they ran on.
 import logging
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,14 +17,20 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.gpu.models import PROVEN, whole_row_denoiser
 from benchmarks.gpu.samplers import FIXED, OPEN_ENDED, completions_by, decoder_for, rows_by
 from benchmarks.recorded_passes import OperationRecorder
+from tests.builders import letter_tokenizer, tiny_causal
+from tests.models.published import dream
 from tests.samplers import test_dflash_walk
 from tests.samplers.test_decoding import ARCHITECTURES, V, causal_model, completed, requests_of
+from tokendiff.config.generate import GenerateConfig
+from tokendiff.data.prompts import GenerationRow
 from tokendiff.diffusion.attention_masks import block_causal_by_position, causal_by_position
 from tokendiff.models import cuda_graphs, ragged_cache
 from tokendiff.models.causal import CausalModel
+from tokendiff.models.completion import CompletionModel
 from tokendiff.models.cuda_graphs import RECORDED_AT, Recorder, Replays
 from tokendiff.models.grouped_attention import grouped_attention
 from tokendiff.models.kept_base import put_draft_adapters
+from tokendiff.models.sampling import SamplingModel
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
 from tokendiff.samplers.dflash import DFlashSampler
 from tokendiff.samplers.sdar import SDARSampler
@@ -397,6 +404,39 @@ def test_a_weight_that_autocast_has_cast_is_not_part_of_a_recording() -> None:
     assert (recorder.num_recorded, recorder.num_replayed) == (1, 3)
 
 
-def test_jobs_on_a_cpu_record_nothing() -> None:
+def test_on_a_cpu_nothing_is_recorded() -> None:
     assert Recorder.on(torch.device("cpu")) is None
     assert isinstance(Recorder.on(torch.device("cuda", 0)), Recorder)
+
+
+def test_what_jobs_sample_with_is_replayed(
+    soon: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A denoiser, and a causal model, as an actor opens them; the texts are those without."""
+    dream(tmp_path / "dream")
+    tiny_causal("qwen3", vocab_size=len(letter_tokenizer())).float().save_pretrained(
+        tmp_path / "ar"
+    )
+    letter_tokenizer().save_pretrained(tmp_path / "ar")
+    fields: dict[str, Any] = {"num_samples": 3, "batch_size": 3}
+    whole = {"model_id": str(tmp_path / "dream"), "seq_len": 12, "sampler": "first_hitting"}
+    ar = {"model_id": str(tmp_path / "ar"), "sampler": {"name": "ar", "max_new_tokens": 12}}
+
+    def tokens() -> list[Any]:
+        sampled = SamplingModel(None, GenerateConfig.model_validate(fields | whole), device="cpu")
+        continued = CompletionModel(GenerateConfig.model_validate(fields | ar))
+        rows = [GenerationRow(id=n, prompt=None) for n in range(3)]
+        prompted = [GenerationRow(id=n, prompt=text) for n, text in enumerate(("ab", "c", "d"))]
+        records = [*sampled.samples(rows), *continued.sample(prompted)]
+        return [record["tokens"] for record in records]
+
+    expected, recorders = tokens(), []
+
+    def on(device: torch.device) -> Recorder:
+        recorders.append(OperationRecorder())
+        return recorders[-1]
+
+    monkeypatch.setattr(Recorder, "on", on)
+    assert tokens() == expected
+    assert len(recorders) == 2
+    assert all(recorder.num_replayed > 1 for recorder in recorders)
