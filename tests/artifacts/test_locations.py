@@ -1,6 +1,7 @@
 """Results behind URIs: the same as local ones, committed by their manifest, sound or not."""
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +318,26 @@ def test_an_unknown_scheme_is_an_input_error() -> None:
 def test_a_remote_path_is_never_taken_for_a_local_one() -> None:
     with pytest.raises(TypeError):
         Path(RemotePath("s3://bucket/a"))  # type: ignore[arg-type]
+
+
+def test_a_file_that_goes_while_a_folder_is_listed_is_not_there(tmp_path: Path) -> None:
+    """As a temporary file of the log's mirror, which another thread renames."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stays").write_text("abc")
+    over, found = threading.Event(), []
+
+    def rename() -> None:
+        while not over.is_set():
+            (tmp_path / "run" / ".state.tmp").write_text("ab")
+            (tmp_path / "run" / ".state.tmp").replace(tmp_path / "run" / "state")
+
+    thread = threading.Thread(target=rename)
+    thread.start()
+    try:
+        for _ in range(2000):
+            found.append(files_under(tmp_path))
+    finally:
+        over.set()
+        thread.join()
+    assert all(sizes["run/stays"] == 3 for sizes in found)
+    commit(tmp_path, kind="any")

@@ -234,7 +234,11 @@ def _sizes_under(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, in
             if entry.is_dir(follow_symlinks=False):
                 yield from _sizes_under(entry.path, f"{prefix}{entry.name}/")
             elif entry.is_file():
-                yield prefix + entry.name, entry.stat().st_size
+                try:
+                    size = entry.stat().st_size
+                except FileNotFoundError:  # another thread has renamed a temporary file meanwhile
+                    continue
+                yield prefix + entry.name, size
 
 
 def folders_in(folder: Location) -> list[Location]:
