@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import runpy
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -22,8 +23,10 @@ class Echo:
 
     def __init__(self) -> None:
         self.num_inside = self.most_inside = 0
+        self.is_counted = threading.Event()
 
     def num_tokens(self, row: GenerationRow) -> int:
+        self.is_counted.set()
         return len(str(row.prompt)) + 10
 
     def sample(self, rows: list[GenerationRow]) -> list[dict[str, Any]]:
@@ -136,12 +139,13 @@ def test_a_request_that_waits_longer_than_it_may_is_refused(
     """Its time runs while other requests have their turn."""
     limits = dataclasses.replace(prompt_model._limits, max_seconds=0.05)
     monkeypatch.setattr(prompt_model, "_limits", limits)
-    with prompt_model._turn, ThreadPoolExecutor(1) as threads:
-        waiting = threads.submit(ask, {"inputs": ["a"]})
-        time.sleep(0.2)
-        prompt_model._turn.release()
+    ECHO.is_counted.clear()
+    with ThreadPoolExecutor(1) as threads:
+        with prompt_model._turn:
+            waiting = threads.submit(ask, {"inputs": ["a"]})
+            assert ECHO.is_counted.wait(60)  # and so it is about to wait for its turn
+            time.sleep(0.5)
         status, answer = waiting.result()
-        prompt_model._turn.acquire()
     assert status == 413
     assert "fewer requests at once" in answer
 
