@@ -27,8 +27,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokendiff.diffusion.interfaces import TokenBatch
 from tokendiff.diffusion.kernels import AbsorbingKernel
-from tokendiff.diffusion.random import RowGenerator, key_from
+from tokendiff.diffusion.random import RowGenerator
 from tokendiff.diffusion.schedules import LogLinear
+from tokendiff.diffusion.splitmix import key_from
 from tokendiff.models.denoiser import TransformersDenoiser, attend_both_ways
 from tokendiff.objectives.mdlm import MDLM
 from tokendiff.samplers.blockwise import BlockwiseSampler

@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tokendiff.diffusion.interfaces import Completion, Decoder, Request
-from tokendiff.diffusion.random import RowGenerator, key_from
+from tokendiff.diffusion.random import RowGenerator
+from tokendiff.diffusion.splitmix import key_from
 from tokendiff.models.causal import CausalModel
 from tokendiff.models.dflash.decoder import DraftedModel
 from tokendiff.models.dflash.model import DFlashDraftModel

@@ -34,7 +34,7 @@ from tests.builders import letter_tokenizer, tiny_causal, token_folder
 from tokendiff.artifacts.manifest import load_manifest
 from tokendiff.config.pipeline import Config
 from tokendiff.diffusion.interfaces import Request
-from tokendiff.diffusion.random import key_from
+from tokendiff.diffusion.splitmix import key_from
 from tokendiff.models.decoding import open_causal
 from tokendiff.samplers.block_refinement import BlockRefinementSampler
 from tokendiff.samplers.open_ended import OpenEndedSampler

@@ -25,7 +25,8 @@ from tests.builders import letter_tokenizer, token_folder
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
 from tokendiff.diffusion.interfaces import TokenBatch
-from tokendiff.diffusion.random import RowGenerator, key_from
+from tokendiff.diffusion.random import RowGenerator
+from tokendiff.diffusion.splitmix import key_from
 from tokendiff.evaluation.bound import row_bounds
 from tokendiff.models.checkpoints import load_for_inference
 from tokendiff.samplers.ancestral import AncestralSampler

@@ -1,7 +1,9 @@
 import numpy as np
 import torch
 
-from tokendiff.diffusion.random import RowGenerator, key_from, mix, permutation, strata_of
+from tokendiff.data.order import permutation
+from tokendiff.diffusion.random import RowGenerator, strata_of
+from tokendiff.diffusion.splitmix import key_from, mix
 from tokendiff.verification.oracles import chi_square
 
 
@@ -67,6 +69,13 @@ def test_strata_cover_the_interval_evenly_and_move_with_the_key() -> None:
     assert not torch.equal(strata, strata_of(key_from(0, 2), torch.arange(size), size))
     # A worker that holds every third row has the same strata for them.
     assert torch.equal(strata_of(key_from(0, 1), torch.arange(0, size, 3), size), strata[::3])
+
+
+def test_permutation_is_the_order_of_the_generators_numbers() -> None:
+    for key, n in ((-5, 1000), (2**63 - 1, 77), (key_from(0), 1)):
+        numbers = split_mix_64(key % 2**64, n)
+        signed = [number - 2**64 * (number >= 2**63) for number in numbers]
+        assert permutation(key, n).tolist() == sorted(range(n), key=signed.__getitem__)
 
 
 def test_permutation_visits_everything_and_every_place_equally() -> None:

@@ -19,7 +19,7 @@ from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.samples import read_samples
 from tokendiff.diffusion.attention_masks import causal_by_position
 from tokendiff.diffusion.interfaces import CanvasDecoder
-from tokendiff.diffusion.random import key_from
+from tokendiff.diffusion.splitmix import key_from
 from tokendiff.errors import InputError
 from tokendiff.models.completion import CompletionModel, CompletionSetup
 from tokendiff.models.diffusion_gemma import EncoderDecoder, uniform_noise

@@ -12,8 +12,9 @@ from torch.nn import functional
 from tests.builders import PairDenoiser, TableDenoiser
 from tokendiff.diffusion.interfaces import TokenBatch
 from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
-from tokendiff.diffusion.random import RowGenerator, key_from, strata_of
+from tokendiff.diffusion.random import RowGenerator, strata_of
 from tokendiff.diffusion.schedules import Cosine, Geometric, Linear, LogLinear, NoiseSchedule
+from tokendiff.diffusion.splitmix import key_from
 from tokendiff.objectives import chunked
 from tokendiff.objectives.chunked import (
     confidence_weights,

@@ -25,8 +25,9 @@ from tokendiff.diffusion.attention_masks import (
 )
 from tokendiff.diffusion.interfaces import Request, TokenBatch
 from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
-from tokendiff.diffusion.random import RowGenerator, key_from, strata_of
+from tokendiff.diffusion.random import RowGenerator, strata_of
 from tokendiff.diffusion.schedules import Cosine, LogLinear
+from tokendiff.diffusion.splitmix import key_from
 from tokendiff.evaluation.bound import row_bounds
 from tokendiff.models.causal import CausalModel
 from tokendiff.objectives.autoregressive import Autoregressive, row_nats

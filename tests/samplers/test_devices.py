@@ -16,8 +16,9 @@ from tests.samplers.test_decoding import STOPS, causal_model, completed, request
 from tests.samplers.test_decoding import V as CAUSAL_V
 from tokendiff.diffusion.interfaces import Request
 from tokendiff.diffusion.kernels import AbsorbingKernel, HybridKernel, UniformKernel
-from tokendiff.diffusion.random import RowGenerator, key_from
+from tokendiff.diffusion.random import RowGenerator
 from tokendiff.diffusion.schedules import LogLinear
+from tokendiff.diffusion.splitmix import key_from
 from tokendiff.models.causal import CausalModel
 from tokendiff.models.diffusion_gemma import EncoderDecoder, uniform_noise
 from tokendiff.samplers.ancestral import AncestralSampler

@@ -22,8 +22,9 @@ from tokendiff.config.samplers import (
 )
 from tokendiff.diffusion.interfaces import Samples
 from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
-from tokendiff.diffusion.random import RowGenerator, key_from
+from tokendiff.diffusion.random import RowGenerator
 from tokendiff.diffusion.schedules import Cosine, LogLinear
+from tokendiff.diffusion.splitmix import key_from
 from tokendiff.errors import InputError
 from tokendiff.models.sampling import build_sampler
 from tokendiff.samplers import categorical

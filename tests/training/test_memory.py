@@ -10,7 +10,8 @@ from torch import Tensor
 from tests.builders import letter_tokenizer, random_rows, tiny_causal, token_folder
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
-from tokendiff.diffusion.random import RowGenerator, key_from, strata_of
+from tokendiff.diffusion.random import RowGenerator, strata_of
+from tokendiff.diffusion.splitmix import key_from
 from tokendiff.errors import InputError
 from tokendiff.models.dflash import trainee
 from tokendiff.models.dflash.model import DFlashDraftModel

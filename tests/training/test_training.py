@@ -25,12 +25,12 @@ from tokendiff.artifacts.manifest import verify
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.train import TrainConfig
-from tokendiff.data.order import RowOrder
+from tokendiff.data.order import RowOrder, permutation
 from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.rows import StepPlan, TokenData, TokenRows, step_batches
 from tokendiff.diffusion.kernels import HybridKernel, UniformKernel
-from tokendiff.diffusion.random import key_from, permutation
 from tokendiff.diffusion.schedules import Cosine
+from tokendiff.diffusion.splitmix import key_from
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.models.adapters import adapter_tensors
 from tokendiff.models.checkpoints import load_for_inference

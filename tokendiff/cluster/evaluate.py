@@ -62,12 +62,12 @@ from tokendiff.evaluation.tasks.suite import TASKS, SuiteResult, write_suite
 from tokendiff.models.cuda_graphs import Recorder
 from tokendiff.models.decoding import open_causal
 from tokendiff.models.tracing import TRACE_STEPS, can_be_traced, trace_sample
-from tokendiff.training.trainer import OnEvent
 from tokendiff.verification.certificate import CERTIFICATE, Check, counts, tables, write_certificate
 
 if TYPE_CHECKING:
     from tokendiff.config.cluster import ClusterConfig
     from tokendiff.config.evaluate import EvaluateConfig
+    from tokendiff.training.trainer import OnEvent
 
 _ROWS_PER_TASK = 256
 _NAMED_ROWS = 8
@@ -369,7 +369,7 @@ def evaluate(
     training_log: Sequence[Mapping[str, Any]],
     config_yaml: str,
     output_dir: Location,
-    on_event: OnEvent,
+    on_event: "OnEvent",
 ) -> Manifest:
     """Write `metrics.json`, what it is made of by row (`evaluation.paired`), `report/index.html`
     and, with `config.verify`, `certificate.json` under `output_dir`, and commit it.

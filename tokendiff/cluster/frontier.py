@@ -34,11 +34,11 @@ from tokendiff.evaluation.frontier import Point, Rule, draw, frontier_report
 from tokendiff.evaluation.report import render_page
 from tokendiff.evaluation.tasks.quality import Quality, quality_of
 from tokendiff.evaluation.tasks.setup import drawn_as_asked
-from tokendiff.training.trainer import OnEvent
 
 if TYPE_CHECKING:
     from tokendiff.config.cluster import ClusterConfig
     from tokendiff.config.frontier import FrontierConfig
+    from tokendiff.training.trainer import OnEvent
 
 KIND = "frontier"
 TOKENS_PER_SECOND = "tokens_per_second"
@@ -55,7 +55,7 @@ def run_frontier(
     checkpoint_path: str,
     config_yaml: str,
     output_dir: Location,
-    on_event: OnEvent,
+    on_event: "OnEvent",
 ) -> Manifest:
     """Measure every point, write `frontier.json`, `frontier.png` and `report/index.html` under
     `output_dir`, and commit it.
@@ -151,7 +151,7 @@ def _figures(
     checkpoint: Location,
     folder: Location,
     beside: Mapping[str, Location],
-    on_event: OnEvent,
+    on_event: "OnEvent",
 ) -> dict[str, float]:
     """The figures of one point. They are read where the same was measured before, in this folder or
     by another frontier beside it; what is left of other settings, another checkpoint or other tasks
@@ -224,7 +224,7 @@ def _sampled(
     *,
     checkpoint: Location,
     folder: Location,
-    on_event: OnEvent,
+    on_event: "OnEvent",
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The samples of a point, and their figures. Samples that were all there before have no speed:
     where that decides, they are drawn again.

@@ -49,11 +49,11 @@ from tokendiff.evaluation.acceptance import acceptance_metrics, speedup_metrics
 from tokendiff.models.completion import CompletionModel
 from tokendiff.models.requests import RowCheck, check_given, check_source, make_check
 from tokendiff.models.sampling import PromptCheck, SamplingModel
-from tokendiff.training.trainer import OnEvent
 
 if TYPE_CHECKING:
     from tokendiff.config.cluster import ClusterConfig
     from tokendiff.config.generate import GenerateConfig
+    from tokendiff.training.trainer import OnEvent
 
 _MAX_PARTS = 256
 _MAX_BATCHES_PER_PART = 64
@@ -227,7 +227,7 @@ def generate(
     *,
     checkpoint_path: str | None,
     output_dir: Location,
-    on_event: OnEvent,
+    on_event: "OnEvent",
 ) -> Manifest:
     """Sample every row into part files under `output_dir`, on the connected Ray cluster, and commit
     the folder.
@@ -344,7 +344,7 @@ class _Totals:
     """What is done, told as it goes on; raises once too many prompts could not be used."""
 
     def __init__(
-        self, parts: _Parts, max_errors: int, output_dir: Location, on_event: OnEvent
+        self, parts: _Parts, max_errors: int, output_dir: Location, on_event: "OnEvent"
     ) -> None:
         self._parts, self._output_dir = parts, output_dir
         self._on_event = on_event
@@ -468,7 +468,7 @@ def _sample_parts(
     parts: list[int],
     arguments: tuple[Any, ...],
     cluster: "ClusterConfig",
-    on_event: OnEvent,
+    on_event: "OnEvent",
     progress: JobProgress,
 ) -> Iterator[Item]:
     most = min(cluster.num_actors, len(parts))

@@ -38,14 +38,14 @@ from tokendiff.data.sources import file_identities, plan_input, plan_partitions
 from tokendiff.data.streams import is_compressed
 from tokendiff.data.templates import ChatRenderer, read_template
 from tokendiff.data.tokenizers import build_tokenizer
-from tokendiff.diffusion.interfaces import Figures, OnProgress
 from tokendiff.errors import InputError, naming_memory
-from tokendiff.training.trainer import OnEvent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tokendiff.config.preprocess import PreprocessConfig
+    from tokendiff.diffusion.interfaces import Figures, OnProgress
+    from tokendiff.training.trainer import OnEvent
 
 _MEMORY_REMEDY = "lower partition_bytes, or give more memory"
 _MAX_BLOCKS = 1000
@@ -58,7 +58,7 @@ def preprocess(
     tokenizer_name_or_path: str,
     output_dir: str | Location,
     fill_answers: bool = False,
-    on_event: OnEvent = lambda event, **fields: None,
+    on_event: "OnEvent" = lambda event, **fields: None,
 ) -> Manifest:
     """Tokenize, pack and split the configured text on the Ray cluster, or in this process.
 
@@ -189,7 +189,7 @@ def _make_tokenizer(
     config: "PreprocessConfig",
     name_or_path: str,
     partitions: Sequence[Partition],
-    on_event: OnEvent,
+    on_event: "OnEvent",
 ) -> tuple["PreTrainedTokenizerBase", list[str]]:
     notes = []
     source = partitions
@@ -295,7 +295,7 @@ def _place_of(partition: Partition) -> str:
     )
 
 
-def _of_partition(partition: Partition, reporter: Reporter) -> OnProgress:
+def _of_partition(partition: Partition, reporter: Reporter) -> "OnProgress":
     """Counts text in the bytes that it takes in files; of packed ones nothing, until they are done:
     how much text is in them is not known.
     """
@@ -304,8 +304,8 @@ def _of_partition(partition: Partition, reporter: Reporter) -> OnProgress:
         most = 0
     tell = reporter.of(partition.index)
 
-    def on_progress(figures: Callable[[], Figures]) -> None:
-        def in_files() -> Figures:
+    def on_progress(figures: "Callable[[], Figures]") -> None:
+        def in_files() -> "Figures":
             num_bytes, num_tokens = figures()
             return min(num_bytes, most), num_tokens
 

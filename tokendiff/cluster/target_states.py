@@ -39,11 +39,11 @@ from tokendiff.errors import InputError
 from tokendiff.models.dflash.planning import DraftPlan, plan_draft
 from tokendiff.models.dflash.target_states import TargetReader, states_wanted
 from tokendiff.training.inputs import check_inputs
-from tokendiff.training.trainer import OnEvent
 
 if TYPE_CHECKING:
     from tokendiff.config.cluster import ClusterConfig
     from tokendiff.config.train import TrainConfig
+    from tokendiff.training.trainer import OnEvent
 
 
 def cache_target_states(
@@ -52,7 +52,7 @@ def cache_target_states(
     *,
     data_path: str | Location,
     output_dir: str | Location,
-    on_event: OnEvent = lambda event, **fields: None,
+    on_event: "OnEvent" = lambda event, **fields: None,
 ) -> Manifest:
     """Read every training row with the target of a draft, and keep what the draft is to see.
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from tokendiff.diffusion.splitmix import GAMMA, key_from, mix
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowOrder:
@@ -87,7 +89,7 @@ class RowOrder:
     def _permuted_groups(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Row groups in the epoch's order, and the place at which each window of them ends."""
         count, per_window = len(self._sizes), self._groups_per_window
-        groups = _permutation(count, self.seed, "row groups", epoch).astype(np.int32)
+        groups = permutation(key_from(self.seed, "row groups", epoch), count).astype(np.int32)
         group_stops = np.cumsum(self._sizes[groups], dtype=np.int64)
         last_of_window = np.minimum(
             np.arange(per_window - 1, count + per_window - 1, per_window), count - 1
@@ -101,13 +103,13 @@ class RowOrder:
         counts = self._sizes[groups].astype(np.int64)
         group_of_row = np.repeat(groups.astype(np.int64), counts)
         row_in_group = np.concatenate([np.arange(count) for count in counts])
-        shuffled = _permutation(len(group_of_row), self.seed, "rows", epoch, window)
+        shuffled = permutation(key_from(self.seed, "rows", epoch, window), len(group_of_row))
         return group_of_row[shuffled], row_in_group[shuffled]
 
 
-def _permutation(n: int, *key: int | str) -> np.ndarray:
-    # Here, since Ray Train's processes plan steps for others, and torch takes seconds to import.
-    from tokendiff.diffusion.random import key_from, permutation
-
-    permuted: np.ndarray = permutation(key_from(*key), n).numpy()
-    return permuted
+def permutation(key: int, n: int) -> np.ndarray:
+    """[n] int64: a permutation of 0..n-1 that depends on `key` and n alone, on any platform and
+    version.
+    """
+    order: np.ndarray = mix(np.int64(key) + np.arange(1, n + 1) * GAMMA)
+    return np.argsort(order, kind="stable")

@@ -38,13 +38,13 @@ from tokendiff.data.sources import (
 )
 from tokendiff.data.templates import ChatRenderer, read_template
 from tokendiff.data.tokenizers import build_tokenizer
-from tokendiff.diffusion.interfaces import Figures, OnProgress, unwatched
 from tokendiff.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tokendiff.config.preprocess import PreprocessConfig
+    from tokendiff.diffusion.interfaces import Figures, OnProgress
 
 SPLITS = ("train", "heldout")
 ROW_GROUP_ROWS = 512
@@ -111,7 +111,7 @@ def preprocess_partition(
     max_errors: int | None = None,
     chats: ChatOptions | None = None,
     batch_chars: int = BATCH_CHARS,
-    on_progress: OnProgress = unwatched,
+    on_progress: "OnProgress" = lambda figures: None,
 ) -> PartitionStats:
     """Stream a partition into `train/part-NNNNN.parquet` and `heldout/part-NNNNN.parquet`.
 
@@ -130,7 +130,7 @@ def preprocess_partition(
     dropped: Counter[str] = Counter()
     num_bytes = num_tokens = 0
 
-    def figures() -> Figures:
+    def figures() -> "Figures":
         return num_bytes, num_tokens
 
     packer = Packer if chats is None else Fitter

@@ -7,6 +7,7 @@ For other rooms:
     devices           tensors of the CPU, sent to where the model is
     key_runs          the same by what each query sees: runs of keys
     random            noise that belongs to a row, whatever batch or worker it is in
+    splitmix          the generator behind it, and its keys; without torch
     candidates        which drafted tokens follow each other
     interfaces        the protocols by which objectives and samplers call models
 """

@@ -5,40 +5,19 @@ A `torch.Generator` hands out numbers in the order in which they are asked for, 
 depends on the rows beside it: on the batch size, the worker, the restart. Here every number is
 computed from the row's own 64-bit key and an index, the same on any device and in any batch.
 
-The generator is SplitMix64 (Steele, Lea, Flood, OOPSLA 2014; passes BigCrush), read at an index
-instead of stepped: its n-th output is mix(seed + n * gamma).
+The generator is SplitMix64 (`splitmix`).
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_GAMMA = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
-_MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
-_MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+from tokendiff.diffusion.splitmix import GAMMA, mix, shift_right
+
 _TIME = -7  # apart from what `uniform` gives for the noise of the row's positions
 _UNIFORM_BITS = 52  # (k + 1/2) / 2^52 is exact in float64 and never 0 or 1
-
-
-def _shift_right(z: Tensor, n: int) -> Tensor:
-    """Logical shift; `>>` on int64 copies the sign bit."""
-    return (z >> n) & ((1 << (64 - n)) - 1)
-
-
-def mix(z: Tensor) -> Tensor:
-    """SplitMix64's output function, a bijection of int64 (products wrap)."""
-    z = (z ^ _shift_right(z, 30)) * _MIX_1
-    z = (z ^ _shift_right(z, 27)) * _MIX_2
-    return z ^ _shift_right(z, 31)
-
-
-def key_from(*parts: int | str) -> int:
-    """A signed 64-bit key from a seed and names, say `key_from(seed, "train")`."""
-    digest = hashlib.blake2b("\x1f".join(map(repr, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +53,8 @@ class RowGenerator:
     def uniform(self, *shape: int) -> Tensor:
         """[B, *shape] float64 in the open interval (0, 1); the same call gives the same numbers."""
         index = torch.arange(1, math.prod(shape) + 1, device=self.keys.device)
-        bits = mix(self.keys[:, None] + index * _GAMMA)
-        fraction = (_shift_right(bits, 64 - _UNIFORM_BITS).double() + 0.5) * 2.0**-_UNIFORM_BITS
+        bits = mix(self.keys[:, None] + index * GAMMA)
+        fraction = (shift_right(bits, 64 - _UNIFORM_BITS).double() + 0.5) * 2.0**-_UNIFORM_BITS
         return fraction.reshape(-1, *shape)
 
     def stratified(self) -> Tensor:
@@ -96,12 +75,4 @@ def strata_of(key: int, positions: Tensor, batch_size: int) -> Tensor:
 
 
 def _fold(keys: Tensor, data: Tensor) -> Tensor:
-    return mix(keys ^ mix(data + _GAMMA))
-
-
-def permutation(key: int, n: int) -> Tensor:
-    """[n] int64: a permutation of 0..n-1 that depends on `key` and n alone, on any platform and
-    version.
-    """
-    order = mix(torch.tensor(key, dtype=torch.int64) + torch.arange(1, n + 1) * _GAMMA)
-    return torch.argsort(order, stable=True)
+    return mix(keys ^ mix(data + GAMMA))

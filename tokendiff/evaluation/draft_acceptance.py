@@ -23,7 +23,8 @@ from tokendiff.diffusion.interfaces import (
     TokenBatch,
     unwatched,
 )
-from tokendiff.diffusion.random import RowGenerator, key_from
+from tokendiff.diffusion.random import RowGenerator
+from tokendiff.diffusion.splitmix import key_from
 from tokendiff.errors import InputError
 from tokendiff.models.checkpoints import load_tokenizer, take_average
 from tokendiff.models.dflash.planning import (

@@ -12,7 +12,8 @@ from tokendiff.artifacts.noise_process import NoiseProcess, objective_of
 from tokendiff.data.order import RowOrder
 from tokendiff.data.rows import TokenData, TokenRows
 from tokendiff.diffusion.interfaces import OnProgress, TokenBatch, unwatched
-from tokendiff.diffusion.random import RowGenerator, key_from
+from tokendiff.diffusion.random import RowGenerator
+from tokendiff.diffusion.splitmix import key_from
 from tokendiff.evaluation.block_bound import block_row_bounds
 from tokendiff.evaluation.bound import row_bounds
 from tokendiff.models.checkpoints import load_autoregressive, load_for_inference

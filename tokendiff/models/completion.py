@@ -27,7 +27,7 @@ from tokendiff.diffusion.interfaces import (
     Request,
     unwatched,
 )
-from tokendiff.diffusion.random import key_from
+from tokendiff.diffusion.splitmix import key_from
 from tokendiff.errors import InputError
 from tokendiff.models.causal import CausalModel
 from tokendiff.models.checkpoints import take_average

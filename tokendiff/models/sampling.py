@@ -17,7 +17,8 @@ from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.prompts import GenerationRow, PromptEncoder, prompt_text
 from tokendiff.data.samples import num_new_tokens
 from tokendiff.diffusion.interfaces import Figures, OnProgress, StepCallback, unwatched
-from tokendiff.diffusion.random import RowGenerator, key_from
+from tokendiff.diffusion.random import RowGenerator
+from tokendiff.diffusion.splitmix import key_from
 from tokendiff.errors import InputError
 from tokendiff.models.cuda_graphs import Recorder
 from tokendiff.models.denoiser import check_windows

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 
 from tokendiff.data.rows import TokenData
-from tokendiff.diffusion.random import RowGenerator, key_from
+from tokendiff.diffusion.random import RowGenerator
+from tokendiff.diffusion.splitmix import key_from
 from tokendiff.evaluation.draft_acceptance import acceptance_figures, count_blocks
 from tokendiff.evaluation.evaluator import evaluation_rows
 from tokendiff.objectives.dflash import DFlash

@@ -24,7 +24,8 @@ from torch import Tensor
 from tokendiff.artifacts.locations import Location
 from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import LossOutput, Objective, TokenBatch
-from tokendiff.diffusion.random import RowGenerator, key_from, strata_of
+from tokendiff.diffusion.random import RowGenerator, strata_of
+from tokendiff.diffusion.splitmix import key_from
 from tokendiff.errors import naming_memory
 from tokendiff.training.ema import WeightAverage
 from tokendiff.training.late_figures import StepFigures

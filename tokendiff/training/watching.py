@@ -20,7 +20,8 @@ from torch import Tensor
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.rows import TokenData, TokenRows, check_rows_to_judge
 from tokendiff.diffusion.interfaces import Objective, TokenBatch
-from tokendiff.diffusion.random import RowGenerator, key_from
+from tokendiff.diffusion.random import RowGenerator
+from tokendiff.diffusion.splitmix import key_from
 from tokendiff.errors import InputError
 from tokendiff.evaluation.draft_acceptance import count_blocks
 from tokendiff.evaluation.evaluator import evaluation_rows, nats_by_row

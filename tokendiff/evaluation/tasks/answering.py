@@ -13,7 +13,7 @@ import torch
 
 from tokendiff.artifacts.checkpoint import DRAFT_ADAPTERS
 from tokendiff.diffusion.interfaces import OnProgress, unwatched
-from tokendiff.diffusion.random import key_from
+from tokendiff.diffusion.splitmix import key_from
 from tokendiff.errors import InputError
 from tokendiff.evaluation.tasks.requests import Answer, TaskRequest, cut_at
 from tokendiff.evaluation.tasks.scoring import (
