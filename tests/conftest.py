@@ -12,11 +12,13 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.fork_server import ForkServer
 from tests.in_this_process import in_this_process  # noqa: F401  # a fixture
 
 if TYPE_CHECKING:
@@ -154,19 +156,33 @@ def _shared_by(path: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
+def workers_forked() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Makes a block that has the workers of a Ray that is started in it forked, where they can
+    be.
+    """
+    if not hasattr(os, "pidfd_open"):
+        yield nullcontext
+        return
+    server = ForkServer(Path(_SCRATCH))
+    yield server.used
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def ray_session(workers_forked: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """A Ray of this machine's own, for all tests; its CPUs are counts, so 4 do on any machine."""
     import ray
 
-    ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=200 << 20,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=f"{_SCRATCH}/ray",
-    )
+    with workers_forked():
+        ray.init(
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=200 << 20,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=f"{_SCRATCH}/ray",
+        )
     yield
     ray.shutdown()
 

@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from tokendiff.training.run import train_in_process
 # Of a minute on an idle machine; every process that Ray starts waits for the tests beside it.
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
-RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+RAY = ["-m", "ray.scripts.scripts"]
 TRAIN: dict[str, Any] = {
     "model_name_or_path": "builtin:bert-tiny",
     "max_train_steps": 200,
@@ -74,6 +74,7 @@ class Head:
     dashboard: str
     token: str
     environment: dict[str, str]
+    workers_forked: Callable[[], AbstractContextManager[None]]
 
     def request(self, path: str, *, token: str | None = None, **kwargs: Any) -> Any:
         """What the job server answers to a request, as JSON."""
@@ -95,7 +96,16 @@ class Head:
         log = folder / f"{name}.out"
         process = subprocess.Popen(
             [
-                *[*RAY, "job", "submit", "--address", self.dashboard, "--working-dir", str(ROOT)],
+                *[
+                    sys.executable,
+                    *RAY,
+                    "job",
+                    "submit",
+                    "--address",
+                    self.dashboard,
+                    "--working-dir",
+                    str(ROOT),
+                ],
                 *["--runtime-env-json", json.dumps({"env_vars": variables})],
                 *["--submission-id", name, "--", sys.executable, "-m", *command],
             ],
@@ -113,7 +123,8 @@ class Head:
         folder = tempfile.mkdtemp(dir=self.environment["RAY_TMPDIR"])
         worker = [f"--address={self.address}", "--num-cpus=3"]
         common = [f"--temp-dir={folder}", "--object-store-memory=100000000"]
-        process = start_ray(self.environment, *(arguments or worker), *common)
+        with self.workers_forked():
+            process = start_ray(self.environment, *(arguments or worker), *common)
         try:
             yield process
         finally:
@@ -124,7 +135,7 @@ class Head:
 def start_ray(environment: dict[str, str], *arguments: str) -> "subprocess.Popen[bytes]":
     log = Path(environment["RAY_TMPDIR"]) / f"{secrets.token_hex(4)}.out"
     return subprocess.Popen(
-        [*RAY, "start", "--block", "--node-ip-address=127.0.0.1", *arguments],
+        [sys.executable, *RAY, "start", "--block", "--node-ip-address=127.0.0.1", *arguments],
         env=environment,
         stdout=log.open("wb"),
         stderr=subprocess.STDOUT,
@@ -155,7 +166,7 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
+def head(workers_forked: Callable[[], AbstractContextManager[None]]) -> Iterator[Head]:
     port, dashboard, client, agent = free_ports(4)
     with tempfile.TemporaryDirectory(prefix="head-", dir="/tmp") as folder:
         token = secrets.token_hex(32)
@@ -173,6 +184,7 @@ def head() -> Iterator[Head]:
             dashboard=f"http://127.0.0.1:{dashboard}",
             token=token,
             environment=environment,
+            workers_forked=workers_forked,
         )
         arguments = [
             *["--head", f"--port={port}", "--num-cpus=0", "--disable-usage-stats"],

@@ -48,7 +48,7 @@ class Evaluator:
         for at in range(0, len(rows), self._config.batch_size):
             batch = rows.take(slice(at, at + self._config.batch_size))
             token_batch = batch.batch(self._device)
-            ids = torch.as_tensor(batch.row_ids, device=self._device)
+            ids = torch.tensor(batch.row_ids, device=self._device)  # Ray's arrays are read-only
             generator = RowGenerator.for_rows(key_from(self._config.seed, "evaluate"), ids)
             is_bf16 = self._config.mixed_precision == "bf16"
             with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_bf16):

@@ -1,0 +1,206 @@
+"""Workers of Ray that find torch and transformers imported.
+
+A worker takes one to seven seconds of a core until it has imported what it needs, and the tests
+start hundreds. `ForkServer` imports most of that once. Its `executable` is given to Ray in place of
+Python's: for a worker it hands arguments, environment, folder and streams to the server, waits, and
+ends as the fork that ran them did. Anything else it runs in an ordinary process.
+
+What is tested is imported by each worker anew, and so is Ray, which reads the environment when it
+is. Linux alone has what this takes (`os.pidfd_open`).
+"""
+
+import array
+import gc
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+# None of them starts a thread that a fork would lack.
+_IMPORTED = (
+    "pandas",
+    "pyarrow.parquet",
+    "pydantic",
+    "torch.distributed.fsdp",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.qwen3.modeling_qwen3",
+)
+
+# It imports next to nothing. An ordinary process takes this for its executable too: workers are
+# started by a process of Ray that was itself started here. How a fork ended is said as a code, or
+# as minus a signal.
+_CLIENT = """#!{python} -ISu
+import array, json, os, socket, sys
+
+given = sys.argv[1:]
+if not any(each.endswith(("/default_worker.py", "/setup_worker.py")) for each in given):
+    flags = [given.pop(0)] if given[0] == "-u" else []
+    of = "module" if given[0] == "-m" else "path"
+    if of == "module" or not given[0].startswith("-"):
+        given = given[1:] if of == "module" else given
+        place = "os.getcwd()" if of == "module" else "os.path.dirname(sys.argv[0])"
+        code = "import os, runpy, sys; sys.executable = %r; del sys.argv[0]; sys.path[0] = %s; "
+        code += "runpy.run_%s(sys.argv[0], run_name='__main__'%s)"
+        more = ", alter_sys=True" if of == "module" else ""
+        flags += ["-c", code % (sys.argv[0], place, of, more)]
+    os.execv({python!r}, [{python!r}, *flags, *given])
+
+server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+server.connect({address!r})
+told = json.dumps([given, os.getcwd(), dict(os.environ)]).encode()
+streams = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))]
+server.sendmsg([len(told).to_bytes(8, "little")], streams)
+server.sendall(told)
+code = int.from_bytes(server.recv(4) or bytes([1, 0, 0, 0]), "little", signed=True)
+if code < 0:
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
+
+
+class ForkServer:
+    """A process that waits for `executable` to be run; it ends with the one that made it, and so do
+    its forks.
+
+    Args:
+        folder: for the executable and the socket, whose path must be short.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        address, client = folder / "fork.sock", folder / "python"
+        client.write_text(_CLIENT.format(python=sys.executable, address=str(address)))
+        client.chmod(0o755)
+        self.executable = str(client)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+            listening.bind(str(address))
+            listening.listen(64)
+            number = listening.fileno()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.fork_server", str(number)],
+                stdin=subprocess.PIPE,
+                pass_fds=[number],
+                cwd=Path(__file__).parents[1],
+            )
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """A Ray that is started in this block has its workers forked."""
+        with mock.patch.object(sys, "executable", self.executable):
+            yield
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@dataclass(frozen=True, eq=False)
+class _Fork:
+    pid: int
+    end: int  # a file that can be read once it has ended
+    client: socket.socket
+
+
+class _Server:
+    def __init__(self, listening: socket.socket) -> None:
+        self._listening = listening
+        self._forks: dict[int, _Fork] = {}  # by each of its two files
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listening, selectors.EVENT_READ)
+        self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ)
+
+    def serve(self) -> list[str]:
+        """Fork for each client. In a fork, returns what it is to run; in this process, nothing once
+        the one that made it is gone.
+        """
+        while True:
+            for key, _ in self._selector.select():
+                if key.fd == sys.stdin.fileno():
+                    for fork in self._forks.values():
+                        _kill(fork.pid)
+                    return []
+                if key.fd == self._listening.fileno():
+                    if arguments := self._fork():
+                        return arguments
+                elif (ended := self._forks.get(key.fd)) is not None:
+                    if key.fd != ended.end:  # its client was killed, which stands for it
+                        _kill(ended.pid)
+                    self._finish(ended)
+
+    def _fork(self) -> list[str]:
+        """What to run, in the fork; nothing in this process."""
+        client, _ = self._listening.accept()
+        size, sent, _, _ = client.recvmsg(8, socket.CMSG_SPACE(3 * array.array("i").itemsize))
+        streams = array.array("i", sent[0][2])
+        told = client.makefile("rb").read(int.from_bytes(size, "little"))
+        pid = os.fork()
+        if pid:
+            for stream in streams:
+                os.close(stream)
+            fork = _Fork(pid, os.pidfd_open(pid), client)
+            for file in (fork.end, client.fileno()):
+                self._forks[file] = fork
+                self._selector.register(file, selectors.EVENT_READ)
+            return []
+        for each in (self._selector, self._listening, client):
+            each.close()
+        for fork in set(self._forks.values()):
+            os.close(fork.end)
+            fork.client.close()
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        arguments, folder, environment = json.loads(told)
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        return list(arguments)
+
+    def _finish(self, fork: _Fork) -> None:
+        code = os.waitstatus_to_exitcode(os.waitpid(fork.pid, 0)[1])
+        with suppress(OSError):
+            fork.client.sendall(code.to_bytes(4, "little", signed=True))
+        for file in (fork.end, fork.client.fileno()):
+            self._selector.unregister(file)
+            del self._forks[file]
+        os.close(fork.end)
+        fork.client.close()
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _run(arguments: list[str]) -> None:
+    """As Python runs a script with these arguments."""
+    script, *_ = sys.argv = [each for each in arguments if each != "-u"]
+    importlib.import_module("numpy").random.seed(None)  # else the same in each fork
+    given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    others = [path for path in sys.path[1:] if path not in given]  # the first was this one's folder
+    sys.path[:] = [os.path.dirname(script), *given, *others]
+    runpy.run_path(script, run_name="__main__")
+
+
+def main() -> None:
+    for name in _IMPORTED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # memory that is not written to stays shared
+    if arguments := _Server(socket.socket(fileno=int(sys.argv[1]))).serve():
+        _run(arguments)
+
+
+if __name__ == "__main__":
+    main()
