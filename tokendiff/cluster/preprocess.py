@@ -18,6 +18,7 @@ from tokendiff.artifacts.manifest import (
     commit,
     fingerprint,
     is_committed,
+    sha256_of,
     verify,
 )
 from tokendiff.cluster.progress import JobProgress, Reporter
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 _MEMORY_REMEDY = "lower partition_bytes, or give more memory"
 _MAX_BLOCKS = 1000
 Row = dict[str, Any]
+
+_tokenizers: dict[tuple[tuple[str, str], ...], Any] = {}  # of this process, by what is in its files
 
 
 def preprocess(
@@ -259,8 +262,6 @@ def _task(
     max_errors = config.max_errors
 
     def work(row: Row) -> Row:
-        from transformers import AutoTokenizer
-
         partition = pickle.loads(row["partition"])
         try:
             with (
@@ -269,7 +270,7 @@ def _task(
             ):
                 stats = preprocess_partition(
                     partition,
-                    tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+                    tokenizer=_opened(folder / "tokenizer"),
                     max_length=max_length,
                     heldout_fraction=heldout_fraction,
                     output_dir=folder,
@@ -285,6 +286,20 @@ def _task(
         return {"stats": pickle.dumps(stats), "error": ""}
 
     return work
+
+
+def _opened(folder: Path) -> Any:
+    """The tokenizer in a folder. It is kept: what a process does a partition with serves for the
+    next, which may have it in another folder.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = tuple((str(path.relative_to(folder)), sha256_of(path)) for path in paths)
+    if files not in _tokenizers:
+        from transformers import AutoTokenizer
+
+        _tokenizers.clear()
+        _tokenizers[files] = AutoTokenizer.from_pretrained(folder)
+    return _tokenizers[files]
 
 
 def _place_of(partition: Partition) -> str:

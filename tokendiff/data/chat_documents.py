@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -82,7 +83,8 @@ class ChatDocuments:
             row = shown([vars(message) for message in conversation.messages])
             refuse(BadRow(place=conversation.place(), reason=str(error), row=row))
 
-        renderer = ChatRenderer(tokenizer=self.tokenizer, train_on=self.options.train_on)
+        template = str(getattr(self.tokenizer, "chat_template", None))
+        renderer = _renderer(self.tokenizer, template, self.options.train_on)
         rest = iter(conversations)
         while batch := list(islice(rest, _AT_ONCE)):
             contents, documents = [], []
@@ -131,6 +133,14 @@ class ChatDocuments:
         digest = hashlib.blake2b(key, digest_size=8, person=b"answer fill").digest()
         drawn = int.from_bytes(digest, "big") / 2**64
         return int(length * (most / length) ** drawn) - length
+
+
+@lru_cache(maxsize=1)
+def _renderer(tokenizer: Any, template: str, train_on: TrainOn) -> ChatRenderer:
+    """Kept, with what it has found out of the tokenizer and its template: a process does many
+    partitions.
+    """
+    return ChatRenderer(tokenizer=tokenizer, train_on=train_on)
 
 
 @dataclass(frozen=True, kw_only=True)

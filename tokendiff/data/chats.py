@@ -168,15 +168,17 @@ def _message_list(
         raise ValueError(f"{field!r} must be a list of at least one message, got {shown(value)}")
     found = []
     for number, message in enumerate(value):
-        place = f"{field}[{number}]"
         if not isinstance(message, dict):
-            raise ValueError(f"{place} must be an object, got {shown(message)}")
+            raise ValueError(f"{field}[{number}] must be an object, got {shown(message)}")
         role = message.get(role_field)
         if not isinstance(role, str) or role not in roles:
             raise ValueError(
-                f"{place}: {role_field} must be one of {', '.join(roles)}, got {shown(role)}"
+                f"{field}[{number}]: {role_field} must be one of {', '.join(roles)}, "
+                f"got {shown(role)}"
             )
-        content = _text(message.get(content_field), f"{place}.{content_field}")
+        content = message.get(content_field)
+        if not isinstance(content, str) or not content.isascii():
+            content = _text(content, f"{field}[{number}].{content_field}")
         found.append(Message(role=roles[role], content=content))
     return found
 
@@ -214,7 +216,7 @@ def _conversation(messages: list[Message], *, plain: tuple[str, str] | None = No
                 f"message {first + number} has the role {message.role}, but {wanted} is expected "
                 "there: a system message comes first, then user and assistant take turns"
             )
-        if message.role == "assistant" and not message.content.strip():
+        if message.role == "assistant" and (not message.content or message.content.isspace()):
             raise ValueError(f"message {first + number} is an empty answer")
     return Conversation(messages=tuple(messages), plain=plain)
 

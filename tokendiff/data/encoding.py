@@ -31,7 +31,9 @@ class Encoded:
 
     def __init__(self, text: str, ids: Sequence[int] | np.ndarray) -> None:
         self.text = text
-        self.ids = np.array(ids, dtype=np.int32)
+        self.ids = np.fromiter(
+            ids, dtype=np.int32, count=len(ids)
+        )  # faster than np.array of a list
 
     def starts_at(self, token: int) -> int:
         """The character in which a token begins; the length of the text for N.
@@ -47,6 +49,10 @@ class Encoded:
     def first_from(self, char: int) -> int:
         """The first token that begins at a character or behind it; N where there is none."""
         return bisect_left(range(len(self.ids)), char, key=self.starts_at)
+
+    def firsts_from(self, chars: Sequence[int]) -> Sequence[int]:
+        """`first_from` of several characters."""
+        return [self.first_from(char) for char in chars]
 
 
 class Encoder:
@@ -95,8 +101,8 @@ class Encoder:
         if self._has_normalizer and not is_normalized("NFC", text):
             return None
         lengths = self._lengths.of(ids)
-        ends = np.cumsum(lengths)
-        return ends - lengths if lengths.sum() == utf8_bytes(text) else None
+        ends = lengths.cumsum()
+        return ends - lengths if ends[-1:].sum() == utf8_bytes(text) else None
 
     def letter_starts(self, ids: np.ndarray, text: str) -> np.ndarray | None:
         """[N] the character in which each token begins; None where lengths do not tell: an unknown
@@ -168,11 +174,12 @@ class Encoder:
         """Each character of a byte-level vocabulary is a byte."""
         if (added := self._added.get(id_)) is not None:
             return utf8_bytes(added.content)
-        return len(self._tokenizer.convert_ids_to_tokens(id_))
+        assert self._backend is not None
+        return len(self._backend.id_to_token(id_))
 
     def _letters_of_token(self, id_: int) -> int:
         assert self._backend is not None
-        token, added = self._tokenizer.convert_ids_to_tokens(id_), self._added.get(id_)
+        token, added = self._backend.id_to_token(id_), self._added.get(id_)
         if token == self._backend.model.unk_token:
             return _MANY
         if added is None:
@@ -233,9 +240,17 @@ class _ByLengths(_Placed):
         return int(self._starts[token])
 
     def first_from(self, char: int) -> int:
+        return self.firsts_from([char])[0]
+
+    def firsts_from(self, chars: Sequence[int]) -> Sequence[int]:
         if self._starts is None:
-            return self._by_library.first_from(char)
-        return int(np.searchsorted(self._starts, char))
+            return self._by_library.firsts_from(chars)
+        found: list[int] = self._starts.searchsorted(self._in_starts(chars)).tolist()
+        return found
+
+    def _in_starts(self, chars: Sequence[int]) -> Sequence[int]:
+        """Characters in the units of `_starts`."""
+        return chars
 
     @cached_property
     def _starts(self) -> np.ndarray | None:
@@ -258,10 +273,10 @@ class _ByBytes(_ByLengths):
             return super().starts_at(token)
         return len(self.text.encode()[: int(self._starts[token])].decode(errors="ignore"))
 
-    def first_from(self, char: int) -> int:
-        if self._starts is None:
-            return self._by_library.first_from(char)
-        return int(np.searchsorted(self._starts, len(self.text[:char].encode())))
+    def _in_starts(self, chars: Sequence[int]) -> Sequence[int]:
+        if self.text.isascii():
+            return chars
+        return [utf8_bytes(self.text[:char]) for char in chars]
 
     @cached_property
     def _starts(self) -> np.ndarray | None:
@@ -279,11 +294,11 @@ class _Numbers:
         more = int(ids.max(initial=-1)) + 1 - len(self._known)
         if more > 0:
             self._known = np.append(self._known, np.full(more, -1, dtype=np.int32))
-        numbers = self._known[ids]
-        if (is_new := numbers < 0).any():
-            for id_ in np.unique(ids[is_new]).tolist():
+        numbers = self._known.take(ids)
+        if numbers.min(initial=0) < 0:
+            for id_ in np.unique(ids[numbers < 0]).tolist():
                 self._known[id_] = self._find(id_)
-            numbers = self._known[ids]
+            numbers = self._known.take(ids)
         return numbers
 
 

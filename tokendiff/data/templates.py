@@ -50,8 +50,9 @@ class Rendered:
         A token's text goes on to where the next one begins, so the last one of a character that
         takes several has its bytes.
         """
-        is_counted = self.is_target[:stop] & ~self.is_special[:stop]
-        edges = np.flatnonzero(np.diff(is_counted, prepend=False, append=False))
+        is_counted = np.zeros(stop + 2, dtype=bool)  # not in front, and not behind
+        is_counted[1:-1] = self.is_target[:stop] & ~self.is_special[:stop]
+        edges = np.flatnonzero(is_counted[1:] != is_counted[:-1])
         places = [self.encoded.starts_at(edge) for edge in edges.tolist()]
         return sum(
             utf8_bytes(self.encoded.text[start:end])
@@ -190,7 +191,7 @@ class ChatRenderer:
                     Rendered(
                         tokens=each.ids,
                         is_target=is_target,
-                        is_special=self._is_special[each.ids.clip(max=len(self._is_special) - 1)],
+                        is_special=self._is_special.take(each.ids, mode="clip"),
                         encoded=each,
                     )
                 )
@@ -206,8 +207,9 @@ class ChatRenderer:
             return np.ones(len(encoded.ids), dtype=bool)
         chosen = spans[-1:] if self.train_on == "last_answer" else spans
         found = np.zeros(len(encoded.ids), dtype=bool)
-        for start, stop in chosen:
-            found[encoded.first_from(start) : encoded.first_from(stop)] = True
+        edges = encoded.firsts_from([char for span in chosen for char in span])
+        for start, stop in zip(edges[::2], edges[1::2], strict=True):
+            found[start:stop] = True
         return found
 
     def _written(self, talks: Sequence[Sequence[Message]], *, ask: bool = False) -> list[str]:
@@ -301,9 +303,10 @@ class ChatRenderer:
         return {token[:2] for token in self._special}
 
     def _refuse_special_tokens(self, conversation: Conversation) -> None:
+        everything = "".join([message.content for message in conversation.messages])
+        if not any(beginning in everything for beginning in self._beginnings):
+            return
         for number, message in enumerate(conversation.messages):
-            if not any(beginning in message.content for beginning in self._beginnings):
-                continue
             for token in self._special:
                 if token in message.content:
                     raise RenderError(
@@ -355,12 +358,12 @@ class _Outline:
             return None
         said = []
         for content, behind in zip(contents, self.around[1:], strict=True):
-            for words in (content, content.strip()):
+            stop = place + len(content)
+            if not (text.startswith(content, place) and text.startswith(behind, stop)):
+                words = content.strip()
                 stop = place + len(words)
-                if text.startswith(words, place) and text.startswith(behind, stop):
-                    break
-            else:
-                return None
+                if not (text.startswith(words, place) and text.startswith(behind, stop)):
+                    return None
             said.append((place, stop))
             place = stop + len(behind)
         if place != len(text):
@@ -368,7 +371,9 @@ class _Outline:
         found = []
         for message, before, behind_it in self.answers:
             start, stop = said[message][0] - before, said[message][1] + behind_it
-            found.append((start, max(start, len(text[:stop].rstrip()))))
+            while stop > start and text[stop - 1].isspace():
+                stop -= 1
+            found.append((start, stop))
         return found
 
 
