@@ -9,6 +9,7 @@ place give it, and the library is told not to compute it.
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import accumulate, pairwise
 from types import NoneType
 from typing import Any
 from unicodedata import combining, is_normalized
@@ -51,7 +52,7 @@ class Encoded:
         return bisect_left(range(len(self.ids)), char, key=self.starts_at)
 
     def firsts_from(self, chars: Sequence[int]) -> Sequence[int]:
-        """`first_from` of several characters."""
+        """`first_from` of several characters, none before the one in front of it."""
         return [self.first_from(char) for char in chars]
 
 
@@ -271,12 +272,26 @@ class _ByBytes(_ByLengths):
     def starts_at(self, token: int) -> int:
         if token == len(self.ids) or self._starts is None or self.text.isascii():
             return super().starts_at(token)
-        return len(self.text.encode()[: int(self._starts[token])].decode(errors="ignore"))
+        return len(self._bytes[: int(self._starts[token])].decode(errors="ignore"))
+
+    def bytes_before(self, token: int) -> int:
+        if token == len(self.ids) or self._starts is None:
+            return super().bytes_before(token)
+        place = int(self._starts[token])
+        if not self.text.isascii():
+            while self._bytes[place] & 0b11000000 == 0b10000000:  # within a character
+                place -= 1
+        return place
+
+    @cached_property
+    def _bytes(self) -> bytes:
+        return self.text.encode()
 
     def _in_starts(self, chars: Sequence[int]) -> Sequence[int]:
         if self.text.isascii():
             return chars
-        return [utf8_bytes(self.text[:char]) for char in chars]
+        edges = pairwise([0, *chars])
+        return [*accumulate(utf8_bytes(self.text[start:stop]) for start, stop in edges)]
 
     @cached_property
     def _starts(self) -> np.ndarray | None:

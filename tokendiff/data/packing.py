@@ -5,8 +5,9 @@ Documents, each ended by EOS, are laid end to end and cut every max_length token
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, compress, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -97,9 +98,15 @@ def tokenize_stream(
     is one: tokens may differ there from those of the whole.
     """
     # A document that spells out [MASK] must not hold the mask token.
-    encoder, eos = Encoder(tokenizer, splits_special=True), tokenizer.eos_token_id
+    encoder, eos = _encoder(tokenizer, len(tokenizer)), tokenizer.eos_token_id
     for batch in _batched(documents, batch_chars):
         yield batch, _tokenize(encoder, batch, batch_chars, eos)
+
+
+@lru_cache(maxsize=1)
+def _encoder(tokenizer: Any, num_tokens: int) -> Encoder:
+    """Kept, with what it has found out of the tokens: a process does many partitions."""
+    return Encoder(tokenizer, splits_special=True)
 
 
 def _tokenize(

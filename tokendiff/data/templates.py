@@ -16,11 +16,14 @@ import numpy as np
 
 from tokendiff.artifacts.locations import location
 from tokendiff.data.chats import Conversation, Message
-from tokendiff.data.encoding import Encoded, Encoder, utf8_bytes
+from tokendiff.data.encoding import Encoded, Encoder
 from tokendiff.errors import InputError, reason_of
 
 Written = tuple[str, list[tuple[int, int]]]  # a text, and the characters that each answer takes
 TrainOn = Literal["answers", "last_answer", "all"]
+
+
+_BEGINNING = 8  # characters
 
 
 class RenderError(ValueError):
@@ -53,11 +56,8 @@ class Rendered:
         is_counted = np.zeros(stop + 2, dtype=bool)  # not in front, and not behind
         is_counted[1:-1] = self.is_target[:stop] & ~self.is_special[:stop]
         edges = np.flatnonzero(is_counted[1:] != is_counted[:-1])
-        places = [self.encoded.starts_at(edge) for edge in edges.tolist()]
-        return sum(
-            utf8_bytes(self.encoded.text[start:end])
-            for start, end in zip(places[::2], places[1::2], strict=True)
-        )
+        places = [self.encoded.bytes_before(edge) for edge in edges.tolist()]
+        return sum(places[1::2]) - sum(places[::2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,10 +297,10 @@ class ChatRenderer:
 
     @cached_property
     def _beginnings(self) -> set[str]:
-        """The first two characters of each special token, of which there may be hundreds; few
-        texts contain any of them.
+        """How special tokens begin, of which there may be hundreds; few texts contain any. It takes
+        less to look for a longer beginning.
         """
-        return {token[:2] for token in self._special}
+        return {token[:_BEGINNING] for token in self._special}
 
     def _refuse_special_tokens(self, conversation: Conversation) -> None:
         everything = "".join([message.content for message in conversation.messages])
