@@ -121,12 +121,15 @@ def test_ids_and_places_are_those_of_transformers(name: str, splits_special: boo
         assert each.ids.tolist() == ids
         starts = [rust.token_to_chars(token)[0] for token in range(len(ids))]
         assert [each.starts_at(token) for token in range(len(ids) + 1)] == [*starts, len(text)]
-        assert [each.bytes_before(token) for token in range(len(ids))] == [
-            len(text[:start].encode()) for start in starts
+        assert [each.bytes_before(token) for token in range(len(ids) + 1)] == [
+            len(text[:start].encode()) for start in [*starts, len(text)]
         ]
+        firsts = []
         for char in range(len(text) + 1):
             later = [token for token, start in enumerate(starts) if start >= char]
-            assert each.first_from(char) == min(later, default=len(ids))
+            firsts.append(min(later, default=len(ids)))
+            assert each.first_from(char) == firsts[-1]
+        assert each.firsts_from(range(len(text) + 1)) == firsts
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
