@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tests.builders import letter_tokenizer
 from tokendiff.artifacts.locations import RemotePath, location
 from tokendiff.artifacts.manifest import MANIFEST_NAME, commit, sha256_of, verify
+from tokendiff.cluster.preprocess import tokenizer_in
 from tokendiff.config.preprocess import PreprocessConfig
 from tokendiff.data.partition import Partition, Piece
 from tokendiff.data.preprocess import is_heldout, preprocess_partition, training_text
@@ -627,3 +628,16 @@ def test_files_that_a_model_was_trained_on_give_held_out_rows_alone(tmp_path: Pa
     assert len(file_identities(since)) == 2
     with pytest.raises(InputError, match=r"new_since .*: not a list of files"):
         known_files(since.model_copy(update={"new_since": str(tmp_path / "nowhere")}))
+
+
+def test_a_tokenizer_is_opened_once_while_its_files_stay_the_same(tmp_path: Path) -> None:
+    tokenizer, _ = build_tokenizer("bytes", documents=(), vocab_size=0)
+    for name in ("a", "b"):
+        tokenizer.save_pretrained(tmp_path / name)
+    opened = tokenizer_in(tmp_path / "a")
+    assert tokenizer_in(tmp_path / "b") is opened  # that of another attempt
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path / "a")
+    changed = tokenizer_in(tmp_path / "a")
+    assert changed.chat_template == "{{ messages }}"
+    assert changed is not opened

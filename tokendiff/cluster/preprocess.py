@@ -270,7 +270,7 @@ def _task(
             ):
                 stats = preprocess_partition(
                     partition,
-                    tokenizer=_opened(folder / "tokenizer"),
+                    tokenizer=tokenizer_in(folder / "tokenizer"),
                     max_length=max_length,
                     heldout_fraction=heldout_fraction,
                     output_dir=folder,
@@ -288,7 +288,7 @@ def _task(
     return work
 
 
-def _opened(folder: Path) -> Any:
+def tokenizer_in(folder: Path) -> Any:
     """The tokenizer in a folder. It is kept: what a process does a partition with serves for the
     next, which may have it in another folder.
     """
