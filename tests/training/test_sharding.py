@@ -172,7 +172,8 @@ def test_every_objective_is_trained_as_in_one_process(
     size, local_size = WAYS[way]
     out = folder / way.replace(" ", "-")
     sharding = way.partition(" ")[0]
-    jobs: list[Job] = [(config(n, folder, sharding=sharding), out / n) for n in RUNS]
+    changes: dict[str, Any] = {"sharding": sharding, "checkpointing_steps": 4}
+    jobs: list[Job] = [(config(n, folder, **changes), out / n) for n in RUNS]
     found = run_distributed(jobs, data, size, local_size=local_size)
     for name, losses in zip(RUNS, found, strict=True):
         is_rough = name in ROUGH
