@@ -22,7 +22,7 @@ help:  ## list the targets (the default)
 setup: $(INSTALLED)  ## .venv with what requirements.lock names and tokendiff itself
 
 # The stamp is written last: an interrupted install starts again. pip would compile on one core, and
-# the packages' own tests too; what cannot be compiled is no module that is imported.
+# the packages' own tests too. Some files are templates, which do not compile and are not imported.
 $(INSTALLED): requirements.lock pyproject.toml
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 		"$(PYTHON)" -c '$(CHECK_PYTHON)' && "$(PYTHON)" -c '$(CHECK_VENV)' \

@@ -6,7 +6,9 @@ Python's: for a worker it hands arguments, environment, folder and streams to th
 ends as the fork that ran them did. Anything else it runs in an ordinary process.
 
 What is tested is imported by each worker anew, and so is Ray, which reads the environment when it
-is. Linux alone has what this takes (`os.pidfd_open`).
+is imported. The other libraries have read theirs in the server: OMP_NUM_THREADS and HF_HOME of a
+worker change nothing, and all workers have the hash seed of the server. Linux alone has what this
+takes (`os.pidfd_open`).
 """
 
 import array
@@ -20,13 +22,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-# None of them starts a thread that a fork would lack.
+# The only thread that they start is one of Arrow's allocator, which does without it in a fork.
 _IMPORTED = (
     "pandas",
     "pyarrow.parquet",
@@ -37,10 +39,12 @@ _IMPORTED = (
     "transformers.models.qwen3.modeling_qwen3",
 )
 
-# It imports next to nothing. An ordinary process takes this for its executable too: workers are
-# started by a process of Ray that was itself started here. How a fork ended is said as a code, or
-# as minus a signal.
-_CLIENT = """#!{python} -ISu
+# The first two lines are a shell's, since the path of Python may hold blanks. An ordinary process
+# takes this script for its executable too: workers are started by a process of Ray that was itself
+# started by it. How a fork ended is said as a code, or as minus a signal.
+_CLIENT = """#!/bin/sh
+'''exec' "{python}" -ISu "$0" "$@"
+' '''
 import array, json, os, socket, sys
 
 given = sys.argv[1:]
@@ -90,6 +94,7 @@ class ForkServer:
                 [sys.executable, "-m", "tests.fork_server", str(number)],
                 stdin=subprocess.PIPE,
                 pass_fds=[number],
+                start_new_session=True,  # an interrupt from the keyboard is not for it
                 cwd=Path(__file__).parents[1],
             )
 
@@ -102,7 +107,11 @@ class ForkServer:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:  # another process has the pipe
+            self._process.kill()
+            self._process.wait()
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,48 +133,63 @@ class _Server:
         """Fork for each client. In a fork, returns what it is to run; in this process, nothing once
         the one that made it is gone.
         """
-        while True:
-            for key, _ in self._selector.select():
-                if key.fd == sys.stdin.fileno():
-                    for fork in self._forks.values():
-                        _kill(fork.pid)
+        try:
+            while True:
+                keys = [key for key, _ in self._selector.select()]
+                if any(key.fd == sys.stdin.fileno() for key in keys):
                     return []
-                if key.fd == self._listening.fileno():
-                    if arguments := self._fork():
-                        return arguments
-                elif (ended := self._forks.get(key.fd)) is not None:
-                    if key.fd != ended.end:  # its client was killed, which stands for it
-                        _kill(ended.pid)
-                    self._finish(ended)
+                for key in keys:
+                    # Its number may be that of another file by now.
+                    fork = self._forks.get(key.fd)
+                    if fork is not None and fork is key.data:
+                        if key.fd != fork.end:  # its client was killed, which stands for it
+                            _kill(fork.pid)
+                        self._finish(fork)
+                is_asked = any(key.fd == self._listening.fileno() for key in keys)
+                if is_asked and (arguments := self._fork()):
+                    return arguments
+        finally:
+            for fork in self._forks.values():
+                _kill(fork.pid)
 
     def _fork(self) -> list[str]:
         """What to run, in the fork; nothing in this process."""
         client, _ = self._listening.accept()
-        size, sent, _, _ = client.recvmsg(8, socket.CMSG_SPACE(3 * array.array("i").itemsize))
-        streams = array.array("i", sent[0][2])
-        told = client.makefile("rb").read(int.from_bytes(size, "little"))
-        pid = os.fork()
-        if pid:
-            for stream in streams:
-                os.close(stream)
+        streams, told = _read(client)
+        if not told:  # it was killed before it had said all
+            client.close()
+        elif pid := os.fork():
             fork = _Fork(pid, os.pidfd_open(pid), client)
             for file in (fork.end, client.fileno()):
                 self._forks[file] = fork
-                self._selector.register(file, selectors.EVENT_READ)
-            return []
+                self._selector.register(file, selectors.EVENT_READ, fork)
+        else:
+            return self._become(client, streams, *json.loads(told))
+        for stream in streams:
+            os.close(stream)
+        return []
+
+    def _become(
+        self,
+        client: socket.socket,
+        streams: Sequence[int],
+        arguments: list[str],
+        folder: str,
+        environment: dict[str, str],
+    ) -> list[str]:
         for each in (self._selector, self._listening, client):
             each.close()
         for fork in set(self._forks.values()):
             os.close(fork.end)
             fork.client.close()
+        self._forks.clear()
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
-        arguments, folder, environment = json.loads(told)
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
-        return list(arguments)
+        return arguments
 
     def _finish(self, fork: _Fork) -> None:
         code = os.waitstatus_to_exitcode(os.waitpid(fork.pid, 0)[1])
@@ -178,6 +202,20 @@ class _Server:
         fork.client.close()
 
 
+def _read(client: socket.socket) -> tuple[Sequence[int], bytes]:
+    """The streams of a client, and what it told; nothing of one that ended meanwhile."""
+    streams = array.array("i")
+    try:
+        size, sent, _, _ = client.recvmsg(8, socket.CMSG_SPACE(3 * streams.itemsize))
+        for _, _, data in sent:
+            streams.frombytes(data)
+        told = client.makefile("rb").read(int.from_bytes(size, "little"))
+    except OSError:
+        return streams, b""
+    is_whole = len(streams) == 3 and len(told) == int.from_bytes(size, "little")
+    return streams, told if is_whole else b""
+
+
 def _kill(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
@@ -185,9 +223,9 @@ def _kill(pid: int) -> None:
 
 def _run(arguments: list[str]) -> None:
     """As Python runs a script with these arguments."""
-    script, *_ = sys.argv = [each for each in arguments if each != "-u"]
+    script, *_ = sys.argv = arguments[1:] if arguments[0] == "-u" else arguments
     importlib.import_module("numpy").random.seed(None)  # else the same in each fork
-    given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    given = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     others = [path for path in sys.path[1:] if path not in given]  # the first was this one's folder
     sys.path[:] = [os.path.dirname(script), *given, *others]
     runpy.run_path(script, run_name="__main__")

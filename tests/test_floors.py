@@ -283,6 +283,13 @@ def test_ray_trains_manager_of_datasets_needs_no_torch() -> None:
     assert run_python("-c", code).stdout == "False\n"
 
 
+def test_preprocessing_imports_no_model() -> None:
+    """Its tasks are processes too; the tokenizers of transformers import torch, but no models."""
+    found = "{'torch', 'transformers'} & {*sys.modules}"
+    code = f"import sys, tokendiff.cluster.preprocess; print({found})"
+    assert run_python("-c", code).stdout == "set()\n"
+
+
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, *arguments],

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -73,6 +74,19 @@ def test_it_ends_as_its_fork_does_and_the_fork_with_it(
     client.wait()
     client.stdout.close()
     fork.wait(timeout=20)  # as long as the server needs to see it
+
+
+def test_a_client_that_ends_before_it_has_said_all_is_none(
+    server: ForkServer, script: Path
+) -> None:
+    address = str(Path(server.executable).with_name("fork.sock"))
+    for said in (b"", b"12", (5).to_bytes(8, "little") + b"[]"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.connect(address)
+            client.sendall(said)
+    script.write_text("print(5)\n")
+    done = subprocess.run([server.executable, str(script), "-u"], capture_output=True, check=True)
+    assert done.stdout == b"5\n"
 
 
 def test_forks_end_with_their_server(script: Path) -> None:

@@ -13,8 +13,8 @@ from tokendiff.errors import InputError
 def test_any_input_gives_a_result_or_an_error_of_our_own(name: str) -> None:
     inputs = 20 if "pipeline" in name else 60
     num_refused = fuzz.run_target(name, inputs=inputs, start=1)
-    # Were all refused, nothing behind the first check would be tried, and the other way round. Of
-    # prompts and chats it is rows that are refused, by values.
+    # Were all refused, nothing behind the first check would be tried, and the other way round.
+    # Readers of prompts and chats return their errors by row.
     is_by_rows = name in ("prompts", "chats")
     assert name in ("manifest", "signed manifest", "any YAML") or is_by_rows or num_refused > 0
     assert num_refused <= inputs

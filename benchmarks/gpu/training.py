@@ -51,7 +51,7 @@ class Run:
         pairs: see `Pass`, of a row.
         copies: how many times a row goes through the layers.
         head_share: of a row's tokens that have logits.
-        is_compiled: by `compile` of training.
+        is_compiled: trained with `compile`.
     """
 
     name: str

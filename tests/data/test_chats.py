@@ -40,7 +40,13 @@ LLAMA = (
     "<</SYS>>{% elif m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]{% else %}"
     " {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}"
 )
-TEMPLATES = {"chatml": CHATML, "tagged": TAGGED, "llama": LLAMA}
+# The end of an answer is in two spans: it is tagged, and it stands behind one that is.
+TAGGED_TWICE = TAGGED.replace(
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>",
+    "{% endgeneration %}{% generation %}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}",
+)
+TEMPLATES = {"chatml": CHATML, "tagged": TAGGED, "tagged twice": TAGGED_TWICE, "llama": LLAMA}
 # Earlier answers lose what they thought once a new question follows.
 FORGETFUL = (
     "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' and not loop.last %}"

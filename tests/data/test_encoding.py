@@ -130,6 +130,7 @@ def test_ids_and_places_are_those_of_transformers(name: str, splits_special: boo
             firsts.append(min(later, default=len(ids)))
             assert each.first_from(char) == firsts[-1]
         assert each.firsts_from(range(len(text) + 1)) == firsts
+        assert each.firsts_from(range(len(text), -1, -1)) == firsts[::-1]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -289,17 +289,19 @@ def _task(
 
 
 def tokenizer_in(folder: Path) -> Any:
-    """The tokenizer in a folder. It is kept: what a process does a partition with serves for the
-    next, which may have it in another folder.
+    """The tokenizer in a folder. It is kept for the next partition, which may have the same one in
+    another folder.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = tuple((str(path.relative_to(folder)), sha256_of(path)) for path in paths)
-    if files not in _tokenizers:
+    opened = _tokenizers.get(files)
+    if opened is None:
         from transformers import AutoTokenizer
 
+        opened = AutoTokenizer.from_pretrained(folder)
         _tokenizers.clear()
-        _tokenizers[files] = AutoTokenizer.from_pretrained(folder)
-    return _tokenizers[files]
+        _tokenizers[files] = opened
+    return opened
 
 
 def _place_of(partition: Partition) -> str:

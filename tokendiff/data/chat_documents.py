@@ -84,7 +84,7 @@ class ChatDocuments:
             refuse(BadRow(place=conversation.place(), reason=str(error), row=row))
 
         template = str(getattr(self.tokenizer, "chat_template", None))
-        renderer = _renderer(self.tokenizer, template, self.options.train_on)
+        renderer = _renderer(self.tokenizer, len(self.tokenizer), template, self.options.train_on)
         rest = iter(conversations)
         while batch := list(islice(rest, _AT_ONCE)):
             contents, documents = [], []
@@ -136,9 +136,9 @@ class ChatDocuments:
 
 
 @lru_cache(maxsize=1)
-def _renderer(tokenizer: Any, template: str, train_on: TrainOn) -> ChatRenderer:
-    """Kept, with what it has found out of the tokenizer and its template: a process does many
-    partitions.
+def _renderer(tokenizer: Any, num_tokens: int, template: str, train_on: TrainOn) -> ChatRenderer:
+    """Kept for the next partition, with what it has found out about the tokenizer and its
+    template. Neither may be changed but by more tokens or another template.
     """
     return ChatRenderer(tokenizer=tokenizer, train_on=train_on)
 

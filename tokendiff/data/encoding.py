@@ -9,7 +9,6 @@ place give it, and the library is told not to compute it.
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from itertools import accumulate, pairwise
 from types import NoneType
 from typing import Any
 from unicodedata import combining, is_normalized
@@ -32,9 +31,8 @@ class Encoded:
 
     def __init__(self, text: str, ids: Sequence[int] | np.ndarray) -> None:
         self.text = text
-        self.ids = np.fromiter(
-            ids, dtype=np.int32, count=len(ids)
-        )  # faster than np.array of a list
+        # Faster than np.array of a list.
+        self.ids = np.fromiter(ids, dtype=np.int32, count=len(ids))
 
     def starts_at(self, token: int) -> int:
         """The character in which a token begins; the length of the text for N.
@@ -52,12 +50,12 @@ class Encoded:
         return bisect_left(range(len(self.ids)), char, key=self.starts_at)
 
     def firsts_from(self, chars: Sequence[int]) -> Sequence[int]:
-        """`first_from` of several characters, none before the one in front of it."""
+        """`first_from` of several characters, in any order."""
         return [self.first_from(char) for char in chars]
 
 
 class Encoder:
-    """Encodes texts as `tokenizer(texts, add_special_tokens=False)` does.
+    """Encodes texts as `tokenizer(texts, add_special_tokens=False)` does. For one thread at a time.
 
     Args:
         tokenizer: one of transformers.
@@ -290,8 +288,12 @@ class _ByBytes(_ByLengths):
     def _in_starts(self, chars: Sequence[int]) -> Sequence[int]:
         if self.text.isascii():
             return chars
-        edges = pairwise([0, *chars])
-        return [*accumulate(utf8_bytes(self.text[start:stop]) for start, stop in edges)]
+        places, at, num_bytes = {0: 0}, 0, 0
+        for char in sorted(set(chars)):
+            num_bytes += utf8_bytes(self.text[at:char])
+            at = char
+            places[char] = num_bytes
+        return [places[char] for char in chars]
 
     @cached_property
     def _starts(self) -> np.ndarray | None:

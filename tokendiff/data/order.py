@@ -111,5 +111,5 @@ def permutation(key: int, n: int) -> np.ndarray:
     """[n] int64: a permutation of 0..n-1 that depends on `key` and n alone, on any platform and
     version.
     """
-    order: np.ndarray = mix(np.int64(key) + np.arange(1, n + 1) * GAMMA)
+    order: np.ndarray = mix(np.int64(key) + np.arange(1, n + 1, dtype=np.int64) * GAMMA)
     return np.argsort(order, kind="stable")

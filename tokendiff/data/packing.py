@@ -105,7 +105,9 @@ def tokenize_stream(
 
 @lru_cache(maxsize=1)
 def _encoder(tokenizer: Any, num_tokens: int) -> Encoder:
-    """Kept, with what it has found out of the tokens: a process does many partitions."""
+    """Kept for the next partition, with what it has found out about the tokens. The tokenizer may
+    not be changed but by more tokens.
+    """
     return Encoder(tokenizer, splits_special=True)
 
 

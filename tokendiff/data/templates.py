@@ -22,8 +22,7 @@ from tokendiff.errors import InputError, reason_of
 Written = tuple[str, list[tuple[int, int]]]  # a text, and the characters that each answer takes
 TrainOn = Literal["answers", "last_answer", "all"]
 
-
-_BEGINNING = 8  # characters
+_BEGINNING = 8  # characters of a special token that are looked for first
 
 
 class RenderError(ValueError):
@@ -289,7 +288,11 @@ class ChatRenderer:
         return text, [self._with_end(text, start, stop) for start, stop in spans[0]]
 
     def _with_end(self, text: str, start: int, stop: int) -> tuple[int, int]:
-        """The span of an answer, with the special token behind it: what ends the turn."""
+        """The span of an answer, with the special token behind it: what ends the turn. One that
+        has its own needs no other, which would be that of the next turn.
+        """
+        if any(text.endswith(token, start, stop) for token in self._special):
+            return start, stop
         for token in self._added.values():
             if token.special and text.startswith(token.content, stop):
                 return start, stop + len(token.content)
@@ -370,7 +373,8 @@ class _Outline:
             return None
         found = []
         for message, before, behind_it in self.answers:
-            start, stop = said[message][0] - before, said[message][1] + behind_it
+            start = said[message][0] - before
+            stop = min(said[message][1] + behind_it, len(text))
             while stop > start and text[stop - 1].isspace():
                 stop -= 1
             found.append((start, stop))

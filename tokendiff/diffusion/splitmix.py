@@ -1,8 +1,8 @@
 """SplitMix64 (Steele, Lea, Flood, OOPSLA 2014; passes BigCrush), read at an index instead of
 stepped: its n-th output is mix(seed + n * GAMMA).
 
-Apart from `random`, which needs torch: this does not, and works on arrays of NumPy as well. The
-order of rows is made of them, in processes that would import torch for nothing else.
+It needs no torch, unlike `random`, and works on NumPy arrays too: processes that only read rows
+compute their order from it.
 """
 
 import hashlib
