@@ -183,6 +183,7 @@ class _Server:
             os.close(fork.end)
             fork.client.close()
         self._forks.clear()
+        os.setpgid(0, 0)  # Ray kills the group of a worker that has ended
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
