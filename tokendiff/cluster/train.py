@@ -28,13 +28,12 @@ from tokendiff.data.rows import TokenData, step_batches, step_plan
 from tokendiff.training.identity import check_same_run, finished_run
 from tokendiff.training.inputs import check_inputs
 from tokendiff.training.run import TrainingRun
-from tokendiff.training.trainer import MEMORY_REMEDY
+from tokendiff.training.trainer import MEMORY_REMEDY, OnEvent
 from tokendiff.training.world import World
 
 if TYPE_CHECKING:
     from tokendiff.config.cluster import ClusterConfig
     from tokendiff.config.train import TrainConfig
-    from tokendiff.training.trainer import OnEvent
 
 
 def train(
@@ -43,7 +42,7 @@ def train(
     *,
     data_path: str | Location,
     output_dir: Location,
-    on_event: "OnEvent",
+    on_event: OnEvent,
 ) -> Location:
     """Train on the Ray cluster, or in this process; returns `output_dir/final`.
 
@@ -96,7 +95,7 @@ def _train_here(
     cluster: "ClusterConfig",
     data: TokenData,
     output_dir: Location,
-    on_event: "OnEvent",
+    on_event: OnEvent,
 ) -> None:
     """Train to the end, or to the end of the step at which a SIGTERM comes."""
 

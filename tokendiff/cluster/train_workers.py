@@ -37,13 +37,12 @@ from tokendiff.data.rows import TokenData, step_plan
 from tokendiff.errors import CorruptFileError, InputError, first_line
 from tokendiff.training.identity import check_same_run, finished_run
 from tokendiff.training.run import TrainingRun, worker_name
-from tokendiff.training.trainer import MEMORY_REMEDY
+from tokendiff.training.trainer import MEMORY_REMEDY, OnEvent
 from tokendiff.training.world import World
 
 if TYPE_CHECKING:
     from tokendiff.config.cluster import ClusterConfig
     from tokendiff.config.train import TrainConfig
-    from tokendiff.training.trainer import OnEvent
 
 _NEVER_RETRIED = (InputError, CorruptFileError, FloatingPointError)
 _ABORT_SECONDS = 10.0
@@ -76,7 +75,7 @@ def train_on_workers(
     cluster: "ClusterConfig",
     data: TokenData,
     output_dir: Location,
-    on_event: "OnEvent",
+    on_event: OnEvent,
 ) -> None:
     """Train to the end, or until a SIGTERM has been saved.
 
@@ -145,7 +144,7 @@ def _fit_once(
     data: TokenData,
     output_dir: Location,
     checkpoint: Location | None,
-    on_event: "OnEvent",
+    on_event: OnEvent,
 ) -> None:
     """Train to the end, or until the workers are to be others: the newest checkpoint is then of the
     last step that they took.

@@ -138,7 +138,7 @@ class ChatDocuments:
 @lru_cache(maxsize=1)
 def _renderer(tokenizer: Any, num_tokens: int, template: str, train_on: TrainOn) -> ChatRenderer:
     """Kept for the next partition, with what it has found out about the tokenizer and its
-    template. Neither may be changed but by more tokens or another template.
+    template. Of changes to the tokenizer it notices more tokens and another template alone.
     """
     return ChatRenderer(tokenizer=tokenizer, train_on=train_on)
 

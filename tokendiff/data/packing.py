@@ -105,8 +105,8 @@ def tokenize_stream(
 
 @lru_cache(maxsize=1)
 def _encoder(tokenizer: Any, num_tokens: int) -> Encoder:
-    """Kept for the next partition, with what it has found out about the tokens. The tokenizer may
-    not be changed but by more tokens.
+    """Kept for the next partition, with what it has found out about the tokens. Of changes to the
+    tokenizer it notices more tokens alone.
     """
     return Encoder(tokenizer, splits_special=True)
 
