@@ -28,6 +28,7 @@ from tokendiff.diffusion.attention_masks import (
     positions_in_document,
     whole_documents,
 )
+from tokendiff.models.layers import find_layers
 from tokendiff.models.masked_attention import under_rule
 from tokendiff.models.tiled_attention import tiled_attention
 
@@ -189,6 +190,7 @@ def _compiled(machine: Machine, backend: str) -> Finding:
     if machine.is_cuda:
         compiled.compile_encoder()
     else:  # as it does, with a compiler that takes no minute
-        compiled.model.base_model.compile(backend=backend)
+        for layer in find_layers(compiled.model, field="compile"):
+            layer.compile(backend=backend)
     results = [loss_and_gradient(model, objective, batch) for model in (compiled, eager)]
     return within(max(relative(a, b) for a, b in zip(*results, strict=True)), _LIMIT)

@@ -1,7 +1,10 @@
-"""States after chosen layers, whatever the version of transformers makes of the wish."""
+"""The layers of a model: which they are, their states, and how they are compiled."""
+
+from functools import partial
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel
 
 from tests.builders import tiny_causal
 from tokendiff.diffusion.attention_masks import causal_by_position
@@ -28,3 +31,31 @@ def test_states_after_chosen_layers(takes_indices: bool, monkeypatch: pytest.Mon
         )
     for layer, states in zip((1, -1, 0), found, strict=True):
         torch.testing.assert_close(states, every[layer + 1])
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "bert"])
+def test_layers_are_compiled_once_for_all_of_them(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    sizes = {"num_hidden_layers": 5, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"hidden_size": 16, "head_dim": 8, "intermediate_size": 16, "vocab_size": 20}
+    config = AutoConfig.for_model(model_type, **sizes, use_cache=False)
+    model = AutoModel.from_config(config).eval()
+    tokens = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        expected = model(tokens).last_hidden_state
+        compilations = torch._dynamo.utils.counters["stats"]
+        compilations.clear()
+        layers.compile_layers(model)
+        found = model(tokens).last_hidden_state
+    assert compilations["unique_graphs"] == 1
+    torch.testing.assert_close(found, expected)
+
+
+def test_layers_that_are_not_known_are_compiled_with_the_rest() -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
+    albert = AutoModel.from_config(AutoConfig.for_model("albert", **sizes))
+    layers.compile_layers(albert)
+    assert [module for module in albert.modules() if module._compiled_call_impl] == [albert]

@@ -14,6 +14,7 @@ from tokendiff.errors import InputError
 from tokendiff.models import tiled_attention
 from tokendiff.models.cuda_graphs import Recorder, Replays
 from tokendiff.models.families import CAUSAL_TYPES, DECODER_TYPES
+from tokendiff.models.layers import compile_layers
 from tokendiff.models.masked_attention import (
     IMPLEMENTATIONS,
     AttentionKernel,
@@ -162,7 +163,7 @@ class ModelInTwoParts(nn.Module):
         """torch.compile the encoder in place; the head sees a new number of rows at every step and
         stays eager.
         """
-        (self.model if self._head is None else self.model.base_model).compile()
+        compile_layers(self.model if self._head is None else self.model.base_model)
 
 
 class TransformersDenoiser(ModelInTwoParts):

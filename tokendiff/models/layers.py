@@ -7,6 +7,10 @@ from torch import nn
 
 from tokendiff.errors import InputError
 
+# Of one layer's code: for each kind of layer (ModernBERT has three), of mask and of shape. torch
+# gives up after eight.
+_MOST_COMPILATIONS = 32
+
 
 def find_layers(model: Any, *, field: str) -> list[nn.Module]:
     """The transformer layers of a model: its list of as many modules of one class as its config
@@ -18,6 +22,28 @@ def find_layers(model: Any, *, field: str) -> list[nn.Module]:
     Raises:
         InputError: there is no such list.
     """
+    if layers := _layers_of(model):
+        return layers
+    raise InputError(
+        f"{field}: it is not known which modules of a {model.config.model_type!r} model are its "
+        f"layers; leave {field.partition(' ')[0]} out, or give a model that keeps them in one list"
+    )
+
+
+def compile_layers(encoder: Any) -> None:
+    """torch.compile an encoder in place, layer by layer: their code is the same, and is compiled
+    once for all of them. As one graph, the time to compile it would grow with their number.
+
+    An encoder whose layers are not known (ALBERT's are all the same one) is compiled as a whole.
+    """
+    limits: Any = torch._dynamo.config  # of the process
+    limits.recompile_limit = max(limits.recompile_limit, _MOST_COMPILATIONS)
+    for module in _layers_of(encoder) or [encoder]:
+        module.compile()
+
+
+def _layers_of(model: Any) -> list[nn.Module]:
+    """Those of `find_layers`; none where they are not known."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [
         module
@@ -27,11 +53,7 @@ def find_layers(model: Any, *, field: str) -> list[nn.Module]:
         and len({type(layer) for layer in module}) == 1
     ]
     if not lists:
-        raise InputError(
-            f"{field}: it is not known which modules of a {model.config.model_type!r} model are "
-            f"its layers; leave {field.partition(' ')[0]} out, or give a model that keeps them in "
-            "one list"
-        )
+        return []
     sizes = [sum(p.numel() for p in found.parameters()) for found in lists]
     return list(lists[sizes.index(max(sizes))])
 

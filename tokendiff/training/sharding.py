@@ -57,7 +57,7 @@ class SpreadModel:
     Args:
         model: on the CPU. Its parameters become DTensors where they are taken apart.
         sharding: see above.
-        is_compiled: compile the encoder, layer by layer where it is taken apart.
+        is_compiled: compile the encoder.
 
     Raises:
         InputError: the layers of such a model are not known, or `hybrid` does not go with so many

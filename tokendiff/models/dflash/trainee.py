@@ -16,7 +16,7 @@ from tokendiff.models.dflash.config import FULL, SCALARS, SLIDING, DFlashDraftCo
 from tokendiff.models.dflash.model import AnyMask, DFlashDraftModel, Masks, class_of
 from tokendiff.models.dflash.planning import DraftPlan, load_draft
 from tokendiff.models.dflash.second_layout import CandidateSelector
-from tokendiff.models.layers import hidden_states_asked
+from tokendiff.models.layers import compile_layers, hidden_states_asked
 from tokendiff.models.pretrained import open_weights
 
 AttentionKernel = Literal["flex", "tiles", "dense"]
@@ -157,7 +157,7 @@ class DraftTrainee(nn.Module):
         """torch.compile draft and target in place; the head stays eager."""
         self._is_compiled = True
         self.model.compile()
-        self.target.base_model.compile()
+        compile_layers(self.target.base_model)
 
 
 def load_trainee(
