@@ -29,7 +29,7 @@ from pathlib import Path
 from unittest import mock
 
 # The only thread that they start is one of Arrow's allocator, which does without it in a fork.
-_IMPORTED = (
+IMPORTED_BY_WORKERS = (
     "pandas",
     "pyarrow.parquet",
     "pydantic",
@@ -79,9 +79,10 @@ class ForkServer:
 
     Args:
         folder: for the executable and the socket, whose path must be short.
+        imported: modules that forks find imported.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, imported: Sequence[str] = IMPORTED_BY_WORKERS) -> None:
         address, client = folder / "fork.sock", folder / "python"
         client.write_text(_CLIENT.format(python=sys.executable, address=str(address)))
         client.chmod(0o755)
@@ -91,7 +92,7 @@ class ForkServer:
             listening.listen(64)
             number = listening.fileno()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.fork_server", str(number)],
+                [sys.executable, "-m", "tests.fork_server", str(number), *imported],
                 stdin=subprocess.PIPE,
                 pass_fds=[number],
                 start_new_session=True,  # an interrupt from the keyboard is not for it
@@ -233,11 +234,12 @@ def _run(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    for name in _IMPORTED:
+    number, *imported = sys.argv[1:]
+    for name in imported:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # memory that is not written to stays shared
-    if arguments := _Server(socket.socket(fileno=int(sys.argv[1]))).serve():
+    if arguments := _Server(socket.socket(fileno=int(number))).serve():
         _run(arguments)
 
 

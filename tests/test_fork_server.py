@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="forks nee
 
 _SAYS = """
 import os, sys
-print(sys.argv[1:], sys.stdin.read(), os.getcwd(), os.environ.get("WORD"), "torch" in sys.modules,
+print(sys.argv[1:], sys.stdin.read(), os.getcwd(), os.environ.get("WORD"), "numpy" in sys.modules,
       sys.path[:2], __name__, os.environ.get("PATH"), flush=True)
 print("to stderr", file=sys.stderr)
 """
@@ -27,7 +27,7 @@ print("to stderr", file=sys.stderr)
 @pytest.fixture(scope="module")
 def server() -> Iterator[ForkServer]:
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # unix sockets need a short path
-        server = ForkServer(Path(folder))
+        server = ForkServer(Path(folder), imported=["numpy"])
         yield server
         server.close()
 
@@ -92,7 +92,7 @@ def test_a_client_that_ends_before_it_has_said_all_is_none(
 def test_forks_end_with_their_server(script: Path) -> None:
     script.write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        server = ForkServer(Path(folder))
+        server = ForkServer(Path(folder), imported=["numpy"])
         client = subprocess.Popen([server.executable, str(script)], stdout=subprocess.PIPE)
         assert client.stdout is not None
         fork = psutil.Process(int(client.stdout.readline()))
@@ -106,7 +106,7 @@ def test_all_else_is_an_ordinary_process_that_hands_the_executable_on(
     server: ForkServer, tmp_path: Path
 ) -> None:
     code = (
-        "import os, sys; print(sys.executable, 'torch' in sys.modules, sys.argv[1:], sys.path[0])"
+        "import os, sys; print(sys.executable, 'numpy' in sys.modules, sys.argv[1:], sys.path[0])"
     )
     (tmp_path / "module.py").write_text(code)
     expected = f"{server.executable} False ['a']"
