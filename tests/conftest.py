@@ -138,7 +138,10 @@ def _freeze(num_modules_in_hundreds: int) -> None:
     gc.freeze()
 
 
-_LONG_TO_MAKE = ("ray_session", "head", "history", "portable_failures", "trained", "tried", "whole")
+_LONG_TO_MAKE = (
+    *("groups", "head", "history", "portable_failures", "ray_session", "trained", "tried"),
+    "whole",
+)
 
 
 @functools.cache

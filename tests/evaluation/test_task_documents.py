@@ -48,7 +48,7 @@ def write_tasks(folder: Path, *, has_groups: bool = False, **fields: Any) -> str
 
 
 @pytest.fixture(scope="module")
-def tasks_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+def groups(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_tasks(tmp_path_factory.mktemp("groups") / "tasks", has_groups=True)
 
 
@@ -66,8 +66,8 @@ def asked(tasks_path: str, *names: str, **fields: Any) -> SuiteResult:
     return ask_tasks(loaded, AnsweredModel(answer, tokenizer=None), **fields)
 
 
-def test_a_group_has_the_documents_of_its_tasks(tasks_path: str) -> None:
-    result = asked(tasks_path, "both")
+def test_a_group_has_the_documents_of_its_tasks(groups: str) -> None:
+    result = asked(groups, "both")
     right = {0: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: 1.0, 6: 1.0}  # by the number asked about
     of_first = [right.get(n, 0.0) for n in range(7)]
     expected = np.mean([*of_first, *of_first[:3]])
@@ -81,23 +81,26 @@ def test_a_group_has_the_documents_of_its_tasks(tasks_path: str) -> None:
     assert error == pytest.approx(np.std(columns["both/acc"], ddof=1) / 10**0.5)
 
 
-def test_a_group_that_weighs_its_tasks_alike_is_no_mean_over_documents(tasks_path: str) -> None:
-    result = asked(tasks_path, "alike")
+def test_a_group_that_weighs_its_tasks_alike_is_no_mean_over_documents(groups: str) -> None:
+    result = asked(groups, "alike")
     assert result.metrics["alike/acc"] == pytest.approx((6 / 7 + 2 / 3) / 2)
     assert set(result.documents["alike"]) == {"row_id"}
 
 
 def test_evaluations_are_comparable_that_asked_and_answered_alike(
-    tasks_path: str, tmp_path: Path
+    groups: str, tmp_path: Path
 ) -> None:
-    ours = asked(tasks_path, "both").identities
+    ours = asked(groups, "both").identities
     assert set(ours) == {"first", "second", "both"}
-    assert asked(tasks_path, "both").identities == ours
+    assert asked(groups, "both").identities == ours
 
     def differ(path: str, *names: str, **fields: Any) -> set[str]:
         theirs = asked(path, *names, **fields).identities
         return {name for name in theirs if ours[name] != theirs[name]}
 
+    sampler = {"name": "sdar", "denoising_steps": 1}
+    assert differ(groups, "both", answered_with=sampler) == {"first", "second", "both"}
+    assert differ(groups, "both", max_documents=3) == {"first", "both"}
     assert differ(write_tasks(tmp_path / "same")) == set()
     # The same documents in other words.
     other_words: tuple[dict[str, Any], ...] = (
@@ -107,6 +110,3 @@ def test_evaluations_are_comparable_that_asked_and_answered_alike(
     for number, fields in enumerate(other_words):
         path = write_tasks(tmp_path / f"words-{number}", **fields)
         assert differ(path) == {"first", "second"}
-    sampler = {"name": "sdar", "denoising_steps": 1}
-    assert differ(tasks_path, "both", answered_with=sampler) == {"first", "second", "both"}
-    assert differ(tasks_path, "both", max_documents=3) == {"first", "both"}
