@@ -138,24 +138,34 @@ def _freeze(num_modules_in_hundreds: int) -> None:
     gc.freeze()
 
 
-_LONG_TO_MAKE = (
-    *("groups", "head", "history", "portable_failures", "ray_session", "trained", "tried"),
-    "whole",
-)
+_FORKS = "run_distributed"  # of a process that has imported what they need
+_LONG_TO_MAKE = {
+    name: name
+    for name in (
+        "groups",
+        "head",
+        "history",
+        "portable_failures",
+        "ray_session",
+        "trained",
+        "tried",
+    )
+} | {"whole": _FORKS, _FORKS: _FORKS}
 
 
 @functools.cache
 def _shared_by(path: Path) -> dict[str, str]:
-    """Of the functions in a file of tests, those that take a fixture that is long to make, and
-    which.
+    """Of the functions in a file of tests, those that take a fixture that is long to make, or call
+    such a function; and which.
     """
     functions = [f for f in ast.walk(ast.parse(path.read_text())) if isinstance(f, ast.FunctionDef)]
-    return {
-        f.name: argument.arg
-        for f in functions
-        for argument in f.args.args
-        if argument.arg in _LONG_TO_MAKE
-    }
+    shared = {}
+    for function in functions:
+        names = {argument.arg for argument in function.args.args}
+        names |= {_FORKS for node in ast.walk(function) if getattr(node, "id", None) == _FORKS}
+        if found := {_LONG_TO_MAKE[name] for name in names & _LONG_TO_MAKE.keys()}:
+            (shared[function.name],) = found
+    return shared
 
 
 @pytest.fixture(scope="session")
