@@ -6,6 +6,7 @@ is its joint table [V] * L.
 
 import itertools
 import math
+import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -155,19 +156,27 @@ def leave_one_out(table: np.ndarray, q: np.ndarray, noisy: object) -> np.ndarray
 
     Args:
         table: [V] * L, the language.
-        q: [V, V], row x the distribution of the noisy token given the clean one.
+        q: [V, V], row x the distribution of the noisy token given the clean one; or one for each
+            sequence, [..., V, V].
         noisy: [..., L] noisy sequences.
 
     Returns:
         [..., L, V]; zeros where the other tokens cannot occur.
     """
-    sequences = np.moveaxis(np.asarray(noisy), -1, 0)
+    noisy = np.asarray(noisy)
+    # By position and clean token, how likely the noisy token is: [..., L, V].
+    likely = np.take_along_axis(
+        np.broadcast_to(q, (*noisy.shape[:-1], *q.shape[-2:])), noisy[..., None, :], axis=-1
+    ).swapaxes(-1, -2)
+    axes = string.ascii_lowercase[: table.ndim]
     beliefs = []
-    for position in range(table.ndim):
-        # The axes of the others go over their noisy tokens, this one over its clean token.
-        joint = _noised(table, q, axes=[axis for axis in range(table.ndim) if axis != position])
-        by_others = np.moveaxis(joint, position, -1)
-        beliefs.append(by_others[tuple(np.delete(sequences, position, axis=0))])
+    for position, here in enumerate(axes):
+        others = [other for other in range(table.ndim) if other != position]
+        factors = "".join(f",...{axes[other]}" for other in others)
+        belief = np.einsum(
+            f"{axes}{factors}->...{here}", table, *[likely[..., other, :] for other in others]
+        )
+        beliefs.append(belief)
     result = np.stack(beliefs, axis=-2)
     total = result.sum(-1, keepdims=True)
     return np.divide(result, total, out=np.zeros_like(result), where=total > 0)

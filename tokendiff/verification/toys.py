@@ -120,14 +120,16 @@ class ExactBlockDenoiser:
 
     def encode(self, tokens: Tensor, positions: Tensor, rule: MaskRule) -> Tensor:
         rows, width = len(tokens), tokens.shape[1]
-        seen = dense(rule, rows, width, width)[:, 0]
+        seen = dense(rule, rows, width, width)[:, 0].tolist()
+        token_at, place_of = tokens.tolist(), positions.tolist()
         states = torch.zeros(rows, width, VOCAB_SIZE, dtype=torch.float64)
         for row, query in itertools.product(range(rows), range(width // 2)):
-            keys = [key for key in seen[row, query].nonzero()[:, 0].tolist() if key != query]
             evidence = frozenset(
-                (int(positions[row, key]), int(tokens[row, key]), key < width // 2) for key in keys
+                (place_of[row][key], token_at[row][key], key < width // 2)
+                for key in range(width)
+                if seen[row][query][key] and key != query
             )
-            known = int(positions[row, query]), evidence
+            known = place_of[row][query], evidence
             if known not in self._known:
                 belief = oracles.belief_given(self._table, self._q, *known)
                 self._known[known] = torch.from_numpy(belief).log()
@@ -149,14 +151,10 @@ class ExactDenoiser:
     def encode(
         self, tokens: Tensor, is_valid: Tensor, time: Tensor, document: Tensor | None = None
     ) -> Tensor:
-        hidden = torch.empty(*tokens.shape, VOCAB_SIZE, dtype=torch.float64)
         times, which = time.unique(return_inverse=True)
-        for index, t in enumerate(times.tolist()):
-            rows = (which == index).nonzero()[:, 0]
-            q = oracles.forward_matrix(self._toy.fields, t)
-            exact = oracles.leave_one_out(self._toy.table, q, tokens[rows].numpy())
-            hidden[rows] = torch.from_numpy(exact).log()
-        return hidden
+        q = np.stack([oracles.forward_matrix(self._toy.fields, t) for t in times.tolist()])
+        exact = oracles.leave_one_out(self._toy.table, q[which.numpy()], tokens.numpy())
+        return torch.from_numpy(exact).log()
 
     def head(self, hidden: Tensor) -> Tensor:
         return hidden
