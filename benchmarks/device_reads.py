@@ -14,18 +14,18 @@ that say they are elsewhere. They mix with those of the CPU as little as those o
 results are those of the CPU to the bit. It has no autocast, and its speed says nothing.
 """
 
-import traceback
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
 NAME = "emulated"
@@ -227,7 +227,7 @@ class _Counted(TorchDispatchMode):
 
     def _kept_by(self, func: Any, args: Any, kwargs: Any) -> list[str] | None:
         """The list that a call belongs in; None for one that nobody waits for."""
-        name, tensors = func.overloadpacket, _tensors((args, kwargs))
+        name, tensors = func.overloadpacket, _tensors((*args, *kwargs.values()))
         if name in _COPIES:
             source = args[1] if name is _aten.copy_ else args[0]
             target = torch.device(
@@ -268,7 +268,7 @@ def _emulated(func: Any, args: Any, kwargs: Any) -> Any:
     tensors are, or where the call says so.
     """
     device = kwargs.get("device")
-    tensors = _tensors((args, kwargs))
+    tensors = _tensors((*args, *kwargs.values()))
     is_elsewhere = any(isinstance(tensor, _Elsewhere) for tensor in tensors)
     if not is_elsewhere and not _is_emulated(device):
         return func(*args, **kwargs)
@@ -277,13 +277,13 @@ def _emulated(func: Any, args: Any, kwargs: Any) -> Any:
             is_index = func.overloadpacket in _INDEXED
             if not isinstance(tensor, _Elsewhere) and tensor.dim() and not is_index:
                 raise RuntimeError(f"{func}: tensors on the CPU and on {NAME}")
-    held_args, held_kwargs = pytree.tree_map(_held, (args, kwargs))
-    found = func(*held_args, **held_kwargs)
+    held = {name: _mapped(_held, value) for name, value in kwargs.items()}
+    found = func(*_mapped(_held, args), **held)
     if func.overloadpacket is _aten.copy_ and not isinstance(args[0], _Elsewhere):
         return args[0]
     if device is not None and not _is_emulated(device):
         return found
-    moved = pytree.tree_map(lambda x: _Elsewhere(x) if isinstance(x, Tensor) else x, found)
+    moved = _mapped(lambda x: _Elsewhere(x) if isinstance(x, Tensor) else x, found)
     return return_and_correct_aliasing(func, args, kwargs, moved)
 
 
@@ -297,13 +297,31 @@ def _is_emulated(device: Any) -> bool:
     return device is not None and torch.device(device).type == NAME
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """Of a value, or of all that lists and tuples hold: what operations of torch take and give.
+    (`torch.utils._pytree` does the same, and took half of the time of an emulated operation.)
+    """
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped(change, each) for each in value)
+    return change(value)
 
 
 def _place() -> str:
     """The innermost line outside torch and this file."""
-    for frame in reversed(traceback.extract_stack(limit=60)):
-        if frame.filename != __file__ and "/torch/" not in frame.filename:
-            return f"{'/'.join(frame.filename.split('/')[-3:])}:{frame.lineno}"
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name != __file__ and "/torch/" not in name:
+            return f"{'/'.join(name.split('/')[-3:])}:{frame.f_lineno}"
+        frame = frame.f_back
     return "?"
