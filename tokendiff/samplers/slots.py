@@ -186,10 +186,12 @@ class Slots:
         self._reserve(int(limits.max()) + self._block_length - 1)
         width = self.tokens.shape[1]
         tokens = torch.full((len(rows), width), self._pad, dtype=torch.int64)
-        begins = torch.zeros_like(tokens)
+        place = torch.arange(width)
+        begins = (place - place % self._block_length).repeat(len(rows), 1)
         for row, request in enumerate(requests):
             tokens[row, : len(request.prompt)] = torch.tensor(request.prompt)
-            begins[row] = request.block_begins(self._block_length, width)
+            if request.block_starts:
+                begins[row] = request.block_begins(self._block_length, width)
         ids = torch.tensor([request.id for request in requests])
         numbers = torch.zeros(len(rows), self._width, dtype=torch.int64)
         for name, values in (
