@@ -260,6 +260,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "prompt_completion": [
         {"prompt": "Hi", "completion": "Hello"},
         {"prompt": "Hi", "response": "Hello"},
+        {"prompt": "Hi", "completion": None, "response": "Hello"},
         {
             "prompt": [{"role": "user", "content": "Hi"}],
             "answer": [{"role": "assistant", "content": "Hello"}],

@@ -119,7 +119,8 @@ def _sharegpt(row: Mapping[str, Any]) -> Conversation:
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> Conversation:
-    name = next(name for name in _COMPLETIONS if row.get(name) is not None or name in row)
+    there = [name for name in _COMPLETIONS if name in row]
+    name = next((name for name in there if row[name] is not None), there[0])
     prompt, completion = row["prompt"], row[name]
     if isinstance(prompt, str) and isinstance(completion, str):
         messages = [
