@@ -202,6 +202,15 @@ def test_a_template_that_rewrites_earlier_turns_takes_last_answers_alone() -> No
     assert tokenizer.decode(rendered.tokens[rendered.is_target]) == "ha>d<|im_end|>"
 
 
+@pytest.mark.parametrize("tag", ["{% generation %}", "{%-  generation -%}", "{%+\tgeneration %}"])
+def test_a_template_may_write_its_tags_with_any_blanks(tag: str) -> None:
+    answer = "{{ m.content.split('>')[-1] }}"
+    marked = FORGETFUL.replace(answer, f"{tag}{answer}{{% endgeneration %}}")
+    tokenizer = chat_tokenizer(marked)
+    rendered = ChatRenderer(tokenizer=tokenizer)(conversation("a", "hm>b", "c", "ha>d"))
+    assert tokenizer.decode(rendered.tokens[rendered.is_target]) == "b<|im_end|>"
+
+
 @pytest.mark.parametrize(
     ("template", "talk", "says"),
     [

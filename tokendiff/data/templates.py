@@ -6,6 +6,7 @@ conversation begins: what an answer adds to the messages before it, with the wor
 answer, is that answer. So it holds the token that ends the turn, which the model must learn too.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -159,7 +160,9 @@ class ChatRenderer:
 
     @cached_property
     def _is_tagged(self) -> bool:
-        return "{% generation" in _words(self.tokenizer.chat_template)
+        template = self.tokenizer.chat_template
+        texts = template.values() if isinstance(template, dict) else [template]
+        return any(_GENERATION_TAG.search(text) for text in texts)
 
     def _write(self, conversation: Conversation, text: str | None = None) -> Written:
         self._refuse_special_tokens(conversation)
@@ -383,12 +386,7 @@ class _Outline:
 
 # Formats of one turn, which can be written out without a template.
 PLAIN_FORMATS = ("prompt_completion", "alpaca")
-
-
-def _words(template: Any) -> str:
-    """A template, or all of a dict of them, with blanks as in `{% generation %}`."""
-    texts = template.values() if isinstance(template, dict) else [template]
-    return "\n".join(texts).replace("{%-", "{%").replace("{%generation", "{% generation")
+_GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 def read_template(path: str) -> str:
