@@ -8,7 +8,6 @@ from tokendiff.config.base import Section, added, operational
 
 FILE_FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet")
 TEXT = "text"
-CHAT_FORMATS = ("messages", "sharegpt", "prompt_completion", "alpaca")
 SAMPLES = "samples"  # the folders that jobs.generate writes
 
 _CHATS_ONLY = ("chat_template", "train_on", "too_long", "fill_answers")
