@@ -17,6 +17,7 @@ from tokendiff.artifacts.checkpoint import (
 )
 from tokendiff.artifacts.locations import RemotePath, files_under, is_uri, location
 from tokendiff.artifacts.manifest import claim_folder, commit, fetch, is_committed, publish, verify
+from tokendiff.artifacts.model_folders import local_model
 from tokendiff.config.preprocess import PreprocessConfig
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.files import find_files
@@ -102,6 +103,18 @@ def test_a_damaged_file_is_found_when_it_is_fetched(remote: RemotePath, tmp_path
     (remote / "b.txt").unlink()
     with pytest.raises(CorruptFileError, match=r"b\.txt is missing"):
         verify(remote, hashes=False)
+
+
+def test_a_model_is_a_folder_that_was_committed_or_a_part_of_one(
+    remote: RemotePath, tmp_path: Path
+) -> None:
+    publish(folder_of(tmp_path / "shards", {"a.txt": "one", "tokenizer/b.txt": "two"}), remote)
+    assert (Path(local_model(f"{remote}/tokenizer")) / "b.txt").read_text() == "two"
+    assert (Path(local_model(str(remote))) / "a.txt").read_text() == "one"
+    bucket = remote.uri.removesuffix(f"/{remote.name}")
+    for name in (f"{remote}/tokeniser", f"{remote}/token", f"{remote}/tokenizer/deep", bucket):
+        with pytest.raises(InputError, match=f"^{name}: holds no checkpoint or tokenizer"):
+            local_model(name)
 
 
 def test_a_folder_with_other_files_is_refused(remote: RemotePath) -> None:
@@ -301,6 +314,12 @@ def test_samples_are_read_from_where_they_are(remote: RemotePath) -> None:
 def test_location_of(text: str, wanted: Path | RemotePath) -> None:
     assert location(text) == wanted
     assert is_uri(text) == (isinstance(wanted, RemotePath) or text.startswith("file://"))
+
+
+def test_what_is_above_a_bucket_is_the_bucket() -> None:
+    path = RemotePath("s3://bucket/a/b")
+    assert path.parent == RemotePath("s3://bucket/a")
+    assert path.parent.parent == path.parent.parent.parent == RemotePath("s3://bucket")
 
 
 @pytest.mark.parametrize("uri", ["s3://key:secret@bucket/a", "s3://bucket/a?access_key=secret"])

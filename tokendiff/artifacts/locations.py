@@ -85,7 +85,9 @@ class RemotePath:
 
     @property
     def parent(self) -> "RemotePath":
-        return RemotePath(self.uri.rpartition("/")[0])
+        """As of a path: of a bucket, itself."""
+        above = self.uri.rpartition("/")[0]
+        return self if above.endswith("/") else RemotePath(above)
 
     def _info(self) -> Any:
         filesystem, path = _resolve(self.uri)

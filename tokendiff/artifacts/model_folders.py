@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokendiff.artifacts.locations import is_uri, location
-from tokendiff.artifacts.manifest import RECORD_FOLDER, fetch, is_committed
+from tokendiff.artifacts.locations import Location, is_uri, location
+from tokendiff.artifacts.manifest import RECORD_FOLDER, fetch, is_committed, load_manifest
 from tokendiff.errors import InputError
 
 CONFIG_NAME = "config.json"
@@ -35,13 +35,21 @@ def local_model(name: str) -> str:
         return str(folder)
     if is_committed(folder):
         return str(fetch(folder))
-    if is_committed(folder.parent):  # the tokenizer/ of token shards
+    if _is_listed(folder):  # the tokenizer/ of token shards
         return str(fetch(folder.parent, under=f"{folder.name}/") / folder.name)
     raise InputError(
         f"{name}: holds no checkpoint or tokenizer that tokendiff wrote (no MANIFEST.json); a "
         "model of another origin cannot be read from a URI: copy it to a folder that every node "
         "sees"
     )
+
+
+def _is_listed(folder: Location) -> bool:
+    """Whether the result that a folder is in has files there."""
+    if not is_committed(folder.parent):
+        return False
+    files = load_manifest(folder.parent).files
+    return any(name.startswith(f"{folder.name}/") for name in files)
 
 
 def check_there(name: str) -> None:
