@@ -25,7 +25,7 @@ from tokendiff.artifacts.manifest import (
     load_manifest,
 )
 from tokendiff.config.pipeline import Config
-from tokendiff.config.preprocess import SAMPLES
+from tokendiff.config.preprocess import FILE_FORMATS, SAMPLES
 from tokendiff.data.bad_rows import ERRORS
 from tokendiff.data.prompt_index import prompt_paths
 from tokendiff.data.sources import holds_chats
@@ -94,9 +94,7 @@ def preprocess_stage(
     settings = {
         **keyed.preprocess.result_fields(),
         "tokenizer_name_or_path": keyed.tokenizer_name_or_path,
-        "inputs": identity_of(
-            *_data_files(keyed), keyed.tokenizer_name_or_path, keyed.preprocess.dataset_name
-        ),
+        "inputs": identity_of(*_data_files(keyed), *_folder_names(keyed)),
         **_of_chats(keyed),
     }
     return _stage(
@@ -630,6 +628,16 @@ def _data_files(config: Config) -> list[str]:
     from tokendiff.data.files import find_files
 
     return find_files(section.data_files)
+
+
+def _folder_names(config: Config) -> list[str]:
+    """Tokenizer and dataset where they may be folders: `bpe` and `text` are no folders, even if one
+    of that name is in the working directory.
+    """
+    tokenizer, dataset = config.tokenizer_name_or_path, config.preprocess.dataset_name
+    tokenizers = [tokenizer] if tokenizer not in ("bytes", "bpe") else []
+    datasets = [dataset] if dataset not in ("builtin", SAMPLES, *FILE_FORMATS) else []
+    return tokenizers + datasets
 
 
 def _median(values: list[float]) -> float | None:

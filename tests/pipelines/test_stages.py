@@ -481,6 +481,25 @@ def test_figures_of_tasks_are_shown_with_their_chance() -> None:
     assert ("not served", "1,200 requests of tasks, which tasks.json names") in lines
 
 
+def test_a_folder_that_is_called_like_a_kind_of_text_is_no_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("a")
+    of_text = ("preprocess.dataset_name=text", "preprocess.data_files=[a.txt]")
+    of_folder = ("preprocess.dataset_name=./builtin",)
+
+    def made() -> list[str]:
+        overrides = ((), ("preprocess.tokenizer_name_or_path=bpe",), of_text, of_folder)
+        return [keys(tmp_path, NO_MATRIX, *given)["corpus"] for given in overrides]
+
+    before = made()
+    for name in ("builtin", "text", "bytes", "bpe"):
+        Path(name).mkdir()
+        Path(name, "notes").write_text("not an input")
+    assert [key == old for key, old in zip(made(), before, strict=True)] == [True] * 3 + [False]
+
+
 def test_another_task_file_is_another_evaluation(tmp_path: Path) -> None:
     (tmp_path / "tasks").mkdir()
     task = tmp_path / "tasks" / "quiz.yaml"
