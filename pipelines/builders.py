@@ -189,6 +189,7 @@ def target_states_stage(
 
 def _planned_bytes(config: Config, stage: Stage, data_path: Location) -> str:
     """What hidden states will take, of as many tokens as are known."""
+    from tokendiff.cluster.session import wants_gpu
     from tokendiff.models.dflash.target_states import width_of_states
 
     target = config.train.target_model_id
@@ -196,7 +197,7 @@ def _planned_bytes(config: Config, stage: Stage, data_path: Location) -> str:
         target = source.settings["model_name_or_path"]
     if target is None:
         return "not known without a target"
-    number = 2 if config.cluster.use_gpu else 4  # bytes, as the target is held there
+    number = 2 if wants_gpu(config.cluster) else 4  # bytes, as the target is held there
     width = width_of_states(config.train, target=target)
     of_a_token = f"{width:,} numbers of {number} bytes for each training token"
     if not is_committed(data_path):
@@ -303,6 +304,7 @@ def _memory_of_a_worker(
     """
     import torch
 
+    from tokendiff.cluster.session import wants_gpu
     from tokendiff.data.rows import TokenData
     from tokendiff.data.tokenizers import build_tokenizer, open_tokenizer
     from tokendiff.training.memory import plan_memory
@@ -327,7 +329,7 @@ def _memory_of_a_worker(
         max_length=max_length,
         num_workers=num_workers,
         replica_size=None if sharding == "none" or num_workers == 1 else num_workers,
-        device=torch.device("cuda" if config.cluster.use_gpu else "cpu"),
+        device=torch.device("cuda" if wants_gpu(config.cluster) else "cpu"),
     )
     return {"memory of a worker": plan.describe()}
 

@@ -139,6 +139,22 @@ def test_a_key_changes_with_its_own_config_and_with_its_inputs(
     assert {name for name in before if before[name] != after[name]} == changed
 
 
+def test_memory_is_planned_for_the_device_that_workers_will_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned(*overrides: str) -> dict[str, str]:
+        many = ("preprocess.max_length=512", "train.per_device_train_batch_size=64")
+        model = stages_of(tmp_path, NO_MATRIX, *many, *overrides)["model"]
+        return dict(model.preview(model))
+
+    on_cpu, on_gpu = planned("cluster.use_gpu=false"), planned("cluster.use_gpu=true")
+    assert "memory of a worker" in on_cpu
+    assert on_cpu != on_gpu
+    for is_there, expected in ((False, on_cpu), (True, on_gpu)):
+        monkeypatch.setattr("torch.cuda.is_available", lambda is_there=is_there: is_there)
+        assert planned() == expected
+
+
 def test_four_sections_are_four_stages(tmp_path: Path) -> None:
     """A file without stages, and one that spells them out: the same keys."""
     spelt_out = """\
