@@ -1,6 +1,7 @@
 """The device: what it is, what it can do at most, and its clock."""
 
 import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from typing import Any
 
 import torch
 
-# Dense bf16 operations per second and bytes per second of memory, by a part of the card's name, as
-# its maker states them; the first that fits counts.
+# Dense bf16 operations per second and bytes per second of memory, as a card's maker states them, by
+# whole words of its name; the first that fits counts.
 PEAKS: dict[str, tuple[float, float]] = {
     "B200": (2.25e15, 8.0e12),
     "H200": (9.89e14, 4.8e12),
@@ -45,7 +46,8 @@ class Machine:
     @cached_property
     def stated(self) -> tuple[float, float] | None:
         """What `PEAKS` says of the card; None where it does not know it."""
-        return next((peaks for part, peaks in PEAKS.items() if part in self.name), None)
+        fits = (peaks for part, peaks in PEAKS.items() if re.search(rf"\b{part}\b", self.name))
+        return next(fits, None)
 
     @cached_property
     def peaks(self) -> tuple[float, float]:

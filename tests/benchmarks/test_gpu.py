@@ -214,7 +214,9 @@ def test_the_sizes_are_the_published_ones() -> None:
 
 def test_peaks_are_found_by_the_name_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {}
-    for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA L40S", "Elk"):
+    h100s = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe")
+    alike = ("NVIDIA GH200 480GB", "NVIDIA L40", "NVIDIA A10G")
+    for name in ("NVIDIA H200", *h100s, "NVIDIA L40S", "NVIDIA A100-SXM4-40GB", *alike, "Elk"):
         machine = Machine(torch.device("cpu"))
         machine.__dict__["name"] = name
         found[name] = machine.stated
@@ -222,7 +224,10 @@ def test_peaks_are_found_by_the_name_of_the_card(monkeypatch: pytest.MonkeyPatch
     assert found["NVIDIA H100 80GB HBM3"] == (9.89e14, 3.35e12)
     assert found["NVIDIA H100 PCIe"] == (7.56e14, 2.0e12)
     assert found["NVIDIA L40S"] == (3.62e14, 8.64e11)
-    assert found["Elk"] is None
+    assert found["NVIDIA A100-SXM4-40GB"] == (3.12e14, 1.56e12)
+    assert found["NVIDIA GH200 480GB"] == (9.89e14, 4.0e12)
+    # Other cards than the L4 and the A10, of which the table says nothing.
+    assert found["NVIDIA L40"] is found["NVIDIA A10G"] is found["Elk"] is None
 
 
 def test_a_measured_case_has_no_limit() -> None:
