@@ -438,6 +438,31 @@ def test_what_a_failed_write_leaves_is_removed(tmp_path: Path) -> None:
     verify(tmp_path / "checkpoint-1")
 
 
+def test_all_of_a_checkpoint_is_on_the_disk_before_its_manifest_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut would leave a manifest of empty files, and older checkpoints are removed then."""
+    synced: list[int] = []
+
+    def fsync(file: int) -> None:
+        synced.append(os.fstat(file).st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "vocab.txt").write_text("a")
+    saver = saving.CheckpointSaver(tmp_path, World.current())
+    contents = saving.Contents(
+        tensors={"model": [("a", torch.ones(2))]},
+        files={"config.json": "{}"},
+        beside=tmp_path / "tokenizer",
+    )
+    saver.save("checkpoint-1", lambda: contents)
+    saver.wait()
+    names = {path.stat().st_ino: path.name for path in (tmp_path / "checkpoint-1").iterdir()}
+    assert names[synced[-1]] == "MANIFEST.json"
+    assert sorted(names[inode] for inode in synced) == sorted(names.values())
+
+
 # What cannot be.
 
 

@@ -364,6 +364,12 @@ def guarded_writes(
         _guards.pop(folder.uri, None)
 
 
+def to_disk(path: Path) -> None:
+    """Return once a file that was written is on the disk, where a power cut leaves it whole."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def cache_folder() -> Path:
     """Where this machine keeps copies of remote files, and `mirror_of` what is written beside
     them; it may be deleted when nothing runs, after the tracking store has everything.
@@ -459,6 +465,7 @@ def _download(source: RemotePath, target: Path, sha256: str) -> None:
             while block := stream.read(_BUFFER_BYTES):
                 digest.update(block)
                 file.write(block)
+        to_disk(temporary)
         if digest.hexdigest() != sha256:
             raise CorruptFileError(
                 f"{source.parent}: {source.name} does not match its MANIFEST "

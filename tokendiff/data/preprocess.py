@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tokendiff.artifacts.locations import to_disk
 from tokendiff.artifacts.manifest import sha256_of
 from tokendiff.data.bad_rows import BadRow, BadRowFile, BadRowSieve, ErrorStats, bad_rows_in_words
 from tokendiff.data.chat_documents import ChatDocuments, ChatOptions, marked
@@ -409,8 +410,7 @@ class _ShardWriter:
             self._path.unlink(missing_ok=True)
             return None
         self._writer.close()
-        with open(self._temporary, "rb") as file:
-            os.fsync(file.fileno())
+        to_disk(self._temporary)
         digest = sha256_of(self._temporary)
         os.replace(self._temporary, self._path)
         return ShardStats(

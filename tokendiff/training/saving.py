@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokendiff.artifacts.checkpoint import KIND
-from tokendiff.artifacts.locations import Location, files_under, upload
+from tokendiff.artifacts.locations import Location, files_under, to_disk, upload
 from tokendiff.artifacts.manifest import MANIFEST_NAME, RECORD_FOLDER, commit
 from tokendiff.artifacts.tensor_files import (
     file_name,
@@ -306,7 +306,9 @@ class CheckpointSaver:
                 share["names"].setdefault(stem, {})[file] = list(tensors)
                 share["bytes"][stem] = sum(tensor.nbytes for tensor in tensors.values())
                 tensors.clear()
-                if not isinstance(target, Path):
+                if isinstance(target, Path):
+                    to_disk(folder / file)
+                else:
                     upload(folder, target, [file])
                     (folder / file).unlink()
         except BaseException as error:
@@ -337,6 +339,8 @@ class CheckpointSaver:
         known = {file: digest for share in shares for file, digest in share["sha256"].items()}
         metadata = dict(contents.metadata)
         if isinstance(target, Path):
+            for name in files_under(folder).keys() - known.keys():
+                to_disk(folder / name)
             commit(folder, kind=KIND, metadata=metadata, known_sha256=known)
             if target.exists():
                 shutil.rmtree(target)
