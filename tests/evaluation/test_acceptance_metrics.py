@@ -2,6 +2,8 @@
 
 import math
 import statistics
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +52,31 @@ def test_the_standard_error_is_that_of_repeating_the_whole() -> None:
         means.append(metrics["acceptance_length_mean"])
         errors.append(metrics["acceptance_length_standard_error"])
     assert statistics.stdev(means) == pytest.approx(statistics.mean(errors), rel=0.12)
+
+
+def test_records_are_gone_through_once_and_not_kept() -> None:
+    alive: set[int] = set()
+
+    class Record(dict[str, Any]):
+        def __init__(self, *fields: Any) -> None:
+            super().__init__(*fields)
+            alive.add(id(self))
+
+        def __del__(self) -> None:
+            alive.discard(id(self))
+
+    most = 0
+
+    def records() -> Iterator[Record]:
+        nonlocal most
+        for gain in (1, 2, 3, 4, 4):
+            yield Record(record([gain], source=f"{gain}.txt"))
+            most = max(most, len(alive))
+
+    listed = [record([gain], source=f"{gain}.txt") for gain in (1, 2, 3, 4, 4)]
+    assert acceptance_metrics(records()) == acceptance_metrics(listed)
+    assert most <= 2
+    assert acceptance_metrics(iter(())) == {}
 
 
 def test_prompt_sources_are_told_apart() -> None:

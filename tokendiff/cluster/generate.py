@@ -336,7 +336,7 @@ def _draft_figures(
     """What a draft gained; of the measured parts, those that this run made."""
     if not config.is_speculative:
         return {}
-    records = [record for file in files for record in read_part(file)]
+    records = (record for file in files for record in read_part(file))
     return {"speculation": {**acceptance_metrics(records), **speedup_metrics(totals.measured)}}
 
 

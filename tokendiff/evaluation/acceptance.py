@@ -3,7 +3,8 @@ gave.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from tokendiff.data.samples import num_new_tokens
 COMMAND_LINE = "prompt"  # the source of prompts that no file held
 
 
-def acceptance_metrics(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+def acceptance_metrics(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Figures of samples that were written with a draft.
 
     A block's acceptance length is what it added to its row: the drafted tokens that were accepted,
@@ -22,7 +23,8 @@ def acceptance_metrics(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     down.
 
     Args:
-        records: as part files hold them; with `blocks_by_gain` and `source`.
+        records: as part files hold them; with `blocks_by_gain` and `source`. Gone through once, so
+            that those of millions of rows need not be in memory together.
 
     Returns:
         acceptance_length_mean, acceptance_length_standard_error: over blocks, the error over rows
@@ -31,27 +33,37 @@ def acceptance_metrics(records: Sequence[dict[str, Any]]) -> dict[str, float]:
         tokens_per_target_forward: new tokens over the target's forward passes that a row took part
             in, those of its prompt included.
         acceptance_length_mean/SOURCE: by prompt source, where there are several.
+        Of no records there are no figures.
     """
-    gains = np.array([record["blocks_by_gain"] for record in records], dtype=np.float64)
+    by_record: list[np.ndarray] = []
+    sources: list[str] = []
+    passes = new_tokens = 0
+    for record in records:
+        by_record.append(np.array(record["blocks_by_gain"], dtype=np.int32))
+        # Names of metrics in MLflow have no other characters than these.
+        name = re.sub(r"[^\w.-]", "_", record["source"] or COMMAND_LINE)
+        sources.append(sys.intern(name))
+        passes += record["num_model_calls"]
+        new_tokens += num_new_tokens(record)
+    if not by_record:
+        return {}
+    gains = np.array(by_record, dtype=np.float64)
     length = np.arange(1, gains.shape[1] + 1)
     by_row = accepted_by_row(gains)
     mean, error = _ratio(by_row["num_accepted"], by_row["num_blocks"])
-    passes = sum(record["num_model_calls"] for record in records)
     metrics = {
         "acceptance_length_mean": mean,
         "acceptance_length_standard_error": error,
-        "tokens_per_target_forward": sum(map(num_new_tokens, records)) / passes,
+        "tokens_per_target_forward": new_tokens / passes,
     }
     shares = gains.sum(0) / max(gains.sum(), 1.0)
     metrics |= {
         f"acceptance_share_{k}": float(share) for k, share in zip(length, shares, strict=True)
     }
-    # Names of metrics in MLflow have no other characters than these.
-    sources = np.array([re.sub(r"[^\w.-]", "_", r["source"] or COMMAND_LINE) for r in records])
-    names = sorted(set(sources.tolist()))
+    names = sorted(set(sources))
     if len(names) > 1:
         for name in names:
-            own = gains[sources == name]
+            own = gains[[source == name for source in sources]]
             metrics[f"acceptance_length_mean/{name}"] = _ratio(own @ length, own.sum(1))[0]
     return metrics
 
