@@ -9,6 +9,7 @@ reads them for itself.
 
 import glob
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -141,15 +142,17 @@ class PromptFile:
     def _read_parquet(self, first: int, stop: int) -> Iterator[tuple[str, "Prompt | InputError"]]:
         with _parquet(self.path) as file:
             sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-            starts = [sum(sizes[:group]) for group in range(len(sizes))]
+            starts = list(itertools.accumulate(sizes, initial=0))
             groups = [
-                g for g, start in enumerate(starts) if start < stop and start + sizes[g] > first
+                g for g, size in enumerate(sizes) if starts[g] < stop and starts[g] + size > first
             ]
             row = starts[groups[0]]
             columns = _prompt_columns(file)
             batches = file.iter_batches(_PARQUET_BATCH_ROWS, row_groups=groups, columns=columns)
             for batch in batches:
-                if row + len(batch) > first and row < stop:
+                if row >= stop:
+                    return
+                if row + len(batch) > first:
                     for index in range(max(first, row), min(stop, row + len(batch))):
                         place = f"{self.path}: row {index + 1}"
                         yield place, _row_prompt(batch.slice(index - row, 1), place)
