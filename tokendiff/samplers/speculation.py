@@ -16,11 +16,11 @@ from tokendiff.diffusion.interfaces import Decoder
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.samplers.acceptance import Verdict, accept_drawn, accept_own
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
+from tokendiff.samplers.base import positions_at_once
 from tokendiff.samplers.categorical import draw, filter_logits, without_token
 from tokendiff.samplers.slots import Slots
 
 OWN, PROPOSAL, JUDGE = 0, 1, 2  # what a position's random numbers are for; OWN as in `ar`
-_CPU_CHUNK, _GPU_CHUNK = 256, 4096  # positions whose [N, V] logits exist at once
 GAINS = "gains"  # blocks of a row that gained 1, 2, ... tokens
 
 
@@ -219,8 +219,7 @@ def position_uniforms(generator: RowGenerator, at: Tensor) -> Tensor:
 
 def _chunks(hidden: Tensor, *others: Tensor) -> "zip[tuple[Tensor, ...]]":
     """Rows in groups whose [n, K, D] hidden states make at most so many logits at once."""
-    positions = _CPU_CHUNK if hidden.device.type == "cpu" else _GPU_CHUNK
-    size = max(1, positions // hidden.shape[1])
+    size = max(1, positions_at_once(hidden.device) // hidden.shape[1])
     return zip(*(values.split(size) for values in (hidden, *others)), strict=True)
 
 

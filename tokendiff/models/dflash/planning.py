@@ -219,7 +219,7 @@ def new_draft_config(
         )
     heads = text.num_attention_heads
     fields: dict[str, Any] = {
-        "architectures": ["DFlashDraftModel"],
+        "architectures": [DRAFT_ARCHITECTURE],
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,
         "num_attention_heads": heads,

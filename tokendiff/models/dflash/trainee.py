@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tokendiff.artifacts.model_folders import DRAFT_ARCHITECTURE
 from tokendiff.diffusion.attention_masks import AnchoredBlocks, causal, dense
 from tokendiff.diffusion.devices import sent
 from tokendiff.errors import InputError, reason_of
@@ -246,7 +247,7 @@ def _first_layout(config: DFlashDraftConfig) -> DFlashDraftConfig:
     names = ("target_layer_ids", "mask_token_id", "block_size")
     own = {name: config.dflash_config[name] for name in names if name in config.dflash_config}
     return DFlashDraftConfig.from_dict(
-        {**fields, "architectures": ["DFlashDraftModel"], "dflash_config": own}
+        {**fields, "architectures": [DRAFT_ARCHITECTURE], "dflash_config": own}
     )
 
 
