@@ -70,7 +70,7 @@ def plan_steps(stages: Sequence[Stage], selection: Selection) -> list[Step]:
         if stage.title in forced and not _reason_to_skip(stage, inputs):
             step = Step(stage=stage, state="run", why="asked for with --force")
         else:
-            step = _step(stage, inputs, stages)
+            step = _step(stage, inputs)
         if step.state not in ("done", "skip") and stage.title not in chosen | forced:
             step = replace(step, state="skip", why="not selected")
         missing = [i.stage.title for i in inputs if i.why == "not selected" and not i.stage.is_done]
@@ -99,7 +99,7 @@ def recheck(step: Step, ran: Iterable[str]) -> Step:
     return step
 
 
-def _step(stage: Stage, inputs: list[Step], stages: Sequence[Stage]) -> Step:
+def _step(stage: Stage, inputs: list[Step]) -> Step:
     if reason := _reason_to_skip(stage, inputs):
         return Step(stage=stage, state="skip", why=reason)
     running = [step.stage.title for step in inputs if step.state not in ("done", "skip")]
@@ -113,7 +113,7 @@ def _step(stage: Stage, inputs: list[Step], stages: Sequence[Stage]) -> Step:
         return Step(stage=stage, state="done", why="made by an earlier run")
     if read_facts(stage).get("key") == stage.key and not _changed_inputs(stage):
         return Step(stage=stage, state="resume", why="it was interrupted")
-    return Step(stage=stage, state="run", why=_what_is_new(stage, stages))
+    return Step(stage=stage, state="run", why=_what_is_new(stage))
 
 
 def _reason_to_skip(stage: Stage, inputs: list[Step]) -> str:
@@ -228,7 +228,7 @@ def _changed_inputs(stage: Stage) -> list[str]:
     ]
 
 
-def _what_is_new(stage: Stage, stages: Sequence[Stage]) -> str:
+def _what_is_new(stage: Stage) -> str:
     """How the stage differs from the one of its name that was made last."""
     others = [
         facts
