@@ -119,6 +119,22 @@ def test_every_position_sees_every_valid_one_and_no_other(model_type: str, atten
     torch.testing.assert_close(logits[:, :-3][1], alone[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("model_type", ["convbert", "fnet", "mobilebert"])
+def test_an_architecture_that_sees_padding_is_refused(model_type: str, tmp_path: Path) -> None:
+    """Not by its type, which no table has: a padded row shows that others heed the mask."""
+    model = tiny_model(model_type, embedding_size=16, intra_bottleneck_size=16)
+    tokens, is_valid, _ = some_rows()
+    other = tokens.where(is_valid, tokens % (VOCAB - 1) + 1)
+    denoiser = TransformersDenoiser(model, vocab_size=VOCAB)
+    one, changed = (logits_of(denoiser, rows, is_valid)[is_valid] for rows in (tokens, other))
+    assert float((one - changed).abs().max()) > 1e-3
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=rf"'{model_type}', which sees the padding.*bert"):
+        loading.load_denoiser(
+            str(tmp_path), tokenizer=letter_tokenizer(VOCAB), max_length=LENGTH, warn=lambda _: None
+        )
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("model_type", CAUSAL_TYPES)
 def test_causal_model_attends_as_under_an_explicit_mask(model_type: str, attention: str) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tokendiff.models.ragged_cache import RaggedCache
 
 _FEW, _LARGE = 12, 2**20  # rows, weights
+_PROBE_TOKENS = 8  # of a row that a model is tried out with
 
 # Where each architecture keeps what stands between its last hidden state and its logits. A masked
 # LM that is not listed works as well, but computes logits at every position.
@@ -73,6 +74,30 @@ def check_windows(config: Any, *, origin: str) -> None:
         raise InputError(
             f"{origin} is of type {config.model_type!r}, which keeps no keys and values; set cache "
             f"to none, or give a model of type {', '.join(CAUSAL_TYPES)}"
+        )
+
+
+@torch.no_grad()
+def check_padding(denoiser: "TransformersDenoiser", *, origin: str) -> None:
+    """Raise InputError where what a model says of a row depends on the padding behind it: a
+    convolution, for one, heeds no attention mask. No config says so; it is found out with two rows.
+
+    Args:
+        origin: what the error begins with.
+    """
+    is_valid = torch.arange(_PROBE_TOKENS) < _PROBE_TOKENS // 2
+    tokens = torch.arange(_PROBE_TOKENS) % denoiser.vocab_size
+    tokens = torch.stack([tokens, tokens.where(is_valid, tokens.flip(0))])
+    was_training = denoiser.training
+    denoiser.eval()
+    hidden = denoiser.encode(tokens, is_valid.expand(2, -1), torch.zeros(2, dtype=torch.float64))
+    denoiser.train(was_training)
+    one, other = denoiser.head(hidden[:, is_valid]).float()
+    if float((one - other).abs().max()) > 1e-3 * float(one.std()):
+        raise InputError(
+            f"{origin} is of type {denoiser.model.config.model_type!r}, which sees the padding "
+            "behind a row, so a row's loss and samples would depend on the rows beside it; give a "
+            f"model of type {', '.join(sorted(_HEADS))}, or another that heeds its attention mask"
         )
 
 
@@ -339,7 +364,7 @@ class TransformersDenoiser(ModelInTwoParts):
 
         DistributedDataParallel fails on a parameter that gets no gradient.
         """
-        tokens = torch.arange(8)[None] % self.vocab_size
+        tokens = torch.arange(_PROBE_TOKENS)[None] % self.vocab_size
         logits = self.head(self.encode(tokens, torch.ones_like(tokens).bool(), torch.zeros(1)))
         nodes, used, seen = [logits.grad_fn], set(), set()
         while nodes:

@@ -8,7 +8,7 @@ import torch
 
 from tokendiff.models.builtin import MODEL_FIELD
 from tokendiff.models.causal_denoiser import TransformersCausalDenoiser
-from tokendiff.models.denoiser import SPLIT_TYPES, TransformersDenoiser
+from tokendiff.models.denoiser import SPLIT_TYPES, TransformersDenoiser, check_padding
 from tokendiff.models.diffusion_gemma import (
     MODEL_TYPE,
     EncoderDecoderDenoiser,
@@ -58,7 +58,8 @@ def load_denoiser(
 
     Raises:
         InputError: no such model, neither a masked LM nor a causal one that can be made
-            bidirectional, too short for max_length, no usable mask token, or weights are missing.
+            bidirectional, one that sees padding, too short for max_length, no usable mask token, or
+            weights are missing.
     """
     plan = plan_model(
         model_name_or_path,
@@ -82,8 +83,10 @@ def load_denoiser(
     denoiser = TransformersDenoiser(
         model, vocab_size=plan.vocab_size, predicts_next=plan.predict == "next"
     )
-    # The architectures that are split are known to use all they have.
-    if not denoiser.is_split and (unused := denoiser.freeze_unused()):
+    if denoiser.is_split:  # such architectures are known to use all they have, and no padding
+        return denoiser
+    check_padding(denoiser, origin=f"{field} {plan.name!r}")
+    if unused := denoiser.freeze_unused():
         warn(f"{len(unused)} parameters do not lead to logits and stay as they are: {unused}")
     return denoiser
 
