@@ -377,6 +377,18 @@ def test_a_base_model_with_a_window_is_refused(base: Path, data: TokenData, tmp_
         check_inputs(config(tmp_path / "base"), data)
 
 
+def test_a_run_that_nobody_checked_is_refused_too(
+    trained: Path, base: Path, data: TokenData, tmp_path: Path
+) -> None:
+    """As a notebook starts one; adapters of a warm start would be lost without a word."""
+    plain = {"keep_base": False, "lora_rank": None, "lora_alpha": 16.0}
+    warm = config(base, warm_start_from=str(trained / "final"), **plain)
+    new = config(base, model_name_or_path="builtin:qwen3-tiny")
+    for cfg, says in ((warm, "set keep_base to train them on"), (new, "starts from new weights")):
+        with pytest.raises(InputError, match=says):
+            build_run(cfg, data, tmp_path)
+
+
 def test_folders_that_lost_a_part_are_refused(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "final", tmp_path / "a")
     (tmp_path / "a" / DRAFT_ADAPTERS).unlink()

@@ -162,6 +162,7 @@ def build_trainee(
             warn(note)
         trainee = load_trainee(plan, device=world.device, seed=config.seed, dropout=config.dropout)
         return trainee, _build_dflash(config.objective, plan.draft), None
+    check_kept_base(config, tokenizer)
     field, start = starting_point(config)
     fields: dict[str, Any] = {
         "tokenizer": tokenizer,
