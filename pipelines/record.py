@@ -12,8 +12,9 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ EXIT_CODES = {
 }
 EXIT_SIGTERM = 143  # stopped, but by SIGTERM
 _KEPT_RUNS = 100
+_TIME_FORMAT = "%Y%m%dT%H%M%S-%f"  # of a run's folder; its order is that of the names
 
 
 @dataclass(kw_only=True)
@@ -89,8 +91,7 @@ class RunRecord:
     ) -> "RunRecord":
         """A new run, and its folder with the config that it is of."""
         now = datetime.fromtimestamp(time.time(), UTC)
-        name = f"{now:%Y%m%dT%H%M%S}-{now.microsecond:06}-{os.getpid()}"
-        folder = pipeline_folder / RUNS / name
+        folder = pipeline_folder / RUNS / _next_name(pipeline_folder / RUNS, now)
         folder.mkdir(parents=True)
         write_atomically(folder / CONFIG_NAME, public_yaml(config).encode())
         record = cls(
@@ -179,6 +180,18 @@ def _git(*arguments: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _next_name(runs: Location, now: datetime) -> str:
+    """A name behind those of all runs so far. Names tell which runs are the newest, and the clock
+    may have been set back since, or have been that of another machine.
+    """
+    for folder in reversed(folders_in(runs)):
+        with suppress(ValueError, OverflowError):  # somebody else's folder; the end of time
+            newest = datetime.strptime(folder.name.rpartition("-")[0], _TIME_FORMAT)
+            now = max(now, newest.replace(tzinfo=UTC) + timedelta(microseconds=1))
+            break
+    return f"{now:{_TIME_FORMAT}}-{os.getpid()}"
 
 
 def _remove_old(runs: Location) -> None:

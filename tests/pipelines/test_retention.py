@@ -3,12 +3,14 @@
 import json
 import logging
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
 from jobs import pipeline as pipeline_job
 from pipelines import lock
+from pipelines.record import last_runs
 from pipelines.retention import Item, clean, clean_held
 from tests.models.test_completion import block_checkpoint
 from tests.pipelines.test_promotion import registered
@@ -61,6 +63,25 @@ def test_what_the_last_runs_used_stays_and_the_rest_goes(toy: Toy) -> None:  # n
     assert toy.calls == []
     night(toy, 0)
     assert toy.calls == ["model", "samples", "judge"]
+
+
+def test_a_clock_that_was_set_back_costs_no_result(
+    toy: Toy,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    toy.config = keeping(toy.config, 1)
+    clock = [2e9]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    night(toy, 0)
+    (toy.root / "toy" / "runs" / "mine").mkdir()
+    clock[0] = 1e9
+    used = night(toy, 1)
+    assert there(toy) == used
+    records = last_runs(toy.root / "toy", 2)
+    assert [record.started for record in records] == [
+        "2001-09-09 01:46:40 UTC",
+        "2033-05-18 03:33:20 UTC",
+    ]
 
 
 def test_runs_that_fail_push_no_result_out(toy: Toy) -> None:  # noqa: F811
