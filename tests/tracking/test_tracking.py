@@ -598,6 +598,28 @@ def test_a_store_of_an_unusable_kind_is_an_input_error(tmp_path: Path) -> None:
         check_store(f"sqlite:///{tmp_path}/file/mlflow.db")
 
 
+def test_a_store_whose_making_was_cut_off_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, places = f"sqlite:///{tmp_path}/mlflow.db", []
+
+    def cut_off(uri: str) -> None:
+        places.append(Path(uri.removeprefix("sqlite:///")))
+        places[-1].write_bytes(b"half a database")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlflow.MlflowClient", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            make_client(uri)
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db.lock"]
+    places[0].parent.mkdir()  # as a process leaves it that is killed
+    places[0].write_bytes(b"half a database")
+    places[0].with_name("mlflow.db-journal").write_bytes(b"half a journal")
+    check_store(uri)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
+
+
 def check_imports_are_paid_for() -> None:
     import mlflow  # noqa: F401
 

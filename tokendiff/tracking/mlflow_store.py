@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -116,7 +117,27 @@ def make_client(uri: str) -> "MlflowClient":
         return MlflowClient(uri)
     database.parent.mkdir(parents=True, exist_ok=True)
     with _locked(database.with_name(f"{database.name}.lock")):  # two creators at once crash
+        if not os.path.lexists(database):
+            _create(uri, database)
         return MlflowClient(uri)
+
+
+def _create(uri: str, database: Path) -> None:
+    """Make a new sqlite file beside its place, and move it there.
+
+    MLflow takes seconds to make one, and cannot use one whose making was cut off.
+    """
+    from mlflow import MlflowClient
+
+    scratch = database.with_name(f".{database.name}.new")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+    scratch.mkdir()
+    try:
+        made = scratch / database.name
+        MlflowClient(_SQLITE.sub(lambda match: f"{match[1]}{made}{match[3]}", uri))
+        os.replace(made, database)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def get_experiment_id(client: "MlflowClient", name: str, root: Location) -> str:
