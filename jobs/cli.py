@@ -65,6 +65,15 @@ _DISK_REMEDIES = {
     ),
     errno.EROFS: "give an output folder that can be written",
 }
+# Of paths that can never be used: the same command would fail again.
+_PATH_REMEDIES = {
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EEXIST), "a file is where a folder should be; give another path"
+    ),
+    errno.EISDIR: "a folder is where a file should be; give another path",
+    errno.ELOOP: "a link there leads back to itself; mend it, or give another path",
+    errno.ENAMETOOLONG: "give a shorter path",
+}
 _JOB_SECTIONS = ("preprocess", "train", "generate", "evaluate")  # each the main one of jobs.NAME
 # Imports make half a million objects that stay. With Python's 700, a tenth of a job's start goes
 # into looking for garbage among them.
@@ -155,6 +164,8 @@ def _report(error: Exception) -> int:
         error = cause  # as it was raised on a worker, without the traceback that Ray puts around it
     if isinstance(error, OSError) and error.errno in _DISK_REMEDIES:
         return fail(f"{error}; {_DISK_REMEDIES[error.errno]}")
+    if isinstance(error, OSError) and error.filename and error.errno in _PATH_REMEDIES:
+        error = InputError(f"{error}; {_PATH_REMEDIES[error.errno]}")
     if isinstance(error, ConnectionError) and not isinstance(error, BrokenPipeError):
         return fail(f"{error}; run the same command again when it answers: it goes on")
     is_given_up = type(error) is RuntimeError and _is_ray_s(error.__cause__)

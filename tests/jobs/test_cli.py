@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 import pytest
 from pydantic import BeforeValidator, Field
 
-from jobs import cli
+from jobs import cli, pipeline
 from tests import ROOT
 from tests.builders import objective_configs, objective_names
 from tests.starts import STARTERS, started_by
@@ -497,6 +497,31 @@ def test_a_disk_that_takes_nothing_is_one_message(
     assert cli.entry_point(main)([]) == 1
     expected = f"error: [Errno {number}] {os.strerror(number)}: 'out/part'; {remedy}\n"
     assert capsys.readouterr().err == expected
+
+
+def test_a_path_that_cannot_be_one_is_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "root" / "run").parent.mkdir()
+    (tmp_path / "root" / "run").write_text("")
+    long = "n" * 300
+    for root, name, remedy in (
+        ("file", "run", "a file is where a folder should be; give another path"),
+        ("root", "run", "a file is where a folder should be; give another path"),
+        ("loop", "run", "a link there leads back to itself; mend it, or give another path"),
+        (long, "run", "give a shorter path"),
+        ("other", long, "give a shorter path"),
+    ):
+        flags = [f"root={tmp_path / root}", f"name={name}", "tracking.enabled=false"]
+        overrides = [word for flag in flags for word in ("-o", flag)]
+        assert pipeline.main(["run", "quickstart", *overrides]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: [Errno ")
+        assert str(tmp_path / root) in error
+        assert error.endswith(f"; {remedy}\n")
+        assert error.count("\n") == 1
 
 
 _SAYS_POLICY = """
