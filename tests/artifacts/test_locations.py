@@ -322,6 +322,12 @@ def test_what_is_above_a_bucket_is_the_bucket() -> None:
     assert path.parent.parent == path.parent.parent.parent == RemotePath("s3://bucket")
 
 
+@pytest.mark.parametrize("uri", ["s3://", "S3:///a", "gs:///a/b"])
+def test_a_uri_without_a_bucket_is_refused(uri: str) -> None:
+    with pytest.raises(InputError, match=r"names no bucket; write (s3|S3|gs)://BUCKET/PATH"):
+        location(uri)
+
+
 @pytest.mark.parametrize("uri", ["s3://key:secret@bucket/a", "s3://bucket/a?access_key=secret"])
 def test_credentials_in_a_uri_are_refused_and_not_repeated(uri: str) -> None:
     with pytest.raises(InputError, match="no options and no credentials") as raised:

@@ -64,6 +64,8 @@ class RemotePath:
                 f"{scheme}://...: a URI holds no options and no credentials; they are taken from "
                 "the environment (AWS_ENDPOINT_URL, AWS_PROFILE, ...)"
             )
+        if scheme.lower() in _ARROW_SCHEMES and not rest.split("/")[0]:
+            raise InputError(f"{self.uri}: names no bucket; write {scheme}://BUCKET/PATH")
         if ".." in rest.split("/"):
             raise InputError(f"{self.uri}: '..' is not allowed in a URI; write the path out")
         object.__setattr__(self, "uri", f"{scheme.lower()}://{rest.rstrip('/')}")
