@@ -421,6 +421,8 @@ def test_an_override_reaches_into_an_objective_given_by_name(write: Write, short
             "did you mean 'generate.checkpoint_path' or 'evaluate.checkpoint_path' or "
             "'frontier.checkpoint_path'?",
         ),
+        ("promote.alias=v12", "-o promote.alias: 'v12' is a name that MLflow keeps for itself"),
+        ("promote.alias=Latest", "-o promote.alias: 'Latest' is a name that MLflow keeps"),
         ("train.zzz=1", "-o train.zzz: unknown field; the fields here are model_name_or_path, "),
     ],
 )

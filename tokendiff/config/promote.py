@@ -1,8 +1,9 @@
 """The section `promote`: the gate, and the alias that moves when it is passed."""
 
+import re
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tokendiff.config.base import Section
 from tokendiff.config.evaluate import PAIRED_METRICS, is_task_metric
@@ -77,3 +78,13 @@ class PromoteConfig(Section):
         description="conditions that must all hold, compared with the champion on the same "
         "held-out rows",
     )
+
+    @field_validator("alias")
+    @classmethod
+    def _is_free(cls, alias: str) -> str:
+        if re.fullmatch(r"latest|v[0-9]+", alias, re.IGNORECASE):
+            raise ValueError(
+                f"{alias!r} is a name that MLflow keeps for itself; give another one, such as "
+                "'champion'"
+            )
+        return alias
