@@ -4,6 +4,7 @@ elsewhere, lines and row groups without end, bits that are not what they were.
 
 import gzip
 import json
+import os
 import random
 import re
 from collections import Counter
@@ -19,6 +20,7 @@ from tests.builders import letter_tokenizer, random_rows, token_folder
 from tokendiff.artifacts.manifest import MANIFEST_NAME, commit, fingerprint, load_manifest
 from tokendiff.data import lines, rows
 from tokendiff.data.chats import Conversation, Message
+from tokendiff.data.files import find_files
 from tokendiff.data.prompt_index import PromptFile
 from tokendiff.data.prompts import PromptEncoder
 from tokendiff.data.rows import TokenData
@@ -152,3 +154,15 @@ def test_a_flipped_bit_of_a_shard_is_found_or_changes_nothing(tmp_path: Path) ->
         else:
             outcomes["changes nothing"] += 1
     assert min(outcomes["found"], outcomes["changes nothing"]) > 100
+
+
+def test_a_file_whose_name_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    """Its identity goes into keys and manifests, which are UTF-8."""
+    (tmp_path / "a.txt").write_text("text")
+    try:
+        (tmp_path / os.fsdecode(b"b\xff.txt")).write_text("text")
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    with pytest.raises(InputError, match=r"b\\xff\.txt' is not UTF-8; rename the file") as caught:
+        find_files([f"{tmp_path}/*.txt"])
+    str(caught.value).encode()

@@ -65,8 +65,19 @@ def find_files(patterns: Sequence[str]) -> list[str]:
             raise InputError(f"data_files {pattern!r} matches no file (looked for {path})")
         found.update(files)
     for path in found:
+        _refuse_nameless(path)
         refuse_unreadable(path)
     return sorted(found)
+
+
+def _refuse_nameless(path: str) -> None:
+    """Raise InputError where a name is not UTF-8: neither a manifest nor a log can hold it."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"data_files: the name of {os.fsencode(path)!r} is not UTF-8; rename the file"
+        ) from error
 
 
 def _remote_files(pattern: str) -> list[str]:
