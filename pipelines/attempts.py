@@ -134,7 +134,7 @@ def deadline(seconds: float | None, *, what: str) -> Iterator[None]:
     is_up, is_over = threading.Event(), threading.Event()
 
     def expire() -> None:
-        if is_over.wait(seconds):
+        if is_over.wait(min(seconds, threading.TIMEOUT_MAX)):
             return
         is_up.set()
         while not is_over.is_set():  # again, where a library kept the first one to itself

@@ -514,11 +514,17 @@ def test_time_is_up_whoever_started_the_process(starter: str) -> None:
     assert time.monotonic() - started < 5
 
 
-def test_a_deadline_that_is_kept_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("seconds", [30.0, 1e30])  # no clock can wait for so long
+def test_a_deadline_that_is_kept_leaves_nothing_behind(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
     before = signal.getsignal(signal.SIGURG)
     num_threads = threading.active_count()
-    with deadline(30.0, what="x"):
+    with deadline(seconds, what="x"):
         pass
+    assert failed == []
     assert signal.getsignal(signal.SIGURG) is before
     assert threading.active_count() == num_threads
 
