@@ -589,6 +589,7 @@ def test_models_in_the_place_of_paths(shop: Shop, history: Any) -> None:
     assert trained(warm_start_from="models:/toy@nobody").warm_start_from is None
     with pytest.raises(InputError, match=r"train.model_name_or_path: there is no models:/toy/99"):
         trained(model_name_or_path="models:/toy/99")
+    assert trained(warm_start_from=f"models:/toy/{10**30}").warm_start_from is None
     with pytest.raises(InputError, match=r"checkpoint_path: there is no models:/toy@nobody.*; toy"):
         checkpoint_folder("models:/toy@nobody", shop.config)
     with pytest.raises(InputError, match=r"write models:/NAME@ALIAS or models:/NAME/VERSION"):

@@ -47,6 +47,7 @@ _HISTORY = "history"
 _MOST_NAMED = 10  # models or versions, in a message
 _PAGE = 1000  # of them, that a store is asked for at once
 _FAILURES = ("INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED", "TEMPORARILY_UNAVAILABLE")
+_MAX_VERSION = 2**31 - 1  # what a store's column holds; it fails at more
 _MODEL_FILE = "MLmodel"  # a copy counts once it is there
 _MAX_HISTORY = 4500  # characters; a tag's limit is 5,000
 # What sampling imports, besides what MLflow brings.
@@ -390,6 +391,8 @@ class Registry:
     ) -> "ModelVersion | None":
         from mlflow.exceptions import MlflowException
 
+        if number is not None and int(number) > _MAX_VERSION:
+            return None
         try:
             if alias is not None:
                 return self._client.get_model_version_by_alias(name, alias)
