@@ -118,6 +118,8 @@ class RunRecord:
     @classmethod
     def load(cls, folder: Location) -> "RunRecord":
         raw = json.loads((folder / RESULT_NAME).read_text())
+        if not isinstance(raw, dict):
+            raise ValueError(f"{folder / RESULT_NAME} holds no record of a run")
         stages = [StageRecord(**stage) for stage in raw.pop("stages")]
         return cls(**{**raw, "folder": folder, "stages": stages})
 

@@ -192,9 +192,7 @@ def model_uris(config: Config) -> dict[str, bool]:
 
 def _read_pins(pipeline_folder: Location) -> dict[str, dict[str, str | None]]:
     try:
-        pins: dict[str, dict[str, str | None]] = json.loads(
-            (pipeline_folder / ".run" / _PINS_NAME).read_text()
-        )
+        pins = json.loads((pipeline_folder / ".run" / _PINS_NAME).read_text())
     except (FileNotFoundError, ValueError):
         return {}
-    return pins
+    return pins if isinstance(pins, dict) else {}

@@ -661,6 +661,9 @@ def test_an_alias_is_read_once_for_the_same_inputs(shop: Shop, history: Any) -> 
     assert ", version 2, until" in notes[0]
     assert version("tuesday") == 1
     assert not notes
+    for damaged in ("", "null", "[]"):
+        (shop.root / "shop" / ".run" / "models.json").write_text(damaged)
+        assert version("monday") == 1
     absent = "models:/toy@nobody"
     pinned = PinnedModels.read(pipeline(absent), shop.root, ["monday"])
     assert pinned.models == {absent: None}

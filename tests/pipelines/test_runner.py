@@ -651,6 +651,9 @@ def test_the_record_is_there_from_the_start(toy: Toy) -> None:
     text = path.read_text().replace('"state": "succeeded"', '"state": "running"')
     path.write_bytes(text.encode())
     assert last_runs(toy.root / "toy", 5)[0].state == "killed"
+    for damaged in ("", "{", "null", "[]", "5", "{}"):
+        path.write_bytes(damaged.encode())
+        assert last_runs(toy.root / "toy", 5) == []
 
 
 @pytest.mark.parametrize("fails", [False, True])
