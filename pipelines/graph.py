@@ -18,7 +18,7 @@ from pipelines.builders import (
 from pipelines.registered import MODEL_FIELDS, UNKNOWN_MODEL, Models, model_paths
 from pipelines.stage import Stage
 from tokendiff.artifacts.identity import identity_of
-from tokendiff.artifacts.locations import Location, location
+from tokendiff.artifacts.locations import Location, location, size_of
 from tokendiff.config.loader import matrix_variants
 from tokendiff.config.pipeline import Config, StageConfig
 from tokendiff.config.preprocess import SAMPLES, PreprocessConfig
@@ -196,8 +196,9 @@ def _reason_to_skip(own: Config, linked: Config, spec: StageConfig, late: Collec
     since = found.new_since if spec.kind == "preprocess" else None
     if since is None or not location(since).is_file():
         return ""
-    is_all_known = len(known_files(found)) == len(find_files(found.data_files))
-    return f"no text is new since {given.new_since}" if is_all_known else ""
+    new = set(find_files(found.data_files)) - known_files(found)
+    has_text = any(size_of(location(path)) > 0 for path in new)
+    return "" if has_text else f"no text is new since {given.new_since}"
 
 
 def _text_of(samples: Stage) -> dict[str, Any]:

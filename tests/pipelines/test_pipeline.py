@@ -19,6 +19,7 @@ from pipelines.paths import input_path, output_path
 from pipelines.runner import plan, run_pipeline
 from tests import ROOT
 from tests.in_this_process import jobs_here
+from tokendiff.artifacts.identity import content_identity
 from tokendiff.artifacts.locations import RemotePath
 from tokendiff.artifacts.manifest import verify
 from tokendiff.config.loader import load_config
@@ -365,3 +366,24 @@ def test_bad_input_is_one_clean_message_and_exit_code_2(
     assert f"{path}:2: train.max_train_stepz: unknown field" in error
     assert "did you mean 'max_train_steps'?" in error
     assert "Traceback" not in error
+
+
+def test_a_file_without_a_byte_is_no_new_text(tmp_path: Path) -> None:
+    def why_skipped() -> str:
+        fields = {
+            "dataset_name": "text",
+            "data_files": [f"{tmp_path}/*.txt"],
+            "new_since": str(tmp_path / "known.json"),
+        }
+        stages = {"data": {"kind": "preprocess"}}
+        config = Config.model_validate({"preprocess": fields, "stages": stages})
+        (stage,) = pipeline_stages(config, tmp_path)
+        return stage.skip
+
+    (tmp_path / "old.txt").write_text("read already")
+    known = [content_identity(tmp_path / "old.txt")]
+    (tmp_path / "known.json").write_text(json.dumps(known))
+    (tmp_path / "touched.txt").touch()
+    assert why_skipped().startswith("no text is new since")
+    (tmp_path / "touched.txt").write_text("news")
+    assert why_skipped() == ""
