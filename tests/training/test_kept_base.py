@@ -381,7 +381,7 @@ def test_a_run_that_nobody_checked_is_refused_too(
     trained: Path, base: Path, data: TokenData, tmp_path: Path
 ) -> None:
     """As a notebook starts one; adapters of a warm start would be lost without a word."""
-    plain = {"keep_base": False, "lora_rank": None, "lora_alpha": 16.0}
+    plain: dict[str, Any] = {"keep_base": False, "lora_rank": None, "lora_alpha": 16.0}
     warm = config(base, warm_start_from=str(trained / "final"), **plain)
     new = config(base, model_name_or_path="builtin:qwen3-tiny")
     for cfg, says in ((warm, "set keep_base to train them on"), (new, "starts from new weights")):
