@@ -111,6 +111,20 @@ def test_the_token_comes_from_the_environment_alone(
     assert "hunter2" not in json.dumps(read_note(note))
 
 
+def test_a_finished_run_that_is_pushed_without_a_token_says_so(
+    final: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(hub.TOKEN_VARIABLE, raising=False)
+    warnings: list[str] = []
+
+    def on_event(event: str, **fields: Any) -> None:
+        warnings.extend([fields["message"]] if event == "warning" else [])
+
+    assert push(final, "me/model", final.parent / "hub.json", on_event=on_event) is None
+    (message,) = warnings
+    assert "HF_TOKEN is not set in the environment" in message
+
+
 def test_where_to_push_decides_no_result() -> None:
     pushed = TrainConfig(push_to_hub="me/model")
     assert pushed.result_fields() == TrainConfig().result_fields()

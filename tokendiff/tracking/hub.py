@@ -81,6 +81,7 @@ def _upload(folder: Path, repo_id: str, api: Any) -> str:
     if api is None:
         from huggingface_hub import HfApi
 
+        check_push(repo_id)  # of a run that was finished before, nothing is asked first
         api = HfApi(token=os.environ[TOKEN_VARIABLE])
     api.create_repo(repo_id, private=True, exist_ok=True)
     step = load_manifest(folder).metadata["step"]
