@@ -355,6 +355,11 @@ def assistant(content: Any = "b") -> dict[str, Any]:
             "message 1 has the role system",
         ),
         ([user(), {"role": "tool", "content": "s"}], r"messages\[1\]: role must be one of .* tool"),
+        (
+            [user(), {**assistant("Let me look."), "tool_calls": [{"function": {"name": "f"}}]}],
+            r"messages\[1\] has tool_calls, .*write the call into the text of content",
+        ),
+        ([user(), {**assistant(None), "function_call": {"name": "f"}}], "has function_call"),
         ('[{"role": "user"}]', "is a text, .*, not a list of messages; .*fromjson"),
         ([user(3), assistant()], r"messages\[0\].content must be a text, got 3"),
         ([user([{"type": "image"}]), assistant()], r"content\[0\] must be a part of text"),

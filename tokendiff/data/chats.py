@@ -20,6 +20,7 @@ _SHAREGPT_ROLES = {
     "assistant": "assistant",
     "chatgpt": "assistant",
 }
+_TOOL_FIELDS = ("tool_calls", "function_call")  # a call beside the text, or in place of it
 _COMPLETIONS = ("completion", "response", "output", "answer")
 
 
@@ -177,6 +178,13 @@ def _message_list(
                 f"{field}[{number}]: {role_field} must be one of {', '.join(roles)}, "
                 f"got {shown(role)}"
             )
+        for name in _TOOL_FIELDS:
+            if message.get(name):
+                raise ValueError(
+                    f"{field}[{number}] has {name}, which would be left out of what is learnt: "
+                    f"write the call into the text of {content_field}, or leave the conversation "
+                    f"out; got {shown(message[name])}"
+                )
         content = message.get(content_field)
         if not isinstance(content, str) or not content.isascii():
             content = _text(content, f"{field}[{number}].{content_field}")
