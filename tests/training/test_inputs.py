@@ -1,5 +1,7 @@
 """What is known to be wrong with a training run before anything of it starts."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from tests.builders import letter_tokenizer, random_rows, tiny_causal, token_fol
 from tests.training.test_training import config, run
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import InputError
-from tokendiff.training.inputs import check_model, check_training
+from tokendiff.training.inputs import check_model, check_training, filling_notes
 
 LENGTH = 12
 
@@ -205,3 +207,37 @@ def test_new_weights_are_said_when_a_run_begins_and_not_when_it_goes_on(
         warm_start_from=str(tmp_path / "run" / "final"), max_train_steps=1, lr_warmup_steps=0
     )
     assert said(warm, "warm") == []
+
+
+@pytest.mark.parametrize(
+    ("objective", "is_filled", "says"),
+    [
+        ("ar", True, "filled up with EOS, which is learnt too; ar .* fill_answers false"),
+        ("block_diffusion", True, "block_diffusion does without.* fill_answers false"),
+        ("mdlm", False, "are not filled up; mdlm learns from that .* fill_answers true"),
+        ("ar", False, None),
+        ("mdlm", True, None),
+    ],
+)
+def test_answers_filled_up_for_another_objective_are_told(
+    objective: str, is_filled: bool, says: str | None, data: TokenData
+) -> None:
+    cfg = config(objective={"name": objective})
+
+    def said(**asked_for: bool) -> list[str]:
+        chats = {"train_on": "answers", "fills_answers": is_filled}
+        metadata = {**data.metadata, "chats": chats, "config": asked_for}
+        return filling_notes(cfg, replace(data, metadata=metadata))
+
+    assert len(said()) == (says is not None)
+    assert says is None or re.search(says, said()[0])
+    assert said(fill_answers=is_filled) == []  # as the user wants it
+    assert filling_notes(cfg, data) == []  # text
+
+
+def test_what_is_told_of_filled_answers_reaches_the_log(data: TokenData, tmp_path: Path) -> None:
+    metadata = {**data.metadata, "chats": {"train_on": "answers", "fills_answers": False}}
+    cfg = config(max_train_steps=1, lr_warmup_steps=0)
+    _, events = run(cfg, replace(data, metadata=metadata), tmp_path / "run")
+    (message,) = [event["message"] for event in events if event["event"] == "warning"]
+    assert "are not filled up" in message

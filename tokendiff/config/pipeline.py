@@ -9,7 +9,7 @@ from tokendiff.config.cluster import ClusterConfig
 from tokendiff.config.evaluate import EvaluateConfig
 from tokendiff.config.frontier import FrontierConfig
 from tokendiff.config.generate import GenerateConfig
-from tokendiff.config.preprocess import PreprocessConfig
+from tokendiff.config.preprocess import FILLED_FOR, PreprocessConfig
 from tokendiff.config.promote import PromoteConfig
 from tokendiff.config.train import BUILTIN_MODEL_PREFIX, BUILTIN_MODELS, TrainConfig
 from tokendiff.errors import InputError
@@ -134,7 +134,7 @@ class Config(Section):
         """Whether answers are filled up: as the preprocess section or else the objective has it."""
         if self.preprocess.fill_answers is not None:
             return self.preprocess.fill_answers
-        return self.train.objective.name in ("mdlm", "udlm", "hybrid")
+        return self.train.objective.name in FILLED_FOR
 
     def check_pipeline(self) -> None:
         """What the sections must agree on where one pipeline uses them all; a job alone need not.

@@ -8,6 +8,7 @@ from tokendiff.config.base import Section, added, operational
 
 FILE_FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet")
 TEXT = "text"
+FILLED_FOR = ("mdlm", "udlm", "hybrid")  # objectives that answers are filled up for by default
 SAMPLES = "samples"  # the folders that jobs.generate writes
 
 _CHATS_ONLY = ("chat_template", "train_on", "too_long", "fill_answers")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tokendiff.artifacts.checkpoint import FINAL, committed_checkpoints
 from tokendiff.artifacts.locations import Location, location
 from tokendiff.artifacts.manifest import is_committed
+from tokendiff.config.preprocess import FILLED_FOR
 from tokendiff.data.rows import TokenData, check_rows_to_judge, step_plan
 from tokendiff.data.target_states import TargetStates
 from tokendiff.data.tokenizers import open_tokenizer
@@ -106,6 +107,25 @@ def check_inputs(config: "TrainConfig", data: TokenData) -> None:
     family = family_of(published_type(plan.config))
     make_objective(config, tokenizer, data, predict=plan.predict, family=family)
     _check_modules(config, tokenizer, max_length=data.max_length)
+
+
+def filling_notes(config: "TrainConfig", data: TokenData) -> list[str]:
+    """What to say of answers that were filled up, or were not, for another objective's sake: who
+    preprocesses by itself may not know for which one it is. What a config asked for is meant so.
+    """
+    chats, name = data.metadata.get("chats"), config.objective.name
+    asked_for = data.metadata.get("config", {}).get("fill_answers")
+    if chats is None or asked_for is not None:
+        return []
+    is_filled, wants_filling = bool(chats.get("fills_answers")), name in FILLED_FOR
+    if is_filled == wants_filling:
+        return []
+    what = "are filled up with EOS, which is learnt too" if is_filled else "are not filled up"
+    wish = "does without" if is_filled else "learns from that where an answer ends in a longer slot"
+    return [
+        f"the answers in {data.folder} {what}; {name} {wish}. To change it, preprocess with "
+        f"fill_answers {str(wants_filling).lower()}"
+    ]
 
 
 def check_model(config: "TrainConfig", *, max_length: int) -> None:

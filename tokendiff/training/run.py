@@ -31,6 +31,7 @@ from tokendiff.objectives.dflash import DFlash
 from tokendiff.training.building import build_trainee, states_reader
 from tokendiff.training.heldout import heldout_acceptance
 from tokendiff.training.identity import check_same_run, finished_run, run_identity
+from tokendiff.training.inputs import filling_notes
 from tokendiff.training.memory import MemoryPlan, check_memory, plan_memory
 from tokendiff.training.saving import CheckpointSaver
 from tokendiff.training.sharding import replica_size
@@ -51,7 +52,7 @@ class TrainingRun:
 
     Attributes:
         state, saver: what its checkpoints hold, and what writes them.
-        notes: what a user should know of the model that the run begins with.
+        notes: what a user should know of the model and the rows that the run begins with.
         memory: what a worker needs.
         watch: None where no held-out rows are judged.
     """
@@ -88,7 +89,7 @@ class TrainingRun:
         on_event: OnEvent = lambda event, **fields: None,
     ) -> "TrainingRun":
         tokenizer = open_tokenizer(data.tokenizer_path, field="data_path")
-        notes: list[str] = []
+        notes = filling_notes(config, data)
         memory = plan_memory(
             config,
             tokenizer,
