@@ -82,7 +82,7 @@ def test_prompts_come_from_text_json_lines_and_parquet(tmp_path: Path) -> None:
     ("name", "content", "says"),
     [
         ("a.jsonl", '{"text": "x"}', r'a.jsonl:1: needs a field "prompt".*or "messages"'),
-        ("a.jsonl", '{"prompt": "x", "messages": []}', 'a.jsonl:1: needs a field "prompt"'),
+        ("a.jsonl", '{"prompt": "x", "messages": []}', 'a.jsonl:1: has both "prompt" and "mess'),
         ("a.jsonl", '{"prompt": 5}', 'a.jsonl:1: "prompt" must be a string, got 5'),
         ("a.jsonl", '{"messages": []}', '"messages" must be a list of at least one'),
         ("a.jsonl", '{"messages": ["x"]}', r'messages\[0\] needs the strings "role" and "content"'),

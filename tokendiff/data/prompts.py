@@ -137,7 +137,12 @@ def prompt_of_record(record: Any, place: str) -> Prompt:
     """
     fields = record if isinstance(record, dict) else {}
     prompt, messages = fields.get("prompt"), fields.get("messages")
-    if (prompt is None) == (messages is None):
+    if prompt is not None and messages is not None:
+        raise InputError(
+            f'{place}: has both "prompt" and "messages", and one of them alone can be continued; '
+            "remove the other"
+        )
+    if prompt is None and messages is None:
         raise InputError(
             f'{place}: needs a field "prompt", as in {{"prompt": "Once upon"}}, or "messages", as '
             'in {"messages": [{"role": "user", "content": "Hello"}]}'
