@@ -114,6 +114,21 @@ def test_parquet_without_prompts_is_refused(tmp_path: Path) -> None:
         generation_rows(GenerateConfig(prompts=[str(tmp_path / "a.parquet")]))
 
 
+def test_a_message_in_parts_of_text_is_read_as_in_training(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    image = [*parts, {"type": "image", "url": "x"}]
+    for content in (parts, image):
+        line = json.dumps({"messages": [{"role": "user", "content": content, "name": "n"}]})
+        (tmp_path / "a.jsonl").write_text(line)
+        config = GenerateConfig(prompts=[str(tmp_path / "a.jsonl")], num_samples=1)
+        if content is image:
+            with pytest.raises(InputError, match=r"messages\[0\] needs the strings"):
+                generation_rows(config)
+        else:
+            (row,) = generation_rows(config)
+            assert row.prompt == [{"role": "user", "content": "a b", "name": "n"}]
+
+
 def test_chats_are_written_out_by_the_template(model_id: str) -> None:
     tokenizer: Any = CompletionSetup.of(config_of(model_id), None).tokenizer
 

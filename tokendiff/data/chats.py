@@ -125,14 +125,14 @@ def _prompt_completion(row: Mapping[str, Any]) -> Conversation:
     prompt, completion = row["prompt"], row[name]
     if isinstance(prompt, str) and isinstance(completion, str):
         messages = [
-            Message(role="user", content=_text(prompt, "prompt")),
-            Message(role="assistant", content=_text(completion, name)),
+            Message(role="user", content=text_of(prompt, "prompt")),
+            Message(role="assistant", content=text_of(completion, name)),
         ]
         return _conversation(messages, plain=(prompt, completion))
     both = []
     for value, field, role in ((prompt, "prompt", "user"), (completion, name, "assistant")):
         if isinstance(value, str):
-            both.append(Message(role=role, content=_text(value, field)))
+            both.append(Message(role=role, content=text_of(value, field)))
         else:
             both += _message_list(value, field, "role", "content", ROLE_NAMES)
     return _conversation(both)
@@ -140,8 +140,8 @@ def _prompt_completion(row: Mapping[str, Any]) -> Conversation:
 
 def _alpaca(row: Mapping[str, Any]) -> Conversation:
     """The prompt is that of Stanford Alpaca, github.com/tatsu-lab/stanford_alpaca."""
-    instruction, answer = (_text(row[name], name) for name in ("instruction", "output"))
-    given = _text(row.get("input") or "", "input")
+    instruction, answer = (text_of(row[name], name) for name in ("instruction", "output"))
+    given = text_of(row.get("input") or "", "input")
     question = f"{instruction}\n\n{given}" if given else instruction
     if given:
         plain = (
@@ -187,19 +187,19 @@ def _message_list(
                 )
         content = message.get(content_field)
         if not isinstance(content, str) or not content.isascii():
-            content = _text(content, f"{field}[{number}].{content_field}")
+            content = text_of(content, f"{field}[{number}].{content_field}")
         found.append(Message(role=roles[role], content=content))
     return found
 
 
-def _text(value: Any, place: str) -> str:
+def text_of(value: Any, place: str) -> str:
     """A text, or the texts of a list of parts, joined."""
     if isinstance(value, list):
         parts = []
         for number, part in enumerate(value):
             if not isinstance(part, dict) or (part.get("type") or "text") != "text":
                 raise ValueError(f"{place}[{number}] must be a part of text, got {shown(part)}")
-            parts.append(_text(part.get("text"), f"{place}[{number}].text"))
+            parts.append(text_of(part.get("text"), f"{place}[{number}].text"))
         return "".join(parts)
     if not isinstance(value, str):
         raise ValueError(f"{place} must be a text, got {shown(value)}")

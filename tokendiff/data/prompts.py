@@ -1,6 +1,7 @@
 """What a prompt may be, and its token ids; `tokendiff.data.prompt_index` reads files of them."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -159,6 +160,7 @@ def _checked_messages(messages: Any, place: str) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         shown = f"{messages!r:.80}"
         raise InputError(f'{place}: "messages" must be a list of at least one, got {shown}')
+    messages = [_with_text(message) for message in messages]
     for number, message in enumerate(messages):
         for name in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(name), str):
@@ -169,6 +171,14 @@ def _checked_messages(messages: Any, place: str) -> list[Message]:
             _check_unicode(message[name], place)
     # Parquet fills up fields that a message does not have.
     return [{k: v for k, v in message.items() if v is not None} for message in messages]
+
+
+def _with_text(message: Any) -> Any:
+    """A message whose content is a list of text parts with their text, as training reads it."""
+    if isinstance(message, dict) and isinstance(message.get("content"), list):
+        with suppress(ValueError):  # of other parts, which the message is then refused for
+            return {**message, "content": chats.text_of(message["content"], "content")}
+    return message
 
 
 def _check_unicode(text: str, place: str) -> None:
