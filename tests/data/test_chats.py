@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tokendiff.config.preprocess import PreprocessConfig
@@ -103,6 +103,35 @@ def test_tokens_are_those_of_the_template_and_targets_the_answers(
     counted = np.cumsum(rendered.is_target & ~np.isin(whole, tokenizer.all_special_ids))
     if all(m.content.isascii() for m in talk.messages):
         assert [rendered.num_bytes(stop) for stop in range(1, len(whole) + 1)] == counted.tolist()
+
+
+@pytest.mark.parametrize("kind", ["bytes", "offsets", "letters"])
+def test_a_token_that_holds_the_blank_before_an_answer_is_of_the_answer(kind: str) -> None:
+    """A template that asks with "assistant: " and a tokenizer that has " Paris" for a token."""
+    if kind == "letters":
+        words = ["[UNK]", "user", ":", "##:", "hi", "assistant", "paris", "[EOS]"]
+        model = models.WordPiece({w: n for n, w in enumerate(words)}, unk_token="[UNK]")
+        core = Tokenizer(model)
+        core.normalizer = normalizers.BertNormalizer()
+        core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    else:
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        if kind == "offsets":  # a normalizer whose changes the lengths of tokens do not tell
+            core.normalizer = normalizers.NFKC()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False)
+        core.train_from_iterator(["user: hi assistant: Paris"] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="[EOS]")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{{ eos_token if m.role == 'assistant' else ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    rendered = ChatRenderer(tokenizer=tokenizer)(conversation("hi", "Paris", "hi", "Paris"))
+    said = tokenizer.convert_ids_to_tokens(rendered.tokens[rendered.is_target])
+    assert said == ["paris" if kind == "letters" else "\u0120Paris", "[EOS]"] * 2
 
 
 def test_special_tokens_are_told_where_other_ids_are_above_theirs() -> None:

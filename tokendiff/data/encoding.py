@@ -45,6 +45,10 @@ class Encoded:
         """UTF-8 bytes of text before the character in which a token begins."""
         return token * utf8_bytes(self.text) // len(self.ids)
 
+    def reaches(self, token: int, char: int) -> bool:
+        """Whether a token that begins before a character holds it, or what stands behind it."""
+        return self.starts_at(token + 1) > char
+
     def first_from(self, char: int) -> int:
         """The first token that begins at a character or behind it; N where there is none."""
         return bisect_left(range(len(self.ids)), char, key=self.starts_at)
@@ -223,6 +227,9 @@ class _ByOffsets(_Placed):
             return len(self.text)
         return int(self._encoding.token_to_chars(token)[0])
 
+    def reaches(self, token: int, char: int) -> bool:
+        return bool(self._encoding.token_to_chars(token)[1] > char)
+
 
 class _ByLengths(_Placed):
     """Places from the lengths of tokens; asked of the library where they do not give them."""
@@ -264,6 +271,9 @@ class _ByLetters(_ByLengths):
     @cached_property
     def _starts(self) -> np.ndarray | None:
         return self._encoder.letter_starts(self.ids, self.text)
+
+    def reaches(self, token: int, char: int) -> bool:
+        return self._by_library.reaches(token, char)  # between letters there may be others
 
 
 class _ByBytes(_ByLengths):

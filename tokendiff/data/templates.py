@@ -204,14 +204,14 @@ class ChatRenderer:
         return Encoder(self.tokenizer)
 
     def _in_spans(self, encoded: Encoded, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-        """[N] bool, tokens that begin in one of the spans of characters."""
+        """[N] bool, tokens that begin in one of the spans of characters, or hold its beginning."""
         if self.train_on == "all":
             return np.ones(len(encoded.ids), dtype=bool)
         chosen = spans[-1:] if self.train_on == "last_answer" else spans
         found = np.zeros(len(encoded.ids), dtype=bool)
         edges = encoded.firsts_from([char for span in chosen for char in span])
-        for start, stop in zip(edges[::2], edges[1::2], strict=True):
-            found[start:stop] = True
+        for (start, _), first, stop in zip(chosen, edges[::2], edges[1::2], strict=True):
+            found[_with_beginning(encoded, first, start) : stop] = True
         return found
 
     def _written(self, talks: Sequence[Sequence[Message]], *, ask: bool = False) -> list[str]:
@@ -319,6 +319,17 @@ class ChatRenderer:
                         f"message {number} spells the special token {token!r}, which would end or "
                         "begin a turn; take it out of the text"
                     )
+
+
+def _with_beginning(encoded: Encoded, first: int, char: int) -> int:
+    """The first token of an answer from `char` on: the one before `first`, if that holds how the
+    answer begins, as " Paris" does where a template asks for an answer with "assistant: ".
+
+    Blanks of an answer that belong to a token before it are left out.
+    """
+    if first == 0 or not encoded.text[char : encoded.starts_at(first)].strip():
+        return first
+    return first - 1 if encoded.reaches(first - 1, char) else first
 
 
 @dataclass(frozen=True, kw_only=True)
