@@ -13,6 +13,7 @@ from pipelines.tables import figure_lines
 from tokendiff.artifacts.manifest import commit
 from tokendiff.config.loader import load_config, to_yaml
 from tokendiff.errors import InputError
+from tokendiff.training import memory
 
 FILE = """\
 name: toy
@@ -142,17 +143,19 @@ def test_a_key_changes_with_its_own_config_and_with_its_inputs(
 def test_memory_is_planned_for_the_device_that_workers_will_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def planned(*overrides: str) -> dict[str, str]:
-        many = ("preprocess.max_length=512", "train.per_device_train_batch_size=64")
-        model = stages_of(tmp_path, NO_MATRIX, *many, *overrides)["model"]
-        return dict(model.preview(model))
+    plan_memory, devices = memory.plan_memory, []
 
-    on_cpu, on_gpu = planned("cluster.use_gpu=false"), planned("cluster.use_gpu=true")
-    assert "memory of a worker" in on_cpu
-    assert on_cpu != on_gpu
-    for is_there, expected in ((False, on_cpu), (True, on_gpu)):
+    def spy(*args: Any, **fields: Any) -> memory.MemoryPlan:
+        devices.append(fields["device"].type)
+        return plan_memory(*args, **fields)
+
+    monkeypatch.setattr(memory, "plan_memory", spy)
+    for is_there in (False, True):
         monkeypatch.setattr("torch.cuda.is_available", lambda is_there=is_there: is_there)
-        assert planned() == expected
+        for asked in ("false", "true", "null"):
+            model = stages_of(tmp_path, NO_MATRIX, f"cluster.use_gpu={asked}")["model"]
+            assert "memory of a worker" in dict(model.preview(model))
+    assert devices == ["cpu", "cuda", "cpu", "cpu", "cuda", "cuda"]
 
 
 def test_four_sections_are_four_stages(tmp_path: Path) -> None:
