@@ -8,13 +8,15 @@ import logging
 import os
 import shutil
 import socket
+import sqlite3
 import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 
@@ -198,6 +200,38 @@ def ray_session(workers_forked: Callable[[], AbstractContextManager[None]]) -> I
         )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def stores_copied() -> Iterator[None]:
+    """MLflow takes a second to make the tables of a new sqlite file. In this process it makes them
+    once, and the next files have a copy.
+    """
+    if importlib.util.find_spec("mlflow") is None:
+        yield
+        return
+    from tokendiff.tracking import mlflow_store
+
+    create, made = mlflow_store._create, sqlite3.connect(":memory:", check_same_thread=False)
+
+    def create_with_copies(uri: str, database: Path) -> None:
+        from mlflow.store.db import utils
+
+        make_tables = utils._initialize_tables
+
+        def copy_tables(engine: Any) -> None:
+            with closing(engine.raw_connection()) as connection:
+                if not made.execute("PRAGMA page_count").fetchone()[0]:
+                    make_tables(engine)
+                    connection.driver_connection.backup(made)
+                else:
+                    made.backup(connection.driver_connection)
+
+        with mock.patch.object(utils, "_initialize_tables", copy_tables):
+            create(uri, database)
+
+    with closing(made), mock.patch.object(mlflow_store, "_create", create_with_copies):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -632,7 +632,6 @@ check_store(sys.argv[1])
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_processes_that_create_a_store_together_all_succeed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", CREATOR, f"sqlite:///{tmp_path}/new/mlflow.db"]
     creators = [
