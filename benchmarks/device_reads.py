@@ -227,7 +227,7 @@ class _Counted(TorchDispatchMode):
 
     def _kept_by(self, func: Any, args: Any, kwargs: Any) -> list[str] | None:
         """The list that a call belongs in; None for one that nobody waits for."""
-        name, tensors = func.overloadpacket, _tensors((*args, *kwargs.values()))
+        name, tensors = func.overloadpacket, tensors_in((*args, *kwargs.values()))
         if name in _COPIES:
             source = args[1] if name is _aten.copy_ else args[0]
             target = torch.device(
@@ -268,7 +268,7 @@ def _emulated(func: Any, args: Any, kwargs: Any) -> Any:
     tensors are, or where the call says so.
     """
     device = kwargs.get("device")
-    tensors = _tensors((*args, *kwargs.values()))
+    tensors = tensors_in((*args, *kwargs.values()))
     is_elsewhere = any(isinstance(tensor, _Elsewhere) for tensor in tensors)
     if not is_elsewhere and not _is_emulated(device):
         return func(*args, **kwargs)
@@ -277,13 +277,13 @@ def _emulated(func: Any, args: Any, kwargs: Any) -> Any:
             is_index = func.overloadpacket in _INDEXED
             if not isinstance(tensor, _Elsewhere) and tensor.dim() and not is_index:
                 raise RuntimeError(f"{func}: tensors on the CPU and on {NAME}")
-    held = {name: _mapped(_held, value) for name, value in kwargs.items()}
-    found = func(*_mapped(_held, args), **held)
+    held = {name: mapped(_held, value) for name, value in kwargs.items()}
+    found = func(*mapped(_held, args), **held)
     if func.overloadpacket is _aten.copy_ and not isinstance(args[0], _Elsewhere):
         return args[0]
     if device is not None and not _is_emulated(device):
         return found
-    moved = _mapped(lambda x: _Elsewhere(x) if isinstance(x, Tensor) else x, found)
+    moved = mapped(lambda x: _Elsewhere(x) if isinstance(x, Tensor) else x, found)
     return return_and_correct_aliasing(func, args, kwargs, moved)
 
 
@@ -297,22 +297,23 @@ def _is_emulated(device: Any) -> bool:
     return device is not None and torch.device(device).type == NAME
 
 
-def _tensors(values: Sequence[Any]) -> list[Tensor]:
+def tensors_in(values: Sequence[Any]) -> list[Tensor]:
+    """The tensors among values, and in the lists and tuples among them."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, list | tuple):
-            found += _tensors(value)
+            found += tensors_in(value)
     return found
 
 
-def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+def mapped(change: Callable[[Any], Any], value: Any) -> Any:
     """Of a value, or of all that lists and tuples hold: what operations of torch take and give.
     (`torch.utils._pytree` does the same, and took half of the time of an emulated operation.)
     """
     if isinstance(value, list | tuple):
-        return type(value)(_mapped(change, each) for each in value)
+        return type(value)(mapped(change, each) for each in value)
     return change(value)
 
 

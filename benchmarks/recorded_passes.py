@@ -11,11 +11,10 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import import_utils
 
-from benchmarks.device_reads import asks_for_a_value
+from benchmarks.device_reads import asks_for_a_value, mapped, tensors_in
 from tokendiff.models.cuda_graphs import Recorder, Replay
 
 
@@ -67,8 +66,8 @@ class _Operations(TorchDispatchMode):
             return made.get(id(value), value)
 
         for func, args, kwargs, found in self._calls:
-            args, kwargs = pytree.tree_map(now, (args, kwargs))
-            again = func(*args, **kwargs)
-            for old, new in zip(pytree.tree_leaves(found), pytree.tree_leaves(again), strict=True):
+            named = {name: mapped(now, value) for name, value in kwargs.items()}
+            again = func(*mapped(now, args), **named)
+            for old, new in zip(tensors_in([found]), tensors_in([again]), strict=True):
                 made[id(old)] = new
         return [result.copy_(now(result)) for result in results]

@@ -1,5 +1,6 @@
 """The device: what it is, what it can do at most, and its clock."""
 
+import gc
 import platform
 import re
 import time
@@ -86,10 +87,8 @@ class Machine:
         """Give the memory of what went before back, count its peak anew, and forget what was
         compiled: flex attention that was compiled in more than eight ways is not compiled any more.
         """
-        import gc
-
-        gc.collect()
         if self.is_cuda:
+            gc.collect()
             torch.compiler.reset()
             torch.cuda.init()
             torch.cuda.empty_cache()
