@@ -5,6 +5,7 @@ ran (`benchmarks.recorded_passes`), on the memory that they ran on.
 import logging
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,77 @@ def test_a_pass_without_room_gets_that_of_the_recordings() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         replays(too_large, given, num_tokens=6)
+
+
+class _WithoutRoom(OperationRecorder):
+    """Of a card whose memory suffices for the recordings that are numbered here.
+
+    Attributes:
+        num_asked: recordings that were tried.
+    """
+
+    def __init__(self, *fitting: int) -> None:
+        super().__init__()
+        self.num_asked, self._fitting = 0, fitting
+
+    def record(self, run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+        self.num_asked += 1
+        if self.num_asked - 1 not in self._fitting:
+            run()
+            raise torch.OutOfMemoryError("out of memory")
+        return super().record(run)
+
+
+@torch.no_grad()
+def test_a_recording_without_room_gets_that_of_the_others_and_is_tried_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    recorder = _WithoutRoom(0, 2, 3)
+    replays = Replays(recorder)
+    narrow = {"x": torch.ones(2, 3), "y": None}
+    wide: dict[str, Any] = {"x": torch.ones(2, 5), "y": None}
+    for given in (narrow, wide):
+        for _ in range(RECORDED_AT):
+            assert all(map(torch.equal, replays(doubled, given, num_tokens=6), doubled(given)))
+    assert (recorder.num_asked, recorder.num_recorded) == (2, 1)
+    assert not replays._recordings, "they gave their memory back"
+    for given in (wide, narrow):
+        for _ in range(RECORDED_AT + 1):
+            assert all(map(torch.equal, replays(doubled, given, num_tokens=6), doubled(given)))
+    assert recorder.is_working
+    assert (recorder.num_recorded, recorder.num_replayed) == (3, 3 + 2)
+    assert not caplog.messages
+
+
+@torch.no_grad()
+def test_recordings_that_never_have_room_are_not_tried_for_ever(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    recorder, given = _WithoutRoom(), {"x": torch.ones(2, 3), "y": None}
+    replays = Replays(recorder)
+    for _ in range(5 * RECORDED_AT):
+        assert all(map(torch.equal, replays(doubled, given, num_tokens=6), doubled(given)))
+    assert recorder.num_asked == cuda_graphs._MOST_WITHOUT_ROOM < 5
+    assert not recorder.is_working
+    (said,) = caplog.messages
+    assert "out of memory" in said
+
+
+@torch.no_grad()
+def test_a_replay_without_room_is_run_anew() -> None:
+    recorder, given = OperationRecorder(), {"x": torch.ones(2, 3), "y": None}
+    replays = Replays(recorder)
+    for _ in range(RECORDED_AT):
+        replays(doubled, given, num_tokens=6)
+    ((key, recording),) = replays._recordings.items()
+
+    def full() -> list[Tensor]:
+        raise torch.OutOfMemoryError("out of memory")
+
+    replays._recordings[key] = replace(recording, replay=full)
+    assert all(map(torch.equal, replays(doubled, given, num_tokens=6), doubled(given)))
+    assert recorder.is_working
+    assert not replays._recordings
 
 
 # When a pass is recorded.

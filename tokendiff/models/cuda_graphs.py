@@ -34,6 +34,7 @@ RECORDED_AT = 5
 _MOST_TOKENS = 2048  # of a pass; with more of them the card is busy all the time anyway
 _MOST_RECORDINGS = 32  # of one cache, or of one denoiser
 _MOST_BYTES = 2**26  # of the inputs and results of one recording
+_MOST_WITHOUT_ROOM = 3  # recordings that run out of memory, before a model gives up
 # Of the spread of a result: transformers may take another kernel in a recording.
 _TOLERANCE = 0.05
 
@@ -42,16 +43,18 @@ class Recorder:
     """Records the passes of one model, and of the draft beside it, on a CUDA device.
 
     A model whose passes cannot be recorded (one that asks the device for a number, say) decodes
-    without CUDA graphs. One warning says so, and recording is not tried again.
+    without CUDA graphs. One warning says so, and recording is not tried again. A recording that
+    runs out of memory is tried again, a few times.
 
     Attributes:
-        is_working: False once a recording failed.
+        is_working: False once recording is not tried again.
         num_recorded: passes so far.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.is_working, self.num_recorded = True, 0
+        self._num_without_room = 0
         self._shared: tuple[Any, torch.cuda.Stream] | None = None
 
     @classmethod
@@ -105,6 +108,12 @@ class Recorder:
             return results
 
         return replay
+
+    def note_no_room(self, reason: str) -> None:
+        """A recording ran out of memory. There may be more of it by the next time."""
+        self._num_without_room += 1
+        if self._num_without_room >= _MOST_WITHOUT_ROOM:
+            self.give_up(reason)
 
     def give_up(self, reason: str) -> None:
         self.is_working = False
@@ -183,11 +192,9 @@ class Replays:
             ),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         )
-        if (recording := self._recordings.get(key)) is not None:
-            self._recordings.move_to_end(key)
-            return recording(tensors)
+        is_recorded = key in self._recordings
         try:
-            results = run(inputs)
+            results = self._replayed(key, tensors) if is_recorded else run(inputs)
         except torch.OutOfMemoryError:
             if not self._recordings:
                 raise
@@ -195,14 +202,21 @@ class Replays:
         if results is None:
             self.forget()  # so that the pass has the memory of the recordings
             return run(inputs)
+        if is_recorded:
+            return results
         self._times[key] += 1
         is_due = self._times[key] >= RECORDED_AT
         is_small = sum(tensor.nbytes for tensor in [*tensors, *results]) <= _MOST_BYTES
         if is_due and is_small and not self._record(key, run, leaves, structure, results):
+            del results
             self.forget()
             # A rejected recording may have written wrong keys. This overwrites them.
             return run(inputs)
         return results
+
+    def _replayed(self, key: Hashable, tensors: list[Tensor]) -> list[Tensor]:
+        self._recordings.move_to_end(key)
+        return self._recordings[key](tensors)
 
     def _record(
         self,
@@ -213,8 +227,6 @@ class Replays:
         results: list[Tensor],
     ) -> bool:
         """Record a pass that gave `results`, and see that it gives them again."""
-        held = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        inputs = pytree.tree_unflatten(held, structure)
 
         def run_once() -> list[Tensor]:
             # A weight that autocast has cast and kept would be gone when the pass is replayed.
@@ -226,9 +238,14 @@ class Replays:
                 torch.set_autocast_cache_enabled(was_kept)
 
         try:
+            held = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            inputs = pytree.tree_unflatten(held, structure)
             replay = self._recorder.record(run_once)
             is_same = all(map(_are_close, replay(), results))
-        except RuntimeError as error:  # of CUDA, out of memory included
+        except torch.OutOfMemoryError as error:
+            self._recorder.note_no_room(reason_of(error))
+            return False
+        except RuntimeError as error:  # of CUDA
             self._recorder.give_up(reason_of(error))
             return False
         if not is_same:
