@@ -4,10 +4,13 @@ ran (`benchmarks.recorded_passes`), on the memory that they ran on.
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -370,6 +373,85 @@ def test_a_replay_without_room_is_run_anew() -> None:
     assert all(map(torch.equal, replays(doubled, given, num_tokens=6), doubled(given)))
     assert recorder.is_working
     assert not replays._recordings
+
+
+class _Pools:
+    """The memory pools of CUDA graphs, as torch counts who uses them (`create_or_incref_pool` and
+    `releasePool` of its caching allocator): a pool that nobody uses goes with its last tensor, and
+    cannot be taken up again before that.
+    """
+
+    def __init__(self) -> None:
+        self.num_handles = 0
+        self.used: list[int] = []  # pools of the recordings, in order
+        self.has_tensors: set[int] = set()
+        self._num_users: Counter[int] = Counter()
+
+    def handle(self) -> int:
+        self.num_handles += 1
+        return self.num_handles
+
+    @contextmanager
+    def graph(self, graph: Any, *, pool: int, **how: Any) -> Iterator[None]:
+        if pool in self.has_tensors and not self._num_users[pool]:
+            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+        self._num_users[pool] += 1
+        self.used.append(pool)
+        weakref.finalize(graph, self._num_users.subtract, [pool])
+        yield
+
+
+class _Graph:
+    def replay(self) -> None:
+        pass
+
+
+@pytest.fixture
+def pools(monkeypatch: pytest.MonkeyPatch) -> _Pools:
+    """A card whose streams and graphs do nothing."""
+    made, cuda = _Pools(), torch.cuda
+    monkeypatch.setattr(cuda, "graph_pool_handle", made.handle)
+    monkeypatch.setattr(cuda, "graph", made.graph)
+    monkeypatch.setattr(cuda, "CUDAGraph", _Graph)
+    monkeypatch.setattr(cuda, "Stream", mock.Mock)
+    monkeypatch.setattr(cuda, "default_generators", mock.MagicMock())
+    for name in ("current_stream", "current_device", "get_sync_debug_mode", "set_sync_debug_mode"):
+        monkeypatch.setattr(cuda, name, mock.Mock())
+    for name in ("device", "stream"):
+        monkeypatch.setattr(cuda, name, lambda which: nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", mock.Mock(), raising=False)
+    return made
+
+
+@torch.no_grad()
+def test_recordings_share_memory_that_is_not_taken_up_again_once_they_are_gone(
+    pools: _Pools,
+) -> None:
+    """Two caches of a model; something keeps a tensor of every recording's memory."""
+    recorder = Recorder(torch.device("cuda", 0))
+    caches = [Replays(recorder) for _ in range(2)]
+
+    def record(replays: Replays, width: int) -> int:
+        """Record a pass; the pool that it is recorded in."""
+        before = recorder.num_recorded
+        for _ in range(RECORDED_AT):
+            replays(doubled, {"x": torch.ones(2, width), "y": None}, num_tokens=6)
+        assert recorder.is_working
+        assert recorder.num_recorded == before + 1
+        pools.has_tensors.add(pools.used[-1])
+        return pools.used[-1]
+
+    assert [record(cache, 3) for cache in caches] == [1, 1]
+    caches[0].forget()
+    assert record(caches[0], 3) == 1, "the other cache has recordings"
+    for cache in caches:
+        cache.forget()
+    assert [record(cache, width) for cache in caches for width in (3, 4)] == [2, 2, 2, 2]
+    del caches[0]
+    assert record(caches[0], 5) == 2
+    caches.clear()
+    del cache
+    assert record(Replays(recorder), 3) == 3
 
 
 # When a pass is recorded.

@@ -11,6 +11,7 @@ recorded where they do nothing but decode.
 
 import logging
 import warnings
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -55,7 +56,9 @@ class Recorder:
         self.device = device
         self.is_working, self.num_recorded = True, 0
         self._num_without_room = 0
-        self._shared: tuple[Any, torch.cuda.Stream] | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
+        self._alive: weakref.WeakSet[Replay] = weakref.WeakSet()
 
     @classmethod
     def on(cls, device: torch.device) -> "Recorder | None":
@@ -67,9 +70,13 @@ class Recorder:
         returns the results of `run` in the same memory each time.
         """
         with torch.cuda.device(self.device):
-            if self._shared is None:  # recordings never run at once, so their memory is shared
-                self._shared = (torch.cuda.graph_pool_handle(), torch.cuda.Stream())
-            pool, stream = self._shared
+            stream = self._stream = self._stream or torch.cuda.Stream()
+            # Recordings never run at once, so their memory is shared. torch does not take up a pool
+            # again whose recordings have all gone while one of its tensors is left
+            # (https://github.com/vllm-project/vllm/issues/28426): the next recordings have another.
+            alive = list(self._alive)  # and none of them goes before the new one is among them
+            if not alive:
+                self._pool = torch.cuda.graph_pool_handle()
             current = torch.cuda.current_stream()
             stream.wait_stream(current)
             try:
@@ -91,7 +98,7 @@ class Recorder:
                 with (
                     torch.cuda.stream(stream),
                     torch.cuda.graph(
-                        graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+                        graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
                     ),
                 ):
                     results = run()
@@ -107,6 +114,7 @@ class Recorder:
             graph.replay()
             return results
 
+        self._alive.add(replay)
         return replay
 
     def note_no_room(self, reason: str) -> None:
