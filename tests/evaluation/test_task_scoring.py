@@ -22,7 +22,6 @@ from tokendiff.evaluation.tasks.scoring import (
 from tokendiff.models.causal import CausalModel
 
 MASK = 0
-CPU = torch.device("cpu")
 
 
 def process_of(block_length: int | None, mode: str = "4d", **fields: Any) -> NoiseProcess:
@@ -66,7 +65,7 @@ def estimates(process: NoiseProcess, pair: TokenPair, *, seed: int, copies: int)
         TokenPair(context=pair.context, continuation=pair.continuation, noise_id=copy)
         for copy in range(copies)
     ]
-    nats = bounded_nats(model, process, pairs, key=seed, num_mask_samples=1, device=CPU)
+    nats = bounded_nats(model, process, pairs, key=seed, num_mask_samples=1)
     return nats.numpy()
 
 
@@ -110,9 +109,7 @@ def test_one_estimate_depends_on_neither_batch_nor_place() -> None:
     ]
 
     def nats(chosen: list[TokenPair]) -> list[float]:
-        found = bounded_nats(
-            model, CASES["blocks of 2"], chosen, key=0, num_mask_samples=2, device=CPU
-        )
+        found = bounded_nats(model, CASES["blocks of 2"], chosen, key=0, num_mask_samples=2)
         return found.tolist()
 
     together = nats(pairs)
@@ -190,7 +187,7 @@ def test_what_is_written_greedily(block_length: int | None) -> None:
                 answer[change] = answer[change] % 3 + 1
             pairs.append(TokenPair(context=[first], continuation=answer))
             expected.append(change is None)
-    assert greedily_written(model, process, pairs, device=CPU).tolist() == expected
+    assert greedily_written(model, process, pairs).tolist() == expected
 
 
 def test_under_uniform_noise_nothing_is_said_to_be_written_greedily() -> None:
@@ -199,7 +196,7 @@ def test_under_uniform_noise_nothing_is_said_to_be_written_greedily() -> None:
     )
     assert not isinstance(process.kernel(), AbsorbingKernel)
     pairs = [TokenPair(context=[1], continuation=[2, 3, 1])]
-    assert greedily_written(None, process, pairs, device=CPU).tolist() == [False]
+    assert greedily_written(None, process, pairs).tolist() == [False]
 
 
 def test_a_first_token_that_nothing_predicts_is_not_free() -> None:

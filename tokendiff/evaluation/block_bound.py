@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from tokendiff.artifacts.noise_process import NoiseProcess
+from tokendiff.diffusion.devices import device_of, sent, sent_at
 from tokendiff.diffusion.interfaces import CausalDenoiser, TokenBatch
 from tokendiff.diffusion.kernels import LEAST_TIME, AbsorbingKernel
 from tokendiff.diffusion.random import RowGenerator
@@ -64,14 +65,15 @@ def block_row_bounds(
         num_mask_samples: draws per block, their numbers of masks stratified.
 
     Returns:
-        nats [B] float64 of all targets of the row, and the number of tokens [B] int64 that they are
-        the bound of.
+        nats [B] float64 of all targets of the row, where the model is; and the number of tokens [B]
+        int64 that they are the bound of, where the rows are.
     """
     rows, is_target = target_rows(batch, process)
     kernel = process.kernel()
     is_masking = isinstance(kernel, AbsorbingKernel)
     stratum = generator.fold_in(_STRATUM).uniform(1) + rows.ordinal * _GOLDEN
-    total = torch.zeros(len(batch.tokens), dtype=torch.float64, device=batch.tokens.device)
+    there = device_of(model, like=batch.tokens)
+    total = torch.zeros(len(batch.tokens), dtype=torch.float64, device=there)
     # A block of one token has one level: it is masked.
     num_samples = 1 if process.block_length == 1 and is_masking else num_mask_samples
     for sample in range(num_samples):
@@ -86,10 +88,10 @@ def block_row_bounds(
             total += _noisy_nats(model, rows, is_target, t, slope, noise, process, of_tokens)
     total /= num_samples
     if not is_masking:
-        total += kernel.prior_nats() * is_target.sum(1)
+        total += sent(kernel.prior_nats() * is_target.sum(1), there)
         if has_end(kernel):
-            least = torch.full(rows.tokens.shape, LEAST_TIME, dtype=torch.float64)
-            t, noise = least.to(total.device), generator.fold_in(_END).uniform(least.shape[1])
+            t = torch.full_like(rows.tokens, LEAST_TIME, dtype=torch.float64)
+            noise = generator.fold_in(_END).uniform(t.shape[1])
             of_tokens = reconstruction(kernel, process.prediction)
             one = torch.ones_like(t)
             total += _noisy_nats(model, rows, is_target, t, one, noise, process, of_tokens)
@@ -142,9 +144,11 @@ def _noisy_nats(
     """
     x_t = process.kernel().corrupt(rows.tokens, t, uniform=noise, is_noisable=is_target)
     hidden, _ = encode_noisy(model, rows, x_t, sight=sight_of(process))
-    columns = (rows.tokens[is_target], x_t[is_target], t[is_target])
-    nats = predict_through_head(model.head, hidden[is_target], columns, of_tokens)
-    return sum_by_row(nats * slope[is_target], is_target)
+    at = is_target.nonzero(as_tuple=True)
+    columns = [sent(each[at], hidden.device) for each in (rows.tokens, x_t, t, slope)]
+    states = hidden[sent_at(at, hidden.device)]
+    nats = predict_through_head(model.head, states, tuple(columns[:3]), of_tokens)
+    return sum_by_row(nats * columns[3], at[0], num_rows=len(is_target))
 
 
 def _nats(
@@ -163,10 +167,12 @@ def _nats(
         mask_token_id=mask,
         sight=sight_of(process),
     )
+    at = is_masked.nonzero(as_tuple=True)
     nll = predict_through_head(
         model.head,
-        hidden[is_masked],
-        (rows.tokens[is_masked],),
+        hidden[sent_at(at, hidden.device)],
+        (sent(rows.tokens[at], hidden.device),),
         lambda logits, targets: negative_log_likelihood(without_mask(logits, mask), targets),
     )
-    return sum_by_row(nll.double() * weight[is_masked], is_masked)
+    nats = nll.double() * sent(weight[at], nll.device)
+    return sum_by_row(nats, at[0], num_rows=len(is_masked))

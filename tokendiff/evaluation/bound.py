@@ -18,6 +18,9 @@ reconstruction.
 Where only some tokens are targets, all of this is of p(targets | the other tokens): the others are
 never noised and never counted. An answer that preprocessing filled up with EOS is judged with its
 filling: p(answer) >= p(answer and filling), so the nats stay a bound.
+
+Rows may be on the CPU and the model elsewhere: it is sent what it reads, and nobody waits for it
+(`tokendiff.diffusion.devices`).
 """
 
 import math
@@ -28,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokendiff.diffusion.devices import device_of, sent, sent_at
 from tokendiff.diffusion.interfaces import Denoiser, TokenBatch
 from tokendiff.diffusion.kernels import LEAST_TIME, AbsorbingKernel, ForwardKernel
 from tokendiff.diffusion.random import RowGenerator
@@ -63,15 +67,16 @@ def row_bounds(
         num_mask_samples: noise levels per row, stratified within the row.
 
     Returns:
-        nats [B] float64 of all targets of the row, and the number of tokens [B] int64 that they are
-        the bound of.
+        nats [B] float64 of all targets of the row, where the model is; and the number of tokens [B]
+        int64 that they are the bound of, where the rows are.
     """
     if predicts_next:
         batch = batch.without_first_tokens()
     batch = replace(batch, is_target=batch.is_target & (batch.tokens != kernel.mask_token_id))
     length = batch.tokens.shape[1]
     stratum = generator.fold_in(_STRATUM).uniform(1)[:, 0]
-    total = torch.zeros(len(batch.tokens), dtype=torch.float64, device=batch.tokens.device)
+    there = device_of(model, like=batch.tokens)
+    total = torch.zeros(len(batch.tokens), dtype=torch.float64, device=there)
     for sample in range(num_mask_samples):
         level = torch.remainder((stratum + sample) / num_mask_samples, 1.0)
         noise = generator.fold_in(sample).uniform(length)
@@ -82,7 +87,7 @@ def row_bounds(
     total /= num_mask_samples
     num_tokens = batch.is_target.sum(1)
     if not isinstance(kernel, AbsorbingKernel):
-        total += kernel.prior_nats() * num_tokens
+        total += sent(kernel.prior_nats() * num_tokens, there)
         if has_end(kernel):
             noise = generator.fold_in(_END).uniform(length)
             total += _end_nats(model, batch, noise, kernel, prediction)
@@ -107,15 +112,16 @@ def _masked_nats(
     masked_share = ordered.gather(1, (num_masked - 1).clamp(max=x_0.shape[1] - 1)[:, None])[:, 0]
     time = kernel.schedule.time(1.0 - masked_share.clamp(max=1.0))
     x_t = x_0.masked_fill(is_masked, mask)
-    hidden = model.encode(x_t, batch.is_valid, time, batch.isolated)[is_masked]
+    at = is_masked.nonzero(as_tuple=True)
+    hidden = model.encode(x_t, batch.is_valid, time, batch.isolated)
     nll = predict_through_head(
         model.head,
-        hidden,
-        (x_0[is_masked],),
+        hidden[sent_at(at, hidden.device)],
+        (sent(x_0[at], hidden.device),),
         lambda logits, targets: negative_log_likelihood(without_mask(logits, mask), targets),
     )
     weight = num_tokens.double() / num_masked.double()
-    return sum_by_row(nll * weight[is_masked.nonzero()[:, 0]], is_masked)
+    return sum_by_row(nll * sent(weight[at[0]], nll.device), at[0], num_rows=len(x_0))
 
 
 def _noisy_nats(
@@ -130,11 +136,8 @@ def _noisy_nats(
     x_0, is_target = batch.tokens, batch.is_target
     t, slope = kernel.warped_time(level)
     x_t = kernel.corrupt(x_0, t, uniform=noise, is_noisable=is_target)
-    row = is_target.nonzero()[:, 0]
-    hidden = model.encode(x_t, batch.is_valid, t, batch.isolated)[is_target]
-    columns = (x_0[is_target], x_t[is_target], t[row])
-    nats = predict_through_head(model.head, hidden, columns, integrand(kernel, prediction))
-    return sum_by_row(nats * slope[row], is_target)
+    nats, row = _nats_of_targets(model, batch, x_t, t, integrand(kernel, prediction))
+    return sum_by_row(nats * sent(slope[row], nats.device), row, num_rows=len(x_0))
 
 
 # Of logits [N, V], clean and noisy tokens [N] and times [N]: nats [N].
@@ -181,10 +184,19 @@ def _end_nats(
     x_0, is_target = batch.tokens, batch.is_target
     t = torch.full((len(x_0),), LEAST_TIME, dtype=torch.float64, device=x_0.device)
     x_t = kernel.corrupt(x_0, t, uniform=noise, is_noisable=is_target)
-    hidden = model.encode(x_t, batch.is_valid, t, batch.isolated)[is_target]
-    columns = (x_0[is_target], x_t[is_target], t[is_target.nonzero()[:, 0]])
-    nats = predict_through_head(model.head, hidden, columns, reconstruction(kernel, prediction))
-    return sum_by_row(nats, is_target)
+    nats, row = _nats_of_targets(model, batch, x_t, t, reconstruction(kernel, prediction))
+    return sum_by_row(nats, row, num_rows=len(x_0))
+
+
+def _nats_of_targets(
+    model: Denoiser, batch: TokenBatch, x_t: Tensor, t: Tensor, nats_of: NatsOfTokens
+) -> tuple[Tensor, Tensor]:
+    """[N] nats of the N targets of x_t [B, L] at times t [B]; and [N] the rows that they are in."""
+    at = batch.is_target.nonzero(as_tuple=True)
+    hidden = model.encode(x_t, batch.is_valid, t, batch.isolated)
+    columns = [sent(each, hidden.device) for each in (batch.tokens[at], x_t[at], t[at[0]])]
+    states = hidden[sent_at(at, hidden.device)]
+    return predict_through_head(model.head, states, tuple(columns), nats_of), at[0]
 
 
 def _loo_logits(
@@ -195,10 +207,10 @@ def _loo_logits(
     return kernel.loo_logits(logits, x_t, t) if prediction == "posterior" else logits
 
 
-def sum_by_row(values: Tensor, is_chosen: Tensor) -> Tensor:
-    """[B] float64 sums of values [N] that stand where [B, L] is true."""
-    zeros = torch.zeros(is_chosen.shape[0], dtype=torch.float64, device=is_chosen.device)
-    return zeros.index_add(0, is_chosen.nonzero()[:, 0], values.double())
+def sum_by_row(values: Tensor, row: Tensor, *, num_rows: int) -> Tensor:
+    """[num_rows] float64 sums of values [N] that are of rows [N]."""
+    zeros = torch.zeros(num_rows, dtype=torch.float64, device=values.device)
+    return zeros.index_add(0, sent(row, values.device), values.double())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ import torch
 
 from tokendiff.artifacts.manifest import is_committed, load_manifest
 from tokendiff.data.rows import TokenRows
+from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import (
     DraftBesideTarget,
     OnProgress,
@@ -92,8 +93,8 @@ class DraftEvaluator:
         counts = []
         for at in range(0, len(rows), self._config.batch_size):
             part = rows.take(slice(at, at + self._config.batch_size))
-            batch = part.batch(self._device)
-            ids = torch.as_tensor(part.row_ids, device=self._device)
+            batch = part.batch()  # on the CPU: the model is sent what it reads
+            ids = torch.as_tensor(part.row_ids)
             generator = RowGenerator.for_rows(key_from(self._config.seed, "evaluate"), ids)
             is_bf16 = self._config.mixed_precision == "bf16"
             with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_bf16):
@@ -115,7 +116,7 @@ def count_blocks(
     """
     anchors = draw_anchors(batch, generator, objective.num_anchors)
     is_right, is_whole = objective.agreement(model, batch, *anchors)
-    lengths = accepted(is_right)
+    lengths, is_whole = accepted(is_right), sent(is_whole, is_right.device)
     sizes = torch.arange(1, objective.block_size + 1, device=lengths.device)
     has_length = (lengths[:, :, None] == sizes) & is_whole[:, :, None]
     return has_length.sum(1), (is_right & is_whole[:, :, None]).sum(1)

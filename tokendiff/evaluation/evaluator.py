@@ -47,8 +47,8 @@ class Evaluator:
         is_joint = self.process is not None and self.process.decodes_by_token
         for at in range(0, len(rows), self._config.batch_size):
             batch = rows.take(slice(at, at + self._config.batch_size))
-            token_batch = batch.batch(self._device)
-            ids = torch.tensor(batch.row_ids, device=self._device)  # Ray's arrays are read-only
+            token_batch = batch.batch()  # on the CPU: the model is sent what it reads
+            ids = torch.tensor(batch.row_ids)  # Ray's arrays are read-only
             generator = RowGenerator.for_rows(key_from(self._config.seed, "evaluate"), ids)
             is_bf16 = self._config.mixed_precision == "bf16"
             with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_bf16):
@@ -62,7 +62,7 @@ class Evaluator:
                 if is_joint:
                     of_ar.append(nats_by_row(self._denoiser, None, token_batch, generator))
             nats.append(row_nats.cpu().numpy())
-            counts.append(row_tokens.cpu().numpy())
+            counts.append(row_tokens.numpy())
             on_progress(partial(rows.first, at + self._config.batch_size))
         histogram = np.bincount(rows.tokens[rows.is_target], minlength=len(self.tokenizer))
         if num_filler := int(rows.num_filler.sum()):
@@ -93,7 +93,7 @@ def _of_ar(parts: list[tuple[Tensor, Tensor]]) -> dict[str, np.ndarray]:
     if not parts:
         return {}
     nats, counts = zip(*parts, strict=True)
-    return {"ar_nats": torch.cat(nats).cpu().numpy(), "ar_tokens": torch.cat(counts).cpu().numpy()}
+    return {"ar_nats": torch.cat(nats).cpu().numpy(), "ar_tokens": torch.cat(counts).numpy()}
 
 
 def nats_by_row(
@@ -112,8 +112,8 @@ def nats_by_row(
         num_mask_samples: of `row_bounds` and `block_row_bounds`.
 
     Returns:
-        nats [B] float64 of the whole row, and the number of tokens [B] int64 that they are of, the
-        filling of answers included.
+        nats [B] float64 of the whole row, where the model is; and the number of tokens [B] int64
+        that they are of, the filling of answers included, where the rows are.
     """
     if process is None:
         return row_nats(denoiser, batch)

@@ -58,7 +58,8 @@ def row_nats(model: CausalDenoiser, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """The negative log-likelihood of each row's targets, given what stands before each.
 
     Returns:
-        nats [B] float64, and the number of tokens [B] int64 that they are of.
+        nats [B] float64, where the model is, and the number of tokens [B] int64 that they are of,
+        where the rows are.
     """
     hidden, targets, row = _next_tokens(model, batch)
     nats = predict_through_head(
@@ -68,8 +69,8 @@ def row_nats(model: CausalDenoiser, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         lambda logits, targets: negative_log_likelihood(logits.double(), targets),
     )
     zeros = torch.zeros(len(batch.tokens), dtype=torch.float64, device=nats.device)
-    row = sent(row, nats.device)
-    return zeros.index_add(0, row, nats), row.bincount(minlength=len(batch.tokens))
+    counts = row.bincount(minlength=len(batch.tokens))
+    return zeros.index_add(0, sent(row, nats.device), nats), counts
 
 
 def _next_tokens(model: CausalDenoiser, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,18 +24,18 @@ def heldout_acceptance(
     heldout = data.other_split("heldout")
     if not heldout.num_rows:
         return dict
-    seed, device = trainer.config.seed, trainer.world.device
+    seed = trainer.config.seed
     rows = heldout.read(*evaluation_rows(heldout, seed=seed, max_rows=_ROWS))
-    batch = rows.batch(device)
-    ids = torch.as_tensor(rows.row_ids, device=device)
+    batch, ids = rows.batch(), torch.as_tensor(rows.row_ids)
     generator = RowGenerator.for_rows(key_from(seed, "evaluate"), ids)
 
     def measure() -> dict[str, float]:
         with trainer.as_a_checkpoint() as judge:
             blocks = judge(lambda trainee: count_blocks(objective, trainee, batch, generator)[0])
-        if not int(blocks.sum()):
+        counts = blocks.cpu().numpy()
+        if not counts.sum():
             return {}  # no row has room for a block
-        figures = acceptance_figures(blocks.cpu().numpy())
+        figures = acceptance_figures(counts)
         return {"heldout_acceptance_length": figures["expected_acceptance_length"]}
 
     return measure

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.rows import TokenData, TokenRows, check_rows_to_judge
+from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import Objective, TokenBatch
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.diffusion.splitmix import key_from
@@ -64,7 +65,7 @@ def yardstick_of(objective: Objective, process: NoiseProcess | None) -> Yardstic
         ) -> Tensor:
             counts, _ = count_blocks(objective, model, batch, generator)
             blocks = counts.double()
-            return torch.stack([blocks @ sizes.to(blocks.device), blocks.sum(1)], dim=1)
+            return torch.stack([blocks @ sent(sizes, blocks.device), blocks.sum(1)], dim=1)
 
         return Yardstick(
             metric="expected_acceptance_length",
@@ -78,8 +79,8 @@ def yardstick_of(objective: Objective, process: NoiseProcess | None) -> Yardstic
     ) -> Tensor:
         nats, counts = nats_by_row(model, process, batch, generator, num_mask_samples=1)
         # Per token of the answers, as `jobs.evaluate` has it: what fills them up is not counted.
-        counts = counts - torch.as_tensor(rows.num_filler, device=counts.device)
-        return torch.stack([nats, counts.double()], dim=1)
+        counts = counts - torch.as_tensor(rows.num_filler)
+        return torch.stack([nats, sent(counts.double(), nats.device)], dim=1)
 
     return Yardstick(
         metric="nats_per_token",
@@ -240,9 +241,9 @@ class Watch:
                 index = mine[at : at + size]
                 is_idle = not len(index)  # others have rows left
                 rows = self.rows.take(np.zeros(1, dtype=int) if is_idle else index)
-                found = judge(self._work(rows, device))
+                found = judge(self._work(rows))
                 if not is_idle:
-                    figures[torch.as_tensor(index, device=device)] = found
+                    figures[sent(torch.as_tensor(index), device)] = found
                 done = min((at + size) * world.size, len(self.rows))
                 trainer.tell_of_heldout(done, len(self.rows))
         numerator, denominator = world.sum(figures).cpu().numpy().T
@@ -259,10 +260,10 @@ class Watch:
             ratio.denominator: denominator.copy(),
         }
 
-    def _work(self, rows: TokenRows, device: torch.device) -> Callable[[Any], Tensor]:
-        ids = torch.as_tensor(rows.row_ids, device=device)
+    def _work(self, rows: TokenRows) -> Callable[[Any], Tensor]:
+        ids = torch.as_tensor(rows.row_ids)
         generator = RowGenerator.for_rows(key_from(self.config.seed, "evaluate"), ids)
-        batch = rows.batch(device)
+        batch = rows.batch()
         return lambda model: self.yardstick.judge(model, rows, batch, generator)
 
     def files(self) -> dict[str, str]:

@@ -103,21 +103,21 @@ class TaskModel:
                     yield place, {"nats": nats[place], "is_greedy": is_greedy[place]}
 
     def _score(self, pairs: list[TokenPair]) -> tuple[torch.Tensor, torch.Tensor]:
-        setup, device = self._setup, torch.device(self._device)
-        model = self._hold("scoring")
+        setup, model = self._setup, self._hold("scoring")
         if setup.is_exact:
             return exact_nats(model, pairs)
         assert setup.process is not None, "TaskSetup.check_kinds sees to it"
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._is_bf16):
+        with torch.autocast(
+            torch.device(self._device).type, dtype=torch.bfloat16, enabled=self._is_bf16
+        ):
             nats = bounded_nats(
                 model,
                 setup.process,
                 pairs,
                 key=self._key,
                 num_mask_samples=self._num_mask_samples,
-                device=device,
             )
-            return nats, greedily_written(model, setup.process, pairs, device=device)
+            return nats, greedily_written(model, setup.process, pairs)
 
     def _texts(self, group: list[tuple[int, TaskRequest]]) -> Iterator[tuple[int, Answer]]:
         """Write the texts of requests that have the same settings."""

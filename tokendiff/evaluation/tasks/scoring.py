@@ -6,6 +6,8 @@ continuation are masked, and the context stays clean.
 
 The last block may have positions behind the continuation. They stay masked and are not counted, so
 the bound does not depend on what would follow the continuation.
+
+Rows are on the CPU wherever the model is: it is sent what it reads.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,10 +19,12 @@ from torch import Tensor
 
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.diffusion.attention_masks import causal_by_position
+from tokendiff.diffusion.devices import sent, sent_at
 from tokendiff.diffusion.interfaces import Decoder, TokenBatch
 from tokendiff.diffusion.kernels import AbsorbingKernel
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.evaluation.block_bound import sight_of, target_rows
+from tokendiff.evaluation.bound import sum_by_row
 from tokendiff.evaluation.evaluator import nats_by_row
 from tokendiff.objectives.block_diffusion import encode_beside_clean
 from tokendiff.objectives.chunked import (
@@ -54,31 +58,33 @@ def exact_nats(model: Decoder, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tens
         pairs: each with a context of at least one token.
 
     Returns:
-        [B] float64, and [B] bool: whether each token of the continuation is the likeliest one.
+        [B] float64, and [B] bool: whether each token of the continuation is the likeliest one. Both
+        are where the model is.
     """
-    device = model.device
     # The state at a token predicts the next one, so the last token is a target but no input.
     rows = [[*pair.context, *pair.continuation][:-1] for pair in pairs]
-    num_tokens = torch.tensor([len(row) for row in rows], device=device)
-    tokens = _padded(rows, 0).to(device)
-    place = torch.arange(tokens.shape[1], device=device)
-    first = torch.tensor([len(pair.context) - 1 for pair in pairs], device=device)
-    tells = (place >= first[:, None]) & (place < num_tokens[:, None])
-    every = torch.arange(len(pairs), device=device)
+    num_tokens = torch.tensor([len(row) for row in rows])
+    tokens = _padded(rows, 0)
+    place = torch.arange(tokens.shape[1])
+    first = torch.tensor([len(pair.context) - 1 for pair in pairs])
+    at = ((place >= first[:, None]) & (place < num_tokens[:, None])).nonzero(as_tuple=True)
+    every = torch.arange(len(pairs))
     cache = model.new_cache(len(pairs))
-    hidden = model.encode(tokens, num_tokens, cache, every, causal_by_position)[tells]
-    targets = torch.tensor([t for pair in pairs for t in pair.continuation], device=device)
+    hidden = model.encode(tokens, num_tokens, cache, every, causal_by_position)
+    there = hidden.device
+    targets = torch.tensor([t for pair in pairs for t in pair.continuation])
 
     def judged(logits: Tensor, targets: Tensor) -> Tensor:
         logits = logits.double()
         nats = negative_log_likelihood(logits, targets)
         return torch.stack([nats, is_likeliest(logits, targets).double()], dim=1)
 
-    found = predict_through_head(model.head, hidden, (targets,), judged)
-    row = tells.nonzero()[:, 0]
-    zeros = torch.zeros(len(pairs), dtype=torch.float64, device=device)
-    num_likeliest = zeros.index_add(0, row, found[:, 1])
-    return zeros.index_add(0, row, found[:, 0]), num_likeliest == row.bincount()
+    states = hidden[sent_at(at, there)]
+    found = predict_through_head(model.head, states, (sent(targets, there),), judged)
+    nats, num_likeliest = (
+        sum_by_row(column, at[0], num_rows=len(pairs)) for column in found.unbind(1)
+    )
+    return nats, num_likeliest == sent(at[0].bincount(), there)
 
 
 def bounded_nats(
@@ -88,9 +94,9 @@ def bounded_nats(
     *,
     key: int,
     num_mask_samples: int,
-    device: torch.device,
 ) -> Tensor:
-    """[B] float64: one estimate of the bound on -ln p(continuation | context) for each pair.
+    """[B] float64, where the model is: one estimate of the bound on -ln p(continuation | context)
+    for each pair.
 
     Args:
         denoiser: a Denoiser, or a CausalDenoiser where the process has blocks.
@@ -103,21 +109,19 @@ def bounded_nats(
     """
     if process.predict == "next" and not all(pair.context for pair in pairs):
         raise ValueError("a process that predicts the next token needs a context in every pair")
-    ids = torch.tensor([pair.noise_id for pair in pairs], device=device)
+    ids = torch.tensor([pair.noise_id for pair in pairs])
     process = _anywhere(process)
     nats, _ = nats_by_row(
         denoiser,
         process,
-        pair_batch(pairs, process, device=device),
+        pair_batch(pairs, process),
         RowGenerator.for_rows(key, ids),
         num_mask_samples=num_mask_samples,
     )
     return nats
 
 
-def pair_batch(
-    pairs: Sequence[TokenPair], process: NoiseProcess, *, device: torch.device | str = "cpu"
-) -> TokenBatch:
+def pair_batch(pairs: Sequence[TokenPair], process: NoiseProcess) -> TokenBatch:
     """Pairs as rows of one document each, their continuations the targets; blocks are whole."""
     mask = process.mask_token_id
     rows, is_target = [], []
@@ -130,9 +134,9 @@ def pair_batch(
     tokens = _padded(rows, mask)
     is_valid = torch.arange(tokens.shape[1]) < lengths[:, None]
     return TokenBatch(
-        tokens=tokens.to(device),
-        is_valid=is_valid.to(device),
-        is_target=_padded(is_target, 0).bool().to(device),
+        tokens=tokens,
+        is_valid=is_valid,
+        is_target=_padded(is_target, 0).bool(),
     )
 
 
@@ -148,9 +152,7 @@ def num_filling(pair: TokenPair, process: NoiseProcess) -> int:
 
 
 @torch.no_grad()
-def greedily_written(
-    denoiser: Any, process: NoiseProcess, pairs: Sequence[TokenPair], *, device: torch.device
-) -> Tensor:
+def greedily_written(denoiser: Any, process: NoiseProcess, pairs: Sequence[TokenPair]) -> Tensor:
     """[B] bool: whether the continuation is what the model writes given the context where, again
     and again, the surest of the masked tokens (of each block, from the first on) is set to its
     likeliest value. False under noise that is not absorbing, which leaves no masks to fill.
@@ -159,8 +161,8 @@ def greedily_written(
     """
     kernel, process = process.kernel(), _anywhere(process)
     if not isinstance(kernel, AbsorbingKernel):
-        return torch.zeros(len(pairs), dtype=torch.bool, device=device)
-    batch, mask = pair_batch(pairs, process, device=device), process.mask_token_id
+        return torch.zeros(len(pairs), dtype=torch.bool)
+    batch, mask = pair_batch(pairs, process), process.mask_token_id
     if process.block_length is None:
         is_target = batch.is_target
         total = is_target.sum(1).clamp(min=1)
@@ -190,7 +192,7 @@ def _is_greedy(
     group: Tensor,
     mask: int,
 ) -> Tensor:
-    """[B] bool.
+    """[B] bool. A step waits once for what the model finds.
 
     Args:
         states: from which positions are masked ([B, W]) to hidden states [B, W, D].
@@ -204,13 +206,16 @@ def _is_greedy(
         return torch.stack([surest, is_likeliest(logits, targets).double()], dim=1)
 
     is_open = is_target.clone()
-    is_right = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    is_right = torch.ones(len(tokens), dtype=torch.bool)
     while is_open.any():
-        found = predict_through_head(head, states(is_open)[is_open], (tokens[is_open],), judged)
-        confidence = torch.full(tokens.shape, -torch.inf, dtype=torch.float64, device=tokens.device)
-        confidence[is_open] = found[:, 0]
+        at, hidden = is_open.nonzero(as_tuple=True), states(is_open)
+        there = hidden.device
+        targets = sent(tokens[at], there)
+        found = predict_through_head(head, hidden[sent_at(at, there)], (targets,), judged).cpu()
+        confidence = torch.full(tokens.shape, -torch.inf, dtype=torch.float64)
+        confidence[at] = found[:, 0]
         is_wrong = torch.zeros_like(is_open)
-        is_wrong[is_open] = found[:, 1] == 0.0
+        is_wrong[at] = found[:, 1] == 0.0
         surest = torch.full_like(confidence, -torch.inf).scatter_reduce(
             1, group, confidence, "amax"
         )
