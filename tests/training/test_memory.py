@@ -22,7 +22,7 @@ from tokendiff.training import memory
 from tokendiff.training.activations import activation_bytes, selector_bytes
 from tokendiff.training.building import model_without_weights
 from tokendiff.training.inputs import check_inputs
-from tokendiff.training.memory import plan_memory
+from tokendiff.training.memory import GiB, MemoryPlan, check_memory, plan_memory
 from tokendiff.training.run import TrainingRun
 from tokendiff.training.world import World
 
@@ -263,13 +263,61 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would_help(
 ) -> None:
     planned = TrainingRun.build(config("ar"), data, tmp_path, world=World.current()).memory
     assert planned.total > 2**20
-    monkeypatch.setattr(memory, "_memory_of", lambda world: 2**20)
+    monkeypatch.setattr(memory, "_memory_of", lambda world: (2**20, 0))
     with pytest.raises(
         InputError,
         match=r"a worker needs \d+ MiB at the peak of a step \(weights .*; activations are computed"
         r"\), and cpu has 1 MiB for it; set gradient_checkpointing to true, or lower per_device_",
     ):
         TrainingRun.build(config("ar"), data, tmp_path, world=World.current())
+
+
+class _Card:
+    """An 80 GiB card, of which others have taken some at first, and some that stays.
+
+    Attributes:
+        num_looks: how often it was asked.
+    """
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *, taken: int, stays: int, own: int = 0
+    ) -> None:
+        self.num_looks, self._taken, self._stays, self._own = 0, taken, stays, own
+        monkeypatch.setattr(torch.cuda, "mem_get_info", self._free)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: own * GiB)
+        monkeypatch.setattr(memory.time, "sleep", lambda seconds: None)
+
+    def _free(self, device: torch.device) -> tuple[int, int]:
+        self.num_looks += 1
+        taken = self._taken if self.num_looks < 4 else self._stays
+        return (80 - taken - self._own) * GiB, 80 * GiB
+
+
+def plan_of(gibibytes: int) -> MemoryPlan:
+    rest = {"gradients": 0, "optimizer": 0, "average": 0, "activations": 0, "logits": 0}
+    return MemoryPlan(weights=gibibytes * GiB, **rest)
+
+
+def test_what_others_have_taken_of_a_card_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(rank=0, size=1, device=torch.device("cuda", 0))
+    cfg = config("ar", gradient_checkpointing=True, per_device_train_batch_size=1)
+    _Card(monkeypatch, taken=50, stays=50)
+    check_memory(cfg, plan_of(32), world)  # the plan may be wrong by a tenth
+    with pytest.raises(
+        InputError,
+        match=r"cuda:0 has 30.0 GiB for it \(other processes have taken 50.0 GiB\); end the "
+        r"processes that use it, or give the run more workers",
+    ):
+        check_memory(cfg, plan_of(40), world)
+    card = _Card(monkeypatch, taken=50, stays=0)
+    check_memory(cfg, plan_of(40), world)
+    assert card.num_looks == 4, "a process that has just ended gives it back a little later"
+    card = _Card(monkeypatch, taken=50, stays=50, own=20)
+    with pytest.raises(InputError, match=r"cuda:0 has 30.0 GiB for it .* 50.0 GiB\); give the run"):
+        check_memory(cfg, plan_of(90), world)
+    assert card.num_looks == 1, "the whole card would not do"
+    _Card(monkeypatch, taken=0, stays=0, own=60)
+    check_memory(cfg, plan_of(70), world)  # what this process has is its own
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Left out is what lasts no longer than one operation, and what the libraries take
 themselves.
 """
 
+import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _FLOAT, _HALF = 4, 2  # bytes
 _MARGIN = 1.1  # plans were up to a tenth above what was measured
+_GIVEN_BACK_SECONDS = 30  # by when a process that has ended has given back its part of a GPU
 MiB, GiB = 2**20, 2**30
 
 
@@ -169,15 +171,22 @@ def _is_added_up(config: "TrainConfig", num_workers: int) -> bool:
 
 
 def check_memory(config: "TrainConfig", plan: MemoryPlan, world: World) -> None:
-    """Raise InputError where a worker will need more memory than its device has, by more than the
-    plan may be wrong.
+    """Raise InputError where a worker will need more memory than its device has for it, by more
+    than the plan may be wrong.
     """
-    there = _memory_of(world)
+    there, taken = _memory_of(world)
+    is_room_in_all = plan.total <= _MARGIN * (there + taken)
+    for _ in range(_GIVEN_BACK_SECONDS if is_room_in_all else 0):
+        if plan.total <= _MARGIN * there:
+            break
+        time.sleep(1.0)
+        there, taken = _memory_of(world)
     if plan.total <= _MARGIN * there:
         return
     remedies = [
         remedy
         for is_open, remedy in (
+            (is_room_in_all, "end the processes that use it"),
             (config.sharding == "none" and world.size > 1, "set sharding to full"),
             (not config.gradient_checkpointing, "set gradient_checkpointing to true"),
             (config.per_device_train_batch_size > 1, "lower per_device_train_batch_size"),
@@ -185,9 +194,10 @@ def check_memory(config: "TrainConfig", plan: MemoryPlan, world: World) -> None:
         )
         if is_open
     ]
+    by_others = f" (other processes have taken {_shown(taken)})" if taken else ""
     raise InputError(
-        f"a worker needs {plan.describe()}, and {world.device} has {_shown(there)} for it; "
-        f"{', or '.join(remedies)}"
+        f"a worker needs {plan.describe()}, and {world.device} has {_shown(there)} for it"
+        f"{by_others}; {', or '.join(remedies)}"
     )
 
 
@@ -206,13 +216,15 @@ def _hidden_numbers(model: Any) -> int:
     return sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim == 2)
 
 
-def _memory_of(world: World) -> int:
-    """Bytes that a worker of this node may use."""
+def _memory_of(world: World) -> tuple[int, int]:
+    """Bytes that a worker of this node may use, and those of its GPU that others have taken."""
     if world.device.type == "cuda":
-        return int(torch.cuda.get_device_properties(world.device).total_memory)
+        free, total = torch.cuda.mem_get_info(world.device)
+        there = free + torch.cuda.memory_reserved(world.device)  # what this process has is its own
+        return there, max(0, total - there)
     import psutil
 
-    return int(psutil.virtual_memory().available) // world.local_size
+    return int(psutil.virtual_memory().available) // world.local_size, 0
 
 
 def _shown(size: int) -> str:
