@@ -34,15 +34,23 @@ class WeightAverage:
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
-        """The model holds the averaged weights inside this block."""
-        kept = {name: p.detach().clone() for name, p in self._parameters.items()}
+        """The model holds the averaged weights inside this block, and `tensors` holds the weights.
+
+        They change places one by one, so that memory is needed for one more tensor and not for all.
+        """
+        swapped: list[str] = []
         try:
-            self._write(self.tensors)
+            for name in self._parameters:
+                self._swap(name)
+                swapped.append(name)
             yield
         finally:
-            self._write(kept)
+            for name in swapped:
+                self._swap(name)
 
     @torch.no_grad()
-    def _write(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(tensors[name])
+    def _swap(self, name: str) -> None:
+        parameter, average = self._parameters[name], self.tensors[name]
+        kept = parameter.detach().clone()
+        parameter.copy_(average)
+        average.copy_(kept)
