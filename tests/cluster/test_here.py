@@ -264,3 +264,16 @@ def test_jobs_on_one_machine_do_without_ray(data_path: Path, tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_what_is_kept_for_a_gpu_is_given_back_on_the_host_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given_back: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append("device"))
+    monkeypatch.setattr(
+        torch._C, "_host_emptyCache", lambda: given_back.append("host"), raising=False
+    )
+    session.give_back_memory()
+    assert given_back == ["device", "host"]

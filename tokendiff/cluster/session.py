@@ -280,11 +280,12 @@ def memory_given_back(*, is_needed: bool = True) -> Iterator[None]:
 
 
 def give_back_memory() -> None:
-    """Free what nothing refers to any more, on a GPU too."""
+    """Free what nothing refers to any more, on a GPU too, and memory that was locked for it."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+        torch._C._host_emptyCache()  # torch.accelerator.empty_host_cache is newer than torch 2.11
 
 
 class Demand:

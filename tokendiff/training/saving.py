@@ -1,6 +1,7 @@
 """Checkpoints that are written while training goes on.
 
-Training stands still while the state is copied to the memory of the host; a thread then writes the
+Training stands still while the state is copied to the memory of the host. From a GPU all tensors
+are copied into locked memory, one behind the other, and waited for once. A thread then writes the
 copy, hashes it as it is written, and commits the folder. The next save waits for the last one.
 Where the model is sharded every worker copies the parts that it holds. The threads put them
 together, each for its share of the tensors, by a process group of their own, and the main worker
@@ -12,6 +13,7 @@ another name, or, behind a URI, without a manifest.
 """
 
 import json
+import logging
 import shutil
 import tempfile
 import threading
@@ -38,7 +40,10 @@ from tokendiff.artifacts.tensor_files import (
     whole,
     write_tensors,
 )
+from tokendiff.errors import reason_of
 from tokendiff.training.world import World
+
+logger = logging.getLogger(__name__)
 
 # Names and tensors, made one by one: the same on every worker, in the same order.
 NamedTensors = Iterable[tuple[str, Tensor]]
@@ -150,6 +155,8 @@ class CheckpointSaver:
         self._num_writers = 1 if replica_size is None else world.size
         self._replica = None if replica_size is None else Replica.of(world, replica_size)
         self._kept: dict[tuple[str, str], Tensor] = {}
+        self._copying: set[torch.device] = set()  # from which copies are under way
+        self._locks_memory = True
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._then: Callable[[], None] = lambda: None
@@ -244,16 +251,40 @@ class CheckpointSaver:
                         owner=owner,
                         shape=tensor.shape if is_apart else None,
                     )
+        # Nothing reads a copy, and training does not go on, before all of them are there. What
+        # changes weights between two copies is queued on the device behind the first.
+        for device in self._copying:
+            torch.cuda.synchronize(device)
+        self._copying.clear()
         return staged
 
     def _on_host(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
         """A copy, in the memory of the last copy of the tensor, which is written by now. That is
         kept: training goes on beside it in any case, and new memory takes as long as the copying.
+
+        A copy from a GPU is under way when this returns.
         """
+        is_late = _is_on_gpu(tensor)
         kept = self._kept.get(key)
         if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
-            kept = self._kept[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
-        return kept.copy_(tensor)
+            kept = self._kept[key] = self._host_memory(tensor, is_locked=is_late)
+        if is_late:
+            self._copying.add(tensor.device)
+        return kept.copy_(tensor, non_blocking=is_late)
+
+    def _host_memory(self, like: Tensor, *, is_locked: bool) -> Tensor:
+        """Memory for a copy, locked where there is such memory: a GPU writes to that by itself."""
+        if is_locked and self._locks_memory:
+            try:
+                return _locked_memory(like)
+            except RuntimeError as error:  # often there may be only so much of it
+                self._locks_memory = False
+                logger.warning(
+                    "no more memory can be locked for copies of checkpoints, so that copying them "
+                    "takes longer (%s)",
+                    reason_of(error),
+                )
+        return torch.empty(like.shape, dtype=like.dtype)
 
     def _share(self, staged: Staged) -> dict[str, dict[str, Tensor]]:
         """The tensors that this worker writes, whole; in the thread."""
@@ -353,6 +384,14 @@ class CheckpointSaver:
                     (target / name).unlink(missing_ok=True)
             commit(target, kind=KIND, metadata=metadata, known_sha256=known)
         self._after(target.name)
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
+def _locked_memory(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
 
 
 def _beside(target: Path, key: str) -> Path:

@@ -1,0 +1,122 @@
+"""Checkpoints of weights on a device, which is emulated: they are waited for once, and what
+training does to the weights meanwhile does not show in them.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.device_reads import NAME, count_waits, emulated_device
+from tokendiff.training import saving
+from tokendiff.training.saving import CheckpointSaver, Contents
+from tokendiff.training.world import World
+
+SHAPES: dict[str, tuple[int, ...]] = {"a": (3, 4), "b": (5,), "c": (2, 2, 2), "d": (), "e": (0, 3)}
+
+
+class _Late(TorchDispatchMode):
+    """As a GPU: a copy to the host that nobody waits for is of what its source holds by then, and
+    is there once the device is waited for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_waits = 0
+        self._under_way: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_copy = func.overloadpacket is torch.ops.aten.copy_
+        if is_copy and len(args) > 2 and args[2] and args[1].device.type == NAME:
+            target, source = args[:2]
+            self._under_way.append((target, source.held.clone()))
+            return target.fill_(77)
+        return func(*args, **(kwargs or {}))
+
+    def wait(self, device: torch.device) -> None:
+        assert device == emulated_device()
+        self.num_waits += 1
+        for target, value in self._under_way:
+            target.copy_(value)
+        self._under_way.clear()
+
+
+def weights_of(number: float, device: torch.device) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    drawn = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    found = {name: (number + each).to(device) for name, each in drawn.items()}
+    return {**found, "turned": found["a"].T, "step": torch.tensor(number)}
+
+
+def saved(folder: Path, device: torch.device, meanwhile: Any = lambda weights: None) -> list[Any]:
+    """What three checkpoints hold, written one after the other by the same saver."""
+    saver, found = CheckpointSaver(folder, World(rank=0, size=1, device=device)), []
+    for number in range(3):
+        weights = weights_of(float(number), device)
+        contents = Contents(
+            tensors={"model": weights.items(), "twice": ((n, 2 * w) for n, w in weights.items())}
+        )
+        saver.save(f"checkpoint-{number}", lambda contents=contents: contents)  # type: ignore[misc]
+        meanwhile(weights)
+        saver.wait()
+        place = folder / f"checkpoint-{number}"
+        found.append([load_file(place / f"{stem}.safetensors") for stem in ("model", "twice")])
+    return found
+
+
+def assert_same(found: list[Any], expected: list[Any]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> _Late:
+    made = _Late()
+    monkeypatch.setattr(saving, "_is_on_gpu", lambda tensor: tensor.device.type == NAME)
+    monkeypatch.setattr(torch.cuda, "synchronize", made.wait)
+    return made
+
+
+def test_a_checkpoint_is_waited_for_once_and_is_that_of_the_cpu(
+    late: _Late, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = saved(tmp_path / "here", torch.device("cpu"))
+    assert late.num_waits == 0
+    asked: list[bool] = []
+
+    def locked_memory(like: Tensor) -> Tensor:
+        asked.append(like.device.type == NAME)
+        return torch.empty(like.shape, dtype=like.dtype)
+
+    def go_on(weights: dict[str, Tensor]) -> None:
+        for each in weights.values():
+            each.fill_(-1)
+
+    monkeypatch.setattr(saving, "_locked_memory", locked_memory)
+    device = emulated_device()
+    with count_waits() as waits, late:
+        found = saved(tmp_path / "there", device, meanwhile=go_on)
+    assert not waits.reads, waits.places()
+    assert late.num_waits == 3, "once a checkpoint"
+    assert asked == [True] * 2 * (len(SHAPES) + 1), "what is on the device, once: memory is kept"
+    assert_same(found, expected)
+
+
+def test_without_locked_memory_a_checkpoint_is_the_same(
+    late: _Late, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is none on a machine without a GPU."""
+    expected = saved(tmp_path / "here", torch.device("cpu"))
+    device = emulated_device()
+    with caplog.at_level(logging.WARNING), count_waits(), late:
+        found = saved(tmp_path / "there", device)
+    assert_same(found, expected)
+    (said,) = caplog.messages
+    assert "no more memory can be locked for copies of checkpoints" in said
