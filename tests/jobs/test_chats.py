@@ -12,6 +12,7 @@ from jobs import evaluate, generate, pipeline, preprocess, train
 from tests import ROOT
 from tests.builders import objective_names
 from tokendiff.artifacts.manifest import load_manifest
+from tokendiff.config.pipeline import Config
 from tokendiff.data.rows import TokenData
 from tokendiff.tracking.run_log import metrics_by_step
 
@@ -115,6 +116,38 @@ def test_answers_are_drawn_by_the_template_that_was_trained(
     assert generate.main(["--checkpoint_path", str(out / "final"), *chat, *drawn]) == 0
     (record,) = map(json.loads, next((tmp_path / "drawn").glob("part-*")).read_text().splitlines())
     assert record["num_prompt_tokens"] == len("user: 7\nassistant: ")
+
+
+def test_a_warm_start_takes_the_tokenizer_of_its_checkpoint(
+    in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And its chat template, where no tokenizer is named; for text too."""
+    common = ["--objective", "ar", "--max_train_steps", "1", "--enabled", "false"]
+    first = [*common, *write_chats(tmp_path), "--output_dir", str(tmp_path / "first")]
+    model = ["--model_name_or_path", "builtin:qwen3-tiny"]
+    assert train.main([*first, *model, *BYTES, *TEMPLATE]) == 0
+    (tmp_path / "a.txt").write_text("\n".join(f"line {number}" for number in range(60)))
+    text = ["--dataset_name", "text", "--data_files", str(tmp_path / "a.txt")]
+    for name, data in {"chats": write_chats(tmp_path), "text": text}.items():
+        out, start = tmp_path / name, str(tmp_path / "first" / "final")
+        flags = ["--warm_start_from", start, *BYTES[2:], *data, "--output_dir", str(out)]
+        assert train.main([*common, *flags]) == 0, capsys.readouterr().err
+        assert load_manifest(out / "data").metadata["tokenizer"] == start
+
+
+def test_a_tokenizer_or_a_model_that_is_named_is_taken_before_that_of_a_warm_start() -> None:
+    """So that the keys of stages stay what they were; an alias may stand for another one later."""
+
+    def tokenizer(named: str | None = None, **fields: Any) -> str:
+        sections = {"preprocess": {"tokenizer_name_or_path": named}, "train": fields}
+        return Config.model_validate(sections).tokenizer_name_or_path
+
+    assert tokenizer(warm_start_from="s3://bucket/final") == "s3://bucket/final"
+    assert tokenizer("bytes", warm_start_from="out/final") == "bytes"
+    assert tokenizer(warm_start_from="out/final", model_name_or_path="a/b") == "a/b"
+    assert tokenizer(warm_start_from="models:/toy@champion") == "bpe"
+    assert tokenizer() == "bpe"
+    assert tokenizer(objective={"name": "dflash"}, target_model_id="a/b") == "a/b"
 
 
 def test_preprocessing_shows_the_format_and_an_example(

@@ -11,7 +11,12 @@ from tokendiff.config.frontier import FrontierConfig
 from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.preprocess import FILLED_FOR, PreprocessConfig
 from tokendiff.config.promote import PromoteConfig
-from tokendiff.config.train import BUILTIN_MODEL_PREFIX, BUILTIN_MODELS, TrainConfig
+from tokendiff.config.train import (
+    BUILTIN_MODEL_PREFIX,
+    BUILTIN_MODELS,
+    REGISTERED_MODEL_PREFIX,
+    TrainConfig,
+)
 from tokendiff.errors import InputError
 
 
@@ -127,7 +132,14 @@ class Config(Section):
         if self.preprocess.tokenizer_name_or_path is not None:
             return self.preprocess.tokenizer_name_or_path
         model = self.train.target_model_id or self.train.model_name_or_path
-        return "bpe" if model.startswith(BUILTIN_MODEL_PREFIX) else model
+        if not model.startswith(BUILTIN_MODEL_PREFIX):
+            return model
+        start = self.train.warm_start_from
+        # What an alias of a pipeline stands for is known to the stage that trains alone; its rows
+        # get that tokenizer by `new_since`.
+        if start is None or start.startswith(REGISTERED_MODEL_PREFIX):
+            return "bpe"
+        return start
 
     @property
     def fill_answers(self) -> bool:

@@ -82,7 +82,8 @@ class PreprocessConfig(Section):
     tokenizer_name_or_path: str | None = Field(
         None,
         description="bytes, bpe (trained on the corpus), or a transformers name or path; "
-        "by default the model's own, or bpe where the model is a built-in one",
+        "by default the model's own; where the model is a built-in one, that of warm_start_from, "
+        "or else bpe",
     )
     vocab_size: int = Field(2048, ge=300, description="size of the bpe vocabulary")
     max_length: int = Field(128, ge=2, description="tokens per packed row")

@@ -14,6 +14,7 @@ from tokendiff.config.objectives import (
 )
 
 BUILTIN_MODEL_PREFIX = "builtin:"
+REGISTERED_MODEL_PREFIX = "models:/"
 BUILTIN_MODELS = (
     *("bert-tiny", "bert-mini", "bert-small", "bert-base"),
     *("dit-tiny", "dit-mini", "dit-small", "dit-base"),

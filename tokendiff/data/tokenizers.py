@@ -24,7 +24,7 @@ MASK_TOKENS = ("<|MASK|>", "<|mask|>", "<|mdm_mask|>", MASK, "<mask>")
 _SAME_AS = {"DreamTokenizer": "Qwen2Tokenizer"}
 _REMEDY = (
     "give bytes, bpe, a hub name, or a folder that holds a tokenizer (by default it is that of "
-    "model_name_or_path)"
+    "model_name_or_path or warm_start_from)"
 )
 
 
