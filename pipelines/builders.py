@@ -231,7 +231,7 @@ def train_stage(
         from tokendiff.tracking.hub import check_push
         from tokendiff.training.inputs import check_training
 
-        if not stage.is_done:
+        if _is_left_to_train(stage, config):
             check_push(config.train.push_to_hub)
         if all(source.is_done for role, source in stage.inputs.items() if role != "data"):
             check_training(
@@ -294,6 +294,16 @@ def train_stage(
     if config.train.objective.name == "dflash" and config.train.draft_model_id is None:
         kwargs["version"] = _NEW_DRAFT_VERSION
     return _stage("train", settings, folder, action, result, check=check, preview=preview, **kwargs)
+
+
+def _is_left_to_train(stage: Stage, config: Config) -> bool:
+    """Whether a training stage takes steps: a finished run may be made longer."""
+    from tokendiff.training.identity import has_all_steps
+
+    try:
+        return not (stage.is_done and has_all_steps(stage.result_folder, config.train))
+    except CorruptFileError:
+        return True
 
 
 def _memory_of_a_worker(

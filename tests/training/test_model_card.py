@@ -19,6 +19,7 @@ from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.config.pipeline import Config
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
+from tokendiff.errors import InputError
 from tokendiff.tracking.run_log import RunLog
 from tokendiff.training.identity import run_identity
 from tokendiff.training.model_card import CARD_NAME, model_card
@@ -146,6 +147,23 @@ def test_the_command_on_a_card_is_one_that_the_job_takes(
         for statement in code.splitlines():
             if statement.startswith("from "):
                 exec(statement)
+
+
+def test_a_finished_run_that_is_made_longer_asks_for_the_token_first(
+    data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that takes no more steps does not: what cannot be pushed is said behind its result."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    short = config(push_to_hub="me/model")
+    train_in_process(short, data, tmp_path / "run")
+    stages = [
+        train_stage(Config(train=section), folder=str(tmp_path / "run"), data_path=data.folder)
+        for section in (short, config(push_to_hub="me/model", max_train_steps=3))
+    ]
+    assert all(stage.is_done for stage in stages)
+    stages[0].check(stages[0])
+    with pytest.raises(InputError, match="HF_TOKEN is not set"):
+        stages[1].check(stages[1])
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -79,6 +79,14 @@ def finished_run(
         warn(f"{error}; making it again from the newest checkpoint")
         return None
     check_same_run(final, config, data)
+    return final if has_all_steps(final, config) else None
+
+
+def has_all_steps(final: Location, config: "TrainConfig") -> bool:
+    """Whether nothing is left to train of the run that made a `final/`; its files are not read.
+
+    Raises:
+        CorruptFileError: the manifest is damaged.
+    """
     metadata = load_manifest(final).metadata
-    is_finished = metadata["step"] == config.max_train_steps or STOPPED_EARLY in metadata
-    return final if is_finished else None
+    return metadata["step"] == config.max_train_steps or STOPPED_EARLY in metadata
