@@ -121,6 +121,17 @@ def test_local_weights_give_their_license_and_no_path(data: TokenData, tmp_path:
         assert "license" not in front_matter(card_of(config(model_name_or_path=str(folder)), data))
 
 
+def test_adapters_are_told_with_their_rank(data: TokenData) -> None:
+    lora = {"lora_rank": 8, "lora_alpha": 32.0, "lora_target_modules": ["query", "value"]}
+    said = "LoRA of rank 8 in `query`, `value` (lora_alpha 32.0, lora_dropout 0.0), merged into the"
+    assert f"| Adapters | {said} weights |" in card_of(config(**lora), data)
+    blocks = {"objective": {"name": "block_diffusion", "block_length": 4}}
+    kept = card_of(config(**blocks, lora_rank=4, keep_base=True), data)
+    assert "LoRA of rank 4 (" in kept
+    assert "beside the weights of the base model" in kept
+    assert "LoRA" not in card_of(config(), data)
+
+
 @pytest.mark.parametrize("block_length", [None, 4])
 def test_the_command_on_a_card_is_one_that_the_job_takes(
     data: TokenData, block_length: int | None

@@ -65,6 +65,7 @@ def model_card(
     facts = {
         "Objective": f"`{name}`",
         "Trained from": _in_words(start, run),
+        **({"Adapters": _adapters_of(run)} if "lora_rank" in run else {}),
         "Data": f"packed rows of tokens with the digest `{run['data']}`",
         "Steps": f"{step:,} ({settings})",
         **({"Held-out rows": heldout} if heldout else {}),
@@ -124,6 +125,15 @@ def _in_words(start: str, run: Mapping[str, Any]) -> str:
         return f"new weights, as a draft of {what}" if run["draft_model_id"] is None else what
     is_new = run["from_scratch"] or start.startswith("builtin:")
     return f"new weights, of the form of {what}" if is_new else what
+
+
+def _adapters_of(run: Mapping[str, Any]) -> str:
+    modules = ", ".join(f"`{name}`" for name in run["lora_target_modules"])
+    where = f" in {modules}" if modules else ""
+    settings = f"lora_alpha {run['lora_alpha']}, lora_dropout {run['lora_dropout']}"
+    is_kept = run.get("keep_base", False)
+    what = "beside the weights of the base model" if is_kept else "merged into the weights"
+    return f"LoRA of rank {run['lora_rank']}{where} ({settings}), {what}"
 
 
 def _how_to_load(process: NoiseProcess | None, *, is_draft: bool) -> list[str]:
