@@ -293,7 +293,14 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "sharegpt": [
-        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        {
+            "conversations": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Hello"},
+            ]
+        },
+        {"conversations": [{"from": "human", "value": "Hi"}, {"role": "gpt", "content": "Hello"}]},
     ],
     "prompt_completion": [
         {"prompt": "Hi", "completion": "Hello"},
@@ -405,6 +412,16 @@ def test_a_row_of_no_use_is_named_with_its_reason(messages: Any, says: str, tmp_
     assert error["place"].endswith("a.jsonl:2")
     assert re.search(says, error["reason"]), error["reason"]
     assert stats.shards["train"].documents == 1
+
+
+def test_a_message_is_refused_by_the_names_of_its_own_fields() -> None:
+    read = FORMATS["sharegpt"].read
+    with pytest.raises(ValueError, match=r"^conversations\[0\]: role must be .*, got tool$"):
+        read({"conversations": [{"role": "tool", "content": "a"}]})
+    with pytest.raises(ValueError, match=r"^conversations\[0\].content must be a text, got 3$"):
+        read({"conversations": [{"role": "user", "content": 3}]})
+    with pytest.raises(ValueError, match=r"^conversations\[0\]: from must be .*, got null$"):
+        read({"conversations": [{"value": "a"}]})
 
 
 @pytest.mark.parametrize(

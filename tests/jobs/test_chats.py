@@ -187,6 +187,20 @@ def test_what_chats_cannot_be_made_of_is_told(
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_conversations_that_are_all_of_no_use_are_not_looked_for_in_text_column(
+    tokenizer: str, in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    files = ["--dataset_name", "jsonl", "--data_files", str(tmp_path / "a.jsonl"), *TEMPLATE]
+    flags = [*files, "--tokenizer_name_or_path", tokenizer, "--output_dir", str(tmp_path / "out")]
+    assert preprocess.main([*flags, "--enabled", "false"]) == 2
+    said = capsys.readouterr().err
+    assert "no message of the assistant" in said
+    assert "check the data" in said
+    assert "text_column" not in said
+
+
 def test_a_plan_shows_the_format_and_the_first_conversation(
     in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -410,10 +410,11 @@ def _check_corpus(
     splits, dropped = metadata["splits"], metadata["dropped"]
     train, heldout = splits["train"]["rows"], splits["heldout"]["rows"]
     if train + heldout == 0:
+        where = "the data" if "chats" in metadata else "the data and text_column"
         raise InputError(
             f"dataset_name {config.dataset_name!r}: the corpus is empty ({dropped['empty']} empty "
             f"and {dropped['not_text']} null cells; "
-            f"{bad_rows_in_words(errors.num_rows, errors.first)}); check the data and text_column"
+            f"{bad_rows_in_words(errors.num_rows, errors.first)}); check {where}"
         )
     if train == 0 and config.heldout_fraction < 1.0:
         raise InputError(

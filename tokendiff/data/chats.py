@@ -172,22 +172,27 @@ def _message_list(
     for number, message in enumerate(value):
         if not isinstance(message, dict):
             raise ValueError(f"{field}[{number}] must be an object, got {shown(message)}")
-        role = message.get(role_field)
+        # Many sets name the column `conversations` and the fields as `messages` does.
+        has_other_names = message.get(role_field) is None and message.get("role") is not None
+        role_name, content_name = (
+            ("role", "content") if has_other_names else (role_field, content_field)
+        )
+        role = message.get(role_name)
         if not isinstance(role, str) or role not in roles:
             raise ValueError(
-                f"{field}[{number}]: {role_field} must be one of {', '.join(roles)}, "
+                f"{field}[{number}]: {role_name} must be one of {', '.join(roles)}, "
                 f"got {shown(role)}"
             )
         for name in _TOOL_FIELDS:
             if message.get(name):
                 raise ValueError(
                     f"{field}[{number}] has {name}, which would be left out of what is learnt: "
-                    f"write the call into the text of {content_field}, or leave the conversation "
+                    f"write the call into the text of {content_name}, or leave the conversation "
                     f"out; got {shown(message[name])}"
                 )
-        content = message.get(content_field)
+        content = message.get(content_name)
         if not isinstance(content, str) or not content.isascii():
-            content = text_of(content, f"{field}[{number}].{content_field}")
+            content = text_of(content, f"{field}[{number}].{content_name}")
         found.append(Message(role=roles[role], content=content))
     return found
 

@@ -266,12 +266,13 @@ def training_text(partitions: Sequence[Partition], heldout_fraction: float) -> I
             if left <= 0:
                 break
     if not seen["training"]:
+        holds_chats = partitions[0].dataset_format != "text"
         raise InputError(
             "the corpus has no training text to make a tokenizer from "
             f"({seen['empty']} empty cells, {seen['not text']} that are not text, "
             f"{seen['held-out']} held-out documents, "
             f"{bad_rows_in_words(bad.num_rows, ''.join(bad.first[:1]))}); check the data, "
-            "text_column, heldout_fraction"
+            f"{'' if holds_chats else 'text_column, '}heldout_fraction"
         )
 
 
