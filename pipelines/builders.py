@@ -78,6 +78,8 @@ def preprocess_stage(
         if chats := metadata.get("chats"):
             names = ("dataset_format", "num_too_long", "num_cut", "example")
             result |= {name: chats[name] for name in names}
+        elif "dataset_format" in metadata:  # of rows that fit a chat format too
+            result["dataset_format"] = metadata["dataset_format"]
         return {**result, "errors": num_errors}
 
     def preview(stage: Stage) -> dict[str, str]:

@@ -21,7 +21,12 @@ from tokendiff.data.fitting import Fitter, fit
 from tokendiff.data.packing import PackedRows, TokenizedDocuments
 from tokendiff.data.preprocess import PartitionStats, preprocess_partition
 from tokendiff.data.rows import TokenData
-from tokendiff.data.sources import find_dataset_format, plan_partitions, read_conversations
+from tokendiff.data.sources import (
+    find_dataset_format,
+    plan_partitions,
+    read_conversations,
+    read_documents,
+)
 from tokendiff.data.templates import ChatRenderer, RenderError, TrainOn, read_template
 from tokendiff.data.tokenizers import build_tokenizer
 from tokendiff.errors import InputError
@@ -368,6 +373,23 @@ def test_a_text_column_that_is_there_or_named_means_text(tmp_path: Path) -> None
     assert found(dataset_format="prompt_completion") == "prompt_completion"
     with pytest.raises(InputError, match=r"messages needs the columns 'messages', but .*'prompt'"):
         found(dataset_format="messages")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "datasets"])
+def test_columns_of_no_format_are_told_what_the_formats_need(kind: str, tmp_path: Path) -> None:
+    path = write(tmp_path, kind, [{"question": "a", "answer": "b"}])
+    source = {"dataset_name": kind, "data_files": [path]}
+    config = PreprocessConfig.model_validate(
+        {"dataset_name": path} if kind == "datasets" else source
+    )
+    needs = (
+        "set text_column to one of those there: 'question', 'answer'; or, to train on "
+        "conversations, give them the columns of a chat format: messages ('messages'); sharegpt "
+        "('conversations'); prompt_completion ('prompt', 'completion' or 'response' or 'output' or "
+        "'answer'); alpaca ('instruction', 'output')"
+    )
+    with pytest.raises(InputError, match=re.escape(needs) + "$"):
+        _ = [list(read_documents(partition)) for partition in plan_partitions(config)]
 
 
 def user(content: Any = "a") -> dict[str, Any]:

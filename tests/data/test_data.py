@@ -284,7 +284,7 @@ def test_a_column_that_no_row_has_is_an_error_at_once(tmp_path: Path, partition_
         dataset_name="jsonl", data_files=[str(path)], partition_bytes=partition_bytes
     )
     path.write_text("\n".join(lines))
-    said = [error_of(partition) for partition in plan_partitions(preprocess)]
+    said = [error_of(partition).split("; or,")[0] for partition in plan_partitions(preprocess)]
     there = f"{path}: no column 'text'; set text_column to one of those there: 'body', 'title'"
     assert said.count(there) == (8 if partition_bytes == 1 else 1)
     assert set(said) <= {there, ""}

@@ -187,6 +187,36 @@ def test_what_chats_cannot_be_made_of_is_told(
     assert says in capsys.readouterr().err
 
 
+def test_text_that_fits_a_chat_format_too_is_said_to(
+    in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is read as text; who asks for one of the two is told nothing."""
+    files = write_chats(tmp_path)
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": f"line {n}", **json.loads(line)} for n, line in enumerate(path.open())]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    note = "set dataset_format messages to train on their answers"
+    for name, more, is_told in (
+        ("found", [], True),
+        ("text", ["--dataset_format", "text"], False),
+        ("column", ["--text_column", "text"], False),
+        ("messages", ["--dataset_format", "messages", *TEMPLATE], False),
+    ):
+        flags = [*files, *BYTES, *more, "--output_dir", str(tmp_path / name)]
+        assert preprocess.main([*flags, "--enabled", "false"]) == 0
+        printed = capsys.readouterr()
+        assert (printed.err + printed.out).count(note) == is_told
+        assert (re.search(r"dataset_format +text\n", printed.out) is not None) == is_told
+    sections = {
+        "preprocess": {"dataset_name": "jsonl", "data_files": [files[-1]]},
+        "tracking": {"enabled": False},
+        "root": str(tmp_path / "root"),
+    }
+    (tmp_path / "a.yaml").write_text(json.dumps(sections))
+    assert pipeline.main(["plan", str(tmp_path / "a.yaml")]) == 0
+    assert " ".join(note.split()) in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_conversations_that_are_all_of_no_use_are_not_looked_for_in_text_column(
     tokenizer: str, in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -35,7 +35,7 @@ from tokendiff.data.preprocess import (
     training_text,
 )
 from tokendiff.data.rows import KIND, too_few_rows
-from tokendiff.data.sources import file_identities, plan_input, plan_partitions
+from tokendiff.data.sources import file_identities, format_note, plan_input, plan_partitions
 from tokendiff.data.streams import is_compressed
 from tokendiff.data.templates import ChatRenderer, read_template
 from tokendiff.data.tokenizers import build_tokenizer
@@ -120,6 +120,9 @@ def preprocess(
     warnings = _check_corpus(config, metadata, errors)
     for message in warnings:
         on_event("warning", message=message)
+    if (note := format_note(config)) is not None:
+        metadata["dataset_format"] = "text"
+        on_event("advice", message=note)
     known_sha256 = {file.path: file.sha256 for part in stats for file in part.files}
     _check_files(output_dir, known_sha256)
     metadata |= {"key": key, "notes": notes + warnings, "trained_on": file_identities(config)}

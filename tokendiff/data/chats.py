@@ -89,6 +89,19 @@ class ChatFormat:
             found += (names,) if isinstance(names, str) else names
         return (*found, *self.optional)
 
+    @property
+    def needs(self) -> str:
+        """The columns that a row must have, in words."""
+        return ", ".join(
+            repr(names) if isinstance(names, str) else " or ".join(map(repr, names))
+            for names in self.required
+        )
+
+
+def formats_in_words() -> str:
+    """Each format and the columns that it needs."""
+    return "; ".join(f"{name} ({form.needs})" for name, form in FORMATS.items())
+
 
 def find_format(columns: Collection[str]) -> str | None:
     """The format of rows with these columns; None where they are no conversations."""
@@ -98,14 +111,10 @@ def find_format(columns: Collection[str]) -> str | None:
 def check_format(name: str, columns: Collection[str], *, place: str) -> None:
     """Raise InputError where rows with these columns are not of a format."""
     if not FORMATS[name].is_in(columns):
-        needed = ", ".join(
-            repr(names) if isinstance(names, str) else " or ".join(map(repr, names))
-            for names in FORMATS[name].required
-        )
         there = ", ".join(repr(str(column)) for column in columns) or "none"
         raise InputError(
-            f"{place}: dataset_format {name} needs the columns {needed}, but there are {there}; "
-            f"set dataset_format to another one ({', '.join(FORMATS)}, text)"
+            f"{place}: dataset_format {name} needs the columns {FORMATS[name].needs}, but there "
+            f"are {there}; set dataset_format to another one ({', '.join(FORMATS)}, text)"
         )
 
 

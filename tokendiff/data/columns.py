@@ -28,8 +28,12 @@ def row_place(path: str, row: int) -> str:
 
 
 def missing_column(place: str, column: str, columns: Iterable[Any]) -> InputError:
+    from tokendiff.data.chats import formats_in_words  # which needs this module
+
     return InputError(
-        f"{place}: no column {column!r}; set text_column to one of those there: {_names(columns)}"
+        f"{place}: no column {column!r}; set text_column to one of those there: {_names(columns)}; "
+        "or, to train on conversations, give them the columns of a chat format: "
+        f"{formats_in_words()}"
     )
 
 

@@ -31,6 +31,7 @@ from tokendiff.data.sources import (
     FILE_FORMATS,
     dummy_rows,
     find_dataset_format,
+    format_note,
     holds_chats,
     plan_input,
     read_conversations,
@@ -215,13 +216,17 @@ def _chat_tokenizer(config: "PreprocessConfig", name: str, template: str | None)
 
 def first_conversation(config: "PreprocessConfig", tokenizer_name_or_path: str) -> dict[str, str]:
     """The format of conversations that was found in files, and the first that can be used, written
-    out with its answers in [[ ]]; {} of text, and of a dataset, which would have to be fetched.
+    out with its answers in [[ ]]; of text that fits a chat format too, that it does; {} of other
+    text, and of a dataset, which would have to be fetched.
 
     Raises:
         InputError: as `check_chats`, or the input cannot be read.
     """
-    if config.dataset_name not in FILE_FORMATS or not holds_chats(config):
+    if config.dataset_name not in FILE_FORMATS:
         return {}
+    if not holds_chats(config):
+        note = format_note(config)
+        return {} if note is None else {"dataset_format": "text", "note": note}
     template = None if config.chat_template is None else read_template(config.chat_template)
     tokenizer = _chat_tokenizer(config, tokenizer_name_or_path, template)
     ChatRenderer(tokenizer=tokenizer).check(find_dataset_format(config))

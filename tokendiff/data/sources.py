@@ -159,6 +159,25 @@ def find_dataset_format(config: "PreprocessConfig") -> str:
     return "text" if config.text_column in columns else find_format(columns) or "text"
 
 
+def format_note(config: "PreprocessConfig") -> str | None:
+    """What to say of rows that are read as text because they have such a column, where the config
+    says nothing, and that fit a chat format too; None of all others.
+    """
+    is_told = config.dataset_format is not None or "text_column" in config.model_fields_set
+    if is_told or config.use_dummy_data or config.dataset_name in ("builtin", "text", "samples"):
+        return None
+    with suppress(InputError):
+        columns = _columns(config)
+        other = find_format(columns)
+        if other is not None and config.text_column in columns:
+            return (
+                f"the rows have a column {config.text_column!r} and are read as text; they fit a "
+                f"chat format too: set dataset_format {other} to train on their answers, or "
+                "dataset_format text if they are meant as text"
+            )
+    return None
+
+
 def holds_chats(config: "PreprocessConfig") -> bool:
     """Whether the rows are known to be conversations: by the config, or by files that are there.
     A dataset of the hub is not asked.
