@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from tokendiff.artifacts.checkpoint import FINAL, committed_checkpoints
 from tokendiff.artifacts.locations import Location, location
 from tokendiff.artifacts.manifest import is_committed
-from tokendiff.config.preprocess import FILLED_FOR
 from tokendiff.data.rows import TokenData, check_rows_to_judge, step_plan
 from tokendiff.data.target_states import TargetStates
 from tokendiff.data.tokenizers import open_tokenizer
@@ -113,6 +112,8 @@ def filling_notes(config: "TrainConfig", data: TokenData) -> list[str]:
     """What to say of answers that were filled up, or were not, for another objective's sake: who
     preprocesses by itself may not know for which one it is. What a config asked for is meant so.
     """
+    from tokendiff.config.preprocess import FILLED_FOR
+
     chats, name = data.metadata.get("chats"), config.objective.name
     asked_for = data.metadata.get("config", {}).get("fill_answers")
     if chats is None or asked_for is not None:
