@@ -78,6 +78,7 @@ def preprocess_stage(
         if chats := metadata.get("chats"):
             names = ("dataset_format", "num_too_long", "num_cut", "example")
             result |= {name: chats[name] for name in names}
+            result |= {name: chats[name] for name in ("left_out",) if name in chats}
         elif "dataset_format" in metadata:  # of rows that fit a chat format too
             result["dataset_format"] = metadata["dataset_format"]
         return {**result, "errors": num_errors}

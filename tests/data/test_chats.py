@@ -20,6 +20,7 @@ from tokendiff.data.chats import FORMATS, Conversation, Message
 from tokendiff.data.fitting import Fitter, fit
 from tokendiff.data.packing import PackedRows, TokenizedDocuments
 from tokendiff.data.preprocess import PartitionStats, preprocess_partition
+from tokendiff.data.prompts import PromptEncoder
 from tokendiff.data.rows import TokenData
 from tokendiff.data.sources import (
     find_dataset_format,
@@ -227,6 +228,54 @@ def test_the_last_answer_or_all_tokens_can_be_the_targets() -> None:
     assert everything.is_target.all()
 
 
+def weighted(*weights: float | None) -> Conversation:
+    """Answers "a0", "a1", ... of these weights."""
+    messages: list[dict[str, Any]] = []
+    for number, weight in enumerate(weights):
+        messages += [user(f"q{number}"), {**assistant(f"a{number}"), "weight": weight}]
+    return FORMATS["messages"].read({"messages": messages})
+
+
+@pytest.mark.parametrize("name", ["chatml", "tagged"])
+def test_an_answer_of_weight_0_is_context(name: str) -> None:
+    tokenizer = chat_tokenizer(TEMPLATES[name])
+
+    def learnt(talk: Conversation, train_on: TrainOn = "answers") -> str:
+        rendered = ChatRenderer(tokenizer=tokenizer, train_on=train_on)(talk)
+        plain = conversation(*(message.content for message in talk.messages))
+        everything = ChatRenderer(tokenizer=tokenizer)(plain).tokens
+        assert rendered.tokens.tolist() == everything.tolist()
+        return str(tokenizer.decode(rendered.tokens[rendered.is_target]))
+
+    assert learnt(weighted(1, 0, None)) == "a0<|im_end|>a2<|im_end|>"
+    assert learnt(weighted(0, 1)) == "a1<|im_end|>"
+    assert learnt(weighted(1, 0)) == "a0<|im_end|>"
+    assert learnt(weighted(0, 1.0), "last_answer") == "a1<|im_end|>"
+    whole = tokenizer.decode(ChatRenderer(tokenizer=tokenizer)(weighted(1, 1)).tokens)
+    assert learnt(weighted(0, 1), "all") == whole.replace("a0<|im_end|>", "")
+    for train_on in ("last_answer", "all"):
+        with pytest.raises(RenderError, match=f"weight 0, and train_on {train_on} goes up to"):
+            learnt(weighted(1, 0), train_on)
+    with pytest.raises(RenderError, match=r"marks 4 parts of 2 answers"):
+        ChatRenderer(tokenizer=chat_tokenizer(TAGGED_TWICE))(weighted(0, 1))
+    documents = ChatDocuments(
+        tokenizer=tokenizer,
+        options=ChatOptions(dataset_format="messages"),
+        max_length=512,
+        dropped=Counter(),
+    )
+    (_, ends), *_ = documents.of([weighted(1, 0)], lambda bad: None)
+    assert tokenizer.decode(ends.tokens).endswith("a0<|im_end|>[EOS]")
+    # A prompt that goes on from there: blocks start at the edges of answers that were learnt.
+    encoder = PromptEncoder(tokenizer=tokenizer)
+    messages = [user("q0"), {**assistant("a0"), "weight": 0}, user("q1"), assistant("a1")]
+    ids = encoder([*messages, user("q2")])
+    marked = np.array(ids)[encoder.answers_in([*messages, user("q2")], ids)]
+    assert tokenizer.decode(marked) == "a1<|im_end|>"
+    # How far answers are filled up, by their messages, does not depend on weights.
+    assert repr(weighted(1, 0).messages) == repr(conversation("q0", "a0", "q1", "a1").messages)
+
+
 def test_a_template_that_rewrites_earlier_turns_takes_last_answers_alone() -> None:
     tokenizer = chat_tokenizer(FORGETFUL)
     talk = conversation("a", "hm>b", "c", "ha>d")
@@ -422,6 +471,8 @@ def assistant(content: Any = "b") -> dict[str, Any]:
         ([user(3), assistant()], r"messages\[0\].content must be a text, got 3"),
         ([user([{"type": "image"}]), assistant()], r"content\[0\] must be a part of text"),
         ([user("\ud800"), assistant()], "not valid Unicode"),
+        ([user(), {**assistant(), "weight": 0.5}], r"messages\[1\].weight must be 0, .*got 0.5"),
+        ([user(), {**assistant(), "weight": 0}], "every answer has weight 0"),
         (None, "a list of at least one message"),
         (["a"], r"messages\[0\] must be an object"),
     ],

@@ -187,6 +187,25 @@ def test_what_chats_cannot_be_made_of_is_told(
     assert says in capsys.readouterr().err
 
 
+def test_what_conversations_lose_is_said_once(
+    in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = write_chats(tmp_path)
+    flags = [*files, *BYTES, *TEMPLATE, "--enabled", "false"]
+    assert preprocess.main([*flags, "--output_dir", str(tmp_path / "all")]) == 0
+    assert "left_out" not in capsys.readouterr().out
+    path = tmp_path / "a.jsonl"
+    rows: list[Any] = [{"tools": "[]", **json.loads(line)} for line in path.open()]
+    for row in rows[:7]:
+        row["messages"][1]["reasoning_content"] = "Hm."
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert preprocess.main([*flags, "--output_dir", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    lost = "the column 'tools', and the reasoning_content or reasoning or thinking of 7 conversat"
+    assert re.search(rf"left_out +{lost}", printed.out)
+    assert printed.out.count(f"the model does not see {lost}") == 1
+
+
 def test_text_that_fits_a_chat_format_too_is_said_to(
     in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,7 +224,7 @@ def test_text_that_fits_a_chat_format_too_is_said_to(
         flags = [*files, *BYTES, *more, "--output_dir", str(tmp_path / name)]
         assert preprocess.main([*flags, "--enabled", "false"]) == 0
         printed = capsys.readouterr()
-        assert (printed.err + printed.out).count(note) == is_told
+        assert printed.out.count(note) == is_told
         assert (re.search(r"dataset_format +text\n", printed.out) is not None) == is_told
     sections = {
         "preprocess": {"dataset_name": "jsonl", "data_files": [files[-1]]},

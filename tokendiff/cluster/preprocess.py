@@ -35,7 +35,13 @@ from tokendiff.data.preprocess import (
     training_text,
 )
 from tokendiff.data.rows import KIND, too_few_rows
-from tokendiff.data.sources import file_identities, format_note, plan_input, plan_partitions
+from tokendiff.data.sources import (
+    file_identities,
+    format_note,
+    left_out_in_words,
+    plan_input,
+    plan_partitions,
+)
 from tokendiff.data.streams import is_compressed
 from tokendiff.data.templates import ChatRenderer, read_template
 from tokendiff.data.tokenizers import build_tokenizer
@@ -120,6 +126,12 @@ def preprocess(
     warnings = _check_corpus(config, metadata, errors)
     for message in warnings:
         on_event("warning", message=message)
+    if left_out := metadata.get("chats", {}).get("left_out"):
+        on_event(
+            "advice",
+            message=f"the model does not see {left_out}; write what it should see into the content "
+            "of the messages",
+        )
     if (note := format_note(config)) is not None:
         metadata["dataset_format"] = "text"
         on_event("advice", message=note)
@@ -382,12 +394,14 @@ def _of_chats(
     config: "PreprocessConfig", stats: Sequence[PartitionStats], chats: ChatOptions
 ) -> dict[str, Any]:
     isolate = config.isolate_documents
+    left_out = left_out_in_words(config, sum(partition.without_reasoning for partition in stats))
     return {
         "chats": {
             **vars(chats),
             "num_too_long": sum(partition.dropped_too_long for partition in stats),
             "num_cut": sum(partition.cut for partition in stats),
             "example": next((part.example for part in stats if part.example), ""),
+            **({"left_out": left_out} if left_out else {}),
         },
         "isolate_documents": True if isolate is None else isolate,
     }

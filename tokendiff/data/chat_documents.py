@@ -60,7 +60,8 @@ class ChatDocuments:
     """
     Attributes:
         tokenizer: with its chat template.
-        dropped: counts what is left out: "too long", and "cut", which is kept in part.
+        dropped: counts what is left out: "too long", and "cut" and "reasoning", of which the rest
+            is kept.
     """
 
     tokenizer: Any
@@ -80,7 +81,7 @@ class ChatDocuments:
         """
 
         def refused(conversation: Conversation, error: RenderError) -> None:
-            row = shown([vars(message) for message in conversation.messages])
+            row = shown([message.fields for message in conversation.messages])
             refuse(BadRow(place=conversation.place(), reason=str(error), row=row))
 
         template = str(getattr(self.tokenizer, "chat_template", None))
@@ -91,6 +92,8 @@ class ChatDocuments:
             for conversation, rendered in renderer.render(batch, refused):
                 document = self._document(conversation, rendered)
                 if document is not None:
+                    if any(message.has_reasoning for message in conversation.messages):
+                        self.dropped["reasoning"] += 1
                     contents.append(conversation.prompt.encode("utf-8", "replace"))
                     documents.append(document)
             if documents:

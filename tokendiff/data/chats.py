@@ -6,6 +6,7 @@ use and says why.
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from typing import Any
 
 from tokendiff.data.columns import shown
@@ -21,6 +22,7 @@ _SHAREGPT_ROLES = {
     "chatgpt": "assistant",
 }
 _TOOL_FIELDS = ("tool_calls", "function_call")  # a call beside the text, or in place of it
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _COMPLETIONS = ("completion", "response", "output", "answer")
 
 
@@ -29,10 +31,20 @@ class Message:
     """
     Attributes:
         role: one of ROLES.
+        is_learnt: of an answer. One of `weight` 0 is context: no target, and no block starts there.
+        has_reasoning: there are thoughts beside the content, which are left out.
     """
 
     role: str
     content: str
+    # Answers are filled up to lengths that are drawn by how messages are written out, as before.
+    is_learnt: bool = dataclass_field(default=True, repr=False)
+    has_reasoning: bool = dataclass_field(default=False, repr=False)
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """As chat templates read it."""
+        return {"role": self.role, "content": self.content}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +214,23 @@ def _message_list(
         content = message.get(content_name)
         if not isinstance(content, str) or not content.isascii():
             content = text_of(content, f"{field}[{number}].{content_name}")
-        found.append(Message(role=roles[role], content=content))
+        found.append(
+            Message(
+                role=roles[role],
+                content=content,
+                is_learnt=_is_learnt(message.get("weight"), f"{field}[{number}].weight"),
+                has_reasoning=any(message.get(name) for name in REASONING_FIELDS),
+            )
+        )
     return found
+
+
+def _is_learnt(weight: Any, place: str) -> bool:
+    if weight is not None and weight not in (0, 1):
+        raise ValueError(
+            f"{place} must be 0, for an answer that is not learnt, or 1, got {shown(weight)}"
+        )
+    return weight is None or bool(weight)
 
 
 def text_of(value: Any, place: str) -> str:
@@ -231,6 +258,8 @@ def _conversation(messages: list[Message], *, plain: tuple[str, str] | None = No
     turns = messages[1:] if messages and messages[0].role == "system" else messages
     if not any(message.role == "assistant" for message in turns):
         raise ValueError("no message of the assistant: there is nothing to learn")
+    if not any(message.is_learnt for message in turns if message.role == "assistant"):
+        raise ValueError("every answer has weight 0: there is nothing to learn")
     first = len(messages) - len(turns)
     for number, message in enumerate(turns):
         wanted = ("user", "assistant")[number % 2]

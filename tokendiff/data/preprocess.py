@@ -83,6 +83,7 @@ class PartitionStats:
         dropped_empty: texts without tokens.
         dropped_not_text: null cells.
         dropped_too_long, cut: conversations longer than a row that were left out, or cut.
+        without_reasoning: conversations that are used, but for thoughts beside their answers.
         example: the first conversation that is trained on, its answers marked; "" of text.
         errors: its bad rows; None where there are none.
     """
@@ -93,6 +94,7 @@ class PartitionStats:
     dropped_not_text: int
     dropped_too_long: int = 0
     cut: int = 0
+    without_reasoning: int = 0
     example: str = ""
     errors: ErrorStats | None = None
 
@@ -183,6 +185,7 @@ def preprocess_partition(
         dropped_not_text=dropped["not text"],
         dropped_too_long=dropped["too long"],
         cut=dropped["cut"],
+        without_reasoning=dropped["reasoning"],
         example=example,
         errors=errors,
     )

@@ -97,7 +97,10 @@ class PromptEncoder:
             InputError: the tokenizer is a slow one, which cannot say.
         """
         found = np.zeros(len(ids), dtype=bool)
-        turns = tuple(chats.Message(role=m["role"], content=m["content"]) for m in messages)
+        turns = tuple(
+            chats.Message(role=m["role"], content=m["content"], is_learnt=m.get("weight") != 0)
+            for m in messages
+        )
         try:
             rendered = self._renderer(chats.Conversation(messages=turns))
         except RenderError:

@@ -14,7 +14,13 @@ from tokendiff.artifacts.locations import location, size_of
 from tokendiff.config.preprocess import FILE_FORMATS
 from tokendiff.data import files, hub, tables
 from tokendiff.data.bad_rows import BadRow, Document
-from tokendiff.data.chats import FORMATS, Conversation, check_format, find_format
+from tokendiff.data.chats import (
+    FORMATS,
+    REASONING_FIELDS,
+    Conversation,
+    check_format,
+    find_format,
+)
 from tokendiff.data.columns import row_place, shown
 from tokendiff.data.partition import Partition, Piece, even_pieces, group_pieces
 from tokendiff.data.samples import find_sample_folders, read_part, sample_pieces
@@ -23,6 +29,7 @@ from tokendiff.errors import InputError
 if TYPE_CHECKING:
     from tokendiff.config.preprocess import PreprocessConfig
 
+_TOOL_COLUMNS = ("tools", "functions")  # what a conversation might have called
 _BUILTIN_DOCUMENT_CHARS = 2000
 _DUMMY_SEED = 0
 
@@ -176,6 +183,17 @@ def format_note(config: "PreprocessConfig") -> str | None:
                 "dataset_format text if they are meant as text"
             )
     return None
+
+
+def left_out_in_words(config: "PreprocessConfig", num_without_reasoning: int) -> str:
+    """What conversations hold that no model gets to see; "" where there is nothing."""
+    found = []
+    with suppress(InputError):
+        found += [f"the column {name!r}" for name in _columns(config) if name in _TOOL_COLUMNS]
+    if num_without_reasoning:
+        names = " or ".join(REASONING_FIELDS)
+        found.append(f"the {names} of {num_without_reasoning:,} conversations")
+    return ", and ".join(found)
 
 
 def holds_chats(config: "PreprocessConfig") -> bool:

@@ -20,6 +20,7 @@ from tokendiff.data.chats import Conversation, Message
 from tokendiff.data.encoding import Encoded, Encoder
 from tokendiff.errors import InputError, reason_of
 
+Spans = Sequence[tuple[int, int]]
 Written = tuple[str, list[tuple[int, int]]]  # a text, and the characters that each answer takes
 TrainOn = Literal["answers", "last_answer", "all"]
 
@@ -164,7 +165,37 @@ class ChatRenderer:
         texts = template.values() if isinstance(template, dict) else [template]
         return any(_GENERATION_TAG.search(text) for text in texts)
 
-    def _write(self, conversation: Conversation, text: str | None = None) -> Written:
+    def _write(
+        self, conversation: Conversation, text: str | None = None
+    ) -> tuple[str, Spans, Spans]:
+        """The text, and the characters of the answers that are learnt, and of those that are not
+        for their weight.
+        """
+        text, spans = self._write_out(conversation, text)
+        if self.train_on == "last_answer":
+            spans = spans[-1:]
+        answers = [m for m in conversation.messages if m.role == "assistant"]
+        if all(answer.is_learnt for answer in answers):
+            return text, spans, []
+        if self.train_on != "answers" and not answers[-1].is_learnt:
+            raise RenderError(
+                f"its last answer has weight 0, and train_on {self.train_on} goes up to that one; "
+                "take it out, or set train_on to answers"
+            )
+        if self.train_on == "last_answer":
+            return text, spans, []
+        if len(answers) != len(spans):
+            raise RenderError(
+                f"the chat template marks {len(spans)} parts of {len(answers)} answers, so those "
+                "of weight 0 cannot be told; give a template that marks each answer once, or leave "
+                "the weights out"
+            )
+        found: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+        for answer, span in zip(answers, spans, strict=True):
+            found[answer.is_learnt].append(span)
+        return text, found[True], found[False]
+
+    def _write_out(self, conversation: Conversation, text: str | None) -> Written:
         self._refuse_special_tokens(conversation)
         if self.has_template:
             if self._is_tagged:
@@ -177,13 +208,18 @@ class ChatRenderer:
         prompt, answer = conversation.plain
         return prompt + answer, [(len(prompt), len(prompt) + len(answer))]
 
-    def _tokenize(self, written: Sequence[Written]) -> list[Rendered | RenderError]:
+    def _tokenize(
+        self, written: Sequence[tuple[str, Spans, Spans]]
+    ) -> list[Rendered | RenderError]:
         if not written:
             return []
         found: list[Rendered | RenderError] = []
-        encoded = self._encoder([text for text, _ in written])
-        for (_, spans), each in zip(written, encoded, strict=True):
-            is_target = self._in_spans(each, spans)
+        encoded = self._encoder([text for text, _, _ in written])
+        for (_, learnt, unlearnt), each in zip(written, encoded, strict=True):
+            if self.train_on == "all":
+                is_target = ~self._in_spans(each, unlearnt)
+            else:
+                is_target = self._in_spans(each, learnt)
             if not len(each.ids):
                 found.append(RenderError("it renders to nothing"))
             elif not is_target.any():
@@ -203,14 +239,13 @@ class ChatRenderer:
     def _encoder(self) -> Encoder:
         return Encoder(self.tokenizer)
 
-    def _in_spans(self, encoded: Encoded, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    def _in_spans(self, encoded: Encoded, spans: Spans) -> np.ndarray:
         """[N] bool, tokens that begin in one of the spans of characters, or hold its beginning."""
-        if self.train_on == "all":
-            return np.ones(len(encoded.ids), dtype=bool)
-        chosen = spans[-1:] if self.train_on == "last_answer" else spans
         found = np.zeros(len(encoded.ids), dtype=bool)
-        edges = encoded.firsts_from([char for span in chosen for char in span])
-        for (start, _), first, stop in zip(chosen, edges[::2], edges[1::2], strict=True):
+        if not spans:
+            return found
+        edges = encoded.firsts_from([char for span in spans for char in span])
+        for (start, _), first, stop in zip(spans, edges[::2], edges[1::2], strict=True):
             found[_with_beginning(encoded, first, start) : stop] = True
         return found
 
@@ -218,7 +253,7 @@ class ChatRenderer:
         """Each talk by itself. All at once: what the template needs is gathered once a call, which
         takes longer than a talk.
         """
-        plain = [[{"role": m.role, "content": m.content} for m in messages] for messages in talks]
+        plain = [[message.fields for message in messages] for messages in talks]
         try:
             written: list[str] = self.tokenizer.apply_chat_template(
                 plain, tokenize=False, add_generation_prompt=ask
@@ -276,7 +311,7 @@ class ChatRenderer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         (text,) = self._written([messages])
-        plain = [{"role": message.role, "content": message.content} for message in messages]
+        plain = [message.fields for message in messages]
         render: Any = render_jinja_template  # its annotation names the first of two results
         rendered, spans = render(
             conversations=[plain],
