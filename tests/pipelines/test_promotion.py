@@ -614,7 +614,9 @@ def test_the_served_model_answers_prompts_and_refuses_bad_ones(
     assert shop.config.generate is not None
     sampling = SamplingModel(history["checkpoints"][0], shop.config.generate, device="cpu")
     rows = [GenerationRow(id=(7 << 32) + place, prompt="abc") for place in range(2)]
-    assert [answer["text"] for answer in answers] == [r["text"] for r in sampling.sample(rows)]
+    records = sampling.sample(rows)
+    assert [answer["text"] for answer in answers] == [record["text"] for record in records]
+    assert [answer["completion"] for answer in answers] == [r["completion"] for r in records]
     assert all(answer["text"].startswith("abc") for answer in answers)
     assert model.predict(request, params={"seed": 7}) == answers
     assert model.predict(request, params={"seed": 8}) != answers

@@ -34,7 +34,10 @@ class Echo:
         self.most_inside = max(self.most_inside, self.num_inside)
         time.sleep(0.01)
         self.num_inside -= 1
-        return [{"text": f"{row.prompt}!", "num_model_calls": 1} for row in rows]
+        return [
+            {"text": f"{row.prompt}!", "completion": "!", "tokens": [0], "num_model_calls": 1}
+            for row in rows
+        ]
 
 
 ECHO = Echo()
@@ -46,6 +49,7 @@ def prompt_model() -> Any:
 
     model = PromptModel()
     model._model, model._batch_size = ECHO, 2  # type: ignore[assignment]
+    model._takes_messages = False
     model._limits = Limits(max_prompts=9, max_chars=200, max_tokens=150)
     return model
 
@@ -72,8 +76,12 @@ def ask(prompt_model: Any) -> Callable[[Any], tuple[int, Any]]:
             answer = invocations(body, "application/json", served, signature.inputs)
         except MlflowException as error:
             return error.get_http_status_code(), str(error)
-        texts = [row["text"] for row in json.loads(answer.response)["predictions"]]
-        return answer.status, texts
+        predictions = json.loads(answer.response)["predictions"]
+        assert all(
+            (row["completion"], set(row)) == ("!", set(signature.outputs.input_names()))
+            for row in predictions
+        )
+        return answer.status, [row["text"] for row in predictions]
 
     return ask
 
@@ -86,7 +94,7 @@ def test_the_file_that_mlflow_runs_gives_its_user_no_advice() -> None:
 
 
 @pytest.mark.parametrize(
-    "prompt", [5, 0, 1.5, float("nan"), True, None, [], ["a", 5], {"a": 1}, [["a"]]]
+    "prompt", [5, 0, 1.5, float("nan"), True, None, ["a", 5], {"a": 1}, [["a"]], [{"a": 1}]]
 )
 def test_what_is_no_text_is_refused_in_every_form(
     ask: Callable[[Any], tuple[int, Any]], prompt: Any
@@ -121,6 +129,49 @@ def test_texts_are_answered_in_every_form(
 ) -> None:
     """The text "5" is one."""
     assert ask(request_) == (200, ["a!", "5!"])
+
+
+@pytest.mark.parametrize("request_", [{"inputs": []}, {"inputs": {"prompt": []}}])
+def test_a_request_without_prompts_is_told_so(
+    ask: Callable[[Any], tuple[int, Any]], request_: dict[str, Any]
+) -> None:
+    status, message = ask(request_)
+    assert (status, "there is no prompt; send some" in message) == (400, True), message
+    status, message = ask({"inputs": [{"prompt": "a"}, {"prompt": []}]})
+    assert (status, "prompt 1 must be a text, got []" in message) == (400, True), message
+
+
+CHAT = [{"role": "user", "content": "Hi"}]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+
+
+def test_messages_are_a_prompt_where_the_model_takes_them(
+    ask: Callable[[Any], tuple[int, Any]], prompt_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, message = ask({"inputs": [{"prompt": CHAT}]})
+    assert (status, "promoted with generate.use_chat_template" in message) == (400, True), message
+    monkeypatch.setattr(prompt_model, "_takes_messages", True)
+    for request in (
+        {"inputs": [{"prompt": CHAT}]},
+        {"inputs": {"prompt": [CHAT]}},
+        {"inputs": [{"prompt": PARTS}]},
+        {"instances": [{"prompt": CHAT}]},
+        {"dataframe_records": [{"prompt": CHAT}]},
+        {"dataframe_split": {"columns": ["prompt"], "data": [[CHAT]]}},
+    ):
+        assert ask(request) == (200, [f"{CHAT}!"]), request
+    for both in (
+        {"inputs": [{"prompt": CHAT}, {"prompt": "a"}]},
+        {"inputs": {"prompt": [CHAT, "a"]}},
+    ):
+        assert ask(both) == (200, [f"{CHAT}!", "a!"])
+    two = {"inputs": {"prompt": [CHAT, CHAT]}}
+    assert ask(two) == (200, [f"{CHAT}!"] * 2)
+    for bad in ([{"role": "user"}], [{"role": "user", "content": 5}], [{**CHAT[0]}, "a"]):
+        status, message = ask({"inputs": [{"prompt": bad}, {"prompt": "a"}]})
+        assert (status, "prompt 0 must be a text, got" in message) == (400, True), message
+    status, message = ask({"inputs": [{"prompt": [{"role": "user", "content": "a" * 201}]}]})
+    assert (status, "200 characters in its prompts" in message) == (413, True)
 
 
 def test_requests_of_several_threads_take_turns(ask: Callable[[Any], tuple[int, Any]]) -> None:

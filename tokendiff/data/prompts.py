@@ -152,14 +152,19 @@ def prompt_of_record(record: Any, place: str) -> Prompt:
             'in {"messages": [{"role": "user", "content": "Hello"}]}'
         )
     if messages is not None:
-        return _checked_messages(messages, place)
+        return checked_messages(messages, place)
     if not isinstance(prompt, str):
         raise InputError(f'{place}: "prompt" must be a string, got {prompt!r:.80}')
     _check_unicode(prompt, place)
     return prompt
 
 
-def _checked_messages(messages: Any, place: str) -> list[Message]:
+def checked_messages(messages: Any, place: str) -> list[Message]:
+    """Messages as chat templates read them.
+
+    Raises:
+        InputError: they are none.
+    """
     if not isinstance(messages, list) or not messages:
         shown = f"{messages!r:.80}"
         raise InputError(f'{place}: "messages" must be a list of at least one, got {shown}')

@@ -470,9 +470,14 @@ def model_signature() -> "ModelSignature":
     return ModelSignature(
         # Of what comes in a column of strings MLflow makes strings, also of numbers and null: they
         # would be sampled from as their digits and "None". `served_model` sees what was sent.
+        # Messages come in this column too: beside an optional one MLflow drops {"inputs": ["a"]}.
         inputs=Schema([ColSpec(AnyType(), "prompt")]),
         outputs=Schema(
-            [ColSpec(DataType.string, "text"), ColSpec(DataType.long, "num_model_calls")]
+            [
+                ColSpec(DataType.string, "text"),
+                ColSpec(DataType.string, "completion"),
+                ColSpec(DataType.long, "num_model_calls"),
+            ]
         ),
         params=ParamSchema([ParamSpec("seed", DataType.long, 0)]),
     )

@@ -4,6 +4,7 @@ MLflow runs this file by itself wherever the model is loaded (models-from-code),
 the package.
 """
 
+import json
 import os
 import threading
 import time
@@ -18,8 +19,9 @@ from mlflow.pyfunc.model import PythonModel
 from tokendiff.tracking.serving_limits import Limits
 
 if TYPE_CHECKING:
-    from tokendiff.data.prompts import GenerationRow
+    from tokendiff.data.prompts import GenerationRow, Prompt
 
+ANSWER_FIELDS = ("text", "completion", "num_model_calls")  # as the signature has them
 # A request's rows have ids of their own: the seed, then the place in the request.
 _PLACE_BITS = 32
 MAX_SEED = 2**31 - 1
@@ -59,6 +61,7 @@ class PromptModel(PythonModel):
         else:
             self._model = SamplingModel(Path(checkpoint), config, device=device)
         self._batch_size = config.batch_size
+        self._takes_messages = config.use_chat_template
         self._limits = Limits.of_environment(os.environ)
 
     # MLflow takes types here for a schema, and the signature has one.
@@ -66,11 +69,12 @@ class PromptModel(PythonModel):
         """The texts for a request.
 
         Args:
-            model_input: a table with a column "prompt".
+            model_input: a table with a column "prompt": texts, or lists of the messages of a chat.
             params: "seed".
 
         Returns:
-            "text" (the prompt included) and "num_model_calls" for every prompt.
+            "text" (the prompt included), "completion" (the text behind the prompt) and
+            "num_model_calls" for every prompt.
 
         Raises:
             MlflowException: a server answers with HTTP 413 where the request asks for more than
@@ -82,14 +86,16 @@ class PromptModel(PythonModel):
         if not 0 <= seed <= MAX_SEED:
             raise _refusal(f"seed must be from 0 to {MAX_SEED}, got {seed}")
         prompts = list(model_input["prompt"])
-        if len(prompts) == 1 and isinstance(prompts[0], list) and prompts[0]:
-            prompts = prompts[0]  # a column of texts, which MLflow hands over as one row
+        if prompts == [[]]:  # as MLflow hands over {"inputs": []}
+            raise _refusal(
+                'there is no prompt; send some, as in {"inputs": [{"prompt": "Once upon"}]}'
+            )
+        is_column = len(prompts) == 1 and isinstance(prompts[0], list)
+        if is_column and not all(isinstance(item, dict) for item in prompts[0]):
+            prompts = prompts[0]  # a column of prompts, which MLflow hands over as one row
         self._refuse_too_much(prompts)
-        for place, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise _refusal(f"prompt {place} must be a text, got {prompt!r:.80}")
         rows = [
-            GenerationRow(id=(seed << _PLACE_BITS) + place, prompt=prompt)
+            GenerationRow(id=(seed << _PLACE_BITS) + place, prompt=self._checked(prompt, place))
             for place, prompt in enumerate(prompts)
         ]
         try:
@@ -97,7 +103,30 @@ class PromptModel(PythonModel):
             records = self._sampled(rows)
         except ValueError as error:  # too long, or what the sampler cannot fill
             raise _refusal(str(error)) from error
-        return [{name: r[name] for name in ("text", "num_model_calls")} for r in records]
+        return [{name: record[name] for name in ANSWER_FIELDS} for record in records]
+
+    def _checked(self, prompt: Any, place: int) -> "Prompt":
+        """
+        Raises:
+            MlflowException: it is neither a text nor, where the model takes them, messages.
+        """
+        from tokendiff.data.prompts import checked_messages
+
+        if isinstance(prompt, str):
+            return prompt
+        problem = f"prompt {place} must be a text, got {prompt!r:.80}"
+        if not isinstance(prompt, list):
+            raise _refusal(problem)
+        try:
+            messages = checked_messages(prompt, f"prompt {place}")
+        except ValueError as error:
+            raise _refusal(f"{problem}, nor can it be the messages of a chat: {error}") from error
+        if not self._takes_messages:
+            raise _refusal(
+                f"{problem}; messages are for models that are promoted with generate."
+                "use_chat_template and add_generation_prompt"
+            )
+        return messages
 
     def _sampled(self, rows: "list[GenerationRow]") -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
@@ -114,7 +143,12 @@ class PromptModel(PythonModel):
 
     def _refuse_too_much(self, prompts: list[Any], *, num_tokens: int | None = None) -> None:
         problem = self._limits.problem_of(
-            [prompt for prompt in prompts if isinstance(prompt, str)], num_tokens=num_tokens
+            [
+                prompt if isinstance(prompt, str) else json.dumps(prompt, default=str)
+                for prompt in prompts
+                if isinstance(prompt, str | list)
+            ],
+            num_tokens=num_tokens,
         )
         if problem is not None:
             raise TooMuch(problem)
