@@ -4,7 +4,9 @@ import signal
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -12,7 +14,12 @@ from jobs import cli
 from pipelines.attempts import StageTimeout, deadline
 from tests.starts import STARTERS, started_by
 from tokendiff.cluster.session import ray_session as session
-from tokendiff.cluster.stopping import is_stop_requested
+from tokendiff.cluster.stopping import (
+    is_stop_requested,
+    saving_first,
+    sigterm_held,
+    sigterm_stops,
+)
 from tokendiff.config.cluster import ClusterConfig
 
 
@@ -96,3 +103,24 @@ def test_sigterm_while_ray_starts_has_the_same_exit_code(
         assert cli.entry_point(main)([]) == 143
     assert is_stop_requested()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_sigterm_does_after_a_training_what_it_did_before(
+    monkeypatch: pytest.MonkeyPatch, is_held: bool
+) -> None:
+    import ray
+
+    context = Mock(get_node_id=lambda: "0" * 56)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    for name in ("remote", "kill"):
+        monkeypatch.setattr(ray, name, Mock())
+    stopped = []
+    with sigterm_stops(), sigterm_held() if is_held else nullcontext():
+        with saving_first(print):
+            signal.raise_signal(signal.SIGTERM)
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            stopped.append(True)
+    assert bool(stopped) != is_held

@@ -174,6 +174,7 @@ def saving_first(on_event: Callable[..., None]) -> Iterator[DriverLink]:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(_Messenger)
     actor = actor.options(num_cpus=0, scheduling_strategy=here).remote(on_event)
+    before = _is_held
 
     def pass_on() -> None:
         actor.stop.remote()
@@ -184,5 +185,5 @@ def saving_first(on_event: Callable[..., None]) -> Iterator[DriverLink]:
             _is_held = True
             yield DriverLink(actor=actor)
     finally:
-        _is_held = False
+        _is_held = before
         ray.kill(actor)
