@@ -135,6 +135,29 @@ def test_an_architecture_that_sees_padding_is_refused(model_type: str, tmp_path:
         )
 
 
+@pytest.mark.parametrize(
+    ("model_type", "instead"), [("ibert", "QuantEmbedding"), ("perceiver", "Parameter")]
+)
+def test_an_architecture_without_a_plain_embedding_is_refused(
+    model_type: str, instead: str, tmp_path: Path
+) -> None:
+    sizes: dict[str, Any] = {
+        "num_latents": 4,
+        "d_latents": 16,
+        "d_model": 16,
+        "v_channels": 16,
+        "qk_channels": 16,
+    }
+    heads = {"num_blocks": 1, "num_self_attends_per_block": 1, "num_self_attention_heads": 1}
+    given = {**sizes, **heads, "num_cross_attention_heads": 1} if model_type == "perceiver" else {}
+    tiny_model(model_type, **given).save_pretrained(tmp_path)
+    told = rf"^model_name_or_path '.*' is of type '{model_type}', .* but a {instead}; give a model"
+    with pytest.raises(InputError, match=told):
+        loading.load_denoiser(
+            str(tmp_path), tokenizer=letter_tokenizer(VOCAB), max_length=LENGTH, warn=lambda _: None
+        )
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("model_type", CAUSAL_TYPES)
 def test_causal_model_attends_as_under_an_explicit_mask(model_type: str, attention: str) -> None:

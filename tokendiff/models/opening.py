@@ -168,7 +168,7 @@ def _load(
         model = weights.told(warn) if allow_new_weights else weights.complete()
         if keeps_base:
             return model
-        fit_embedding(model, plan.name, tokenizer, plan.vocab_size, warn)
+        fit_embedding(model, plan.name, tokenizer, plan.vocab_size, warn, field=plan.field)
     return model
 
 

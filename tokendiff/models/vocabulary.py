@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tokendiff.artifacts.model_folders import local_model
 from tokendiff.data.tokenizers import errors_alone, open_tokenizer
@@ -88,10 +89,27 @@ def unknown_mask(name: str, tokenizer: Any, *, field: str = MODEL_FIELD) -> bool
 
 
 def fit_embedding(
-    model: Any, name: str, tokenizer: Any, vocab_size: int, warn: Callable[[str], None]
+    model: Any,
+    name: str,
+    tokenizer: Any,
+    vocab_size: int,
+    warn: Callable[[str], None],
+    *,
+    field: str = MODEL_FIELD,
 ) -> None:
-    """Give the model an embedding for each of the tokenizer's ids, and say which are new to it."""
-    size = model.get_input_embeddings().num_embeddings
+    """Give the model an embedding for each of the tokenizer's ids, and say which are new to it.
+
+    Raises:
+        InputError: what the model has in place of an embedding cannot grow.
+    """
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        raise InputError(
+            f"{field} {name!r} is of type {model.config.model_type!r}, whose tokens have no plain "
+            f"embedding (torch's nn.Embedding) but a {type(embedding).__name__}; give a model that "
+            "has one, for example of type bert, roberta or modernbert"
+        )
+    size = embedding.num_embeddings
     if size < vocab_size:
         # transformers draws the new rows from a normal distribution around the mean of the old
         # ones that is so narrow (1e-9 of their covariance) that they are that mean.
