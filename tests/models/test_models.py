@@ -614,6 +614,24 @@ def test_isolated_documents_are_what_each_is_alone(model_type: str, kernel: Any)
         assert torch.equal(isolated_logits(denoiser, tokens), together)
 
 
+@pytest.mark.parametrize("kernel", ["tiles", "dense"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_two_denoisers_around_a_model_leave_each_other_its_attention(
+    attention: str, kernel: Any
+) -> None:
+    model = tiny_model("bert", attention=attention)
+    tokens, is_valid, _ = some_rows()
+    packed = packed_rows()[0]
+    first = TransformersDenoiser(model, vocab_size=VOCAB, attention_kernel=kernel)
+    expected = logits_of(first, tokens, is_valid)
+    together = isolated_logits(first, packed)
+    second = TransformersDenoiser(model, vocab_size=VOCAB, attention_kernel=kernel)
+    for denoiser in (second, first):
+        assert torch.equal(logits_of(denoiser, tokens, is_valid), expected)
+        assert model.config._attn_implementation == attention
+        assert torch.equal(isolated_logits(denoiser, packed), together)
+
+
 @pytest.mark.parametrize("model_type", ISOLATING)
 def test_a_changed_neighbour_changes_no_bit(model_type: str) -> None:
     denoiser = tiny_denoiser(model_type)

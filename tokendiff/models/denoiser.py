@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _FEW, _LARGE = 12, 2**20  # rows, weights
 _PROBE_TOKENS = 8  # of a row that a model is tried out with
+_LEFT = "_attention_left"  # attribute of a model: its own attention, and what was set in its place
 
 # Where each architecture keeps what stands between its last hidden state and its logits. A masked
 # LM that is not listed works as well, but computes logits at every position.
@@ -227,7 +228,7 @@ class TransformersDenoiser(ModelInTwoParts):
             raise ValueError(f"the {model_type} model is causal; build it with attend_both_ways")
         tiled_attention.register()
         self._kernel = attention_kernel
-        self._own_attention = self._attention = model.config._attn_implementation
+        self._own_attention = _own_attention(model)
         self.recorder: Recorder | None = None
         self._replays: Replays | None = None
 
@@ -355,9 +356,9 @@ class TransformersDenoiser(ModelInTwoParts):
 
     def _attend_by(self, implementation: str) -> None:
         """Set one of transformers' attention functions."""
-        if implementation != self._attention:
+        if implementation != self.model.config._attn_implementation:
             self.model.set_attn_implementation(implementation)
-            self._attention = implementation
+            setattr(self.model, _LEFT, (self._own_attention, implementation))
 
     def freeze_unused(self) -> list[str]:
         """Exclude from training what no logit depends on, such as a pooler; returns the names.
@@ -382,3 +383,12 @@ class TransformersDenoiser(ModelInTwoParts):
         for parameter in unused.values():
             parameter.requires_grad_(False)
         return list(unused)
+
+
+def _own_attention(model: Any) -> str:
+    """The attention of a transformers model, also where another denoiser around the same model has
+    left it with the one that isolates documents.
+    """
+    here: str = model.config._attn_implementation
+    own, left = getattr(model, _LEFT, (here, here))
+    return own if here == left else here
