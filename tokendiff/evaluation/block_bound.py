@@ -20,8 +20,6 @@ Where only some tokens are targets, each term is of the targets of its block, gi
 and the blocks before it.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -38,7 +36,7 @@ from tokendiff.evaluation.bound import (
     sum_by_row,
 )
 from tokendiff.objectives.block_diffusion import encode_beside_clean, encode_noisy
-from tokendiff.objectives.blocks import BlockRows, BlockSight, block_rows, mask_exactly
+from tokendiff.objectives.blocks import GOLDEN, BlockRows, BlockSight, block_rows, mask_exactly
 from tokendiff.objectives.chunked import (
     negative_log_likelihood,
     predict_through_head,
@@ -46,7 +44,6 @@ from tokendiff.objectives.chunked import (
 )
 
 _STRATUM, _END = -1, -2  # what a row's random numbers are for, beside the samples 0, 1, ...
-_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
 @torch.no_grad()
@@ -71,7 +68,7 @@ def block_row_bounds(
     rows, is_target = target_rows(batch, process)
     kernel = process.kernel()
     is_masking = isinstance(kernel, AbsorbingKernel)
-    stratum = generator.fold_in(_STRATUM).uniform(1) + rows.ordinal * _GOLDEN
+    stratum = generator.fold_in(_STRATUM).uniform(1) + rows.ordinal * GOLDEN
     there = device_of(model, like=batch.tokens)
     total = torch.zeros(len(batch.tokens), dtype=torch.float64, device=there)
     # A block of one token has one level: it is masked.

@@ -20,7 +20,6 @@ With `ar_loss_weight` the clean half is read from left to right, and carries the
 One set of weights then decodes token by token and block by block, with the same cache.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -39,11 +38,8 @@ from tokendiff.diffusion.interfaces import (
 from tokendiff.diffusion.kernels import AbsorbingKernel
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.objectives.autoregressive import Autoregressive, next_token_loss
-from tokendiff.objectives.blocks import BlockRows, BlockSight, block_rows, mask_exactly
+from tokendiff.objectives.blocks import GOLDEN, BlockRows, BlockSight, block_rows, mask_exactly
 from tokendiff.objectives.masked import MaskedTokens, check_fields, masked_loss
-
-# Places k * GOLDEN mod 1 are spread evenly for any number of k.
-_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +173,7 @@ def block_strata(rows: BlockRows, generator: RowGenerator) -> Tensor:
     """[B, W] in [0, 1), equal within a block: stratified over the global batch for the blocks of
     each ordinal, and over the blocks of each row.
     """
-    return torch.remainder(generator.stratified()[:, None] + rows.ordinal * _GOLDEN, 1.0)
+    return torch.remainder(generator.stratified()[:, None] + rows.ordinal * GOLDEN, 1.0)
 
 
 def joint_loss(

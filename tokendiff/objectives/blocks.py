@@ -14,6 +14,7 @@ question follows: the filling stands beside that question, at the same positions
 sees it. Blocks of a document whose tokens are all targets are the same either way.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,8 @@ from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import TokenBatch
 from tokendiff.diffusion.random import RowGenerator
 
+# Places k * GOLDEN mod 1 are spread evenly for any number of k.
+GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 _BLOCK = -11  # what per-block numbers are for, apart from those of times and of positions
 
 
