@@ -29,6 +29,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from pipelines.record import EXIT_CODES
 from tokendiff.cluster.session import thread_policy
 from tokendiff.cluster.stopping import is_stop_requested, sigterm_stops, words_of
 from tokendiff.config.loader import (
@@ -46,7 +47,7 @@ from tokendiff.errors import CorruptFileError, InputError
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
-EXIT_LOCKED = 4
+EXIT_LOCKED = EXIT_CODES["locked"]
 EXIT_INTERRUPTED = 130
 EXIT_STOPPED = 143  # 128 + SIGTERM, which is what a shell makes of a process that it killed
 
