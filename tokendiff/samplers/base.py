@@ -11,7 +11,12 @@ from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import Denoiser, Samples, StepCallback
 from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, UniformKernel
 from tokendiff.diffusion.random import RowGenerator
-from tokendiff.samplers.categorical import check_filters, draw, filter_logits, without_token
+from tokendiff.samplers.categorical import (
+    check_filters,
+    draw_by_logits,
+    filter_logits,
+    without_token,
+)
 from tokendiff.samplers.commit_rules import Candidates
 from tokendiff.samplers.hidden_states import HiddenStates, fitted
 
@@ -118,8 +123,7 @@ class Sampler(ABC):
         """
         if self.temperature == 0.0:
             return logits.argmax(-1).to(uniform.device)
-        weights = (logits - logits.amax(-1, keepdim=True)).exp_()
-        return draw(weights, sent(uniform, logits.device)).to(uniform.device)
+        return draw_by_logits(logits, sent(uniform, logits.device)).to(uniform.device)
 
 
 def positions_at_once(device: torch.device) -> int:

@@ -79,6 +79,11 @@ def _smallest_in_nucleus(
     return smallest
 
 
+def draw_by_logits(logits: Tensor, uniform: Tensor) -> Tensor:
+    """[N] token ids from logits [N, V], of which -inf excludes a token, as `draw` takes them."""
+    return draw((logits - logits.amax(-1, keepdim=True)).exp_(), uniform)
+
+
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """[N] token ids from probabilities [N, V], of any total, by inverting the cumulative sum at
     `uniform` [N] in (0, 1).

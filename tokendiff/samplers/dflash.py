@@ -13,7 +13,7 @@ from torch import Tensor
 from tokendiff.diffusion.candidates import Candidates
 from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.interfaces import Decoder, DraftedDecoder
-from tokendiff.samplers.categorical import draw
+from tokendiff.samplers.categorical import draw_by_logits
 from tokendiff.samplers.slots import Slots
 from tokendiff.samplers.speculation import (
     GAINS,
@@ -57,8 +57,8 @@ class DFlashSampler(SpeculativeSampler):
         for place in range(draft.tokens.shape[1]):
             tokens = draft.tokens[:, place]
             scores = self._filtered(draft.scores(place, before), self.proposal_temperature)
-            weights = (scores - scores.amax(-1, keepdim=True)).exp()
-            before = tokens.gather(-1, draw(weights, uniforms[:, place])[:, None])[:, 0]
+            drawn = draw_by_logits(scores, uniforms[:, place])
+            before = tokens.gather(-1, drawn[:, None])[:, 0]
             path.append(before)
             every = scores.new_full((len(scores), draft.vocab_size), -torch.inf)
             kept.append(every.scatter_(-1, tokens, scores))

@@ -18,7 +18,7 @@ from tokendiff.diffusion.interfaces import (
     SelfDraftingDecoder,
     unwatched,
 )
-from tokendiff.samplers.categorical import check_filters, draw, filter_logits
+from tokendiff.samplers.categorical import check_filters, draw_by_logits, filter_logits
 from tokendiff.samplers.slots import Slots
 
 # Tokens of a prompt that are read in one forward pass, between steps of the rows already under way.
@@ -114,7 +114,7 @@ class OpenEndedSampler(ABC):
         logits = filter_logits(
             logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
         )
-        return draw((logits - logits.amax(-1, keepdim=True)).exp(), uniform)
+        return draw_by_logits(logits, uniform)
 
 
 def encode_known(

@@ -17,7 +17,7 @@ from tokendiff.diffusion.random import RowGenerator
 from tokendiff.samplers.acceptance import Verdict, accept_drawn, accept_own
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
 from tokendiff.samplers.base import positions_at_once
-from tokendiff.samplers.categorical import draw, filter_logits, without_token
+from tokendiff.samplers.categorical import draw_by_logits, filter_logits, without_token
 from tokendiff.samplers.slots import Slots
 
 OWN, PROPOSAL, JUDGE = 0, 1, 2  # what a position's random numbers are for; OWN as in `ar`
@@ -96,7 +96,7 @@ class SpeculativeSampler(AutoregressiveSampler):
                 tokens.append(logits.argmax(-1).view(chunk.shape[:2]))
                 continue
             logits = self._filtered(logits, self.proposal_temperature)
-            tokens.append(draw(_weights(logits), uniform.flatten()).view(chunk.shape[:2]))
+            tokens.append(draw_by_logits(logits, uniform.flatten()).view(chunk.shape[:2]))
             kept.append(logits.view(*chunk.shape[:2], -1))
         return torch.cat(tokens), torch.cat(kept) if kept else None
 
@@ -221,7 +221,3 @@ def _chunks(hidden: Tensor, *others: Tensor) -> "zip[tuple[Tensor, ...]]":
     """Rows in groups whose [n, K, D] hidden states make at most so many logits at once."""
     size = max(1, positions_at_once(hidden.device) // hidden.shape[1])
     return zip(*(values.split(size) for values in (hidden, *others)), strict=True)
-
-
-def _weights(logits: Tensor) -> Tensor:
-    return (logits - logits.amax(-1, keepdim=True)).exp()
