@@ -28,6 +28,15 @@ def objective_names() -> list[str]:
     return [model.model_fields["name"].default for model in objective_configs()]
 
 
+def load_model(
+    model: type[Any], path: Path | None, overrides: Sequence[str] = (), flags: Any = None
+) -> Any:
+    """`load_config` for a config of another class."""
+    from tokendiff.config import loader
+
+    return loader._load(model, path, overrides, flags)[1]
+
+
 def letter_tokenizer(size: int = 16) -> Any:
     """[PAD] [MASK] [EOS] [UNK] and one token per letter, split character by character."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers

@@ -13,10 +13,10 @@ import yaml
 from pydantic import BeforeValidator, Field
 
 from tests import ROOT
-from tests.builders import objective_names
+from tests.builders import load_model, objective_names
 from tokendiff.config import strict_yaml
 from tokendiff.config.base import Section
-from tokendiff.config.loader import load_config, load_model, to_yaml
+from tokendiff.config.loader import load_config, to_yaml
 from tokendiff.config.objectives import MDLMConfig
 from tokendiff.config.pipeline import Config
 from tokendiff.config.preprocess import PreprocessConfig

@@ -18,11 +18,10 @@ from pydantic import BeforeValidator, Field
 
 from jobs import cli, pipeline
 from tests import ROOT
-from tests.builders import objective_configs, objective_names
+from tests.builders import load_model, objective_configs, objective_names
 from tests.starts import STARTERS, started_by
 from tokendiff.config.base import Section
 from tokendiff.config.generate import GenerateConfig
-from tokendiff.config.loader import load_model
 from tokendiff.config.objectives import MDLMConfig
 from tokendiff.config.pipeline import Config
 from tokendiff.config.preprocess import PreprocessConfig

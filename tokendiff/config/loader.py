@@ -139,16 +139,6 @@ def _matrix_drafts(draft: "_Draft", config: Config) -> "list[_Draft]":
     return [draft.with_matrix(values) for values in _combinations(config.matrix)]
 
 
-def load_model(
-    model: type[Model],
-    path: Path | None,
-    overrides: Sequence[str] = (),
-    flags: Mapping[str, Any] | None = None,
-) -> Model:
-    """`load_config` for a config of another class."""
-    return _load(model, path, overrides, flags)[1]
-
-
 def _load(
     model: type[Model],
     path: Path | None,
