@@ -45,18 +45,29 @@ def model() -> CountingModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cribbing(SelfSpeculationSampler):
+class Noting(SelfSpeculationSampler):
+    """Notes which rows the drafts that are proposed are of."""
+
+    now: dict[str, Any] = field(default_factory=dict)
+
+    def _uniforms(self, slots: Slots, rows: Tensor) -> Tensor:
+        self.now.update(slots=slots, rows=rows, lengths=slots["length"][rows].tolist())
+        return super()._uniforms(slots, rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cribbing(Noting):
     """Drafts what is known to come, but for every third position."""
 
     texts: dict[int, list[int]] = field(default_factory=dict)
 
     def _proposed(
-        self, model: Decoder, slots: Slots, rows: Tensor, *others: Any
+        self, model: Decoder, states: Tensor, uniforms: Tensor, begin: int
     ) -> tuple[Tensor, Tensor | None]:
-        drafted, logits = super()._proposed(model, slots, rows, *others)
-        for index, row in enumerate(rows.tolist()):
-            request = slots._requests[row]
-            done = int(slots["length"][row]) - len(request.prompt) + others[-1]
+        drafted, logits = super()._proposed(model, states, uniforms, begin)
+        for index, row in enumerate(self.now["rows"].tolist()):
+            request = self.now["slots"]._requests[row]
+            done = self.now["lengths"][index] - len(request.prompt) + begin
             known = self.texts[request.id][done : done + drafted.shape[1]]
             for place, token in enumerate(known):
                 if (done + place) % 3:
@@ -117,15 +128,15 @@ def test_a_draft_is_what_masks_behind_the_text_tell(
     drafting = sampler(**fields, stop_token_ids=(), max_new_tokens=12)
     seen: list[tuple[int, Tensor]] = []
 
-    class Watching(SelfSpeculationSampler):
+    class Watching(Noting):
         def _proposed(
-            self, model: Decoder, slots: Slots, rows: Tensor, states: Tensor, *others: Any
+            self, model: Decoder, states: Tensor, *others: Any
         ) -> tuple[Tensor, Tensor | None]:
             seen.extend(
-                (int(length) - 1, row)
-                for length, row in zip(slots["length"][rows], model.head(states), strict=True)
+                (length - 1, row)
+                for length, row in zip(self.now["lengths"], model.head(states), strict=True)
             )
-            return super()._proposed(model, slots, rows, states, *others)
+            return super()._proposed(model, states, *others)
 
     def cached() -> CountingModel:
         return causal_model(architecture)
@@ -160,12 +171,12 @@ def test_each_step_of_a_draft_sees_what_the_steps_before_settled() -> None:
     fields = {"draft_steps": 3, "stop_token_ids": (), "max_new_tokens": 12}
     steps: list[tuple[int, Tensor, Tensor]] = []
 
-    class Watching(SelfSpeculationSampler):
+    class Watching(Noting):
         def _proposed(
-            self, model: Decoder, slots: Slots, rows: Tensor, states: Tensor, *others: Any
+            self, model: Decoder, states: Tensor, *others: Any
         ) -> tuple[Tensor, Tensor | None]:
-            found = super()._proposed(model, slots, rows, states, *others)
-            steps.append((int(slots["length"][0]), model.head(states[0]), found[0][0]))
+            found = super()._proposed(model, states, *others)
+            steps.append((self.now["lengths"][0], model.head(states[0]), found[0][0]))
             return found
 
     drafting = sampler(**fields)

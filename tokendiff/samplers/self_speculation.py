@@ -153,7 +153,7 @@ class SelfSpeculationSampler(SpeculativeSampler):
             if step > 1:
                 states = self._draft_on(model, slots, rows, torch.cat(tokens, dim=1))
             end = num_drafted * step // self.draft_steps
-            share = self._proposed(model, slots, rows, states[:, begin:end], uniforms, begin)
+            share = self._proposed(model, states[:, begin:end], uniforms, begin)
             tokens.append(share[0])
             logits += [] if share[1] is None else [share[1]]
             begin = end
@@ -175,7 +175,7 @@ class SelfSpeculationSampler(SpeculativeSampler):
         size, there = self.block_length, model.device
         uniforms = self._uniforms(slots, rows)
         states = slots.kept(rows).unflatten(1, (size - 1, -1))
-        tokens, logits = self._proposed(model, slots, rows, states, uniforms, 0)
+        tokens, logits = self._proposed(model, states, uniforms, 0)
         masks = sent(self._masks(rows, size * size), tokens.device)
         read = torch.cat([last_and(slots, rows, tokens), masks], dim=1)
         place = torch.arange(size)
@@ -231,16 +231,10 @@ class SelfSpeculationSampler(SpeculativeSampler):
         )
 
     def _proposed(
-        self,
-        model: Decoder,
-        slots: Slots,
-        rows: Tensor,
-        states: Tensor,
-        uniforms: Tensor,
-        begin: int,
+        self, model: Decoder, states: Tensor, uniforms: Tensor, begin: int
     ) -> tuple[Tensor, Tensor | None]:
-        """As `_propose`, for the tokens of a draft of `rows` [n] from the `begin`-th on, as many as
-        there are states [n, N, D].
+        """As `_propose`, for the tokens of drafts from the `begin`-th on, as many as there are
+        states [n, N, D], by the numbers [n, K, 3] of the drafts' positions.
         """
         at = uniforms[:, begin : begin + states.shape[1], PROPOSAL]
         return self._propose(model, states, at, never=self.mask_token_id)
