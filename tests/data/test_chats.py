@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -572,8 +573,56 @@ def test_one_longer_than_a_row_is_cut_at_its_end_or_dropped_and_counted(
     cut, dropped = (1, 1) if too_long == "cut" else (0, 2)
     assert (stats.cut, stats.dropped_too_long) == (cut, dropped)
     table = pq.read_table(folder / stats.shards["train"].path)
-    lengths = sorted(length for row in table.to_pylist() for length in row["document_lengths"])
-    assert lengths == [23, 64][: 1 + cut]
+    documents = {
+        len(row["tokens"]): np.array(row["is_target"]).nonzero()[0].tolist()
+        for row in table.to_pylist()
+    }
+    targets = {23: [20, 21, 22], 64: list(range(20, 64))}  # of the answer, however it ends
+    assert documents == {length: targets[length] for length in [23, 64][: 1 + cut]}
+
+
+def documents_at(max_length: int, *talks: Conversation, **fields: Any) -> list[tuple[int, int]]:
+    """(length, filling) of the documents of conversations; each is refused that is not kept."""
+    tokenizer = chat_tokenizer(fields.pop("template", CHATML))
+    options = ChatOptions(dataset_format="messages", **fields)
+    dropped: Counter[str] = Counter()
+    documents = ChatDocuments(
+        tokenizer=tokenizer, options=options, max_length=max_length, dropped=dropped
+    )
+    refused: list[Any] = []
+    found: list[tuple[int, int]] = []
+    for _, part in documents.of(talks, refused.append):
+        assert part.num_filler is not None
+        found += zip(part.lengths.tolist(), part.num_filler.tolist(), strict=True)
+    assert len(found) + len(refused) + dropped["too long"] == len(talks)
+    assert not dropped["cut"]
+    return found
+
+
+@pytest.mark.parametrize("too_long", ["cut", "drop"])
+def test_one_that_fills_a_row_to_its_end_is_not_too_long(too_long: Any) -> None:
+    talks = (conversation("a", "b"), conversation("a <|im_end|>", "b"))
+    assert documents_at(23, *talks, too_long=too_long) == [(23, 0)]
+    assert documents_at(22, *talks, too_long="drop") == []
+
+
+def test_eos_is_not_written_twice() -> None:
+    eos = chat_tokenizer(None).eos_token
+    ended = CHATML.replace("<|im_end|>\n{% endfor %}", eos + "{% endfor %}")
+    assert eos in ended
+    assert documents_at(64, conversation("a", "b"), template=ended) == [(21, 0)]
+
+
+def test_an_answer_is_filled_up_between_its_length_and_what_is_left_of_the_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At the middle of what is drawn, to the geometric mean: 10 of 23 + 90 tokens, so 30."""
+    middle = SimpleNamespace(digest=lambda: (2**63).to_bytes(8, "big"))
+    monkeypatch.setattr("hashlib.blake2b", lambda *given, **fields: middle)
+    talk = conversation("a", "bcdefghi")
+    ((length, _),) = documents_at(512, talk)
+    room = length - 10 + 90
+    assert documents_at(room, talk, fills_answers=True) == [(length + 20, 20)]
 
 
 def test_answers_are_filled_up_to_a_drawn_length(tmp_path: Path) -> None:
@@ -650,6 +699,23 @@ def check(part: PackedRows, lengths: np.ndarray) -> None:
     assert sums.max() <= 512
     assert (np.bincount(of_row, weights=lengths[numbers] % 3) == part.num_filler).all()
     assert (part.num_bytes == part.row_lengths).all()
+
+
+def test_rows_are_handed_out_as_soon_as_there_are_four_rounds_of_them() -> None:
+    """And all that are 97 % full or more, in whole rounds; one round where none is."""
+
+    def handed_out(*lengths: int, rows_at_once: int) -> list[int]:
+        fitter = Fitter(100, rows_at_once)
+        *before, last = (documents_of(np.array([length])) for length in lengths)
+        assert [fitter.add(part) for part in before] == [None] * len(before)
+        rows = fitter.add(last)
+        return [] if rows is None else rows.row_lengths.tolist()
+
+    assert handed_out(97, 97, 97, 97, 12, rows_at_once=1) == [97] * 4
+    assert handed_out(97, 97, 97, 97, 11, rows_at_once=1) == []
+    assert handed_out(96, 96, 96, 96, 96, rows_at_once=1) == [96]
+    assert handed_out(*[97] * 7, *[60] * 2, 1, rows_at_once=2) == [98, *[97] * 5]
+    assert Fitter(100, 1).flush() is None
 
 
 def test_fit_is_best_fit() -> None:

@@ -86,6 +86,14 @@ def test_places_are_those_an_editor_shows(tmp_path: Path) -> None:
     assert found == [(f"{path}:{line}", text) for line, text in texts.items()]
 
 
+def test_prompts_of_the_command_line_are_counted_from_one(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.txt", ["of a file"])
+    config = GenerateConfig(prompt=["a", "b", "c"], prompts=[path], num_samples=2)
+    found = [(row.place, row.row.prompt) for row in PromptIndex.of(config).rows(1, 7)]
+    expected = ["prompt 1", "prompt 2", "prompt 2", "prompt 3", "prompt 3", f"{path}:1"]
+    assert found == list(zip(expected, ["a", "b", "b", "c", "c", "of a file"], strict=True))
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_lines_may_end_as_on_any_system(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

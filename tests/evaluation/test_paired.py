@@ -14,7 +14,13 @@ from tokendiff.config.evaluate import PAIRED_METRICS
 from tokendiff.config.promote import GateConfig
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.evaluation.bound import summarize
-from tokendiff.evaluation.paired import RATIOS, paired_standard_error, read_rows, write_rows
+from tokendiff.evaluation.paired import (
+    RATIOS,
+    documents_file,
+    paired_standard_error,
+    read_rows,
+    write_rows,
+)
 
 # The metrics once more, from sums of a numerator and a denominator.
 METRICS: dict[str, Callable[[float, float], float]] = {
@@ -141,6 +147,21 @@ def test_a_difference_that_nothing_can_be_said_of() -> None:
     other_ids = {**others, "row_id": others["row_id"] + 7}
     with pytest.raises(InputError, match=r"have 30 and 30 rows, of which 29 are the same"):
         paired_standard_error("nats_per_token", rows, other_ids)
+
+
+def test_each_task_has_a_file_of_its_documents(tmp_path: Path) -> None:
+    for task, value in (("quiz", 0.25), ("riddle", 0.75)):
+        (tmp_path / "documents").mkdir(exist_ok=True)
+        columns = {"row_id": np.arange(3), "count": np.ones(3), f"{task}/acc": np.full(3, value)}
+        write_rows(tmp_path / documents_file(task), columns)
+        assert (tmp_path / "documents" / f"{task}.parquet").is_file()
+    commit(tmp_path, kind="evaluation")
+    for metric, value in (("quiz/acc", 0.25), ("riddle/acc", 0.75)):
+        found = read_rows(tmp_path, metric)
+        assert found is not None
+        assert found[metric].tolist() == [value] * 3
+    for metric in ("quiz/f1", "puzzle/acc"):
+        assert read_rows(tmp_path, metric) is None
 
 
 def test_rows_come_back_from_their_file(tmp_path: Path) -> None:

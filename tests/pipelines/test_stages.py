@@ -12,6 +12,7 @@ from pipelines.stage import Stage
 from pipelines.tables import figure_lines
 from tokendiff.artifacts.manifest import commit
 from tokendiff.config.loader import load_config, to_yaml
+from tokendiff.config.stage_graph import agreement_problems
 from tokendiff.errors import InputError
 from tokendiff.training import memory
 
@@ -403,6 +404,63 @@ def test_stages_that_do_not_go_together(tmp_path: Path, override: str, said: str
         return
     with pytest.raises(InputError, match=f"^{said}"):
         pipeline_stages(config, tmp_path)
+
+
+ALONE = """\
+stages:
+  written: {kind: generate, config: {checkpoint_path: elsewhere, seq_len: 1000}}
+"""
+
+
+def test_samples_of_a_checkpoint_from_elsewhere_are_held_against_no_training(
+    tmp_path: Path,
+) -> None:
+    """Only of what the pipeline itself trains does it say how long its rows are."""
+    of_pipeline = NO_MATRIX + "  written: {kind: generate, inputs: {checkpoint: model}, config: "
+    with pytest.raises(InputError, match=r"^stages.written: generate.seq_len 1000 exceeds"):
+        stages_of(tmp_path, of_pipeline + "{seq_len: 1000}}\n")
+    assert set(stages_of(tmp_path, ALONE)) == {"written"}
+
+
+PROMOTED = """\
+stages:
+  corpus: {kind: preprocess}
+  model: {kind: train, inputs: {data: corpus}, config: {objective: mdlm}}
+  judge: {kind: evaluate, inputs: {checkpoint: model, data: corpus}}
+  promote: {kind: promote, inputs: {candidate: judge}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("objective", "section", "is_served"),
+    [
+        ("mdlm", "", True),
+        ("{name: dflash}", "", False),
+        ("mdlm", "generate: {sampler: {name: dflash}}\n", False),
+        ("{name: dflash}", "generate: {sampler: {name: dflash}}\n", True),
+    ],
+)
+def test_a_draft_is_served_by_its_own_sampler_and_nothing_else_is(
+    tmp_path: Path, objective: str, section: str, is_served: bool
+) -> None:
+    text = section + PROMOTED.replace("objective: mdlm", f"objective: {objective}")
+    path = tmp_path / "toy.yaml"
+    path.write_text(text)
+    problems = agreement_problems(load_config(path))
+    served = [text for text in problems if "is to be served with" in text]
+    assert bool(served) != is_served
+
+
+def test_a_promotion_of_a_checkpoint_from_elsewhere_is_not_held_against_a_sampler(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "toy.yaml"
+    judged = "  judge: {kind: evaluate, config: {checkpoint_path: elsewhere}}\n"
+    path.write_text(
+        f"generate: {{sampler: {{name: dflash}}}}\nstages:\n{judged}"
+        "  promote: {kind: promote, inputs: {candidate: judge}}\n"
+    )
+    assert agreement_problems(load_config(path)) == []
 
 
 DRAFTED = """\

@@ -1,6 +1,7 @@
 """What a spike is, and runs that skip one, go back before it, or stop at it."""
 
 import json
+import math
 import random
 import re
 import shutil
@@ -100,6 +101,26 @@ def test_the_limit_is_median_and_scaled_mad() -> None:
     # One part in two may be wild without moving it far; a mean and a deviation would be.
     assert spike_limit([2.0] * 51 + [1e9] * 50, deviations=5.0) == pytest.approx(2.1)
     assert spike_limit([1.0] * 15, deviations=1.0) == float("inf")
+
+
+def test_the_limit_itself_is_no_spike() -> None:
+    """And finite figures are judged from the 16th on."""
+    known = [1.0, 3.0] * 8
+    assert spike_limit(known[:-1], deviations=1.0) == math.inf
+    limit = spike_limit(known, deviations=1.0)
+    assert limit == 2.0 + 1.4826
+    for value, is_spike in ((limit, False), (math.nextafter(limit, math.inf), True)):
+        watch = SpikeWatch(action="skip", window=16, deviations=1.0, figures={"loss": known})
+        assert (watch.judge(17, loss=value) is not None) == is_spike
+
+
+def test_a_spike_counts_for_the_window_and_no_step_longer() -> None:
+    """The window of 20 that ends at step 20 begins at step 1."""
+    for last, is_over in ((20, True), (21, False)):
+        watch = SpikeWatch(action="skip", window=20, deviations=5.0)
+        for step in (*range(1, MOST_SPIKES + 1), last):
+            watch.judge(step, loss=math.inf)
+        assert watch.is_over == is_over
 
 
 def test_spikes_are_not_remembered_as_what_is_usual() -> None:
