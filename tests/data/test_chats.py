@@ -715,7 +715,16 @@ def test_rows_are_handed_out_as_soon_as_there_are_four_rounds_of_them() -> None:
     assert handed_out(97, 97, 97, 97, 11, rows_at_once=1) == []
     assert handed_out(96, 96, 96, 96, 96, rows_at_once=1) == [96]
     assert handed_out(*[97] * 7, *[60] * 2, 1, rows_at_once=2) == [98, *[97] * 5]
-    assert Fitter(100, 1).flush() is None
+
+
+@pytest.mark.parametrize("lengths", [[], [1], [60, 60, 60]])
+def test_all_that_waits_is_handed_out_at_the_end(lengths: list[int]) -> None:
+    fitter = Fitter(100, 1)
+    for length in lengths:
+        assert fitter.add(documents_of(np.array([length]))) is None
+    rows = fitter.flush()
+    assert ([] if rows is None else rows.row_lengths.tolist()) == lengths
+    assert fitter.flush() is None
 
 
 def test_fit_is_best_fit() -> None:
