@@ -616,13 +616,18 @@ def test_eos_is_not_written_twice() -> None:
 def test_an_answer_is_filled_up_between_its_length_and_what_is_left_of_the_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """At the middle of what is drawn, to the geometric mean: 10 of 23 + 90 tokens, so 30."""
+    """At the middle of what is drawn, to the geometric mean: of 10 and 250 tokens, that is 50; and
+    of all tokens and four times as many, where all are targets.
+    """
     middle = SimpleNamespace(digest=lambda: (2**63).to_bytes(8, "big"))
     monkeypatch.setattr("hashlib.blake2b", lambda *given, **fields: middle)
     talk = conversation("a", "bcdefghi")
     ((length, _),) = documents_at(512, talk)
-    room = length - 10 + 90
-    assert documents_at(room, talk, fills_answers=True) == [(length + 20, 20)]
+    room = length - 10 + 250
+    assert documents_at(room, talk, fills_answers=True) == [(length + 40, 40)]
+    ((length, _),) = documents_at(512, talk, train_on="all")
+    filled = documents_at(4 * length, talk, fills_answers=True, train_on="all")
+    assert filled == [(2 * length, length)]
 
 
 def test_answers_are_filled_up_to_a_drawn_length(tmp_path: Path) -> None:

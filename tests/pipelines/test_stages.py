@@ -422,6 +422,12 @@ def test_samples_of_a_checkpoint_from_elsewhere_are_held_against_no_training(
     assert set(stages_of(tmp_path, ALONE)) == {"written"}
 
 
+def test_a_problem_of_a_file_without_stages_names_the_section_alone(tmp_path: Path) -> None:
+    sections = "train: {model_name_or_path: builtin:bert-tiny}\ngenerate: {seq_len: 1000}\n"
+    with pytest.raises(InputError, match=r"^generate.seq_len 1000 exceeds"):
+        stages_of(tmp_path, sections)
+
+
 PROMOTED = """\
 stages:
   corpus: {kind: preprocess}
