@@ -1,12 +1,22 @@
 """What a manifest vouches for."""
 
 import errno
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tokendiff.artifacts.manifest import commit, verify, write_atomically
+from tokendiff.artifacts.manifest import (
+    claim_folder,
+    commit,
+    fingerprint,
+    verify,
+    write_atomically,
+)
+from tokendiff.errors import CorruptFileError, InputError
 
 
 def test_a_manifest_does_not_vouch_for_what_a_killed_writer_left(tmp_path: Path) -> None:
@@ -35,3 +45,96 @@ def test_a_full_disk_is_told_with_the_file_that_was_written(
         write_atomically(tmp_path / "part", b"new")
     assert (tmp_path / "part").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["part"]
+
+
+def committed(folder: Path) -> Path:
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "part").write_bytes(b"rows")
+    (folder / "run").mkdir()
+    (folder / "run" / "log.jsonl").write_bytes(b"{}")
+    commit(folder, kind="toy", metadata={"rows": 1})
+    return folder
+
+
+def rewritten(folder: Path, **changes: Any) -> None:
+    """A manifest with other fields, whose digest is theirs."""
+    body = json.loads((folder / "MANIFEST.json").read_text())
+    del body["digest"]
+    body |= changes
+    (folder / "MANIFEST.json").write_text(json.dumps({**body, "digest": fingerprint(body)}))
+
+
+def part_of(**changes: Any) -> dict[str, Any]:
+    digest = "2b6b1d2ae4e8a5ba8f9b2a4f7a5bde6d12e9f7e7a4b77a6b1a1ed5b7f1f7e0aa"
+    return {"deep/part": {"size": 4, "sha256": digest, **changes}}
+
+
+FAULTS: list[tuple[Callable[[Path], Any], str, bool]] = [
+    (
+        lambda folder: (folder / "deep" / "part").unlink(),
+        "deep/part is missing, though its MANIFEST lists it",
+        True,
+    ),
+    (
+        lambda folder: (folder / "deep" / "part").write_bytes(b"row"),
+        r"deep/part does not match its MANIFEST \(3 bytes, expected 4\)",
+        True,
+    ),
+    (
+        lambda folder: (folder / "deep" / "part").write_bytes(b"sows"),
+        r"deep/part does not match its MANIFEST \(sha256 [0-9a-f]{12}\.\.\., expected",
+        False,
+    ),
+    (
+        lambda folder: (folder / "MANIFEST.json").write_text(
+            (folder / "MANIFEST.json").read_text().replace('"rows": 1', '"rows": 2')
+        ),
+        "its digest does not fit its content",
+        True,
+    ),
+    (lambda folder: rewritten(folder, kind="other"), "holds 'other', expected 'toy'", True),
+    (
+        lambda folder: rewritten(folder, files=part_of(size=True)),
+        "size or sha256 of 'deep/part' is not valid",
+        True,
+    ),
+    (
+        lambda folder: rewritten(folder, files=part_of(sha256="2B" * 32)),
+        "size or sha256 of 'deep/part' is not valid",
+        True,
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "said", "without_hashes"), FAULTS)
+def test_what_differs_from_a_manifest_is_named(
+    tmp_path: Path, damage: Callable[[Path], Any], said: str, without_hashes: bool
+) -> None:
+    folder = committed(tmp_path / "result")
+    (folder / "run" / "log.jsonl").write_bytes(b"what a run writes later is its own")
+    assert verify(folder, kind="toy").files.keys() == {"deep/part"}
+    assert verify(folder, kind="toy", hashes=False).metadata == {"rows": 1}
+    damage(folder)
+    with pytest.raises(CorruptFileError, match=said):
+        verify(folder, kind="toy")
+    if without_hashes:
+        with pytest.raises(CorruptFileError, match=said):
+            verify(folder, kind="toy", hashes=False)
+    else:
+        verify(folder, kind="toy", hashes=False)
+
+
+def test_a_folder_is_claimed_by_one_kind_of_result(tmp_path: Path) -> None:
+    folder = tmp_path / "result"
+    mark = claim_folder(folder, kind="toy")
+    (folder / "part").write_bytes(b"rows")
+    assert claim_folder(folder, kind="toy") == mark  # what is there is an attempt's own
+    with pytest.raises(InputError, match=r"holds other files \(part\); choose a folder"):
+        claim_folder(folder, kind="other")
+    mark.unlink()
+    with pytest.raises(InputError, match=r"holds other files \(part\); choose a folder"):
+        claim_folder(folder, kind="toy")
+    commit(folder, kind="toy")
+    claim_folder(folder, kind="toy")
+    with pytest.raises(InputError, match="holds toy; choose another output_dir"):
+        claim_folder(folder, kind="other")
