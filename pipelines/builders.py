@@ -567,13 +567,19 @@ def promote_stage(
     def result(stage: Stage) -> dict[str, Any]:
         return load_manifest(stage.output).metadata
 
+    def lost(stage: Stage) -> str:
+        from pipelines.promotion import lost_version
+
+        return lost_version(config.promote, config, stage.base.parent, stage)
+
     sampling = (keyed or config).generate
+    kwargs = {"needs_ray": False, "lost": lost, **kwargs}
     settings = {
         **(keyed or config).promote.result_fields(),
         "gate": [line.result_fields() for line in config.promote.gate],
         "sampling": None if sampling is None else sampling.result_fields(),
     }
-    return _stage("promote", settings, folder, action, result, **{"needs_ray": False, **kwargs})
+    return _stage("promote", settings, folder, action, result, **kwargs)
 
 
 def in_own_folder(

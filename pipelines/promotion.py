@@ -1,6 +1,7 @@
 """The gate, and what a checkpoint that passes it becomes."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.pipeline import Config
 from tokendiff.config.promote import GateConfig, PromoteConfig
 from tokendiff.config.stage_graph import config_of, set_fields, stages_of
-from tokendiff.errors import InputError
+from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.evaluation.paired import (
     SAMPLED_ROWS,
     paired_standard_error,
@@ -36,12 +37,14 @@ from tokendiff.evaluation.paired import (
     read_rows,
 )
 from tokendiff.tracking.mlflow_outbox import load_state
+from tokendiff.tracking.mlflow_store import is_missing, resolve_uri
 from tokendiff.tracking.registry import STAGE_KEY, Registry
 from tokendiff.tracking.run_log import RunLog
 
 KIND = "promotion"
 _RUN_ID_SECONDS = 60.0
 _POLL_SECONDS = 0.2
+logger = logging.getLogger(__name__)
 
 
 # From a metric to the paired standard error of its difference; None where it is not known.
@@ -186,6 +189,36 @@ def promote(
     write_atomically(stage.output / "decision.json", json.dumps(result, indent=1).encode())
     commit(stage.output, kind=KIND, metadata=result)
     claim.unlink()
+
+
+def lost_version(section: PromoteConfig, config: Config, root: Location, stage: Stage) -> str:
+    """Why what a finished stage registered is there no more: its version was deleted, or the store
+    is another one.
+
+    Empty where it is there, and where the store does not say: a store that is away for now is no
+    reason to promote anew, and a run that has nothing to promote goes on without it.
+    """
+    from mlflow.exceptions import MlflowException
+
+    result = load_manifest(stage.output).metadata
+    if result.get("decision") != "promoted":
+        return ""
+    name, version = section.registered_model, result["version"]
+    title = f"models:/{name}/{version}"
+    if is_missing(resolve_uri(config.tracking, root)):  # which asking it would create
+        return f"{title}, which it registered, went with the MLflow store"
+    try:
+        registry = Registry(config.tracking, root)
+        if registry.version_of(title) is None:
+            return f"{title}, which it registered, is not in the MLflow registry any more"
+        digest = checkpoint_identity(location(result["checkpoint"]))
+        if registry.digest_of(name, version) != digest:
+            return f"{title} is another model in the MLflow registry than the one it registered"
+    except (InputError, ConnectionError, MlflowException) as error:
+        logger.warning("%s: not known whether %s is still there: %s", stage.title, title, error)
+    except (CorruptFileError, FileNotFoundError):
+        pass  # of the checkpoint, whose own stage says so
+    return ""
 
 
 def promote_sections(config: Config) -> dict[str, PromoteConfig]:

@@ -93,6 +93,8 @@ def recheck(step: Step, ran: Iterable[str]) -> Step:
         stage = step.stage
         if changed := _changed_inputs(stage):
             return replace(step, state="run", why=f"{_clause(changed, 'came')} out different")
+        if lost := stage.lost(stage):
+            return replace(step, state="run", why=lost)
         inputs = [source.title for source in stage.inputs.values()]
         made = [title for title in inputs if title in ran] or inputs
         return replace(step, state="done", why=f"{_clause(made, 'came')} out the same")
@@ -110,6 +112,8 @@ def _step(stage: Stage, inputs: list[Step]) -> Step:
         if changed := _changed_inputs(stage):
             why = f"{_clause(changed, 'was', 'were')} made again"
             return Step(stage=stage, state="run", why=why)
+        if lost := stage.lost(stage):
+            return Step(stage=stage, state="run", why=lost)
         return Step(stage=stage, state="done", why="made by an earlier run")
     if read_facts(stage).get("key") == stage.key and not _changed_inputs(stage):
         return Step(stage=stage, state="resume", why="it was interrupted")

@@ -31,6 +31,10 @@ def _nothing_to_check(stage: "Stage") -> None:
     pass
 
 
+def _nothing_lost(stage: "Stage") -> str:
+    return ""
+
+
 def _nothing_to_show(stage: "Stage") -> Mapping[str, str]:
     return {}
 
@@ -49,6 +53,8 @@ class Stage:
         result: what the finished stage reports: figures for tables, the tracking and `--json`.
         check: raises InputError for what is known to be wrong before anything starts; of a stage
             whose inputs are still to be made, for what can be told without them.
+        lost: of a stage that is done, why its result does not hold any more though its files are
+            there; empty where it holds, and where that cannot be told.
         preview: what a plan shows of the data that the stage is to read.
         inputs: by their role.
         result_subfolder: where in `output` the manifest stands that commits the stage.
@@ -69,6 +75,7 @@ class Stage:
     action: Callable[["Stage", RunLog], None]
     result: Callable[["Stage"], dict[str, Any]]
     check: Callable[["Stage"], None] = _nothing_to_check
+    lost: Callable[["Stage"], str] = _nothing_lost
     preview: Callable[["Stage"], Mapping[str, str]] = _nothing_to_show
     inputs: Mapping[str, "Stage"] = field(default_factory=dict)
     label: str = ""

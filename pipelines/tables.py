@@ -178,8 +178,9 @@ def status_as_json(runs: Sequence[RunRecord], plan: Plan) -> dict[str, Any]:
 
 
 def _results(steps: Sequence[Step]) -> dict[str, dict[str, Any]]:
-    """By title, of the stages that are done."""
-    return {s.stage.title: s.stage.result(s.stage) for s in steps if s.stage.is_done}
+    """By title, of the stages that are done, but for one whose result is to be made anew."""
+    done = [step.stage for step in steps if step.stage.is_done and step.state != "run"]
+    return {stage.title: stage.result(stage) for stage in done}
 
 
 def stage_lines(stages: Sequence[StageRecord]) -> list[str]:

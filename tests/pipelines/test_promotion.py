@@ -22,7 +22,7 @@ from pipelines.graph import Variant
 from pipelines.promotion import judge, sampling_fields
 from pipelines.registered import PinnedModels, checkpoint_folder, with_models
 from pipelines.runner import models_of, plan, run_variants
-from pipelines.schedule import Selection
+from pipelines.schedule import Selection, plan_steps
 from pipelines.stage import Stage
 from tests.builders import letter_tokenizer, random_rows, token_folder
 from tests.models.test_completion import block_checkpoint
@@ -439,6 +439,54 @@ def test_a_promotion_that_was_cut_off_registers_once(
     again = shop.evaluation("champion", history["checkpoints"][0], 2.0)
     _, result = shop.run(candidate, again)
     assert (result["version"], result["replaced_version"]) == (3, 1)
+
+
+def steps_of(shop: Shop, judged: Stage) -> list[tuple[str, str]]:
+    base = shop.root / "shop"
+    promote = promote_stage(shop.config, base, inputs={"candidate": judged}, is_keyed=True)
+    steps = plan_steps([judged, promote], Selection())
+    return [(step.state, step.why) for step in steps]
+
+
+def test_what_the_registry_lost_is_promoted_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shop = Shop(tmp_path)
+    judged = shop.evaluation("judge", shop.checkpoint(0), 2.0)
+
+    def run() -> tuple[str, int | None]:
+        _, result = shop.run(judged)
+        told = capsys.readouterr().out
+        assert result["version"] == shop.registry.holder("toy", "champion")
+        (line,) = [line for line in told.splitlines() if line.startswith("promote  ")][:1]
+        return line.partition("(")[2], result["version"]
+
+    assert run()[1] == 1
+    assert run()[0].startswith("made by an earlier run, ")
+    shop.registry._client.delete_model_version("toy", "1")
+    lost = "models:/toy/{}, which it registered, {})"
+    assert run() == (lost.format(1, "is not in the MLflow registry any more"), 2)
+    for number, make in enumerate((lambda path: None, Path.touch)):  # lost, and emptied
+        path = tmp_path / f"{number}.db"
+        make(path)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+        why = ["went with the MLflow store", "is not in the MLflow registry any more"][number]
+        assert run() == (lost.format([2, 1][number], why), 1)
+        assert run()[0].startswith("made by an earlier run, ")
+    # A new store counts from v1 again, for whoever comes first.
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    (other := tmp_path / "other").mkdir()
+    registered(other, shop.root, shop.checkpoint(1)).promote("toy", "champion", 1, because="new")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}/mlflow.db")
+    state, why = steps_of(shop, judged)[1]
+    assert (state, why.partition(" than ")[0]) == (
+        "run",
+        "models:/toy/1 is another model in the MLflow registry",
+    )
+    # One that is away for now lost nothing.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr("tokendiff.tracking.mlflow_store._CHECK_SECONDS", 0.2)
+    assert steps_of(shop, judged) == [("done", "made by an earlier run")] * 2
 
 
 def test_a_move_that_was_cut_off_is_noted_though_the_version_was_the_champion_before(

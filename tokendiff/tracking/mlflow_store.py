@@ -74,6 +74,12 @@ def open_command(uri: str) -> str:
     return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
+def is_missing(uri: str) -> bool:
+    """Whether the store is a sqlite file that is not there, so that it holds nothing."""
+    database = _sqlite_path(uri)
+    return database is not None and not database.exists()
+
+
 def check_store(uri: str) -> None:
     """Find out at the start whether the store can be used; a missing sqlite file is created.
 
