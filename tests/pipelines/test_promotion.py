@@ -41,8 +41,8 @@ from tokendiff.evaluation.paired import paired_standard_error, write_rows
 from tokendiff.tracking.registry import Registry
 from tokendiff.training.run import train_in_process
 
-LOWER = GateConfig(metric="nats", direction="lower", margin=0.1)
-HIGHER = GateConfig(metric="score", direction="higher", margin=-0.5)
+LOWER = GateConfig(metric="perplexity", direction="lower", margin=0.1)
+HIGHER = GateConfig(metric="speedup", direction="higher", margin=-0.5)
 LENGTH = 12
 URI = "models:/toy@champion"
 
@@ -50,16 +50,26 @@ URI = "models:/toy@champion"
 @pytest.mark.parametrize(
     ("gate", "candidate", "champion", "passed"),
     [
-        ([LOWER], {"nats": 2.0}, {"nats": 2.2}, True),
-        ([LOWER], {"nats": 2.0}, {"nats": 2.05}, False),  # better, but not by the margin
-        ([LOWER], {"nats": 2.3}, {"nats": 2.2}, False),
-        ([LOWER], {"nats": 9.0}, None, True),
-        ([LOWER], {"nats": math.nan}, None, False),
-        ([LOWER], {"nats": math.inf}, {"nats": math.nan}, False),
-        ([LOWER], {"nats": 2.0}, {"nats": math.nan}, True),
-        ([HIGHER], {"score": 1.6}, {"score": 2.0}, True),  # worse, within the margin
-        ([HIGHER], {"score": 1.4}, {"score": 2.0}, False),
-        ([LOWER, HIGHER], {"nats": 1.0, "score": 1.0}, {"nats": 2.0, "score": 2.0}, False),
+        ([LOWER], {"perplexity": 2.0}, {"perplexity": 2.2}, True),
+        (
+            [LOWER],
+            {"perplexity": 2.0},
+            {"perplexity": 2.05},
+            False,
+        ),  # better, but not by the margin
+        ([LOWER], {"perplexity": 2.3}, {"perplexity": 2.2}, False),
+        ([LOWER], {"perplexity": 9.0}, None, True),
+        ([LOWER], {"perplexity": math.nan}, None, False),
+        ([LOWER], {"perplexity": math.inf}, {"perplexity": math.nan}, False),
+        ([LOWER], {"perplexity": 2.0}, {"perplexity": math.nan}, True),
+        ([HIGHER], {"speedup": 1.6}, {"speedup": 2.0}, True),  # worse, within the margin
+        ([HIGHER], {"speedup": 1.4}, {"speedup": 2.0}, False),
+        (
+            [LOWER, HIGHER],
+            {"perplexity": 1.0, "speedup": 1.0},
+            {"perplexity": 2.0, "speedup": 2.0},
+            False,
+        ),
     ],
 )
 def test_the_gate(gate: list[GateConfig], candidate: Any, champion: Any, passed: bool) -> None:
@@ -70,14 +80,14 @@ def test_the_gate(gate: list[GateConfig], candidate: Any, champion: Any, passed:
 
 @pytest.mark.parametrize(("value", "passed"), [(2.4, True), (2.6, False)])
 def test_a_limit_holds_without_a_champion(value: float, passed: bool) -> None:
-    gate = [GateConfig(metric="nats", direction="lower", limit=2.5)]
-    (verdict,) = judge(gate, {"nats": value}, None)
+    gate = [GateConfig(metric="perplexity", direction="lower", limit=2.5)]
+    (verdict,) = judge(gate, {"perplexity": value}, None)
     assert verdict.passed is passed
     assert "at most 2.5" in verdict.text
 
 
 def test_a_figure_that_is_not_there_is_bad_input() -> None:
-    with pytest.raises(InputError, match=r"no figure 'nats'; it has nats_per_token"):
+    with pytest.raises(InputError, match=r"no figure 'perplexity'; it has nats_per_token"):
         judge([LOWER], {"nats_per_token": 2.0, "report": "here"}, None)
 
 
@@ -160,7 +170,7 @@ class Shop:
                 "root": str(self.root),
                 "promote": {
                     "registered_model": "toy",
-                    "gate": [{"metric": "nats", "direction": "lower"}],
+                    "gate": [{"metric": "perplexity", "direction": "lower"}],
                 },
                 "generate": {"sampler": {"name": "ancestral", "num_inference_steps": 4}},
                 "runner": {"retry_wait_s": 0.0},
@@ -189,7 +199,7 @@ class Shop:
         by_row: dict[str, np.ndarray] | None = None,
         keeps_rows: bool = True,
     ) -> Stage:
-        figures, first_id = {"nats": nats}, 0
+        figures, first_id = {"perplexity": nats}, 0
         if by_row is not None:
             first_id = int(by_row["row_id"][0])
             figures["nats_per_token"] = float(by_row["nats"].sum() / by_row["num_tokens"].sum())
@@ -212,7 +222,7 @@ class Shop:
             settings=settings,
             base=self.root / "shop",
             action=act,
-            result=lambda stage: {"nats": nats},
+            result=lambda stage: {"perplexity": nats},
             is_keyed=True,
             needs_ray=False,
         )
@@ -266,10 +276,10 @@ def history(shop: Shop) -> dict[str, Any]:
 def test_the_alias_moves_only_when_the_gate_is_passed(shop: Shop, history: Any) -> None:
     state, result = history["first"]
     assert (state, result["decision"], result["version"]) == ("succeeded", "promoted", 1)
-    assert result["gate"] == ["nats 2, no champion to beat: passed"]
+    assert result["gate"] == ["perplexity 2, no champion to beat: passed"]
     state, result = history["rejected"]
     assert (state, result["decision"]) == ("rejected", "rejected")
-    assert result["gate"] == ["nats 2.1, lower than the champion's 2: not passed"]
+    assert result["gate"] == ["perplexity 2.1, lower than the champion's 2: not passed"]
     assert history["holder after rejection"] == 1
     state, result = history["promoted"]
     assert (result["version"], result["replaced_version"]) == (2, 1)
@@ -548,7 +558,7 @@ def test_the_champion_is_a_version_anew_where_it_is_served_otherwise(
     shop: Shop, history: Any
 ) -> None:
     checkpoint = history["checkpoints"][0]
-    gate = [GateConfig(metric="nats", direction="lower", margin=0.1)]
+    gate = [GateConfig(metric="perplexity", direction="lower", margin=0.1)]
     other = copy.copy(shop)
 
     def promoted(steps: int, champion: Stage | None = None) -> tuple[int, int | None]:

@@ -1,5 +1,6 @@
 """The section `evaluate`: what is measured, on which rows and samples."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -13,6 +14,35 @@ PAIRED_METRICS = (
     *("nats_per_token", "bits_per_byte", "perplexity", "ar_nats_per_token"),
     *("expected_acceptance_length", "acceptance_length_mean", "tokens_per_target_forward"),
 )
+
+# All figures that an evaluation may have, but for those of tasks, prompt files (TASK/METRIC) and
+# those below.
+METRICS = (
+    *("nats_per_token", "standard_error", "bits_per_byte", "perplexity", "is_exact"),
+    *("ar_nats_per_token", "ar_standard_error", "unigram_entropy_nats"),
+    *("num_rows", "num_tokens", "num_bytes", "num_blocks"),
+    *("expected_acceptance_length", "expected_acceptance_length_standard_error"),
+    *("acceptance_length_mean", "acceptance_length_standard_error", "tokens_per_target_forward"),
+    *("speedup", "tokens_per_second_with_draft", "tokens_per_second_alone", "same_text_fraction"),
+    *("num_samples", "length_mean", "length_min", "length_max", "stopped_fraction"),
+    *("unigram_entropy_sample_nats", "unigram_entropy_pooled_nats"),
+    *("distinct_1", "distinct_2", "distinct_3", "repeated_4gram_fraction"),
+    *("num_model_calls", "tokens_per_forward", "sampled_tokens_per_second"),
+    *("generative_perplexity", "reference_nats_per_token", "num_scored_tokens"),
+    *("num_texts_cut", "num_texts_skipped"),
+    *("verify_passed", "verify_failed", "unserved_requests"),
+)
+# With a number in the place of {}: of tokens, of rows.
+NUMBERED_METRICS = (
+    *("expected_acceptance_share_{}", "expected_acceptance_at_{}", "draft_accuracy_{}"),
+    *("acceptance_share_{}", "pass_seconds_batch_{}_tokens_{}"),
+)
+
+
+def is_metric(name: str) -> bool:
+    """Whether an evaluation of some checkpoint may have such a figure."""
+    pattern = re.sub(r"[0-9]+", "{}", name)
+    return is_task_metric(name) or name in METRICS or pattern in NUMBERED_METRICS
 
 
 def is_task_metric(name: str) -> bool:

@@ -1,12 +1,19 @@
 """The section `promote`: the gate, and the alias that moves when it is passed."""
 
+import difflib
 import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from tokendiff.config.base import Section
-from tokendiff.config.evaluate import PAIRED_METRICS, is_task_metric
+from tokendiff.config.evaluate import (
+    METRICS,
+    NUMBERED_METRICS,
+    PAIRED_METRICS,
+    is_metric,
+    is_task_metric,
+)
 
 
 class GateConfig(Section):
@@ -36,6 +43,21 @@ class GateConfig(Section):
     limit: float | None = Field(
         None, description="value that the candidate must reach, whether there is a champion or not"
     )
+
+    @field_validator("metric")
+    @classmethod
+    def _is_known(cls, metric: str) -> str:
+        if is_metric(metric):
+            return metric
+        numbered = [name.replace("{}", "N") for name in NUMBERED_METRICS]
+        close = difflib.get_close_matches(metric, [*METRICS, *numbered], n=1)
+        remedy = (
+            f"did you mean {close[0]!r}?"
+            if close
+            else f"it has {', '.join(PAIRED_METRICS)}, figures of tasks (arc_easy/acc), and others "
+            "that its metrics.json lists"
+        )
+        raise ValueError(f"no evaluation has a figure {metric!r}; {remedy}")
 
     @model_validator(mode="after")
     def _chance_can_be_told(self) -> "GateConfig":
