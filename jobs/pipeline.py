@@ -88,16 +88,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pipelines.record import EXIT_CODES, last_runs
     from pipelines.schedule import Selection
     from tokendiff.cluster.session import check_seen_by_all
+    from tokendiff.errors import CorruptFileError, InputError
 
     config, options = args.config, args.options
     root = output_path(config.root)
     if args.command == "status":
         runs = last_runs(root / config.name, options.runs)
-        plan = runner.plan(config, root)
+        if not args.json:  # they are told though the stages cannot be, as where the corpus is away
+            tables.print_runs(runs)
+        try:
+            plan = runner.plan(config, root)
+        except (InputError, CorruptFileError) as error:
+            if args.json:
+                known = tables.status_as_json(runs, runner.Plan(steps=[], notes=[]))
+                cli.print_result({**known, "error": str(error)}, as_json=True)
+            raise
         if args.json:
             cli.print_result(tables.status_as_json(runs, plan), as_json=True)
         else:
-            tables.print_status(runs, plan, config, root)
+            tables.print_status(plan, config, root)
         return cli.EXIT_OK
     if args.command == "clean":
         from pipelines.retention import clean

@@ -136,10 +136,8 @@ def print_record(record: RunRecord, config: Config, root: Location) -> None:
     _print_lines(lines)
 
 
-def print_status(runs: Sequence[RunRecord], plan: Plan, config: Config, root: Location) -> None:
-    """The last runs, and how the stages stand that the file describes now."""
-    steps = plan.steps
-    results = _results(steps)
+def print_runs(runs: Sequence[RunRecord]) -> None:
+    """The last runs, and the stages of the newest."""
     for number, run in enumerate(runs):
         took = "" if run.seconds is None else f", {_duration(run.seconds)}"
         print(f"{run.started}  {run.state}{took}  {run.folder.name}")
@@ -149,7 +147,13 @@ def print_status(runs: Sequence[RunRecord], plan: Plan, config: Config, root: Lo
             print("\n".join(f"  {line}" for line in stage_lines(run.stages)))
     if not runs:
         print("no run yet")
-    print()
+    print(flush=True)
+
+
+def print_status(plan: Plan, config: Config, root: Location) -> None:
+    """How the stages stand that the file describes now."""
+    steps = plan.steps
+    results = _results(steps)
     records = [
         StageRecord(
             stage=s.stage.title,

@@ -879,6 +879,27 @@ def test_exit_codes_of_the_command(
     assert json.loads(capsys.readouterr().out)["state"] == "rejected"
 
 
+def test_status_tells_of_the_runs_though_the_corpus_is_away(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "small.yaml"
+    corpus = tmp_path / "corpus" / "*.txt"
+    path.write_text(
+        f"name: small\nroot: {tmp_path / 'out'}\n"
+        f"preprocess: {{dataset_name: text, data_files: ['{corpus}']}}\n"
+    )
+    (run := tmp_path / "out" / "small" / "runs" / "1").mkdir(parents=True)
+    RunRecord(pipeline="small", folder=run, state="failed").save()
+    assert pipeline_job.main(["status", str(path)]) == 2
+    shown = capsys.readouterr()
+    assert "failed  1" in shown.out
+    assert "matches no file" in shown.err
+    assert pipeline_job.main(["status", str(path), "--json"]) == 2
+    status = json.loads(capsys.readouterr().out)
+    assert [run["state"] for run in status["runs"]] == ["failed"]
+    assert "matches no file" in status["error"]
+
+
 def test_secrets_are_in_no_record(tmp_path: Path) -> None:
     config = Config(
         name="toy",
