@@ -32,6 +32,7 @@ from pydantic.fields import FieldInfo
 from pipelines.record import EXIT_CODES
 from tokendiff.cluster.session import thread_policy
 from tokendiff.cluster.stopping import is_stop_requested, sigterm_stops, words_of
+from tokendiff.config.base import MAX_COUNT
 from tokendiff.config.loader import (
     TAG,
     alternatives,
@@ -430,7 +431,9 @@ def _details(variants: Variants) -> list[str]:
     details = [f"one of {choices}"] if choices else []
     for rule in field.metadata:
         details += [
-            f"{sign} {getattr(rule, at)}" for at, sign in _BOUNDS.items() if hasattr(rule, at)
+            f"{sign} {getattr(rule, at)}"
+            for at, sign in _BOUNDS.items()
+            if getattr(rule, at, MAX_COUNT) != MAX_COUNT  # which says nothing to anybody
         ]
     defaults = {tags(owner)[:1]: _default(field) for owner, field in variants}
     if len(set(defaults.values())) > 1:

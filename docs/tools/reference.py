@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from docs.tools.schema import pipeline_schema
 from tokendiff.config import objectives, samplers
+from tokendiff.config.base import MAX_COUNT
 from tokendiff.config.loader import is_tagged, models_in, tags
 from tokendiff.config.pipeline import Config
 from tokendiff.config.stage_graph import ROLES
@@ -107,12 +108,16 @@ def field_name(name: str) -> str:
 
 def _bounds(field: FieldInfo) -> str:
     texts = [
-        text.format(f"{getattr(rule, at):g}" if at != "min_length" else getattr(rule, at))
+        text.format(_number(getattr(rule, at)) if at != "min_length" else getattr(rule, at))
         for rule in field.metadata
         for at, text in _BOUNDS.items()
-        if getattr(rule, at, None) is not None
+        if getattr(rule, at, None) not in (None, MAX_COUNT)  # which says nothing to anybody
     ]
     return ", ".join(text for text in texts if text != "length at least 1")
+
+
+def _number(bound: float) -> str:
+    return f"{bound:,}" if isinstance(bound, int) and bound < 2**50 else f"{bound:g}"
 
 
 def _type(field: FieldInfo) -> str:

@@ -4,6 +4,13 @@ from typing import Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+# More than anybody counts to, and little enough for arithmetic with a few of them: numbers beyond
+# end in a traceback of some library, or never. Fields that need a lower bound have their own.
+MAX_COUNT = 2**31 - 1
+MAX_BLOCK = 1_000_000  # tokens of a block
+MAX_BATCH = 1_000_000  # rows at once, or batches of a step
+MAX_WORKERS = 100_000
+
 
 class Section(BaseModel):
     """Strict: unknown fields and wrong types are errors; nothing is coerced or changes later."""

@@ -5,22 +5,30 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tokendiff.config.base import Section
+from tokendiff.config.base import MAX_COUNT, MAX_WORKERS, Section
 
 
 def _number_or_range(value: Any) -> Any:
     """`4:16` is left a text, whose ends the properties of ClusterConfig give. A flag gives a number
     as a text too.
     """
-    if isinstance(value, str) and re.fullmatch("[1-9][0-9]*", value):
-        return int(value)
+    if isinstance(value, str) and re.fullmatch("[1-9][0-9]{0,30}", value):
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        if value > MAX_WORKERS:
+            raise ValueError(f"must be <= {MAX_WORKERS}")
         return value
-    ends = re.fullmatch(r"([1-9][0-9]*):([1-9][0-9]*)", value) if isinstance(value, str) else None
+    ends = (
+        re.fullmatch(r"([1-9][0-9]{0,30}):([1-9][0-9]{0,30})", value)
+        if isinstance(value, str)
+        else None
+    )
     if ends is None:
         raise ValueError("should be a whole number from 1, or two of them as MIN:MAX")
     if int(ends[1]) > int(ends[2]):
         raise ValueError(f"{ends[1]} exceeds {ends[2]}; write the smaller one first")
+    if int(ends[2]) > MAX_WORKERS:
+        raise ValueError(f"must be <= {MAX_WORKERS}")
     return value
 
 
@@ -45,13 +53,17 @@ class ClusterConfig(Section):
     threads_per_worker: int | None = Field(
         None,
         ge=1,
+        le=4096,
         description="torch threads of a worker on the CPU; by default the machine's cores divided "
         "by its workers",
     )
-    num_actors: int = Field(1, ge=1, description="most actors that sample or evaluate")
+    num_actors: int = Field(
+        1, ge=1, le=MAX_WORKERS, description="most actors that sample or evaluate"
+    )
     min_actors: int | None = Field(
         None,
         ge=1,
+        le=MAX_WORKERS,
         description="number of actors that sampling starts with; more are added, up to "
         "num_actors, while the cluster has room; by default num_actors",
     )
@@ -61,6 +73,7 @@ class ClusterConfig(Section):
     max_failures: int = Field(
         3,
         ge=0,
+        le=MAX_COUNT,
         description="most workers that may be lost before the job fails; with num_workers "
         "MIN:MAX, since the last checkpoint",
     )

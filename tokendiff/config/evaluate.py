@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tokendiff.config.base import Section, added, operational
+from tokendiff.config.base import MAX_BATCH, MAX_COUNT, Section, added, operational
 from tokendiff.config.samplers import SamplerConfig
 
 # Figures that an evaluation keeps by row too, so that two can be compared row by row
@@ -74,11 +74,12 @@ class EvaluateConfig(Section):
         "heldout", description="rows that the bound is measured on"
     )
     max_eval_rows: int | None = Field(
-        None, ge=2, description="most rows that are evaluated; by default all"
+        None, ge=2, le=MAX_COUNT, description="most rows that are evaluated; by default all"
     )
     num_mask_samples: int = Field(
         4,
         ge=1,
+        le=100_000,
         description="noise levels that are drawn for each row; more give a smaller standard error",
     )
     target_model_id: str | None = Field(
@@ -88,7 +89,10 @@ class EvaluateConfig(Section):
         "trained for",
     )
     num_anchors: int = Field(
-        16, ge=1, description="DFlash drafts: blocks of each row that acceptance is measured on"
+        16,
+        ge=1,
+        le=1_000_000,
+        description="DFlash drafts: blocks of each row that acceptance is measured on",
     )
     verify: bool = Field(
         False,
@@ -101,7 +105,7 @@ class EvaluateConfig(Section):
         "drafted tokens must be accepted for speculative decoding to be faster on this "
         "machine",
     )
-    batch_size: int = Field(16, ge=1, description="rows in one forward pass")
+    batch_size: int = Field(16, ge=1, le=MAX_BATCH, description="rows in one forward pass")
     reference_model_name_or_path: str | None = Field(
         None, description="causal LM that scores the samples (generative perplexity)"
     )
@@ -126,10 +130,13 @@ class EvaluateConfig(Section):
         "give exact likelihoods, the others bounds; by default one that fits the checkpoint",
     )
     num_fewshot: int | None = added(
-        None, ge=0, description="tasks: solved examples before each document; by default the task's"
+        None,
+        ge=0,
+        le=MAX_COUNT,
+        description="tasks: solved examples before each document; by default the task's",
     )
     max_task_documents: int | None = added(
-        None, ge=1, description="tasks: most documents of each task; by default all"
+        None, ge=1, le=MAX_COUNT, description="tasks: most documents of each task; by default all"
     )
     apply_chat_template: bool = added(
         False, description="tasks: write documents out as chats with the tokenizer's template"

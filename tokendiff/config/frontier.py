@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from tokendiff.config.base import Section, operational
+from tokendiff.config.base import MAX_BATCH, MAX_COUNT, Section, operational
 from tokendiff.config.evaluate import is_task_metric, split_at_commas
 from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.samplers import OpenEndedSamplerConfig, SamplerConfig
@@ -26,11 +26,16 @@ class FrontierConfig(Section):
     )
     prompt: list[str] = Field([], description="a prompt; may be given several times")
     prompts: list[str] = Field([], description="prompt files or globs, as of generate")
-    num_samples: int = Field(4, ge=1, description="number of samples; with prompts, of each prompt")
-    seq_len: int | None = Field(
-        None, ge=1, description="tokens of a sample of fixed length; by default as trained"
+    num_samples: int = Field(
+        4, ge=1, le=MAX_COUNT, description="number of samples; with prompts, of each prompt"
     )
-    batch_size: int = Field(16, ge=1, description="rows that are sampled together")
+    seq_len: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_COUNT,
+        description="tokens of a sample of fixed length; by default as trained",
+    )
+    batch_size: int = Field(16, ge=1, le=MAX_BATCH, description="rows that are sampled together")
     mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16 autocast")
     seed: int = Field(
         0,
@@ -46,7 +51,7 @@ class FrontierConfig(Section):
     )
     tasks_path: str | None = Field(None, description="folder with task files (YAML) of your own")
     max_task_documents: int | None = Field(
-        None, ge=1, description="documents of each task at most; by default all"
+        None, ge=1, le=MAX_COUNT, description="documents of each task at most; by default all"
     )
     quality: str = Field(
         PERPLEXITY,

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tokendiff.config.base import Section, operational
+from tokendiff.config.base import MAX_BATCH, MAX_COUNT, Section, operational
 from tokendiff.config.samplers import (
     AncestralConfig,
     BlockwiseConfig,
@@ -55,10 +55,13 @@ class GenerateConfig(Section):
     add_generation_prompt: bool = Field(
         False, description="end each chat with the tokens that begin an answer"
     )
-    num_samples: int = Field(4, ge=1, description="number of samples; with prompts, of each prompt")
+    num_samples: int = Field(
+        4, ge=1, le=MAX_COUNT, description="number of samples; with prompts, of each prompt"
+    )
     seq_len: int | None = Field(
         None,
         ge=1,
+        le=MAX_COUNT,
         description="tokens of a sample, its prompt included; by default the trained max_length",
     )
     sampler: SamplerConfig = Field(
@@ -70,6 +73,7 @@ class GenerateConfig(Section):
     batch_size: int = Field(
         16,
         ge=1,
+        le=MAX_BATCH,
         description="rows that are sampled together; a sampler that ends rows at different times "
         "keeps this many in flight",
     )
@@ -91,12 +95,14 @@ class GenerateConfig(Section):
     max_errors: int = operational(
         100,
         ge=0,
+        le=MAX_COUNT,
         description="most prompts of files that may be unusable (too long, not text); they are "
         "left out and named in errors/. With more of them the job fails",
     )
     max_row_failures: int = operational(
         4,
         ge=3,
+        le=MAX_COUNT,
         description="number of times that the actor sampling a row may die (the last time with "
         "that row alone) before the row is set aside; set_aside/ then names it, and the job ends "
         "with exit code 1",

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tokendiff.config.base import Section, added, named
+from tokendiff.config.base import MAX_BLOCK, MAX_COUNT, Section, added, named
 
 
 class _AnyObjectiveConfig(Section):
@@ -199,7 +199,9 @@ class BlockDiffusionConfig(_ScheduledConfig):
     is_causal: ClassVar[bool] = True
 
     name: Literal["block_diffusion"] = "block_diffusion"
-    block_length: int = Field(4, ge=1, description="tokens of a block; 1 is autoregressive")
+    block_length: int = Field(
+        4, ge=1, le=MAX_BLOCK, description="tokens of a block; 1 is autoregressive"
+    )
     block_start: Literal["answer", "document"] | None = added(None, description=BLOCK_START_HELP)
     noise: Literal["mask", "uniform"] = added(
         "mask",
@@ -259,10 +261,10 @@ class BlockRefinementConfig(_AnyObjectiveConfig):
     is_causal: ClassVar[bool] = True
 
     name: Literal["block_refinement"] = "block_refinement"
-    block_length: int = Field(32, ge=1, description="tokens of a block")
+    block_length: int = Field(32, ge=1, le=MAX_BLOCK, description="tokens of a block")
     block_start: Literal["answer", "document"] | None = added(None, description=BLOCK_START_HELP)
     prompt_length: int = Field(
-        0, ge=0, description="tokens at the start of each row that are never masked"
+        0, ge=0, le=MAX_COUNT, description="tokens at the start of each row that are never masked"
     )
     attention_mask_mode: Literal["2d", "4d", "auto"] = Field(
         "2d",
@@ -314,7 +316,7 @@ class DFlashConfig(_NoiselessConfig):
 
     name: Literal["dflash"] = "dflash"
     num_anchors: int = Field(
-        64, ge=1, description="blocks drafted per row, behind tokens chosen at random"
+        64, ge=1, le=1_000_000, description="blocks drafted per row, behind tokens chosen at random"
     )
     loss_type: Literal["dflash", "dpace"] = added(
         "dflash",
@@ -342,15 +344,17 @@ class DFlashConfig(_NoiselessConfig):
         "layers, and a selector that chooses each drafted token from the 16 likeliest in view of "
         "the one before",
     )
-    draft_num_layers: int = Field(5, ge=1, description="layers of a new draft")
+    draft_num_layers: int = Field(5, ge=1, le=1000, description="layers of a new draft")
     block_size: int = Field(
         16,
         ge=2,
+        le=MAX_BLOCK,
         description="tokens of a new draft's block, including the first one, which is given",
     )
     mask_token_id: int | None = Field(
         None,
         ge=0,
+        le=MAX_COUNT,
         description="token id that marks the positions that a new draft fills in; by default the "
         "tokenizer's mask token, else a reserved or unused one",
     )

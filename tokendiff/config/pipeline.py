@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tokendiff.config.base import Section, operational
+from tokendiff.config.base import MAX_COUNT, MAX_WORKERS, Section, operational
 from tokendiff.config.cluster import ClusterConfig
 from tokendiff.config.evaluate import EvaluateConfig
 from tokendiff.config.frontier import FrontierConfig
@@ -40,7 +40,7 @@ class StageConfig(Section):
         {}, description="fields that differ from the section of the stage's kind"
     )
     max_retries: int | None = operational(
-        None, ge=0, description="retries of this stage; by default runner.max_retries"
+        None, ge=0, le=MAX_COUNT, description="retries of this stage; by default runner.max_retries"
     )
     timeout_s: float | None = operational(
         None, gt=0.0, description="seconds that this stage may take; by default runner.timeout_s"
@@ -53,6 +53,7 @@ class RunnerConfig(Section):
     max_retries: int = Field(
         2,
         ge=0,
+        le=MAX_COUNT,
         description="retries of a stage after failures that may pass (a lost node, a network)",
     )
     retry_wait_s: float = Field(
@@ -62,6 +63,7 @@ class RunnerConfig(Section):
     keep_runs: int | None = Field(
         None,
         ge=1,
+        le=MAX_COUNT,
         description="number of finished runs whose stage folders are kept. After each run that "
         "ends well, folders that only older runs used are deleted, except what a registered model "
         "holds; by default all are kept",
@@ -69,6 +71,7 @@ class RunnerConfig(Section):
     max_parallel: int | None = Field(
         None,
         ge=1,
+        le=MAX_WORKERS,
         description="most stages that run at the same time; by default as many as the cluster has "
         "room for",
     )

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tokendiff.config.base import Section, added, operational
+from tokendiff.config.base import MAX_COUNT, Section, added, operational
 
 FILE_FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet")
 TEXT = "text"
@@ -78,15 +78,15 @@ class PreprocessConfig(Section):
         "line", description="what one document is in text files: a line or the whole file"
     )
     use_dummy_data: bool = Field(False, description="train on random tokens in place of a dataset")
-    num_dummy_samples: int = Field(2048, ge=1, description="rows of random tokens")
+    num_dummy_samples: int = Field(2048, ge=1, le=MAX_COUNT, description="rows of random tokens")
     tokenizer_name_or_path: str | None = Field(
         None,
         description="bytes, bpe (trained on the corpus), or a transformers name or path; "
         "by default the model's own; where the model is a built-in one, that of warm_start_from, "
         "or else bpe",
     )
-    vocab_size: int = Field(2048, ge=300, description="size of the bpe vocabulary")
-    max_length: int = Field(128, ge=2, description="tokens per packed row")
+    vocab_size: int = Field(2048, ge=300, le=10_000_000, description="size of the bpe vocabulary")
+    max_length: int = Field(128, ge=2, le=MAX_COUNT, description="tokens per packed row")
     heldout_fraction: float = Field(
         0.05,
         ge=0.0,
@@ -96,6 +96,7 @@ class PreprocessConfig(Section):
     partition_bytes: int = Field(
         32 << 20,
         ge=1,
+        le=2**50,
         description="most input bytes that one task packs into one shard; a larger file is cut "
         "into equal parts",
     )
@@ -109,6 +110,7 @@ class PreprocessConfig(Section):
     max_errors: int = operational(
         100,
         ge=0,
+        le=MAX_COUNT,
         description="most rows that may be unusable (cut off, no text, not UTF-8); they are left "
         "out and named in errors/. With more of them the job fails",
     )

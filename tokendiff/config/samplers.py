@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from tokendiff.config.base import Section, added, named
+from tokendiff.config.base import MAX_BLOCK, MAX_COUNT, Section, added, named
 
 Selection = Literal["random", "lowest_current_prob", "lowest_maxprob", "lowest_log_margin"]
 _SELECTION_HELP = (
@@ -12,6 +12,13 @@ _SELECTION_HELP = (
     "sure of, by the probability of the token that stands there, by that of the likeliest token, "
     "or by the ratio of the two likeliest (approximations)"
 )
+
+
+def _are_counts(ids: list[int]) -> list[int]:
+    for token in ids:
+        if token > MAX_COUNT:
+            raise ValueError(f"token ids must be <= {MAX_COUNT}, got {token}")
+    return ids
 
 
 class _SamplerConfig(Section):
@@ -22,7 +29,9 @@ class _SamplerConfig(Section):
         ge=0.0,
         description="temperature of the predicted distribution; 0 takes the likeliest token",
     )
-    top_k: int | None = Field(None, ge=1, description="draw from the k likeliest tokens only")
+    top_k: int | None = Field(
+        None, ge=1, le=MAX_COUNT, description="draw from the k likeliest tokens only"
+    )
     top_p: float | None = Field(
         None,
         gt=0.0,
@@ -53,15 +62,16 @@ class AncestralConfig(_FixedLengthConfig):
     """Ancestral sampling on a uniform time grid, for every noise process."""
 
     name: Literal["ancestral"] = "ancestral"
-    num_inference_steps: int = Field(128, ge=1, description="steps of the time grid")
+    num_inference_steps: int = Field(128, ge=1, le=MAX_COUNT, description="steps of the time grid")
     corrector_steps: int = added(
         0,
         ge=0,
+        le=MAX_COUNT,
         description="number of sweeps after each step except the last; a sweep takes one forward "
         "pass and draws some tokens again, given all the others. For uniform and hybrid noise only",
     )
     corrector_k: int = added(
-        1, ge=1, description="tokens of a row that a sweep draws again; 1 is exact"
+        1, ge=1, le=MAX_COUNT, description="tokens of a row that a sweep draws again; 1 is exact"
     )
     corrector_selection: Selection = added("random", description=_SELECTION_HELP)
 
@@ -79,10 +89,11 @@ class BlockwiseConfig(_FixedLengthConfig):
     num_inference_steps: int = Field(
         64,
         ge=1,
+        le=MAX_COUNT,
         description="steps of each block: exactly these on a grid of times (ancestral), at most "
         "these otherwise",
     )
-    block_size: int = Field(32, ge=1, description="tokens of a block")
+    block_size: int = Field(32, ge=1, le=MAX_BLOCK, description="tokens of a block")
     remasking_strategy: Literal[
         "ancestral",
         "sequential",
@@ -108,10 +119,11 @@ class BlockwiseConfig(_FixedLengthConfig):
     max_new_tokens: int | None = added(
         None,
         ge=1,
+        le=MAX_COUNT,
         description="most tokens of an answer. Each row is then a prompt and an answer that begins "
         "behind it and ends at EOS; use it in place of seq_len",
     )
-    stop_token_ids: list[int] = added(
+    stop_token_ids: Annotated[list[int], AfterValidator(_are_counts)] = added(
         [],
         description="ids that end an answer, beside the tokenizer's EOS and those of the model",
     )
@@ -125,6 +137,7 @@ class BlockwiseConfig(_FixedLengthConfig):
     cache_refresh_steps: int | None = added(
         None,
         ge=1,
+        le=MAX_COUNT,
         description="renew the cache after this many forward passes; by default only when a block "
         "begins",
     )
@@ -147,7 +160,7 @@ class RemaskingConfig(_FixedLengthConfig):
     """Revealed tokens may be masked again. Source: ReMDM (arXiv 2503.00307)."""
 
     name: Literal["remdm"] = "remdm"
-    num_inference_steps: int = Field(128, ge=1, description="steps of the time grid")
+    num_inference_steps: int = Field(128, ge=1, le=MAX_COUNT, description="steps of the time grid")
     eta: float = Field(
         0.02, ge=0.0, le=1.0, description="strength of remasking; 0 gives sampler ancestral"
     )
@@ -167,7 +180,7 @@ class FirstHittingConfig(_FixedLengthConfig):
 class _OpenEndedConfig(_SamplerConfig):
     """Fields that all samplers have that continue a prompt until a stop token."""
 
-    stop_token_ids: list[int] = Field(
+    stop_token_ids: Annotated[list[int], AfterValidator(_are_counts)] = Field(
         [],
         description="ids that end a completion, beside the tokenizer's EOS and those of the "
         "model's generation config",
@@ -178,7 +191,9 @@ class AutoregressiveSamplerConfig(_OpenEndedConfig):
     """Token after token, of any causal language model."""
 
     name: Literal["ar"] = "ar"
-    max_new_tokens: int = Field(256, ge=1, description="tokens of a completion at most")
+    max_new_tokens: int = Field(
+        256, ge=1, le=MAX_COUNT, description="tokens of a completion at most"
+    )
 
 
 class _SpeculativeConfig(AutoregressiveSamplerConfig):
@@ -215,11 +230,13 @@ class SelfSpeculationConfig(_SpeculativeConfig):
     block_length: int | None = Field(
         None,
         ge=2,
+        le=MAX_BLOCK,
         description="number of masks that a draft fills in; by default as many as in training",
     )
     draft_steps: int = added(
         1,
         ge=1,
+        le=MAX_COUNT,
         description="forward passes that make a draft; each settles an equal share of the block, "
         "from the left. One more pass verifies it",
     )
@@ -241,11 +258,16 @@ class SDARSamplerConfig(_OpenEndedConfig):
     """Block diffusion with a cache of finished blocks. Source: SDAR (arXiv 2510.06303)."""
 
     name: Literal["sdar"] = "sdar"
-    max_new_tokens: int = Field(256, ge=1, description="tokens of a completion at most")
-    block_length: int | None = Field(
-        None, ge=1, description="tokens of a block; by default as the model was trained, else 4"
+    max_new_tokens: int = Field(
+        256, ge=1, le=MAX_COUNT, description="tokens of a completion at most"
     )
-    denoising_steps: int = Field(4, ge=1, description="steps of a block at most")
+    block_length: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_BLOCK,
+        description="tokens of a block; by default as the model was trained, else 4",
+    )
+    denoising_steps: int = Field(4, ge=1, le=MAX_COUNT, description="steps of a block at most")
     remasking_strategy: Literal[
         "sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded"
     ] = Field(
@@ -282,11 +304,18 @@ class CanvasSamplerConfig(_OpenEndedConfig):
         ge=0.0,
         description="temperature of all rules but entropy_bound; 0 takes the likeliest token",
     )
-    max_new_tokens: int = Field(256, ge=1, description="tokens of a completion at most")
-    block_length: int | None = Field(
-        None, ge=1, description="tokens of a canvas; by default as the model was trained"
+    max_new_tokens: int = Field(
+        256, ge=1, le=MAX_COUNT, description="tokens of a completion at most"
     )
-    num_inference_steps: int = Field(48, ge=1, description="steps of a canvas at most")
+    block_length: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_BLOCK,
+        description="tokens of a canvas; by default as the model was trained",
+    )
+    num_inference_steps: int = Field(
+        48, ge=1, le=MAX_COUNT, description="steps of a canvas at most"
+    )
     canvas_rule: Literal["entropy_bound", "ddim", "ancestral", "block_refinement"] = Field(
         "entropy_bound",
         description="how a step changes the block: entropy_bound keeps the tokens that are "
@@ -318,16 +347,18 @@ class CanvasSamplerConfig(_OpenEndedConfig):
     corrector_steps: int = added(
         0,
         ge=0,
+        le=MAX_COUNT,
         description="ddim and ancestral: sweeps after each step but the last that draw some tokens "
         "of the canvas again, given all the others; a forward pass each",
     )
     corrector_k: int = added(
-        1, ge=1, description="tokens of a canvas that a sweep draws again; 1 is exact"
+        1, ge=1, le=MAX_COUNT, description="tokens of a canvas that a sweep draws again; 1 is exact"
     )
     corrector_selection: Selection = added("random", description=_SELECTION_HELP)
     stability_threshold: int = Field(
         1,
         ge=0,
+        le=MAX_COUNT,
         description="steps without a change of the likeliest tokens before a canvas is finished "
         "early",
     )
@@ -368,12 +399,15 @@ class BlockRefinementSamplerConfig(_OpenEndedConfig):
         ge=0.0,
         description="temperature of the predicted distribution; 0 takes the likeliest token",
     )
-    gen_length: int = Field(256, ge=1, description="tokens of a completion at most")
+    gen_length: int = Field(256, ge=1, le=MAX_COUNT, description="tokens of a completion at most")
     block_length: int | None = Field(
-        None, ge=1, description="tokens of a block; by default as the model was trained, else 32"
+        None,
+        ge=1,
+        le=MAX_BLOCK,
+        description="tokens of a block; by default as the model was trained, else 32",
     )
     num_inference_steps: int = Field(
-        32, ge=1, description="steps that the tokens of a block are spread over"
+        32, ge=1, le=MAX_COUNT, description="steps that the tokens of a block are spread over"
     )
     threshold: float = Field(
         0.7,
@@ -381,7 +415,7 @@ class BlockRefinementSamplerConfig(_OpenEndedConfig):
         description="commit every candidate whose probability is above this; a value above 1 "
         "commits only the step's quota",
     )
-    minimal_topk: int = Field(1, ge=1, description="least tokens that a step commits")
+    minimal_topk: int = Field(1, ge=1, le=MAX_COUNT, description="least tokens that a step commits")
     editing_threshold: float | None = Field(
         None,
         gt=0.0,
@@ -389,7 +423,10 @@ class BlockRefinementSamplerConfig(_OpenEndedConfig):
         "default committed tokens stay",
     )
     max_post_steps: int = Field(
-        16, ge=0, description="most steps of a block that only edit, after its last mask was filled"
+        16,
+        ge=0,
+        le=MAX_COUNT,
+        description="most steps of a block that only edit, after its last mask was filled",
     )
     eos_early_stop: bool = Field(
         True, description="end a completion at a stop token; false: always write gen_length tokens"

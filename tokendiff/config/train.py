@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from tokendiff.config.base import Section, added, operational
+from tokendiff.config.base import MAX_BATCH, MAX_COUNT, Section, added, operational
 from tokendiff.config.objectives import (
     NEW_DRAFT_FIELDS,
     BlockDiffusionConfig,
@@ -71,16 +71,20 @@ class TrainConfig(Section):
         "committed; a new one is private; the token is read from HF_TOKEN",
     )
 
-    max_train_steps: int = Field(1000, ge=1, description="optimiser steps")
+    max_train_steps: int = Field(1000, ge=1, le=MAX_COUNT, description="optimiser steps")
     per_device_train_batch_size: int = operational(
-        8, ge=1, description="most rows in one forward and backward pass of one worker"
+        8,
+        ge=1,
+        le=MAX_BATCH,
+        description="most rows in one forward and backward pass of one worker",
     )
     gradient_accumulation_steps: int = operational(
-        1, ge=1, description="forward and backward passes of one optimiser step"
+        1, ge=1, le=MAX_BATCH, description="forward and backward passes of one optimiser step"
     )
     global_batch_size: int | None = operational(
         None,
         ge=1,
+        le=MAX_COUNT,
         description="rows of one optimiser step, divided among the workers; by default "
         "per_device_train_batch_size * gradient_accumulation_steps, whatever the number "
         "of workers",
@@ -98,7 +102,7 @@ class TrainConfig(Section):
     ] = Field(
         "cosine", description="learning rate schedule, by its name in transformers.get_scheduler"
     )
-    lr_warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    lr_warmup_steps: int = Field(0, ge=0, le=MAX_COUNT, description="steps of linear warm-up")
     weight_decay: float = Field(
         0.01, ge=0.0, description="decoupled weight decay, applied to matrices only"
     )
@@ -119,6 +123,7 @@ class TrainConfig(Section):
     spike_window: int = added(
         128,
         ge=16,
+        le=1_000_000,
         description="number of last steps that on_spike compares with; more than 10 spikes "
         "within them end the run",
     )
@@ -144,6 +149,7 @@ class TrainConfig(Section):
     lora_rank: int | None = Field(
         None,
         ge=1,
+        le=65_536,
         description="rank of low-rank adapters, which are trained in place of the model's own "
         "weights and merged into them in every checkpoint; needs peft (pip install "
         "'tokendiff[lora]')",
@@ -184,30 +190,36 @@ class TrainConfig(Section):
         description="seed of the initial weights, the order of rows and the noise",
     )
 
-    checkpointing_steps: int = operational(500, ge=1, description="steps between checkpoints")
+    checkpointing_steps: int = operational(
+        500, ge=1, le=MAX_COUNT, description="steps between checkpoints"
+    )
     checkpoints_total_limit: int = operational(
         3,
         ge=1,
+        le=MAX_COUNT,
         description="number of newest checkpoints that are kept; keep: best keeps that of the best "
         "step as well",
     )
-    logging_steps: int = operational(10, ge=1, description="steps between log lines")
+    logging_steps: int = operational(10, ge=1, le=MAX_COUNT, description="steps between log lines")
 
     eval_steps: int | None = Field(
         None,
         ge=1,
+        le=MAX_COUNT,
         description="steps between evaluations on held-out rows; the first is before training, the "
         "last at the end; by default there are none",
     )
     max_eval_rows: int = Field(
         256,
         ge=2,
+        le=MAX_COUNT,
         description="most held-out rows of one evaluation, which costs about a third of training "
         "on as many rows",
     )
     early_stopping_patience: int | None = Field(
         None,
         ge=1,
+        le=MAX_COUNT,
         description="evaluations in a row without an improvement after which training ends; an "
         "improvement must exceed the standard error of the paired difference to the "
         "best one",
