@@ -2,6 +2,7 @@
 that holds them whole, and what a kill leaves while checkpoints are written.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -461,6 +462,23 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_its_manifest_is(
     names = {path.stat().st_ino: path.name for path in (tmp_path / "checkpoint-1").iterdir()}
     assert names[synced[-1]] == "MANIFEST.json"
     assert sorted(names[inode] for inode in synced) == sorted(names.values())
+
+
+def test_a_full_disk_is_told_with_the_file_that_was_written(tmp_path: Path) -> None:
+    full = os.strerror(errno.ENOSPC)
+    with pytest.raises(OSError, match=f"{full}: '/dev/full'$"):  # a disk without any room
+        saving.write_tensors(Path("/dev/full"), {"a": torch.ones(2)})
+    saver = saving.CheckpointSaver(tmp_path, World.current())
+    contents = saving.Contents(tensors={"model": [("a", torch.ones(2))]})
+    with patch.object(saving, "to_disk", side_effect=OSError(errno.ENOSPC, full)):
+        saver.save("checkpoint-1", lambda: contents)
+        with pytest.raises(OSError, match=f"{full}: '{tmp_path}/checkpoint-1'$"):
+            saver.wait()
+    # And by another worker than the main one, as that one tells it.
+    saving._announce(tmp_path, "key", 1, {"error": f"worker 1: {full}", "errno": errno.ENOSPC})
+    with pytest.raises(OSError, match=f"could not be written: worker 1: {full}: ") as error:
+        saving._await(tmp_path, "key", 1)
+    assert error.value.errno == errno.ENOSPC
 
 
 # What cannot be.

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.errors import CorruptFileError, InputError, naming
 
 CACHE_VARIABLE = "TOKENDIFF_CACHE"
 _URI = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -466,7 +466,8 @@ def _download(source: RemotePath, target: Path, sha256: str) -> None:
         with open_binary(source) as stream, open(temporary, "wb") as file:
             while block := stream.read(_BUFFER_BYTES):
                 digest.update(block)
-                file.write(block)
+                with naming(target):
+                    file.write(block)
         to_disk(temporary)
         if digest.hexdigest() != sha256:
             raise CorruptFileError(

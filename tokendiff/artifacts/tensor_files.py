@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokendiff.errors import CorruptFileError
+from tokendiff.errors import CorruptFileError, naming
 
 _BLOCK_BYTES = 1 << 20  # small enough to be hashed out of the cache that it was written from
 _ALIGNMENT = 8
@@ -56,7 +56,7 @@ def write_tensors(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     digest = hashlib.sha256()
-    with open(path, "wb", buffering=0) as file:
+    with naming(path), open(path, "wb", buffering=0) as file:
         for part in (struct.pack("<Q", len(text)), text, *(_bytes_of(t) for _, t in order)):
             for start in range(0, len(part), _BLOCK_BYTES):
                 block = part[start : start + _BLOCK_BYTES]

@@ -35,7 +35,7 @@ from tokendiff.artifacts.locations import (
     open_binary,
 )
 from tokendiff.artifacts.manifest import Manifest, fingerprint, verify
-from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.errors import CorruptFileError, InputError, naming
 
 KIND = "target_states"
 REMEDY = "run the stage of kind cache_target_states again, or leave target_states_path out"
@@ -237,7 +237,7 @@ def write_states(
     text += b" " * (-len(text) % _NUMBER_BYTES)
     index: dict[str, list[int]] = {name: [] for name in _INDEX}
     digest, stop = hashlib.sha256(), 0
-    with open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
 
         def write(data: Any) -> None:
             file.write(data)

@@ -40,7 +40,7 @@ from tokendiff.artifacts.tensor_files import (
     whole,
     write_tensors,
 )
-from tokendiff.errors import reason_of
+from tokendiff.errors import naming, reason_of
 from tokendiff.training.world import World
 
 logger = logging.getLogger(__name__)
@@ -305,7 +305,8 @@ class CheckpointSaver:
         target = self._output_dir / name
         try:
             if isinstance(target, Path):
-                self._write_into(_beside(target, key), target, key, staged, contents)
+                with naming(target):
+                    self._write_into(_beside(target, key), target, key, staged, contents)
             else:
                 with tempfile.TemporaryDirectory() as folder:
                     self._write_into(Path(folder), target, key, staged, contents)
@@ -344,7 +345,9 @@ class CheckpointSaver:
                     (folder / file).unlink()
         except BaseException as error:
             if not self._world.is_main:
-                _announce(place, key, rank, {"error": f"worker {rank}: {error}"})
+                number = error.errno if isinstance(error, OSError) else None
+                told = {"error": f"worker {rank}: {error}", "errno": number}
+                _announce(place, key, rank, told)
             raise
         if not self._world.is_main:
             _announce(place, key, rank, share)
@@ -422,5 +425,7 @@ def _await(place: Location, key: str, rank: int) -> dict[str, Any]:
     share: dict[str, Any] = json.loads(path.read_bytes())
     path.unlink()
     if "error" in share:
+        if share["errno"] is not None:  # which tells of a full disk
+            raise OSError(share["errno"], f"could not be written: {share['error']}", str(place))
         raise OSError(f"{place} could not be written: {share['error']}")
     return share
