@@ -30,6 +30,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipelines.record import EXIT_CODES
+from tokendiff.artifacts.locations import is_of_store
 from tokendiff.cluster.session import thread_policy
 from tokendiff.cluster.stopping import is_stop_requested, sigterm_stops, words_of
 from tokendiff.config.base import MAX_COUNT
@@ -171,7 +172,7 @@ def _report(error: Exception) -> int:
     if isinstance(error, ConnectionError) and not isinstance(error, BrokenPipeError):
         return fail(f"{error}; run the same command again when it answers: it goes on")
     is_given_up = type(error) is RuntimeError and _is_ray_s(error.__cause__)
-    if isinstance(error, _FORESEEN) or is_given_up:
+    if isinstance(error, _FORESEEN) or is_given_up or is_of_store(error):
         _print_error(error)
     else:
         traceback.print_exception(error)

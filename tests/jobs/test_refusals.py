@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import yaml
 from transformers import BertConfig
@@ -135,3 +136,30 @@ def test_a_pipeline_is_refused_where_a_stage_cannot_run(
     assert "bad input" in capsys.readouterr().out
     made = sorted(path.name for path in (folder / "root").rglob("*"))
     assert not [name for name in made if name.startswith(("corpus-", "model-", "samples-", "mlf"))]
+
+
+@pytest.mark.parametrize(
+    ("uri", "code", "says"),
+    [
+        ("hf://nobody/nothing", 1, "hf://nobody/nothing/MANIFEST.json: Cannot reach "),
+        ("http://127.0.0.1:9/x", 2, "folders cannot be read or written at a web address; "),
+        ("https://127.0.0.1:9/x", 2, "folders cannot be read or written at a web address; "),
+        ("odd://x", 1, "odd://x/MANIFEST.json: away"),
+    ],
+)
+def test_a_store_that_cannot_be_read_is_one_message(
+    uri: str, code: int, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Odd(fsspec.AbstractFileSystem):
+        """A store whose package raises what it likes."""
+
+        def info(self, *args: Any, **kwargs: Any) -> Any:
+            raise LookupError("away")
+
+    fsspec.register_implementation("odd", Odd, clobber=True)
+    flags = ["--prompt", "a", "--output_dir", str(tmp_path / "out"), "-o", f"root={tmp_path}"]
+    assert generate.main(["--checkpoint_path", uri, *flags]) == code
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1

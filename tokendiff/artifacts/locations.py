@@ -24,11 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from tokendiff.errors import CorruptFileError, InputError, naming
+from tokendiff.errors import CorruptFileError, InputError, naming, reason_of
 
 CACHE_VARIABLE = "TOKENDIFF_CACHE"
 _URI = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _ARROW_SCHEMES = ("s3", "gs", "gcs")
+_WEB_SCHEMES = ("http", "https")
 _CACHED_PART_OF_DISK = 0.25
 _BUFFER_BYTES = 1 << 20
 _THREADS = 8
@@ -63,6 +64,11 @@ class RemotePath:
             raise InputError(
                 f"{scheme}://...: a URI holds no options and no credentials; they are taken from "
                 "the environment (AWS_ENDPOINT_URL, AWS_PROFILE, ...)"
+            )
+        if scheme.lower() in _WEB_SCHEMES:
+            raise InputError(
+                f"{self.uri}: folders cannot be read or written at a web address; download what is "
+                "there and give its path, or give a store such as s3://BUCKET/PATH"
             )
         if scheme.lower() in _ARROW_SCHEMES and not rest.split("/")[0]:
             raise InputError(f"{self.uri}: names no bucket; write {scheme}://BUCKET/PATH")
@@ -515,7 +521,7 @@ def _filesystem(scheme: str, bucket: str, pid: int) -> tuple[Any, str]:
 
         handler = fs.FSSpecHandler(fsspec.filesystem(scheme))
         return fs.PyFileSystem(handler), "/" if scheme == "memory" else ""
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, TypeError, ValueError) as error:
         raise InputError(
             f"{scheme}://{bucket}: cannot be opened ({str(error).split(chr(10))[0]}); s3:// and "
             "gs:// work out of the box, others need their fsspec package"
@@ -530,7 +536,8 @@ def is_store_down(error: OSError) -> bool:
 @contextmanager
 def _named(uri: str) -> Iterator[None]:
     """Errors of the store, with the URI, which its own messages may lack: a ConnectionError where
-    it may be well again later, a PermissionError where it refuses.
+    it may be well again later, a PermissionError where it refuses. Stores of fsspec packages raise
+    classes of their own.
     """
     try:
         yield
@@ -539,8 +546,17 @@ def _named(uri: str) -> Iterator[None]:
     except OSError as error:
         words = str(error).split("\n")[0]
         kind: type[OSError] = OSError
-        if is_store_down(error):
+        if is_store_down(error) or isinstance(error, ConnectionError | TimeoutError):
             kind = ConnectionError
-        elif _REFUSED.search(words):
+        elif _REFUSED.search(words) or isinstance(error, PermissionError):
             kind = PermissionError
         raise kind(f"{uri}: {words}") from error
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        raise OSError(f"{uri}: {reason_of(error)}") from error
+
+
+def is_of_store(error: BaseException) -> bool:
+    """Whether an error says what became of a URI, as all do that a `RemotePath` raises."""
+    return isinstance(error, OSError) and error.errno is None and bool(_URI.match(str(error)))
