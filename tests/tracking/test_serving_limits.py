@@ -73,6 +73,13 @@ def test_limits_come_from_the_environment() -> None:
     assert max_body_bytes({"TOKENDIFF_SERVE_MAX_BODY_BYTES": "77"}) == 77
 
 
+def test_a_limit_is_not_cut_to_a_smaller_one() -> None:
+    name = "TOKENDIFF_SERVE_MAX_CHARS"
+    assert Limits.of_environment({name: "9" * 18}).max_chars == 10**18 - 1
+    with pytest.raises(InputError, match=f"{name}: '10+' has more than 18 digits; give a smaller"):
+        Limits.of_environment({name: str(10**18)})
+
+
 @pytest.mark.parametrize("text", ["0", "-1", "many", "1e3", "", "\u0663"])
 def test_settings_that_are_no_numbers_are_refused(
     text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -20,6 +20,7 @@ from tokendiff.errors import InputError
 
 _PREFIX = "TOKENDIFF_SERVE_"
 _MAX_BODY_BYTES = 8 * 2**20
+_MAX_DIGITS = 18
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -47,7 +48,7 @@ class Limits:
     def of_environment(cls, environment: Mapping[str, str]) -> "Limits":
         """
         Raises:
-            InputError: a variable is no whole number above 0.
+            InputError: a variable is no whole number above 0, or one of more than 18 digits.
         """
         return cls(
             **{
@@ -129,11 +130,17 @@ def max_body_bytes(environment: Mapping[str, str]) -> int:
 def _whole_number(environment: Mapping[str, str], name: str, default: int) -> int:
     variable = f"{_PREFIX}{name.upper()}"
     text = environment.get(variable, str(default))
-    if not (text.isascii() and text.isdigit() and int(text[:18]) > 0):
+    is_number = text.isascii() and text.isdigit()
+    if is_number and len(text) > _MAX_DIGITS:
+        raise InputError(
+            f"environment variable {variable}: {text!r:.40} has more than {_MAX_DIGITS} digits; "
+            "give a smaller number"
+        )
+    if not (is_number and int(text) > 0):
         raise InputError(
             f"environment variable {variable}: {text!r:.40} is no whole number above 0"
         )
-    return int(text[:18])
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
