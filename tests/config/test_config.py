@@ -750,3 +750,21 @@ def test_a_written_config_loads_to_an_equal_one(write: Write, config: Config) ->
 def test_a_written_config_names_its_members(write: Write) -> None:
     toy = Toy(paint=Paint(colour=Blue(), second=Blue(marks=[1])))
     assert load_model(Toy, write(to_yaml(toy))) == toy
+
+
+@pytest.mark.parametrize("variable", ["$HOME", "${HOME}"])
+@pytest.mark.parametrize(
+    ("place", "shape"),
+    [
+        ("root", "{}/out"),
+        ("train.output_dir", "{}"),
+        ("evaluate.checkpoint_path", "a/{}/b"),
+        ("preprocess.data_files", "['{}/*.txt']"),
+    ],
+)
+def test_a_variable_of_a_shell_is_no_path(place: str, shape: str, variable: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_config(None, [f"{place}={shape.format(variable)}"])
+    assert f"-o {place}: '" in str(error.value)
+    assert f"variables such as {variable} are not expanded; write the path out" in str(error.value)
+    assert load_config(None, ["root=a$1/$"]).root == "a$1/$"

@@ -1,8 +1,9 @@
 """What every section is: strict, frozen, and able to say which fields decide a result."""
 
+import re
 from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 # More than anybody counts to, and little enough for arithmetic with a few of them: numbers beyond
 # end in a traceback of some library, or never. Fields that need a lower bound have their own.
@@ -10,6 +11,9 @@ MAX_COUNT = 2**31 - 1
 MAX_BLOCK = 1_000_000  # tokens of a block
 MAX_BATCH = 1_000_000  # rows at once, or batches of a step
 MAX_WORKERS = 100_000
+
+_VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})")
+_PATH_FIELD = re.compile(r"(^root|_dir|_path|_files|^prompts|_since|_from)$")
 
 
 class Section(BaseModel):
@@ -23,6 +27,19 @@ class Section(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+
+    @field_validator("*")
+    @classmethod
+    def _has_no_variable(cls, value: Any, info: ValidationInfo) -> Any:
+        """Nothing expands variables of a shell: a folder of that name would be made."""
+        if info.field_name and _PATH_FIELD.search(info.field_name):
+            for path in value if isinstance(value, list) else [value]:
+                if isinstance(path, str) and (found := _VARIABLE.search(path)):
+                    raise ValueError(
+                        f"{path!r}: variables such as {found[0]} are not expanded; write the path "
+                        "out, or give it on the command line, where the shell expands it"
+                    )
+        return value
 
     def result_fields(self) -> dict[str, Any]:
         """The fields that decide the result, as plain JSON: what a stage's key is made of."""
