@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from jobs import evaluate, generate, pipeline, preprocess, train
 from tests import ROOT
@@ -116,6 +118,53 @@ def test_answers_are_drawn_by_the_template_that_was_trained(
     assert generate.main(["--checkpoint_path", str(out / "final"), *chat, *drawn]) == 0
     (record,) = map(json.loads, next((tmp_path / "drawn").glob("part-*")).read_text().splitlines())
     assert record["num_prompt_tokens"] == len("user: 7\nassistant: ")
+
+
+@pytest.mark.parametrize("blank", [" ", ""])
+def test_a_blank_that_the_tokenizer_joins_to_the_answer_is_told(
+    blank: str, in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At preprocessing, and where the blank of a prompt is then a token by itself."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator(["say the 1 and the 2"] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="[EOS]")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "a.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}:"
+        f"{blank}{{{{ m.content }}}}"
+        "{{ eos_token if m.role == 'assistant' else '; ' }}{% endfor %}"
+        f"{{% if add_generation_prompt %}}assistant:{blank}{{% endif %}}"
+    )
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": said}]}
+        for n in range(60)
+        for said in ["the 1" if blank else " the 1"]
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ["--dataset_name", "jsonl", "--data_files", str(tmp_path / "a.jsonl")]
+    data += ["--chat_template", str(tmp_path / "a.jinja"), "--max_length", "64"]
+    data += ["--tokenizer_name_or_path", str(tmp_path / "tokenizer")]
+    flags = ["--objective", "ar", "--model_name_or_path", "builtin:qwen3-tiny", *data]
+    steps = ["--max_train_steps", "1", "--output_dir", str(tmp_path / "out"), "--enabled", "false"]
+    assert train.main([*flags, *steps]) == 0
+    said = (
+        "in 60 conversations the text before an answer ends in a blank, which the tokenizer joins"
+    )
+    assert capsys.readouterr().out.count(said) == (1 if blank else 0)
+    drawn = ["--checkpoint_path", str(tmp_path / "out" / "final"), "--sampler", "ar"]
+    drawn += ["--max_new_tokens", "2", "--num_samples", "1"]
+    for name, (more, is_told) in {
+        "chat": (["--prompt", "7", "--use_chat_template", "--add_generation_prompt"], bool(blank)),
+        "text": (["--prompt", "say ", "--prompt", "say"], True),
+        "plain": (["--prompt", "say"], False),
+    }.items():
+        assert generate.main([*drawn, *more, "--output_dir", str(tmp_path / name)]) == 0
+        printed = capsys.readouterr().out
+        assert printed.count("ends in a blank, as it is or as the chat template") == is_told, name
 
 
 def test_a_warm_start_takes_the_tokenizer_of_its_checkpoint(

@@ -47,7 +47,7 @@ from tokendiff.data.samples import KIND, num_new_tokens, read_part, write_part
 from tokendiff.errors import InputError, naming_memory
 from tokendiff.evaluation.acceptance import acceptance_metrics, speedup_metrics
 from tokendiff.models.completion import CompletionModel
-from tokendiff.models.requests import RowCheck, check_given, check_source, make_check
+from tokendiff.models.requests import RowCheck, blank_note, check_given, check_source, make_check
 from tokendiff.models.sampling import PromptCheck, SamplingModel
 
 if TYPE_CHECKING:
@@ -266,6 +266,8 @@ def generate(
     if isinstance(check, PromptCheck):
         for note in check.notes:
             on_event("warning", message=note)
+    if (blank := blank_note(index.first_prompts(), check)) is not None:
+        on_event("advice", message=blank)
     mark = _claim(output_dir, identity)
     if notes := take_notes(output_dir):
         on_event(

@@ -132,6 +132,8 @@ def preprocess(
             message=f"the model does not see {left_out}; write what it should see into the content "
             "of the messages",
         )
+    if num_joined := sum(partition.joined for partition in stats):
+        on_event("advice", message=_joined_in_words(num_joined))
     if (note := format_note(config)) is not None:
         metadata["dataset_format"] = "text"
         on_event("advice", message=note)
@@ -405,6 +407,15 @@ def _of_chats(
         },
         "isolate_documents": True if isolate is None else isolate,
     }
+
+
+def _joined_in_words(count: int) -> str:
+    return (
+        f"in {count:,} conversations the text before an answer ends in a blank, which the "
+        "tokenizer joins to the answer's first word; a prompt that ends in that blank ends in a "
+        "token which is not seen in training. Let the chat template (or the prompts, where there "
+        "is none) ask for an answer without a blank at the end, and begin the answer with it"
+    )
 
 
 def _split_totals(stats: Sequence[PartitionStats], split: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class ChatDocuments:
     Attributes:
         tokenizer: with its chat template.
         dropped: counts what is left out: "too long", and "cut" and "reasoning", of which the rest
-            is kept.
+            is kept; and "joined", of which nothing is left out (`Rendered.joins_blank`).
     """
 
     tokenizer: Any
@@ -94,6 +94,7 @@ class ChatDocuments:
                 if document is not None:
                     if any(message.has_reasoning for message in conversation.messages):
                         self.dropped["reasoning"] += 1
+                    self.dropped["joined"] += rendered.joins_blank
                     contents.append(conversation.prompt.encode("utf-8", "replace"))
                     documents.append(document)
             if documents:

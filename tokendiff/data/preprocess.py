@@ -84,6 +84,7 @@ class PartitionStats:
         dropped_not_text: null cells.
         dropped_too_long, cut: conversations longer than a row that were left out, or cut.
         without_reasoning: conversations that are used, but for thoughts beside their answers.
+        joined: conversations with an answer whose first token holds the blank before it.
         example: the first conversation that is trained on, its answers marked; "" of text.
         errors: its bad rows; None where there are none.
     """
@@ -95,6 +96,7 @@ class PartitionStats:
     dropped_too_long: int = 0
     cut: int = 0
     without_reasoning: int = 0
+    joined: int = 0
     example: str = ""
     errors: ErrorStats | None = None
 
@@ -186,6 +188,7 @@ def preprocess_partition(
         dropped_too_long=dropped["too long"],
         cut=dropped["cut"],
         without_reasoning=dropped["reasoning"],
+        joined=dropped["joined"],
         example=example,
         errors=errors,
     )

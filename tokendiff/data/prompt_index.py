@@ -189,6 +189,12 @@ class PromptIndex:
         num_prompts = len(self.given) + sum(file.num_prompts for file in self.files)
         return num_prompts * self.num_samples
 
+    def first_prompts(self) -> Iterator[Prompt | None]:
+        """Those of the command line, and the first of the files."""
+        yield from self.given
+        if self.num_rows > (first := len(self.given) * self.num_samples):
+            yield from (item.row.prompt for item in self.rows(first, first + 1))
+
     def identity(self) -> list[Any]:
         """Plain JSON that changes with any prompt and its number."""
         return [

@@ -14,6 +14,7 @@ from tokendiff.errors import InputError, reason_of
 
 Message = dict[str, Any]  # role and content, as chat templates read them
 Prompt = str | list[Message]
+_WORDS = ("a", "the", "The", "1")  # with which a text might go on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +73,26 @@ class PromptEncoder:
             return []
         if isinstance(prompt, str) and not self.use_chat_template:
             return self._encode_text(prompt)
+        return self._encode(self._written(prompt))
+
+    def loses_blank(self, prompt: Prompt | None) -> bool:
+        """Whether a prompt ends in a blank that the tokenizer joins to a word behind it: encoded by
+        itself it is another token than in texts that go on.
+        """
+        is_text = isinstance(prompt, str) and not self.use_chat_template
+        text = prompt if prompt is None or is_text else self._written(prompt)
+        if not isinstance(text, str) or not text.endswith(" "):
+            return False
+        ids = self._encode(text)
+        return any(self._encode(text + word)[: len(ids)] != ids for word in _WORDS)
+
+    def _written(self, prompt: Prompt) -> str:
+        """A prompt as the chat template writes it out."""
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         self._check_template("a prompt of messages")
         try:
-            text = self.tokenizer.apply_chat_template(
+            text: str = self.tokenizer.apply_chat_template(
                 prompt, tokenize=False, add_generation_prompt=self.add_generation_prompt
             )
         # A template is a program of whoever made the model, in a sandbox: it may raise anything.
@@ -85,6 +101,9 @@ class PromptEncoder:
                 f"messages {json.dumps(prompt, ensure_ascii=False)[:80]}: the chat template of "
                 f"{self.subject} refuses them ({reason_of(error)})"
             ) from error
+        return text
+
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -116,7 +135,7 @@ class PromptEncoder:
         return ChatRenderer(tokenizer=self.tokenizer)
 
     def _encode_text(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self._encode(text)
         if not self.keeps_prefix:
             return ids
         around: list[int] = self.tokenizer(text, add_special_tokens=True)["input_ids"]

@@ -40,12 +40,15 @@ class Rendered:
         is_target: [N] bool, the tokens that are learnt.
         is_special: [N] bool, the tokens that are special ones of the tokenizer.
         encoded: the same tokens, and where in the text they stand.
+        joins_blank: the blank before an answer is in the token of its first word, so that a prompt
+            which ends in that blank ends in a token that is not seen here.
     """
 
     tokens: np.ndarray
     is_target: np.ndarray
     is_special: np.ndarray
     encoded: Encoded
+    joins_blank: bool = False
 
     def num_bytes(self, stop: int) -> int:
         """UTF-8 bytes of text that the targets among the first `stop` tokens stand for, but for
@@ -231,6 +234,7 @@ class ChatRenderer:
                         is_target=is_target,
                         is_special=self._is_special.take(each.ids, mode="clip"),
                         encoded=each,
+                        joins_blank=_joins_blank(each, [start for start, _ in learnt]),
                     )
                 )
         return found
@@ -365,6 +369,16 @@ def _with_beginning(encoded: Encoded, first: int, char: int) -> int:
     if first == 0 or not encoded.text[char : encoded.starts_at(first)].strip():
         return first
     return first - 1 if encoded.reaches(first - 1, char) else first
+
+
+def _joins_blank(encoded: Encoded, starts: Iterable[int]) -> bool:
+    """Whether one of the answers that start there begins within a token, behind a blank."""
+    for start in starts:
+        if encoded.text[max(start - 1, 0) : start] == " ":
+            first = encoded.first_from(start)
+            if _with_beginning(encoded, first, start) < first:
+                return True
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)

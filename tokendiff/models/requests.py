@@ -1,11 +1,12 @@
 """What says of rows, before a weight is read, whether they can be sampled."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokendiff.artifacts.checkpoint import open_checkpoint
-from tokendiff.data.prompts import GenerationRow, Prompt
+from tokendiff.data.prompts import GenerationRow, Prompt, prompt_text
 from tokendiff.errors import InputError
 from tokendiff.models.completion import CompletionSetup
 from tokendiff.models.pretrained import check_weights
@@ -34,6 +35,20 @@ def check_given(prompts: Iterable[Prompt | None], check: RowCheck) -> None:
     """
     for number, prompt in enumerate(prompts):
         check.request(GenerationRow(id=number, prompt=prompt))
+
+
+def blank_note(prompts: Iterable[Prompt | None], check: RowCheck) -> str | None:
+    """What to say of prompts that end in a blank which the tokenizer joins to the next word."""
+    for prompt in prompts:
+        with suppress(InputError):  # which is said where the prompt is sampled
+            if check.encoder.loses_blank(prompt):
+                return (
+                    f"prompt {(prompt_text(prompt) or '')[:60]!r} ends in a blank, as it is or as "
+                    "the chat template writes it out; the tokenizer joins a blank to the word "
+                    "behind it, so the model knows no text that goes on from there: end the "
+                    "prompt, or the template's request for an answer, without it"
+                )
+    return None
 
 
 def check_source(config: "GenerateConfig", checkpoint_path: str | None) -> None:
