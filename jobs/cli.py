@@ -33,7 +33,6 @@ from pipelines.record import EXIT_CODES
 from tokendiff.artifacts.locations import is_of_store
 from tokendiff.cluster.session import thread_policy
 from tokendiff.cluster.stopping import is_stop_requested, sigterm_stops, words_of
-from tokendiff.config.base import MAX_COUNT
 from tokendiff.config.loader import (
     TAG,
     alternatives,
@@ -86,6 +85,7 @@ _COMMON = ("config", "override", "json", "verbose", "help")
 _SHORT_FLAGS = {"output_dir": "--output"}
 _METAVARS = {int: "INT", float: "FLOAT", bool: "true|false"}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+_NO_BOUND = 2**31 - 1  # of fields that have no better one; it says nothing to anybody
 _called_as: ContextVar[str | None] = ContextVar("_called_as", default=None)
 _asked: ContextVar[list[argparse.ArgumentParser] | None] = ContextVar("_asked", default=None)
 
@@ -434,7 +434,7 @@ def _details(variants: Variants) -> list[str]:
         details += [
             f"{sign} {getattr(rule, at)}"
             for at, sign in _BOUNDS.items()
-            if getattr(rule, at, MAX_COUNT) != MAX_COUNT  # which says nothing to anybody
+            if getattr(rule, at, _NO_BOUND) < _NO_BOUND
         ]
     defaults = {tags(owner)[:1]: _default(field) for owner, field in variants}
     if len(set(defaults.values())) > 1:
