@@ -73,7 +73,8 @@ class Run:
 
 def write_side_by_side(page: Path, first: Path, second: Path) -> None:
     """Write the page; the runs are called by the parts of their paths that differ."""
-    names = _names(first.resolve(), second.resolve())
+    # Not Path.resolve, which fails at a link to itself.
+    names = _names(*(Path(os.path.realpath(folder)) for folder in (first, second)))
     runs = [Run.read(f, name=name) for f, name in zip((first, second), names, strict=True)]
     page.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(page, render_page(side_by_side(*runs)))

@@ -59,3 +59,12 @@ def test_runs_are_called_by_what_differs_of_their_paths() -> None:
 def test_a_folder_of_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pipeline.main(["compare", str(tmp_path), "--with", str(tmp_path)]) == 2
     assert "no run has left a log or a result there" in capsys.readouterr().err
+
+
+def test_a_link_to_itself_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (loop := tmp_path / "loop").symlink_to("loop")
+    (run := tmp_path / "run").mkdir()
+    with RunLog(run / LOG_NAME) as log:
+        log.write("metrics", step=1, loss=2.0)
+    assert pipeline.main(["compare", str(tmp_path), "--with", str(loop)]) == 2
+    assert f"error: {loop}: no run has left a log" in capsys.readouterr().err
