@@ -15,8 +15,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter
 
 from pipelines.lock import EXIT_LOCKED, is_held
 from pipelines.paths import RUNS
@@ -117,11 +120,31 @@ class RunRecord:
 
     @classmethod
     def load(cls, folder: Location) -> "RunRecord":
+        """
+        Raises:
+            ValueError, TypeError, KeyError: what is there is no record of a run.
+        """
         raw = json.loads((folder / RESULT_NAME).read_text())
         if not isinstance(raw, dict):
             raise ValueError(f"{folder / RESULT_NAME} holds no record of a run")
-        stages = [StageRecord(**stage) for stage in raw.pop("stages")]
-        return cls(**{**raw, "folder": folder, "stages": stages})
+        stages = [StageRecord(**_typed(StageRecord, stage)) for stage in raw.pop("stages")]
+        return cls(**{**_typed(cls, raw), "folder": folder, "stages": stages})
+
+
+def _typed(model: type[RunRecord] | type[StageRecord], raw: dict[str, Any]) -> dict[str, Any]:
+    """The fields; ValueError where one holds what such a record never does."""
+    types = get_type_hints(model)
+    for name, value in raw.items():
+        if name in types and name != "folder":
+            _adapter(types[name]).validate_python(value, strict=True)
+    if not isinstance(raw.get("folder"), str):
+        raise ValueError(f"folder {raw.get('folder')!r} is no path")
+    return raw
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def last_runs(pipeline_folder: Location, count: int) -> list[RunRecord]:

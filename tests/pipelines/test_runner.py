@@ -29,7 +29,7 @@ from pipelines.comparison import comparison_table
 from pipelines.graph import Variant
 from pipelines.interrupt import Interrupt
 from pipelines.lock import alone
-from pipelines.record import RunRecord, last_runs
+from pipelines.record import RunRecord, StageRecord, last_runs
 from pipelines.runner import run_variants
 from pipelines.schedule import Selection, plan_steps, read_facts, write_facts
 from pipelines.stage import Stage
@@ -898,6 +898,33 @@ def test_status_tells_of_the_runs_though_the_corpus_is_away(
     status = json.loads(capsys.readouterr().out)
     assert [run["state"] for run in status["runs"]] == ["failed"]
     assert "matches no file" in status["error"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"seconds": "long"},
+        {"state": 3},
+        {"started": None},
+        {"stages": [{**vars(StageRecord(stage="a", kind="b", key="c", folder="d")), "why": 1}]},
+        {"stages": [{**vars(StageRecord(stage="a", kind="b", key="c", folder="d")), "folder": 1}]},
+    ],
+)
+def test_a_record_of_other_types_is_passed_over(
+    wrong: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(f"name: small\nroot: {tmp_path / 'out'}\n")
+    (run := tmp_path / "out" / "small" / "runs" / "1").mkdir(parents=True)
+    record = RunRecord(pipeline="small", folder=run, state="failed", seconds=2).as_json()
+    (run / "result.json").write_text(json.dumps(record))
+    assert pipeline_job.main(["status", str(path)]) == 0
+    assert "failed, 2 s  1" in capsys.readouterr().out
+    (run / "result.json").write_text(json.dumps({**record, **wrong}))
+    assert pipeline_job.main(["status", str(path)]) == 0
+    assert "no run yet" in capsys.readouterr().out
+    assert pipeline_job.main(["clean", str(path), "-o", "runner.keep_runs=1"]) == 2
+    assert "its record cannot be read" in capsys.readouterr().err
 
 
 def test_secrets_are_in_no_record(tmp_path: Path) -> None:
