@@ -234,11 +234,25 @@ def promote_sections(config: Config) -> dict[str, PromoteConfig]:
 
 
 def roll_back(config: Config, root: Location) -> dict[str, Any]:
-    """Move the aliases of a pipeline's promote stages back to what they pointed at before."""
+    """Move the aliases of a pipeline's promote stages back to what they pointed at before.
+
+    Raises:
+        InputError: there is no way back. Of a pipeline that never ran nothing is made then.
+    """
+    sections = promote_sections(config)
+    if config.tracking.enabled and is_missing(resolve_uri(config.tracking, root)):
+        section = next(iter(sections.values()))
+        raise InputError(
+            f"models:/{section.registered_model}@{section.alias}: there is no such model, and no "
+            "MLflow store; nothing to roll back"
+        )
+    registry = Registry(config.tracking, root)
+    for section in sections.values():
+        if registry.holder(section.registered_model, section.alias) is None:
+            registry.roll_back(section.registered_model, section.alias)  # says why it cannot be
     with alone(root / config.name):
-        registry = Registry(config.tracking, root)
         moved = {}
-        for section in promote_sections(config).values():
+        for section in sections.values():
             model, alias = section.registered_model, section.alias
             before, now = registry.roll_back(model, alias)
             moved[f"models:/{model}@{alias}"] = f"v{now}, was v{before}"

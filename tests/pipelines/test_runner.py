@@ -927,6 +927,16 @@ def test_a_record_of_other_types_is_passed_over(
     assert "its record cannot be read" in capsys.readouterr().err
 
 
+def test_what_never_ran_is_not_rolled_back_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "out"
+    flags = ["-o", "name=never", "-o", f"root={root}"]
+    assert pipeline_job.main(["rollback", "retrain", *flags]) == 2
+    assert "models:/tokendiff@champion: there is no such model" in capsys.readouterr().err
+    assert not root.exists()
+
+
 def test_secrets_are_in_no_record(tmp_path: Path) -> None:
     config = Config(
         name="toy",
