@@ -36,6 +36,7 @@ from tokendiff.cluster.stopping import is_stop_requested, sigterm_stops, words_o
 from tokendiff.config.loader import (
     TAG,
     alternatives,
+    bounds_of,
     is_tagged,
     load_config,
     models_in,
@@ -85,7 +86,6 @@ _COMMON = ("config", "override", "json", "verbose", "help")
 _SHORT_FLAGS = {"output_dir": "--output"}
 _METAVARS = {int: "INT", float: "FLOAT", bool: "true|false"}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-_NO_BOUND = 2**31 - 1  # of fields that have no better one; it says nothing to anybody
 _called_as: ContextVar[str | None] = ContextVar("_called_as", default=None)
 _asked: ContextVar[list[argparse.ArgumentParser] | None] = ContextVar("_asked", default=None)
 
@@ -430,12 +430,7 @@ def _details(variants: Variants) -> list[str]:
     else:
         choices = " or ".join(f"{names} for {', '.join(of)}" for names, of in owners.items())
     details = [f"one of {choices}"] if choices else []
-    for rule in field.metadata:
-        details += [
-            f"{sign} {getattr(rule, at)}"
-            for at, sign in _BOUNDS.items()
-            if getattr(rule, at, _NO_BOUND) < _NO_BOUND
-        ]
+    details += [f"{_BOUNDS[name]} {bound}" for name, bound in bounds_of(field, _BOUNDS)]
     defaults = {tags(owner)[:1]: _default(field) for owner, field in variants}
     if len(set(defaults.values())) > 1:
         by_name = ", ".join(f"{name} for {tag}" for (tag,), name in defaults.items())

@@ -14,8 +14,7 @@ from pydantic.fields import FieldInfo
 
 from docs.tools.schema import pipeline_schema
 from tokendiff.config import objectives, samplers
-from tokendiff.config.base import MAX_COUNT
-from tokendiff.config.loader import is_tagged, models_in, tags
+from tokendiff.config.loader import bounds_of, is_tagged, models_in, tags
 from tokendiff.config.pipeline import Config
 from tokendiff.config.stage_graph import ROLES
 
@@ -108,10 +107,8 @@ def field_name(name: str) -> str:
 
 def _bounds(field: FieldInfo) -> str:
     texts = [
-        text.format(_number(getattr(rule, at)) if at != "min_length" else getattr(rule, at))
-        for rule in field.metadata
-        for at, text in _BOUNDS.items()
-        if getattr(rule, at, None) not in (None, MAX_COUNT)  # which says nothing to anybody
+        _BOUNDS[name].format(bound if name == "min_length" else _number(bound))
+        for name, bound in bounds_of(field, _BOUNDS)
     ]
     return ", ".join(text for text in texts if text != "length at least 1")
 

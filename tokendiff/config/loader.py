@@ -10,7 +10,7 @@ import difflib
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from tokendiff.config import strict_yaml
+from tokendiff.config.base import MAX_COUNT
 from tokendiff.config.pipeline import Config, StageConfig
 from tokendiff.config.stage_graph import SECTION_OF, config_of, set_fields, stage_problems
 from tokendiff.config.strict_yaml import KeyPath
@@ -79,6 +80,17 @@ def load_config(
     if problems:
         raise _all_of(problems)
     return config
+
+
+def bounds_of(field: FieldInfo, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """The bounds of a field that say something to a reader, by these names of pydantic's: not the
+    one that every count has.
+    """
+    for rule in field.metadata:
+        for name in names:
+            bound = getattr(rule, name, None)
+            if bound is not None and bound != MAX_COUNT:
+                yield name, bound
 
 
 def matrix_variants(config: Config) -> list[tuple[dict[str, Any], Config]]:
