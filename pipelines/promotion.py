@@ -192,14 +192,13 @@ def promote(
 
 
 def lost_version(section: PromoteConfig, config: Config, root: Location, stage: Stage) -> str:
-    """Why what a finished stage registered is there no more: its version was deleted, or the store
-    is another one.
+    """Why what a finished stage registered is there no more: its version was deleted and the alias
+    went with it, or the store is another one.
 
-    Empty where it is there, and where the store does not say: a store that is away for now is no
+    Empty where it is there, where the alias has moved on to another version since (by a later
+    promotion or a rollback), and where the store does not say: a store that is away for now is no
     reason to promote anew, and a run that has nothing to promote goes on without it.
     """
-    from mlflow.exceptions import MlflowException
-
     result = load_manifest(stage.output).metadata
     if result.get("decision") != "promoted":
         return ""
@@ -207,9 +206,13 @@ def lost_version(section: PromoteConfig, config: Config, root: Location, stage: 
     title = f"models:/{name}/{version}"
     if is_missing(resolve_uri(config.tracking, root)):  # which asking it would create
         return f"{title}, which it registered, went with the MLflow store"
+    from mlflow.exceptions import MlflowException  # which takes a second
+
     try:
         registry = Registry(config.tracking, root)
         if registry.version_of(title) is None:
+            if registry.holder(name, section.alias) is not None:
+                return ""
             return f"{title}, which it registered, is not in the MLflow registry any more"
         digest = checkpoint_identity(location(result["checkpoint"]))
         if registry.digest_of(name, version) != digest:

@@ -451,10 +451,10 @@ def test_a_promotion_that_was_cut_off_registers_once(
     assert (result["version"], result["replaced_version"]) == (3, 1)
 
 
-def steps_of(shop: Shop, judged: Stage) -> list[tuple[str, str]]:
-    base = shop.root / "shop"
-    promote = promote_stage(shop.config, base, inputs={"candidate": judged}, is_keyed=True)
-    steps = plan_steps([judged, promote], Selection())
+def steps_of(shop: Shop, judged: Stage, **others: Stage) -> list[tuple[str, str]]:
+    base, inputs = shop.root / "shop", {"candidate": judged, **others}
+    promote = promote_stage(shop.config, base, inputs=inputs, is_keyed=True)
+    steps = plan_steps([*inputs.values(), promote], Selection())
     return [(step.state, step.why) for step in steps]
 
 
@@ -497,6 +497,26 @@ def test_what_the_registry_lost_is_promoted_anew(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setattr("tokendiff.tracking.mlflow_store._CHECK_SECONDS", 0.2)
     assert steps_of(shop, judged) == [("done", "made by an earlier run")] * 2
+
+
+@pytest.mark.parametrize("by", ["a later promotion", "a rollback"])
+def test_a_version_that_the_alias_has_left_may_be_deleted(by: str, tmp_path: Path) -> None:
+    """Otherwise the next run would promote again what was rolled back for its faults."""
+    shop = Shop(tmp_path)
+    first, second = shop.checkpoint(0), shop.checkpoint(1)
+    old = shop.evaluation("judge", first, 2.0)
+    shop.run(old)
+    new, champion = shop.evaluation("judge", second, 1.0), shop.evaluation("champion", first, 2.0)
+    assert shop.run(new, champion)[1]["version"] == 2
+    deleted, left = (old, 1) if by == "a later promotion" else (new, 2)
+    others = {} if deleted is old else {"champion": champion}
+    if by == "a rollback":
+        assert shop.registry.roll_back("toy", "champion") == (2, 1)
+    shop.registry._client.delete_model_version("toy", str(left))
+    assert steps_of(shop, deleted, **others)[-1] == ("done", "made by an earlier run")
+    shop.registry._client.delete_registered_model_alias("toy", "champion")
+    state, why = steps_of(shop, deleted, **others)[-1]
+    assert (state, why.partition(", ")[0]) == ("run", f"models:/toy/{left}")
 
 
 def test_a_move_that_was_cut_off_is_noted_though_the_version_was_the_champion_before(
