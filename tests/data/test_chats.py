@@ -463,6 +463,7 @@ def assistant(content: Any = "b") -> dict[str, Any]:
             "message 1 has the role system",
         ),
         ([user(), {"role": "tool", "content": "s"}], r"messages\[1\]: role must be one of .* tool"),
+        ([user(), {**assistant(), "tool_calls": '[{"name": "f"}]'}], "has tool_calls"),
         (
             [user(), {**assistant("Let me look."), "tool_calls": [{"function": {"name": "f"}}]}],
             r"messages\[1\] has tool_calls, .*write the call into the text of content",
@@ -486,6 +487,24 @@ def test_a_row_of_no_use_is_named_with_its_reason(messages: Any, says: str, tmp_
     assert error["place"].endswith("a.jsonl:2")
     assert re.search(says, error["reason"]), error["reason"]
     assert stats.shards["train"].documents == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"tool_calls": empty} for empty in (None, [], "[]", " null", "", [{"function": None}])),
+        {"function_call": {"name": None, "arguments": None}},
+    ],
+)
+def test_a_message_without_a_call_is_used_however_that_is_written(fields: Any) -> None:
+    """As files have it whose other messages call something."""
+    talk = FORMATS["messages"].read({"messages": [user(), {**assistant(), **fields}]})
+    assert talk.messages == conversation("a", "b").messages
+
+
+def test_a_weight_is_read_of_answers_alone() -> None:
+    row = {"messages": [{**user(), "weight": 0.5}, {**assistant(), "weight": 1}]}
+    assert FORMATS["messages"].read(row).messages == conversation("a", "b").messages
 
 
 def test_a_message_is_refused_by_the_names_of_its_own_fields() -> None:

@@ -205,7 +205,7 @@ def _message_list(
                 f"got {shown(role)}"
             )
         for name in _TOOL_FIELDS:
-            if message.get(name):
+            if _holds_call(message.get(name)):
                 raise ValueError(
                     f"{field}[{number}] has {name}, which would be left out of what is learnt: "
                     f"write the call into the text of {content_name}, or leave the conversation "
@@ -218,11 +218,25 @@ def _message_list(
             Message(
                 role=roles[role],
                 content=content,
-                is_learnt=_is_learnt(message.get("weight"), f"{field}[{number}].weight"),
+                is_learnt=roles[role] != "assistant"
+                or _is_learnt(message.get("weight"), f"{field}[{number}].weight"),
                 has_reasoning=any(message.get(name) for name in REASONING_FIELDS),
             )
         )
     return found
+
+
+def _holds_call(value: Any) -> bool:
+    """Whether a field of calls holds one, and not what files write where there is none: an empty
+    list, the same as JSON, or an object of nulls.
+    """
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}", "null")
+    if isinstance(value, dict):
+        return any(map(_holds_call, value.values()))
+    if isinstance(value, list):
+        return any(map(_holds_call, value))
+    return bool(value)
 
 
 def _is_learnt(weight: Any, place: str) -> bool:
