@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import os
 import random
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,6 @@ from tests.builders import letter_tokenizer, token_folder
 from tokendiff.config.preprocess import PreprocessConfig
 from tokendiff.data import lines, packing
 from tokendiff.data.bad_rows import BadRow
-from tokendiff.data.files import find_files
 from tokendiff.data.lines import first_line, lines_in, num_lines_before
 from tokendiff.data.packing import PackedRows, Packer, TokenizedDocuments, tokenize_stream
 from tokendiff.data.partition import Partition, Piece, even_pieces, group_pieces
@@ -704,10 +702,3 @@ def test_whole_row_groups_are_spread_evenly_below_the_limit(
     ]
     groups = group_pieces(even_pieces(pieces, 100), 100)
     assert [sum(piece.num_bytes for piece in group) for group in groups] == wanted
-
-
-def test_a_name_that_is_not_utf_8_is_refused_behind_a_uri_too(tmp_path: Path) -> None:
-    (tmp_path / os.fsdecode(b"a\xff.txt")).write_text("a")
-    for prefix in ("", "file://"):
-        with pytest.raises(InputError, match=r"^data_files.*(not UTF-8|can't encode)"):
-            find_files([f"{prefix}{tmp_path}/a*.txt"])

@@ -166,3 +166,5 @@ def test_a_file_whose_name_is_not_utf_8_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"b\\xff\.txt' is not UTF-8; rename the file") as caught:
         find_files([f"{tmp_path}/*.txt"])
     str(caught.value).encode()
+    with pytest.raises(InputError, match=r"^data_files .*can't encode"):
+        find_files([f"file://{tmp_path}/*.txt"])
