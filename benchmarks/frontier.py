@@ -344,10 +344,14 @@ def _served_otherwise(served: Any, alone: Alone, fields: dict[str, Any]) -> list
     found: list[str] = []
     for row, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True)):
         before = alone.num_calls
-        text = prompt + alone.tokenizer.decode(
+        written = alone.tokenizer.decode(
             alone.write(sampler, prompt, row), skip_special_tokens=True
         )
-        ours = {"text": text, "num_model_calls": alone.num_calls - before}
+        ours = {
+            "text": prompt + written,
+            "completion": written,
+            "num_model_calls": alone.num_calls - before,
+        }
         if answer != ours:
             found.append(f"the served model answers {answer}, the sampler {ours}")
     return found
