@@ -167,8 +167,8 @@ def _report(error: Exception) -> int:
         error = cause  # as it was raised on a worker, without the traceback that Ray puts around it
     if isinstance(error, OSError) and error.errno in _DISK_REMEDIES:
         return fail(f"{error}; {_DISK_REMEDIES[error.errno]}")
-    if isinstance(error, OSError) and error.filename and error.errno in _PATH_REMEDIES:
-        error = InputError(f"{error}; {_PATH_REMEDIES[error.errno]}")
+    if isinstance(error, OSError) and (remedy := _path_remedy(error)):
+        error = InputError(f"{error}; {remedy}")
     if isinstance(error, ConnectionError) and not isinstance(error, BrokenPipeError):
         return fail(f"{error}; run the same command again when it answers: it goes on")
     is_given_up = type(error) is RuntimeError and _is_ray_s(error.__cause__)
@@ -179,6 +179,14 @@ def _report(error: Exception) -> int:
     if isinstance(error, BlockingIOError):
         return EXIT_LOCKED
     return EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED
+
+
+def _path_remedy(error: OSError) -> str | None:
+    """What to do about a path that can never be used; None of other errors."""
+    is_folder = error.errno == errno.EEXIST and os.path.isdir(error.filename or "")
+    if not error.filename or is_folder:  # one that another process has just made
+        return None
+    return _PATH_REMEDIES.get(error.errno or 0)
 
 
 def _is_ray_s(error: BaseException | None) -> bool:

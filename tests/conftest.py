@@ -165,7 +165,11 @@ def _shared_by(path: Path) -> dict[str, str]:
     for function in functions:
         names = {argument.arg for argument in function.args.args}
         names |= {_FORKS for node in ast.walk(function) if getattr(node, "id", None) == _FORKS}
-        if found := {_LONG_TO_MAKE[name] for name in names & _LONG_TO_MAKE.keys()}:
+        found = {_LONG_TO_MAKE[name] for name in names & _LONG_TO_MAKE.keys()}
+        assert len(found) < 2, (
+            f"{path}: {function.name} takes {found}, each of a process of its own"
+        )
+        if found:
             (shared[function.name],) = found
     return shared
 

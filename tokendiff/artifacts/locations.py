@@ -551,8 +551,8 @@ def _named(uri: str) -> Iterator[None]:
         elif _REFUSED.search(words) or isinstance(error, PermissionError):
             kind = PermissionError
         raise kind(f"{uri}: {words}") from error
-    except (InputError, MemoryError):
-        raise
+    except (InputError, MemoryError, AttributeError, NameError, TypeError):
+        raise  # the last three are mistakes of a program, which need their traceback
     except Exception as error:
         raise OSError(f"{uri}: {reason_of(error)}") from error
 

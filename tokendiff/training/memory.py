@@ -221,7 +221,8 @@ def _memory_of(world: World) -> tuple[int, int]:
     if world.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(world.device)
         there = free + torch.cuda.memory_reserved(world.device)  # what this process has is its own
-        return there, max(0, total - there)
+        taken = total - there  # what CUDA takes for this process counts among it
+        return there, taken if taken > GiB else 0
     import psutil
 
     return int(psutil.virtual_memory().available) // world.local_size, 0
