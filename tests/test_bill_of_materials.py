@@ -23,6 +23,7 @@ def bom() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_it_names_what_is_locked_and_nothing_else(bom: dict[str, Any]) -> None:
     assert (bom["bomFormat"], bom["specVersion"]) == ("CycloneDX", "1.6")
     assert {each["name"]: each["version"] for each in bom["components"]} == LOCK

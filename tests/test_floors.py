@@ -116,6 +116,7 @@ def violations(path: Path, source: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_every_import_keeps_its_floor() -> None:
     assert SOURCES
     found = [
@@ -277,6 +278,7 @@ def test_help_is_quick_and_light(job: str) -> None:
     assert seconds < 1.5
 
 
+@pytest.mark.slow
 def test_ray_trains_manager_of_datasets_needs_no_torch() -> None:
     """It is a process that the workers wait for, and imports the class of its rows."""
     code = "import sys, tokendiff.cluster.rank_rows; print('torch' in sys.modules)"
@@ -326,6 +328,7 @@ def test_a_room_is_mapped(room: Path) -> None:
     assert re.findall(r"Read `(\w+)`", MAPS[room])[0] in files
 
 
+@pytest.mark.slow
 def test_rooms_import_what_maps_show() -> None:
     private = {
         ".".join([*room.parts, name]): room

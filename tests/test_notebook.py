@@ -13,6 +13,7 @@ from tests import ROOT
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_a_notebook_runs_and_learns(path: Path, tmp_path: Path) -> None:
     notebook = json.loads(path.read_text())

@@ -67,6 +67,7 @@ def modules_of(requirements: Iterable[Requirement]) -> dict[str, set[str]]:
     return modules
 
 
+@pytest.mark.slow
 def test_declared_dependencies_are_those_imported() -> None:
     imported = libraries_imported_by(SOURCES)
     declared = modules_of([*DECLARED, *OPTIONAL])
@@ -74,6 +75,7 @@ def test_declared_dependencies_are_those_imported() -> None:
     assert [name for name, modules in declared.items() if not modules & imported] == []
 
 
+@pytest.mark.slow
 def test_tests_and_benchmarks_import_declared_dependencies() -> None:
     files = [path for top in ("tests", "benchmarks", "docs") for path in (ROOT / top).rglob("*.py")]
     imported = libraries_imported_by(files)
@@ -90,6 +92,7 @@ def test_lock_is_pins_only() -> None:
     assert LOCK["torch"] == "2.13.0"
 
 
+@pytest.mark.slow
 def test_lock_covers_what_pyproject_asks_for() -> None:
     waiting = [*DECLARED, *OPTIONAL, *DEVELOPMENT, Requirement("setuptools>=77.0.3")]
     seen: set[str] = set()
@@ -113,6 +116,7 @@ def test_lock_covers_what_pyproject_asks_for() -> None:
     )
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_library_its_jobs_and_pipelines_and_no_more(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
@@ -292,6 +296,7 @@ REGISTRY = re.compile(r"p[y]pi\.org|p[y]thonhosted|n[p]mjs|index-url|trusted-hos
 MACHINE_PATH = re.compile(r"(?<![\w.~*-])/(?:home|root|Users|work|opt|mnt|srv)/\w")
 
 
+@pytest.mark.slow
 def test_repository_names_no_registry_and_no_machine() -> None:
     found = []
     for path in repository_files():

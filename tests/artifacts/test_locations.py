@@ -217,6 +217,7 @@ def train(
     return losses, is_finished
 
 
+@pytest.mark.slow
 def test_training_from_and_to_a_uri_is_training_on_this_machine(
     remote: RemotePath, tmp_path: Path
 ) -> None:

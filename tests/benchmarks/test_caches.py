@@ -29,6 +29,7 @@ def test_triples_are_counted_by_hand() -> None:
     assert shares[1, 4, 5] == shares[2, 5, 0] == 0.5
 
 
+@pytest.mark.slow
 def test_each_cache_reads_less_and_writes_what_none_writes_before_any_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -61,6 +61,7 @@ def _killed_and_doubled(subject: Subject, chance: random.Random, folder: Path) -
     return "not noticed"
 
 
+@pytest.mark.slow
 def test_a_promise_that_holds_and_one_that_does_not(tried: Try) -> None:
     """A run that is killed goes on; one that cannot, for a row of its samples is doubled, does
     not.
@@ -73,6 +74,7 @@ def test_a_promise_that_holds_and_one_that_does_not(tried: Try) -> None:
     assert "does not match its MANIFEST" in row.seen
 
 
+@pytest.mark.slow
 def test_a_pipeline_behind_a_store_that_lists_late_is_as_on_a_disk(tried: Try) -> None:
     row = tried(replace(LISTS_LATE, moments=1), 1)
     assert row.verdict == "held", row.seen

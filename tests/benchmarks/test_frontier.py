@@ -10,6 +10,7 @@ from benchmarks.frontier import SHORT, run
 from benchmarks.toy_chain import MarkovChain
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_a_frontier_is_that_of_an_exhaustive_run(
     tmp_path: Path, load_served: Callable[[str, str], Any]

@@ -74,6 +74,7 @@ def test_the_command_proves_everything_where_little_is_installed(tmp_path: Path)
     assert all(f"| {name} |" in page for name in proven)
 
 
+@pytest.mark.slow
 def test_tests_for_cards_are_collected_where_little_is_installed() -> None:
     options = ["-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
     code = f"import pytest; sys.exit(pytest.main({options!r}))"
@@ -111,6 +112,7 @@ def test_a_wrong_formula_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row_of(mathematics, "loss absorbing_cosine").verdict == FAILS
 
 
+@pytest.mark.slow
 def test_rounding_that_is_too_coarse_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     attend = torch.nn.functional.scaled_dot_product_attention
 

@@ -107,6 +107,7 @@ def test_records_are_those_of_the_target_alone_and_say_what_blocks_came_to(
         assert sum(blocks) + by_prefill == record["num_model_calls"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_target_first", [True, False])
 def test_both_sides_are_timed_on_the_same_rows(
     models: dict[str, str], prompts: list[str], is_target_first: bool

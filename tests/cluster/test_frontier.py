@@ -59,6 +59,7 @@ def measure(
     ).metadata
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_points_are_those_of_runs_by_themselves(
     checkpoints: dict[str, Path],
@@ -162,6 +163,7 @@ def test_a_sampler_that_does_not_fit_is_said(
         measure(frontier_config(tasks_path), checkpoints["mdlm"], tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_what_answers_a_task_is_also_sampled_and_promoted(
     checkpoints: dict[str, Path], tasks_path: str, tmp_path: Path
@@ -238,6 +240,7 @@ def test_the_direction_is_the_tasks(tasks_path: str) -> None:
     assert without.result_fields()["direction"] == "lower"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_figures_of_other_settings_are_not_taken(
     checkpoints: dict[str, Path], tasks_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -271,6 +274,7 @@ def test_figures_of_other_settings_are_not_taken(
     assert run("joint", max_task_documents=3, **beside) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_samples_without_a_time_are_drawn_again_where_speed_decides(
     checkpoints: dict[str, Path], tasks_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

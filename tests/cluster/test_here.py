@@ -147,6 +147,7 @@ def test_a_trained_model_is_gone_before_the_next_stage(
     assert left == [False]
 
 
+@pytest.mark.slow
 def test_each_training_of_a_process_is_compiled_anew(
     data_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +252,7 @@ print("ray" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_jobs_on_one_machine_do_without_ray(data_path: Path, tmp_path: Path) -> None:
     """Not even its import, which takes seconds."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

@@ -208,6 +208,7 @@ def with_bad_lines(path: Path, cells: list[str]) -> tuple[list[str], list[int]]:
     return [str(path)], bad
 
 
+@pytest.mark.slow
 def test_shards_are_those_of_the_good_rows_and_the_bad_are_named(tmp_path: Path) -> None:
     cells = [f"document {index} " * (index % 9) + "." for index in range(100)]
     files, bad = with_bad_lines(tmp_path / "a.jsonl", cells)

@@ -101,6 +101,7 @@ def opened(bench: Bench, states: Path) -> TargetStates:
     return TargetStates.open(states, StatesOf(**load_manifest(states).metadata["of"]))
 
 
+@pytest.mark.slow
 def test_states_are_those_of_each_document_alone(bench: Bench, states: Path) -> None:
     """As transformers gives them, row by row, and nothing on padding."""
     model: Any = AutoModelForCausalLM.from_pretrained(bench.target, dtype=torch.float32)
@@ -121,6 +122,7 @@ def test_states_are_those_of_each_document_alone(bench: Bench, states: Path) -> 
         assert not found[at, length:].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -163,6 +165,7 @@ def test_losses_are_those_of_a_target_that_reads_in_every_step(
     assert all(torch.equal(value, files[1][name]) for name, value in files[0].items())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_them_or_without(bench: Bench, states: Path, tmp_path: Path) -> None:
     cfg = bench.config()
     whole, _ = run(cfg, bench.data, tmp_path / "whole")
@@ -213,6 +216,7 @@ def test_what_an_attempt_left_is_kept_where_it_is_whole(
     assert found.metadata["of"]["layers"] == [3]
 
 
+@pytest.mark.slow
 def test_stale_states_are_refused(bench: Bench, states: Path, tmp_path: Path) -> None:
     other_target = save_target(tmp_path / "other", seed=1)
     other_rows = TokenData.open(save_rows(tmp_path / "rows", seed=5), split="train")
@@ -299,6 +303,7 @@ def test_a_row_that_is_not_there_is_named(bench: Bench, states: Path) -> None:
         found.read(np.array([3]), np.array([3]), max_length=LENGTH)
 
 
+@pytest.mark.slow
 def test_behind_a_uri(bench: Bench, states: Path, tmp_path: Path) -> None:
     there = RemotePath(f"memory://{tmp_path.name}/states")
     found = cache_target_states(
@@ -369,6 +374,7 @@ def previews(config: Config) -> dict[str, str]:
     return {step["stage"]: step.get("preview", {}).get("on disk", "") for step in steps}
 
 
+@pytest.mark.slow
 def test_a_pipeline_computes_them_once_and_says_what_they_take(tmp_path: Path) -> None:
     config = load_config(written(tmp_path))
     assert previews(config)["states"] == (

@@ -55,6 +55,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("objective", ["mdlm", "block_diffusion", "ar", "joint"])
 def test_every_kind_of_checkpoint_answers(
@@ -78,6 +79,7 @@ def test_every_kind_of_checkpoint_answers(
     assert "Requests that could not be served: 3" in page
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_blockwise_writes_the_answers_of_tasks(
     checkpoints: dict[str, Path], tasks_path: str, tmp_path: Path
@@ -107,6 +109,7 @@ def test_blockwise_writes_the_answers_of_tasks(
     assert len(answers) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_settings_that_make_answers_differ_are_in_the_identity(
     checkpoints: dict[str, Path], tasks_path: str, tmp_path: Path
@@ -138,6 +141,7 @@ def test_examples_that_a_task_cannot_show_are_said(
     assert said.startswith("num_fewshot 2 has no effect on builtin_arithmetic: ")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_a_joint_checkpoint_is_read_as_the_sampler_reads_it(
     checkpoints: dict[str, Path], tasks_path: str, tmp_path: Path
@@ -161,6 +165,7 @@ def test_a_joint_checkpoint_is_read_as_the_sampler_reads_it(
     assert figures["joint", "sdar"] != pytest.approx(figures["ar", "ar"], rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_killed_twice_it_answers_nothing_again_and_the_same(
     checkpoints: dict[str, Path],
@@ -201,6 +206,7 @@ def test_killed_twice_it_answers_nothing_again_and_the_same(
     assert answered.total() == 2 * len(answered)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_behind_a_uri_it_goes_on_too(
     checkpoints: dict[str, Path], tasks_path: str, s3: str, monkeypatch: pytest.MonkeyPatch

@@ -115,6 +115,7 @@ def test_a_row_group_that_memory_would_not_hold_is_refused(
     assert len(data.read_group(0)) == 8
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_of_a_shard_is_found_or_changes_nothing(tmp_path: Path) -> None:
     """Also in the footer, which has no checksum: a column that is called otherwise is not taken for
     one that text does not have.

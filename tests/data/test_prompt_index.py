@@ -212,6 +212,7 @@ def test_files_that_are_of_no_use_are_refused(tmp_path: Path) -> None:
             PromptIndex.of(GenerateConfig(prompts=[str(tmp_path / name)]))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path: Path) -> None:
     """Sixteen times as many prompts take no more memory to find, and the index is no larger."""
 

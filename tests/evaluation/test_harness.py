@@ -122,6 +122,7 @@ def responses(model: Any, tasks_path: str, names: list[str]) -> dict[str, list[A
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begins_with_bos", [False, True])
 def test_the_answers_are_those_of_the_harness_own_model(
     begins_with_bos: bool, tasks_path: str, tmp_path: Path

@@ -102,6 +102,7 @@ def test_what_the_rows_have_in_common_is_not_in_it() -> None:
     assert paired_standard_error("nats_per_token", rows, shuffled(rows)) == 0.0
 
 
+@pytest.mark.slow
 def test_chance_passes_as_often_as_the_field_says() -> None:
     """Between two models that are equally good; with few rows the quantiles are Student's."""
     text = str(GateConfig.model_fields["min_standard_errors"].description)

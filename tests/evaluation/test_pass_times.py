@@ -42,6 +42,7 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> Clocked:
     return Clocked(tiny_causal(max_position_embeddings=512), vocab_size=48)
 
 
+@pytest.mark.slow
 def test_passes_of_all_kinds_are_timed_behind_the_same_text(clocked: Clocked) -> None:
     done: list[int] = []
     found = pass_seconds(clocked, on_pass=lambda: done.append(1))
@@ -54,6 +55,7 @@ def test_passes_of_all_kinds_are_timed_behind_the_same_text(clocked: Clocked) ->
     assert contexts == {240}, "512 positions, less the widest pass of 16 + 16 * 16"
 
 
+@pytest.mark.slow
 def test_the_outlook_is_the_ratio_of_passes(clocked: Clocked) -> None:
     needed, gained = outlook_tables(pass_seconds(clocked))
     by_place = {(row[0], row[1]): row for row in needed[2]}

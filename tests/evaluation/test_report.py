@@ -134,6 +134,7 @@ def test_hostile_text_is_shown_and_inert_everywhere(tmp_path: Path) -> None:
     assert not re.search("[<>&\u2028]", hostile.scripts["denoising"])
 
 
+@pytest.mark.slow
 def test_nothing_turns_the_direction_of_text_and_no_link_is_made(tmp_path: Path) -> None:
     """In any place: a text that shows another order of words than it has, or hides some."""
     controls = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
@@ -190,6 +191,7 @@ def test_noise_of_other_tokens_is_not_called_masked(tmp_path: Path) -> None:
     assert "still masked" in write(tmp_path, Report(title="t", denoising=denoising())).text
 
 
+@pytest.mark.slow
 def test_text_is_kept_and_the_prompt_told_apart(tmp_path: Path) -> None:
     def sample(prompt: str | None, text: str) -> dict[str, Any]:
         return {"id": 0, "prompt": prompt, "text": text, "num_model_calls": 3, "seconds": 0.5}
@@ -313,6 +315,7 @@ def test_many_points_are_drawn_as_means_and_extremes(tmp_path: Path) -> None:
     assert "1 not finite" in caption
 
 
+@pytest.mark.slow
 def test_one_point_and_a_flat_curve_have_a_place(tmp_path: Path) -> None:
     for points in ([(7, 2.0)], [(7, 0.0)], [(1, 2.0), (9, 2.0)], [(5, 1.0), (5, 3.0)]):
         page = write(tmp_path, Report(title="t", loss_curve=points))

@@ -66,6 +66,7 @@ def asked(tasks_path: str, *names: str, **fields: Any) -> SuiteResult:
     return ask_tasks(loaded, AnsweredModel(answer, tokenizer=None), **fields)
 
 
+@pytest.mark.slow
 def test_a_group_has_the_documents_of_its_tasks(groups: str) -> None:
     result = asked(groups, "both")
     right = {0: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: 1.0, 6: 1.0}  # by the number asked about

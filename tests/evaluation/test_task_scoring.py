@@ -88,6 +88,7 @@ def test_the_conditional_bound_of_an_enumerated_language(case: str, begin: int, 
         assert nats.mean() == pytest.approx(exact, abs=3 * error + 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["whole", "one block"])
 def test_the_standard_error_covers_in_95_of_100_seeds(case: str) -> None:
     row, begin, stop = CORPUS[2], 1, 4

@@ -42,6 +42,7 @@ def result_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [name for name in objective_names() if name != "dflash"])
 def test_every_objective_learns_answers_and_is_judged_by_them(
     objective: str,
@@ -80,6 +81,7 @@ def test_every_objective_learns_answers_and_is_judged_by_them(
     assert judged["num_tokens"] == 2 * data.metadata["splits"]["heldout"]["documents"]
 
 
+@pytest.mark.slow
 def test_blocks_of_documents_are_for_who_asks_and_answers_must_be_told(
     in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,6 +105,7 @@ def test_blocks_of_documents_are_for_who_asks_and_answers_must_be_told(
     )
 
 
+@pytest.mark.slow
 def test_answers_are_drawn_by_the_template_that_was_trained(
     in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +123,7 @@ def test_answers_are_drawn_by_the_template_that_was_trained(
     assert record["num_prompt_tokens"] == len("user: 7\nassistant: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blank", [" ", ""])
 def test_a_blank_that_the_tokenizer_joins_to_the_answer_is_told(
     blank: str, in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -167,6 +171,7 @@ def test_a_blank_that_the_tokenizer_joins_to_the_answer_is_told(
         assert printed.count("ends in a blank, as it is or as the chat template") == is_told, name
 
 
+@pytest.mark.slow
 def test_a_warm_start_takes_the_tokenizer_of_its_checkpoint(
     in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -339,6 +344,7 @@ def test_a_plan_shows_the_format_and_the_first_conversation(
     assert stages[0]["preview"]["dataset_format"] == "messages"
 
 
+@pytest.mark.slow
 def test_a_key_changes_with_what_decides_the_rows_of_chats_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,6 +70,7 @@ def published_decoding(model: Any, prompt: list[int], *, shift: int, steps: int)
     return row[:end]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("name", ["llada", "Dream"])  # whose random weights end some answers
 def test_greedy_answers_are_those_of_the_published_decoding(
@@ -119,6 +120,7 @@ def test_a_row_that_has_ended_costs_nothing_more(tmp_path: Path) -> None:
         assert record["tokens_per_forward"] == new / record["num_model_calls"]
 
 
+@pytest.mark.slow
 def test_another_sampler_on_the_same_weights_is_a_model_opened_with_it(tmp_path: Path) -> None:
     llada(tmp_path)
     rows = [GenerationRow(id=number, prompt=prompt) for number, prompt in enumerate("abcdefghijkl")]
@@ -311,6 +313,7 @@ def test_a_model_that_keeps_no_keys_has_no_cache(tmp_path: Path) -> None:
 # Rows in flight.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampler",
     [

@@ -117,6 +117,7 @@ def with_adapters() -> CausalModel:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [causal_model, with_adapters])
 def test_text_of_a_model_that_drafts_for_itself(
     soon: None, model: Callable[[], CausalModel]
@@ -167,6 +168,7 @@ def test_whatever_a_caller_may_change_between_passes_counts() -> None:
     assert_replayed(recorder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [6, 2048])
 def test_text_of_a_draft_that_walks_over_candidates(window: int) -> None:
     sampler = DFlashSampler(max_new_tokens=20, temperature=0.0)
@@ -233,6 +235,7 @@ class _Wrong(OperationRecorder):
         self.written: list[Tensor] = []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recorder", "reason"),
     [(_Asking(), "asks the device for a value"), (_Wrong(), "gave other numbers")],

@@ -101,6 +101,7 @@ def test_logits_of_rows_of_any_length_are_those_of_transformers(
         assert not torch.allclose(ours, model.head(model.denoise(canvas, None, cache, rows)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -137,6 +138,7 @@ def test_tokens_are_those_of_generate(
     assert is_early == (sampler.confidence_threshold is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -170,6 +172,7 @@ def test_tokens_are_those_of_the_released_pipeline(
         assert ours[row] == up_to_stop(theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -203,6 +206,7 @@ def test_half_precision_decodes(tmp_path: Path) -> None:
     assert record["tokens"]
 
 
+@pytest.mark.slow
 def test_the_command_takes_the_family_and_its_sampler(
     tmp_path: Path, in_this_process: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,6 +33,7 @@ def test_states_after_chosen_layers(takes_indices: bool, monkeypatch: pytest.Mon
         torch.testing.assert_close(states, every[layer + 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen3", "bert"])
 def test_layers_are_compiled_once_for_all_of_them(
     model_type: str, monkeypatch: pytest.MonkeyPatch

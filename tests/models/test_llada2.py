@@ -199,6 +199,7 @@ def test_an_untrained_step_writes_every_weight_back(data: TokenData, tmp_path: P
     assert all(torch.equal(before[name].float(), after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_from_published_names(data: TokenData, tmp_path: Path) -> None:
     llada2(tmp_path / "source")
     fields = {"checkpointing_steps": 1, "lr_scheduler": "constant", "ema_decay": 0.5}
@@ -348,6 +349,7 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
         open_causal(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_workers_that_share_the_model_write_what_one_does(data: TokenData, tmp_path: Path) -> None:
     llada2(tmp_path / "source")
     fields: dict[str, Any] = {"checkpointing_steps": 1, "learning_rate": 1e-4}

@@ -323,6 +323,7 @@ def test_open_gates_without_shift_and_scale_are_the_unconditioned_model() -> Non
         torch.testing.assert_close(model(tokens, is_valid, time).logits, expected)
 
 
+@pytest.mark.slow
 def test_untrained_dit_predicts_uniformly_and_trained_one_reads_its_time() -> None:
     denoiser = loading.load_denoiser(
         "builtin:dit-tiny", tokenizer=letter_tokenizer(), max_length=LENGTH
@@ -401,6 +402,7 @@ def test_dit_is_saved_opened_and_resized_by_transformers(
 # Loading by name.
 
 
+@pytest.mark.slow
 def test_opening_a_saved_dit_registers_it_and_importing_does_nothing(tmp_path: Path) -> None:
     tiny_model("tokendiff_dit").save_pretrained(tmp_path)
     script = f"""

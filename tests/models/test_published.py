@@ -213,6 +213,7 @@ def test_what_is_trained_is_saved_in_the_layout_that_it_came_in(
     assert load_file(Path(again) / "model.safetensors").keys() == before.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llada", "lladamoe"])
 def test_an_interrupted_run_goes_on_from_published_names(
     name: str, data: TokenData, tmp_path: Path
@@ -229,6 +230,7 @@ def test_an_interrupted_run_goes_on_from_published_names(
     assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
 
 
+@pytest.mark.slow
 def test_workers_that_share_a_llada_moe_write_what_one_does(
     data: TokenData, tmp_path: Path
 ) -> None:

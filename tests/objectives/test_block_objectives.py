@@ -223,6 +223,7 @@ def test_draws_estimate_the_bound_and_times_are_stratified_by_block() -> None:
         assert torch.equal((seen[0][:, block] * count).long().sort().values, torch.arange(count))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_length", [2, 4])
 def test_exact_mask_counts_estimate_the_same_bound_with_less_variance(block_length: int) -> None:
     count, keys = 4 * len(CORPUS), 40

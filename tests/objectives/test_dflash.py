@@ -319,6 +319,7 @@ def test_anchors_are_uniform_without_repetition_and_belong_to_the_row() -> None:
         assert torch.equal(alone[0], together[row])
 
 
+@pytest.mark.slow
 def test_acceptance_is_what_transformers_accepts_of_the_target_s_own_text(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -134,6 +134,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("bench"))
 
 
+@pytest.mark.slow
 def test_a_draft_is_judged_beside_the_champion_and_served_with_its_target(
     bench: Bench,
     in_this_process: None,

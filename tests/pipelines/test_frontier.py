@@ -43,6 +43,7 @@ def promoted(shop: Shop, checkpoint: Path, frontier: Stage) -> Any:
     return run_variants(shop.config, shop.root, variants, Selection()).of("promote").result
 
 
+@pytest.mark.slow
 def test_the_promoted_model_is_served_at_the_operating_point(
     tmp_path: Path, load_served: Callable[[str, str], Any]
 ) -> None:

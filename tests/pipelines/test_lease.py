@@ -474,6 +474,7 @@ with alone_on_cluster(Path(sys.argv[2])):
 """
 
 
+@pytest.mark.slow
 def test_on_a_cluster_another_driver_waits_until_the_holder_is_dead(
     ray_session: None, tmp_path: Path
 ) -> None:

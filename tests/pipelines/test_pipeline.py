@@ -219,6 +219,7 @@ def test_a_pipeline_from_file_to_report_and_again(
         run_pipeline(load_config(path, untracked[1:]), root)
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_watches_itself_ends_early_and_shows_it(
     in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -294,6 +295,7 @@ def train_flags(folder: Path, *, steps: int) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_train_from_flags_preprocesses_first_and_resumes(
     in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,6 +310,7 @@ def test_train_from_flags_preprocesses_first_and_resumes(
     assert [event["step"] for event in log] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_the_other_jobs_by_hand(
     in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -273,6 +273,7 @@ def history(shop: Shop) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_the_alias_moves_only_when_the_gate_is_passed(shop: Shop, history: Any) -> None:
     state, result = history["first"]
     assert (state, result["decision"], result["version"]) == ("succeeded", "promoted", 1)
@@ -290,6 +291,7 @@ def test_the_alias_moves_only_when_the_gate_is_passed(shop: Shop, history: Any) 
     assert json.loads(model.trained_on.read_text()) == []
 
 
+@pytest.mark.slow
 def test_what_must_not_be_compared_is_refused(shop: Shop, history: Any) -> None:
     first, second, _ = history["checkpoints"]
     candidate = shop.evaluation("judge", second, 1.0)
@@ -317,6 +319,7 @@ def test_a_candidate_that_is_rejected_is_not_fetched(
     assert state == "rejected"
 
 
+@pytest.mark.slow
 def test_the_gate_reads_the_rows_of_both_evaluations(shop: Shop, history: Any) -> None:
     _, second, third = history["checkpoints"]
     gate = {"metric": "nats_per_token", "direction": "lower", "min_standard_errors": 2.0}
@@ -343,6 +346,7 @@ def test_the_gate_reads_the_rows_of_both_evaluations(shop: Shop, history: Any) -
     assert shop.registry.holder("toy", "champion") == 2
 
 
+@pytest.mark.slow
 def test_acceptance_of_other_prompts_is_not_compared(shop: Shop, history: Any) -> None:
     _, second, third = history["checkpoints"]
     gate = {"metric": "acceptance_length_mean", "direction": "higher", "min_standard_errors": 1.0}
@@ -371,6 +375,7 @@ def test_acceptance_of_other_prompts_is_not_compared(shop: Shop, history: Any) -
     assert "difference -0.1 ± 0: not passed" in result["gate"][0]
 
 
+@pytest.mark.slow
 def test_the_gate_compares_tasks_document_by_document(shop: Shop, history: Any) -> None:
     _, second, third = history["checkpoints"]
     gate: dict[str, Any] = {
@@ -413,6 +418,7 @@ def test_the_gate_compares_tasks_document_by_document(shop: Shop, history: Any) 
     assert verdict.passed
 
 
+@pytest.mark.slow
 def test_a_promotion_that_was_cut_off_registers_once(
     shop: Shop, history: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,6 +464,7 @@ def steps_of(shop: Shop, judged: Stage, **others: Stage) -> list[tuple[str, str]
     return [(step.state, step.why) for step in steps]
 
 
+@pytest.mark.slow
 def test_what_the_registry_lost_is_promoted_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -574,6 +581,7 @@ def test_a_store_that_fails_in_the_middle_is_named_and_the_same_run_goes_on(
     assert line.endswith(" v1: new")
 
 
+@pytest.mark.slow
 def test_the_champion_is_a_version_anew_where_it_is_served_otherwise(
     shop: Shop, history: Any
 ) -> None:
@@ -644,6 +652,7 @@ def test_workers_see_a_model_of_a_store_of_this_machine(s3: str, tmp_path: Path)
     assert model.digest == checkpoint_identity(checkpoint)
 
 
+@pytest.mark.slow
 def test_a_new_store_does_not_find_the_models_of_the_old_one(s3: str, tmp_path: Path) -> None:
     root = RemotePath(s3) / "stores"
     for seed in range(2):

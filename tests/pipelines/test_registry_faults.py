@@ -51,6 +51,7 @@ def gone(folder: Path) -> Iterator[None]:
     shutil.move(aside, folder)
 
 
+@pytest.mark.slow
 def test_what_is_deleted_is_named_and_the_alias_never_leads_to_it(registry: Registry) -> None:
     with gone(files_of(registry, 3)):
         with pytest.raises(CorruptFileError, match=r"^models:/toy/3: its files cannot be had") as e:
@@ -92,6 +93,7 @@ def test_what_is_deleted_is_named_and_the_alias_never_leads_to_it(registry: Regi
     assert model.version == 1
 
 
+@pytest.mark.slow
 def test_what_is_unknown_is_refused_with_what_there_is(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -195,6 +195,7 @@ def test_a_log_goes_on_on_another_machine(tmp_path: Path, move: Move) -> None:
     assert kept() == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_pipeline_from_file_to_champion_and_again_from_another_machine(
     in_this_process: None,
     s3: str,

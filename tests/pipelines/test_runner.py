@@ -600,6 +600,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_stage_in_a_process_of_its_own_ends_with_the_run(tmp_path: Path) -> None:
     path = tmp_path / "run.py"
     path.write_text(CHILD)

@@ -289,6 +289,7 @@ def test_block_starts_that_do_not_rise_or_lie_behind_the_prompt_are_refused(
         Request(id=0, prompt=(5, 6, 7, 8), block_starts=starts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dynamic", "entropy", "2d, edits", "4d"])
 def test_sampled_blocks_are_a_matter_of_the_row_alone(name: str) -> None:
     # Without stop tokens: texts that end at once are the same by chance.

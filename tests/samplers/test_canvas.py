@@ -166,6 +166,7 @@ def p_value(found: np.ndarray, shares: np.ndarray) -> float:
     return float(torch.special.gammaincc(torch.tensor((27 - 1) / 2), chi_square / 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "num_sweeps", "prediction"),
     [
@@ -213,6 +214,7 @@ def exact_shares(num_steps: int, num_sweeps: int) -> np.ndarray:
     return p
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "prediction"), [("ancestral", "posterior"), ("ddim", "loo")])
 def test_samples_of_few_steps_are_those_of_the_corrected_chain(rule: str, prediction: str) -> None:
     found = counted(
@@ -228,6 +230,7 @@ def test_samples_of_few_steps_are_those_of_the_corrected_chain(rule: str, predic
     assert p_value(found, exact_shares(3, 0)) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_corrector_lowers_the_error_of_few_steps() -> None:
     table = language()[1, 1:, 1:, 1:].reshape(-1)
     for num_steps in (2, 4, 8):
@@ -270,6 +273,7 @@ class WithoutCache(torch.nn.Module):
         return SimpleNamespace(logits=output.logits[:, -BLOCK:].float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -325,6 +329,7 @@ def test_tokens_are_those_of_the_released_pipeline(
     assert is_early == (sampler.confidence_threshold is not None)
 
 
+@pytest.mark.slow
 def test_rows_depend_on_neither_batch_nor_place() -> None:
     model = CausalModel(tiny_causal(vocab_size=V, seed=3), vocab_size=V)
     requests = [Request(id=i, prompt=tuple(range(1, 2 + i))) for i in range(5)]

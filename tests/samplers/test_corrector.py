@@ -296,6 +296,7 @@ def test_samples_have_the_distribution_of_the_corrected_chain(
     assert samples.num_model_calls.max() <= 4 + 3 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CORRECTABLE)
 def test_the_corrector_lowers_the_error_of_few_steps(name: str) -> None:
     for steps in (4, 8):

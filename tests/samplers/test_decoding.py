@@ -100,6 +100,7 @@ def generated(model: CausalModel, prompt: Sequence[int], *, max_new_tokens: int)
 # Token after token.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_text_is_that_of_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = causal_model(name)
@@ -119,6 +120,7 @@ def test_greedy_text_is_that_of_transformers(name: str, monkeypatch: pytest.Monk
             assert completion.num_model_calls == len(completion.tokens) + further_chunks
 
 
+@pytest.mark.slow
 def test_sampled_text_is_a_matter_of_the_row_alone() -> None:
     model, requests = causal_model(), requests_of()
     sampler = AutoregressiveSampler(max_new_tokens=12, top_k=20, top_p=0.9, stop_token_ids=STOPS)

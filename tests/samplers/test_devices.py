@@ -107,6 +107,7 @@ CANVAS_RULES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", CANVAS_RULES)
 @pytest.mark.parametrize("kind", ["causal", "encoder and decoder"])
 def test_canvases_on_a_device_are_those_of_the_cpu(rule: str, kind: str, tmp_path: Path) -> None:
@@ -219,6 +220,7 @@ def test_rows_are_those_of_the_cpu_and_a_step_waits_for_what_it_draws(name: str)
     assert 0 < waits.reads <= most * num_steps, waits.places()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["first_hitting", "blockwise"])
 def test_rows_in_flight_are_those_of_the_cpu_and_a_step_waits_for_what_it_draws(name: str) -> None:
     sampler, most = OF_ROWS[name]

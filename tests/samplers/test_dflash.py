@@ -107,6 +107,7 @@ def block_law(rule: str, last: int, anchor: int) -> dict[tuple[int, ...], float]
     return law
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["own", "drawn"])
 def test_every_continuation_has_the_targets_probability(rule: str) -> None:
     """Blocks are appended until there are N tokens, and what is over is cut off, as in decoding."""
@@ -322,6 +323,7 @@ def cribbed(model: DraftedModel, done: dict[int, Completion]) -> Cribbing:
     return Cribbing.of(model, texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen3", "gpt2", "gemma2"])
 def test_greedy_text_is_that_of_transformers_with_any_draft(
     model_type: str, monkeypatch: pytest.MonkeyPatch
@@ -347,6 +349,7 @@ def test_greedy_text_is_that_of_transformers_with_any_draft(
     assert (gains > 0).all(), "blocks of every length were accepted"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.8, "stop_token_ids": STOPS}],
@@ -364,6 +367,7 @@ def test_sampled_text_is_that_of_the_target_alone_with_any_draft(options: dict[s
                 assert done[row].finish_reason == completion.finish_reason
 
 
+@pytest.mark.slow
 def test_text_from_drawn_proposals_is_a_matter_of_the_row_alone() -> None:
     model = drafted_model()
     sampler = DFlashSampler(max_new_tokens=20, draft_temperature=0.8, stop_token_ids=STOPS)

@@ -151,6 +151,7 @@ def walking_model(model_type: str, *, window: int = 2048, seed: int = 1) -> Draf
     return DraftedModel(CausalModel(target, vocab_size=SIZE), draft)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen3", "gpt2", "gemma2"])
 def test_text_is_that_of_the_target_alone_in_ragged_batches(model_type: str) -> None:
     cases: list[dict[str, Any]] = [
@@ -169,6 +170,7 @@ def test_text_is_that_of_the_target_alone_in_ragged_batches(model_type: str) -> 
                 assert done[row].tokens == completion.tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [5, 2048])
 @torch.no_grad()
 def test_drafts_of_a_ragged_batch_are_those_of_the_whole_text(

@@ -139,6 +139,7 @@ class MixingDenoiser:
 # The ancestral sampler draws the language.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["loo", "posterior"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_ancestral_samples_are_the_language(name: str, prediction: str) -> None:
@@ -153,6 +154,7 @@ def test_ancestral_samples_are_the_language(name: str, prediction: str) -> None:
     assert distance(sample_free(sampler, model, 6000), table) < 0.04
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["uniform", "uniform over all", "hybrid"])
 def test_a_posterior_taken_for_leave_one_out_draws_something_else(name: str) -> None:
     kernel, noising = KERNELS[name]
@@ -276,6 +278,7 @@ def test_given_positions_stay_and_condition_the_rest(name: str, kernel: ForwardK
         assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / count) + 0.015
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kernel", "scale"),
     [(*case, 1.0) for case in CASES] + [(*case, 1.7) for case in GUIDED],
@@ -320,6 +323,7 @@ def test_reused_hidden_states_change_nothing(name: str, kernel: ForwardKernel) -
         assert int(reused.num_model_calls.sum()) < int(afresh.num_model_calls.sum())
 
 
+@pytest.mark.slow
 def test_masked_positions_cost_what_is_revealed_and_no_more() -> None:
     model = MixingDenoiser()
     samples = sample_free(
@@ -388,6 +392,7 @@ def test_temperature_zero_is_the_argmax(name: str, kernel: ForwardKernel) -> Non
 # Remasking, first hitting, blocks.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["cap", "rescale"])
 def test_remasking_keeps_the_marginals_and_the_language(schedule: Any) -> None:
     table = toy_language(V, L, MASK, seed=7)
@@ -466,6 +471,7 @@ def test_first_hitting_order_is_uniform() -> None:
         assert chi_square(counts.numpy(), np.full(4, 1500.0)) < 7
 
 
+@pytest.mark.slow
 def test_blocks_are_filled_from_left_to_right_and_draw_the_language() -> None:
     table = toy_language(V, L, MASK, seed=7)
     frames: list[Tensor] = []

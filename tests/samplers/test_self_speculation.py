@@ -99,6 +99,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_its_text_is_that_of_the_model_alone(name: str) -> None:
     drafting, requests = sampler(**SETTINGS[name]), requests_of(LENGTHS)
@@ -200,6 +201,7 @@ def test_each_step_of_a_draft_sees_what_the_steps_before_settled() -> None:
     assert done.num_model_calls >= 1 + 4 * (len(steps) // 3)
 
 
+@pytest.mark.slow
 def test_one_pass_gives_a_token_at_least_where_it_drafts_ahead() -> None:
     fields = {"stop_token_ids": (), "max_new_tokens": 21, "draft_ahead": True}
     drafting, requests = sampler(**fields), requests_of(LENGTHS)
@@ -217,6 +219,7 @@ def test_one_pass_gives_a_token_at_least_where_it_drafts_ahead() -> None:
             assert (21 - first) / sum(gains) >= least
 
 
+@pytest.mark.slow
 def test_two_passes_give_two_tokens_at_least_and_block_and_one_at_most() -> None:
     drafting, requests = sampler(stop_token_ids=(), max_new_tokens=21), requests_of(LENGTHS)
     texts = {i: c.tokens for i, c in completed(alone(drafting), model(), requests).items()}
@@ -298,6 +301,7 @@ def filtered(drafting: SelfSpeculationSampler) -> Tensor:
     return law
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "way",
     [

@@ -179,6 +179,7 @@ def test_wandb_gets_each_step_once_and_no_secret(
     assert len(fake.runs) == 2
 
 
+@pytest.mark.slow
 def test_real_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2

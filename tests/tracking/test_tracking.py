@@ -337,6 +337,7 @@ def test_what_is_told_beside_the_log_does_not_go_behind_the_log(tmp_path: Path) 
     assert (shown.state, shown.place) == ("running", "step 10/10")
 
 
+@pytest.mark.slow
 def test_something_moves_every_ten_seconds_later_every_minute_and_the_log_stays_short(
     tmp_path: Path,
 ) -> None:
@@ -750,6 +751,7 @@ def sqlite_uri(root: Path) -> str:
     return resolve_uri(ON, root)
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_a_parent_with_a_child_per_stage(root: Path) -> None:
     from mlflow import MlflowClient
 
@@ -923,6 +925,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_closed_and_its_stage_goes_on_in_the_same_run(root: Path) -> None:
     uri, folder = sqlite_uri(root), root / "quick" / "train"
     driver = subprocess.Popen(

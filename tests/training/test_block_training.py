@@ -112,6 +112,7 @@ def build_run(cfg: TrainConfig, data: TokenData, folder: Path) -> TrainingRun:
     return TrainingRun.build(cfg, data, folder, world=World.current())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_block_objectives_train_resume_and_are_judged(
     name: str, data: TokenData, tmp_path: Path
@@ -285,6 +286,7 @@ def test_an_added_mask_starts_at_the_mean_where_the_embedding_was_padded_too(
 LORA = {"lora_rank": 3, "lora_alpha": 6.0, "lora_dropout": 0.1}
 
 
+@pytest.mark.slow
 def test_adapters_resume_exactly_and_are_merged_into_what_is_saved(
     data: TokenData, tmp_path: Path
 ) -> None:
@@ -365,6 +367,7 @@ def test_adapters_that_cannot_be_are_refused(data: TokenData, tmp_path: Path) ->
     assert not any(name.startswith("lora") for name in config("2d").result_fields())
 
 
+@pytest.mark.slow
 def test_adapters_of_a_joint_loss_are_saved_as_they_were_trained(
     data: TokenData, tmp_path: Path
 ) -> None:

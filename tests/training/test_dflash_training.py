@@ -143,6 +143,7 @@ def test_losses_of_the_second_layout_do_not_depend_on_workers(
     assert dict(losses) == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.slow
 @LAYOUTS
 def test_dpace_losses_do_not_depend_on_micro_batches(
     layout: str, data: TokenData, target: str, tmp_path: Path
@@ -176,6 +177,7 @@ def test_a_step_that_has_nothing_to_learn_from_is_a_step(target: str, tmp_path: 
     assert [event["grad_norm"] for event in events if event["event"] == "metrics"] == [0.0]
 
 
+@pytest.mark.slow
 @LAYOUTS
 def test_resuming_is_exact_and_a_draft_goes_on(
     layout: str, data: TokenData, target: str, tmp_path: Path
@@ -221,6 +223,7 @@ def test_a_draft_learns(data: TokenData, target: str, tmp_path: Path) -> None:
     assert lengths[-1] > 2.2
 
 
+@pytest.mark.slow
 def test_training_logs_what_is_accepted_on_held_out_rows(
     data: TokenData, target: str, tmp_path: Path
 ) -> None:
@@ -242,6 +245,7 @@ def test_training_logs_what_is_accepted_on_held_out_rows(
     assert not any("heldout_acceptance_length" in event for event in events)
 
 
+@pytest.mark.slow
 def test_a_draft_checkpoint_is_the_published_layout(
     data: TokenData, target: str, tmp_path: Path
 ) -> None:
@@ -277,6 +281,7 @@ def test_a_draft_checkpoint_is_the_published_layout(
     assert torch.equal(own, drafted)
 
 
+@pytest.mark.slow
 def test_a_draft_of_the_second_layout_learns_and_is_judged_by_its_paths(
     data: TokenData, target: str, tmp_path: Path
 ) -> None:
@@ -314,6 +319,7 @@ def test_a_draft_of_the_second_layout_learns_and_is_judged_by_its_paths(
     assert last == pytest.approx(figures["expected_acceptance_length"])
 
 
+@pytest.mark.slow
 def test_the_ablation_reads_embeddings_and_is_as_large(
     data: TokenData, target: str, tmp_path: Path
 ) -> None:
@@ -333,6 +339,7 @@ def test_the_ablation_reads_embeddings_and_is_as_large(
     assert torch.equal(context, torch.cat([model.model.embed_tokens(tokens)] * 2, dim=-1))
 
 
+@pytest.mark.slow
 def test_ar_checkpoints_open_as_causal_models_and_have_no_noise(
     data: TokenData, tmp_path: Path
 ) -> None:
@@ -413,6 +420,7 @@ def bare_target(folder: Path, num_embeddings: int) -> tuple[str, Any]:
     return str(folder), tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_embeddings", "mask", "says"),
     [
@@ -476,6 +484,7 @@ def test_rows_with_tokens_that_a_frozen_target_has_no_embedding_for_are_refused(
 # What jobs.evaluate says of such checkpoints.
 
 
+@pytest.mark.slow
 def test_ar_checkpoints_and_drafts_are_judged_and_reported(
     in_this_process: None, data: TokenData, target: str, tmp_path: Path
 ) -> None:

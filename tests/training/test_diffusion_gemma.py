@@ -148,6 +148,7 @@ def test_loss_and_gradients_are_those_of_passes_block_by_block(
     assert not any("vision" in name for name in trained)
 
 
+@pytest.mark.slow
 def test_adapters_count_in_both_halves_as_the_weights_that_they_are_merged_into(
     tmp_path: Path,
 ) -> None:
@@ -226,6 +227,7 @@ def test_recomputed_activations_change_neither_loss_nor_gradients(
     assert found[1][2] == sorted([*once, *set(once)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_activations_are_planned_as_a_pass_keeps_them(recomputes: bool, tmp_path: Path) -> None:
     model: Any = diffusion_gemma(tmp_path)
@@ -291,6 +293,7 @@ def train_config(folder: Path, **changes: Any) -> TrainConfig:
     return TrainConfig.model_validate({**fields, **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"ema_decay": 0.5, "more_ids": 4}, {"lora_rank": 2, "ema_decay": 0.5}]
 )
@@ -337,6 +340,7 @@ def test_what_is_trained_is_saved_as_it_came_and_opened_by_its_own_loader(
     assert load_file(Path(again) / "model.safetensors").keys() == before.keys()
 
 
+@pytest.mark.slow
 def test_it_is_judged_by_both_of_its_losses_and_by_nothing_else(
     data: TokenData, tmp_path: Path
 ) -> None:
@@ -368,6 +372,7 @@ def test_it_is_judged_by_both_of_its_losses_and_by_nothing_else(
         open_causal(str(final))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_broken", [False, True])
 def test_its_certificate_holds_decoding_against_training(
     is_broken: bool, data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -389,6 +394,7 @@ def test_its_certificate_holds_decoding_against_training(
     assert [check.name for check in checks if not check.passed] == ["one_pass"] * is_broken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"lora_rank": 2, "ema_decay": 0.5, "gradient_checkpointing": True}]
 )

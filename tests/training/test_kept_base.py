@@ -146,6 +146,7 @@ def test_a_new_mask_starts_at_the_mean_of_all_tokens(
     torch.testing.assert_close(row.detach(), known.float().mean(0))
 
 
+@pytest.mark.slow
 def test_the_weights_are_those_of_the_base_model_to_the_bit(trained: Path, base: Path) -> None:
     expected = load_file(base / "model.safetensors")
     for name in ("final", "checkpoint-2", "checkpoint-4"):
@@ -273,6 +274,7 @@ def test_what_drafts_is_what_was_trained(trained: Path, data: TokenData) -> None
     assert nats["final"] < nats["untrained"]
 
 
+@pytest.mark.slow
 def test_it_resumes_exactly_and_goes_on_from_its_adapters(
     trained: Path, base: Path, data: TokenData, tmp_path: Path
 ) -> None:

@@ -60,6 +60,7 @@ class Trained:
         return [{name: each[name] for name in names if name in each} for each in told]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{}, {"optimizer": "muon", "per_device_train_batch_size": 3}],

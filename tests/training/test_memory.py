@@ -188,6 +188,7 @@ def test_what_a_selector_keeps_is_what_its_loss_saves(target: Path) -> None:
     assert selector_bytes(shape, num_tokens) == held + saved
 
 
+@pytest.mark.slow
 def test_what_is_counted_of_a_draft(target: Path) -> None:
     cfg = draft_config(target, num_anchors=3, gradient_accumulation_steps=2, ema_decay=0.9)
     draft = DFlashDraftModel(plan_draft(cfg, tokenizer=letter_tokenizer(), max_length=LENGTH).draft)
@@ -227,6 +228,7 @@ def test_layers_that_compute_again_keep_their_inputs_and_one_of_them_all() -> No
     assert inputs <= kept <= 4 * inputs
 
 
+@pytest.mark.slow
 def test_what_is_counted() -> None:
     def plan(num_workers: int = 1, replica_size: int | None = None, **changes: Any) -> Any:
         cfg = config("ar", **changes)

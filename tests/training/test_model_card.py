@@ -62,6 +62,7 @@ def front_matter(text: str) -> dict[str, Any]:
     return fields
 
 
+@pytest.mark.slow
 def test_a_resumed_run_leaves_the_same_card(data: TokenData, tmp_path: Path) -> None:
     straight = train_in_process(config(), data, tmp_path / "straight")
     folder = tmp_path / "resumed"

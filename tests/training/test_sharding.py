@@ -166,6 +166,7 @@ def assert_close(checkpoint: Path, expected: Path, *, is_rough: bool) -> None:
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_every_objective_is_trained_as_in_one_process(
     way: str, folder: Path, data: TokenData, whole: dict[str, Losses]
@@ -187,6 +188,7 @@ def test_every_objective_is_trained_as_in_one_process(
     assert not list(out.glob("*/.*"))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_any_number_of_workers(
     folder: Path, data: TokenData, whole: dict[str, Losses], tmp_path: Path
 ) -> None:
@@ -215,6 +217,7 @@ def test_a_run_goes_on_with_any_number_of_workers(
             assert_close(out / name / "final", there, is_rough=is_rough)
 
 
+@pytest.mark.slow
 def test_what_sharding_workers_wrote_opens_as_any_checkpoint_does(
     folder: Path, data: TokenData, whole: dict[str, Losses], tmp_path: Path
 ) -> None:
@@ -247,6 +250,7 @@ def test_what_sharding_workers_wrote_opens_as_any_checkpoint_does(
         open_checkpoint(out / "final")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}])
 def test_weights_in_files_of_less_precision_are_trained_as_in_one_process(
     changes: dict[str, Any], folder: Path, data: TokenData, tmp_path: Path
@@ -291,6 +295,7 @@ def test_weights_that_files_lack_are_the_same_however_they_are_opened(tmp_path: 
         assert torch.equal(value, on_disk[name]), name
 
 
+@pytest.mark.slow
 def test_watched_runs_decide_alike(folder: Path, data: TokenData, tmp_path: Path) -> None:
     """7 held-out rows in batches of 2: the workers have different numbers of them."""
     fields: dict[str, Any] = {
@@ -361,6 +366,7 @@ def _die_while(moment: str, rank: int) -> None:
 CALLS = {"save": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "rank"),
     [("staging", 1), ("writing", 1), ("writing", 0), ("before the manifest", 0)],
@@ -386,6 +392,7 @@ def test_a_kill_at_any_moment_leaves_the_checkpoint_before(
     assert not list(out.glob(".*")), "what the killed one left is gone"
 
 
+@pytest.mark.slow
 def test_workers_write_their_shares_to_a_uri(
     folder: Path, data: TokenData, whole: dict[str, Losses], s3: str
 ) -> None:
@@ -409,6 +416,7 @@ def test_workers_write_their_shares_to_a_uri(
     assert sorted(there) == [5, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_share_that_cannot_be_written_ends_the_run_and_says_so(
     rank: int, folder: Path, data: TokenData, tmp_path: Path

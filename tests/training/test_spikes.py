@@ -158,6 +158,7 @@ def taken_for(step: int, checkpoint: Path) -> None:
     commit(target, kind=KIND, metadata={**metadata, "step": step})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("action", "base"), [("skip", 3), ("rewind", 2)])
 def test_a_run_goes_on_as_from_an_earlier_checkpoint_with_the_next_rows(
     tmp_path: Path, data: TokenData, spikes: Spikes, action: str, base: int
@@ -202,6 +203,7 @@ def test_rewinding_before_the_first_checkpoint_goes_back_to_the_start(
     assert losses_of(events).keys() == {1, 3, 4, 5, 6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("action", "stop_at"), [("skip", 21), ("rewind", 20)])
 def test_resuming_is_exact(
     tmp_path: Path, data: TokenData, spikes: Spikes, action: str, stop_at: int
@@ -228,6 +230,7 @@ def test_resuming_is_exact(
     assert last == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_goes_on_with_skip_as_if_it_had_skipped(
     tmp_path: Path, data: TokenData, spikes: Spikes
 ) -> None:
@@ -259,6 +262,7 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(
         run(config(on_spike="rewind"), data, tmp_path)
 
 
+@pytest.mark.slow
 def test_without_spikes_nothing_changes(tmp_path: Path, data: TokenData) -> None:
     plain, events = run(config(), data, tmp_path / "plain")
     watched, told = run(config(on_spike="skip"), data, tmp_path / "watched")
@@ -266,6 +270,7 @@ def test_without_spikes_nothing_changes(tmp_path: Path, data: TokenData) -> None
     assert losses_of(events) == losses_of(told)
 
 
+@pytest.mark.slow
 def test_a_step_that_memory_does_not_suffice_for_is_named_with_its_rows(
     tmp_path: Path, data: TokenData, monkeypatch: pytest.MonkeyPatch
 ) -> None:

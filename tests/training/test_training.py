@@ -223,6 +223,7 @@ def test_losses_do_not_depend_on_workers_or_micro_batches(data: TokenData, tmp_p
         assert shared == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_uneven_shares_are_still_one_mean(data: TokenData, tmp_path: Path) -> None:
     """7 rows on 2 workers: 4 and 3; averaging the workers' means would be off."""
     cfg = config(global_batch_size=7, max_train_steps=3)
@@ -231,12 +232,14 @@ def test_uneven_shares_are_still_one_mean(data: TokenData, tmp_path: Path) -> No
     assert shared == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_twice_is_identical_and_the_seed_matters(data: TokenData, tmp_path: Path) -> None:
     first, _ = run(config(), data, tmp_path / "a")
     assert run(config(), data, tmp_path / "b")[0] == first
     assert run(config(seed=1), data, tmp_path / "c")[0] != first
 
 
+@pytest.mark.slow
 def test_dropout_too_is_repeatable(data: TokenData, tmp_path: Path) -> None:
     first, _ = run(config(dropout=0.2), data, tmp_path / "a")
     torch.manual_seed(99)
@@ -266,6 +269,7 @@ def shifted_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, mask_token="[MASK]")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logging_steps", [1, 3])
 def test_a_resumed_run_is_the_uninterrupted_one(
     data: TokenData, tmp_path: Path, logging_steps: int
@@ -326,6 +330,7 @@ def test_another_configuration_is_refused_and_nothing_is_lost(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_progress_is_told_within_steps_and_changes_no_loss(
     data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,6 +383,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimiser_step(
     assert [p.name for p in committed_checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
+@pytest.mark.slow
 def test_options_that_save_memory_change_nothing(data: TokenData, tmp_path: Path) -> None:
     plain, _ = run(config(), data, tmp_path / "plain")
     saving, _ = run(config(gradient_checkpointing=True), data, tmp_path / "saving")
@@ -451,6 +457,7 @@ def test_only_the_newest_checkpoints_are_kept(data: TokenData, tmp_path: Path) -
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_over_keeps_its_own_checkpoints(data: TokenData, tmp_path: Path) -> None:
     """Damaged later checkpoints are passed over: what was saved since is the newest."""
     run(config(), data, tmp_path)
@@ -468,6 +475,7 @@ def test_a_run_that_starts_over_keeps_its_own_checkpoints(data: TokenData, tmp_p
     assert load_for_inference(tmp_path / "final")
 
 
+@pytest.mark.slow
 def test_no_flipped_byte_of_a_manifest_goes_unseen(data: TokenData, tmp_path: Path) -> None:
     run(config(max_train_steps=4, lr_warmup_steps=0), data, tmp_path)
     path = tmp_path / "checkpoint-4" / "MANIFEST.json"
@@ -808,6 +816,7 @@ def test_bad_noise_processes_are_refused(
         NoiseProcess.load(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert-tiny", "qwen3-tiny"])
 def test_adapters_of_a_denoiser_of_whole_rows(name: str, data: TokenData, tmp_path: Path) -> None:
     """Resumed exactly, merged into what is saved, and nothing else of the model is changed."""

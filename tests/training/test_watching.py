@@ -132,6 +132,7 @@ def decided_again(
     return decided
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["mdlm", "ar"])
 def test_decisions_are_those_of_a_second_program(
     data: TokenData, tmp_path: Path, objective: str
@@ -178,6 +179,7 @@ def test_a_run_that_stopped_early_is_finished(data: TokenData, tmp_path: Path) -
         run(config(early_stopping_patience=3), data, tmp_path)
 
 
+@pytest.mark.slow
 def test_watching_changes_no_loss(data: TokenData, tmp_path: Path) -> None:
     """Dropout, averaged weights and the gradient go on as if nothing had been judged."""
     plain = {"dropout": 0.1, "max_train_steps": 7, "logging_steps": 1}
@@ -191,6 +193,7 @@ def test_watching_changes_no_loss(data: TokenData, tmp_path: Path) -> None:
         assert there.read_bytes() == here.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])
 def test_keep_best_keeps_the_weights_of_the_best_step(
     data: TokenData, tmp_path: Path, ema_decay: float
@@ -222,6 +225,7 @@ def kept_path(folder: Path) -> Path:
     return folder / "best" / "final" / "model.safetensors"
 
 
+@pytest.mark.slow
 def test_keep_best_keeps_the_adapters_of_the_best_step(data: TokenData, tmp_path: Path) -> None:
     adapters: dict[str, Any] = {
         "lora_rank": 2,
@@ -243,6 +247,7 @@ def test_keep_best_keeps_the_adapters_of_the_best_step(data: TokenData, tmp_path
     assert kept == end
 
 
+@pytest.mark.slow
 def test_a_draft_is_watched_by_what_is_accepted_of_it(data: TokenData, tmp_path: Path) -> None:
     target = {"objective": "ar", "model_name_or_path": "builtin:qwen3-tiny", "eval_steps": None}
     final = train_in_process(
@@ -276,6 +281,7 @@ def test_a_draft_is_watched_by_what_is_accepted_of_it(data: TokenData, tmp_path:
     assert not is_better(yardstick, fewer, more)
 
 
+@pytest.mark.slow
 def test_a_damaged_best_checkpoint_is_gone_back_behind(data: TokenData, tmp_path: Path) -> None:
     cfg = config(keep="best", checkpoints_total_limit=1)
     events = run(cfg, data, tmp_path)
@@ -288,6 +294,7 @@ def test_a_damaged_best_checkpoint_is_gone_back_behind(data: TokenData, tmp_path
     assert (tmp_path / "final" / "model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_a_manifest_of_an_older_checkpoint_that_cannot_be_read_stops_nothing(
     data: TokenData, tmp_path: Path
 ) -> None:
@@ -311,6 +318,7 @@ class _Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("deadly", "lives"),
     [("heldout", [3, 2, 2, 3, 3]), ("checkpoint", [1, 2, 1, 1]), ("stopped_early", [1, 1])],

@@ -105,6 +105,7 @@ def test_the_installed_code_passes() -> None:
     assert max(check.figure or 0.0 for check in checks if check.name == "reverse") < 1e-14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_checkpoint_passes(name: str, checkpoints: dict[str, Path], data: TokenData) -> None:
     checks = of_checkpoint(checkpoints[name], data)
@@ -365,6 +366,7 @@ def field_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NoiseProcess, "save", save)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("break_it", "objective", "caught"),
     [

@@ -45,6 +45,7 @@ def sizes_of(blocks: AnchoredBlocks) -> tuple[int, int, int]:
     return num_rows, num_queries, blocks.length + num_queries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [4, 10, 16, 128])
 def test_the_block_mask_is_the_one_that_asking_for_each_pair_finds(block_size: int) -> None:
     """Also tiles that are seen whole, which flex_attention does not ask the rule about."""
@@ -91,6 +92,7 @@ def test_tiles_give_the_numbers_and_gradients_of_the_whole_mask(
         torch.testing.assert_close(ours, whole)
 
 
+@pytest.mark.slow
 def test_many_anchors_take_no_mask_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """512 of them in a row: loss and gradient are those under the whole mask, which is not made."""
     batch = some_rows(600, ((0,), (0, 200)), [600, 580])

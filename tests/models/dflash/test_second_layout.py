@@ -193,6 +193,7 @@ def test_a_window_in_every_form_of_mask(window: int, block_size: int) -> None:
         assert torch.equal(index[counted], other[counted])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kinds", [["sliding_attention"] * 2, ["full_attention", "sliding_attention"]]
 )
@@ -309,6 +310,7 @@ def test_loss_gradient_and_figures_are_those_of_plain_blocks(loss_type: Any) -> 
     assert accepted(is_right)[is_whole].tolist() == lengths
 
 
+@pytest.mark.slow
 def test_gradients_of_a_selector_do_not_depend_on_which_thread_is_first() -> None:
     """Many places behind few tokens, so that threads would add to the same rows."""
     generator = torch.Generator().manual_seed(0)
