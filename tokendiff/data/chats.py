@@ -248,7 +248,11 @@ def _is_learnt(weight: Any, place: str) -> bool:
 
 
 def text_of(value: Any, place: str) -> str:
-    """A text, or the texts of a list of parts, joined."""
+    """A text, or the texts of a list of parts, joined.
+
+    Raises:
+        ValueError: it is neither, or a part is something else than text.
+    """
     if isinstance(value, list):
         parts = []
         for number, part in enumerate(value):
