@@ -1,7 +1,7 @@
 # Two commands for a new checkout: make quickstart, make test. `make help` lists the others.
 
 PYTHON ?= python3
-TEST_WORKERS ?= 4
+TEST_WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -38,7 +38,7 @@ quickstart: setup  ## train, sample and evaluate a small model: minutes on two c
 
 # Here and not in pyproject.toml, so that a single test runs in one process, at once and with --pdb.
 # Compiled once: many processes import this, and where Python may not keep bytecode each compiles it.
-test: setup  ## the test suite on TEST_WORKERS=4 processes; PYTEST_ARGS="-m 'not slow'" for a part of it
+test: setup  ## the test suite on TEST_WORKERS=3 processes; PYTEST_ARGS="-m 'not slow'" for a part of it
 	@$(BIN)/python -m compileall -q benchmarks jobs pipelines tests tokendiff
 	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) -m "not deep" $(PYTEST_ARGS)
 
