@@ -76,9 +76,8 @@ def preprocess_stage(
         if num_errors := metadata.get("errors", 0):  # a folder of an earlier version has no count
             result["errors_dir"] = str(stage.output / ERRORS)
         if chats := metadata.get("chats"):
-            names = ("dataset_format", "num_too_long", "num_cut", "example")
-            result |= {name: chats[name] for name in names}
-            result |= {name: chats[name] for name in ("left_out",) if name in chats}
+            names = ("dataset_format", "num_too_long", "num_cut", "example", "left_out")
+            result |= {name: chats[name] for name in names if name in chats}
         elif "dataset_format" in metadata:  # of rows that fit a chat format too
             result["dataset_format"] = metadata["dataset_format"]
         return {**result, "errors": num_errors}

@@ -523,6 +523,13 @@ def test_a_path_that_cannot_be_one_is_bad_input(
         assert error.count("\n") == 1
 
 
+def test_a_folder_that_another_process_has_just_made_is_no_bad_path(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name, is_bad in (("file", True), (".", False)):
+        error = FileExistsError(errno.EEXIST, "File exists", str(tmp_path / name))
+        assert (cli._path_remedy(error) is not None) == is_bad
+
+
 _SAYS_POLICY = """
 import os, sys
 from jobs import cli

@@ -11,6 +11,7 @@ from pipelines.record import StageRecord
 from pipelines.stage import Stage
 from pipelines.tables import figure_lines
 from tokendiff.artifacts.manifest import commit
+from tokendiff.cluster import session
 from tokendiff.config.loader import load_config, to_yaml
 from tokendiff.config.stage_graph import agreement_problems
 from tokendiff.errors import InputError
@@ -151,6 +152,7 @@ def test_memory_is_planned_for_the_device_that_workers_will_use(
         return plan_memory(*args, **fields)
 
     monkeypatch.setattr(memory, "plan_memory", spy)
+    monkeypatch.setattr(session, "is_connected", lambda: False)  # other tests may have a Ray here
     for is_there in (False, True):
         monkeypatch.setattr("torch.cuda.is_available", lambda is_there=is_there: is_there)
         for asked in ("false", "true", "null"):

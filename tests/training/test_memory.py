@@ -320,6 +320,10 @@ def test_what_others_have_taken_of_a_card_is_not_there(monkeypatch: pytest.Monke
     assert card.num_looks == 1, "the whole card would not do"
     _Card(monkeypatch, taken=0, stays=0, own=60)
     check_memory(cfg, plan_of(70), world)  # what this process has is its own
+    card = _Card(monkeypatch, taken=1, stays=1)  # by CUDA, for this process
+    with pytest.raises(InputError, match=r"cuda:0 has 79.0 GiB for it; give the run"):
+        check_memory(cfg, plan_of(87), world)
+    assert card.num_looks == 1
 
 
 @pytest.mark.parametrize(

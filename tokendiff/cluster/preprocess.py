@@ -41,6 +41,7 @@ from tokendiff.data.sources import (
     left_out_in_words,
     plan_input,
     plan_partitions,
+    tool_columns,
 )
 from tokendiff.data.streams import is_compressed
 from tokendiff.data.templates import ChatRenderer, read_template
@@ -101,6 +102,8 @@ def preprocess(
     if chats is not None:
         ChatRenderer(tokenizer=tokenizer, train_on=chats.train_on).check(chats.dataset_format)
     tokenizer_files = _save_tokenizer(tokenizer, output_dir)
+    # Asked of the input now: it may be away by the time that the work is done.
+    note, tools = format_note(config), [] if chats is None else tool_columns(config)
     errors = ErrorCount(
         config.max_errors,
         what="rows",
@@ -122,7 +125,7 @@ def preprocess(
             num_rows = sum(shard.rows for shard in shards)
             progress.finish(done.index, figures, rows=num_rows, errors=errors.num_rows)
     stats.sort(key=lambda partition: partition.index)
-    metadata = _metadata(config, tokenizer_name_or_path, tokenizer, stats, chats)
+    metadata = _metadata(config, tokenizer_name_or_path, tokenizer, stats, chats, tools)
     warnings = _check_corpus(config, metadata, errors)
     for message in warnings:
         on_event("warning", message=message)
@@ -134,7 +137,7 @@ def preprocess(
         )
     if num_joined := sum(partition.joined for partition in stats):
         on_event("advice", message=_joined_in_words(num_joined))
-    if (note := format_note(config)) is not None:
+    if note is not None:
         metadata["dataset_format"] = "text"
         on_event("advice", message=note)
     known_sha256 = {file.path: file.sha256 for part in stats for file in part.files}
@@ -369,6 +372,7 @@ def _metadata(
     tokenizer: "PreTrainedTokenizerBase",
     stats: Sequence[PartitionStats],
     chats: ChatOptions | None,
+    tools: Sequence[str],
 ) -> dict[str, Any]:
     splits = {split: _split_totals(stats, split) for split in SPLITS}
     num_tokens = sum(split["tokens"] for split in splits.values())
@@ -388,15 +392,18 @@ def _metadata(
         },
         "splits": splits,
         **({"isolate_documents": True} if config.isolate_documents else {}),
-        **({} if chats is None else _of_chats(config, stats, chats)),
+        **({} if chats is None else _of_chats(config, stats, chats, tools)),
     }
 
 
 def _of_chats(
-    config: "PreprocessConfig", stats: Sequence[PartitionStats], chats: ChatOptions
+    config: "PreprocessConfig",
+    stats: Sequence[PartitionStats],
+    chats: ChatOptions,
+    tools: Sequence[str],
 ) -> dict[str, Any]:
     isolate = config.isolate_documents
-    left_out = left_out_in_words(config, sum(partition.without_reasoning for partition in stats))
+    left_out = left_out_in_words(tools, sum(partition.without_reasoning for partition in stats))
     return {
         "chats": {
             **vars(chats),

@@ -185,11 +185,20 @@ def format_note(config: "PreprocessConfig") -> str | None:
     return None
 
 
-def left_out_in_words(config: "PreprocessConfig", num_without_reasoning: int) -> str:
-    """What conversations hold that no model gets to see; "" where there is nothing."""
-    found = []
+def tool_columns(config: "PreprocessConfig") -> list[str]:
+    """The columns of conversations that say what could have been called."""
     with suppress(InputError):
-        found += [f"the column {name!r}" for name in _columns(config) if name in _TOOL_COLUMNS]
+        return [name for name in _columns(config) if name in _TOOL_COLUMNS]
+    return []
+
+
+def left_out_in_words(columns: Sequence[str], num_without_reasoning: int) -> str:
+    """What conversations hold that no model gets to see; "" where there is nothing.
+
+    Args:
+        columns: from `tool_columns`.
+    """
+    found = [f"the column {name!r}" for name in columns]
     if num_without_reasoning:
         names = " or ".join(REASONING_FIELDS)
         found.append(f"the {names} of {num_without_reasoning:,} conversations")
