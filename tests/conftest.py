@@ -241,13 +241,19 @@ def stores_copied() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
     """URI of a bucket on an S3 server in this process."""
+    from moto import backends
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line per request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=S3_PORT, verbose=False)
     server.start()
     bucket = urllib.request.Request(f"http://127.0.0.1:{S3_PORT}/bucket", method="PUT")
-    with urllib.request.urlopen(bucket):
+    # It looks its modules up at each request, in the file system.
+    modules = list(backends.list_of_moto_modules())
+    with (
+        mock.patch.object(backends, "list_of_moto_modules", return_value=modules),
+        urllib.request.urlopen(bucket),
+    ):
         yield "s3://bucket"
     server.stop()
 

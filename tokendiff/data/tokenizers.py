@@ -128,15 +128,23 @@ def _quiet_configs() -> Iterator[None]:
 
 
 @contextmanager
-def errors_alone(name: str) -> Iterator[None]:
-    """Within it a logger passes on errors, and nothing that is less."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def errors_alone(*names: str) -> Iterator[None]:
+    """Within it loggers pass on errors, and nothing that is less.
+
+    By a filter, as a change of their level makes `logging` go through all loggers that there are.
+    """
+    loggers = [logging.getLogger(name) for name in names]
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    for logger in loggers:
+        logger.addFilter(is_error)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger in loggers:
+            logger.removeFilter(is_error)
 
 
 def _byte_tokenizer() -> "Tokenizer":

@@ -6,7 +6,6 @@ named by the error where one cannot be opened.
 """
 
 import json
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from tokendiff.artifacts.model_folders import (
     local_model,
     longest_row,
 )
+from tokendiff.data.tokenizers import errors_alone
 from tokendiff.errors import InputError, input_errors
 from tokendiff.models.families import (
     PUBLISHED_TYPES,
@@ -267,17 +267,13 @@ def quietly() -> Iterator[None]:
     """
     from transformers.utils.logging import set_tqdm_hook
 
-    names = ("modeling_utils", "distributed.tensor_parallel")
-    loggers = [logging.getLogger(f"transformers.{name}") for name in names]
-    levels = [logger.level for logger in loggers]
     before = set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **kwargs, disable=True))
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     try:
-        yield
+        with errors_alone(
+            "transformers.modeling_utils", "transformers.distributed.tensor_parallel"
+        ):
+            yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
         set_tqdm_hook(before)
 
 
