@@ -33,7 +33,7 @@ _tokendiff() {
     -o | --override)
         # bash takes "=" for the end of a word: what stands behind it is the user's.
         _tokendiff_offer -S = -W "@FIELDS@" -- "$word"
-        [[ $(type -t compopt) == builtin ]] && compopt -o nospace 2>/dev/null
+        [[ -n ${BASH_VERSION:-} ]] && compopt -o nospace 2>/dev/null
         return
         ;;
     esac

@@ -1,6 +1,7 @@
 """The command `tokendiff`: which jobs it has, what it says, and what a shell completes of it."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,34 @@ def test_bash_completes_commands_flags_and_values(bash_script: Path, tmp_path: P
 def test_completion_knows_every_flag_of_training(bash_script: Path) -> None:
     offered = completed(bash_script, "tokendiff train --")
     assert {f"--{name}" for name in TrainConfig.model_fields} <= set(offered)
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh")
+def test_zsh_completes_the_same(tmp_path: Path) -> None:
+    """In the options that bashcompinit sets for functions of bash. What does not begin with
+    the word is left out by zsh itself, later.
+    """
+    script = tmp_path / "completion"
+    script.write_text(completion.script("zsh"))
+    for line, expected in [
+        ("tokendiff pr", "preprocess"),
+        ("tokendiff train --compile f", "false"),
+        ("tokendiff pipeline run x.yaml -o train.lr_w", "train.lr_warmup_steps="),
+    ]:
+        words = line.split(" ")
+        code = f"""
+source {script}
+complete_one() {{
+    emulate -L sh; setopt kshglob noshglob braceexpand
+    COMP_WORDS=({" ".join(f"'{word}'" for word in words)}) COMP_CWORD={len(words) - 1}
+    _tokendiff
+    printf '%s\\n' "${{COMPREPLY[@]}}"
+}}
+complete_one
+"""
+        done = subprocess.run(["zsh", "-f", "-c", code], capture_output=True, text=True, check=True)
+        assert expected in done.stdout.split()
+        assert done.stderr == ""
 
 
 def test_zsh_reads_the_same_function(bash_script: Path) -> None:
