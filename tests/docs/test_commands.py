@@ -54,7 +54,7 @@ python -m jobs.generate --checkpoint_path qwen-dummy-output/final --sampler bloc
 """,
 )
 FEW_STEPS = {
-    "jobs.train": ["--max_train_steps", "4", "--num_workers", "1"],
+    "jobs.train": ["--max_train_steps", "2", "--num_workers", "1"],
 }
 # Stages side by side are processes of their own, which would start Ray.
 HERE = {"jobs.train": ["--num_workers", "1"], "jobs.pipeline": ["-o", "runner.max_parallel=1"]}
