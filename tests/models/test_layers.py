@@ -7,9 +7,11 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from tests.builders import tiny_causal
+from tests.models.test_models import tiny_model
 from tokendiff.diffusion.attention_masks import causal_by_position
 from tokendiff.models import layers
 from tokendiff.models.causal import CausalModel
+from tokendiff.models.denoiser import TransformersDenoiser
 
 
 @pytest.mark.parametrize("takes_indices", [True, False])
@@ -60,3 +62,35 @@ def test_layers_that_are_not_known_are_compiled_with_the_rest() -> None:
     albert = AutoModel.from_config(AutoConfig.for_model("albert", **sizes))
     layers.compile_layers(albert)
     assert [module for module in albert.modules() if module._compiled_call_impl] == [albert]
+
+
+@pytest.mark.slow
+def test_flex_attention_is_compiled_for_all_that_a_training_gives_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whole rows and windows, other numbers of rows and lengths, with gradient and without. What
+    exceeds the limit is not compiled, and holds all scores in memory.
+    """
+    flex = "torch.nn.attention.flex_attention"
+    monkeypatch.setattr(f"{flex}._validate_device", lambda *states: None)  # no gradient on a CPU
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(
+        "transformers.integrations.flex_attention.WrappedFlexAttention._is_flex_compiled", False
+    )
+    model = tiny_model("modernbert", layer_types=["full_attention", "sliding_attention"])
+    denoiser = TransformersDenoiser(model, vocab_size=30, attention_kernel="flex")
+
+    def encode(size: int, length: int) -> torch.Tensor:
+        tokens = torch.arange(length).expand(size, -1) % 30
+        is_valid = torch.ones_like(tokens, dtype=torch.bool)
+        return denoiser.encode(
+            tokens, is_valid, torch.zeros(size), torch.arange(length) // 5 + 0 * tokens
+        )
+
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        for size, length in ((4, 32), (3, 32), (1, 32), (4, 40)):
+            encode(size, length).sum().backward()
+        with torch.no_grad():
+            encode(4, 32)
+    torch.compiler.reset()

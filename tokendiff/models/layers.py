@@ -7,8 +7,9 @@ from torch import nn
 
 from tokendiff.errors import InputError
 
-# Of one layer's code: for each kind of layer (ModernBERT has three), of mask and of shape. torch
-# gives up after eight.
+# Of one layer's code, or of flex attention's: for each kind of layer (ModernBERT has three), of
+# mask and of shape, with gradient and without. torch gives up after eight, and goes on uncompiled:
+# flex attention then holds all scores in memory.
 _MOST_COMPILATIONS = 32
 
 
@@ -36,10 +37,20 @@ def compile_layers(encoder: Any) -> None:
 
     An encoder whose layers are not known (ALBERT's are all the same one) is compiled as a whole.
     """
+    for module in _layers_of(encoder) or [encoder]:
+        compile_module(module)
+
+
+def compile_module(module: nn.Module) -> None:
+    """torch.compile a module in place."""
+    allow_compilations()
+    module.compile()
+
+
+def allow_compilations() -> None:
+    """Have torch compile the same code for as many kinds of inputs as a training has."""
     limits: Any = torch._dynamo.config  # of the process
     limits.recompile_limit = max(limits.recompile_limit, _MOST_COMPILATIONS)
-    for module in _layers_of(encoder) or [encoder]:
-        module.compile()
 
 
 def _layers_of(model: Any) -> list[nn.Module]:

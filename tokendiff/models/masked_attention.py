@@ -9,6 +9,7 @@ import torch
 from tokendiff.diffusion.attention_masks import MaskRule, dense, mask_mod
 from tokendiff.diffusion.key_runs import RunRule
 from tokendiff.models import tiled_attention
+from tokendiff.models.layers import allow_compilations
 
 AttentionKernel = Literal["flex", "tiles", "dense"]
 IMPLEMENTATIONS = {"flex": "flex_attention", "tiles": tiled_attention.NAME, "dense": "sdpa"}
@@ -45,6 +46,7 @@ def under_rule(
     if window is not None:
         rules[_WINDOW] = _within_window(rule, window)
     if kernel == "flex":
+        allow_compilations()
         masks: dict[str, Any] = {
             name: _block_mask(r, batch_size, length, device) for name, r in rules.items()
         }

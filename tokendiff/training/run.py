@@ -172,9 +172,10 @@ class TrainingRun:
             return self._fit(batches, should_stop)
         finally:
             self.saver.close()
-            if self.config.compile:
-                # torch counts how often it compiles a model's code, whichever run in this process
-                # it was for, and gives up after some: the next run would not be compiled.
+            if self.config.compile or self.trainer.world.device.type == "cuda":
+                # torch counts how often it compiles a model's code, or on CUDA flex attention,
+                # whichever run in this process it was for, and gives up after some: the next run
+                # would not be compiled.
                 torch.compiler.reset()
 
     def _fit(self, batches: Batches, should_stop: Callable[[], bool]) -> bool:

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tokendiff.errors import InputError
 from tokendiff.models.dflash.trainee import DraftTrainee
 from tokendiff.models.diffusion_gemma import EncoderDecoderDenoiser
-from tokendiff.models.layers import find_layers, to_float32
+from tokendiff.models.layers import compile_module, find_layers, to_float32
 from tokendiff.training.world import World
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class SpreadModel:
         for layer in self._layers():
             to_float32(layer)  # one at a time, where they came from files
             if is_compiled:
-                layer.compile()
+                compile_module(layer)
             # In float32: autocast leaves norms in it, whose gains are too near 1 for bfloat16.
             fully_shard(layer, mesh=mesh, reshard_after_forward=frees)
             elsewhere.update(layer.parameters())  # a tied layer is found below its half as well

@@ -17,7 +17,12 @@ from tokendiff.models.dflash.config import FULL, SCALARS, SLIDING, DFlashDraftCo
 from tokendiff.models.dflash.model import AnyMask, DFlashDraftModel, Masks, class_of
 from tokendiff.models.dflash.planning import DraftPlan, load_draft
 from tokendiff.models.dflash.second_layout import CandidateSelector
-from tokendiff.models.layers import compile_layers, hidden_states_asked
+from tokendiff.models.layers import (
+    allow_compilations,
+    compile_layers,
+    compile_module,
+    hidden_states_asked,
+)
 from tokendiff.models.pretrained import open_weights
 
 AttentionKernel = Literal["flex", "tiles", "dense"]
@@ -132,6 +137,7 @@ class DraftTrainee(nn.Module):
         num_keys = rule.length + num_queries
         match self.kernel_for(device, num_queries * num_keys):
             case "flex":
+                allow_compilations()
                 return block_mask_of(rule)
             case "tiles":
                 return tiles_of_blocks(rule, dtype=self.model.fc.weight.dtype)
@@ -157,7 +163,7 @@ class DraftTrainee(nn.Module):
     def compile_encoder(self) -> None:
         """torch.compile draft and target in place; the head stays eager."""
         self._is_compiled = True
-        self.model.compile()
+        compile_module(self.model)
         compile_layers(self.target.base_model)
 
 
