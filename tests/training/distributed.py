@@ -4,7 +4,8 @@ import multiprocessing
 import os
 import signal
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from unittest import mock
 
 import torch
 from safetensors.torch import load_file
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tokendiff.artifacts.tensor_files import TensorFiles
 from tokendiff.config.train import TrainConfig
@@ -84,6 +86,22 @@ def run_distributed(
         return []
     losses: list[Losses] = answer_of(workers, queue)
     return losses
+
+
+@contextmanager
+def one_of(size: int) -> Iterator[None]:
+    """This process is the first of so many workers, and the others do nothing: what they would
+    send is any numbers.
+    """
+    if size == 1:
+        yield
+        return
+    store = FakeStore()
+    torch.distributed.init_process_group("fake", store=store, rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _work(

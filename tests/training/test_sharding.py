@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import weakref
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,17 +17,19 @@ from unittest.mock import patch
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from tests.builders import letter_tokenizer, random_rows, tiny_causal, token_folder
 from tests.models.diffusion_gemma import diffusion_gemma
-from tests.training.distributed import Job, Losses, run_distributed
+from tests.models.test_models import tiny_denoiser
+from tests.training.distributed import Job, Losses, one_of, run_distributed
 from tokendiff.artifacts.checkpoint import newest_sound_checkpoint, open_checkpoint
 from tokendiff.artifacts.locations import RemotePath
 from tokendiff.artifacts.manifest import fetch, load_manifest, verify
 from tokendiff.artifacts.tensor_files import TensorFiles
 from tokendiff.config.train import TrainConfig
-from tokendiff.data.rows import TokenData
+from tokendiff.data.rows import TokenData, step_batches, step_plan
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.models.checkpoints import load_for_inference
 from tokendiff.models.layers import find_layers
@@ -488,6 +492,68 @@ def test_a_full_disk_is_told_with_the_file_that_was_written(tmp_path: Path) -> N
     with pytest.raises(OSError, match=f"could not be written: worker 1: {full}: ") as error:
         saving._await(tmp_path, "key", 1)
     assert error.value.errno == errno.ENOSPC
+
+
+# What is in memory.
+
+
+class _Casts(TorchDispatchMode):
+    """Knows of every tensor that was made bfloat16, and how many of those are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: list[weakref.ref[Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16:
+            self._made.append(weakref.ref(out.untyped_storage()))
+        return out
+
+    def num_left(self) -> int:
+        assert self._made
+        return sum(made() is not None for made in self._made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "gradients", "full"])
+def test_weights_in_bfloat16_do_not_outlive_their_layer(
+    sharding: str, folder: Path, data: TokenData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast would keep them until the pass is over: a copy of the whole model."""
+    cfg = config("ar", folder, gradient_checkpointing=True, sharding=sharding)
+    monkeypatch.setattr(saving.Replica, "of", lambda world, size: None)
+    world = World(rank=0, size=1 if sharding == "none" else 2, device=torch.device("cpu"))
+    left = []
+    with one_of(world.size):
+        trainer = TrainingRun.build(cfg, data, folder / "nowhere", world=world).trainer
+        model: Any = trainer.denoiser
+        encode = model.encode
+
+        def counted(*args: Any) -> torch.Tensor:
+            with _Casts() as casts:
+                hidden: torch.Tensor = encode(*args)
+                left.append(casts.num_left())
+            return hidden
+
+        monkeypatch.setattr(model, "encode", counted)
+        plan = step_plan(cfg, data, rank=0, world_size=world.size)
+        columns = next(iter(step_batches(data, plan, 0, 1)))
+        with suppress(FloatingPointError):  # what the other worker holds is not there
+            trainer._take_step(columns, lambda: None, lambda: None, False)
+        with trainer.as_a_checkpoint() as judge:
+            ((batch, generator),) = trainer._micro_batches(columns)
+            judge(lambda model: trainer.objective.loss(model, batch, generator).loss_sum)
+    assert left == [0, 0]
+
+
+@pytest.mark.slow
+def test_layers_that_lie_in_parts_may_be_compiled_as_often_as_whole_ones() -> None:
+    model: Any = tiny_denoiser("modernbert")
+    with one_of(2), torch._dynamo.config.patch(recompile_limit=8):
+        world = World(rank=0, size=2, device=torch.device("cpu"))
+        SpreadModel(model, world, sharding="full", is_compiled=True)
+        assert torch._dynamo.config.recompile_limit > 8
 
 
 # What cannot be.

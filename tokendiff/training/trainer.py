@@ -227,16 +227,30 @@ class Trainer:
         averaged weights where there are any, in the precision that it is trained in, and without
         dropout. It is given the work to do with the model, on every worker where that is sharded.
         """
-        average, is_bf16 = self.average, self.config.mixed_precision == "bf16"
+        average = self.average
         with (
             nullcontext() if average is None else average.in_place_of_weights(),
-            torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=is_bf16),
+            self._autocast(),
         ):
             self.denoiser.eval()
             try:
                 yield self.spread.judge
             finally:
                 self.denoiser.train()
+
+    def _autocast(self) -> torch.autocast:
+        """The precision that the model is trained in.
+
+        Autocast keeps each weight that it has cast until the pass is over. Where layers are
+        gathered one at a time, or computed again, those copies would be of the whole model.
+        """
+        keeps_weights = not (self.spread.is_sharded or self.config.gradient_checkpointing)
+        return torch.autocast(
+            self.world.device.type,
+            dtype=torch.bfloat16,
+            enabled=self.config.mixed_precision == "bf16",
+            cache_enabled=keeps_weights,
+        )
 
     def _take_step(
         self,
@@ -268,11 +282,7 @@ class Trainer:
             self._seed_dropout(index)
             is_last = index == num_passes - 1
             with self.spread.micro_batch(is_last=is_last) as give:
-                with torch.autocast(
-                    self.world.device.type,
-                    dtype=torch.bfloat16,
-                    enabled=self.config.mixed_precision == "bf16",
-                ):
+                with self._autocast():
                     output = _as_output(give(partial(self._loss, batch, generator)))
                 output.loss_sum.backward()
             if index >= len(micro_batches):
