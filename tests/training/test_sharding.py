@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import warnings
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -595,6 +596,19 @@ def test_a_model_whose_layers_are_not_known_is_refused() -> None:
         find_layers(albert, field="sharding")
     causal = tiny_causal(vocab_size=20, num_hidden_layers=3)
     assert len(find_layers(causal, field="sharding")) == 3
+
+
+def test_workers_begin_without_a_warning() -> None:
+    with one_of(2), warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        spread = SpreadModel(
+            tiny_denoiser("bert"), World(rank=0, size=2, device=torch.device("cpu"))
+        )
+    module: Any = spread._module
+    synced = getattr(module, "forward_sync_buffers", None) or getattr(
+        module, "broadcast_buffers", None
+    )
+    assert not synced
 
 
 def test_alone_there_is_nothing_to_take_apart() -> None:

@@ -15,6 +15,7 @@ In one process there is nothing to take apart, and every way is `none`.
 """
 
 import ctypes
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -85,7 +86,7 @@ class SpreadModel:
             model.compile_encoder()
         if world.size > 1:
             self._module = DistributedDataParallel(
-                self._module, broadcast_buffers=False, gradient_as_bucket_view=True
+                self._module, gradient_as_bucket_view=True, **_buffers_stay()
             )
 
     @property
@@ -197,6 +198,13 @@ def _mesh(world: World, sharding: Sharding) -> Any:
             "or sharding to full"
         )
     return init_device_mesh(kind, (len(sizes), sizes[0]), mesh_dim_names=("nodes", "workers"))
+
+
+def _buffers_stay() -> dict[str, Any]:
+    """What has no worker send its buffers in every pass; torch 2.13 renamed it, and warns."""
+    names = inspect.signature(DistributedDataParallel).parameters
+    new = "forward_sync_buffers"
+    return {new if new in names else "broadcast_buffers": False}
 
 
 def _return_what_is_freed() -> None:
