@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from tests.models.test_models import LENGTH, VOCAB, tiny_config
 from tokendiff.diffusion.attention_masks import (
@@ -18,6 +18,7 @@ from tokendiff.diffusion.attention_masks import (
 from tokendiff.models.causal_denoiser import AttentionKernel, TransformersCausalDenoiser
 from tokendiff.models.denoiser import attend_without_window
 from tokendiff.models.families import CAUSAL_TYPES
+from tokendiff.models.masked_attention import best_kernel
 from tokendiff.models.tiled_attention import tiled_attention, tiles_of
 
 DOCUMENT = torch.tensor([[0] * 5 + [1] * (LENGTH - 5), [0] * (LENGTH - 2) + [-1] * 2])
@@ -115,3 +116,14 @@ def test_flex_attention_gives_the_same_numbers(stance: Any) -> None:
             )
             states.append(other.encode(tokens, position.repeat(1, 2), rule))
     torch.testing.assert_close(states[0], states[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "kernel"), [(8, "tiles"), (16, "flex")])
+def test_flex_attention_is_for_heads_that_its_kernels_on_cuda_take(width: int, kernel: str) -> None:
+    for config in (
+        tiny_config("qwen3", head_dim=width),  # which need not add up to the hidden size
+        tiny_config("modernbert", hidden_size=2 * width),
+    ):
+        model = AutoModel.from_config(config)
+        assert best_kernel(model, torch.device("cuda")) == kernel
+        assert best_kernel(model, torch.device("cpu")) == "tiles"

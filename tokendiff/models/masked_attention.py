@@ -13,6 +13,7 @@ from tokendiff.models.layers import allow_compilations
 
 AttentionKernel = Literal["flex", "tiles", "dense"]
 IMPLEMENTATIONS = {"flex": "flex_attention", "tiles": tiled_attention.NAME, "dense": "sdpa"}
+_LEAST_HEAD = 16  # of flex attention on CUDA, which multiplies no narrower matrices
 _FULL, _WINDOW = "full_attention", "sliding_attention"  # types of layers, as configs name them
 
 
@@ -24,7 +25,13 @@ def best_kernel(model: Any, device: torch.device) -> AttentionKernel:
     names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
     has_dropout = any(getattr(model.config, name, 0.0) for name in names)
     can_flex = device.type == "cuda" and model._supports_flex_attn and not has_dropout
-    return "flex" if can_flex else "tiles"
+    return "flex" if can_flex and suits_flex(model.config) else "tiles"
+
+
+def suits_flex(config: Any) -> bool:
+    """Whether heads are as wide as flex attention's kernels on CUDA need them."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return width >= _LEAST_HEAD
 
 
 def under_rule(

@@ -23,6 +23,7 @@ from tokendiff.models.layers import (
     compile_module,
     hidden_states_asked,
 )
+from tokendiff.models.masked_attention import suits_flex
 from tokendiff.models.pretrained import open_weights
 
 AttentionKernel = Literal["flex", "tiles", "dense"]
@@ -151,7 +152,8 @@ class DraftTrainee(nn.Module):
     def kernel_for(self, device: torch.device, num_scores: int) -> AttentionKernel:
         if self._kernel is not None:
             return self._kernel
-        if device.type == "cuda" and not self.model.config.attention_dropout:
+        config = self.model.config
+        if device.type == "cuda" and not config.attention_dropout and suits_flex(config):
             return "flex" if num_scores > _FLEX_SCORES else "dense"
         # Where tiles begin and end differs by batch, and each would be compiled anew.
         return "tiles" if num_scores > _TILED_SCORES and not self._is_compiled else "dense"
