@@ -4,7 +4,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _REASON_CHARS = 300
-_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "bad_alloc")
+_NO_MEMORY = (
+    *("can't allocate memory", "Cannot allocate memory", "not enough memory", "bad_alloc"),
+    # Of CUDA itself and cuBLAS, for what torch does not allocate.
+    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+)
 
 
 class InputError(ValueError):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.builders import letter_tokenizer, random_rows, token_folder
 from tests.in_this_process import jobs_here
@@ -164,6 +165,25 @@ def test_the_worker_that_died_is_named_with_its_step_and_rows(tmp_path: Path) ->
     # Behind a URI there are no notes.
     reason = _reason_to_retry(error, RemotePath(f"memory://{tmp_path.name}"))
     assert reason == "worker 1 was lost (node full)"
+
+
+def test_a_gpu_that_fails_is_a_lost_worker(tmp_path: Path) -> None:
+    """And an assertion in one of its kernels is not: that is of the input, and would come again."""
+    from ray.train import WorkerGroupError
+
+    from tokendiff.cluster.train_workers import _reason_to_retry
+
+    says = "CUDA error: {}\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."
+    broken = torch.distributed.DistBackendError("NCCL communicator was aborted on rank 0.")
+    lost = torch.AcceleratorError(says.format("uncorrectable ECC error encountered"))
+    error: Any = WorkerGroupError("two failed", {0: broken, 1: lost})
+    reason = _reason_to_retry(error, tmp_path)
+    assert reason == "worker 1 was lost (CUDA error: uncorrectable ECC error encountered)"
+    for of_run in ("device-side assert triggered", "out of memory"):
+        failed = torch.AcceleratorError(says.format(of_run))
+        error = WorkerGroupError("two failed", {0: broken, 1: failed})
+        with pytest.raises(torch.AcceleratorError, match=of_run):
+            _reason_to_retry(error, tmp_path)
 
 
 def test_divergence_is_not_retried(

@@ -34,7 +34,7 @@ from tokendiff.cluster.stopping import (
     saving_first,
 )
 from tokendiff.data.rows import TokenData, step_plan
-from tokendiff.errors import CorruptFileError, InputError, first_line
+from tokendiff.errors import CorruptFileError, InputError, first_line, is_out_of_memory
 from tokendiff.training.identity import check_same_run, finished_run
 from tokendiff.training.run import TrainingRun, worker_name
 from tokendiff.training.trainer import MEMORY_REMEDY, OnEvent
@@ -246,7 +246,8 @@ def _reason_to_retry(error: ray.train.TrainingFailedError, output_dir: Location)
         return f"the workers were preempted ({first_line(error)})"
     # A worker whose peer died may tell of it first.
     dead = {rank: failure for rank, failure in failures.items() if _is_death(failure)}
-    rank, failure = min((dead or failures).items())
+    of_gpus = {rank: failure for rank, failure in failures.items() if _is_of_gpu(failure)}
+    rank, failure = min((dead or of_gpus or failures).items())
     place = take_note(output_dir, worker_name(rank))
     where = f" at {place}; if its memory ran out, {MEMORY_REMEDY}" if dead and place else ""
     return f"worker {rank} was lost ({first_line(failure)}){where}"
@@ -259,13 +260,25 @@ def _cause(failure: Exception) -> Exception:
 
 
 def _is_loss(failure: Exception) -> bool:
-    """A worker that died, or one whose collective broke because another did."""
+    """A worker that died, one whose GPU failed, or one whose collective broke because of another's
+    loss.
+    """
     import torch.distributed as dist
 
-    if _is_death(failure) or isinstance(failure, dist.DistError):
+    if _is_death(failure) or _is_of_gpu(failure) or isinstance(failure, dist.DistError):
         return True
     # gloo reports a lost peer as a bare RuntimeError.
     return isinstance(failure, RuntimeError) and "gloo" in str(failure)
+
+
+def _is_of_gpu(failure: Exception) -> bool:
+    """A GPU that fell off the bus, has an uncorrectable error of its memory, or the like: another
+    process, maybe on another GPU, can go on. An assertion in a kernel is of the input.
+    """
+    import torch
+
+    is_of_run = is_out_of_memory(failure) or "assert" in first_line(failure)
+    return isinstance(failure, torch.AcceleratorError) and not is_of_run
 
 
 def _is_death(failure: Exception) -> bool:
