@@ -312,7 +312,10 @@ class _WithoutRoom(OperationRecorder):
 
     Attributes:
         num_asked: recordings that were tried.
+        error: of those that there is no room for.
     """
+
+    error: RuntimeError = torch.OutOfMemoryError("out of memory")
 
     def __init__(self, *fitting: int) -> None:
         super().__init__()
@@ -322,15 +325,23 @@ class _WithoutRoom(OperationRecorder):
         self.num_asked += 1
         if self.num_asked - 1 not in self._fitting:
             run()
-            raise torch.OutOfMemoryError("out of memory")
+            raise self.error
         return super().record(run)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory"),  # of what CUDA itself takes for one
+    ],
+)
 @torch.no_grad()
 def test_a_recording_without_room_gets_that_of_the_others_and_is_tried_again(
-    caplog: pytest.LogCaptureFixture,
+    error: RuntimeError, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = _WithoutRoom(0, 2, 3)
+    recorder.error = error
     replays = Replays(recorder)
     narrow = {"x": torch.ones(2, 3), "y": None}
     wide: dict[str, Any] = {"x": torch.ones(2, 5), "y": None}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tokendiff.errors import reason_of
+from tokendiff.errors import is_out_of_memory, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -203,8 +203,8 @@ class Replays:
         is_recorded = key in self._recordings
         try:
             results = self._replayed(key, tensors) if is_recorded else run(inputs)
-        except torch.OutOfMemoryError:
-            if not self._recordings:
+        except RuntimeError as error:
+            if not self._recordings or not is_out_of_memory(error):
                 raise
             results = None
         if results is None:
@@ -250,11 +250,9 @@ class Replays:
             inputs = pytree.tree_unflatten(held, structure)
             replay = self._recorder.record(run_once)
             is_same = all(map(_are_close, replay(), results))
-        except torch.OutOfMemoryError as error:
-            self._recorder.note_no_room(reason_of(error))
-            return False
-        except RuntimeError as error:  # of CUDA
-            self._recorder.give_up(reason_of(error))
+        except RuntimeError as error:  # of CUDA, which takes memory of its own for a recording
+            is_full = is_out_of_memory(error)
+            (self._recorder.note_no_room if is_full else self._recorder.give_up)(reason_of(error))
             return False
         if not is_same:
             self._recorder.give_up("a replayed pass gave other numbers")
