@@ -21,6 +21,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from tokendiff.data.samples import given_text
 from tokendiff.errors import InputError
 from tokendiff.evaluation.generation_metrics import (
     cost_metrics,
@@ -167,7 +168,12 @@ def test_perplexity_equals_row_by_row_at_every_batch_size(
     nats, count = row_by_row(model, [row[:limit] for row in rows])
     for batch_size in (1, 2, 3, 100):
         result = generative_perplexity(
-            TEXTS, str(tmp_path), batch_size=batch_size, max_length=40, device="cpu"
+            TEXTS,
+            str(tmp_path),
+            given=[""] * len(TEXTS),
+            batch_size=batch_size,
+            max_length=40,
+            device="cpu",
         )
         assert result["reference_nats_per_token"] == pytest.approx(nats / count, rel=1e-5)
         assert result["generative_perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-5)
@@ -176,12 +182,64 @@ def test_perplexity_equals_row_by_row_at_every_batch_size(
         assert result["num_texts_skipped"] == 0
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_what_a_model_was_given_is_read_and_not_scored(tmp_path: Path, kind: str) -> None:
+    model = save_reference(tmp_path, kind)
+    save_tokenizer(tmp_path, kind)
+    prefix = [0] if kind == "gpt2" else []
+    given = ["the cat ", "a dog", "", "off", "mat the"]
+    nats, count, limit = 0.0, 0, 20
+    for text, front in zip(TEXTS, given, strict=True):
+        row = prefix + [VOCABULARY.index(c) for c in text.replace(" ", "\u0120")]
+        of_all = row_by_row(model, [row[:limit]])
+        of_front = row_by_row(model, [row[: len(prefix) + len(front)]])
+        nats, count = nats + of_all[0] - of_front[0], count + of_all[1] - of_front[1]
+
+    found = [
+        generative_perplexity(
+            TEXTS, str(tmp_path), given=given, batch_size=size, max_length=limit, device="cpu"
+        )
+        for size in (1, 4)
+    ]
+
+    for result in found:
+        assert result["reference_nats_per_token"] == pytest.approx(nats / count, rel=1e-5)
+        assert result["num_scored_tokens"] == count
+        assert result["num_texts_skipped"] == 1  # the second is all given
+
+
+def record_of(prompt: str | None, text: str, completion: str, gaps: list[int]) -> dict[str, Any]:
+    return {"prompt": prompt, "text": text, "completion": completion, "gaps": gaps}
+
+
+@pytest.mark.parametrize(
+    ("record", "given"),
+    [
+        (record_of("the cat", "the cat sat", " sat", []), "the cat"),
+        (record_of("The Cat", "the cat sat", "sat", []), "the cat "),  # a normalising tokenizer
+        (record_of('[{"role": "user"}]', "user hi assistant yes", "yes", []), "user hi assistant "),
+        (record_of(None, "a dog", "a dog", []), ""),
+        (record_of("a dog", "a dog", "", []), "a dog"),
+        (record_of("the [MASK] sat", "the cat sat on", " on", [1]), "the "),
+    ],
+)
+def test_what_a_record_was_given(record: dict[str, Any], given: str) -> None:
+    assert given_text(record) == given
+
+
 def test_texts_with_nothing_to_score_are_skipped(tmp_path: Path) -> None:
     save_reference(tmp_path, "qwen2")
     save_tokenizer(tmp_path, "qwen2")
 
     def score(texts: list[str]) -> dict[str, float]:
-        return generative_perplexity(texts, str(tmp_path), batch_size=2, max_length=8, device="cpu")
+        return generative_perplexity(
+            texts,
+            str(tmp_path),
+            given=[""] * len(texts),
+            batch_size=2,
+            max_length=8,
+            device="cpu",
+        )
 
     mixed, alone = score(["", "c", "cat sat"]), score(["cat sat"])
     assert mixed["generative_perplexity"] == pytest.approx(alone["generative_perplexity"], rel=1e-6)
@@ -193,7 +251,8 @@ def test_texts_with_nothing_to_score_are_skipped(tmp_path: Path) -> None:
 def test_what_is_not_a_causal_lm_is_refused(tmp_path: Path) -> None:
     def score(name: str, **changed: int) -> dict[str, float]:
         sizes: dict[str, Any] = {"batch_size": 2, "max_length": 8} | changed
-        return generative_perplexity(TEXTS, name, device="cpu", **sizes)
+        given = [""] * len(TEXTS)
+        return generative_perplexity(TEXTS, name, given=given, device="cpu", **sizes)
 
     with pytest.raises(InputError, match=r"no-such-folder.*cannot be opened"):
         score(str(tmp_path / "no-such-folder"))

@@ -66,7 +66,7 @@ def target_of(name: str) -> Any:
 
 def reference(name: str) -> Any:
     sizes: dict[str, Any] = {"batch_size": 2, "max_length": 8, "device": "cpu"}
-    return generative_perplexity(["abc"], name, **sizes)
+    return generative_perplexity(["abc"], name, given=[""], **sizes)
 
 
 # Every field that names a causal model, and what opens it.

@@ -37,7 +37,7 @@ from tokendiff.cluster.session import (
 )
 from tokendiff.cluster.tasks import ANSWERS, copy_answers, run_tasks
 from tokendiff.data.rows import TokenData
-from tokendiff.data.samples import num_new_tokens, read_samples
+from tokendiff.data.samples import given_text, num_new_tokens, read_samples
 from tokendiff.diffusion.interfaces import OnProgress
 from tokendiff.errors import CorruptFileError, InputError, naming_memory
 from tokendiff.evaluation.acceptance import accepted_by_row
@@ -204,11 +204,11 @@ def score_with_reference(
     config: "EvaluateConfig",
     cluster: "ClusterConfig",
     *,
-    texts: list[str],
+    samples: Sequence[Mapping[str, Any]],
     max_length: int,
     progress: JobProgress,
 ) -> dict[str, Any]:
-    """Generative perplexity of the samples under the reference model."""
+    """Generative perplexity of the samples' own tokens under the reference model."""
     reference = config.reference_model_name_or_path
     assert reference is not None
 
@@ -216,15 +216,16 @@ def score_with_reference(
         from tokendiff.evaluation.reference import generative_perplexity
 
         return generative_perplexity(
-            texts,
+            [record["text"] for record in samples],
             reference,
+            given=[given_text(record) for record in samples],
             batch_size=config.batch_size,
             max_length=max_length,
             device=device,
             on_progress=on_progress,
         )
 
-    progress.begin("samples read by the reference", total=len(texts))
+    progress.begin("samples read by the reference", total=len(samples))
     return _run_task(work, cluster, progress, use_gpu=wants_gpu(cluster))
 
 
@@ -423,9 +424,8 @@ def evaluate(
             made = load_manifest(location(samples_path)).metadata
             metrics |= sample_metrics(samples, made)
             if config.reference_model_name_or_path is not None:
-                texts = [record["text"] for record in samples]
                 metrics |= score_with_reference(
-                    config, cluster, texts=texts, max_length=data.max_length, progress=progress
+                    config, cluster, samples=samples, max_length=data.max_length, progress=progress
                 )
         trace: dict[str, Any] | None = None
         if process is not None and can_be_traced(process):

@@ -180,7 +180,7 @@ def _figures(
             figures |= score_with_reference(
                 judge,
                 cluster,
-                texts=[record["text"] for record in samples],
+                samples=samples,
                 max_length=_MAX_SCORED_TOKENS,
                 progress=progress,
             )

@@ -5,6 +5,7 @@ as a source of text to train on.
 import glob
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ def write_part(path: Location, records: list[dict[str, Any]]) -> None:
 def num_new_tokens(record: Mapping[str, Any]) -> int:
     """Tokens of a record that were not given."""
     return len(record["tokens"]) - record["num_prompt_tokens"] + len(record["gaps"])
+
+
+def given_text(record: Mapping[str, Any]) -> str:
+    """The front of a record's text, up to the first token that the model chose."""
+    text, prompt = record["text"], record["prompt"] or ""
+    if record["gaps"] or "completion" not in record:
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(text, prompt, strict=False))
+        return "".join(letter for letter, _ in same)
+    return str(text[: len(text) - len(record["completion"])])
 
 
 def read_samples(folder: Location) -> list[dict[str, Any]]:

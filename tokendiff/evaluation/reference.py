@@ -1,6 +1,7 @@
 """Generative perplexity: how likely a reference causal LM finds the samples."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def generative_perplexity(
     texts: Sequence[str],
     model_name_or_path: str,
     *,
+    given: Sequence[str],
     batch_size: int,
     max_length: int,
     device: str | torch.device,
@@ -35,11 +37,13 @@ def generative_perplexity(
 ) -> dict[str, float]:
     """Score texts with a transformers causal LM and its own tokenizer, in float32.
 
-    A tokenizer's BOS, where it has one, is put before every text, so that the text's first token
-    is scored as well; without a BOS the first token is only context. A text that leaves nothing to
-    score is skipped. The mean is over all scored tokens of all texts: long texts weigh more.
+    Tokens of `given` are only context: of samples it is the perplexity given their prompts. So is
+    the first token of a text where the tokenizer has no BOS to put before it. A text that leaves
+    nothing to score is skipped. The mean is over all scored tokens of all texts: long texts weigh
+    more.
 
     Args:
+        given: the front of each text that the model was given; "" where it was given none.
         batch_size: texts in one forward pass; the result does not depend on it. The logits take
             batch_size * max_length * vocabulary * 4 bytes.
         max_length: tokens of a text at most, BOS included; the rest is cut off. The model's own
@@ -65,10 +69,20 @@ def generative_perplexity(
 
     limit = min(max_length, longest_input(model.config) or max_length)
     prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
-    rows = [prefix + ids for ids in encoded]
+    rows, fronts = (
+        [prefix + ids for ids in tokenizer(list(each), add_special_tokens=False)["input_ids"]]
+        if each
+        else []
+        for each in (texts, given)
+    )
+    # A token that begins in what was given and ends behind it is no token of what was given.
+    firsts = [max(1, _num_equal(row, front)) for row, front in zip(rows, fronts, strict=True)]
     # Rows of similar length share a batch: less padding, and the sum is the same.
-    scored = sorted((row[:limit] for row in rows if len(row) >= 2), key=len, reverse=True)
+    scored = sorted(
+        ((row[:limit], at) for row, at in zip(rows, firsts, strict=True) if at < len(row[:limit])),
+        key=lambda each: len(each[0]),
+        reverse=True,
+    )
     nats, num_texts, num_tokens = 0.0, 0, 0
 
     def figures() -> Figures:
@@ -78,7 +92,7 @@ def generative_perplexity(
         batch = scored[at : at + batch_size]
         nats += _summed_nats(model, batch, device)
         num_texts += len(batch)
-        num_tokens += sum(len(row) - 1 for row in batch)
+        num_tokens += sum(len(row) - first for row, first in batch)
         on_progress(figures)
 
     counts: dict[str, float] = {
@@ -129,19 +143,32 @@ def _check_causal(model: nn.Module, name: str, device: str | torch.device) -> No
         )
 
 
-def _summed_nats(model: nn.Module, rows: list[list[int]], device: str | torch.device) -> float:
-    """Sum of -ln p(token | tokens before it) over the rows, without each row's first token."""
+def _summed_nats(
+    model: nn.Module, batch: list[tuple[list[int], int]], device: str | torch.device
+) -> float:
+    """Sum of -ln p(token | tokens before it) over rows, each from the place beside it on."""
+    rows, firsts = zip(*batch, strict=True)
     tokens, attention_mask = _pad(rows)
-    tokens, attention_mask = tokens.to(device), attention_mask.to(device)
+    is_scored = attention_mask.bool()
+    is_scored &= torch.arange(tokens.shape[1]) >= torch.tensor(firsts)[:, None]
+    tokens, attention_mask, is_scored = (
+        each.to(device) for each in (tokens, attention_mask, is_scored)
+    )
     logits = model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).logits
-    targets = tokens[:, 1:].masked_fill(attention_mask[:, 1:] == 0, -100)
+    targets = tokens[:, 1:].masked_fill(~is_scored[:, 1:], -100)
     losses = F.cross_entropy(
         logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none"
     )
     return float(losses.double().sum())
 
 
-def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+def _num_equal(row: list[int], front: list[int]) -> int:
+    """How many tokens both begin with."""
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(row, front, strict=False))
+    return sum(1 for _ in same)
+
+
+def _pad(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
     """Tokens and attention mask [B, L], padded on the right, with an id that is not looked at."""
     tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     attention_mask = torch.zeros_like(tokens)
