@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,6 +246,18 @@ def test_a_likelihood_that_is_not_a_number_is_an_error(tasks_path: str) -> None:
     loaded = load_tasks(["local_choice"], tasks_path=tasks_path)
     with pytest.raises(InputError, match=r"loglikelihood 'Water is dry' is not a number"):
         ask_tasks(loaded, answered(answer))
+
+
+def test_requests_that_end_alike_are_counted_one_by_one() -> None:
+    def answer(requests: list[TaskRequest]) -> list[tuple[str, dict[str, Any]]]:
+        return [(request.digest, {"error": "too long"}) for request in requests]
+
+    model = AnsweredModel(answer, tokenizer=None)
+    texts = [f"{number} " + "answer yes or no: " * 9 for number in (1, 2, 3, 3)]
+    model.loglikelihood([SimpleNamespace(args=(text, "yes")) for text in texts])
+
+    assert len(model.unserved) == 3  # equal requests are one
+    assert set(model.unserved.values()) == {"too long"}
 
 
 def test_a_choice_that_the_model_finds_impossible_is_no_unserved_one(tasks_path: str) -> None:

@@ -54,7 +54,19 @@ class AnsweredModel(LM):
     def __init__(self, answer: Answerer, *, tokenizer: Any) -> None:
         super().__init__()
         self._answer, self.tokenizer = answer, tokenizer
-        self.unserved: dict[str, str] = {}  # what each request that cannot be served is, and why
+        self._unserved: dict[str, tuple[str, str]] = {}  # by digest: what it is, and why
+
+    @property
+    def unserved(self) -> dict[str, str]:
+        """What each request that cannot be served is, and why. Different requests that read alike,
+        since long ones are shown in part, are numbered.
+        """
+        found: dict[str, str] = {}
+        seen: Counter[str] = Counter()
+        for shown, why in self._unserved.values():
+            seen[shown] += 1
+            found[shown if seen[shown] == 1 else f"{shown} ({seen[shown]})"] = why
+        return found
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return self._ask("loglikelihood", requests, _scored)
@@ -84,7 +96,8 @@ class AnsweredModel(LM):
                 # At once, so that after a kill --use_cache has all that was answered.
                 self.cache_hook.add_partial(kind, instances[place].args, values[place])
             if "error" in answer:
-                self.unserved[requests[places[digest][0]].describe()] = answer["error"]
+                shown = requests[places[digest][0]].describe()
+                self._unserved[digest] = shown, answer["error"]
         return [values[place] for place in range(len(requests))]
 
     def apply_chat_template(
