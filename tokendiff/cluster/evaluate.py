@@ -449,6 +449,7 @@ def evaluate(
     report = make_report(
         title=title,
         subtitle=f"Checkpoint {source.parent.name}/{source.name}. {about_noise}",
+        split=config.split,
         bound=bound,
         more_tables=[
             *(suite.tables if suite else []),

@@ -134,13 +134,19 @@ def render_page(report: Report) -> bytes:
 
 
 def explain_bound(
-    bound: float, unigram_entropy: float, *, standard_error: float, is_exact: bool = False
+    bound: float,
+    unigram_entropy: float,
+    *,
+    standard_error: float,
+    is_exact: bool = False,
+    rows: str = "held-out",
 ) -> str:
     """Sentences for people who do not know what a bound says, the verdict first; all three figures
     in nats per token.
 
     Args:
         is_exact: the bound is the negative log-likelihood itself.
+        rows: which ones it is of, "held-out" or "training".
 
     They call the bound lower only where it is so by more than two standard errors.
     """
@@ -148,7 +154,7 @@ def explain_bound(
         ("bound", "at most ", "at least ") if not is_exact else ("likelihood", "", "")
     )
     compared = (
-        f"On held-out text it needs {most}{bound:.3f} nats per token (the {what}); a model that "
+        f"On {rows} text it needs {most}{bound:.3f} nats per token (the {what}); a model that "
         f"knows only how frequent each token is needs {unigram_entropy:.3f} (the unigram entropy)."
     )
     gain = unigram_entropy - bound

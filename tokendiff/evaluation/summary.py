@@ -20,6 +20,7 @@ def make_report(
     *,
     title: str,
     subtitle: str,
+    split: str,
     bound: Bound | None,
     metrics: Mapping[str, Any],
     samples: Sequence[Mapping[str, Any]],
@@ -31,6 +32,7 @@ def make_report(
     """Lay the figures of one evaluation out as a report.
 
     Args:
+        split: "heldout" or "train", which the rows are of.
         bound: None of a draft, which has none.
         metrics: `is_exact` among them where the "bound" is the negative log-likelihood itself.
         more_tables: those of the certificate, where there is one.
@@ -38,16 +40,18 @@ def make_report(
         trace: a sample on its way, or None where there is none to show.
     """
     reference, summary = None, acceptance_headline(metrics)
-    explanation = explain_acceptance(metrics)
+    rows = "training" if split == "train" else "held-out"
+    explanation = explain_acceptance(metrics, rows)
     if bound is not None:
         unigram = float(metrics["unigram_entropy_nats"])
-        reference = ("unigram entropy, held out", unigram)
-        summary = headline(bound, unigram, metrics)
+        reference = (f"unigram entropy, {'held out' if split == 'heldout' else rows}", unigram)
+        summary = headline(bound, unigram, metrics, rows)
         explanation = explain_bound(
             bound.nats_per_token,
             unigram,
             standard_error=bound.standard_error,
             is_exact="is_exact" in metrics,
+            rows=rows,
         )
     # A sum of two losses compares with neither the bound nor the entropy of single tokens.
     is_joint = any("ar_nll" in event and "elbo" in event for event in training_log)
@@ -87,15 +91,18 @@ def headline(
     bound: Bound,
     unigram_nats: float,
     metrics: Mapping[str, Any],
+    rows_are: str,
 ) -> list[tuple[str, str, str]]:
-    """(label, value, what it means) of the figures that a run is judged by."""
+    """(label, value, what it means) of the figures that a run is judged by; on rows that are
+    "held-out" or "training".
+    """
     is_exact = "is_exact" in metrics
     upper = "" if is_exact else "upper bound on the "
     rows = [
         (
             "Likelihood" if is_exact else "Bound",
             f"{bound.nats_per_token:.3f} ± {bound.standard_error:.3f} nats per token",
-            f"{upper}negative log-likelihood of {bound.num_tokens:,} held-out tokens",
+            f"{upper}negative log-likelihood of {bound.num_tokens:,} {rows_are} tokens",
         ),
         (
             "Unigram entropy",
@@ -152,14 +159,14 @@ def acceptance_headline(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]
     ]
 
 
-def explain_acceptance(metrics: Mapping[str, Any]) -> str:
+def explain_acceptance(metrics: Mapping[str, Any], rows: str) -> str:
     """A sentence for people who do not know what an acceptance length is; empty without one."""
     if "expected_acceptance_length" not in metrics:
         return ""
     return (
         f"With this draft a forward pass of the target yields "
         f"{metrics['expected_acceptance_length']:.2f} tokens on average, where it writes text like "
-        "the held-out rows; without a draft it yields one."
+        f"the {rows} rows; without a draft it yields one."
     )
 
 
