@@ -102,7 +102,8 @@ def _judge_line(
         if line.min_standard_errors:
             margins.append(f"{line.min_standard_errors:g} standard errors")
         margin = f" by {' and '.join(margins)}" if margins else ""
-        words.append(f"{line.direction} than the champion's {other:.6g}{margin}")
+        than = "equal to" if value == other and not margins else f"{line.direction} than"
+        words.append(f"{than} the champion's {other:.6g}{margin}")
         if error is not None:
             words.append(f"difference {value - other:.3g} ± {error:.2g}")
     elif line.limit is None:

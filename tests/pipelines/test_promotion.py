@@ -78,6 +78,16 @@ def test_the_gate(gate: list[GateConfig], candidate: Any, champion: Any, passed:
     assert all(verdict.text.endswith(": passed") is verdict.passed for verdict in verdicts)
 
 
+def test_an_equal_figure_passes_without_a_margin_and_is_called_equal() -> None:
+    gate = [
+        GateConfig(metric="verify_failed", direction="lower", margin=margin)
+        for margin in (0.0, 0.5)
+    ]
+    plain, by_margin = judge(gate, {"verify_failed": 0.0}, {"verify_failed": 0.0})
+    assert plain.text == "verify_failed 0, equal to the champion's 0: passed"
+    assert by_margin.text == "verify_failed 0, lower than the champion's 0 by 0.5: not passed"
+
+
 @pytest.mark.parametrize(("value", "passed"), [(2.4, True), (2.6, False)])
 def test_a_limit_holds_without_a_champion(value: float, passed: bool) -> None:
     gate = [GateConfig(metric="perplexity", direction="lower", limit=2.5)]

@@ -29,8 +29,8 @@ class GateConfig(Section):
     )
     margin: float = Field(
         0.0,
-        description="least improvement on the champion; a negative margin allows the candidate to "
-        "be that much worse",
+        description="least improvement on the champion; with 0 an equal figure passes, and a "
+        "negative margin allows the candidate to be that much worse",
     )
     min_standard_errors: float = Field(
         0.0,
