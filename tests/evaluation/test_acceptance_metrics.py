@@ -54,6 +54,15 @@ def test_the_standard_error_is_that_of_repeating_the_whole() -> None:
     assert statistics.stdev(means) == pytest.approx(statistics.mean(errors), rel=0.12)
 
 
+@pytest.mark.parametrize("gains", [[1, 4, 2], []])
+def test_a_single_row_has_no_standard_error(gains: list[int]) -> None:
+    metrics = acceptance_metrics([record(gains)])
+    assert metrics["acceptance_length_mean"] == pytest.approx(sum(gains) / max(len(gains), 1))
+    assert "acceptance_length_standard_error" not in metrics
+    assert "its standard error" not in [row[0] for row in speculation_tables(metrics)[0][2]]
+    assert "acceptance_length_standard_error" in acceptance_metrics([record(gains)] * 2)
+
+
 def test_records_are_gone_through_once_and_not_kept() -> None:
     alive: set[int] = set()
 

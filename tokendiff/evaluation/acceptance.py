@@ -28,7 +28,8 @@ def acceptance_metrics(records: Iterable[Mapping[str, Any]]) -> dict[str, float]
 
     Returns:
         acceptance_length_mean, acceptance_length_standard_error: over blocks, the error over rows
-            (blocks of a row are not independent; ratio of sums, by linearisation).
+            (blocks of a row are not independent; ratio of sums, by linearisation). A single row
+            has no error.
         acceptance_share_K: share of the blocks that added exactly K tokens.
         tokens_per_target_forward: new tokens over the target's forward passes that a row took part
             in, those of its prompt included.
@@ -53,7 +54,7 @@ def acceptance_metrics(records: Iterable[Mapping[str, Any]]) -> dict[str, float]
     mean, error = _ratio(by_row["num_accepted"], by_row["num_blocks"])
     metrics = {
         "acceptance_length_mean": mean,
-        "acceptance_length_standard_error": error,
+        **({} if error is None else {"acceptance_length_standard_error": error}),
         "tokens_per_target_forward": new_tokens / passes,
     }
     shares = gains.sum(0) / max(gains.sum(), 1.0)
@@ -64,7 +65,7 @@ def acceptance_metrics(records: Iterable[Mapping[str, Any]]) -> dict[str, float]
     if len(names) > 1:
         for name in names:
             own = gains[[source == name for source in sources]]
-            metrics[f"acceptance_length_mean/{name}"] = _ratio(own @ length, own.sum(1))[0]
+            metrics[f"acceptance_length_mean/{name}"], _ = _ratio(own @ length, own.sum(1))
     return metrics
 
 
@@ -137,13 +138,15 @@ def _named_by(metrics: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
     return [(k.removeprefix(prefix), value) for k, value in metrics.items() if k.startswith(prefix)]
 
 
-def _ratio(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float, float]:
-    """sum / sum over rows, and its standard error; 0 where there is nothing to divide by."""
+def _ratio(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float, float | None]:
+    """sum / sum over rows, and its standard error, None of a single row; 0 where there is nothing
+    to divide by.
+    """
     total, count = denominators.sum(), len(denominators)
     if total == 0:
-        return 0.0, 0.0
+        return 0.0, None if count < 2 else 0.0
     ratio = numerators.sum() / total
     if count < 2:
-        return float(ratio), 0.0
+        return float(ratio), None
     residual = numerators - ratio * denominators
     return float(ratio), float(np.sqrt(count / (count - 1) * (residual**2).sum()) / total)
