@@ -25,7 +25,7 @@ from tokendiff.data.packing import PackedRows, Packer, TokenizedDocuments, token
 from tokendiff.data.partition import Partition, Piece, even_pieces, group_pieces
 from tokendiff.data.rows import TokenData
 from tokendiff.data.sources import plan_input, plan_partitions, read_documents
-from tokendiff.data.tokenizers import build_tokenizer
+from tokendiff.data.tokenizers import build_tokenizer, open_tokenizer
 from tokendiff.diffusion.interfaces import TokenBatch
 from tokendiff.errors import InputError
 
@@ -480,6 +480,22 @@ def test_our_tokenizers_are_lossless_and_survive_saving(tmp_path: Path, name: st
         assert tokenized(loaded, [text])[0][0] == tokens
         assert loaded.decode(tokens[:-1]) == text
         assert not set(tokens[:-1]) & set(tokenizer.all_special_ids)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama", "gpt2", "bert"])
+def test_our_tokenizers_stay_what_they_are_beside_the_config_of_a_model(
+    tmp_path: Path, model_type: str
+) -> None:
+    """AutoTokenizer goes by the model's type before the tokenizer's own: a Qwen2Tokenizer would
+    normalize, cut words otherwise, and add a token that the model has no embedding for.
+    """
+    tokenizer = ours("bpe")
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    opened = open_tokenizer(tmp_path, field="checkpoint_path")
+    assert opened.get_vocab() == tokenizer.get_vocab()
+    for text in (*NASTY, "e\u0301 12345 don't  \n\n x"):
+        assert tokenized(opened, [text])[0][0] == tokenized(tokenizer, [text])[0][0]
 
 
 def test_bpe_is_the_same_each_time_and_needs_no_full_vocabulary() -> None:

@@ -20,8 +20,14 @@ if TYPE_CHECKING:
 PAD, MASK, EOS = "[PAD]", "[MASK]", "[EOS]"
 # How the mask is written where neither a model's config nor its tokenizer says which token it is.
 MASK_TOKENS = ("<|MASK|>", "<|mask|>", "<|mdm_mask|>", MASK, "<mask>")
-# Tokenizers that come with code of their own, and the class of transformers that each is a copy of.
-_SAME_AS = {"DreamTokenizer": "Qwen2Tokenizer"}
+# Tokenizer classes of files that AutoTokenizer does not open as what they are, and classes of
+# transformers that do; the first comes with code of its own.
+_SAME_AS = {
+    "DreamTokenizer": "Qwen2Tokenizer",
+    # What is written so is whole in its tokenizer.json. Beside a Qwen2's config, AutoTokenizer makes
+    # a Qwen2Tokenizer of it all the same, which splits text otherwise and adds a token.
+    "TokenizersBackend": "PreTrainedTokenizerFast",
+}
 _REMEDY = (
     "give bytes, bpe, a hub name, or a folder that holds a tokenizer (by default it is that of "
     "model_name_or_path or warm_start_from)"
