@@ -306,6 +306,15 @@ def without_tokens(folder: Path, model_id: str, *names: str) -> str:
     return str(folder)
 
 
+def test_an_eos_of_the_models_that_its_tokenizer_lacks_is_never_written(
+    tmp_path: Path, model_id: str
+) -> None:
+    folder = without_tokens(tmp_path, model_id)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": [5, V]}))
+    assert CompletionSetup.of(config_of(folder), None).sampler.stop_token_ids == (2, 5)
+
+
 def test_what_a_tokenizer_lacks_is_said(tmp_path: Path, model_id: str) -> None:
     # [MASK] stays in the vocabulary, and would be found there.
     vocabulary = {f"t{index}": index for index in range(V)}

@@ -513,12 +513,16 @@ def test_dropout_is_set_everywhere(model_type: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", ["bert", "modernbert", "roberta", "qwen2"])
 def test_from_scratch_takes_the_tokenizers_ids(model_type: str, tmp_path: Path) -> None:
-    tiny_config(model_type, vocab_size=100, pad_token_id=99).save_pretrained(tmp_path)
+    """Samples would end at what another tokenizer calls EOS, here no token, else any other one."""
+    others = {"pad_token_id": 99, "bos_token_id": 98, "eos_token_id": 97}
+    tiny_config(model_type, vocab_size=100, **others).save_pretrained(tmp_path)
+    tokenizer = letter_tokenizer()
     denoiser = loading.load_denoiser(
-        str(tmp_path), tokenizer=letter_tokenizer(), max_length=LENGTH, from_scratch=True
+        str(tmp_path), tokenizer=tokenizer, max_length=LENGTH, from_scratch=True
     )
     assert denoiser.model.get_input_embeddings().num_embeddings == 16
-    assert denoiser.model.config.pad_token_id == letter_tokenizer().pad_token_id
+    for name in others:
+        assert getattr(denoiser.model.config, name) == getattr(tokenizer, name)
 
 
 @pytest.mark.parametrize(

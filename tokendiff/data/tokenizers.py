@@ -24,8 +24,8 @@ MASK_TOKENS = ("<|MASK|>", "<|mask|>", "<|mdm_mask|>", MASK, "<mask>")
 # transformers that do; the first comes with code of its own.
 _SAME_AS = {
     "DreamTokenizer": "Qwen2Tokenizer",
-    # What is written so is whole in its tokenizer.json. Beside a Qwen2's config, AutoTokenizer makes
-    # a Qwen2Tokenizer of it all the same, which splits text otherwise and adds a token.
+    # Such a tokenizer is whole in its tokenizer.json. Beside a Qwen2's config AutoTokenizer makes a
+    # Qwen2Tokenizer of it all the same, which splits text otherwise and adds a token.
     "TokenizersBackend": "PreTrainedTokenizerFast",
 }
 _REMEDY = (

@@ -422,14 +422,17 @@ def _build_sampler(
 ) -> OpenEndedSampler:
     section = config.sampler
     fields = section.model_dump(exclude={"name"})
-    stops = {*find_stop_tokens(name, model_config, tokenizer), *fields.pop("stop_token_ids")}
-    if not fields.pop("eos_early_stop", True):
-        stops = set()
-    for index in sorted(stops):
+    listed = fields.pop("stop_token_ids")
+    for index in listed:
         if not 0 <= index < len(tokenizer):
             raise InputError(
                 f"stop_token_ids {index}: the tokenizer of {name} has ids below {len(tokenizer)}"
             )
+    # The model's config may name an id that is none of the tokenizer's, and is never written.
+    own = find_stop_tokens(name, model_config, tokenizer)
+    stops = {*listed, *(index for index in own if index < len(tokenizer))}
+    if not fields.pop("eos_early_stop", True):
+        stops = set()
     fields["stop_token_ids"] = tuple(sorted(stops))
     if "gen_length" in fields:
         fields["max_new_tokens"] = fields.pop("gen_length")

@@ -102,8 +102,11 @@ def plan_model(
             config.vocab_size = vocab_size
             if (layout := family_of(published_type(config)).layout) is not None:
                 take_tokens(config, layout, tokenizer)
-            elif tokenizer.pad_token_id is not None:  # another's may lie outside the vocabulary
-                config.pad_token_id = tokenizer.pad_token_id
+            else:  # another tokenizer's ids may lie outside the vocabulary, or be other tokens
+                config.bos_token_id = tokenizer.bos_token_id
+                config.eos_token_id = tokenizer.eos_token_id
+                if tokenizer.pad_token_id is not None:
+                    config.pad_token_id = tokenizer.pad_token_id
             if _sees_rows(config):
                 config.mask_token_id = tokenizer.mask_token_id
     is_new = from_scratch or is_builtin(name)
