@@ -345,3 +345,29 @@ def test_a_model_whose_layers_are_not_known_is_refused_before_a_worker_starts(
     cfg = config("mdlm", model_name_or_path=str(tmp_path), **changes)
     with pytest.raises(InputError, match=says):
         check_inputs(cfg, data)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("xlm", {"emb_dim": 16, "n_layers": 1, "n_heads": 2}),
+        ("longformer", {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}),
+    ],
+)
+def test_a_model_that_asks_what_is_in_a_tensor_is_planned_without_its_activations(
+    model_type: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    shape = AutoConfig.for_model(model_type, vocab_size=20, **fields)
+    AutoModelForMaskedLM.from_config(shape).save_pretrained(tmp_path)
+    plan = plan_memory(
+        config("mdlm", model_name_or_path=str(tmp_path)),
+        letter_tokenizer(),
+        max_length=LENGTH,
+        num_workers=1,
+        replica_size=None,
+        device=CPU,
+    )
+    assert plan.activations == 0 < plan.weights
+    assert "activations are not known and not counted" in plan.describe()

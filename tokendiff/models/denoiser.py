@@ -366,7 +366,8 @@ class TransformersDenoiser(ModelInTwoParts):
         DistributedDataParallel fails on a parameter that gets no gradient.
         """
         tokens = torch.arange(_PROBE_TOKENS)[None] % self.vocab_size
-        logits = self.head(self.encode(tokens, torch.ones_like(tokens).bool(), torch.zeros(1)))
+        with torch.enable_grad():  # also where a caller who only samples has turned it off
+            logits = self.head(self.encode(tokens, torch.ones_like(tokens).bool(), torch.zeros(1)))
         nodes, used, seen = [logits.grad_fn], set(), set()
         while nodes:
             node = nodes.pop()

@@ -30,12 +30,22 @@ def activation_bytes(
     config: "TrainConfig", model: Any, rows: int, length: int, device: torch.device
 ) -> tuple[int, int]:
     """What a forward pass of the encoder keeps for the backward pass; and what one layer keeps
-    when it computes that again, where layers do.
+    when it computes that again, where layers do. Both are 0 where a pass cannot be tried without
+    memory: some old architectures (XLM, Longformer) ask in it what is in a tensor.
 
     Args:
         model: of transformers, on the meta device.
         rows, length: of the tokens that it encodes.
     """
+    try:
+        return _activation_bytes(config, model, rows, length, device)
+    except (RuntimeError, TypeError):  # what is wrong with the model is said where it is built
+        return 0, 0
+
+
+def _activation_bytes(
+    config: "TrainConfig", model: Any, rows: int, length: int, device: torch.device
+) -> tuple[int, int]:
     if not config.gradient_checkpointing:
         return _kept_bytes(config, model, rows, length, device), 0
     again = copy.deepcopy(model)

@@ -42,6 +42,7 @@ class MemoryPlan:
         weights: the worker's part of them, and what is gathered at a time.
         gradients: the worker's part, and those of what is gathered; where nothing is added up they
             take the place of activations, and only what they take beyond that is counted.
+        activations: 0 where they are not known.
         logits: of a chunk, and the gradient of the head's weights.
     """
 
@@ -58,7 +59,8 @@ class MemoryPlan:
 
     def describe(self) -> str:
         parts = ", ".join(f"{name} {_shown(size)}" for name, size in asdict(self).items() if size)
-        return f"{_shown(self.total)} at the peak of a step ({parts}; activations are computed)"
+        found = "computed" if self.activations else "not known and not counted"
+        return f"{_shown(self.total)} at the peak of a step ({parts}; activations are {found})"
 
 
 def plan_memory(
