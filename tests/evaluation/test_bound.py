@@ -12,6 +12,7 @@ from tokendiff.diffusion.interfaces import TokenBatch
 from tokendiff.diffusion.kernels import AbsorbingKernel, ForwardKernel, HybridKernel, UniformKernel
 from tokendiff.diffusion.random import RowGenerator
 from tokendiff.diffusion.schedules import Cosine, Linear, LogLinear
+from tokendiff.errors import InputError
 from tokendiff.evaluation.bound import row_bounds, summarize
 from tokendiff.objectives.mdlm import MDLM
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
@@ -179,6 +180,12 @@ def test_summary_has_the_standard_error_of_a_ratio() -> None:
     assert bound.standard_error == pytest.approx(np.std(true), rel=0.15)
     assert bound.bits_per_byte == pytest.approx(nats.sum() / math.log(2) / (tokens * 3).sum())
     assert bound.perplexity == pytest.approx(math.exp(bound.nats_per_token))
+
+
+def test_rows_without_a_token_to_judge_are_bad_input() -> None:
+    nothing = np.zeros(2, dtype=np.int64)
+    with pytest.raises(InputError, match="none of the 2 rows has a token to judge"):
+        summarize(np.zeros(2), nothing, nothing)
 
 
 def test_a_token_that_no_state_stands_before_is_given() -> None:

@@ -35,6 +35,7 @@ from tokendiff.diffusion.devices import device_of, sent, sent_at
 from tokendiff.diffusion.interfaces import Denoiser, TokenBatch
 from tokendiff.diffusion.kernels import LEAST_TIME, AbsorbingKernel, ForwardKernel
 from tokendiff.diffusion.random import RowGenerator
+from tokendiff.errors import InputError
 from tokendiff.objectives.chunked import (
     negative_log_likelihood,
     predict_through_head,
@@ -238,8 +239,17 @@ def summarize(nats: np.ndarray, num_tokens: np.ndarray, num_bytes: np.ndarray) -
     The standard error is that of a ratio of sums over rows taken as independent; it covers the
     choice of rows and the drawn noise. Rows cut from one document are not quite independent, so for
     few documents it is optimistic.
+
+    Raises:
+        InputError: the rows have no token that is judged.
     """
     rows, tokens = len(nats), int(num_tokens.sum())
+    if tokens == 0:
+        raise InputError(
+            f"none of the {rows:,} rows has a token to judge: their tokens all belong to the "
+            "prompt (prompt_length), are the first ones of their documents, or are masks; evaluate "
+            "on longer documents"
+        )
     mean = float(nats.sum() / tokens)
     residual = nats - mean * num_tokens
     standard_error = math.sqrt(rows / max(rows - 1, 1) * float((residual**2).sum())) / tokens
