@@ -1,5 +1,6 @@
 """Prompts found and read in runs: the rows of a list, from any place, in bounded memory."""
 
+import gzip
 import json
 import random
 import re
@@ -268,3 +269,26 @@ def test_a_prompt_not_utf8_in_parquet_costs_no_other(tmp_path: Path) -> None:
     assert place == f"{path}: row 2"
     assert isinstance(bad, InputError)
     assert "not UTF-8 (byte 0xe9" in str(bad)
+
+
+def test_a_file_that_two_patterns_name_is_read_once(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "b.txt", ["of b"])
+    write_lines(tmp_path / "a.txt", ["of a"])
+    config = GenerateConfig(prompts=[path, str(tmp_path / "*.txt"), path], num_samples=1)
+    rows = all_rows(PromptIndex.of(config), 5)
+    assert [row.row.prompt for row in rows] == ["of b", "of a"]
+
+
+@pytest.mark.parametrize("name", ["a.ndjson", "a.JSONL", "a.jsonl.GZ"])
+def test_records_are_told_by_any_of_their_endings(tmp_path: Path, name: str) -> None:
+    data = b'{"prompt": "one"}\n{"prompt": "two"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("GZ") else data)
+    rows = all_rows(PromptIndex.of(GenerateConfig(prompts=[str(tmp_path / name)])), 8)
+    assert [row.row.prompt for row in rows[::4]] == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.csv.gz"])
+def test_a_table_is_not_taken_for_prompts(tmp_path: Path, name: str) -> None:
+    write_lines(tmp_path / name, ["prompt", "one"])
+    with pytest.raises(InputError, match=r"files are not read; write the column of prompts as"):
+        prompt_paths([str(tmp_path / name)])

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,9 +33,11 @@ if TYPE_CHECKING:
 
 _MAX_MARKS = 2048
 _BOM = b"\xef\xbb\xbf"
+_PARQUET = ".parquet"
 _PARQUET_COLUMNS = ("prompt", "messages")
 _PARQUET_BATCH_ROWS = 256
-_JSON_SUFFIXES = (".jsonl", ".json")
+_JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+_TABLE_SUFFIXES = (".csv", ".tsv")  # as lines of text, their header would be a prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +82,13 @@ class PromptFile:
             InputError: it cannot be read, is one JSON array, or is Parquet without a prompt column.
         """
         refuse_unreadable(path)
+        suffix = _suffix(path)
         try:
-            if path.endswith(".parquet"):
+            if suffix == _PARQUET:
                 with _parquet(path) as file:
                     num_rows = file.metadata.num_rows
                 return cls(path=path, num_prompts=num_rows, sha256=sha256_of(location(path)))
-            if plain_name(path).endswith(_JSON_SUFFIXES):
+            if suffix in _JSON_SUFFIXES:
                 refuse_array(path)
             return cls._index_lines(path)
         except OSError as error:
@@ -119,7 +123,7 @@ class PromptFile:
         """(place, prompt) of prompts first..stop-1; in place of one that is none, why not."""
         return (
             self._read_parquet(first, stop)
-            if self.path.endswith(".parquet")
+            if _suffix(self.path) == _PARQUET
             else self._read_lines(first, stop)
         )
 
@@ -245,11 +249,11 @@ def error_record(item: IndexedRow, error: InputError, *, num_samples: int) -> di
 
 
 def prompt_paths(patterns: Iterable[str]) -> list[str]:
-    """Absolute paths or URIs of the prompt files that paths and globs name, in the order of the
-    patterns, and sorted within each.
+    """Absolute paths or URIs of the prompt files that paths and globs name, each once, in the order
+    of the patterns, and sorted within each.
 
     Raises:
-        InputError: a pattern matches no file.
+        InputError: a pattern matches no file, or a table, whose lines are no prompts.
     """
     found: list[str] = []
     for pattern in patterns:
@@ -265,7 +269,18 @@ def prompt_paths(patterns: Iterable[str]) -> list[str]:
         if not paths:
             raise InputError(f"prompts {pattern}: no such file")
         found += paths
-    return found
+    for path in found:
+        if (suffix := _suffix(path)) in _TABLE_SUFFIXES:
+            raise InputError(
+                f"prompts {path}: {suffix} files are not read; write the column of prompts as .txt "
+                '(a prompt a line), or as .jsonl or .parquet with a field "prompt"'
+            )
+    return list(dict.fromkeys(found))
+
+
+def _suffix(path: str) -> str:
+    """The ending that says what a file holds, without that of its compression."""
+    return os.path.splitext(plain_name(path))[1].lower()
 
 
 def _is_prompt(line: bytes, offset: int) -> bool:
@@ -280,7 +295,7 @@ def _line_prompt(line: bytes, path: str, number: int) -> tuple[str, "Prompt | In
     except UnicodeDecodeError as error:
         return place, InputError(f"{place}: not UTF-8 ({error.reason})")
     text = text.removesuffix("\n").removesuffix("\r")
-    if not plain_name(path).endswith(_JSON_SUFFIXES):
+    if _suffix(path) not in _JSON_SUFFIXES:
         return place, text
     try:
         record = json.loads(text)
