@@ -230,3 +230,33 @@ def test_no_prompt_of_use_is_a_failure(
             output_dir=tmp_path / "out",
             on_event=lambda event, **fields: None,
         )
+
+
+def test_passes_are_counted_of_parts_that_an_earlier_run_made_too(
+    in_this_process: None, checkpoint: Path, tmp_path: Path
+) -> None:
+    from tokendiff.cluster.generate import generate
+
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\nd\n")
+    config = config_of([str(tmp_path / "prompts.txt")], sampler={"num_inference_steps": 2})
+    out, seen = tmp_path / "out", list[str]()
+
+    def run(stop_after: int | None = None) -> dict[str, Any]:
+        def on_event(event: str, **fields: Any) -> None:
+            seen.append(event)
+            if seen.count("part") == stop_after:
+                raise KeyboardInterrupt
+
+        generate(config, ONE, checkpoint_path=str(checkpoint), output_dir=out, on_event=on_event)
+        return load_manifest(out).metadata
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stop_after=2)
+    assert not (out / "MANIFEST.json").exists()
+    metadata = run()
+    records = read_samples(out)
+    passes = sum(record["num_model_calls"] for record in records)
+    new_tokens = sum(len(record["tokens"]) - record["num_prompt_tokens"] for record in records)
+    assert metadata["num_model_calls"] == passes == 2 * len(records)
+    assert metadata["tokens_per_forward"] == new_tokens / passes
+    assert metadata["tokens_per_second"] > 0

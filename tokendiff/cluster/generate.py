@@ -360,6 +360,7 @@ class _Totals:
             "choose another output_dir",
         )
         self.sha256: dict[str, str] = {}
+        self._earlier: list[Location] = []
         self.num_set_aside = 0
 
     def count_finished(self) -> tuple[list[int], int]:
@@ -374,6 +375,7 @@ class _Totals:
             if self._parts.file(part) not in names:
                 missing.append(part)
                 continue
+            self._earlier.append(self._output_dir / self._parts.file(part))
             num_rows += self._parts.num_rows(part)
             if (errors := self._parts.errors_file(part)) in names:
                 lines = (self._output_dir / errors).read_bytes().splitlines()
@@ -412,14 +414,21 @@ class _Totals:
         self.errors.add(part, count, [first])
 
     def figures(self) -> dict[str, Any]:
-        """The figures of the parts that this run made."""
+        """The figures of all parts. The speed is of those that this run made: how long the others
+        took is not in their files.
+        """
         tokens, calls, seconds = (
             self._sums[name] for name in ("new_tokens", "model_calls", "seconds")
         )
+        tokens_per_second = tokens / seconds if seconds else None
+        for file in self._earlier:
+            for record in read_part(file):
+                tokens += num_new_tokens(record)
+                calls += record["num_model_calls"]
         return {
             "num_model_calls": int(calls) or None,
             "tokens_per_forward": tokens / calls if calls else None,
-            "tokens_per_second": tokens / seconds if seconds else None,
+            "tokens_per_second": tokens_per_second,
         }
 
 
