@@ -370,3 +370,13 @@ def test_a_key_changes_with_what_decides_the_rows_of_chats_alone(
     assert key("preprocess.fill_answers=true") != first
     (tmp_path / "chat.jinja").write_text("{{ messages }}")
     assert key() != first
+
+
+def test_conversations_that_are_all_too_long_are_said_to_be(
+    in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*write_chats(tmp_path, 3), "--tokenizer_name_or_path", "bytes", "--max_length", "2"]
+    out = ["--output_dir", str(tmp_path / "out"), "--enabled", "false"]
+    assert preprocess.main([*flags, *TEMPLATE, *out]) == 2
+    said = "3 conversations too long for max_length 2); raise max_length, or check the data"
+    assert said in capsys.readouterr().err

@@ -444,17 +444,22 @@ def _check_corpus(
     """Warnings; a corpus that leaves nothing to train on is an error."""
     splits, dropped = metadata["splits"], metadata["dropped"]
     train, heldout = splits["train"]["rows"], splits["heldout"]["rows"]
+    too_long = longer = ""
+    if num_too_long := metadata.get("chats", {}).get("num_too_long", 0):
+        too_long = f"; {num_too_long} conversations too long for max_length {config.max_length}"
+        longer = "raise max_length, or "
     if train + heldout == 0:
         where = "the data" if "chats" in metadata else "the data and text_column"
         raise InputError(
             f"dataset_name {config.dataset_name!r}: the corpus is empty ({dropped['empty']} empty "
             f"and {dropped['not_text']} null cells; "
-            f"{bad_rows_in_words(errors.num_rows, errors.first)}); check {where}"
+            f"{bad_rows_in_words(errors.num_rows, errors.first)}{too_long}); "
+            f"{longer}check {where}"
         )
     if train == 0 and config.heldout_fraction < 1.0:
         raise InputError(
             f"heldout_fraction {config.heldout_fraction} left no document for training, of "
-            f"{splits['heldout']['documents']}; lower it, or give more documents"
+            f"{splits['heldout']['documents']}{too_long}; {longer}lower it, or give more documents"
         )
     warnings = []
     if errors.num_rows:
