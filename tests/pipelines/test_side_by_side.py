@@ -68,3 +68,16 @@ def test_a_link_to_itself_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixtur
         log.write("metrics", step=1, loss=2.0)
     assert pipeline.main(["compare", str(tmp_path), "--with", str(loop)]) == 2
     assert f"error: {loop}: no run has left a log" in capsys.readouterr().err
+
+
+def test_samples_that_are_gone_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_folder(tmp_path / "one", loss=4.0, bound=2.5)
+    samples = folder / "generate-1"
+    samples.mkdir()
+    (samples / "part-00000.jsonl").write_text("{}\n")
+    commit(samples, kind="samples")
+    (samples / "part-00000.jsonl").unlink()
+    assert pipeline.main(["compare", str(folder), "--with", str(folder)]) == 1
+    assert "part-00000.jsonl is missing, though its MANIFEST lists it" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokendiff.artifacts.locations import Location, is_uri, location, open_binary, size_of
-from tokendiff.artifacts.manifest import Manifest, load_manifest, verify, write_atomically
+from tokendiff.artifacts.manifest import Manifest, verify, write_atomically
 from tokendiff.data.partition import Piece
 from tokendiff.errors import InputError
 
@@ -75,9 +75,14 @@ def read_samples(folder: Location) -> list[dict[str, Any]]:
 
 
 def first_records(folder: Location, count: int) -> list[dict[str, Any]]:
-    """The first records of a committed samples folder, unverified."""
+    """The first records of a committed samples folder, whose files are there.
+
+    Raises:
+        InputError: nothing was committed there.
+        CorruptFileError: a part is missing or has another size.
+    """
     records: list[dict[str, Any]] = []
-    for name in part_names(load_manifest(folder, kind=KIND)):
+    for name in part_names(verified(folder, hashes=False)):
         records += read_part(folder / name)
         if len(records) >= count:
             break
