@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -642,3 +643,40 @@ def test_a_tokenizer_is_opened_once_while_its_files_stay_the_same(tmp_path: Path
     changed = tokenizer_in(tmp_path / "a")
     assert changed.chat_template == "{{ messages }}"
     assert changed is not opened
+
+
+@pytest.mark.slow
+def test_a_dataset_or_tokenizer_that_changed_in_its_folder_is_noticed(
+    in_this_process: None, tmp_path: Path
+) -> None:
+    """Its name stayed the same, and so did the number of rows and bytes."""
+    from datasets import Dataset
+
+    for text in ("one", "two"):
+        Dataset.from_dict({"text": [text] * 9}).save_to_disk(tmp_path / text)
+
+    def put(text: str) -> None:
+        shutil.rmtree(tmp_path / "dataset", ignore_errors=True)
+        shutil.copytree(tmp_path / text, tmp_path / "dataset")
+
+    def again() -> Any:
+        return run(config, tmp_path / "out", tokenizer_name_or_path=str(tmp_path / "model"))
+
+    put("one")
+    tokenizer = build_tokenizer("bytes", documents=(), vocab_size=0)[0]
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = PreprocessConfig(dataset_name=str(tmp_path / "dataset"), heldout_fraction=0.0)
+    made = again()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    assert again() == made
+    put("two")
+    with pytest.raises(InputError, match="of another config or of other input"):
+        again()
+    put("one")
+    assert again() == made
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="of another config or of other input"):
+        again()
+    shutil.rmtree(tmp_path / "model")
+    assert again() == made  # what is away cannot be asked

@@ -4,13 +4,14 @@ needs no Ray.
 
 import os
 import pickle
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokendiff.artifacts.identity import file_identity
+from tokendiff.artifacts.identity import file_identity, identity_of
 from tokendiff.artifacts.locations import Location, files_under, location, remove, upload
 from tokendiff.artifacts.manifest import (
     Manifest,
@@ -23,7 +24,7 @@ from tokendiff.artifacts.manifest import (
 )
 from tokendiff.cluster.progress import JobProgress, Reporter
 from tokendiff.cluster.session import data_context, need_ray, works_here
-from tokendiff.config.preprocess import SAMPLES
+from tokendiff.config.preprocess import FILE_FORMATS, SAMPLES
 from tokendiff.data.bad_rows import ERRORS, ErrorCount, bad_rows_in_words
 from tokendiff.data.chat_documents import ChatOptions
 from tokendiff.data.partition import Partition, Piece
@@ -57,6 +58,9 @@ if TYPE_CHECKING:
 
 _MEMORY_REMEDY = "lower partition_bytes, or give more memory"
 _MAX_BLOCKS = 1000
+_TOKENIZER_FILE = re.compile(
+    r"token|vocab|merges|chat_template|\.(model|jinja|tiktoken)$", re.IGNORECASE
+)
 Row = dict[str, Any]
 
 _tokenizers: dict[tuple[tuple[str, str], ...], Any] = {}  # of this process, by what is in its files
@@ -95,8 +99,9 @@ def preprocess(
         raise InputError(f"dataset_name {config.dataset_name!r}: the corpus is empty (0 bytes)")
     chats = ChatOptions.of(config, partitions[0].dataset_format, fill_answers=fill_answers)
     key = _key(config, tokenizer_name_or_path, pieces, chats)
+    folders = _folders(config, tokenizer_name_or_path)
     if is_committed(output_dir):
-        return _committed(output_dir, key)
+        return _committed(output_dir, key, folders)
     mark = _claim(output_dir)
     tokenizer, notes = _make_tokenizer(config, tokenizer_name_or_path, partitions, on_event)
     if chats is not None:
@@ -143,7 +148,7 @@ def preprocess(
     known_sha256 = {file.path: file.sha256 for part in stats for file in part.files}
     _check_files(output_dir, known_sha256)
     metadata |= {"key": key, "notes": notes + warnings, "trained_on": file_identities(config)}
-    metadata["errors"] = errors.num_rows
+    metadata |= {"errors": errors.num_rows, "folders": folders}
     manifest = commit(output_dir, kind=KIND, metadata=metadata, known_sha256=known_sha256)
     mark.unlink()
     return manifest
@@ -172,9 +177,30 @@ def _key(
     )
 
 
-def _committed(output_dir: Location, key: str) -> Manifest:
+def _folders(config: "PreprocessConfig", tokenizer: str) -> dict[str, Any]:
+    """The content of a dataset and a tokenizer that are folders on this machine. Not part of the
+    key: those of committed folders know the names and the sizes alone.
+    """
+    found: dict[str, Any] = {}
+    if config.dataset_name not in ("builtin", SAMPLES, *FILE_FORMATS) and not config.use_dummy_data:
+        dataset = location(config.dataset_name)
+        if isinstance(dataset, Path) and dataset.is_dir():
+            found["dataset"] = identity_of(config.dataset_name)
+    if tokenizer not in ("bytes", "bpe"):
+        folder = location(tokenizer)
+        if isinstance(folder, Path) and folder.is_dir():
+            # A model's folder has weights beside it, which may change.
+            files = sorted(path for path in folder.iterdir() if _TOKENIZER_FILE.search(path.name))
+            found["tokenizer"] = [file_identity(path) for path in files if path.is_file()]
+    return found
+
+
+def _committed(output_dir: Location, key: str, folders: dict[str, Any]) -> Manifest:
     manifest = verify(output_dir, kind=KIND, hashes=False)
-    if manifest.metadata.get("key") != key:
+    metadata = manifest.metadata
+    # What is not there now cannot have changed, and an earlier version noted nothing.
+    noted = {name: there for name, there in metadata.get("folders", {}).items() if name in folders}
+    if metadata.get("key") != key or any(folders[name] != noted[name] for name in noted):
         raise InputError(
             f"output_dir {output_dir} holds token shards of another config or of other input; "
             "choose another output_dir, or delete this one"
