@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -703,3 +704,15 @@ def test_a_sampler_that_the_checkpoint_does_not_go_with_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=says):
         build_sampler(config, process_of(forward_process), seq_len=seq_len)
+
+
+def test_draws_are_the_same_however_many_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(7, 50, generator=generator)
+    uniform = torch.rand(7, generator=generator)
+    expected = categorical.draw_by_logits(logits, uniform)
+    monkeypatch.setattr(categorical, "_DRAWN_AT_ONCE", 3)
+    made = mock.Mock(wraps=draw)
+    monkeypatch.setattr(categorical, "draw", made)
+    assert torch.equal(categorical.draw_by_logits(logits, uniform), expected)
+    assert [len(call.args[0]) for call in made.call_args_list] == [3, 3, 1]

@@ -11,6 +11,8 @@ from torch import Tensor
 # How many of the likeliest tokens top-p looks at before it sorts a whole row: 8.6 times as fast on
 # peaked logits over a vocabulary of 30,000.
 _NUM_LIKELIEST = 1024
+# Tokens whose cumulative sums [N, V] exist at once: 12 bytes of each number, beside the logits.
+_DRAWN_AT_ONCE = 512
 
 
 def check_filters(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -81,7 +83,9 @@ def _smallest_in_nucleus(
 
 def draw_by_logits(logits: Tensor, uniform: Tensor) -> Tensor:
     """[N] token ids from logits [N, V], of which -inf excludes a token, as `draw` takes them."""
-    return draw((logits - logits.amax(-1, keepdim=True)).exp_(), uniform)
+    parts = zip(logits.split(_DRAWN_AT_ONCE), uniform.split(_DRAWN_AT_ONCE), strict=True)
+    drawn = [draw((part - part.amax(-1, keepdim=True)).exp_(), at) for part, at in parts]
+    return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
