@@ -650,7 +650,7 @@ def test_a_dataset_or_tokenizer_that_changed_in_its_folder_is_noticed(
     in_this_process: None, tmp_path: Path
 ) -> None:
     """Its name stayed the same, and so did the number of rows and bytes."""
-    from datasets import Dataset
+    from datasets import Dataset, load_from_disk
 
     for text in ("one", "two"):
         Dataset.from_dict({"text": [text] * 9}).save_to_disk(tmp_path / text)
@@ -673,6 +673,8 @@ def test_a_dataset_or_tokenizer_that_changed_in_its_folder_is_noticed(
     with pytest.raises(InputError, match="of another config or of other input"):
         again()
     put("one")
+    load_from_disk(str(tmp_path / "dataset")).shuffle(seed=0)
+    assert list((tmp_path / "dataset").glob("cache-*"))
     assert again() == made
     tokenizer.chat_template = "{{ messages }}"
     tokenizer.save_pretrained(tmp_path / "model")

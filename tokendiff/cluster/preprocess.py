@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokendiff.artifacts.identity import file_identity, identity_of
+from tokendiff.artifacts.identity import file_identity
 from tokendiff.artifacts.locations import Location, files_under, location, remove, upload
 from tokendiff.artifacts.manifest import (
     Manifest,
@@ -61,6 +61,7 @@ _MAX_BLOCKS = 1000
 _TOKENIZER_FILE = re.compile(
     r"token|vocab|merges|chat_template|\.(model|jinja|tiktoken)$", re.IGNORECASE
 )
+_CACHE_FILE = re.compile(r"(^|/)cache-[^/]*\.arrow$")
 Row = dict[str, Any]
 
 _tokenizers: dict[tuple[tuple[str, str], ...], Any] = {}  # of this process, by what is in its files
@@ -185,7 +186,9 @@ def _folders(config: "PreprocessConfig", tokenizer: str) -> dict[str, Any]:
     if config.dataset_name not in ("builtin", SAMPLES, *FILE_FORMATS) and not config.use_dummy_data:
         dataset = location(config.dataset_name)
         if isinstance(dataset, Path) and dataset.is_dir():
-            found["dataset"] = identity_of(config.dataset_name)
+            # What `datasets` keeps of a map or a shuffle is written beside what it is of.
+            names = [name for name in files_under(dataset) if not _CACHE_FILE.search(name)]
+            found["dataset"] = [file_identity(dataset / name) for name in names]
     if tokenizer not in ("bytes", "bpe"):
         folder = location(tokenizer)
         if isinstance(folder, Path) and folder.is_dir():
