@@ -220,6 +220,7 @@ def record_of(prompt: str | None, text: str, completion: str, gaps: list[int]) -
         (record_of('[{"role": "user"}]', "user hi assistant yes", "yes", []), "user hi assistant "),
         (record_of(None, "a dog", "a dog", []), ""),
         (record_of("a dog", "a dog", "", []), "a dog"),
+        (record_of("a", "ab cd ef", "##b cd ef", []), "a"),  # word pieces, decoded alone
         (record_of("the [MASK] sat", "the cat sat on", " on", [1]), "the "),
     ],
 )

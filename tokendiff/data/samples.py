@@ -58,9 +58,15 @@ def given_text(record: Mapping[str, Any]) -> str:
     """The front of a record's text, up to the first token that the model chose."""
     text, prompt = record["text"], record["prompt"] or ""
     if record["gaps"] or "completion" not in record:
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(text, prompt, strict=False))
-        return "".join(letter for letter, _ in same)
-    return str(text[: len(text) - len(record["completion"])])
+        return text[: _num_same(text, prompt)]
+    # Alone a completion may begin otherwise than behind its prompt: with "##", or without a blank.
+    return text[: len(text) - _num_same(text[::-1], record["completion"][::-1])]
+
+
+def _num_same(one: str, other: str) -> int:
+    """How many letters both begin with."""
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return sum(1 for _ in same)
 
 
 def read_samples(folder: Location) -> list[dict[str, Any]]:
