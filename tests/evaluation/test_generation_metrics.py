@@ -236,7 +236,6 @@ def test_texts_with_nothing_to_score_are_skipped(tmp_path: Path) -> None:
         return generative_perplexity(
             texts,
             str(tmp_path),
-            given=[""] * len(texts),
             batch_size=2,
             max_length=8,
             device="cpu",

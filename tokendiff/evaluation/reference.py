@@ -29,7 +29,7 @@ def generative_perplexity(
     texts: Sequence[str],
     model_name_or_path: str,
     *,
-    given: Sequence[str],
+    given: Sequence[str] | None = None,
     batch_size: int,
     max_length: int,
     device: str | torch.device,
@@ -43,7 +43,8 @@ def generative_perplexity(
     more.
 
     Args:
-        given: the front of each text that the model was given; "" where it was given none.
+        given: the front of each text that the model was given, "" where it was given none; by
+            default none was given any.
         batch_size: texts in one forward pass; the result does not depend on it. The logits take
             batch_size * max_length * vocabulary * 4 bytes.
         max_length: tokens of a text at most, BOS included; the rest is cut off. The model's own
@@ -73,7 +74,7 @@ def generative_perplexity(
         [prefix + ids for ids in tokenizer(list(each), add_special_tokens=False)["input_ids"]]
         if each
         else []
-        for each in (texts, given)
+        for each in (texts, [""] * len(texts) if given is None else given)
     )
     # A token that begins in what was given and ends behind it is no token of what was given.
     firsts = [max(1, _num_equal(row, front)) for row, front in zip(rows, fronts, strict=True)]
