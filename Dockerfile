@@ -50,7 +50,7 @@ WORKDIR /app
 FROM base AS cpu
 COPY --from=packages-cpu /install /usr/local
 COPY . .
-RUN pip install --no-cache-dir --no-deps --no-build-isolation . && rm -r build ./*.egg-info
+RUN pip install --no-cache-dir --no-deps --no-build-isolation . && rm -rf build ./*.egg-info
 USER 1000:1000
 CMD ["tokendiff", "--help"]
 
@@ -59,6 +59,6 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=packages-cuda /install /usr/local
 COPY . .
-RUN pip install --no-cache-dir --no-deps --no-build-isolation . && rm -r build ./*.egg-info
+RUN pip install --no-cache-dir --no-deps --no-build-isolation . && rm -rf build ./*.egg-info
 USER 1000:1000
 CMD ["tokendiff", "--help"]
