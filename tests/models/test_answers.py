@@ -111,6 +111,32 @@ def test_a_row_alone_is_what_it_is_beside_longer_ones(
     assert len({len(record["tokens"]) for record in together}) > 1
 
 
+def test_a_notebook_is_refused_what_a_job_is(tmp_path: Path) -> None:
+    """Otherwise answers would go on beyond the positions of the model, and rows be lost."""
+    llada(tmp_path)
+    model = SamplingModel(None, config_of(tmp_path), device="cpu")
+    longest = PromptCheck.of(None, config_of(tmp_path)).max_length
+    assert longest is not None
+    for prompt, says in (
+        ("a" * longest, f"with {NEW} new ones that exceeds the {longest} that the model takes"),
+        ("ab[MASK]", "holds the mask token"),
+    ):
+        row = GenerationRow(id=0, prompt=prompt)
+        with pytest.raises(InputError, match=says):
+            model.sample([row])
+        with pytest.raises(InputError, match=says):
+            list(model.samples([row]))
+        with pytest.raises(InputError, match=says):
+            model.num_tokens(row)
+    alike = [GenerationRow(id=7, prompt=prompt) for prompt in "ab"]
+    with pytest.raises(InputError, match="two rows have the id 7"):
+        list(model.samples(alike))
+    assert model.sample([]) == []
+    with pytest.raises(InputError, match="'ar' continues prompts; open the model with Completion"):
+        config = GenerateConfig.model_validate({"model_id": "x", "sampler": {"name": "ar"}})
+        SamplingModel(None, config, device="cpu")
+
+
 def test_a_row_that_has_ended_costs_nothing_more(tmp_path: Path) -> None:
     llada(tmp_path)
     fields: dict[str, Any] = {**GREEDY, "num_inference_steps": 1}

@@ -306,6 +306,18 @@ def without_tokens(folder: Path, model_id: str, *names: str) -> str:
     return str(folder)
 
 
+def test_rows_of_one_id_are_refused(model_id: str) -> None:
+    """One of them would be returned twice, and the other one lost."""
+    alike = [GenerationRow(id=7, prompt=prompt) for prompt in "ab"]
+    for batch_size in (1, 2):
+        model = CompletionModel(config_of(model_id, batch_size=batch_size))
+        with pytest.raises(InputError, match="two rows have the id 7"):
+            model.sample(alike)
+    whole = generate_config(model_id=model_id, seq_len=8, sampler={"name": "ancestral"})
+    with pytest.raises(InputError, match="'ancestral' fills rows; open the model with Sampling"):
+        CompletionModel(whole)
+
+
 def test_an_eos_of_the_models_that_its_tokenizer_lacks_is_never_written(
     tmp_path: Path, model_id: str
 ) -> None:

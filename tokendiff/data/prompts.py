@@ -1,6 +1,7 @@
 """What a prompt may be, and its token ids; `tokendiff.data.prompt_index` reads files of them."""
 
 import json
+from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,14 @@ class GenerationRow:
     id: int
     prompt: Prompt | None
     source: str | None = None
+
+
+def check_new_id(row: GenerationRow, under_way: Container[int]) -> None:
+    """Raise InputError where another row has the id."""
+    if row.id in under_way:
+        raise InputError(
+            f"two rows have the id {row.id}, by which samples are told apart; number the rows"
+        )
 
 
 def prompt_text(prompt: Prompt | None) -> str | None:

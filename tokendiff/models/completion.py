@@ -17,7 +17,13 @@ from torch import Tensor
 from tokendiff.artifacts.checkpoint import DRAFT_ADAPTERS
 from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG, is_plain_causal, local_model
 from tokendiff.artifacts.noise_process import NoiseProcess
-from tokendiff.data.prompts import GenerationRow, Prompt, PromptEncoder, prompt_text
+from tokendiff.data.prompts import (
+    GenerationRow,
+    Prompt,
+    PromptEncoder,
+    check_new_id,
+    prompt_text,
+)
 from tokendiff.data.samples import num_new_tokens
 from tokendiff.diffusion.interfaces import (
     Completion,
@@ -103,6 +109,11 @@ class CompletionSetup:
         Raises:
             InputError: no such model, or one that the sampler does not go with.
         """
+        if not config.is_open_ended:
+            raise InputError(
+                f"sampler {config.sampler.name!r} fills rows; open the model with SamplingModel of "
+                "tokendiff.models.sampling"
+            )
         field, name = "model_id", config.model_id
         if checkpoint is not None:
             field, name = "checkpoint_path", str(checkpoint)
@@ -280,6 +291,7 @@ class CompletionModel:
         def requests() -> Iterator[Request]:
             for row in rows:
                 request = self.setup.request(row)
+                check_new_id(row, taken)
                 taken[row.id] = (row, request, time.perf_counter())
                 yield request
 
@@ -295,6 +307,10 @@ class CompletionModel:
 
     def sample(self, rows: list[GenerationRow]) -> list[dict[str, Any]]:
         """One record per row, in the order of the rows."""
+        ids: set[int] = set()
+        for row in rows:
+            check_new_id(row, ids)
+            ids.add(row.id)
         by_id = {record["id"]: record for record in self.samples(rows)}
         return [by_id[row.id] for row in rows]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokendiff.artifacts.noise_process import NoiseProcess
-from tokendiff.data.prompts import GenerationRow, PromptEncoder, prompt_text
+from tokendiff.data.prompts import GenerationRow, PromptEncoder, check_new_id, prompt_text
 from tokendiff.data.samples import num_new_tokens
 from tokendiff.diffusion.interfaces import Figures, OnProgress, StepCallback, unwatched
 from tokendiff.diffusion.random import RowGenerator
@@ -134,7 +134,11 @@ class PromptCheck:
         Raises:
             InputError: process, model, sampler and lengths do not go together.
         """
-        source = DenoiserSource.of(config, checkpoint)
+        return cls.of_source(DenoiserSource.of(config, checkpoint), config)
+
+    @classmethod
+    def of_source(cls, source: DenoiserSource, config: "GenerateConfig") -> "PromptCheck":
+        """As `of`, for what rows are sampled from."""
         process, longest = source.process, source.max_length
         encoder = prompt_encoder(source, config)
         if config.max_new_tokens is not None:
@@ -153,7 +157,7 @@ class PromptCheck:
             )
         _sampler_of(config, source)
         notes: tuple[str, ...] = ()
-        if checkpoint is not None and seq_len > process.max_length:
+        if source.checkpoint is not None and seq_len > process.max_length:
             notes = (
                 f"seq_len {seq_len} is longer than the {process.max_length} tokens of the rows "
                 "that the checkpoint was trained on; text behind them may be worse",
@@ -191,11 +195,17 @@ class PromptCheck:
 class SamplingModel:
     """A checkpoint, or the published model that the config names, ready to sample rows of one
     length: what one actor holds.
+
+    Raises:
+        InputError: process, model, sampler and lengths do not go together; of the methods that take
+            rows: a prompt cannot be used.
     """
 
     def __init__(self, checkpoint: Path | None, config: "GenerateConfig", *, device: str) -> None:
+        _check_fixed_length(config)
         source = DenoiserSource.of(config, checkpoint)
-        self.tokenizer, self.process = source.tokenizer, source.process
+        self.tokenizer, self.process, self._source = source.tokenizer, source.process, source
+        self._take_sampler(config)
         dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         self._device = torch.device(device)
         denoiser = source.load(dtype=dtype)
@@ -204,9 +214,6 @@ class SamplingModel:
             round_for_autocast(denoiser)
         self._denoiser = denoiser.to(device)
         self._denoiser.replay_by(Recorder.on(self._device))
-        self._source = source
-        self._take_sampler(config)
-        self._encoder = prompt_encoder(source, config)
 
     def with_sampler(self, config: "GenerateConfig") -> "SamplingModel":
         """The same weights with the sampler, the lengths and the seed of another config.
@@ -220,6 +227,7 @@ class SamplingModel:
 
     def _take_sampler(self, config: "GenerateConfig") -> None:
         self._config = config
+        self._check = PromptCheck.of_source(self._source, config)
         self.seq_len = config.seq_len or self.process.max_length
         self._sampler = _sampler_of(config, self._source)
         self._stops = getattr(self._sampler, "stop_token_ids", ())
@@ -228,7 +236,7 @@ class SamplingModel:
         """Tokens that the row takes up, its prompt included."""
         if self._config.max_new_tokens is None:
             return self.seq_len
-        return len(self._source.begun(self._encoder(row.prompt))) + self._config.max_new_tokens
+        return len(self._check.request(row)) + self._config.max_new_tokens
 
     def samples(
         self, rows: Iterable[GenerationRow], *, on_progress: OnProgress = unwatched
@@ -259,7 +267,8 @@ class SamplingModel:
 
         def requests() -> Iterator[RowToFill]:
             for row in rows:
-                prompt = self._source.begun(self._encoder(row.prompt))
+                prompt = self._check.request(row)
+                check_new_id(row, taken)
                 taken[row.id] = (row, prompt, time.perf_counter())
                 tokens, is_given, _ = self._laid_out([prompt])
                 yield RowToFill(id=row.id, tokens=tokens[0], is_given=is_given[0])
@@ -307,8 +316,10 @@ class SamplingModel:
             at a stop token, else "length"); num_model_calls; tokens_per_forward (tokens that were
             not given over model calls; null without one); and seconds: what the row's batch took.
         """
+        if not rows:
+            return []
         start = time.perf_counter()
-        prompts = [self._source.begun(self._encoder(row.prompt)) for row in rows]
+        prompts = [self._check.request(row) for row in rows]
         tokens, is_given, is_valid = self._laid_out(prompts)
         ids = torch.tensor([row.id for row in rows], dtype=torch.int64)
         generator = RowGenerator.for_rows(key_from(self._config.seed, "sample"), ids)
@@ -422,6 +433,15 @@ def _behind(num_rows: int, num_tokens: int, on_progress: OnProgress) -> OnProgre
         on_progress(of_all)
 
     return tell
+
+
+def _check_fixed_length(config: "GenerateConfig") -> None:
+    """Raise InputError where a config asks for a sampler that continues prompts."""
+    if config.is_open_ended:
+        raise InputError(
+            f"sampler {config.sampler.name!r} continues prompts; open the model with "
+            "CompletionModel of tokendiff.models.completion"
+        )
 
 
 def prompt_encoder(source: DenoiserSource, config: "GenerateConfig") -> PromptEncoder:
