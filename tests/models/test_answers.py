@@ -132,8 +132,8 @@ def test_a_notebook_is_refused_what_a_job_is(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="two rows have the id 7"):
         list(model.samples(alike))
     assert model.sample([]) == []
+    config = GenerateConfig.model_validate({"model_id": "x", "sampler": {"name": "ar"}})
     with pytest.raises(InputError, match="'ar' continues prompts; open the model with Completion"):
-        config = GenerateConfig.model_validate({"model_id": "x", "sampler": {"name": "ar"}})
         SamplingModel(None, config, device="cpu")
 
 
