@@ -46,7 +46,7 @@ from tokendiff.data.sources import (
 )
 from tokendiff.data.streams import is_compressed
 from tokendiff.data.templates import ChatRenderer, read_template
-from tokendiff.data.tokenizers import build_tokenizer
+from tokendiff.data.tokenizers import build_tokenizer, is_of_tokenizer
 from tokendiff.errors import InputError, naming_memory
 
 if TYPE_CHECKING:
@@ -58,9 +58,6 @@ if TYPE_CHECKING:
 
 _MEMORY_REMEDY = "lower partition_bytes, or give more memory"
 _MAX_BLOCKS = 1000
-_TOKENIZER_FILE = re.compile(
-    r"token|vocab|merges|chat_template|\.(model|jinja|tiktoken)$", re.IGNORECASE
-)
 _CACHE_FILE = re.compile(r"(^|/)cache-[^/]*\.arrow$")
 Row = dict[str, Any]
 
@@ -193,8 +190,12 @@ def _folders(config: "PreprocessConfig", tokenizer: str) -> dict[str, Any]:
         folder = location(tokenizer)
         if isinstance(folder, Path) and folder.is_dir():
             # A model's folder has weights beside it, which may change.
-            files = sorted(path for path in folder.iterdir() if _TOKENIZER_FILE.search(path.name))
-            found["tokenizer"] = [file_identity(path) for path in files if path.is_file()]
+            files = sorted(
+                path
+                for path in folder.iterdir()
+                if path.is_file() and (is_of_tokenizer(path) or "chat_template" in path.name)
+            )
+            found["tokenizer"] = [file_identity(path) for path in files]
     return found
 
 

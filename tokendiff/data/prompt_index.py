@@ -11,7 +11,6 @@ import glob
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from tokendiff.data.columns import not_utf8
 from tokendiff.data.files import refuse_array
 from tokendiff.data.lines import lines_in
 from tokendiff.data.prompts import GenerationRow, Prompt, prompt_of_record
-from tokendiff.data.streams import go_to, open_stream, plain_name, refuse_unreadable
+from tokendiff.data.streams import go_to, open_stream, refuse_unreadable, suffix_of
 from tokendiff.errors import InputError
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ class PromptFile:
             InputError: it cannot be read, is one JSON array, or is Parquet without a prompt column.
         """
         refuse_unreadable(path)
-        suffix = _suffix(path)
+        suffix = suffix_of(path)
         try:
             if suffix == _PARQUET:
                 with _parquet(path) as file:
@@ -123,7 +122,7 @@ class PromptFile:
         """(place, prompt) of prompts first..stop-1; in place of one that is none, why not."""
         return (
             self._read_parquet(first, stop)
-            if _suffix(self.path) == _PARQUET
+            if suffix_of(self.path) == _PARQUET
             else self._read_lines(first, stop)
         )
 
@@ -270,17 +269,12 @@ def prompt_paths(patterns: Iterable[str]) -> list[str]:
             raise InputError(f"prompts {pattern}: no such file")
         found += paths
     for path in found:
-        if (suffix := _suffix(path)) in _TABLE_SUFFIXES:
+        if (suffix := suffix_of(path)) in _TABLE_SUFFIXES:
             raise InputError(
                 f"prompts {path}: {suffix} files are not read; write the column of prompts as .txt "
                 '(a prompt a line), or as .jsonl or .parquet with a field "prompt"'
             )
     return list(dict.fromkeys(found))
-
-
-def _suffix(path: str) -> str:
-    """The ending that says what a file holds, without that of its compression."""
-    return os.path.splitext(plain_name(path))[1].lower()
 
 
 def _is_prompt(line: bytes, offset: int) -> bool:
@@ -295,7 +289,7 @@ def _line_prompt(line: bytes, path: str, number: int) -> tuple[str, "Prompt | In
     except UnicodeDecodeError as error:
         return place, InputError(f"{place}: not UTF-8 ({error.reason})")
     text = text.removesuffix("\n").removesuffix("\r")
-    if _suffix(path) not in _JSON_SUFFIXES:
+    if suffix_of(path) not in _JSON_SUFFIXES:
         return place, text
     try:
         record = json.loads(text)

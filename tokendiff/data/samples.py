@@ -58,13 +58,13 @@ def given_text(record: Mapping[str, Any]) -> str:
     """The front of a record's text, up to the first token that the model chose."""
     text, prompt = record["text"], record["prompt"] or ""
     if record["gaps"] or "completion" not in record:
-        return text[: _num_same(text, prompt)]
+        return text[: num_alike(text, prompt)]
     # Alone a completion may begin otherwise than behind its prompt: with "##", or without a blank.
-    return text[: len(text) - _num_same(text[::-1], record["completion"][::-1])]
+    return text[: len(text) - num_alike(text[::-1], record["completion"][::-1])]
 
 
-def _num_same(one: str, other: str) -> int:
-    """How many letters both begin with."""
+def num_alike(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many letters or tokens both begin with."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     return sum(1 for _ in same)
 

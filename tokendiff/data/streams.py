@@ -73,9 +73,14 @@ def plain_name(path: str) -> str:
     return os.path.splitext(path)[0] if is_compressed(path) else path
 
 
+def suffix_of(path: str) -> str:
+    """The ending that says what a file holds, without that of its compression; in small letters."""
+    return os.path.splitext(plain_name(path))[1].lower()
+
+
 def refuse_unreadable(path: str) -> None:
     """Raise InputError where a file's name says that nothing here reads it."""
-    suffix = os.path.splitext(plain_name(path))[1].lower()
+    suffix = suffix_of(path)
     if suffix in _UNREADABLE:
         raise _unreadable(path, suffix)
     if suffix == ".parquet" and is_compressed(path):

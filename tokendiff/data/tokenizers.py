@@ -79,7 +79,7 @@ def _check_gaps(tokenizer: "PreTrainedTokenizerBase", name_or_path: str) -> None
         )
 
 
-def _is_of_tokenizer(path: Path) -> bool:
+def is_of_tokenizer(path: Path) -> bool:
     """Whether a file may be a tokenizer's: they have many names."""
     return any(part in path.name for part in ("token", "vocab", ".model", "merges", ".bpe"))
 
@@ -110,7 +110,7 @@ def open_tokenizer(
     with input_errors(f"{place}: no tokenizer can be opened there", remedy), _quiet_configs():
         check_there(str(name))
         folder = local_model(str(name))
-        if Path(folder).is_dir() and not any(map(_is_of_tokenizer, Path(folder).iterdir())):
+        if Path(folder).is_dir() and not any(map(is_of_tokenizer, Path(folder).iterdir())):
             raise InputError(f"{place} holds no tokenizer (no tokenizer.json, for one); {remedy}")
         same_as = _SAME_AS.get(get_tokenizer_config(folder).get("tokenizer_class", ""))
         if same_as is not None:

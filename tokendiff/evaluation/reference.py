@@ -1,13 +1,13 @@
 """Generative perplexity: how likely a reference causal LM finds the samples."""
 
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokendiff.data.samples import num_alike
 from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.diffusion.interfaces import Figures, OnProgress, unwatched
 from tokendiff.errors import InputError
@@ -77,7 +77,7 @@ def generative_perplexity(
         for each in (texts, [""] * len(texts) if given is None else given)
     )
     # A token that begins in what was given and ends behind it is no token of what was given.
-    firsts = [max(1, _num_equal(row, front)) for row, front in zip(rows, fronts, strict=True)]
+    firsts = [max(1, num_alike(row, front)) for row, front in zip(rows, fronts, strict=True)]
     # Rows of similar length share a batch: less padding, and the sum is the same.
     scored = sorted(
         ((row[:limit], at) for row, at in zip(rows, firsts, strict=True) if at < len(row[:limit])),
@@ -161,12 +161,6 @@ def _summed_nats(
         logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none"
     )
     return float(losses.double().sum())
-
-
-def _num_equal(row: list[int], front: list[int]) -> int:
-    """How many tokens both begin with."""
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(row, front, strict=False))
-    return sum(1 for _ in same)
 
 
 def _pad(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:

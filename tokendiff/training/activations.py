@@ -37,9 +37,13 @@ def activation_bytes(
         model: of transformers, on the meta device.
         rows, length: of the tokens that it encodes.
     """
+    from torch._subclasses.fake_tensor import DataDependentOutputException as AskedForContent
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException as AskedForShape
+
     try:
         return _activation_bytes(config, model, rows, length, device)
-    except (RuntimeError, TypeError):  # what is wrong with the model is said where it is built
+    except (AskedForContent, AskedForShape, TypeError):
+        # A TypeError is of a model that takes no tokens (Perceiver), which is refused when built.
         return 0, 0
 
 
