@@ -2,13 +2,19 @@
 they are about.
 """
 
+import errno
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pyarrow import fs
 
 from benchmarks.faults.fake_s3 import BUCKET, Failing, FakeS3
+from pipelines.attempts import may_pass
 from tokendiff.artifacts import locations
 from tokendiff.artifacts.checkpoint import KIND, find_checkpoint
 from tokendiff.artifacts.locations import RemotePath, files_under, open_binary
@@ -110,6 +116,64 @@ def test_errors_in_mid_reading_name_the_object(
     # What else fails while the file is open is not the store's.
     with pytest.raises(OSError, match=r"^disk$"), open_binary(RemotePath("s3://b/x")):
         raise OSError("disk")
+
+
+# As pyarrow 25 gives them, with the answers of a server; the middle is cut.
+GOOGLE = (
+    "google::cloud::Status({code}: {how}, with a last message of {what} error_info={{reason=, "
+    "domain=, metadata={{gcloud-cpp.retry.on-entry=false, "
+    "gcloud-cpp.retry.original-message={what}}}}})"
+)
+NO_TOKEN = (
+    "Could not create a OAuth2 access token to authenticate the request. The underlying error "
+    "message was: PerformWork() - CURL error [6]=Could not resolve hostname"
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "what", "kind", "told"),
+    [
+        ("UNAVAILABLE", "busy (really)", ConnectionError, "Google Cloud Error UNAVAILABLE: busy"),
+        ("PERMISSION_DENIED", "no", PermissionError, "Google Cloud Error PERMISSION_DENIED: no"),
+        ("UNAVAILABLE", NO_TOKEN, PermissionError, "no credentials for Google Cloud; run 'gcloud"),
+    ],
+)
+def test_errors_of_googles_store_are_told_in_short(
+    code: str, what: str, kind: type[OSError], told: str
+) -> None:
+    is_permanent = code == "PERMISSION_DENIED"
+    how = "Permanent error" if is_permanent else "Retry policy exhausted"
+    words = GOOGLE.format(code=code, how=how, what=what)
+    error = PermissionError(errno.EACCES, words) if is_permanent else OSError(words)
+    expected = pytest.raises(OSError, match=re.escape(f"gs://b/x: {told}"))
+    with expected as raised, locations._named("gs://b/x"):
+        raise error
+    assert type(raised.value) is kind
+    assert "gcloud-cpp" not in str(raised.value)
+    assert str(raised.value).count(what) == (0 if what == NO_TOKEN else 1)
+    assert may_pass(raised.value) == (kind is ConnectionError)
+
+
+def test_googles_client_gives_up_before_a_lease_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself pyarrow asks a server that is busy for a quarter of an hour."""
+    opened: list[str] = []
+
+    def from_uri(uri: str) -> tuple[object, str]:
+        opened.append(uri)
+        return object(), "bucket"
+
+    monkeypatch.setattr(fs, "FileSystem", SimpleNamespace(from_uri=from_uri))
+    locations._filesystem.cache_clear()
+    try:
+        for scheme in ("gs", "gcs", "s3"):
+            assert locations._filesystem(scheme, "bucket", os.getpid())[1] == ""
+    finally:
+        locations._filesystem.cache_clear()
+    assert opened == [
+        "gs://bucket?retry_limit_seconds=10",
+        "gcs://bucket?retry_limit_seconds=10",
+        "s3://bucket",
+    ]
 
 
 def test_a_checkpoint_is_found_that_is_not_listed_yet(late: RemotePath) -> None:

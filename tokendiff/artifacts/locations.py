@@ -37,8 +37,20 @@ _THREADS = 8
 _PASSING = re.compile(
     r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|REQUEST_TIMEOUT|THROTTLING|"
     r"INTERNAL_FAILURE|UNKNOWN \(HTTP status (429|5\d\d)\))"
+    r"|google::cloud::Status\((?!.*OAuth2 access token)"
+    r"(UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|ABORTED|RESOURCE_EXHAUSTED):"
 )
-_REFUSED = re.compile(r"AWS Error (ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH)")
+_NO_CREDENTIALS = "Could not create a OAuth2 access token"
+_REFUSED = re.compile(
+    r"AWS Error (ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH)|" + _NO_CREDENTIALS
+)
+# What of Google's words is for a user.
+_GOOGLE = re.compile(
+    r"google::cloud::Status\((?P<code>\w+): (?:[\w ]+, with a last message of )?"
+    r"(?P<words>.*?)(?: error_info=.*)?\)?$"
+)
+# Google's client would try for a quarter of an hour, in silence, and a lease is renewed in between.
+_GOOGLE_OPTIONS = "?retry_limit_seconds=10"
 _LISTS_LATE_SECONDS = 60.0
 _MOST_CHANGES = 10_000
 # URI of a file that this process wrote or deleted -> (when, its size or None), so that a listing
@@ -515,7 +527,8 @@ def _filesystem(scheme: str, bucket: str, pid: int) -> tuple[Any, str]:
 
     try:
         if scheme in _ARROW_SCHEMES:
-            filesystem, path = fs.FileSystem.from_uri(f"{scheme}://{bucket}")
+            options = "" if scheme == "s3" else _GOOGLE_OPTIONS
+            filesystem, path = fs.FileSystem.from_uri(f"{scheme}://{bucket}{options}")
             return filesystem, path.removesuffix(bucket)
         import fsspec
 
@@ -544,17 +557,28 @@ def _named(uri: str) -> Iterator[None]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{uri}: no such file") from None
     except OSError as error:
-        words = str(error).split("\n")[0]
         kind: type[OSError] = OSError
         if is_store_down(error) or isinstance(error, ConnectionError | TimeoutError):
             kind = ConnectionError
-        elif _REFUSED.search(words) or isinstance(error, PermissionError):
+        elif _REFUSED.search(str(error)) or isinstance(error, PermissionError):
             kind = PermissionError
-        raise kind(f"{uri}: {words}") from error
+        raise kind(f"{uri}: {_words(error)}") from error
     except (InputError, MemoryError, AttributeError, NameError, TypeError):
         raise  # the last three are mistakes of a program, which need their traceback
     except Exception as error:
         raise OSError(f"{uri}: {reason_of(error)}") from error
+
+
+def _words(error: OSError) -> str:
+    """What a store says, without what is for its programmers."""
+    words = str(error).split("\n")[0]
+    if _NO_CREDENTIALS in words:
+        return (
+            "no credentials for Google Cloud; run 'gcloud auth application-default login', or set "
+            "GOOGLE_APPLICATION_CREDENTIALS to the key file of a service account"
+        )
+    found = _GOOGLE.search(words)
+    return words if found is None else f"Google Cloud Error {found['code']}: {found['words']}"
 
 
 def is_of_store(error: BaseException) -> bool:
