@@ -176,6 +176,26 @@ def test_googles_client_gives_up_before_a_lease_is_lost(monkeypatch: pytest.Monk
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ("When resolving region: AWS Error NETWORK_CONNECTION: no host", ConnectionError),
+        ("Bucket 'bucket' not found", InputError),
+    ],
+)
+def test_a_bucket_whose_region_cannot_be_asked_for_is_not_bad_input(
+    monkeypatch: pytest.MonkeyPatch, words: str, kind: type[Exception]
+) -> None:
+    def from_uri(uri: str) -> None:
+        raise OSError(words)
+
+    monkeypatch.setattr(fs, "FileSystem", SimpleNamespace(from_uri=from_uri))
+    with pytest.raises(kind, match="s3://unheard-of: ") as raised:
+        RemotePath("s3://unheard-of/x").exists()
+    assert words in str(raised.value)
+    assert may_pass(raised.value) == (kind is ConnectionError)
+
+
 def test_a_checkpoint_is_found_that_is_not_listed_yet(late: RemotePath) -> None:
     (late / "final" / "weights").write_bytes(b"one")
     assert late.is_dir()

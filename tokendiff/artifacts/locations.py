@@ -535,6 +535,9 @@ def _filesystem(scheme: str, bucket: str, pid: int) -> tuple[Any, str]:
         handler = fs.FSSpecHandler(fsspec.filesystem(scheme))
         return fs.PyFileSystem(handler), "/" if scheme == "memory" else ""
     except (ImportError, OSError, TypeError, ValueError) as error:
+        # S3 is asked in which region the bucket lies.
+        if isinstance(error, OSError) and is_store_down(error):
+            raise ConnectionError(f"{scheme}://{bucket}: {_words(error)}") from error
         raise InputError(
             f"{scheme}://{bucket}: cannot be opened ({str(error).split(chr(10))[0]}); s3:// and "
             "gs:// work out of the box, others need their fsspec package"
