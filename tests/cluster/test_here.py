@@ -194,6 +194,20 @@ def test_workers_of_ray_wait_as_the_job_does(
     assert ("GOMP_SPINCOUNT" in seen) == ("GOMP_SPINCOUNT" in expected)
 
 
+def test_a_cluster_that_cannot_be_joined_may_ask_for_a_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray  # noqa: F401
+
+    def init(**fields: Any) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr(os, "environ", {})
+    with pytest.raises(InputError, match=r"10\.0\.0\.1:6379: no Ray .* RAY_AUTH_MODE=token if"):
+        session._start_or_join(ClusterConfig(address="10.0.0.1:6379"), 1, lambda message: None)
+
+
 @pytest.mark.parametrize(
     ("load", "cores", "threads", "is_given"),
     [(8.3, 2, None, True), (2.5, 2, None, False), (8.3, 2, 2, False), (8.3, 1, None, False)],
@@ -209,6 +223,16 @@ def test_fewer_threads_are_advised_where_others_keep_the_cores_busy(
     if advice is not None:
         assert "8 processes wanted its 2 cores" in advice
         assert "threads_per_worker 1 may be faster" in advice
+
+
+def test_ray_is_started_with_the_cores_that_this_process_may_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A part of the machine, where a scheduler shares it out."""
+    monkeypatch.setattr(session, "is_connected", lambda: False)
+    monkeypatch.setattr("os.cpu_count", lambda: 128)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    assert session.num_cpus(ClusterConfig()) == 16
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,10 +162,9 @@ def _start_or_join(config: "ClusterConfig", side_by_side: int, tell: Callable[[s
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise InputError(
-                f"cluster.address {address}: no Ray cluster answers there ({error}); start one "
-                "with "
-                "'ray start --head', or leave address and RAY_ADDRESS unset to start one on this "
-                "machine"
+                f"cluster.address {address}: no Ray cluster can be joined there ({error}); start "
+                "one with 'ray start --head', set RAY_AUTH_MODE=token if that cluster asks for a "
+                "token, or leave address and RAY_ADDRESS unset to start Ray on this machine"
             ) from error
     else:
         os.environ.update(thread_policy())
@@ -194,7 +193,15 @@ def _cpus_here(config: "ClusterConfig", side_by_side: int) -> int:
     and data tasks side by side where real counts would deadlock.
     """
     reserved = max(config.max_workers, config.num_actors) * config.cpus_per_worker
-    return max(os.cpu_count() or 1, side_by_side * (int(reserved) + 1 + DATA_CPUS))
+    return max(_cores(), side_by_side * (int(reserved) + 1 + DATA_CPUS))
+
+
+def _cores() -> int:
+    """Cores that this process may use: of a machine that a scheduler such as Slurm shares out, its
+    part. Only Linux says which these are.
+    """
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def num_cpus(config: "ClusterConfig") -> int:
@@ -421,7 +428,4 @@ def threads_on_this_node(config: "ClusterConfig", num_processes: int) -> int:
     """torch threads for one of `num_processes` CPU processes that share this machine."""
     if config.threads_per_worker is not None:
         return config.threads_per_worker
-    # Only Linux says which cores this process may use.
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return max(1, cores // num_processes)
+    return max(1, _cores() // num_processes)
