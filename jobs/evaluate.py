@@ -1,8 +1,9 @@
-"""Judge a checkpoint: the bound on held-out rows, metrics of its samples, and an HTML report; with
---verify also a certificate, on which the job fails (exit code 1) where a check does; with --tasks
-also tasks of lm-evaluation-harness; with --time_passes true what speculative decoding would gain
-here. Figures by row (rows.parquet, documents/) let a gate tell the
-difference of two checkpoints from chance.
+"""Judge a checkpoint: the bound on held-out rows, metrics of its samples, and an HTML report.
+
+--verify adds a certificate, and the job ends with exit code 1 if a check fails. --tasks adds tasks
+of lm-evaluation-harness. --time_passes true prints what speculative decoding would gain on this
+machine. Figures by row (rows.parquet, documents/) let a gate tell the difference of two checkpoints
+from chance.
 
     python -m jobs.evaluate --checkpoint_path mdlm-output/final \\
         --samples_path mdlm-output/samples --output_dir mdlm-output/evaluation

@@ -8,7 +8,7 @@ python -m jobs.pipeline compare output/one --with output/other --page comparison
 python -m jobs.pipeline clean pipelines/quickstart.yaml -o runner.keep_runs=7 --dry_run
 
 Exit codes: 0 done; 1 failed; 2 the config or its input cannot be used; 3 a gate was not passed;
-4 another run of the pipeline is under way; 130 stopped.
+4 another run of the pipeline is under way; 130 interrupted (Ctrl-C); 143 stopped by SIGTERM.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from jobs import cli
 _COMMANDS = {
     "run": "run every stage that is not done; goes on with what was interrupted",
     "plan": "check the file and print the stages, their keys, what would run and why; run nothing",
-    "promote": "run the promote stages alone: the gate, and the champion where it is passed",
+    "promote": "run the promote stages alone: check the gate, move the champion if it is passed",
     "rollback": "move the champion back to the version that it replaced",
     "clean": "delete stage folders that none of the last runner.keep_runs runs used; never what a "
     "registered model holds",
@@ -30,10 +30,10 @@ _COMMANDS = {
     "compare": "write a page of two runs side by side; takes their folders",
 }
 _SELECTION = {
-    "from": "these and what is made from them",
-    "to": "these and what they are made from",
-    "only": "these alone",
-    "force": "again, even if done",
+    "from": "start at these stages: run them and what is made from them",
+    "to": "end at these stages: run them and what they are made from",
+    "only": "run these stages alone",
+    "force": "run these stages again, even if they are done",
 }
 
 
@@ -45,10 +45,13 @@ def _add_options(command: str, parser: argparse.ArgumentParser) -> None:
                 f"--{name}", nargs="+", action="extend", default=[], metavar="STAGE", help=text
             )
     if command == "plan":
-        parser.add_argument("--mermaid", action="store_true", help="as a Mermaid graph")
+        parser.add_argument("--mermaid", action="store_true", help="print a Mermaid graph")
     if command == "watch":
         parser.add_argument(
-            "--page", type=Path, metavar="FILE.html", help="write this too, a page that refreshes"
+            "--page",
+            type=Path,
+            metavar="FILE.html",
+            help="write a page too, which a browser loads again every five seconds",
         )
     if command == "compare":
         parser.add_argument(
@@ -59,14 +62,16 @@ def _add_options(command: str, parser: argparse.ArgumentParser) -> None:
             type=Path,
             metavar="FILE.html",
             default=Path("comparison.html"),
-            help="where the page goes (comparison.html)",
+            help="file that the page is written to (comparison.html)",
         )
     if command == "clean":
         parser.add_argument(
             "--dry_run", action="store_true", help="print what would be deleted, and delete nothing"
         )
     if command == "status":
-        parser.add_argument("--runs", type=int, default=5, metavar="INT", help="at most (5)")
+        parser.add_argument(
+            "--runs", type=int, default=5, metavar="INT", help="number of runs to print (5)"
+        )
 
 
 @cli.entry_point
