@@ -22,7 +22,10 @@ from tokendiff.config.loader import load_config
 from tokendiff.config.pipeline import Config
 
 # Commands of others, which stand on the pages as their own documentation has them.
-FOREIGN = {"cp", "mkdir", "kubectl", "curl", "mlflow", "docker", "source", ".", "tensorboard"}
+FOREIGN = {
+    *("cp", "mkdir", "kubectl", "curl", "mlflow", "docker", "source", ".", "tensorboard"),
+    "hf",
+}
 PLAIN_LANGUAGES = {"text", "console", "json", "dockerfile", "html"}
 BLOCKS = [
     pytest.param(block, id=f"{path.relative_to(ROOT)}:{block.line}")
