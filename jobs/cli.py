@@ -385,10 +385,15 @@ def _add_section_flags(
             continue
         field = variants[0][1]
         details = _details(variants)
+        texts = _descriptions(variants)
         parent = fields.get(path[:-1])
-        if parent and len(models_in(parent[0][1].annotation)) > len(variants):
-            details.insert(0, f"{path[-2]} {', '.join(tags(owner)[0] for owner, _ in variants)}")
-        text = f"{_description(variants)} ({'; '.join(details)})".replace(" ()", "")
+        if len(texts) > 1:
+            described = "; ".join(f"{path[-2]} {names}: {text}" for text, names in texts.items())
+        else:
+            (described,) = texts
+            if parent and len(models_in(parent[0][1].annotation)) > len(variants):
+                details.insert(0, f"{path[-2]} {', '.join(texts.values())}")
+        text = f"{described} ({'; '.join(details)})".replace(" ()", "")
         kwargs: dict[str, Any] = _shape(field.annotation)
         group.add_argument(
             f"--{path[-1]}",
@@ -407,11 +412,17 @@ def _choices(field: Any) -> tuple[str, ...]:
     return tuple(str(choice) for literal in literals for choice in get_args(literal))
 
 
-def _description(variants: Variants) -> str:
-    """What a field is; of one that means another choice in each model, what it is in each."""
-    texts = [field.description or "" for _, field in variants]
-    is_one = len({_choices(field) for _, field in variants}) == 1
-    return texts[0] if is_one else "; ".join(dict.fromkeys(texts))
+def _descriptions(variants: Variants) -> dict[str, str]:
+    """What a field is -> the models in which it is that, by name."""
+    return _by_model([(owner, field.description or "") for owner, field in variants])
+
+
+def _by_model(values: Sequence[tuple[type[BaseModel], str]]) -> dict[str, str]:
+    """Value -> names of the models that have it, in their order."""
+    owners: dict[str, list[str]] = {}
+    for owner, value in values:
+        owners.setdefault(value, []).extend(tags(owner)[:1])
+    return {value: ", ".join(names) for value, names in owners.items()}
 
 
 def _shape(annotation: Any) -> dict[str, Any]:
@@ -428,23 +439,22 @@ def _shape(annotation: Any) -> dict[str, Any]:
 def _details(variants: Variants) -> list[str]:
     """Allowed values of a field, and its default, by model where the models differ."""
     field = variants[0][1]
-    owners: dict[str, list[str]] = {}
-    for owner, variant in variants:
-        owners.setdefault(", ".join(_choices(variant)), []).extend(tags(owner)[:1])
+    owners = _by_model([(owner, ", ".join(_choices(variant))) for owner, variant in variants])
     if is_tagged(field):
         choices = ", ".join(tag for model in models_in(field.annotation) for tag in tags(model))
     elif len(owners) == 1:
         (choices,) = owners
     else:
-        choices = " or ".join(f"{names} for {', '.join(of)}" for names, of in owners.items())
+        choices = " or ".join(f"{names} for {of}" for names, of in owners.items())
     details = [f"one of {choices}"] if choices else []
     details += [f"{_BOUNDS[name]} {bound}" for name, bound in bounds_of(field, _BOUNDS)]
-    defaults = {tags(owner)[:1]: _default(field) for owner, field in variants}
-    if len(set(defaults.values())) > 1:
-        by_name = ", ".join(f"{name} for {tag}" for (tag,), name in defaults.items())
-        return [*details, f"default: {by_name}"]
-    default = _default(field)
-    return [*details, f"default: {default}"] if default else details
+    defaults = _by_model([(owner, _default(variant)) for owner, variant in variants])
+    shown = [
+        value if len(defaults) == 1 else f"{value} for {of}"
+        for value, of in defaults.items()
+        if value
+    ]
+    return [*details, f"default: {' or '.join(shown)}"] if shown else details
 
 
 def _default(field: FieldInfo) -> str:

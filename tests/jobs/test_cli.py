@@ -126,11 +126,10 @@ def test_help_says_what_is_allowed_and_what_is_the_default(
     assert "Do it." in text
     assert "--max_train_steps INT optimiser steps (>= 1; default: 1000)" in text
     assert "--learning_rate FLOAT peak learning rate of AdamW (> 0.0; default: 0.0001)" in text
-    assert "bf16 autocast; weights stay fp32 (one of no, bf16; default: no)" in text
+    assert "optimiser state stay float32 (one of no, bf16; default: no)" in text
     assert (
         "the loss weight would be infinite (objective mdlm, udlm, hybrid, block_diffusion; > 0.0; "
-        "< 1.0; default: 0.001 for mdlm, 0.0001 for udlm, "
-        "0.0001 for hybrid, 0.001 for block_diffusion)" in text
+        "< 1.0; default: 0.001 for mdlm, block_diffusion or 0.0001 for udlm, hybrid)" in text
     )
     assert "(objective hybrid; >= 0.0; < 1.0; default: 0.1)" in text
     names = ", ".join(objective_names())
@@ -138,6 +137,19 @@ def test_help_says_what_is_allowed_and_what_is_the_default(
     assert f"a name, or a mapping with its fields (one of {names}; default: mdlm)" in text
     assert "--compile [true|false] compile the encoder with torch.compile (default: false)" in text
     assert "--data_path TEXT folder that jobs.preprocess wrote --target_states_path" in text
+    assert "one of own, next; default: own for block_diffusion)" in text  # the others have none
+
+
+def test_help_says_what_a_field_is_in_each_of_the_samplers_that_have_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = help_of(capsys, sections=("generate",))
+    assert (
+        "sampler blockwise, sdar: low_confidence_dynamic: commit every token whose probability is "
+        "above this; sampler canvas: mean entropy in nats below which" in text
+    )
+    assert "default: 0.85 for blockwise, sdar or 0.005 for canvas)" in text
+    assert "sampler ar, sdar, canvas, dflash, self_speculation: tokens of a completion" in text
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ class GenerateConfig(Section):
         AncestralConfig(),
         description="sampler: a name, or a mapping with its fields. If none is named, "
         "jobs.generate with a model_id chooses by the model: blockwise for LLaDA and Dream, sdar "
-        "for SDAR, block_refinement for LLaDA2, ar for others",
+        "for SDAR, block_refinement for LLaDA2, canvas for DiffusionGemma, ar for others",
     )
     batch_size: int = Field(
         16,
@@ -85,7 +85,9 @@ class GenerateConfig(Section):
         description="samplers dflash and self_speculation: also write the same rows token by token "
         "with the model alone, and compare times and texts",
     )
-    mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16 autocast")
+    mixed_precision: Literal["no", "bf16"] = Field(
+        "no", description="bf16: compute in bfloat16, by autocast or with weights of that type"
+    )
     seed: int = Field(
         0,
         ge=0,

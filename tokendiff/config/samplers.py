@@ -352,7 +352,7 @@ class CanvasSamplerConfig(_OpenEndedConfig):
         "of the canvas again, given all the others; a forward pass each",
     )
     corrector_k: int = added(
-        1, ge=1, le=MAX_COUNT, description="tokens of a canvas that a sweep draws again; 1 is exact"
+        1, ge=1, le=MAX_COUNT, description="tokens of a row that a sweep draws again; 1 is exact"
     )
     corrector_selection: Selection = added("random", description=_SELECTION_HELP)
     stability_threshold: int = Field(

@@ -172,7 +172,9 @@ class TrainConfig(Section):
         "self_speculation write the original model's text",
     )
     mixed_precision: Literal["no", "bf16"] = Field(
-        "no", description="bf16 autocast; weights stay fp32"
+        "no",
+        description="bf16: compute in bfloat16 by autocast; weights, gradients and optimiser state "
+        "stay float32",
     )
     sharding: Literal["none", "gradients", "full", "hybrid"] = operational(
         "none",
