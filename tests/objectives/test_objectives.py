@@ -268,6 +268,19 @@ def test_one_pass_bracket_is_the_general_formula_with_gradients(kernel: ForwardK
     )
 
 
+@noisy_kernels
+def test_a_gradient_is_finite_however_sure_the_model_is_of_another_token(
+    kernel: ForwardKernel,
+) -> None:
+    """Where all noise is masks, a token that is no mask counts nothing, however unlikely it is."""
+    logits = torch.tensor([[0.0, 60.0, 0.0, 0.0]], requires_grad=True)
+    x_0, t = torch.tensor([0]), torch.tensor([0.5], dtype=torch.float64)
+    bracket = nelbo_bracket(kernel, without_mask(logits, MASK), x_0, x_0, t)
+    (kernel.loss_weight(x_0, x_0, t) * bracket).sum().backward()
+    assert logits.grad is not None
+    assert bool(logits.grad.isfinite().all())
+
+
 def noisy_batch(kernel: ForwardKernel) -> tuple[TokenBatch, torch.Tensor, torch.Tensor]:
     """Rows with padding and a literal mask, with times and noise."""
     torch.manual_seed(0)

@@ -197,10 +197,10 @@ def nelbo_bracket(
     """
     noise = kernel.noise(t)
     alpha, b = kernel.alpha(t), noise.token.clamp(min=_LEAST_NOISE)
-    # The mask has the same probability given x_0 and given x_theta: rho is 1.
-    q_over_b = torch.where(
-        x_t == kernel.mask_token_id, torch.zeros_like(b), 1.0 + alpha / b * (x_t == x_0)
-    )
+    # The mask has the same probability given x_0 and given x_theta: rho is 1. Where all noise is
+    # masks, a token counts nothing (its weight is 0), and the gradient of its rho could overflow.
+    is_apart = (x_t == kernel.mask_token_id) | (noise.token <= 0.0)
+    q_over_b = torch.where(is_apart, torch.zeros_like(b), 1.0 + alpha / b * (x_t == x_0))
     per_token = [value.to(logits.dtype)[:, None] for value in (alpha, b, alpha / b, q_over_b)]
     return _Bracket.apply(logits, x_0[:, None], x_t[:, None], *per_token)[:, 0]
 
