@@ -66,8 +66,9 @@ def strata_of(key: int, positions: Tensor, batch_size: int) -> Tensor:
     """Stratified times of rows at `positions` ([B] int64) in a global batch: (u + i)/batch_size mod
     1.
 
-    One u per key, so each row's time is uniform on [0, 1) while the batch covers the interval
-    evenly. Source: MDLM (arXiv 2406.07524), low-discrepancy sampler; VDM (arXiv 2107.00630).
+    One u per key, so the batch covers the interval evenly. A position has times of its own stratum
+    alone; a row's time is uniform on [0, 1), as its position is drawn at random in each epoch.
+    Source: MDLM (arXiv 2406.07524), low-discrepancy sampler; VDM (arXiv 2107.00630).
     """
     root = torch.tensor([key], dtype=torch.int64, device=positions.device)
     u = RowGenerator(keys=root).uniform(1)[0, 0]
