@@ -241,7 +241,8 @@ def roll_back(config: Config, root: Location) -> dict[str, Any]:
     """Move the aliases of a pipeline's promote stages back to what they pointed at before.
 
     Raises:
-        InputError: there is no way back. Of a pipeline that never ran nothing is made then.
+        InputError: there is no way back for one of them; none is moved then, and of a pipeline that
+            never ran nothing is made.
     """
     sections = promote_sections(config)
     if config.tracking.enabled and is_missing(resolve_uri(config.tracking, root)):
@@ -251,16 +252,17 @@ def roll_back(config: Config, root: Location) -> dict[str, Any]:
             "MLflow store; nothing to roll back"
         )
     registry = Registry(config.tracking, root)
-    for section in sections.values():
-        if registry.holder(section.registered_model, section.alias) is None:
-            registry.roll_back(section.registered_model, section.alias)  # says why it cannot be
+    # Several stages may promote to one alias, as those of a sweep.
+    aliases = list({(s.registered_model, s.alias): None for s in sections.values()})
+    for model, alias in aliases:
+        if registry.holder(model, alias) is None:
+            registry.roll_back(model, alias)  # says why it cannot be
     with alone(root / config.name):
-        moved = {}
-        for section in sections.values():
-            model, alias = section.registered_model, section.alias
-            before, now = registry.roll_back(model, alias)
-            moved[f"models:/{model}@{alias}"] = f"v{now}, was v{before}"
-    return moved
+        moved = registry.roll_back_all(aliases)
+    return {
+        f"models:/{model}@{alias}": f"v{now}, was v{before}"
+        for (model, alias), (before, now) in zip(aliases, moved, strict=True)
+    }
 
 
 def sampling_fields(section: GenerateConfig) -> dict[str, Any]:

@@ -13,11 +13,14 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos import databricks_pb2
 
+from pipelines.promotion import roll_back
 from pipelines.registered import PinnedModels
 from tests.pipelines.test_promotion import URI, Shop
-from tokendiff.config.pipeline import Config
+from tokendiff.config.pipeline import Config, TrackingConfig
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.tracking.registry import Registry
+
+GATE = {"metric": "perplexity", "direction": "lower"}
 
 
 @pytest.fixture
@@ -120,3 +123,37 @@ def test_what_is_unknown_is_refused_with_what_there_is(
 
         monkeypatch.setattr(MlflowClient, "get_registered_model", fail)
         assert registry.missing(nobody) == told.format(nobody)
+
+
+@pytest.mark.slow
+def test_aliases_of_one_pipeline_are_rolled_back_together_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Registry, "_opened", lambda registry, version: None)
+    registry = Registry(TrackingConfig(), tmp_path)
+    for name, num_versions in (("toy", 4), ("draft", 1)):
+        registry._create(name)
+        for number in range(1, num_versions + 1):
+            registry._client.create_model_version(name, str(tmp_path))
+            registry.promote(name, "champion", number, because="a test")
+
+    def pipeline(*models: str) -> Config:
+        stages = {
+            f"{kind}-{place}": fields
+            for place, model in enumerate(models)
+            for kind, fields in {
+                "judge": {"kind": "evaluate", "config": {"checkpoint_path": "run/final"}},
+                "promote": {
+                    "kind": "promote",
+                    "inputs": {"candidate": f"judge-{place}"},
+                    "config": {"registered_model": model, "gate": [GATE]},
+                },
+            }.items()
+        }
+        return Config.model_validate({"name": "several", "stages": stages})
+
+    with pytest.raises(InputError, match="draft@champion: v1 replaced no other version"):
+        roll_back(pipeline("toy", "draft"), tmp_path)
+    assert registry.holder("toy", "champion") == 4
+    assert roll_back(pipeline("toy", "toy"), tmp_path) == {URI: "v3, was v4"}
+    assert registry.holder("toy", "champion") == 3

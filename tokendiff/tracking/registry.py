@@ -285,6 +285,19 @@ class Registry:
             InputError: there is no way back.
             CorruptFileError: the files of the version to go back to are damaged or gone.
         """
+        (moved,) = self.roll_back_all([(name, alias)])
+        return moved
+
+    def roll_back_all(self, aliases: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
+        """As `roll_back`, for each (name, alias); none is moved where one of them cannot be."""
+        ways = [self._way_back(name, alias) for name, alias in aliases]
+        for (name, alias), (current, before) in zip(aliases, ways, strict=True):
+            self._client.set_registered_model_alias(name, alias, str(before))
+            self._tag(name, current, "rolled_back", _now())
+            self._note(name, alias, f"v{current} -> v{before}: rolled back")
+        return ways
+
+    def _way_back(self, name: str, alias: str) -> tuple[int, int]:
         by_hand = (
             "point the alias at another one with MlflowClient().set_registered_model_alias("
             f"{name!r}, {alias!r}, VERSION)"
@@ -316,9 +329,6 @@ class Registry:
             self._opened(version)
         except (CorruptFileError, InputError) as error:
             raise CorruptFileError(f"{error}; {SCHEME}{name}@{alias} stays v{current}") from error
-        self._client.set_registered_model_alias(name, alias, str(before))
-        self._tag(name, current, "rolled_back", _now())
-        self._note(name, alias, f"v{current} -> v{before}: rolled back")
         return current, before
 
     def history(self, name: str, alias: str) -> list[str]:
