@@ -260,3 +260,19 @@ def test_passes_are_counted_of_parts_that_an_earlier_run_made_too(
     assert metadata["num_model_calls"] == passes == 2 * len(records)
     assert metadata["tokens_per_forward"] == new_tokens / passes
     assert metadata["tokens_per_second"] > 0
+
+
+def test_parts_cover_all_rows_and_their_files_sort_as_they_do() -> None:
+    from tokendiff.cluster.generate import _Parts
+
+    for num_rows in (1, BATCH_SIZE, 513, 64 * 256 * BATCH_SIZE + 1, 13_000_000):
+        parts = _Parts(num_rows, config_of(["prompts.txt"]))
+        edges = [parts.rows(part) for part in (0, len(parts) // 2, len(parts) - 1)]
+        assert edges[0][0] == 0
+        assert edges[-1][1] == num_rows
+        assert all(first % BATCH_SIZE == 0 and stop > first for first, stop in edges)
+        assert parts.rows(len(parts) - 1)[0] == (len(parts) - 1) * parts.num_rows(0)
+        ends = [files(len(parts) - 1) for files in (parts.file, parts.errors_file)]
+        starts = [files(number) for files in (parts.file, parts.errors_file) for number in (0, 9)]
+        assert len({len(name) for name in (ends[0], *starts[:2])}) == 1
+        assert len({len(name) for name in (ends[1], *starts[2:])}) == 1

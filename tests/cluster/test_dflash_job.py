@@ -1,6 +1,7 @@
 """Decoding with a draft as jobs.generate does it: models from folders, records, measurements."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,48 @@ def test_the_job_measures_and_goes_on_where_it_stopped(
     records = read_samples(folder)
     assert [record["id"] for record in records] == list(range(6))
     assert records[0]["source"] == "one.txt"
+
+
+def test_sides_take_turns_and_another_target_under_the_same_name_makes_other_samples(
+    models: dict[str, str],
+    prompts: list[str],
+    tmp_path: Path,
+    in_this_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tokendiff.cluster.generate import generate
+
+    target = shutil.copytree(models["target_model_id"], tmp_path / "target")
+    config = config_of(
+        {**models, "target_model_id": str(target)},
+        prompts=prompts,
+        measure_speedup=True,
+        batch_size=2,
+        sampler={"max_new_tokens": 2},
+    )
+    turns: list[bool] = []
+    measured = CompletionModel.measured
+
+    def noting(model: CompletionModel, rows: Any, *, is_target_first: bool, **options: Any) -> Any:
+        turns.append(is_target_first)
+        return measured(model, rows, is_target_first=is_target_first, **options)
+
+    def run() -> dict[str, Any]:
+        manifest = generate(
+            config,
+            ClusterConfig(),
+            checkpoint_path=None,
+            output_dir=tmp_path / "samples",
+            on_event=lambda event, **fields: None,
+        )
+        return manifest.metadata
+
+    monkeypatch.setattr(CompletionModel, "measured", noting)
+    assert run()["speculation"]["speedup"] > 0.0
+    assert turns == [True, False, True]
+    (target / "config.json").write_text((target / "config.json").read_text() + " ")
+    with pytest.raises(InputError, match="holds samples of another checkpoint, config or prompts"):
+        run()
 
 
 def test_what_makes_samples_comparable(models: dict[str, str], prompts: list[str]) -> None:

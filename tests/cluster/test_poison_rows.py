@@ -207,3 +207,52 @@ def test_rows_that_memory_does_not_suffice_for_are_named(
     assert "lower batch_size" in error
     assert generate_job.main(arguments) == 0
     assert len(list(read_samples(output))) == 20
+
+
+@pytest.mark.parametrize("killed_at", ["a part", "what follows a part", "the manifest"])
+def test_killed_as_a_file_is_written_nothing_of_it_is_lost(
+    in_this_process: None,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    killed_at: str,
+) -> None:
+    """Neither a prompt of no use, nor a row that is set aside, nor the deaths that it is for."""
+    output, write = tmp_path / "samples", cluster_generate.write_part
+    texts = ["a", "b", "c", "a", "b", "a" * (LENGTH + 1), "c", "a"]
+    (tmp_path / "prompts.txt").write_text("\n".join(texts))
+    attempts = output / "run" / "attempts"
+    attempts.mkdir(parents=True)
+    state = {"job": "earlier", "in_flight": [], "failures": {"6": 3}}
+    (attempts / "part-00001.json").write_text(json.dumps(state))
+    fields = {"prompts": [str(tmp_path / "prompts.txt")], "num_samples": 1, "batch_size": 4}
+    config = GenerateConfig.model_validate(
+        {**fields, "max_row_failures": 3, "sampler": {"num_inference_steps": 1}}
+    )
+
+    def generate() -> dict[str, Any]:
+        manifest = cluster_generate.generate(
+            config,
+            ClusterConfig(),
+            checkpoint_path=str(checkpoint),
+            output_dir=output,
+            on_event=lambda event, **fields: None,
+        )
+        return manifest.metadata
+
+    def killed(path: Any, *args: Any, **fields: Any) -> None:
+        if killed_at == "the manifest" or (killed_at, path.stem) == ("a part", "part-00001"):
+            raise KeyboardInterrupt
+        write(path, *args)
+        if path.stem == "part-00001":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        name = "commit" if killed_at == "the manifest" else "write_part"
+        patch.setattr(cluster_generate, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            generate()
+    metadata = generate()
+    assert [metadata[name] for name in ("rows", "errors", "set_aside")] == [6, 1, 1]
+    assert [record["id"] for record in read_samples(output)] == [0, 1, 2, 3, 4, 7]
+    assert not attempts.exists()

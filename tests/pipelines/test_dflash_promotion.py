@@ -306,6 +306,9 @@ def test_what_a_registered_model_keeps_of_the_section_is_a_section() -> None:
         "trust_remote_code": True,
         "prompts": ["prompts.jsonl"],
         "max_errors": 3,
+        "num_samples": 2,
+        "output_dir": "samples",
+        "output_format": "parquet",
         "add_generation_prompt": True,
         "sampler": {"name": "ar", "max_new_tokens": 5},
     }

@@ -88,7 +88,7 @@ def test_an_equal_figure_passes_without_a_margin_and_is_called_equal() -> None:
     assert by_margin.text == "verify_failed 0, lower than the champion's 0 by 0.5: not passed"
 
 
-@pytest.mark.parametrize(("value", "passed"), [(2.4, True), (2.6, False)])
+@pytest.mark.parametrize(("value", "passed"), [(2.4, True), (2.5, True), (2.6, False)])
 def test_a_limit_holds_without_a_champion(value: float, passed: bool) -> None:
     gate = [GateConfig(metric="perplexity", direction="lower", limit=2.5)]
     (verdict,) = judge(gate, {"perplexity": value}, None)
@@ -151,6 +151,7 @@ def test_a_gate_that_cannot_tell_does_not_pass() -> None:
         return judge(gate, candidate, champion, lambda metric: error)[0].passed
 
     assert not any(passes(high, low, error) for error in (None, math.inf, math.nan))
+    assert not passes(low, low, 0.0)  # the very same model
     assert passes(high, low, 3.0)
     assert not passes(low, high, 3.0)
     assert passes(low, None, None)  # nobody to be better than

@@ -277,6 +277,26 @@ def test_a_failure_takes_down_what_depends_on_it_alone(toy: Toy) -> None:
     assert states["judge"] == ("not reached", "model, samples failed")
     assert states["other"][0] == "ran"
 
+    def fail_too(stage: Stage) -> None:
+        raise OSError("a disk is full")
+
+    toy.actions["other"] = fail_too
+    with pytest.raises(FloatingPointError):  # the first; the rest is in the record
+        toy.run(force=("other",))
+    states = {s["stage"]: (s["state"], s["why"]) for s in toy.result_json()["stages"]}
+    assert states["other"] == ("failed", "a disk is full")
+
+
+@pytest.mark.parametrize(("num_cpus", "expected"), [(24, 2), (27, 3), (3, 1)])
+def test_as_many_stages_run_side_by_side_as_the_cpus_do_for(
+    monkeypatch: pytest.MonkeyPatch, num_cpus: int, expected: int
+) -> None:
+    """A stage needs those of its workers or actors, whichever are more, and one to read data."""
+    monkeypatch.setattr(runner, "num_cpus", lambda cluster: num_cpus)
+    for fields in ({"num_workers": 4, "num_actors": 2}, {"num_workers": 2, "num_actors": 4}):
+        cluster = {"cpus_per_worker": 2, **fields}
+        assert runner._room(Config.model_validate({"name": "toy", "cluster": cluster})) == expected
+
 
 def test_what_a_failed_stage_held_is_free_for_the_stages_behind_it(tmp_path: Path) -> None:
     """A model on a GPU, say; the error itself, with the lines it came from, is kept."""

@@ -203,6 +203,18 @@ def test_rewinding_before_the_first_checkpoint_goes_back_to_the_start(
     assert losses_of(events).keys() == {1, 3, 4, 5, 6}
 
 
+def test_steps_that_were_logged_before_a_rewind_are_not_logged_again(
+    tmp_path: Path, data: TokenData, spikes: Spikes
+) -> None:
+    spikes({3: float("nan")})
+    single, thirds = (
+        losses_of(run(config(on_spike="rewind", logging_steps=steps), data, tmp_path / name)[1])
+        for steps, name in ((1, "single"), (3, "thirds"))
+    )
+    means = {3: (single[1] + single[2] + single[3]) / 3, 6: (single[5] + single[6]) / 2}
+    assert thirds == pytest.approx(means)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("action", "stop_at"), [("skip", 21), ("rewind", 20)])
 def test_resuming_is_exact(

@@ -29,6 +29,7 @@ from tokendiff.data.order import RowOrder, permutation
 from tokendiff.data.prompts import GenerationRow
 from tokendiff.data.rows import StepPlan, TokenData, TokenRows, step_batches
 from tokendiff.diffusion.kernels import HybridKernel, UniformKernel
+from tokendiff.diffusion.random import RowGenerator
 from tokendiff.diffusion.schedules import Cosine
 from tokendiff.diffusion.splitmix import key_from
 from tokendiff.errors import CorruptFileError, InputError
@@ -38,6 +39,7 @@ from tokendiff.models.sampling import SamplingModel
 from tokendiff.models.vocabulary import check_vocabulary
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
 from tokendiff.training.run import TrainingRun, step_plan, train_in_process
+from tokendiff.training.trainer import Trainer
 from tokendiff.training.world import World
 
 Rows = list[tuple[int, int]]
@@ -245,6 +247,28 @@ def test_dropout_too_is_repeatable(data: TokenData, tmp_path: Path) -> None:
     torch.manual_seed(99)
     assert run(config(dropout=0.2), data, tmp_path / "b")[0] == first
     assert first != run(config(), data, tmp_path / "c")[0]
+
+
+def test_noise_differs_between_epochs_and_dropout_between_passes(
+    data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps that each read all rows, in two passes."""
+    keys: list[int] = []
+    seeds: list[int] = []
+    loss = Trainer._loss
+
+    def noting(trainer: Trainer, batch: Any, generator: RowGenerator, model: Any) -> Any:
+        keys.extend(generator.keys.tolist())
+        seeds.append(torch.initial_seed())
+        return loss(trainer, batch, generator, model)
+
+    monkeypatch.setattr(Trainer, "_loss", noting)
+    cfg = config(
+        dropout=0.1, max_train_steps=2, global_batch_size=70, per_device_train_batch_size=35
+    )
+    run(cfg, data, tmp_path)
+    assert (len(keys), len(set(keys))) == (140, 140)
+    assert (len(seeds), len(set(seeds))) == (4, 4)
 
 
 class _Killed(Exception):

@@ -161,6 +161,13 @@ def test_decisions_are_those_of_a_second_program(
     assert decisions(run(stopped, data, tmp_path / "early")) == expected
 
 
+def test_held_out_rows_are_judged_without_dropout(data: TokenData, tmp_path: Path) -> None:
+    cfg = config(dropout=0.5, max_train_steps=2, max_eval_rows=8)
+    event = of(run(cfg, data, tmp_path), "heldout")[-1]
+    value, _ = ratio_and_error(judged(tmp_path / "checkpoint-2", data, cfg))
+    assert event["heldout_nats_per_token"] == pytest.approx(value, rel=1e-5)
+
+
 def test_a_run_that_stopped_early_is_finished(data: TokenData, tmp_path: Path) -> None:
     cfg = config(early_stopping_patience=2)
     events = run(cfg, data, tmp_path)
