@@ -440,6 +440,42 @@ def test_a_checkpoint_says_how_it_is_decoded(tmp_path: Path) -> None:
         CompletionSetup.of(checkpoint_config("block_refinement", attention_mask_mode="2d"), folder)
 
 
+_BLOCKS = {"objective": "block_diffusion", "attention_mask_mode": "4d", "clean_context": True}
+_BY_TOKEN = {**_BLOCKS, "context_attention": "causal"}
+
+
+@pytest.mark.parametrize(
+    ("name", "process", "expected"),
+    [
+        ("sdar", _BLOCKS, {"predicts_next": False, "context_is_causal": False}),
+        ("sdar", {**_BLOCKS, "predict": "next"}, {"predicts_next": True}),
+        ("sdar", _BY_TOKEN, {"context_is_causal": True, "keeps_base": False}),
+        ("sdar", {**_BY_TOKEN, "keeps_base": True}, {"keeps_base": True}),
+        ("self_speculation", _BY_TOKEN, {"keeps_base": False, "never_token_id": 1}),
+        ("self_speculation", {**_BY_TOKEN, "predict": "next"}, {"predicts_next": True}),
+        (
+            "self_speculation",
+            {**_BY_TOKEN, "keeps_base": True},
+            {"keeps_base": True, "never_token_id": None},
+        ),
+        ("ar", _BY_TOKEN, {"never_token_id": 1}),
+        ("ar", {**_BY_TOKEN, "keeps_base": True}, {"never_token_id": None}),
+        ("canvas", {**_BLOCKS, "forward_process": "uniform"}, {"prediction": "loo"}),
+        (
+            "canvas",
+            {**_BY_TOKEN, "forward_process": "uniform", "prediction": "posterior"},
+            {"prediction": "posterior", "context_is_causal": True},
+        ),
+    ],
+)
+def test_what_a_checkpoint_says_of_its_training_reaches_the_sampler(
+    tmp_path: Path, name: str, process: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    checkpoint = block_checkpoint(tmp_path / "c", **process)
+    built = CompletionSetup.of(generate_config(sampler={"name": name}), checkpoint).sampler
+    assert {field: getattr(built, field) for field in expected} == expected
+
+
 def test_blocks_start_where_training_on_answers_began_to_count_them(tmp_path: Path) -> None:
     def starts(block_start: str | None, prompt: Any) -> tuple[int, ...]:
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"

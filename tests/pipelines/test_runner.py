@@ -387,6 +387,14 @@ def test_bad_input_in_a_stage_has_its_own_state(toy: Toy) -> None:
     assert toy.calls == ["data"]
     assert (toy.result_json()["state"], toy.result_json()["exit_code"]) == ("bad input", 2)
 
+    def blunder(stage: Stage) -> None:
+        raise ValueError("a fault of ours")
+
+    toy.actions["data"] = blunder
+    with pytest.raises(ValueError, match="a fault of ours"):
+        toy.run()
+    assert (toy.result_json()["state"], toy.result_json()["exit_code"]) == ("failed", 1)
+
 
 # Retries.
 
@@ -815,6 +823,10 @@ def test_lines_tell_what_ran_and_what_did_not(toy: Toy, capsys: pytest.CaptureFi
         ["judge", "skipped"],
     ]
     assert lines[4].endswith("not selected")
+    assert record.of("judge").result == {}
+    toy.run()
+    left_out = toy.run(force=("data",), end=("data",)).of("model")  # but it has a result to show
+    assert (left_out.state, left_out.result) == ("skipped", {"value": 1})
     graph = tables.mermaid(plan_steps(list(toy.stages.values()), Selection()))
     assert graph[0] == "graph LR"
     assert "  s1 -->|model| s2" in graph
