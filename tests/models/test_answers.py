@@ -111,6 +111,54 @@ def test_a_row_alone_is_what_it_is_beside_longer_ones(
     assert len({len(record["tokens"]) for record in together}) > 1
 
 
+def test_the_seed_decides_of_rows_in_flight_as_of_a_batch(tmp_path: Path) -> None:
+    llada(tmp_path)
+    rows = [GenerationRow(id=number, prompt=prompt) for number, prompt in enumerate(PROMPTS)]
+    found = []
+    for seed in (0, 1):
+        config = config_of(tmp_path).model_copy(update={"seed": seed})
+        model = SamplingModel(None, config, device="cpu")
+        found.append([record["tokens"] for record in model.samples(rows)])
+        assert [record["tokens"] for record in model.sample(rows)] == found[-1]
+    assert found[0] != found[1]
+
+
+def test_rows_in_flight_are_sampled_in_the_precision_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is done between two of them, in that of whoever does it."""
+    llada(tmp_path)
+    seen: list[bool] = []
+    encode = TransformersDenoiser.encode
+
+    def noting(*args: Any, **options: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return encode(*args, **options)
+
+    monkeypatch.setattr(TransformersDenoiser, "encode", noting)
+    for precision in ("no", "bf16"):
+        config = config_of(tmp_path).model_copy(update={"mixed_precision": precision})
+        rows = [GenerationRow(id=number, prompt=prompt) for number, prompt in enumerate(PROMPTS)]
+        seen.clear()
+        for _ in SamplingModel(None, config, device="cpu").samples(rows):
+            assert not torch.is_autocast_enabled("cpu")
+        assert set(seen) == {precision == "bf16"}
+
+
+def test_progress_counts_the_batches_before(tmp_path: Path) -> None:
+    llada(tmp_path)
+    fields = {"model_id": str(tmp_path), "num_samples": 5, "batch_size": 2, "seq_len": 8}
+    sampler = {"name": "ancestral", "num_inference_steps": 4}
+    config = GenerateConfig.model_validate({**fields, "sampler": sampler})
+    model = SamplingModel(None, config, device="cpu")
+    told: list[tuple[float, float]] = []
+    rows = [GenerationRow(id=number, prompt="ab") for number in range(5)]
+    records = list(model.samples(rows, on_progress=lambda figures: told.append(figures())))
+    assert told == sorted(told)
+    num_new = sum(len(record["tokens"]) - record["num_prompt_tokens"] for record in records)
+    assert told[-1] == (5, num_new)
+
+
 def test_a_notebook_is_refused_what_a_job_is(tmp_path: Path) -> None:
     """Otherwise answers would go on beyond the positions of the model, and rows be lost."""
     llada(tmp_path)

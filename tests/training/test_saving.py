@@ -2,17 +2,21 @@
 training does to the weights meanwhile does not show in them.
 """
 
+import errno
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.device_reads import NAME, count_waits, emulated_device
+from tokendiff.artifacts.checkpoint import KIND
+from tokendiff.artifacts.locations import Location, RemotePath, files_under
+from tokendiff.artifacts.manifest import is_committed, verify
 from tokendiff.training import saving
 from tokendiff.training.saving import CheckpointSaver, Contents
 from tokendiff.training.world import World
@@ -120,3 +124,39 @@ def test_without_locked_memory_a_checkpoint_is_the_same(
     assert_same(found, expected)
     (said,) = caplog.messages
     assert "no more memory can be locked for copies of checkpoints" in said
+
+
+@pytest.mark.parametrize("place", ["here", "behind a URI"])
+def test_what_fails_as_it_is_written_does_not_count_and_hinders_nothing(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint is written anew where a run began again behind a damaged one."""
+    root: Location = tmp_path if place == "here" else RemotePath(f"memory://{tmp_path.name}")
+    saver = CheckpointSaver(root, World(rank=0, size=1, device=torch.device("cpu")))
+    checkpoint = root / "checkpoint-1"
+
+    def save(number: float) -> None:
+        tensors = {"model": weights_of(number, torch.device("cpu")).items()}
+        saver.save("checkpoint-1", lambda: Contents(tensors=tensors, files={"a.json": "{}"}))
+        saver.wait()
+
+    def fail(*args: Any, **fields: Any) -> None:
+        raise OSError(errno.ENOSPC, "a disk is full")
+
+    save(1.0)
+    (checkpoint / "left-over.safetensors").write_bytes(b"")
+    (checkpoint / "run").mkdir(parents=True, exist_ok=True)
+    (checkpoint / "run" / "log.jsonl").write_bytes(b"kept")
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "to_disk" if place == "here" else "upload", fail)
+        with pytest.raises(OSError, match="a disk is full"):
+            save(2.0)
+    # Here the one before is still whole; behind a URI it was written over.
+    assert is_committed(checkpoint) == (place == "here")
+    assert not list(tmp_path.glob(".*.tmp"))
+    save(3.0)
+    verify(checkpoint, kind=KIND)
+    found = load((checkpoint / "model.safetensors").read_bytes())
+    assert_same([[found]], [[weights_of(3.0, torch.device("cpu"))]])
+    assert "left-over.safetensors" not in files_under(checkpoint)
+    assert (checkpoint / "run" / "log.jsonl").is_file() == (place != "here")

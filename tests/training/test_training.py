@@ -1,5 +1,6 @@
 """The training loop without Ray: order of rows, workers, resuming, checkpoints, divergence."""
 
+import copy
 import json
 import math
 import pickle
@@ -271,6 +272,28 @@ def test_noise_differs_between_epochs_and_dropout_between_passes(
     assert (len(seeds), len(set(seeds))) == (4, 4)
 
 
+def test_the_gradient_norm_is_that_of_the_mean_over_a_steps_tokens(
+    data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before clipping; found once more with copies of the model."""
+    norms: list[float] = []
+    loss = Trainer._loss
+
+    def noting(trainer: Trainer, batch: Any, generator: RowGenerator, model: Any) -> Any:
+        twin = copy.deepcopy(model)
+        output = trainer.objective.loss(twin, batch, generator)
+        (output.loss_sum / output.num_tokens).backward()
+        squares = [p.grad.square().sum() for p in twin.parameters() if p.grad is not None]
+        norms.append(float(torch.stack(squares).sum().sqrt()))
+        return loss(trainer, batch, generator, model)
+
+    monkeypatch.setattr(Trainer, "_loss", noting)
+    _, events = run(config(max_train_steps=2, max_grad_norm=0.01), data, tmp_path)
+    found = [event["grad_norm"] for event in events if event["event"] == "metrics"]
+    assert found == pytest.approx(norms, rel=1e-4)
+    assert min(norms) > 0.01, "or nothing is clipped"
+
+
 class _Killed(Exception):
     pass
 
@@ -473,6 +496,20 @@ def test_a_checkpoint_opens_with_transformers_and_keeps_the_averaged_weights(
     scheduler = json.loads((final / "scheduler_config.json").read_text())
     assert scheduler["_class_name"] == "TokenDiffusionScheduler"
     assert (scheduler["forward_process"], scheduler["prediction"]) == ("absorbing", "loo")
+
+
+def test_averages_follow_the_weights_more_slowly_as_training_goes_on(
+    data: TokenData, tmp_path: Path
+) -> None:
+    cfg = config(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=9, ema_decay=0.3)
+    run(cfg, data, tmp_path)
+    steps = [tmp_path / f"checkpoint-{step}" for step in range(1, 5)]
+    weights = [load_file(step / "model.safetensors") for step in steps]
+    averages = [load_file(step / "ema.safetensors") for step in steps]
+    for step, decay in ((2, 3 / 12), (3, 0.3), (4, 0.3)):  # 4 / 13 is above ema_decay
+        for name, average in averages[step - 1].items():
+            expected = decay * averages[step - 2][name] + (1 - decay) * weights[step - 1][name]
+            torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_only_the_newest_checkpoints_are_kept(data: TokenData, tmp_path: Path) -> None:
