@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 
 from tests.builders import generation_rows, letter_tokenizer, tiny_causal
 from tokendiff.artifacts.locations import RemotePath
@@ -133,6 +134,39 @@ def test_both_sides_are_timed_on_the_same_rows(
     assert measured["new_tokens"] == measured["new_tokens_alone"] > 0
     assert measured["seconds"] > 0.0
     assert measured["seconds_alone"] > 0.0
+
+
+@pytest.mark.parametrize("is_target_first", [True, False])
+def test_each_side_has_its_own_seconds(
+    models: dict[str, str],
+    prompts: list[str],
+    is_target_first: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = iter([1.0, 2.0])
+
+    def timed(model: CompletionModel, work: Any) -> float:
+        work()
+        return next(seconds)
+
+    monkeypatch.setattr(CompletionModel, "_timed", timed)
+    config = config_of(models, prompts=prompts, sampler={"max_new_tokens": 2})
+    rows = generation_rows(config)
+    _, measured = CompletionModel(config).measured(rows, is_target_first=is_target_first)
+    expected = {True: (1.0, 2.0), False: (2.0, 1.0)}[is_target_first]
+    assert (measured["seconds_alone"], measured["seconds"]) == expected
+
+
+def test_averaged_weights_of_a_draft_are_those_that_draft(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(models["draft_model_id"], tmp_path / "draft"))
+    averages = {name: w + 1 for name, w in load_file(folder / "model.safetensors").items()}
+    save_file(averages, folder / "ema.safetensors")
+    drafting: Any = CompletionModel(config_of({**models, "draft_model_id": str(folder)}))._model
+    weights = dict(drafting._draft.named_parameters())
+    assert averages.keys() <= weights.keys()
+    assert all(torch.equal(weights[name], average) for name, average in averages.items())
 
 
 def test_texts_of_drawn_proposals_are_not_compared(

@@ -280,8 +280,10 @@ def test_eos_early_stop_false_stops_nowhere(model_id: str) -> None:
 def test_prompts_that_the_model_cannot_take_are_refused(
     prompt: Any, says: str, model_id: str
 ) -> None:
+    setup = CompletionSetup.of(config_of(model_id), None)
     with pytest.raises(InputError, match=says):
-        CompletionSetup.of(config_of(model_id), None).request(*rows_of(prompt))
+        setup.request(*rows_of(prompt))
+    assert len(setup.request(*rows_of("a" * 54)).prompt) == 54  # 64 with the new ones
 
 
 def test_whole_blocks_must_fit_and_a_prompt_must_hold_no_mask(model_id: str) -> None:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 
 from pipelines.builders import promote_stage
 from pipelines.graph import Variant
-from pipelines.promotion import judge, sampling_fields
+from pipelines.promotion import _trained_on, judge, sampling_fields
 from pipelines.registered import PinnedModels, checkpoint_folder, with_models
 from pipelines.runner import models_of, plan, run_variants
 from pipelines.schedule import Selection, plan_steps
@@ -515,6 +516,17 @@ def test_what_the_registry_lost_is_promoted_anew(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setattr("tokendiff.tracking.mlflow_store._CHECK_SECONDS", 0.2)
     assert steps_of(shop, judged) == [("done", "made by an earlier run")] * 2
+
+
+def test_what_a_candidate_was_trained_on_is_what_the_data_behind_its_checkpoint_is_made_of(
+    tmp_path: Path,
+) -> None:
+    commit(tmp_path, kind="tokens", metadata={"trained_on": ["a file"]})
+    data = SimpleNamespace(inputs={}, is_done=True, output=tmp_path)
+    train = SimpleNamespace(inputs={"data": data}, is_done=True, output=tmp_path / "none")
+    for inputs, expected in (({"checkpoint": train}, ["a file"]), ({}, [])):
+        stage: Any = SimpleNamespace(inputs={"candidate": SimpleNamespace(inputs=inputs)})
+        assert _trained_on(stage) == expected
 
 
 @pytest.mark.parametrize("by", ["a later promotion", "a rollback"])
