@@ -824,14 +824,14 @@ def test_lines_tell_what_ran_and_what_did_not(toy: Toy, capsys: pytest.CaptureFi
     ]
     assert lines[4].endswith("not selected")
     assert record.of("judge").result == {}
-    toy.run()
-    left_out = toy.run(force=("data",), end=("data",)).of("model")  # but it has a result to show
-    assert (left_out.state, left_out.result) == ("skipped", {"value": 1})
     graph = tables.mermaid(plan_steps(list(toy.stages.values()), Selection()))
     assert graph[0] == "graph LR"
     assert "  s1 -->|model| s2" in graph
     assert any("judge" in line and line.endswith(":::run") for line in graph)
     assert '"' not in graph[2].split('["')[1].split('"]')[0]
+    toy.run()
+    left_out = toy.run(force=("data",), end=("data",)).of("model")  # but it has a result to show
+    assert (left_out.state, left_out.result) == ("skipped", {"value": 1})
 
 
 def test_variants_side_by_side(toy: Toy) -> None:
