@@ -33,6 +33,7 @@ from tokendiff.artifacts.locations import Location, mirror_of
 from tokendiff.artifacts.manifest import RECORD_FOLDER, is_committed
 from tokendiff.cluster.session import (
     DATA_CPUS,
+    check_seen_by_all,
     give_back_memory,
     is_shared,
     need_ray,
@@ -342,6 +343,7 @@ class _Run:
             ray_session(config.cluster, side_by_side=config.runner.max_parallel or 1, tell=_say)
         )
         if is_on_others:
+            check_seen_by_all(config.cluster, self._root)
             self._stack.enter_context(alone_on_cluster(self._root / config.name))
         self._room = config.runner.max_parallel or _room(config)
 

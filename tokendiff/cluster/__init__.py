@@ -14,6 +14,7 @@ Of this room alone:
     tasks             the tasks of an evaluation, answered by actors
     elastic           how many workers there is room for, and when that changes
     progress          how far a job is, counted together from its workers
+    process_group     how workers on several machines find each other
     rank_rows         the rows of each worker, for Ray Data
     console           keeping what means nothing to a user off the terminal
 """

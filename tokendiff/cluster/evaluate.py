@@ -30,6 +30,7 @@ from tokendiff.cluster.actors import Crew, Item
 from tokendiff.cluster.progress import JobProgress, Reporter
 from tokendiff.cluster.session import (
     memory_given_back,
+    naming_node,
     need_ray,
     set_up_torch,
     wants_gpu,
@@ -345,8 +346,11 @@ def _run_task(
     need_ray()
     import ray
 
+    driver = ray.util.get_node_ip_address()
+
     def on_worker(reporter: Reporter) -> Any:
-        return work(set_up_torch(cluster, use_gpu=use_gpu), reporter.of(0))
+        with naming_node(driver):
+            return work(set_up_torch(cluster, use_gpu=use_gpu), reporter.of(0))
 
     task = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=1 if use_gpu else 0)(on_worker)
     try:

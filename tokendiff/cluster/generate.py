@@ -281,7 +281,7 @@ def generate(
     arguments = (found, config, cluster, index, output_dir, uuid.uuid4().hex)
     with JobProgress(on_event) as progress, without_notes(output_dir):
         progress.begin("rows", total=index.num_rows, done=done, errors=totals.errors.num_rows)
-        for counts in _sample_parts(missing, arguments, cluster, on_event, progress):
+        for counts in _sample_parts(missing, arguments, cluster, output_dir, on_event, progress):
             totals.add(counts)
             figures = (counts["rows"], counts["new_tokens"])
             progress.finish(counts["part"], figures, errors=totals.errors.num_rows)
@@ -479,6 +479,7 @@ def _sample_parts(
     parts: list[int],
     arguments: tuple[Any, ...],
     cluster: "ClusterConfig",
+    output_dir: Location,
     on_event: "OnEvent",
     progress: JobProgress,
 ) -> Iterator[Item]:
@@ -488,6 +489,7 @@ def _sample_parts(
         what="sampling actor",
         least=min(cluster.min_actors or cluster.num_actors, most),
         most=most,
+        writes_to=output_dir,
         gpus_per_actor=cluster.gpus_per_actor,
     )
     return crew.answers(

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokendiff.artifacts.locations import Location
 from tokendiff.errors import InputError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # CPUs that Ray Data's tasks need beside the workers; without them training waits for rows for ever.
 DATA_CPUS = 1
 _POLL_SECONDS = 1.0
+_ANSWER_SECONDS = 20.0  # a process of Python starts in two
 _ASK_SECONDS = 20.0  # as Ray Train does
 # Processes that want a core, for each core. With four and more for each of two cores, training
 # steps with one thread were 1.5 to 3.4 times as fast as with two.
@@ -236,20 +237,81 @@ def _look_from_all(root: Path) -> None:
     if len(nodes) == 1:
         return
     root.mkdir(parents=True, exist_ok=True)
-    probe = root / f".probe-{uuid.uuid4().hex}"
-    probe.touch()
-    try:
-        look = ray.remote(num_cpus=0)(lambda: probe.exists())
+    with mark_in(root) as mark:
+        look = ray.remote(num_cpus=0, max_retries=0)(lambda: mark is not None and mark.exists())
         places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
-        seen = ray.get([look.options(scheduling_strategy=place).remote() for place in places])
-    finally:
-        probe.unlink()
-    blind = sorted(address for address, sees in zip(nodes.values(), seen, strict=True) if not sees)
+        asked = [look.options(scheduling_strategy=place).remote() for place in places]
+        ray.wait(asked, num_returns=len(asked), timeout=_ANSWER_SECONDS)
+        seen = [_answer(each) for each in asked]
+    blind = sorted(
+        address for address, sees in zip(nodes.values(), seen, strict=True) if sees is False
+    )
     if blind:
         raise InputError(
             f"root {root} is not visible on {len(blind)} of the cluster's {len(nodes)} nodes "
             f"({', '.join(blind[:5])}); choose a folder on storage that all of them mount"
         )
+
+
+def _answer(asked: Any) -> bool | None:
+    """What a node sees; None of one that is lost or does not answer, where nothing runs either."""
+    import ray
+
+    try:
+        return bool(ray.get(asked, timeout=0))
+    except ray.exceptions.RayError:
+        return None
+
+
+@contextmanager
+def mark_in(folder: Location) -> Iterator[Path | None]:
+    """A file that is in a folder during the block, by which other nodes tell whether it is the same
+    there: that such a folder exists says little. None for a URI, the same from everywhere.
+    """
+    if not isinstance(folder, Path):
+        yield None
+        return
+    # What a killed driver leaves, `commit` deletes by this name.
+    mark = folder / f".seen.{uuid.uuid4().hex[:8]}.tmp"
+    mark.touch()
+    try:
+        yield mark
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def check_sees(mark: Path | None) -> None:
+    """Raise InputError on a node that does not see a mark of the driver's."""
+    import ray
+
+    if mark is not None and not mark.exists():
+        raise InputError(
+            f"output_dir {mark.parent} is not the same on every node: node "
+            f"{ray.util.get_node_ip_address()} does not see what the driver wrote there; choose a "
+            "folder on storage that all nodes mount, or a URI such as s3://BUCKET/PATH"
+        )
+
+
+@contextmanager
+def naming_node(driver: str) -> Iterator[None]:
+    """In this block an InputError on another node than the driver's says where it was: files that
+    the driver has found may be missing there.
+
+    Args:
+        driver: address of its node.
+    """
+    import ray
+
+    try:
+        yield
+    except InputError as problem:
+        if (here := ray.util.get_node_ip_address()) == driver:
+            raise
+        raise InputError(
+            f"node {here}: {problem}; the job's own node {driver} may have what is missing here: "
+            "what a job reads must be on storage that all nodes mount, or behind a URI such as "
+            "s3://BUCKET/PATH"
+        ) from None
 
 
 def wants_gpu(config: "ClusterConfig") -> bool:

@@ -88,6 +88,7 @@ def cache_target_states(
         what="actor that reads the target",
         least=num_actors,
         most=num_actors,
+        writes_to=output_dir,
     )
     written = []
     with JobProgress(on_event) as progress:

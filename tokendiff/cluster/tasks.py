@@ -114,7 +114,13 @@ class Answerers:
     ) -> Iterator[tuple[int, int]]:
         cluster = self._cluster
         num_actors = min(cluster.num_actors, len(missing))
-        crew = Crew(cluster=cluster, what="answering actor", least=num_actors, most=num_actors)
+        crew = Crew(
+            cluster=cluster,
+            what="answering actor",
+            least=num_actors,
+            most=num_actors,
+            writes_to=folder,
+        )
         items = [
             {"part": part, "requests": json.dumps([vars(request) for request in parts[part]])}
             for part in missing

@@ -19,9 +19,13 @@ from tokendiff.artifacts.checkpoint import newest_sound_checkpoint, step_of
 from tokendiff.artifacts.last_notes import take_note, without_notes
 from tokendiff.artifacts.locations import Location, remove
 from tokendiff.cluster.elastic import Outlook, workers_to_start
+from tokendiff.cluster.process_group import RayNetwork
 from tokendiff.cluster.rank_rows import RankRows
 from tokendiff.cluster.session import (
     Demand,
+    check_sees,
+    mark_in,
+    naming_node,
     threads_on_this_node,
     wait_for_resources,
     wants_gpu,
@@ -154,13 +158,10 @@ def _fit_once(
     # Ray Train wants a folder for a state of its own that nothing here reads.
     ray_folder = output_dir / ".ray-train"
     remove(ray_folder)
+    driver_address = ray.util.get_node_ip_address()
 
     def work(driver: DriverLink) -> None:
-        if isinstance(output_dir, Path) and not output_dir.is_dir():
-            raise InputError(
-                f"output_dir {output_dir} is not there on node {ray.util.get_node_ip_address()}; "
-                "it must be on storage that every node sees under the same path"
-            )
+        check_sees(mark)
         device = str(ray.train.torch.get_device()) if use_gpu else "cpu"
         context = ray.train.get_context()
         if not use_gpu:
@@ -175,9 +176,10 @@ def _fit_once(
         def report(event: str, **fields: Any) -> None:
             (driver.tell if event == "progress" else keep)(event, **fields)
 
-        run = TrainingRun.build(config, data, output_dir, world=world, on_event=report)
-        if checkpoint is not None:
-            run.resume(checkpoint)
+        with naming_node(driver_address):
+            run = TrainingRun.build(config, data, output_dir, world=world, on_event=report)
+            if checkpoint is not None:
+                run.resume(checkpoint)
         rows = len(step_plan(config, data, rank=world.rank, world_size=world.size).positions)
         shard = ray.train.get_dataset_shard("train")
         batches = shard.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)
@@ -199,11 +201,12 @@ def _fit_once(
         with Outlook(cluster, num_workers=world.size, is_main=world.is_main) as outlook:
             run.fit(iter(batches), should_stop=should_stop)
 
-    with saving_first(on_event) as driver:
+    with saving_first(on_event) as driver, mark_in(output_dir) as mark:
         _Trainer(
             lambda: work(driver),
             datasets={"train": ray.data.range(1)},
             dataset_config=RankRows(data, config, first_step),
+            torch_config=RayNetwork(),
             scaling_config=ScalingConfig(
                 num_workers=num_workers,
                 use_gpu=use_gpu,
