@@ -153,14 +153,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _folder(args: cli.Arguments) -> Path:
-    """The folder that was given, or that of the pipeline whose file was given."""
+    """The folder that was given, or that of the pipeline whose file was given.
+
+    Raises:
+        InputError: the pipeline is behind a URI, and another machine has the logs of its runs.
+    """
     from pipelines.paths import output_path
     from tokendiff.artifacts.locations import mirror_of
+    from tokendiff.errors import InputError
+    from tokendiff.tracking.live import logs_under
 
     folder: Path = args.options.config
     if folder.is_dir():
         return folder
-    return mirror_of(output_path(args.config.root) / args.config.name)
+    place = output_path(args.config.root) / args.config.name
+    here = mirror_of(place)
+    if here != place and not logs_under(here):
+        raise InputError(
+            f"{place}: the machine that runs this pipeline keeps the logs that `{args.command}` "
+            "reads, and this one has none; use it there. `status` tells from any machine how a run "
+            "stands"
+        )
+    return here
 
 
 def _compare(args: cli.Arguments) -> int:

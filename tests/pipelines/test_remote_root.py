@@ -146,6 +146,24 @@ def test_nodes_are_not_asked_about_a_uri(monkeypatch: pytest.MonkeyPatch) -> Non
     check_seen_by_all(ClusterConfig(), RemotePath("s3://bucket/out"))
 
 
+def test_who_watches_from_another_machine_is_told_where_the_logs_are(
+    tmp_path: Path, move: Move, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "small.yaml"
+    root = f"memory://{tmp_path.name}-watched"
+    path.write_text(f"name: small\nroot: {root}\ntracking: {{enabled: false}}\n")
+    move("a")
+    with RunLog(mirror_of(RemotePath(f"{root}/small/train-9f2c") / "run") / "log.jsonl") as log:
+        log.write("start", step=0, max_train_steps=4)
+    assert pipeline_job.main(["watch", str(path)]) == 0
+    assert "train-9f2c" in capsys.readouterr().out
+    move("b")
+    assert pipeline_job.main(["watch", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{root}/small: the machine that runs this pipeline keeps the logs" in error
+    assert "`status` tells from any machine" in error
+
+
 def test_a_log_goes_on_on_another_machine(tmp_path: Path, move: Move) -> None:
     """Whoever went on last has the log that counts; what a killed run had not copied stays."""
     steps: list[int] = []
