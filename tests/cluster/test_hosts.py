@@ -10,10 +10,11 @@ from typing import Any
 import psutil
 import pytest
 import ray
+import ray.data
 
 from tokendiff.artifacts.locations import RemotePath
 from tokendiff.artifacts.manifest import is_temporary
-from tokendiff.cluster import actors, process_group
+from tokendiff.cluster import actors, preprocess, process_group
 from tokendiff.cluster.actors import Crew, Item
 from tokendiff.cluster.session import check_sees, mark_in, naming_node
 from tokendiff.config.cluster import ClusterConfig
@@ -97,6 +98,31 @@ def test_a_training_worker_refuses_a_folder_of_the_same_name(
         check_sees(mark)
         with pytest.raises(InputError, match=r"there is not the same on every node: node 10\.0\.0"):
             check_sees(there / mark.name)
+
+
+def test_text_that_only_the_driver_has_is_said_with_the_node(
+    tmp_path: Path, on_other_node: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a bad row, the same on all nodes, without."""
+    done = {"stats": b"", "error": "/text/a.txt: cannot be read", "is_missing": True}
+    works: list[Callable[[Any], Any]] = []
+
+    class Source:
+        def map(self, work: Callable[[Any], Any]) -> "Source":
+            works.append(work)
+            return self
+
+        def iter_rows(self) -> list[Any]:
+            return []
+
+    monkeypatch.setattr(ray.data, "from_items", lambda *args, **kwargs: Source())
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: DRIVER)
+    assert list(preprocess._by_tasks(lambda row: {**done, **row}, [{}])) == []
+    (work,) = works
+    assert work({})["error"] == "/text/a.txt: cannot be read"
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: OTHER)
+    assert work({})["error"].startswith(f"node {OTHER}: /text/a.txt: cannot be read; the job's own")
+    assert work({"is_missing": False})["error"] == "/text/a.txt: cannot be read"
 
 
 @pytest.mark.ray

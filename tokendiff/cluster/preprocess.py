@@ -23,7 +23,7 @@ from tokendiff.artifacts.manifest import (
     verify,
 )
 from tokendiff.cluster.progress import JobProgress, Reporter
-from tokendiff.cluster.session import data_context, need_ray, works_here
+from tokendiff.cluster.session import at_node, data_context, need_ray, works_here
 from tokendiff.config.preprocess import FILE_FORMATS, SAMPLES
 from tokendiff.data.bad_rows import ERRORS, ErrorCount, bad_rows_in_words
 from tokendiff.data.chat_documents import ChatOptions
@@ -288,9 +288,14 @@ def _run(
 def _by_tasks(work: Callable[[Row], Row], items: list[Row]) -> Iterator[Row]:
     import ray.data
 
+    driver = ray.util.get_node_ip_address()
+
     def on_worker(row: Row) -> Row:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task owns one CPU
-        return work(row)
+        done = work(row)
+        if done["is_missing"]:
+            done["error"] = str(at_node(InputError(done["error"]), driver))
+        return done
 
     with data_context():
         source = ray.data.from_items(items, override_num_blocks=min(len(items), _MAX_BLOCKS))
@@ -332,8 +337,9 @@ def _task(
                     upload(folder, output_dir, [file.path for file in stats.files])
         except InputError as error:
             # As a value: Ray would log and wrap an exception, and bad input is no crash.
-            return {"stats": b"", "error": str(error)}
-        return {"stats": pickle.dumps(stats), "error": ""}
+            is_missing = isinstance(error.__cause__, FileNotFoundError)
+            return {"stats": b"", "error": str(error), "is_missing": is_missing}
+        return {"stats": pickle.dumps(stats), "error": "", "is_missing": False}
 
     return work
 

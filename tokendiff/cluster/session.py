@@ -294,24 +294,28 @@ def check_sees(mark: Path | None) -> None:
 
 @contextmanager
 def naming_node(driver: str) -> Iterator[None]:
-    """In this block an InputError on another node than the driver's says where it was: files that
-    the driver has found may be missing there.
+    """In this block an InputError on another node than the driver's says where it was.
 
     Args:
         driver: address of its node.
     """
-    import ray
-
     try:
         yield
     except InputError as problem:
-        if (here := ray.util.get_node_ip_address()) == driver:
-            raise
-        raise InputError(
-            f"node {here}: {problem}; the job's own node {driver} may have what is missing here: "
-            "what a job reads must be on storage that all nodes mount, or behind a URI such as "
-            "s3://BUCKET/PATH"
-        ) from None
+        raise at_node(problem, driver) from problem.__cause__
+
+
+def at_node(problem: InputError, driver: str) -> InputError:
+    """The same problem with its node, where files may be missing that the driver has found."""
+    import ray
+
+    if (here := ray.util.get_node_ip_address()) == driver:
+        return problem
+    return InputError(
+        f"node {here}: {problem}; the job's own node {driver} may have what is missing here: "
+        "what a job reads must be on storage that all nodes mount, or behind a URI such as "
+        "s3://BUCKET/PATH"
+    )
 
 
 def wants_gpu(config: "ClusterConfig") -> bool:
