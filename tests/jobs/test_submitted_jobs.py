@@ -250,6 +250,7 @@ def refused(
     commands = {
         "bad-config": ["jobs.train", "--max_train_stepz", "3"],
         "plan": ["jobs.pipeline", "plan", str(path)],
+        "run": ["jobs.pipeline", "run", str(path), "-o", "tracking.enabled=false"],
     }
     return {name: head.submit(name, *words, folder=folder) for name, words in commands.items()}
 
@@ -259,6 +260,7 @@ def refused(
     [
         ("bad-config", "did you mean --max_train_steps?"),
         ("plan", "root /proc/self/cwd is not visible on 1 of the cluster's 2 nodes"),
+        ("run", "root /proc/self/cwd is not visible on 1 of the cluster's 2 nodes"),
     ],
 )
 def test_a_job_that_cannot_work_fails_with_code_2(
