@@ -150,6 +150,7 @@ def test_the_driver_gets_an_actors_error_and_not_rays(ray_session: None, tmp_pat
         (OTHER, "eth9", "eth9"),  # by the user
         ("127.0.0.1", None, None),  # all nodes are on this machine
         ("10.0.0.7", None, None),  # of no interface here
+        ("node-7", None, None),  # as `ray start --node-ip-address` takes it
     ],
 )
 def test_gloo_listens_where_ray_does(

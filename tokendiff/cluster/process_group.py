@@ -48,9 +48,16 @@ def name_interface() -> None:
     import ray
 
     address = ray.util.get_node_ip_address()
-    if _INTERFACE_VARIABLE in os.environ or ip_address(address).is_loopback:
+    if _INTERFACE_VARIABLE in os.environ or _is_loopback(address):
         return
     for name, addresses in psutil.net_if_addrs().items():
         if address in [each.address for each in addresses]:
             os.environ[_INTERFACE_VARIABLE] = name
             return
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ip_address(address).is_loopback
+    except ValueError:  # `ray start --node-ip-address` takes a name too
+        return False
