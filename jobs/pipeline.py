@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             cli.print_result(tables.status_as_json(runs, plan), as_json=True)
         else:
-            tables.print_status(plan, config, root)
+            tables.print_status(runs, plan, config, root)
         return cli.EXIT_OK
     if args.command == "clean":
         from pipelines.retention import clean

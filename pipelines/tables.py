@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,9 @@ def print_runs(runs: Sequence[RunRecord]) -> None:
     print(flush=True)
 
 
-def print_status(plan: Plan, config: Config, root: Location) -> None:
+def print_status(runs: Sequence[RunRecord], plan: Plan, config: Config, root: Location) -> None:
     """How the stages stand that the file describes now."""
-    steps = plan.steps
+    steps = _as_they_stand(plan.steps, runs)
     results = _results(steps)
     records = [
         StageRecord(
@@ -177,8 +178,25 @@ def print_status(plan: Plan, config: Config, root: Location) -> None:
 
 def status_as_json(runs: Sequence[RunRecord], plan: Plan) -> dict[str, Any]:
     results = _results(plan.steps)
-    stages = [{**_plan_row(s), "result": results.get(s.stage.title, {})} for s in plan.steps]
+    steps = _as_they_stand(plan.steps, runs)
+    stages = [{**_plan_row(s), "result": results.get(s.stage.title, {})} for s in steps]
     return {"runs": [run.as_json() for run in runs], "stages": stages, "notes": plan.notes}
+
+
+def _as_they_stand(steps: Sequence[Step], runs: Sequence[RunRecord]) -> list[Step]:
+    """What the newest run is at is not told as interrupted, as a plan has it."""
+    running = {
+        stage.stage
+        for run in runs[:1]
+        for stage in run.stages
+        if run.state == stage.state == "running"
+    }
+    return [
+        replace(step, why="it is running")
+        if step.state == "resume" and step.stage.title in running
+        else step
+        for step in steps
+    ]
 
 
 def _results(steps: Sequence[Step]) -> dict[str, dict[str, Any]]:

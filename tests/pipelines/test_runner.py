@@ -30,7 +30,7 @@ from pipelines.graph import Variant
 from pipelines.interrupt import Interrupt
 from pipelines.lock import alone
 from pipelines.record import RunRecord, StageRecord, last_runs
-from pipelines.runner import run_variants
+from pipelines.runner import Plan, run_variants
 from pipelines.schedule import Selection, plan_steps, read_facts, write_facts
 from pipelines.stage import Stage
 from tests import ROOT
@@ -667,11 +667,14 @@ def test_the_record_is_there_from_the_start(toy: Toy) -> None:
     def look(stage: Stage) -> None:
         (run,) = last_runs(toy.root / "toy", 5)
         seen.append((run.state, run.of("model").state, run.of("judge").state))
+        steps = plan_steps(list(toy.stages.values()), Selection())
+        status = tables.status_as_json([run], Plan(steps=steps, notes=[]))
+        seen.append({stage["stage"]: stage["why"] for stage in status["stages"]}["model"])
 
     seen: list[Any] = []
     toy.actions["model"] = look
     toy.run()
-    assert seen == [("running", "running", "not reached")]
+    assert seen == [("running", "running", "not reached"), "it is running"]
     (run,) = last_runs(toy.root / "toy", 5)
     assert (run.state, run.exit_code, run.of("model").state) == ("succeeded", 0, "ran")
     assert run.seconds is not None
