@@ -32,11 +32,22 @@ from unittest import mock
 IMPORTED_BY_WORKERS = (
     "pandas",
     "pyarrow.parquet",
-    "pydantic",
+    "pydantic.dataclasses",
     "torch.distributed.fsdp",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.bert.modeling_bert",
     "transformers.models.qwen3.modeling_qwen3",
+    # What Ray imports.
+    "click",
+    "colorful",
+    "fsspec.implementations.local",
+    "google.protobuf.json_format",
+    "jsonschema",
+    "msgpack",
+    "pyarrow.pandas_compat",
+    "pydantic.deprecated.class_validators",
+    "requests",
+    "wcwidth",
 )
 
 # The first two lines are a shell's, since the path of Python may hold blanks. An ordinary process
