@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -155,3 +156,13 @@ def test_a_row_gets_the_same_estimate_in_any_batch() -> None:
         rows = torch.tensor([row])
         nats, _ = block_row_bounds(model, alone, generator.select(rows), **options)
         assert float(nats[0]) == pytest.approx(float(together[row]), rel=1e-9)
+
+
+def test_a_mask_that_stands_in_the_text_is_given() -> None:
+    batch = packed_batch()
+    tokens = batch.tokens.clone()
+    tokens[0, 5] = tokens[1, 0] = MASK
+    rows, is_target = target_rows(replace(batch, tokens=tokens), process(4, eos_token_id=EOS))
+    assert bool((rows.tokens == MASK).any())
+    assert bool(((rows.tokens != MASK) & rows.is_valid)[is_target].all())
+    assert int((rows.is_target & ~is_target).sum()) == 2

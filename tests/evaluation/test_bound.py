@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -180,6 +181,38 @@ def test_summary_has_the_standard_error_of_a_ratio() -> None:
     assert bound.standard_error == pytest.approx(np.std(true), rel=0.15)
     assert bound.bits_per_byte == pytest.approx(nats.sum() / math.log(2) / (tokens * 3).sum())
     assert bound.perplexity == pytest.approx(math.exp(bound.nats_per_token))
+
+
+def test_the_standard_error_of_few_rows_counts_that_they_are_few() -> None:
+    one = np.ones(2, dtype=np.int64)
+    assert summarize(np.array([1.0, 3.0]), one, one).standard_error == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", ["absorbing", "uniform", "hybrid"])
+def test_a_mask_that_stands_in_the_text_is_given(name: str) -> None:
+    """It has no likelihood: counted, it would make the bound infinite."""
+    absorbing = AbsorbingKernel(schedule=LogLinear(), mask_token_id=MASK)
+    kernel = {**KERNELS, "absorbing": absorbing}[name]
+    tokens = torch.tensor([[0, MASK, 1], [3, 1, MASK]])
+    is_target = tokens != MASK
+
+    class Flat:
+        is_time_conditioned = False
+
+        def encode(self, x_t: torch.Tensor, *_: object) -> torch.Tensor:
+            assert bool((x_t == MASK)[~is_target].all())
+            return torch.zeros(*x_t.shape, V, dtype=torch.float64)
+
+        def head(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden
+
+    batch, generator = whole(tokens), RowGenerator.for_rows(0, torch.arange(2))
+    nats, counts = row_bounds(Flat(), batch, generator, kernel=kernel, num_mask_samples=2)
+    assert counts.tolist() == [2, 2]
+    given = replace(batch, is_target=is_target)
+    expected, _ = row_bounds(Flat(), given, generator, kernel=kernel, num_mask_samples=2)
+    assert bool(torch.isfinite(nats).all())
+    assert torch.equal(nats, expected)
 
 
 def test_rows_without_a_token_to_judge_are_bad_input() -> None:

@@ -441,22 +441,26 @@ def test_the_loss_of_a_row_is_that_of_its_targets_and_of_no_targets_is_nothing(n
 
 @every_objective
 def test_isolated_documents_are_told_to_the_denoiser(name: str) -> None:
-    """In rows of isolated documents no loss depends on a neighbour; otherwise a denoiser's does."""
+    """In rows of isolated documents neither loss nor bound depends on a neighbour; otherwise a
+    denoiser's does.
+    """
     if name not in WHOLE_ROWS:
         pytest.skip("a causal model isolates documents whatever the rows say")
     batch, objective, model = chats(), OBJECTIVES[name], model_for(name)
     is_target = batch.is_target & (batch.document == 0)
     other = torch.where(batch.document > 0, 2 + batch.tokens % (V - 2), batch.tokens)
     for isolates in (True, False):
-        losses = [
-            objective.loss(
-                model,
-                replace(batch, tokens=tokens, is_target=is_target, isolates_documents=isolates),
-                draws(),
-            ).loss_sum.detach()
+        ours, theirs = (
+            replace(batch, tokens=tokens, is_target=is_target, isolates_documents=isolates)
             for tokens in (batch.tokens, other)
-        ]
+        )
+        losses = [objective.loss(model, each, draws()).loss_sum.detach() for each in (ours, theirs)]
         assert torch.equal(losses[0], losses[1]) == isolates
+        bounds = [
+            row_bounds(model, each, draws(), kernel=objective.kernel, num_mask_samples=1)[0]
+            for each in (ours, theirs)
+        ]
+        assert torch.equal(bounds[0], bounds[1]) == isolates
 
 
 # Enumerated tables over (answer, prompt, answer).
