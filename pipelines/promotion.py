@@ -115,7 +115,7 @@ def _judge_line(
 
 def _figure(metrics: Mapping[str, Any], name: str) -> float:
     value = metrics.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not isinstance(value, int | float):
         known = [key for key, figure in metrics.items() if isinstance(figure, int | float)]
         raise InputError(
             f"promote.gate: the evaluation has no figure {name!r}; it has {', '.join(known)}"
