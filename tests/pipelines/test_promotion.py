@@ -22,6 +22,7 @@ from pipelines.builders import promote_stage
 from pipelines.graph import Variant
 from pipelines.promotion import _trained_on, judge, sampling_fields
 from pipelines.registered import PinnedModels, checkpoint_folder, with_models
+from pipelines.retention import clean
 from pipelines.runner import models_of, plan, run_variants
 from pipelines.schedule import Selection, plan_steps
 from pipelines.stage import Stage
@@ -31,7 +32,7 @@ from tokendiff.artifacts.identity import checkpoint_identity
 from tokendiff.artifacts.locations import Location, RemotePath
 from tokendiff.artifacts.manifest import commit
 from tokendiff.config.generate import GenerateConfig
-from tokendiff.config.pipeline import Config, TrackingConfig
+from tokendiff.config.pipeline import Config, RunnerConfig, TrackingConfig
 from tokendiff.config.promote import GateConfig, PromoteConfig
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.prompts import GenerationRow
@@ -304,6 +305,36 @@ def test_the_alias_moves_only_when_the_gate_is_passed(shop: Shop, history: Any) 
 
 
 @pytest.mark.slow
+def test_the_promotion_that_registered_a_version_is_not_cleaned_away(
+    shop: Shop, history: Any
+) -> None:
+    """It says that the version is there: without it the same candidate would be judged anew."""
+    runner = RunnerConfig(keep_runs=1)
+    items = clean(shop.config.model_copy(update={"runner": runner}), shop.root, is_dry_run=True)
+    promotions = [item for item in items if item.path.name.startswith("promote-")]
+    found = {
+        json.loads((item.path / "decision.json").read_text())["decision"]: item.why
+        for item in promotions
+        if item.why != "a kept run"
+    }
+    assert found == {"promoted": "the promotion of a registered version", "rejected": ""}
+
+
+@pytest.mark.slow
+def test_a_model_that_could_not_be_served_is_not_registered(shop: Shop, history: Any) -> None:
+    other = copy.copy(shop)
+    gate = [GateConfig(metric="perplexity", direction="lower")]
+    update = {
+        "promote": PromoteConfig(registered_model="unserved", gate=gate),
+        "generate": GenerateConfig.model_validate({"sampler": {"name": "ar"}}),
+    }
+    other.config = shop.config.model_copy(update=update)
+    with pytest.raises(InputError, match=r"sampler 'ar'"):
+        other.run(shop.evaluation("judge", history["checkpoints"][0], 2.0))
+    assert other.registry.holder("unserved", "champion") is None
+
+
+@pytest.mark.slow
 def test_what_must_not_be_compared_is_refused(shop: Shop, history: Any) -> None:
     first, second, _ = history["checkpoints"]
     candidate = shop.evaluation("judge", second, 1.0)
@@ -434,7 +465,9 @@ def test_the_gate_compares_tasks_document_by_document(shop: Shop, history: Any) 
 def test_a_promotion_that_was_cut_off_registers_once(
     shop: Shop, history: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed between the registration and the alias: the same version is found again."""
+    """Killed between the registration and the alias, and before its result counts: the same version
+    is found again.
+    """
     champion = shop.evaluation("champion", history["checkpoints"][2], 1.9)
     candidate = shop.evaluation("judge", history["checkpoints"][1], 1.5)
 
@@ -446,8 +479,13 @@ def test_a_promotion_that_was_cut_off_registers_once(
         with pytest.raises(KeyboardInterrupt):
             shop.run(candidate, champion)
     assert shop.registry.holder("toy", "champion") == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.promotion.commit", die)
+        with pytest.raises(KeyboardInterrupt):
+            shop.run(candidate, champion)
+    assert shop.registry.holder("toy", "champion") == 3
     _, result = shop.run(candidate, champion)
-    assert (result["version"], result["replaced_version"]) == (3, 2)
+    assert (result["version"], result["replaced_version"]) == (3, None)
     # And back, step by step, until there is nothing left to go back to.
     registry = shop.registry
     assert registry.roll_back("toy", "champion") == (3, 2)
@@ -744,6 +782,15 @@ def test_what_is_served_with_is_the_files_own_sampling(shop: Shop) -> None:
     assert sampling_fields(shop.config.generate) == {
         "sampler": {"name": "ancestral", "num_inference_steps": 4}
     }
+
+
+def test_what_a_file_of_chats_was_rendered_with_is_not_what_requests_are(shop: Shop) -> None:
+    section = GenerateConfig.model_validate(
+        {"sampler": {"name": "ancestral"}, "prompts": ["a.jsonl"], "add_generation_prompt": False}
+    )
+    fields = sampling_fields(section)
+    assert fields == {"sampler": {"name": "ancestral"}}
+    GenerateConfig.model_validate(fields)
 
 
 def test_an_alias_is_read_once_for_the_same_inputs(shop: Shop, history: Any) -> None:

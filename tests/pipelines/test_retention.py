@@ -12,10 +12,12 @@ from jobs import pipeline as pipeline_job
 from pipelines import lock
 from pipelines.record import last_runs
 from pipelines.retention import Item, clean, clean_held
+from pipelines.stage import Stage
 from tests.models.test_completion import block_checkpoint
 from tests.pipelines.test_promotion import registered
 from tests.pipelines.test_runner import Toy, toy  # noqa: F401  # a fixture
-from tokendiff.artifacts.locations import folders_in
+from tokendiff.artifacts.locations import Location, folders_in, mirror_of
+from tokendiff.artifacts.manifest import commit, is_committed
 from tokendiff.config.pipeline import Config, RunnerConfig, TrackingConfig
 from tokendiff.errors import InputError
 
@@ -56,6 +58,7 @@ def test_what_the_last_runs_used_stays_and_the_rest_goes(toy: Toy) -> None:  # n
     items = clean(config, toy.root)
     assert deleted(items) == expected
     assert all(item.num_bytes > 0 for item in items)
+    assert not any(mirror_of(item.path).exists() for item in items if not item.why)
     assert there(toy) == nights[2] | nights[3] | mine
     assert clean(config, toy.root) == [i for i in items if i.why]
     # What was deleted is made again, and what stayed is not.
@@ -97,8 +100,24 @@ def test_runs_that_fail_push_no_result_out(toy: Toy) -> None:  # noqa: F811
             night(toy, number)
     assert good <= there(toy)
     del toy.actions["model"]
-    last = night(toy, 4)
+    toy.config = keeping(toy.config, 2)
+    second = night(toy, 4)
+    assert good | second <= there(toy)
+    toy.config = keeping(toy.config, 1)
+    last = night(toy, 5)
     assert there(toy) == last  # each run that ends well cleans up after itself
+
+
+def test_a_run_that_ends_with_a_rejection_is_one_of_those_that_stay(toy: Toy) -> None:  # noqa: F811
+    toy.config = keeping(toy.config, 1)
+
+    def reject(stage: Stage) -> None:
+        (stage.output / "result.json").write_bytes(b'{"decision": "rejected"}')
+
+    night(toy, 0)
+    toy.actions["judge"] = reject
+    last = night(toy, 1)
+    assert there(toy) == last
 
 
 def test_cleaning_that_fails_fails_no_run(
@@ -144,6 +163,27 @@ def test_what_a_registered_version_holds_is_never_deleted(tmp_path: Path) -> Non
     (waiting / "mlflow.json").write_text(json.dumps({**state, "queue": [["tag", "a", "b"]]}))
     (item,) = [item for item in clean(config, root) if "evaluate" in item.path.name]
     assert item.why == "MLflow has yet to get its figures"
+
+
+def test_a_model_that_is_half_deleted_does_not_count(
+    toy: Toy,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    night(toy, 0)
+    final = toy.stages["model"].output / "final"
+    final.mkdir(parents=True, exist_ok=True)
+    (final / "weights").write_bytes(b"1")
+    commit(final, kind="checkpoint")
+    night(toy, 1)
+
+    def die(folder: Location, **options: object) -> None:
+        if folder == final.parent:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.retention.remove", die)
+    with pytest.raises(KeyboardInterrupt):
+        clean(keeping(toy.config, 1), toy.root)
+    assert not is_committed(final)
 
 
 def test_what_cannot_be_known_is_not_deleted(toy: Toy) -> None:  # noqa: F811
