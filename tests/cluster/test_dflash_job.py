@@ -157,6 +157,35 @@ def test_each_side_has_its_own_seconds(
     assert (measured["seconds_alone"], measured["seconds"]) == expected
 
 
+def test_rows_that_differ_in_a_later_token_are_not_the_same(
+    models: dict[str, str], prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = CompletionModel.samples
+
+    def samples(model: CompletionModel, *args: Any, **options: Any) -> list[dict[str, Any]]:
+        records = list(written(model, *args, **options))
+        records[0]["tokens"][-1] += 1
+        return records
+
+    monkeypatch.setattr(CompletionModel, "samples", samples)
+    sampler = {"draft_temperature": 0.0, "max_new_tokens": 4}
+    config = config_of(models, prompts=prompts, sampler=sampler)
+    rows = generation_rows(config)
+    records, measured = CompletionModel(config).measured(rows, is_target_first=True)
+    assert len(records[0]["tokens"]) - records[0]["num_prompt_tokens"] > 1
+    assert measured["same_rows"] == len(rows) - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_target_and_draft_are_held_in_the_precision_that_is_asked_for(
+    models: dict[str, str], dtype: torch.dtype
+) -> None:
+    precision = "bf16" if dtype == torch.bfloat16 else "no"
+    drafting: Any = CompletionModel(config_of(models, mixed_precision=precision))._model
+    for model in (drafting._draft, drafting.target.model):
+        assert {weight.dtype for weight in model.parameters()} == {dtype}
+
+
 def test_averaged_weights_of_a_draft_are_those_that_draft(
     models: dict[str, str], tmp_path: Path
 ) -> None:

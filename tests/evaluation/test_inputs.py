@@ -47,6 +47,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("mixed", bert, letter_tokenizer(V + 1)),
         ("target", causal, letter_tokenizer(V)),
         ("ar", causal, letter_tokenizer(V)),
+        ("larger", causal, larger),
         ("draft", _draft_of(causal), larger),
         ("headless", causal, letter_tokenizer(V)),
     ):
@@ -66,6 +67,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("model", {"objective": {"name": "mdlm"}}),
         ("mixed", {"objective": {"name": "mdlm"}}),
         ("ar", {"objective": {"name": "ar"}}),
+        ("larger", {"objective": {"name": "ar"}}),
         (
             "draft",
             {"objective": {"name": "dflash"}, "target_model_id": str(folder / "target")},
@@ -104,6 +106,7 @@ def _draft_of(target: Any) -> Any:
         ({"checkpoint": "model", "data": "other-rows"}, {}, "made with another tokenizer"),
         ({"checkpoint": "model", "data": "one-row"}, {}, "has 1 row, and an evaluation takes"),
         ({"checkpoint": "draft", "data": "beyond"}, {}, "up to id 16 .<repo>., but .* has 16 emb"),
+        ({"checkpoint": "larger", "data": "beyond"}, {}, "up to id 16, and .* has 16 embeddings"),
         ({"checkpoint": "model", "samples": "rows"}, {}, "holds 'tokens', expected 'samples'"),
         ({"checkpoint": "model", "samples": "/no"}, {}, "/no: no committed samples there"),
         ({"checkpoint": "model", "samples": "samples"}, {}, "samples of another, not of"),

@@ -30,6 +30,7 @@ from pipelines.graph import Variant
 from pipelines.interrupt import Interrupt
 from pipelines.lock import alone
 from pipelines.record import RunRecord, StageRecord, last_runs
+from pipelines.registered import PinnedModels
 from pipelines.runner import Plan, run_variants
 from pipelines.schedule import Selection, plan_steps, read_facts, write_facts
 from pipelines.stage import Stage
@@ -164,6 +165,18 @@ def test_from_a_stage_on(toy: Toy, selection: dict[str, tuple[str, ...]], ran: l
         toy.run(end=("model",))
     toy.run(**selection)
     assert toy.calls == ran
+
+
+def test_what_an_alias_stands_for_is_kept_before_the_first_stage_runs(toy: Toy) -> None:
+    """A run that is killed once it has moved the alias is gone on with, and reads it as before."""
+    models = {"models:/toy@champion": None}
+    kept = toy.root / "toy" / ".run" / "models.json"
+    read: list[Any] = []
+    toy.actions["data"] = lambda stage: read.append(json.loads(kept.read_text()))
+    pinned = PinnedModels(models=models, inputs="monday", moved={})
+    variants = [Variant(values={}, stages=list(toy.stages.values()))]
+    run_variants(toy.config, toy.root, variants, Selection(only=("data",)), pinned)
+    assert read == [{"monday": models}]
 
 
 def test_a_wrong_name_is_told_with_the_nearest(toy: Toy) -> None:
