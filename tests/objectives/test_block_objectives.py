@@ -250,6 +250,24 @@ def test_exact_mask_counts_estimate_the_same_bound_with_less_variance(block_leng
     assert np.std(nats[True]) < 0.6 * np.std(nats[False])
 
 
+@pytest.mark.parametrize(("exact", "share"), [(False, 0.5), (True, 1.0)])
+def test_weights_are_clipped_however_masks_are_drawn(exact: bool, share: float) -> None:
+    """All of them are at least 1 here, 1/t or n/l; times from `min_time` on are a share of all."""
+    objective = BlockDiffusion(
+        kernel=AbsorbingKernel(schedule=LogLinear(), mask_token_id=MASK),
+        block_length=4,
+        eos_token_id=EOS,
+        exact_mask_counts=exact,
+        min_time=0.5,
+        max_loss_weight=1.0,
+    )
+    generator = RowGenerator.for_rows(0, torch.arange(2), strata=torch.tensor([0.2, 0.7]))
+    output = objective.loss(tiny_model(), packed_batch(), generator)
+    nats = share * float(output.metrics["masked_nll"][0])
+    assert float(output.loss_sum.detach()) == pytest.approx(nats, rel=1e-5)
+    assert float(output.metrics["elbo"][0]) > 1.1 * nats
+
+
 @pytest.mark.parametrize("kernel", ["tiles", "dense"])
 def test_a_later_block_changes_no_bit_of_an_earlier_one(kernel: AttentionKernel) -> None:
     model = tiny_model(kernel)

@@ -41,14 +41,18 @@ def gradients(
     return output, [z if g is None else g for g, z in zip(found, zeros, strict=True)]
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.5])
 @pytest.mark.parametrize("name", BATCHES)
-def test_the_next_token_loss_alone_is_that_of_ar(name: str) -> None:
+def test_the_next_token_loss_alone_is_that_of_ar_as_it_is_weighted(
+    name: str, weight: float
+) -> None:
     batch, model = BATCHES[name](), tiny_model()
-    ours, here = gradients(blocks(ar_loss_weight=1.0, diffusion_loss_weight=0.0), batch, model)
+    ours, here = gradients(blocks(ar_loss_weight=weight, diffusion_loss_weight=0.0), batch, model)
     theirs, there = gradients(Autoregressive(), batch, model)
-    assert torch.equal(ours.loss_sum, theirs.loss_sum)
+    assert torch.equal(ours.loss_sum, weight * theirs.loss_sum)
     assert torch.equal(ours.num_tokens, theirs.num_tokens)
-    assert all(map(torch.equal, here, there))
+    for one, other in zip(here, there, strict=True):
+        assert torch.equal(one, weight * other)
 
 
 @pytest.mark.parametrize("restarts", [False, True])

@@ -422,6 +422,10 @@ def test_clipped_weights_change_the_loss_and_not_what_is_logged_as_the_bound() -
         for m in limits
     )
     assert whole == same > less > 0.0
+    halved = MDLM(kernel=mdlm, min_time=0.5, max_loss_weight=1.0)  # all weights, 1/t, are clipped
+    output = halved.loss_at(model, batch, x_t, t)
+    nats = float(output.metrics["masked_nll"][0])
+    assert float(output.loss_sum) == pytest.approx(0.5 * nats, rel=1e-5)
 
 
 # Through the head

@@ -33,6 +33,7 @@ from tokendiff.models.causal import CausalModel
 from tokendiff.objectives.autoregressive import Autoregressive, row_nats
 from tokendiff.objectives.block_diffusion import BlockDiffusion, encode_beside_clean
 from tokendiff.objectives.block_refinement import BlockRefinement
+from tokendiff.objectives.block_uniform import UniformBlockDiffusion
 from tokendiff.objectives.blocks import BlockSight, block_rows
 from tokendiff.objectives.dflash import DFlash, draw_anchors
 from tokendiff.objectives.draft_weights import decay_weights
@@ -461,6 +462,32 @@ def test_isolated_documents_are_told_to_the_denoiser(name: str) -> None:
             for each in (ours, theirs)
         ]
         assert torch.equal(bounds[0], bounds[1]) == isolates
+
+
+BY_TIME: dict[str, Any] = {
+    **WHOLE_ROWS,
+    "udlm, cross-entropy": TokenNoiseDiffusion(kernel=UNIFORM, loss_type="cross_entropy"),
+    "block_diffusion": BlockDiffusion(kernel=ABSORBING, **BLOCKS),
+    "block_uniform": UniformBlockDiffusion(kernel=UNIFORM, **BLOCKS),
+    "block_uniform, cross-entropy": UniformBlockDiffusion(
+        kernel=UNIFORM, loss_type="cross_entropy", **BLOCKS
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_TIME)
+def test_no_time_before_the_least_is_drawn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, seen = replace(BY_TIME[name], min_time=0.95), []
+
+    def loss_at(
+        _: Any, model: Any, rows: Any, x_t: Tensor, t: Tensor, *__: Any, **___: Any
+    ) -> None:
+        seen.append(t)
+
+    monkeypatch.setattr(type(objective), "loss_at", loss_at)
+    objective.loss(model_for(name), chats(), draws())
+    (t,) = seen
+    assert 0.95 <= float(t.min()) < float(t.max()) <= 1.0
 
 
 # Enumerated tables over (answer, prompt, answer).
