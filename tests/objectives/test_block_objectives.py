@@ -250,6 +250,24 @@ def test_exact_mask_counts_estimate_the_same_bound_with_less_variance(block_leng
     assert np.std(nats[True]) < 0.6 * np.std(nats[False])
 
 
+def test_the_probability_of_a_block_says_nothing_of_its_positions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    def loss_at(_: Any, model: Any, rows: Any, is_masked: torch.Tensor) -> None:
+        seen.append(is_masked)
+
+    monkeypatch.setattr(BlockRefinement, "loss_at", loss_at)
+    count = 600
+    batch = whole_rows(torch.full((count, 8), EOS))
+    generator = RowGenerator.for_rows(0, torch.arange(count))
+    objective = BlockRefinement(mask_token_id=MASK, block_length=4, eos_token_id=EOS)
+    objective.loss(tiny_model(), batch, generator)
+    shares = seen[0].double().mean(0)
+    assert shares.tolist() == pytest.approx([0.5] * 8, abs=0.08)
+
+
 @pytest.mark.parametrize(("exact", "share"), [(False, 0.5), (True, 1.0)])
 def test_weights_are_clipped_however_masks_are_drawn(exact: bool, share: float) -> None:
     """All of them are at least 1 here, 1/t or n/l; times from `min_time` on are a share of all."""
