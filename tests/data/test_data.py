@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tests.builders import letter_tokenizer, token_folder
+from tokendiff.artifacts.manifest import load_manifest
 from tokendiff.config.preprocess import PreprocessConfig
 from tokendiff.data import lines, packing
 from tokendiff.data.bad_rows import BadRow
@@ -679,6 +680,19 @@ def test_rows_are_those_of_packing_by_hand(max_length: int, rows_at_once: int) -
     assert packer.flush() is None
     as_lists = [(ids.tolist(), sizes.tolist()) for ids, sizes in documents]
     assert [row for rows in given for row in rows_of(rows)] == packed_by_hand(as_lists, max_length)
+
+
+def test_other_tokens_in_as_many_bytes_are_other_data(tmp_path: Path) -> None:
+    tokens = [list(range(4, 12)), list(range(5, 13))]
+    fingerprints = []
+    for name, rows in (("one", tokens), ("other", tokens[::-1])):
+        folder = token_folder(
+            tmp_path / name, files=[rows], max_length=8, tokenizer=letter_tokenizer()
+        )
+        fingerprints.append(TokenData.open(folder, split="train").fingerprint)
+    (one, other) = (load_manifest(tmp_path / name).files for name in ("one", "other"))
+    assert {n: e["size"] for n, e in one.items()} == {n: e["size"] for n, e in other.items()}
+    assert fingerprints[0] != fingerprints[1]
 
 
 def test_rows_know_where_their_documents_begin(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_from_a_stage_on(toy: Toy, selection: dict[str, tuple[str, ...]], ran: l
 
 def test_what_an_alias_stands_for_is_kept_before_the_first_stage_runs(toy: Toy) -> None:
     """A run that is killed once it has moved the alias is gone on with, and reads it as before."""
-    models = {"models:/toy@champion": None}
+    models: dict[str, Any] = {"models:/toy@champion": None}
     kept = toy.root / "toy" / ".run" / "models.json"
     read: list[Any] = []
     toy.actions["data"] = lambda stage: read.append(json.loads(kept.read_text()))
