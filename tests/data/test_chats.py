@@ -598,6 +598,8 @@ def test_one_longer_than_a_row_is_cut_at_its_end_or_dropped_and_counted(
     }
     targets = {23: [20, 21, 22], 64: list(range(20, 64))}  # of the answer, however it ends
     assert documents == {length: targets[length] for length in [23, 64][: 1 + cut]}
+    num_bytes = {len(row["tokens"]): row["num_bytes"] for row in table.to_pylist()}
+    assert num_bytes == {length: {23: 1, 64: 44}[length] for length in documents}  # b's that stay
 
 
 def documents_at(max_length: int, *talks: Conversation, **fields: Any) -> list[tuple[int, int]]:
