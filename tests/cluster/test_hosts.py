@@ -161,9 +161,7 @@ def test_gloo_listens_where_ray_does(
     interfaces["eth1"] = [Address("fe80::1"), Address(OTHER)]
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: interfaces)
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: address)
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    if given is not None:
-        monkeypatch.setenv("GLOO_SOCKET_IFNAME", given)
+    monkeypatch.setattr(os, "environ", {} if given is None else {"GLOO_SOCKET_IFNAME": given})
     asked: list[Any] = []
 
     class Workers:
@@ -179,7 +177,6 @@ def test_gloo_listens_where_ray_does(
     config.backend_cls().on_start(Workers(), config)
     assert asked == [process_group.name_interface, "start"]
     assert os.environ.get("GLOO_SOCKET_IFNAME") == named
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
 
 
 def test_workers_that_cannot_be_connected_give_their_room_back(
