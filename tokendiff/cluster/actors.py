@@ -105,6 +105,7 @@ class Crew:
             gpus=self.gpus_per_actor,
         )
         on_event("doing", what=f"starting {self.least} {self.what}{'s' * (self.least > 1)}")
+        driver = ray.util.get_node_ip_address()
         with (
             data_context(preserve_order=in_order),
             without_restart_warning(),
@@ -115,10 +116,7 @@ class Crew:
             )
             dataset = source.map_batches(
                 _OnNode,
-                fn_constructor_args=(
-                    *(worker, mark, ray.util.get_node_ip_address()),
-                    make_arguments(use_gpu),
-                ),
+                fn_constructor_args=(worker, mark, driver, make_arguments(use_gpu)),
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(min_size=self.least, max_size=self.most),
                 num_cpus=self.cluster.cpus_per_worker,

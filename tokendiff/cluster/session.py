@@ -271,7 +271,7 @@ def mark_in(folder: Location) -> Iterator[Path | None]:
     if not isinstance(folder, Path):
         yield None
         return
-    # What a killed driver leaves, `commit` deletes by this name.
+    # Named as a temporary file: what a killed driver leaves is never part of a result.
     mark = folder / f".seen.{uuid.uuid4().hex[:8]}.tmp"
     mark.touch()
     try:
