@@ -135,12 +135,19 @@ NO_TOKEN = (
     [
         ("UNAVAILABLE", "busy (really)", ConnectionError, "Google Cloud Error UNAVAILABLE: busy"),
         ("PERMISSION_DENIED", "no", PermissionError, "Google Cloud Error PERMISSION_DENIED: no"),
-        ("UNAVAILABLE", NO_TOKEN, PermissionError, "no credentials for Google Cloud; run 'gcloud"),
+        ("UNAVAILABLE", NO_TOKEN, PermissionError, "no valid credentials for Google Cloud; run"),
     ],
 )
 def test_errors_of_googles_store_are_told_in_short(
-    code: str, what: str, kind: type[OSError], told: str
+    code: str,
+    what: str,
+    kind: type[OSError],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # without a key
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
     is_permanent = code == "PERMISSION_DENIED"
     how = "Permanent error" if is_permanent else "Retry policy exhausted"
     words = GOOGLE.format(code=code, how=how, what=what)
@@ -151,6 +158,27 @@ def test_errors_of_googles_store_are_told_in_short(
     assert type(raised.value) is kind
     assert "gcloud-cpp" not in str(raised.value)
     assert str(raised.value).count(what) == (0 if what == NO_TOKEN else 1)
+    assert may_pass(raised.value) == (kind is ConnectionError)
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (NO_TOKEN, ConnectionError),
+        (NO_TOKEN.split("PerformWork")[0] + "invalid_grant", PermissionError),
+    ],
+)
+def test_a_key_of_google_that_cannot_be_shown_is_not_a_key_that_is_missing(
+    words: str, kind: type[OSError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyarrow's words are the same where the network is away."""
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    how = "Retry policy exhausted" if kind is ConnectionError else "Permanent error"
+    code = "UNAVAILABLE" if kind is ConnectionError else "UNAUTHENTICATED"
+    with pytest.raises(OSError, match=r"^gs://b/x: ") as raised, locations._named("gs://b/x"):
+        raise OSError(GOOGLE.format(code=code, how=how, what=words))
+    assert type(raised.value) is kind
+    assert ("no valid credentials" in str(raised.value)) == (kind is PermissionError)
     assert may_pass(raised.value) == (kind is ConnectionError)
 
 

@@ -37,12 +37,11 @@ _THREADS = 8
 _PASSING = re.compile(
     r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|REQUEST_TIMEOUT|THROTTLING|"
     r"INTERNAL_FAILURE|UNKNOWN \(HTTP status (429|5\d\d)\))"
-    r"|google::cloud::Status\((?!.*OAuth2 access token)"
-    r"(UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|ABORTED|RESOURCE_EXHAUSTED):"
+    r"|google::cloud::Status\((UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|ABORTED|RESOURCE_EXHAUSTED):"
 )
-_NO_CREDENTIALS = "Could not create a OAuth2 access token"
+_NO_TOKEN = "Could not create a OAuth2 access token"
 _REFUSED = re.compile(
-    r"AWS Error (ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH)|" + _NO_CREDENTIALS
+    r"AWS Error (ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH)|" + _NO_TOKEN
 )
 # What of Google's words is for a user.
 _GOOGLE = re.compile(
@@ -546,7 +545,18 @@ def _filesystem(scheme: str, bucket: str, pid: int) -> tuple[Any, str]:
 
 def is_store_down(error: OSError) -> bool:
     """Whether pyarrow says that a store is down or overloaded, and so may be well again later."""
-    return _PASSING.search(str(error)) is not None
+    words = str(error)
+    if _NO_TOKEN in words:
+        return "CURL error" in words and _has_google_key()
+    return _PASSING.search(words) is not None
+
+
+def _has_google_key() -> bool:
+    """Whether there is one where Google's client looks for it. Without any, it asks the cloud's own
+    machine; that this is none looks, in its errors, as if the network were away.
+    """
+    kept = os.path.expanduser("~/.config/gcloud/application_default_credentials.json")
+    return bool(os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")) or os.path.isfile(kept)
 
 
 @contextmanager
@@ -575,10 +585,10 @@ def _named(uri: str) -> Iterator[None]:
 def _words(error: OSError) -> str:
     """What a store says, without what is for its programmers."""
     words = str(error).split("\n")[0]
-    if _NO_CREDENTIALS in words:
+    if _NO_TOKEN in words and not is_store_down(error):
         return (
-            "no credentials for Google Cloud; run 'gcloud auth application-default login', or set "
-            "GOOGLE_APPLICATION_CREDENTIALS to the key file of a service account"
+            "no valid credentials for Google Cloud; run 'gcloud auth application-default login', "
+            "or set GOOGLE_APPLICATION_CREDENTIALS to the key file of a service account"
         )
     found = _GOOGLE.search(words)
     return words if found is None else f"Google Cloud Error {found['code']}: {found['words']}"
