@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -122,13 +123,24 @@ def run_patiently(
                 stage, mirror, tags={**(tags or {}), "attempt": attempt}, has_bar=has_bar
             )
 
-    def tell(reason: str, wait: float) -> None:
-        print(f"{stage.title}  failed ({reason}); trying again in {wait:g} s", flush=True)
-
     result, attempts = with_retries(
-        once, max_retries=retries, wait_s=runner.retry_wait_s, on_retry=tell
+        once, max_retries=retries, wait_s=runner.retry_wait_s, on_retry=partial(_tell_retry, stage)
     )
     return Outcome(result=result, attempts=attempts, seconds=time.monotonic() - started)
+
+
+def check_patiently(stage: Stage, runner: RunnerConfig) -> None:
+    """`stage.check`, again after failures that may pass."""
+    with_retries(
+        partial(stage.check, stage),
+        max_retries=runner.max_retries if stage.max_retries is None else stage.max_retries,
+        wait_s=runner.retry_wait_s,
+        on_retry=partial(_tell_retry, stage),
+    )
+
+
+def _tell_retry(stage: Stage, reason: str, wait: float) -> None:
+    print(f"{stage.title}  failed ({reason}); trying again in {wait:g} s", flush=True)
 
 
 def figures_of(title: str, result: Mapping[str, Any]) -> dict[str, float]:

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.comparison import comparison_rows, write_comparison
-from pipelines.execution import ChildStage, Outcome, figures_of, run_patiently, run_stage
+from pipelines.execution import (
+    ChildStage,
+    Outcome,
+    check_patiently,
+    figures_of,
+    run_patiently,
+    run_stage,
+)
 from pipelines.graph import Variant, pipeline_stages, pipeline_variants
 from pipelines.lock import Hold, alone, alone_on_cluster
 from pipelines.paths import output_path
@@ -47,7 +54,7 @@ from tokendiff.cluster.stopping import (
     sigterm_stops,
     words_of,
 )
-from tokendiff.config.pipeline import Config
+from tokendiff.config.pipeline import Config, RunnerConfig
 from tokendiff.data.rows import check_rows_to_judge
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.tracking.mlflow_mirror import MlflowMirror
@@ -163,7 +170,7 @@ def run_variants(
         pinned.keep(folder)
         record = RunRecord.begin(config, folder, [_record_of(step) for step in steps])
         with _concluded(record), hold.told():
-            _check(steps, record)
+            _check(steps, record, config.runner)
             mirror = stack.enter_context(_parent_run(config, root, record))
             run = _Run(
                 config=config,
@@ -188,13 +195,16 @@ def run_variants(
     return record
 
 
-def _check(steps: Sequence[Step], record: RunRecord) -> None:
-    """Raise InputError where a stage that is to run cannot, as far as that is known by now."""
+def _check(steps: Sequence[Step], record: RunRecord, runner: RunnerConfig) -> None:
+    """Raise InputError where a stage that is to run cannot, as far as that is known by now.
+
+    Models and datasets are looked for at a hub, which is asked again where it does not answer.
+    """
     for step in steps:
         if step.state in ("run", "resume"):
             try:
-                step.stage.check(step.stage)
-            except (InputError, CorruptFileError) as error:
+                check_patiently(step.stage, runner)
+            except (InputError, CorruptFileError, ConnectionError) as error:
                 record.of(step.stage.title).state = "failed"
                 record.of(step.stage.title).why = str(error).split("\n")[0]
                 raise

@@ -11,6 +11,14 @@ _NO_MEMORY = (
 )
 
 
+# Of httpx and requests, which clients of a hub ask with; found by name, to import neither.
+_CLIENTS = ("httpx", "httpx2", "requests")
+_UNANSWERED = {
+    *("NetworkError", "TimeoutException", "RemoteProtocolError", "ProxyError"),
+    *("ConnectionError", "Timeout", "ChunkedEncodingError"),
+}
+
+
 class InputError(ValueError):
     """What the user gave cannot be used as it stands: a config, a file, a column, a model.
 
@@ -25,7 +33,8 @@ class CorruptFileError(OSError):
 @contextmanager
 def input_errors(problem: str, remedy: str) -> Iterator[None]:
     """What a library raises in this block, at a thing that the user named, becomes an InputError:
-    the problem, what the library said, the remedy.
+    the problem, what the library said, the remedy. Where a server did not answer it becomes a
+    ConnectionError, because the same input may well do later.
 
     Libraries that read models raise whatever comes of a file that is not what it should be: a
     TypeError or AttributeError of their own code, and classes that nobody can list.
@@ -35,7 +44,49 @@ def input_errors(problem: str, remedy: str) -> Iterator[None]:
     except (InputError, CorruptFileError, MemoryError):
         raise
     except Exception as error:
+        raise_outage(error, problem)
         raise InputError(f"{problem} ({reason_of(error)}); {remedy}") from error
+
+
+def raise_outage(error: BaseException, problem: str) -> None:
+    """Raise a ConnectionError where a library failed because a server did not answer."""
+    if (outage := outage_behind(error)) is not None:
+        raise ConnectionError(
+            f"{problem}: the server does not answer as it should ({first_line(outage)})"
+        ) from error
+
+
+def outage_behind(error: BaseException) -> BaseException | None:
+    """What says that a server was down, overloaded or cut off, among an error and all that led to
+    it; None where nothing does.
+
+    What was raised `from None` is looked at too: libraries say that a file is not there, and hide
+    that they could not ask.
+    """
+    waiting: list[BaseException | None] = [error]
+    seen: list[BaseException] = []
+    found = None
+    while waiting:
+        current = waiting.pop()
+        if current is None or current in seen:
+            continue
+        seen.append(current)
+        if "OfflineModeIsEnabled" in f"{type(current).__name__}: {current}":
+            return None  # nobody was asked, nor will be
+        if found is None and _is_unanswered(current):
+            found = current
+        waiting += [current.__context__, current.__cause__]
+    return found
+
+
+def _is_unanswered(error: BaseException) -> bool:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(status, int):
+        return status == 429 or status >= 500
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    kinds = type(error).__mro__
+    return any(k.__module__.split(".")[0] in _CLIENTS and k.__name__ in _UNANSWERED for k in kinds)
 
 
 def first_line(error: BaseException) -> str:

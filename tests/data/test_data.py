@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub.utils import httpx
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -28,7 +29,7 @@ from tokendiff.data.rows import TokenData
 from tokendiff.data.sources import plan_input, plan_partitions, read_documents
 from tokendiff.data.tokenizers import build_tokenizer, open_tokenizer
 from tokendiff.diffusion.interfaces import TokenBatch
-from tokendiff.errors import InputError
+from tokendiff.errors import InputError, outage_behind
 
 NASTY = [
     "plain words, nothing else",
@@ -440,6 +441,42 @@ def test_a_dataset_that_cannot_be_had_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match=said):
         plan_partitions(config(dataset_name=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (httpx.ReadError("cut off"), ConnectionError),
+        (httpx.RemoteProtocolError("cut off"), ConnectionError),
+        (ConnectionError("no/such is not reached (LocalEntryNotFoundError)"), ConnectionError),
+        (ConnectionError("no/such is not reached (OfflineModeIsEnabled)"), InputError),
+        (httpx.UnsupportedProtocol("no http"), httpx.UnsupportedProtocol),  # with its traceback
+    ],
+)
+def test_a_hub_that_does_not_answer_for_a_dataset_is_no_bad_input(
+    raised: Exception, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: Any, **kwargs: Any) -> Any:
+        raise raised
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(expected) as caught:
+        plan_partitions(config(dataset_name="no/such"))
+    assert caught.type is expected
+    assert "'no/such'" in str(caught.value) or caught.value is raised
+
+
+def test_a_hub_that_could_not_be_asked_is_found_behind_a_file_that_is_not_there() -> None:
+    def say_that_nothing_is_there() -> None:  # as `datasets` does
+        try:
+            raise httpx.ConnectError("connection refused")
+        except httpx.ConnectError:
+            raise FileNotFoundError("no data file") from None
+
+    with pytest.raises(FileNotFoundError) as caught:
+        say_that_nothing_is_there()
+    assert isinstance(outage_behind(caught.value), httpx.ConnectError)
+    assert outage_behind(FileNotFoundError("no data file")) is None
 
 
 def tokenized(

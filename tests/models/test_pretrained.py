@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import _CACHED_NO_EXIST
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import httpx
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,10 +27,11 @@ from transformers import (
 )
 
 from tests.builders import letter_tokenizer, tiny_causal
-from tokendiff.errors import InputError
+from tokendiff.data.tokenizers import open_tokenizer
+from tokendiff.errors import InputError, input_errors
 from tokendiff.evaluation.reference import check_reference, generative_perplexity
 from tokendiff.models.checkpoints import load_for_inference
-from tokendiff.models.decoding import open_causal, open_causal_config
+from tokendiff.models.decoding import find_stop_tokens, open_causal, open_causal_config
 from tokendiff.models.dflash.planning import DraftPlan, new_draft_config, open_target_config
 from tokendiff.models.dflash.trainee import load_trainee
 from tokendiff.models.opening import load_causal_denoiser, load_denoiser
@@ -354,3 +358,54 @@ def test_weights_are_those_of_transformers(tmp_path: Path) -> None:
     expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     torch.testing.assert_close(weights.complete().state_dict(), expected.state_dict())
     assert (weights.missing, weights.unused, weights.missing_share) == ([], [], 0.0)
+
+
+def unanswered(status: int = 503) -> Exception:
+    """What huggingface_hub raises where a hub does not answer and its cache lacks the file."""
+    url = httpx.Request("HEAD", "https://hub.example/org/model/resolve/main/config.json")
+    error = LocalEntryNotFoundError("not in the cache")
+    error.__cause__ = HfHubHTTPError(
+        f"{status} Server Error", response=httpx.Response(status, request=url)
+    )
+    return error
+
+
+def test_a_hub_that_does_not_answer_is_no_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*args: Any, **kwargs: Any) -> str:
+        raise unanswered()
+
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", download)
+    monkeypatch.setattr("transformers.utils.hub.snapshot_download", download)
+    for opened in (open_config, open_tokenizer):
+        with pytest.raises(ConnectionError, match=r"model_id 'org/model'.*503 Server Error"):
+            opened("org/model", field="model_id", remedy="give another")
+    config = tiny_causal(vocab_size=V).config
+    with pytest.raises(ConnectionError, match=r"weights cannot be read.*503 Server Error"):
+        open_weights(
+            AutoModelForCausalLM, "org/model", config, field="model_id", dtype=torch.float32
+        )
+
+
+def test_what_ends_an_answer_is_not_forgotten_where_the_hub_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, tokenizer = tiny_causal(vocab_size=V).config, letter_tokenizer(V)
+    without = find_stop_tokens("org/model", config, tokenizer)  # offline: nobody is asked
+
+    def download(*args: Any, **kwargs: Any) -> str:
+        raise unanswered()
+
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", download)
+    with pytest.raises(ConnectionError, match=r"generation_config.json of 'org/model'"):
+        find_stop_tokens("org/model", config, tokenizer)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: _CACHED_NO_EXIST)
+    assert find_stop_tokens("org/model", config, tokenizer) == without
+
+
+@pytest.mark.parametrize(("status", "is_outage"), [(401, False), (404, False), (429, True)])
+def test_what_a_hub_refuses_is_bad_input(status: int, is_outage: bool) -> None:
+    with (
+        pytest.raises(ConnectionError if is_outage else InputError, match="cannot be opened"),
+        input_errors("model_id 'org/model' cannot be opened", "give another"),
+    ):
+        raise unanswered(status)

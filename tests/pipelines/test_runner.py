@@ -521,6 +521,25 @@ def test_a_stage_is_tried_again_and_its_own_number_goes_first(toy: Toy) -> None:
     assert toy.calls == ["model"]
 
 
+def test_a_server_that_is_away_while_a_stage_is_checked_is_asked_again(toy: Toy) -> None:
+    failures = ["once", "twice"]
+
+    def check(stage: Stage) -> None:
+        if failures:
+            raise ConnectionError(failures.pop())
+
+    toy.add("model", "data", check=check)
+    assert toy.run().state == "succeeded"
+    failures[:] = ["once", "twice", "and again"]
+    toy.add("model", "data", settings={"other": True}, check=check)
+    with pytest.raises(ConnectionError):
+        toy.run()
+    assert toy.calls == []
+    record = toy.result_json()
+    assert (record["state"], record["exit_code"]) == ("failed", 1)
+    assert {"stage": "model", "state": "failed"}.items() <= record["stages"][1].items()
+
+
 # Timeouts.
 
 

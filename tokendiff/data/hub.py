@@ -9,7 +9,7 @@ from tokendiff.config.preprocess import FILE_FORMATS
 from tokendiff.data.bad_rows import Document
 from tokendiff.data.columns import arrow_cells, arrow_path, row_place, texts_of
 from tokendiff.data.partition import Piece
-from tokendiff.errors import InputError
+from tokendiff.errors import InputError, raise_outage
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,6 +22,7 @@ def open_dataset(name: str, config_name: str | None, split: str) -> "Dataset":
 
     Raises:
         InputError: no such dataset, configuration or split, or its files cannot be read.
+        ConnectionError: the hub does not answer, and the dataset is not in the cache.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -37,12 +38,14 @@ def open_dataset(name: str, config_name: str | None, split: str) -> "Dataset":
         return load_dataset(name, config_name, split=split)
     except InputError:
         raise
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of the client of a hub too, whose errors have no class in common
+        place = f"dataset_name {name!r}, dataset_config_name {config_name!r}, "
+        place += f"dataset_split {split!r}"
+        raise_outage(error, place)
+        if not isinstance(error, DatasetsError | OSError | ValueError | RuntimeError):
+            raise
         reason = " ".join(str(error.__cause__ or error).split())
-        raise InputError(
-            f"dataset_name {name!r}, dataset_config_name {config_name!r}, dataset_split {split!r}: "
-            f"{reason}{_remedy(error)}"
-        ) from error
+        raise InputError(f"{place}: {reason}{_remedy(error)}") from error
 
 
 def dataset_columns(name: str, config_name: str | None, split: str) -> list[str]:

@@ -1,6 +1,5 @@
 """A causal language model by name, opened for decoding with a cache, and tried."""
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG, local_model
 from tokendiff.data.tokenizers import MASK_TOKENS, open_tokenizer
 from tokendiff.diffusion.attention_masks import block_causal_by_position, causal_by_position
-from tokendiff.errors import InputError, input_errors, reason_of
+from tokendiff.errors import InputError, input_errors, raise_outage, reason_of
 from tokendiff.models.causal import CausalModel, check_layers
 from tokendiff.models.diffusion_gemma import (
     MODEL_TYPE,
@@ -142,6 +141,7 @@ def find_stop_tokens(name: str, config: Any, tokenizer: Any) -> tuple[int, ...]:
 
     Raises:
         InputError: the model's folder has a generation config that cannot be read.
+        ConnectionError: the hub does not say whether it has one.
     """
     from transformers import GenerationConfig
 
@@ -150,14 +150,24 @@ def find_stop_tokens(name: str, config: Any, tokenizer: Any) -> tuple[int, ...]:
         with input_errors(f"{path} cannot be read", "mend or delete it"):
             config = GenerationConfig.from_pretrained(path.parent)
     elif not path.parent.is_dir():
-        with suppress(OSError):  # the hub has none
+        try:
             config = GenerationConfig.from_pretrained(name)
+        except OSError as error:  # the hub has none, or could not be asked
+            if not _is_known_missing(name, path.name):
+                raise_outage(error, f"{path.name} of {name!r} cannot be read")
     own = getattr(config, "eos_token_id", None)
     if own is None and hasattr(config, "get_text_config"):
         own = getattr(config.get_text_config(), "eos_token_id", None)
     found = [tokenizer.eos_token_id, own]
     listed = [value if isinstance(value, list | tuple) else [value] for value in found]
     return tuple(sorted({index for values in listed for index in values if index is not None}))
+
+
+def _is_known_missing(name: str, file: str) -> bool:
+    """Whether the hub has said before that a model has no such file."""
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
+    return try_to_load_from_cache(name, file) is _CACHED_NO_EXIST
 
 
 @torch.no_grad()

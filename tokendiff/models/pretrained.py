@@ -20,7 +20,7 @@ from tokendiff.artifacts.model_folders import (
     longest_row,
 )
 from tokendiff.data.tokenizers import errors_alone
-from tokendiff.errors import InputError, input_errors
+from tokendiff.errors import InputError, input_errors, raise_outage
 from tokendiff.models.families import (
     PUBLISHED_TYPES,
     family_of,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 _NO_WEIGHTS = "give a folder that holds them, or a hub name"
+_WEIGHTS_NAME = "model.safetensors"
 _SHOWN = 3
 
 
@@ -133,11 +134,25 @@ def _cached_weights(name: str) -> list[Path]:
         found: str | None = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
         return found
 
-    index = cached("model.safetensors.index.json")
-    names = ["model.safetensors"]
+    index = cached(f"{_WEIGHTS_NAME}.index.json")
+    names = [_WEIGHTS_NAME]
     if index is not None:
         names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
     return [Path(path) for file in names if (path := cached(file)) is not None]
+
+
+def _ask_for_weights(name: str) -> None:
+    """Raise the error of a hub that does not answer: where transformers could not ask for weights
+    it says that there are none.
+    """
+    from transformers.utils import cached_file
+
+    if Path(name).is_dir():
+        return
+    try:
+        cached_file(name, _WEIGHTS_NAME)
+    except OSError as error:
+        raise_outage(error, f"{_WEIGHTS_NAME} of {name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +234,7 @@ def open_weights(
     Raises:
         InputError: there are no weights, or they cannot be read, or have other shapes than the
             config says.
+        ConnectionError: the hub does not answer, and the weights are not in its cache.
     """
     check_weights(name, field=field, remedy=remedy)
     folder, origin = local_model(name), f"{field} {name!r}"
@@ -230,15 +246,19 @@ def open_weights(
         quietly(),
         input_errors(f"{origin}: weights cannot be read", "give files that are whole"),
     ):
-        model, info = model_class.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            key_mapping=own_names or None,
-            ignore_mismatched_sizes=True,  # said below, with the names
-        )
+        try:
+            model, info = model_class.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                key_mapping=own_names or None,
+                ignore_mismatched_sizes=True,  # said below, with the names
+            )
+        except OSError:
+            _ask_for_weights(folder)
+            raise
     if own_names:
         model._weight_conversions = None  # it is the layout that names weights in files again
     if mismatched := sorted(info["mismatched_keys"]):
