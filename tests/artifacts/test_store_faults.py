@@ -5,7 +5,7 @@ they are about.
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,11 @@ from tokendiff.artifacts.checkpoint import KIND, find_checkpoint
 from tokendiff.artifacts.locations import RemotePath, files_under, open_binary
 from tokendiff.artifacts.manifest import commit, publish, sha256_of, verify
 from tokendiff.cluster.preprocess import _check_files
+from tokendiff.config.preprocess import PreprocessConfig
+from tokendiff.data.files import find_files, parquet_columns, read_lines
+from tokendiff.data.partition import Piece
+from tokendiff.data.prompt_index import PromptFile, prompt_paths
+from tokendiff.data.sources import trained_on
 from tokendiff.errors import CorruptFileError, InputError
 
 
@@ -116,6 +121,41 @@ def test_errors_in_mid_reading_name_the_object(
     # What else fails while the file is open is not the store's.
     with pytest.raises(OSError, match=r"^disk$"), open_binary(RemotePath("s3://b/x")):
         raise OSError("disk")
+
+
+class Unanswered(Exception):
+    """As the client of a store behind an fsspec package raises it: a class of its own."""
+
+    response = SimpleNamespace(status_code=503)
+
+
+@pytest.mark.parametrize("words", ["AWS Error SLOW_DOWN during GetObject operation", None])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: find_files(["s3://b/*.jsonl"]),
+        lambda: list(read_lines(Piece(path="s3://b/x.txt", start=0, stop=9, num_bytes=9))),
+        lambda: list(read_lines(Piece(path="s3://b/x.txt.gz", start=0, stop=9, num_bytes=9))),
+        lambda: parquet_columns("s3://b/x.parquet"),
+        lambda: prompt_paths(["s3://b/*.jsonl"]),
+        lambda: PromptFile.index("s3://b/x.jsonl"),
+        lambda: PromptFile.index("s3://b/x.parquet"),
+        lambda: trained_on(
+            PreprocessConfig(dataset_name="text", data_files=["x"], new_since="s3://b/x.json")
+        ),
+    ],
+)
+def test_text_that_a_store_which_is_down_holds_is_no_bad_input(
+    read: Callable[[], Any], words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise Unanswered("503 Server Error") if words is None else OSError(words)
+
+    files = SimpleNamespace(open_input_file=fail, get_file_info=fail)
+    monkeypatch.setattr(locations, "_resolve", lambda uri: (files, uri))
+    with pytest.raises(ConnectionError, match=f"s3://b/.*{words or '503 Server Error'}") as raised:
+        read()
+    assert may_pass(raised.value)
 
 
 # As pyarrow 25 gives them, with the answers of a server; the middle is cut.

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from tokendiff.errors import CorruptFileError, InputError, naming, reason_of
+from tokendiff.errors import CorruptFileError, InputError, naming, outage_behind, reason_of
 
 CACHE_VARIABLE = "TOKENDIFF_CACHE"
 _URI = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -571,7 +571,7 @@ def _named(uri: str) -> Iterator[None]:
         raise FileNotFoundError(f"{uri}: no such file") from None
     except OSError as error:
         kind: type[OSError] = OSError
-        if is_store_down(error) or isinstance(error, ConnectionError | TimeoutError):
+        if is_store_down(error) or outage_behind(error) is not None:
             kind = ConnectionError
         elif _REFUSED.search(str(error)) or isinstance(error, PermissionError):
             kind = PermissionError
@@ -579,7 +579,8 @@ def _named(uri: str) -> Iterator[None]:
     except (InputError, MemoryError, AttributeError, NameError, TypeError):
         raise  # the last three are mistakes of a program, which need their traceback
     except Exception as error:
-        raise OSError(f"{uri}: {reason_of(error)}") from error
+        kind = OSError if outage_behind(error) is None else ConnectionError
+        raise kind(f"{uri}: {reason_of(error)}") from error
 
 
 def _words(error: OSError) -> str:

@@ -83,6 +83,8 @@ def _refuse_nameless(path: str) -> None:
 def _remote_files(pattern: str) -> list[str]:
     try:
         files = glob_files(pattern)
+    except ConnectionError:
+        raise
     except OSError as error:
         raise InputError(f"data_files {pattern!r}: cannot be listed ({error})") from error
     if not files:
@@ -305,6 +307,8 @@ def _opened_parquet(path: str) -> Iterator[Any]:
             pq.ParquetFile(source, pre_buffer=False, buffer_size=BUFFER_BYTES) as file,
         ):
             yield file
+    except ConnectionError:  # the store is down, and the file may be well
+        raise
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable parquet file ({error})") from error
 

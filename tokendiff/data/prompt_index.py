@@ -90,6 +90,8 @@ class PromptFile:
             if suffix in _JSON_SUFFIXES:
                 refuse_array(path)
             return cls._index_lines(path)
+        except ConnectionError:  # the store is down, and the file may be well
+            raise
         except OSError as error:
             raise InputError(
                 f"prompts {path}: cannot be read ({error}); copy the file here again, or leave "
@@ -259,6 +261,8 @@ def prompt_paths(patterns: Iterable[str]) -> list[str]:
         if is_uri(pattern):
             try:
                 paths = glob_files(pattern)
+            except ConnectionError:
+                raise
             except OSError as error:
                 raise InputError(f"prompts {pattern}: cannot be listed ({error})") from error
         else:
@@ -327,6 +331,8 @@ def _parquet(path: str) -> Iterator[Any]:
                     f"{', '.join(file.schema_arrow.names)}"
                 )
             yield file
+    except ConnectionError:
+        raise
     except (OSError, pa.ArrowInvalid) as error:
         raise InputError(f"prompts {path}: cannot be read as Parquet ({error})") from error
 

@@ -93,6 +93,8 @@ def trained_on(config: "PreprocessConfig") -> list[list[Any]]:
         return []
     try:
         identities: list[list[Any]] = json.loads(location(config.new_since).read_text())
+    except ConnectionError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(
             f"new_since {config.new_since}: not a list of files ({error}); write models:/NAME@ALIAS"

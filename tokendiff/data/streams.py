@@ -102,6 +102,8 @@ def open_stream(path: str) -> Iterator["io.BufferedReader[Any]"]:
         with _decompressed(path) as file:
             _refuse_no_text(_head_of(file, path), path)
             yield file
+    except ConnectionError:  # the store is down, and the file may be well
+        raise
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise InputError(
             f"{path}: cannot be read ({error}); copy the file here again, or leave it out"
