@@ -63,6 +63,14 @@ def test_inputs_of_stages(folders: dict[str, Path]) -> None:
     assert found == [plain, MANIFEST_OF_COMMITTED, [CONFIG], [*plain, NOISE]]
 
 
+def test_when_a_folder_was_downloaded_is_no_part_of_it(folders: dict[str, Path]) -> None:
+    folder = folders["plain"]
+    records = folder / ".cache" / "huggingface" / "download"  # as `hf download` keeps them
+    records.mkdir(parents=True)
+    (records / "config.json.metadata").write_text("6c71fef\n6f38b1\n1796029711.5\n")
+    assert identity_of(str(folder)) == [[CONFIG, WEIGHTS, WORDS]]
+
+
 def test_checkpoints(folders: dict[str, Path]) -> None:
     assert checkpoint_identity(folders["committed"]) == MANIFEST_OF_COMMITTED
     assert checkpoint_identity(folders["foreign"]) == FOREIGN_CHECKPOINT

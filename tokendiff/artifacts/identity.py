@@ -13,6 +13,7 @@ from tokendiff.artifacts.manifest import fingerprint, is_committed, load_manifes
 from tokendiff.artifacts.model_folders import is_foreign, local_model
 
 _HASHED_BYTES = 64 << 20
+_DOWNLOADS = ".cache/huggingface/"
 
 
 def file_identity(path: Location) -> list[Any]:
@@ -41,6 +42,9 @@ def _remembered_sha256(path: Path, size: int, changed: int) -> str:
 def identity_of(*names: str | None) -> list[Any]:
     """The content of those of `names` that are on this machine, so that changed text is another
     input.
+
+    What `hf download` keeps beside a folder's files, to go on where it was cut off, is none of it:
+    it says when each was downloaded.
     """
     found: list[Any] = []
     for name in names:
@@ -48,7 +52,9 @@ def identity_of(*names: str | None) -> list[Any]:
         if path is not None and is_committed(path):
             found.append(fingerprint(load_manifest(path).files))
         elif path is not None and path.exists():
-            files = [path] if path.is_file() else [path / name for name in files_under(path)]
+            inside = () if path.is_file() else files_under(path)
+            files = [path / file for file in inside if not file.startswith(_DOWNLOADS)]
+            files = [path] if path.is_file() else files
             found.append([file_identity(file) for file in files])
     return found
 
