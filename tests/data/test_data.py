@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.utils import httpx
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
@@ -464,6 +465,17 @@ def test_a_hub_that_does_not_answer_for_a_dataset_is_no_bad_input(
         plan_partitions(config(dataset_name="no/such"))
     assert caught.type is expected
     assert "'no/such'" in str(caught.value) or caught.value is raised
+
+
+def test_a_dataset_that_the_hub_does_not_show_may_need_a_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(*args: Any, **kwargs: Any) -> Any:
+        raise DatasetNotFoundError("Dataset 'no/such' is a gated dataset on the Hub.")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(InputError, match=r"gated dataset on the Hub.; .* set HF_TOKEN"):
+        plan_partitions(config(dataset_name="no/such"))
 
 
 def test_a_hub_that_could_not_be_asked_is_found_behind_a_file_that_is_not_there() -> None:

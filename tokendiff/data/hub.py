@@ -158,8 +158,13 @@ def _load_from_disk(folder: str, config_name: str | None, split: str) -> "Datase
 
 
 def _remedy(error: Exception) -> str:
-    from datasets.exceptions import DatasetGenerationError
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+    if isinstance(error, DatasetNotFoundError):
+        return (
+            "; give a hub name or a folder with data files, and for a private or gated dataset set "
+            "HF_TOKEN to a token that may read it"
+        )
     if isinstance(error, ConnectionError):
         return "; give a local folder, or load the dataset once while the hub can be reached"
     if isinstance(error, FileNotFoundError):
