@@ -222,7 +222,7 @@ def test_fewer_threads_are_advised_where_others_keep_the_cores_busy(
     assert (advice is not None) == is_given
     if advice is not None:
         assert "8 processes wanted its 2 cores" in advice
-        assert "threads_per_worker 1 may be faster" in advice
+        assert "with -o cluster.threads_per_worker=1 may be faster" in advice
 
 
 def test_ray_is_started_with_the_cores_that_this_process_may_use(

@@ -485,8 +485,8 @@ def advice_on_threads(config: "ClusterConfig") -> str | None:
         return None
     return (
         f"this machine is busy: over the last minute {load:.0f} processes wanted its {cores} "
-        f"cores, and each step waits for the last of {threads} threads; threads_per_worker 1 may "
-        "be faster"
+        f"cores, and each step waits for the last of {threads} threads; the same command with "
+        "-o cluster.threads_per_worker=1 may be faster, and goes on where this one is stopped"
     )
 
 
