@@ -209,7 +209,7 @@ def fail(message: str) -> int:
 def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     """The last thing on stdout: one line of JSON, or else a line per entry that has a value.
 
-    JSON has no NaN and no infinity: they become null.
+    JSON has every digit. It has no NaN and no infinity: they become null.
     """
     if as_json:
         finite = json.loads(json.dumps(result, default=str), parse_constant=lambda _: None)
@@ -217,7 +217,15 @@ def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
         return
     shown = {name: value for name, value in result.items() if value is not None}
     width = max(map(len, shown), default=0)
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in shown.items()), flush=True)
+    lines = [f"{name:<{width}}  {_to_read(value)}" for name, value in shown.items()]
+    print("\n".join(lines), flush=True)
+
+
+def _to_read(value: Any) -> str:
+    """Of a float six digits, or the whole part of a larger one."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if 1e6 <= abs(value) < 1e15 else f"{value:.6g}"
 
 
 def parse(

@@ -457,6 +457,17 @@ def test_results(capsys: pytest.CaptureFixture[str]) -> None:
     }
     cli.print_result({"loss": 1.5, "seq_len": None, "num_steps": 3}, as_json=False)
     assert capsys.readouterr().out == "loss       1.5\nnum_steps  3\n"
+    for value, shown in (
+        (2.6993696212768556, "2.69937"),
+        (72137.06524096525, "72137.1"),
+        (12345678.9, "12345679"),
+        (64.0, "64"),
+        (1e-9, "1e-09"),
+        (float("inf"), "inf"),
+        ([1.25], "[1.25]"),
+    ):
+        cli.print_result({"x": value}, as_json=False)
+        assert capsys.readouterr().out == f"x  {shown}\n"
 
 
 @pytest.mark.parametrize(("flags", "shown"), [([], ""), (["--verbose"], "INFO tokendiff.x: hi\n")])
