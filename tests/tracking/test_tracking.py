@@ -199,6 +199,8 @@ def test_a_line_for_each_event() -> None:
         [
             at(0, "doing", what="starting 2 training workers"),
             at(0, "start", step=0, max_train_steps=400, num_workers=2, num_params=4_400_000),
+            at(0, "start", step=0, num_params=4_400_000, num_trained_params=4_400_000),
+            at(0, "start", step=0, num_params=4_400_000, num_trained_params=9_000, rows=1),
             at(100, "metrics", step=10, loss=7.1, **facts),
             at(110, "metrics", step=20, loss=5.2134, grad_norm=1.0, **facts),
             at(115, "metrics", step=30, loss=math.nan, **facts),
@@ -218,6 +220,8 @@ def test_a_line_for_each_event() -> None:
     assert lines == [
         "train  starting 2 training workers",
         "train  training starts: 2 workers, 4,400,000 parameters",
+        "train  training starts: 4,400,000 parameters",
+        "train  training starts: 4,400,000 parameters, 9,000 of them trained, 1 row",
         # 100 s for 10 steps, start-up included: how long the others take is not known yet.
         f"train  step 10/400  loss 7.100  {shown}  {waiting}",
         # 1 s a step since the first report, then 15 s for 20 steps.

@@ -357,10 +357,11 @@ def _describe(event: dict[str, Any]) -> str | None:
     """One line for an event that is not progress; None for those that a person need not see."""
     match event["event"]:
         case "start":
+            all_are_trained = event.get("num_trained_params") == event.get("num_params")
             shown = [
                 f"{event[key]:,} {one if event[key] == 1 else many}"
                 for key, (one, many) in _START_FACTS.items()
-                if key in event
+                if key in event and not (key == "num_trained_params" and all_are_trained)
             ]
             return f"training starts: {', '.join(shown)}" if shown else "training starts"
         case "memory":
@@ -397,6 +398,7 @@ def _describe_heldout(event: dict[str, Any]) -> str:
 _START_FACTS = {
     "num_workers": ("worker", "workers"),
     "num_params": ("parameter", "parameters"),
+    "num_trained_params": ("of them trained", "of them trained"),
     "rows": ("row", "rows"),
     "tokens_per_step": ("token a step", "tokens a step"),
 }
