@@ -112,9 +112,9 @@ class PinnedModels:
     def notes(self) -> list[str]:
         """A line for each alias that stands for something else now."""
         return [
-            f"{uri} is {_version_in_words(now)} now; a run reads it as it was when these inputs "
-            f"were first run, {_version_in_words(_version(model))}, until the text or a setting "
-            "changes"
+            f"{uri} is {_version_in_words(now)} now; until the text or a setting changes, a run "
+            "reads it as it was when these inputs were first run: "
+            f"{_version_in_words(_version(model))}"
             for uri, now in self.moved.items()
             for model in [self.models[uri]]
         ]

@@ -842,5 +842,5 @@ def test_a_plan_says_that_a_model_came_after_its_inputs_were_read(shop: Shop, hi
     assert [step.why for step in later.steps] == [
         f"there was no {uri} when these inputs were first run"
     ]
-    assert later.notes[0].startswith(f"{uri} is version 1 now; a run reads it as it was when ")
-    assert ", missing, until" in later.notes[0]
+    assert later.notes[0].startswith(f"{uri} is version 1 now; until the text or a setting changes")
+    assert later.notes[0].endswith("as it was when these inputs were first run: missing")
