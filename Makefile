@@ -30,6 +30,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@$(BIN)/python -c '$(CHECK_PYTHON)'
 	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -r requirements.lock
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@echo "compiling the installed packages: a minute or so"
 	@$(BIN)/python -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib || true
 	@touch $@
 
