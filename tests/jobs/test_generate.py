@@ -30,5 +30,5 @@ def test_a_sample_of_each_prompt_is_shown_first(prompts: str, shown: list[int]) 
 def test_of_a_chat_question_and_answer_are_shown(
     prompt: str | None, is_chat: bool, text: str, shown: str
 ) -> None:
-    record = {"prompt": prompt, "text": text, "completion": "So.", "gaps": []}
+    record: dict[str, Any] = {"prompt": prompt, "text": text, "completion": "So.", "gaps": []}
     assert _to_read(record, is_chat) == shown
