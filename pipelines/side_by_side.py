@@ -97,7 +97,7 @@ def side_by_side(first: Run, second: Run) -> Report:
         curve_names=(first.name, second.name),
         pairs={_HELDOUT: (first.heldout, second.heldout)} if is_watched else {},
         samples=[record for pair in pairs for record in pair],
-        tables=[_figures(first, second)],
+        tables=[_figures(first, second)] if first.figures or second.figures else [],
     )
 
 

@@ -193,11 +193,12 @@ def test_noise_of_other_tokens_is_not_called_masked(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_text_is_kept_and_the_prompt_told_apart(tmp_path: Path) -> None:
-    def sample(prompt: str | None, text: str) -> dict[str, Any]:
-        return {"id": 0, "prompt": prompt, "text": text, "num_model_calls": 3, "seconds": 0.5}
+    def sample(prompt: str | None, text: str, **more: Any) -> dict[str, Any]:
+        known = {"id": 0, "prompt": prompt, "text": text, "num_model_calls": 3, "seconds": 0.5}
+        return {**known, **more}
 
-    def shown(prompt: str | None, text: str) -> list[str]:
-        path = write_report(tmp_path, Report(title="t", samples=[sample(prompt, text)]))
+    def shown(prompt: str | None, text: str, **more: Any) -> list[str]:
+        path = write_report(tmp_path, Report(title="t", samples=[sample(prompt, text, **more)]))
         blocks = re.findall(r"<pre.*?</pre>", path.read_text(encoding="utf-8"), re.DOTALL)
         return [re.sub(r"<span>|</?pre[^>]*>", "", block) for block in blocks]
 
@@ -205,6 +206,8 @@ def test_text_is_kept_and_the_prompt_told_apart(tmp_path: Path) -> None:
     assert shown(None, "\n  a\n\tb ") == ["\n  a\n\tb </span>"]
     assert shown("  a\n", "  a\n b\r\x7f") == [given % "  a\n" + " b\u240d\u2421</span>"]
     assert shown("A B", "a b c") == [given % "A B", "a b c</span>"]  # a lower-casing tokenizer
+    assert shown("A?", "user A? bot B", completion="B") == [given % "A?", "B</span>"]  # a chat
+    assert shown("A?", "user A? bot B") == [given % "A?", "user A? bot B</span>"]
     assert shown(None, "\ud800") == ["?</span>"]  # no UTF-8 file can hold a lone surrogate
 
 

@@ -40,3 +40,11 @@ def test_a_sample_that_is_written_block_by_block(tmp_path: Path) -> None:
     assert list(completion.tokens) == final[8:]
     assert len(passes) == len(trace.frames) - 1
     assert set(trace.vocabulary) == {token for frame in trace.frames for token in frame}
+
+
+def test_of_a_chat_the_answer_is_written(tmp_path: Path) -> None:
+    checkpoint = block_checkpoint(tmp_path / "final", block_length=4, attention_mask_mode="4d")
+    row = [4, 5, 6, 7, 8, 9, 4, 5, 6, 7, 8, 9]
+    trace = trace_sample(checkpoint, row=row, seed=3, num_given=11)
+    assert trace.num_prompt_tokens == 11
+    assert all(frame[:11] == row[:11] for frame in trace.frames)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jobs import pipeline
-from pipelines.side_by_side import Run, _names
+from pipelines.side_by_side import Run, _names, side_by_side
 from tests.evaluation.test_report import Page
 from tokendiff.artifacts.manifest import commit
 from tokendiff.evaluation.inputs import KIND
@@ -48,6 +48,11 @@ def test_a_run_without_an_evaluation_has_the_figures_of_its_log(tmp_path: Path) 
     found = Run.read(folder, name="one")
     assert found.figures == {"step": 2, "loss": 2.0, "tokens_per_second": 10.0}
     assert found.loss == [(1, 4.0), (2, 2.0)]
+
+
+def test_runs_without_figures_have_no_table_of_them() -> None:
+    one = Run(name="one", loss=[], heldout=[])
+    assert not side_by_side(one, one).tables
 
 
 def test_runs_are_called_by_what_differs_of_their_paths() -> None:

@@ -187,10 +187,12 @@ def traced(
 
     def work(device: str, on_progress: OnProgress) -> dict[str, Any]:
         row = data.read(*evaluation_rows(data, seed=config.seed, max_rows=1))
+        num_before_answer = int(row.is_target[0].argmax())  # 0 of a plain text
         trace = trace_sample(
             fetch(checkpoint),
             row=row.tokens[0].tolist(),
             seed=config.seed,
+            num_given=num_before_answer or None,
             device=device,
             on_progress=on_progress,
         )

@@ -210,11 +210,13 @@ def _split_prompt(sample: dict[str, Any]) -> dict[str, Any]:
     """Adds `given`, the front of the text that the prompt is, and `generated`, the rest.
 
     A tokenizer that normalises (lower-cases, say) gives another text back than the prompt: then
-    nothing is known to be given, and the page shows the prompt apart. So it does with a chat, whose
-    prompt is not what the template made of it.
+    nothing is known to be given, and the page shows the prompt apart. So it does with a question in
+    a chat, and beside it the answer alone: the template's words stand around the question.
     """
     prompt, text = sample["prompt"] or "", sample["text"]
     given = prompt if text.startswith(prompt) else ""
+    if not given and prompt in text and not sample.get("gaps"):
+        text = sample.get("completion", text)
     return {**sample, "given": given, "generated": text[len(given) :]}
 
 

@@ -48,6 +48,7 @@ def trace_sample(
     *,
     row: list[int],
     seed: int,
+    num_given: int | None = None,
     temperature: float = 1.0,
     device: str = "cpu",
     on_progress: OnProgress = unwatched,
@@ -56,11 +57,14 @@ def trace_sample(
 
     Args:
         row: token ids of a text; a model that writes block by block continues its first ones.
+        num_given: how many of them: of a chat those before its first answer. By default a few.
     """
     process = NoiseProcess.load(checkpoint)
     if process.block_length is None:
         return _whole_row(checkpoint, seed, temperature, device, on_progress)
-    return _by_blocks(checkpoint, row, seed, temperature, device, on_progress)
+    if num_given is None:
+        num_given = max(1, min(_PROMPT_TOKENS, process.max_length // 4))
+    return _by_blocks(checkpoint, row[:num_given], seed, temperature, device, on_progress)
 
 
 def _whole_row(
@@ -93,7 +97,7 @@ def _whole_row(
 
 def _by_blocks(
     checkpoint: Path,
-    row: list[int],
+    prompt: list[int],
     seed: int,
     temperature: float,
     device: str,
@@ -104,7 +108,6 @@ def _by_blocks(
 
     process = NoiseProcess.load(checkpoint)
     mask = process.mask_token_id
-    prompt = row[: max(1, min(_PROMPT_TOKENS, process.max_length // 4))]
     num_new = min(TRACE_STEPS, process.max_length - len(prompt))
     sampler = SDARSamplerConfig(max_new_tokens=num_new, temperature=temperature)
     config = GenerateConfig(checkpoint_path=str(checkpoint), sampler=sampler, seed=seed)
