@@ -161,6 +161,25 @@ def test_the_command_on_a_card_is_one_that_the_job_takes(
                 exec(statement)
 
 
+def test_a_card_says_how_a_model_of_chats_is_asked(data: TokenData) -> None:
+    process = NoiseProcess(
+        forward_process="absorbing",
+        vocab_size=16,
+        mask_token_id=15,
+        max_length=LENGTH,
+        block_length=4,
+        attention_mask_mode="4d",
+        clean_context=True,
+        eos_token_id=1,
+    )
+    assert "--use_chat_template" not in card_of(config(), data, process)
+    of_chats = dataclasses.replace(process, block_start="answer")
+    card = card_of(config(), data, of_chats)
+    assert "--use_chat_template --add_generation_prompt" in card
+    known = {flag for a in cli.parser_of(generate.main)._actions for flag in a.option_strings}
+    assert set(re.findall(r"--\w+", card)) <= known
+
+
 def test_a_finished_run_that_is_made_longer_asks_for_the_token_first(
     data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

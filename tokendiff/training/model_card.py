@@ -29,6 +29,10 @@ _DENOISER_USE = """\
 from tokendiff.models.checkpoints import load_for_inference
 
 denoiser, tokenizer, process = load_for_inference("PATH")"""
+_OF_CHATS = (
+    "It was trained on the answers of conversations. To ask it something, add "
+    "`--use_chat_template --add_generation_prompt`, if its tokenizer has a chat template."
+)
 _CAUSAL_USE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -144,6 +148,7 @@ def _how_to_load(process: NoiseProcess | None, *, is_draft: bool) -> list[str]:
     elif process is not None:
         what = "--num_samples 4" if process.block_length is None else "--prompt 'Once upon a time'"
         flags = f"--checkpoint_path PATH {what}"
+    is_of_chats = process is not None and process.block_start is not None
     return [
         "## How to load it",
         "",
@@ -156,4 +161,5 @@ def _how_to_load(process: NoiseProcess | None, *, is_draft: bool) -> list[str]:
         "```bash",
         f"tokendiff generate {flags} --output_dir samples",
         "```",
+        *(["", _OF_CHATS] if is_of_chats else []),
     ]
