@@ -816,8 +816,8 @@ def test_an_alias_is_read_once_for_the_same_inputs(shop: Shop, history: Any) -> 
     registry.promote("toy", "champion", 1, because="a test")
     assert version("monday") == 2
     assert len(notes) == 1
-    assert notes[0].startswith(f"{URI} is version 1 now; a run reads it as it was when ")
-    assert ", version 2, until" in notes[0]
+    assert notes[0].startswith(f"{URI} is version 1 now; until the text or a setting changes, ")
+    assert notes[0].endswith(": version 2")
     assert version("tuesday") == 1
     assert not notes
     for damaged in ("", "null", "[]"):
