@@ -13,7 +13,7 @@ def test_a_small_model_answers_questions_that_it_has_not_seen(tmp_path: Path) ->
         run(
             ["block_refinement 2d"],
             language="reverse",
-            steps=500,
+            steps=300,
             num_train=4000,
             num_asked=64,
             folder=tmp_path,

@@ -11,7 +11,7 @@ from benchmarks.chats import ENTROPY, run
 def test_a_small_model_learns_chats_and_answers_new_questions(
     in_this_process: None, tmp_path: Path
 ) -> None:
-    learnt = next(run(["ar"], steps=300, num_train=3000, num_asked=64, root=tmp_path))
+    learnt = next(run(["ar"], steps=250, num_train=3000, num_asked=64, root=tmp_path))
     assert (learnt.objective, learnt.train_on) == ("ar", "answers")
     assert learnt.exact >= 0.9
     assert learnt.bound is not None

@@ -249,7 +249,6 @@ def refused(
     path.write_text("name: local\nroot: /proc/self/cwd\npreprocess: {use_dummy_data: true}\n")
     commands = {
         "bad-config": ["jobs.train", "--max_train_stepz", "3"],
-        "plan": ["jobs.pipeline", "plan", str(path)],
         "run": ["jobs.pipeline", "run", str(path), "-o", "tracking.enabled=false"],
     }
     return {name: head.submit(name, *words, folder=folder) for name, words in commands.items()}
@@ -259,7 +258,6 @@ def refused(
     ("name", "says"),
     [
         ("bad-config", "did you mean --max_train_steps?"),
-        ("plan", "root /proc/self/cwd is not visible on 1 of the cluster's 2 nodes"),
         ("run", "root /proc/self/cwd is not visible on 1 of the cluster's 2 nodes"),
     ],
 )

@@ -840,6 +840,21 @@ def test_a_rejection_is_a_state_of_its_own_each_time(toy: Toy) -> None:
     assert toy.calls == []
 
 
+def test_a_plan_looks_at_the_root_from_all_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `run` does, which a submitted job shows on two of them."""
+
+    def refuse(cluster: object, root: Location) -> None:
+        raise InputError(f"root {root} is not visible")
+
+    monkeypatch.setattr("tokendiff.cluster.session.check_seen_by_all", refuse)
+    path = tmp_path / "local.yaml"
+    path.write_text(f"name: local\nroot: {tmp_path}\npreprocess: {{use_dummy_data: true}}\n")
+    assert pipeline_job.main(["plan", str(path)]) == 2
+    assert f"root {tmp_path} is not visible" in capsys.readouterr().err
+
+
 def test_lines_tell_what_ran_and_what_did_not(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
     toy.run(end=("model",))
     record = toy.run(only=("samples",))
