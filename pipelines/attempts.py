@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from pipelines.interrupt import Interrupt
 from tokendiff.artifacts.locations import is_store_down
-from tokendiff.errors import CorruptFileError, InputError, first_line
+from tokendiff.errors import CorruptFileError, InputError, first_line, is_unanswered
 
 T = TypeVar("T")
 
@@ -80,13 +80,10 @@ def _lasts(error: BaseException) -> bool:
 
 
 def _passes(error: BaseException) -> bool:
-    if isinstance(error, ConnectionError | TimeoutError):
+    if is_unanswered(error):
         return True
     if isinstance(error, OSError) and error.errno in _PASSING_ERRNOS:
         return True
-    response = getattr(error, "response", None)  # of requests, httpx and huggingface_hub
-    if isinstance(status := getattr(response, "status_code", None), int):
-        return status == 429 or status >= 500
     if isinstance(error, OSError) and is_store_down(error):
         return True
     return _is_of_ray(error, _PASSING_RAY_ERRORS)

@@ -5,7 +5,6 @@ a process of its own beside others.
 import contextlib
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 import time
@@ -24,6 +23,7 @@ from tokendiff.artifacts.manifest import fetch, fingerprint, load_manifest
 from tokendiff.cluster.session import ray_session
 from tokendiff.cluster.stopping import sigterm_stops, words_of
 from tokendiff.config.pipeline import Config, RunnerConfig
+from tokendiff.errors import that_travels
 from tokendiff.tracking.mlflow_mirror import MirroredRun, MlflowMirror
 from tokendiff.tracking.progress import LogTailer, ProgressPrinter
 from tokendiff.tracking.run_log import RunLog
@@ -245,7 +245,7 @@ def _run_child(
     except KeyboardInterrupt:
         return
     except BaseException as error:
-        answer = _that_travels(error)
+        answer = that_travels(error)
     sender.send(answer)
 
 
@@ -255,11 +255,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _that_travels(error: BaseException) -> BaseException:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever a class of somebody else's makes of it
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error

@@ -1,5 +1,8 @@
-"""The project's two exception classes. Each message names the place, the value and the remedy."""
+"""The project's two exception classes, whose messages name the place, the value and the remedy; and
+what errors of others come to.
+"""
 
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,8 +12,6 @@ _NO_MEMORY = (
     # Of CUDA itself and cuBLAS, for what torch does not allocate.
     *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
 )
-
-
 # Of httpx and requests, which clients of a hub ask with; found by name, to import neither.
 _CLIENTS = ("httpx", "httpx2", "requests")
 _UNANSWERED = {
@@ -73,13 +74,14 @@ def outage_behind(error: BaseException) -> BaseException | None:
         seen.append(current)
         if "OfflineModeIsEnabled" in f"{type(current).__name__}: {current}":
             return None  # nobody was asked, nor will be
-        if found is None and _is_unanswered(current):
+        if found is None and is_unanswered(current):
             found = current
         waiting += [current.__context__, current.__cause__]
     return found
 
 
-def _is_unanswered(error: BaseException) -> bool:
+def is_unanswered(error: BaseException) -> bool:
+    """Whether an error itself says that a server was down, overloaded or cut off."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(status, int):
         return status == 429 or status >= 500
@@ -87,6 +89,17 @@ def _is_unanswered(error: BaseException) -> bool:
         return True
     kinds = type(error).__mro__
     return any(k.__module__.split(".")[0] in _CLIENTS and k.__name__ in _UNANSWERED for k in kinds)
+
+
+def that_travels(error: BaseException) -> BaseException:
+    """The error, or its words where a class of somebody else's cannot be sent to another
+    process.
+    """
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever that class makes of it
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def first_line(error: BaseException) -> str:

@@ -29,6 +29,13 @@ def on_other_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: OTHER)
 
 
+class Homebound(OSError):
+    """Of a library whose errors cannot be opened where they were not raised."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
 class Doubling:
     """A worker that fails as it is told to."""
 
@@ -82,6 +89,8 @@ def test_what_an_actor_cannot_open_is_said_with_its_node(on_other_node: None) ->
     (problem,) = answers(None, CorruptFileError("row 3 is damaged"))
     assert isinstance(problem, CorruptFileError)
     assert "in __call__" in problem.__notes__[0]  # where, for those shown with a traceback
+    (problem,) = answers(None, Homebound("the store said no", "twice"))
+    assert str(problem) == "Homebound: the store said no twice"
     with pytest.raises(KeyError):  # a mistake of the program
         answers(None, KeyError("a"))
 

@@ -51,11 +51,11 @@ def identity_of(*names: str | None) -> list[Any]:
         path = location(name) if name else None
         if path is not None and is_committed(path):
             found.append(fingerprint(load_manifest(path).files))
+        elif path is not None and path.is_file():
+            found.append([file_identity(path)])
         elif path is not None and path.exists():
-            inside = () if path.is_file() else files_under(path)
-            files = [path / file for file in inside if not file.startswith(_DOWNLOADS)]
-            files = [path] if path.is_file() else files
-            found.append([file_identity(file) for file in files])
+            files = [file for file in files_under(path) if not file.startswith(_DOWNLOADS)]
+            found.append([file_identity(path / file) for file in files])
     return found
 
 

@@ -24,7 +24,7 @@ from tokendiff.cluster.session import (
     wants_gpu,
     works_here,
 )
-from tokendiff.errors import CorruptFileError, InputError
+from tokendiff.errors import CorruptFileError, InputError, that_travels
 
 if TYPE_CHECKING:
     from tokendiff.config.cluster import ClusterConfig
@@ -157,7 +157,7 @@ class _OnNode:
             for answer in self._worker(items):
                 yield {_PACKED: [pickle.dumps(_first(answer))]}
         except _TOLD as problem:
-            yield {_PACKED: [pickle.dumps(_with_place(problem))]}
+            yield {_PACKED: [pickle.dumps(that_travels(_with_place(problem)))]}
 
 
 def _with_place(problem: Exception) -> Exception:
