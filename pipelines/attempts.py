@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from pipelines.interrupt import Interrupt
-from tokendiff.artifacts.locations import is_store_down
+from tokendiff.artifacts.store_errors import is_store_down
 from tokendiff.errors import CorruptFileError, InputError, first_line, is_unanswered
 
 T = TypeVar("T")

@@ -19,6 +19,7 @@ from tokendiff.artifacts import locations
 from tokendiff.artifacts.checkpoint import KIND, find_checkpoint
 from tokendiff.artifacts.locations import RemotePath, files_under, open_binary
 from tokendiff.artifacts.manifest import commit, publish, sha256_of, verify
+from tokendiff.artifacts.store_errors import naming_store
 from tokendiff.cluster.preprocess import _check_files
 from tokendiff.config.preprocess import PreprocessConfig
 from tokendiff.data.files import find_files, parquet_columns, read_lines
@@ -193,7 +194,7 @@ def test_errors_of_googles_store_are_told_in_short(
     words = GOOGLE.format(code=code, how=how, what=what)
     error = PermissionError(errno.EACCES, words) if is_permanent else OSError(words)
     expected = pytest.raises(OSError, match=re.escape(f"gs://b/x: {told}"))
-    with expected as raised, locations._named("gs://b/x"):
+    with expected as raised, naming_store("gs://b/x"):
         raise error
     assert type(raised.value) is kind
     assert "gcloud-cpp" not in str(raised.value)
@@ -215,7 +216,7 @@ def test_a_key_of_google_that_cannot_be_shown_is_not_a_key_that_is_missing(
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
     how = "Retry policy exhausted" if kind is ConnectionError else "Permanent error"
     code = "UNAVAILABLE" if kind is ConnectionError else "UNAUTHENTICATED"
-    with pytest.raises(OSError, match=r"^gs://b/x: ") as raised, locations._named("gs://b/x"):
+    with pytest.raises(OSError, match=r"^gs://b/x: ") as raised, naming_store("gs://b/x"):
         raise OSError(GOOGLE.format(code=code, how=how, what=words))
     assert type(raised.value) is kind
     assert ("no valid credentials" in str(raised.value)) == (kind is PermissionError)

@@ -2,6 +2,7 @@
 
 For other rooms:
     locations         folders and files, here or behind URIs
+    store_errors      what the errors of stores mean: which may pass
     manifest          a folder counts once its MANIFEST.json stands in it
     identity          what changes when the content of a file, a folder or a model does
     model_folders     which folder a model's name stands for, and what its config says

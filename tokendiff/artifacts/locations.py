@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from tokendiff.errors import CorruptFileError, InputError, naming, outage_behind, reason_of
+from tokendiff.artifacts.store_errors import is_store_down, naming_store, words_of_store
+from tokendiff.errors import CorruptFileError, InputError, naming
 
 CACHE_VARIABLE = "TOKENDIFF_CACHE"
 _URI = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -33,21 +34,6 @@ _WEB_SCHEMES = ("http", "https")
 _CACHED_PART_OF_DISK = 0.25
 _BUFFER_BYTES = 1 << 20
 _THREADS = 8
-# Codes in pyarrow's words, once the SDK's own attempts are over: its OSErrors have no errno.
-_PASSING = re.compile(
-    r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|REQUEST_TIMEOUT|THROTTLING|"
-    r"INTERNAL_FAILURE|UNKNOWN \(HTTP status (429|5\d\d)\))"
-    r"|google::cloud::Status\((UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|ABORTED|RESOURCE_EXHAUSTED):"
-)
-_NO_TOKEN = "Could not create a OAuth2 access token"
-_REFUSED = re.compile(
-    r"AWS Error (ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH)|" + _NO_TOKEN
-)
-# What of Google's words is for a user.
-_GOOGLE = re.compile(
-    r"google::cloud::Status\((?P<code>\w+): (?:[\w ]+, with a last message of )?"
-    r"(?P<words>.*?)(?: error_info=.*)?\)?$"
-)
 # Google's client would try for a quarter of an hour, in silence, and a lease is renewed in between.
 _GOOGLE_OPTIONS = "?retry_limit_seconds=10"
 _LISTS_LATE_SECONDS = 60.0
@@ -110,7 +96,7 @@ class RemotePath:
 
     def _info(self) -> Any:
         filesystem, path = _resolve(self.uri)
-        with _named(self.uri):
+        with naming_store(self.uri):
             return filesystem.get_file_info(path)
 
     def exists(self) -> bool:
@@ -158,7 +144,7 @@ class RemotePath:
     def write_bytes(self, data: bytes) -> None:
         """The file is replaced as a whole or not at all."""
         filesystem, path = _resolve_to_write(self.uri)
-        with _named(self.uri):
+        with naming_store(self.uri):
             if filesystem.type_name.startswith("py::"):  # fsspec ones may want the folder first
                 filesystem.create_dir(path.rpartition("/")[0], recursive=True)
             with filesystem.open_output_stream(path, compression=None) as file:
@@ -168,7 +154,7 @@ class RemotePath:
     def unlink(self, *, missing_ok: bool = False) -> None:
         filesystem, path = _resolve_to_write(self.uri)
         try:
-            with _named(self.uri):
+            with naming_store(self.uri):
                 filesystem.delete_file(path)
             _note_change(self.uri, None)
         except FileNotFoundError:
@@ -184,7 +170,7 @@ class RemotePath:
 
         filesystem, path = _resolve(self.uri)
         found = []
-        with _named(self.uri), contextlib.suppress(NotADirectoryError):
+        with naming_store(self.uri), contextlib.suppress(NotADirectoryError):
             found = filesystem.get_file_info(
                 FileSelector(path, recursive=recursive, allow_not_found=True)
             )
@@ -269,7 +255,7 @@ def folders_in(folder: Location) -> list[Location]:
     from pyarrow.fs import FileSelector, FileType
 
     filesystem, path = _resolve(folder.uri)
-    with _named(folder.uri):
+    with naming_store(folder.uri):
         found = filesystem.get_file_info(FileSelector(path, allow_not_found=True))
     names = [info.base_name for info in found if info.type == FileType.Directory]
     return [folder / name for name in sorted(names)]
@@ -293,7 +279,7 @@ def open_binary(path: Location, *, buffer_bytes: int = _BUFFER_BYTES) -> Iterato
             yield file
         return
     filesystem, inner = _resolve(path.uri)
-    with _named(path.uri):
+    with naming_store(path.uri):
         raw = filesystem.open_input_file(inner)
     with io.BufferedReader(_NamedFile(raw, path.uri), buffer_bytes) as file:
         yield file
@@ -312,11 +298,11 @@ class _NamedFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        with _named(self._uri):
+        with naming_store(self._uri):
             return int(self._file.readinto(buffer))
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        with _named(self._uri):
+        with naming_store(self._uri):
             return int(self._file.seek(offset, whence))
 
     def tell(self) -> int:
@@ -350,7 +336,7 @@ def remove(folder: Location, *, first: str | None = None) -> None:
     _in_threads(lambda name: (folder / name).unlink(missing_ok=True), files_under(folder))
     filesystem, path = _resolve_to_write(folder.uri)
     if filesystem.type_name.startswith("py::"):  # fsspec ones may have folders without files
-        with _named(folder.uri), contextlib.suppress(FileNotFoundError):
+        with naming_store(folder.uri), contextlib.suppress(FileNotFoundError):
             filesystem.delete_dir(path)
 
 
@@ -361,7 +347,7 @@ def upload(source: Path, target: RemotePath, names: Iterable[str]) -> None:
 
 def upload_file(source: Path, target: RemotePath) -> None:
     filesystem, path = _resolve_to_write(target.uri)
-    with _named(target.uri), open(source, "rb") as file:
+    with naming_store(target.uri), open(source, "rb") as file:
         if filesystem.type_name.startswith("py::"):
             filesystem.create_dir(path.rpartition("/")[0], recursive=True)
         with filesystem.open_output_stream(path, compression=None) as stream:
@@ -536,63 +522,11 @@ def _filesystem(scheme: str, bucket: str, pid: int) -> tuple[Any, str]:
     except (ImportError, OSError, TypeError, ValueError) as error:
         # S3 is asked in which region the bucket lies.
         if isinstance(error, OSError) and is_store_down(error):
-            raise ConnectionError(f"{scheme}://{bucket}: {_words(error)}") from error
+            raise ConnectionError(f"{scheme}://{bucket}: {words_of_store(error)}") from error
         raise InputError(
             f"{scheme}://{bucket}: cannot be opened ({str(error).split(chr(10))[0]}); s3:// and "
             "gs:// work out of the box, others need their fsspec package"
         ) from error
-
-
-def is_store_down(error: OSError) -> bool:
-    """Whether pyarrow says that a store is down or overloaded, and so may be well again later."""
-    words = str(error)
-    if _NO_TOKEN in words:
-        return "CURL error" in words and _has_google_key()
-    return _PASSING.search(words) is not None
-
-
-def _has_google_key() -> bool:
-    """Whether there is one where Google's client looks for it. Without any, it asks the cloud's own
-    machine; that this is none looks, in its errors, as if the network were away.
-    """
-    kept = os.path.expanduser("~/.config/gcloud/application_default_credentials.json")
-    return bool(os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")) or os.path.isfile(kept)
-
-
-@contextmanager
-def _named(uri: str) -> Iterator[None]:
-    """Errors of the store, with the URI, which its own messages may lack: a ConnectionError where
-    it may be well again later, a PermissionError where it refuses. Stores of fsspec packages raise
-    classes of their own.
-    """
-    try:
-        yield
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{uri}: no such file") from None
-    except OSError as error:
-        kind: type[OSError] = OSError
-        if is_store_down(error) or outage_behind(error) is not None:
-            kind = ConnectionError
-        elif _REFUSED.search(str(error)) or isinstance(error, PermissionError):
-            kind = PermissionError
-        raise kind(f"{uri}: {_words(error)}") from error
-    except (InputError, MemoryError, AttributeError, NameError, TypeError):
-        raise  # the last three are mistakes of a program, which need their traceback
-    except Exception as error:
-        kind = OSError if outage_behind(error) is None else ConnectionError
-        raise kind(f"{uri}: {reason_of(error)}") from error
-
-
-def _words(error: OSError) -> str:
-    """What a store says, without what is for its programmers."""
-    words = str(error).split("\n")[0]
-    if _NO_TOKEN in words and not is_store_down(error):
-        return (
-            "no valid credentials for Google Cloud; run 'gcloud auth application-default login', "
-            "or set GOOGLE_APPLICATION_CREDENTIALS to the key file of a service account"
-        )
-    found = _GOOGLE.search(words)
-    return words if found is None else f"Google Cloud Error {found['code']}: {found['words']}"
 
 
 def is_of_store(error: BaseException) -> bool:
