@@ -138,6 +138,7 @@ def test_tokens_are_those_of_generate(
     assert is_early == (sampler.confidence_threshold is not None)
 
 
+@pytest.mark.filterwarnings("default:.past_key_values. is deprecated")  # by diffusers
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",

@@ -1,6 +1,8 @@
 """The layers of a model: which they are, their states, and how they are compiled."""
 
+import functools
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +35,28 @@ def test_states_after_chosen_layers(takes_indices: bool, monkeypatch: pytest.Mon
         )
     for layer, states in zip((1, -1, 0), found, strict=True):
         torch.testing.assert_close(states, every[layer + 1])
+
+
+def test_a_cache_is_given_by_the_name_that_a_model_knows() -> None:
+    class Old(torch.nn.Module):
+        def forward(self, tokens: Any, past_key_values: Any = None) -> Any:
+            return past_key_values
+
+    class New(torch.nn.Module):
+        def forward(self, tokens: Any, cache: Any = None) -> Any:
+            return cache
+
+    class Renamed(torch.nn.Module):
+        """As transformers marks what it has renamed."""
+
+        @functools.wraps(New.forward)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            assert "past_key_values" not in kwargs
+            return kwargs["cache"]
+
+    for kind in (Old, New, Renamed):
+        model, cache = kind(), object()
+        assert model(None, **layers.cache_argument(model, cache)) is cache
 
 
 @pytest.mark.slow

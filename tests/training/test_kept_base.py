@@ -29,6 +29,7 @@ from tokendiff.models.checkpoints import load_for_inference
 from tokendiff.models.completion import CompletionModel
 from tokendiff.models.decoding import open_causal
 from tokendiff.models.kept_base import read_as_base
+from tokendiff.models.layers import cache_argument
 from tokendiff.models.opening import load_causal_denoiser
 from tokendiff.models.pretrained import dtype_in_files
 from tokendiff.objectives.autoregressive import row_nats
@@ -202,13 +203,13 @@ def test_adapters_count_in_noisy_blocks_alone(trained: Path) -> None:
         cache, here = DynamicCache(config=model.config), slice(begin, begin + BLOCK)
         if begin:
             adapted.draft_adapters.count_at(None)
-            model(input_ids=clean[:, :begin], past_key_values=cache)
+            model(input_ids=clean[:, :begin], **cache_argument(model, cache))
         adapted.draft_adapters.count_at(torch.ones(1, BLOCK, dtype=torch.bool))
         told = model.base_model(
             input_ids=noisy[:, here],
             position_ids=torch.arange(begin, begin + BLOCK)[None],
             attention_mask=torch.ones(1, 1, BLOCK, begin + BLOCK, dtype=torch.bool),
-            past_key_values=cache,
+            **cache_argument(model.base_model, cache),
         ).last_hidden_state
         torch.testing.assert_close(states[:, here], told, rtol=1e-4, atol=1e-4)
     adapted.draft_adapters.count_at(None)

@@ -17,7 +17,7 @@ from tokendiff.errors import InputError
 from tokendiff.models import grouped_attention
 from tokendiff.models.adapters import DraftAdapters
 from tokendiff.models.cuda_graphs import Recorder
-from tokendiff.models.layers import hidden_states_asked
+from tokendiff.models.layers import cache_argument, hidden_states_asked
 from tokendiff.models.pretrained import longest_input
 from tokendiff.models.ragged_cache import RaggedCache
 
@@ -125,7 +125,7 @@ class CausalModel(nn.Module):
                 self.draft_adapters.count_at(given["is_draft"])
             output = encoder(
                 **given["inputs"],
-                past_key_values=cache,
+                **cache_argument(encoder, cache),
                 use_cache=True,
                 output_hidden_states=hidden_states_asked(chosen),
             )

@@ -14,7 +14,7 @@ from tokendiff.errors import InputError
 from tokendiff.models import tiled_attention
 from tokendiff.models.cuda_graphs import Recorder, Replays
 from tokendiff.models.families import CAUSAL_TYPES, DECODER_TYPES
-from tokendiff.models.layers import compile_layers
+from tokendiff.models.layers import cache_argument, compile_layers
 from tokendiff.models.masked_attention import (
     IMPLEMENTATIONS,
     AttentionKernel,
@@ -294,7 +294,8 @@ class TransformersDenoiser(ModelInTwoParts):
         }
 
         def forward(given: dict[str, Any]) -> list[Tensor]:
-            output = self.model.base_model(**given, past_key_values=memory, use_cache=True)
+            encoder = self.model.base_model
+            output = encoder(**given, **cache_argument(encoder, memory), use_cache=True)
             return [output.last_hidden_state]
 
         (hidden,) = memory.run(forward, inputs)

@@ -21,6 +21,7 @@ from tokendiff.diffusion.kernels import UniformKernel
 from tokendiff.diffusion.schedules import LogLinear
 from tokendiff.errors import InputError
 from tokendiff.models.denoiser import ModelInTwoParts
+from tokendiff.models.layers import cache_argument
 from tokendiff.models.pretrained import open_weights
 from tokendiff.objectives.chunked import most_logits, without_mask
 
@@ -115,7 +116,7 @@ class _StatesOfLayer:
         self.values: Any = values
         self.layers = {index: self}
 
-    def update(self, keys: Tensor, values: Tensor, index: int) -> KeysAndValues:
+    def update(self, keys: Tensor, values: Tensor, index: int, **inputs: Any) -> KeysAndValues:
         self.keys, self.values = keys, values
         return keys, values
 
@@ -143,7 +144,7 @@ class TiedLayers(nn.Module):
         """
         if is_noisy:
             kept = None if states is None else _StatesOfLayer(self.decoder.layer_idx, states)
-            return self.decoder(hidden, past_key_values=kept, **inputs)
+            return self.decoder(hidden, **cache_argument(self.decoder, kept), **inputs)
         if self.recomputes and self.training:
             return checkpoint(self._encoded, hidden, use_reentrant=False, **inputs)
         return self._encoded(hidden, **inputs)
@@ -158,7 +159,7 @@ class TiedLayers(nn.Module):
 
     def _encoded(self, hidden: Tensor, **inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         kept = _StatesOfLayer(self.encoder.layer_idx)
-        hidden = self.encoder(hidden, past_key_values=kept, **inputs)
+        hidden = self.encoder(hidden, **cache_argument(self.encoder, kept), **inputs)
         # Copies, since FSDP2 hooks what a module returns, and warns of views.
         return hidden, kept.keys.clone(), kept.values.clone()
 
@@ -288,7 +289,7 @@ class EncoderDecoder(_BothHalves):
             input_ids=tokens.masked_fill(is_padding, 0),
             attention_mask=self._masks(is_seen, in_window),
             position_ids=places.masked_fill(is_padding, 0),
-            past_key_values=cache,
+            **cache_argument(encoder, cache),
         ).last_hidden_state
         return hidden
 

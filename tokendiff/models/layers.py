@@ -1,5 +1,9 @@
-"""The layers of a model of transformers, and what their weights are numbers of."""
+"""The layers of a model of transformers, what their weights are numbers of, and what versions of
+transformers name differently.
+"""
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -107,3 +111,16 @@ def _takes_indices() -> bool:
     import transformers
 
     return tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
+
+
+def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """A cache by the name that `model.forward` has for it: `cache` since transformers 5.24, which
+    warns of `past_key_values`; that name before, and in code that comes with a model.
+    """
+    return {_name_of_cache(type(model)): cache}
+
+
+@functools.cache
+def _name_of_cache(kind: type[nn.Module]) -> str:
+    known = inspect.signature(kind.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"

@@ -14,6 +14,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
+    DynamicCache,
     GPT2Config,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -222,6 +223,20 @@ def test_other_qwen3_models_open_as_before(tmp_path: Path) -> None:
     Qwen3Model(config).save_pretrained(tmp_path)
     assert type(AutoModel.from_pretrained(tmp_path)) is Qwen3Model
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is Qwen3ForCausalLM
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_read_by_both_names_that_transformers_has_for_it(name: str) -> None:
+    draft, cache = tiny_draft(), DynamicCache()
+    block, context = torch.randn(1, BLOCK, D), torch.randn(1, 6, 2 * D)
+    with torch.no_grad():
+        expected = draft(block, context).last_hidden_state
+        draft(block, context[:, :4], **{name: cache})
+        cache.crop(-BLOCK)
+        output = draft(block, context[:, 4:], **{name: cache})
+    torch.testing.assert_close(output.last_hidden_state, expected, **CLOSE)
+    assert cache.get_seq_length() == 6 + BLOCK
+    assert output[1] is cache
 
 
 def test_transformers_generates_the_target_s_own_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from tokendiff.models.dflash.config import FULL, SLIDING
 from tokendiff.models.dflash.model import DFlashDraftModel, in_window
 from tokendiff.models.dflash.planning import check_fit, open_draft_config, open_target_config
 from tokendiff.models.dflash.second_layout import CandidateSelector
+from tokendiff.models.layers import cache_argument
 from tokendiff.models.ragged_cache import RaggedCache
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ class DraftedCache:
         }
 
         def forward(given: dict[str, Any]) -> list[Tensor]:
-            output: Any = self._draft(**given, past_key_values=self._of_draft)
+            output: Any = self._draft(**given, **cache_argument(self._draft, self._of_draft))
             return [output.last_hidden_state]
 
         (hidden,) = self._of_draft.run(forward, inputs)

@@ -55,7 +55,7 @@ class DFlashDraftModel(PreTrainedModel):
     main_input_name = "noise_embeds"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DFlashDraftLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
 
@@ -105,13 +105,14 @@ class DFlashDraftModel(PreTrainedModel):
         context_hidden_states: Tensor,
         attention_mask: Masks = None,
         position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the blocks.
 
-        The keys and values of a layer are those in `past_key_values`, then C context states, then
-        the Q block states; the cache keeps all of them, and its owner cuts the block's away.
+        The keys and values of a layer are those in the cache, then C context states, then the Q
+        block states; the cache keeps all of them, and its owner cuts the block's away.
 
         Args:
             noise_embeds: [B, Q, D] the target's input embeddings of one block [anchor, mask, ...],
@@ -125,28 +126,29 @@ class DFlashDraftModel(PreTrainedModel):
                 is outside a window is taken away here.
             position_ids: [B or 1, C + Q] true positions; None counts on from the cache. The keys of
                 the cache stand at 0, 1, ....
+            past_key_values: what transformers before 5.24 calls `cache`.
 
         Returns:
             `last_hidden_state` [B, Q, D], normed: what the target's head is for.
         """
+        cache = past_key_values if cache is None else cache
         dtype = self.fc.weight.dtype
         hidden = noise_embeds.to(dtype)
         if (scale := self.config.scalar("input_embedding_scale")) not in (None, 1.0):
             hidden = hidden * scale
         context = self.hidden_norm(self.fc(context_hidden_states.to(dtype)))
         if position_ids is None:
-            start = 0 if past_key_values is None else past_key_values.get_seq_length()
+            start = 0 if cache is None else cache.get_seq_length()
             length = context.shape[1] + hidden.shape[1]
             position_ids = torch.arange(start, start + length, device=hidden.device)[None]
         rotation = self.rotary_emb(hidden, position_ids)
-        masks = self._by_layer_type(attention_mask, position_ids, context.shape[1], past_key_values)
+        masks = self._by_layer_type(attention_mask, position_ids, context.shape[1], cache)
         masks = {kind: self._prepare(mask, hidden.dtype) for kind, mask in masks.items()}
         kinds = self.config.layer_types or [FULL] * len(self.layers)
         for kind, layer in zip(kinds, self.layers, strict=True):
-            hidden = layer(hidden, context, rotation, masks[kind], past_key_values)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden), past_key_values=past_key_values
-        )
+            hidden = layer(hidden, context, rotation, masks[kind], cache)
+        # By place, since the second field has the one name or the other too.
+        return BaseModelOutputWithPast(self.norm(hidden), cache)
 
     def _by_layer_type(
         self, mask: Masks, positions: Tensor, num_context: int, cache: Cache | None
