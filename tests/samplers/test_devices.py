@@ -170,6 +170,17 @@ OF_ROWS: dict[str, tuple[Sampler, int]] = {  # with the most waits of a step
         AncestralSampler(kernel=HYBRID, num_inference_steps=4, prediction="posterior"),
         2,
     ),
+    # A sweep reads how sure the model is, and what it draws.
+    "ancestral, corrected where unsure": (
+        AncestralSampler(
+            kernel=HYBRID,
+            num_inference_steps=4,
+            corrector_steps=1,
+            corrector_k=2,
+            corrector_selection="lowest_log_margin",
+        ),
+        4,
+    ),
     "remasking": (RemaskingSampler(kernel=ABSORBING, eta=0.3, num_inference_steps=4), 1),
     "first_hitting": (FirstHittingSampler(kernel=ABSORBING, temperature=0.0), 1),
     "blockwise": (

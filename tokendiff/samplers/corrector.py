@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokendiff.diffusion.devices import sent
 from tokendiff.diffusion.kernels import ForwardKernel
 from tokendiff.diffusion.random import RowGenerator
 
@@ -122,12 +123,12 @@ class Corrector:
             is_chosen = choose(score, is_open, k=self.k, uniform=choice)
             is_needed = is_chosen & is_clean
         for row, position, logits in beliefs(is_needed):
-            at = (row, position)
+            at, there = (row, position), logits.device
             if self.selection != RANDOM:
-                of_tokens = chances(kernel, logits, x_s[at], s[row])
-                score[at] = SELECTIONS[self.selection](of_tokens)
+                of_tokens = chances(kernel, logits, sent(x_s[at], there), sent(s[row], there))
+                score[at] = SELECTIONS[self.selection](of_tokens).to(score.device)
             kept = is_clean[at].nonzero()[:, 0]
-            drawn[row[kept], position[kept]] = draw(logits[kept], token[at][kept])
+            drawn[row[kept], position[kept]] = draw(logits[sent(kept, there)], token[at][kept])
         if self.selection != RANDOM:
             is_chosen = choose(score, is_open, k=self.k, uniform=choice)
         return torch.where(is_chosen, drawn, x_s)
