@@ -179,6 +179,14 @@ def test_its_likelihood_is_that_of_the_base_model_to_the_bit(
     figures = evaluator.bounds(held.read_group(0))
     of_base = row_nats(plain, held.read_group(0).batch("cpu"))[0]
     assert torch.equal(torch.as_tensor(figures["ar_nats"]), of_base.detach())
+    # A mask that stands in the text is no target: the base model has no logit of it.
+    rows = held.read_group(0)
+    rows.tokens[2, 5] = V
+    found = evaluator.bounds(rows)
+    is_other = np.arange(len(rows)) != 2
+    assert np.array_equal(found["ar_nats"][is_other], figures["ar_nats"][is_other])
+    assert (figures["ar_tokens"] - found["ar_tokens"]).tolist() == [0, 0, 1, 0, 0, 0]
+    assert np.isfinite(found["ar_nats"]).all()
 
 
 @torch.no_grad()

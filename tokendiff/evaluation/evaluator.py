@@ -1,5 +1,6 @@
 """A checkpoint ready to be judged on rows: what an evaluation actor holds."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,11 @@ class Evaluator:
                     num_mask_samples=self._config.num_mask_samples,
                 )
                 if is_joint:
-                    of_ar.append(nats_by_row(self._denoiser, None, token_batch, generator))
+                    # A kept base model may not know the mask: where it stands in the text it is
+                    # context, as for the bound.
+                    is_known = token_batch.tokens < self._denoiser.vocab_size
+                    known = replace(token_batch, is_target=token_batch.is_target & is_known)
+                    of_ar.append(nats_by_row(self._denoiser, None, known, generator))
             nats.append(row_nats.cpu().numpy())
             counts.append(row_tokens.numpy())
             on_progress(partial(rows.first, at + self._config.batch_size))
