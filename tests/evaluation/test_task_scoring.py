@@ -191,6 +191,22 @@ def test_what_is_written_greedily(block_length: int | None) -> None:
     assert greedily_written(model, process, pairs).tolist() == expected
 
 
+def test_a_model_that_says_nan_writes_nothing_greedily(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has an answer too: of a model that diverged, the other figures are to be seen."""
+    model, calls = TableDenoiser(torch.ones(4, 4, 4, 4, dtype=torch.float64), MASK), 0
+    encode = model.encode
+
+    def diverged(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        assert calls <= 3, "asked for ever"
+        return encode(*args) * torch.nan
+
+    monkeypatch.setattr(model, "encode", diverged)
+    pairs = [TokenPair(context=[1], continuation=[2, 3, 1])]
+    assert greedily_written(model, CASES["whole"], pairs).tolist() == [False]
+
+
 def test_under_uniform_noise_nothing_is_said_to_be_written_greedily() -> None:
     process = NoiseProcess(
         forward_process="uniform", vocab_size=4, mask_token_id=MASK, max_length=4

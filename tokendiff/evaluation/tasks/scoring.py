@@ -219,7 +219,8 @@ def _is_greedy(
         surest = torch.full_like(confidence, -torch.inf).scatter_reduce(
             1, group, confidence, "amax"
         )
-        is_set = is_open & (confidence == surest.gather(1, group))
+        # Not `==`: of a model that says NaN no token would ever be set.
+        is_set = is_open & ~(confidence < surest.gather(1, group))
         is_right &= ~(is_set & is_wrong).any(1)
         is_open &= ~is_set & is_right[:, None]
     return is_right
