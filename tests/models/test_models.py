@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -365,6 +366,22 @@ def test_dit_drops_out_in_training_alone() -> None:
             model.train(training)
             twice = [model(tokens, is_valid, time).logits for _ in range(2)]
             assert torch.equal(*twice) == (dropout == 0.0 or not training)
+
+
+@torch.no_grad()
+def test_dit_holds_the_states_of_one_layer_at_a_time() -> None:
+    model = tiny_model("tokendiff_dit", num_hidden_layers=3)
+    inputs: list[weakref.ref[Tensor]] = []
+    num_held: list[int] = []
+
+    def note(layer: Any, args: tuple[Any, ...]) -> None:
+        num_held.append(sum(state() is not None for state in inputs))
+        inputs.append(weakref.ref(args[0]))
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(note)
+    model.eval()(*some_rows())
+    assert num_held == [0, 0, 0]
 
 
 @pytest.mark.parametrize("is_tied", [False, True])

@@ -128,15 +128,15 @@ class DiffusionTransformerModel(DiffusionTransformerPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(length, device=input_ids.device)
         rotation = _rotation(position_ids, self.config)
-        hidden = self.embed_tokens(input_ids)
-        states = [hidden]
+        hidden, states = self.embed_tokens(input_ids), []
         for layer in self.layers:
+            if output_hidden_states:
+                states.append(hidden)
             hidden = layer(hidden, condition, rotation, is_seen, **kwargs)
-            states.append(hidden)
         hidden = self.norm(hidden, condition)
         return BaseModelOutput(
             last_hidden_state=hidden,
-            hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
+            hidden_states=(*states, hidden) if output_hidden_states else None,
         )
 
 
