@@ -602,7 +602,17 @@ def test_filters_against_a_sort_in_plain_python() -> None:
 def test_looking_at_the_likeliest_first_drops_the_same_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Peaked rows are settled by the first few, flat ones are not, and both stand in one batch."""
+    """Peaked rows are settled by the first few, flat ones are not, and both stand in one batch. Few
+    of the flat ones are sorted at once.
+    """
+    topk, num_sorted = Tensor.topk, []
+
+    def noted(logits: Tensor, k: int) -> Any:
+        if k == 200:
+            num_sorted.append(len(logits))
+        return topk(logits, k)
+
+    monkeypatch.setattr(categorical, "_SORTED_AT_ONCE", 4)
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(30, 200, generator=generator) * torch.linspace(0.0, 6.0, 30)[:, None]
     logits[5:, 17] = -torch.inf
@@ -610,7 +620,10 @@ def test_looking_at_the_likeliest_first_drops_the_same_tokens(
         monkeypatch.setattr(categorical._smallest_in_nucleus, "__defaults__", (200,))
         whole = filter_logits(logits, top_p=top_p)
         monkeypatch.setattr(categorical._smallest_in_nucleus, "__defaults__", (8,))
-        assert torch.equal(filter_logits(logits, top_p=top_p), whole)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "topk", noted)
+            assert torch.equal(filter_logits(logits, top_p=top_p), whole)
+    assert sum(num_sorted) > 4 == max(num_sorted)
     assert int((whole[0] > -torch.inf).sum()) == 200
 
 

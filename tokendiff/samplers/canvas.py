@@ -45,7 +45,7 @@ from tokendiff.samplers.canvas_rules import (
     unchanged_steps,
 )
 from tokendiff.samplers.canvas_state import CanvasBelief, CanvasState
-from tokendiff.samplers.categorical import draw, filter_logits, without_token
+from tokendiff.samplers.categorical import draw, entropy_of, filter_logits, without_token
 from tokendiff.samplers.commit_rules import edit_confident
 from tokendiff.samplers.corrector import RANDOM, Corrector
 from tokendiff.samplers.open_ended import encode_known
@@ -290,9 +290,7 @@ class CanvasSampler(CachedBlockSampler):
             drawn, *chances = self._drawn(source, tokens, sent(uniform[at], logits.device))
             if isinstance(model, CanvasDecoder) and belief.found is not None:
                 belief.found[sent_at(at, hidden.device)] = model.expected_embedding(logits)
-            log_p = logits.log_softmax(-1)
-            least = torch.finfo(log_p.dtype).min
-            entropy = -(log_p.exp() * log_p.clamp(min=least)).sum(-1).double()
+            entropy = entropy_of(logits.log_softmax(-1)).double()
             # Together, so that a device is waited for once; ids are exact in float64.
             ids = (logits.argmax(-1).double(), drawn.double())
             of_all = torch.stack([entropy, *ids, *chances]).cpu()

@@ -13,6 +13,8 @@ from torch import Tensor
 _NUM_LIKELIEST = 1024
 # Tokens whose cumulative sums [N, V] exist at once: 12 bytes of each number, beside the logits.
 _DRAWN_AT_ONCE = 512
+# Rows whose sorted logits [N, V] exist at once: 36 bytes of each number, with sums in float64.
+_SORTED_AT_ONCE = 128
 
 
 def check_filters(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -74,11 +76,21 @@ def _smallest_in_nucleus(
     probabilities = (likeliest - logits.logsumexp(-1, keepdim=True)).double().exp()
     before = probabilities.cumsum(-1) - probabilities
     smallest = likeliest.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
+    if num_likeliest == logits.shape[-1]:
+        return smallest
     # Where not one of these is past the total, the next ones might belong to it too.
     rows = (before[:, -1] < top_p).nonzero()[:, 0]
-    if rows.numel() and num_likeliest < logits.shape[-1]:
-        smallest[rows] = _smallest_in_nucleus(logits[rows], top_p, logits.shape[-1])
+    for some in rows.split(_SORTED_AT_ONCE) if rows.numel() else ():
+        smallest[some] = _smallest_in_nucleus(logits[some], top_p, logits.shape[-1])
     return smallest
+
+
+def entropy_of(log_p: Tensor) -> Tensor:
+    """[N] nats, of distributions with the logarithms [N, V], which are written to: beside them, one
+    more tensor of that size exists.
+    """
+    # 0 * -inf would be NaN.
+    return -log_p.exp().mul_(log_p.clamp_(min=torch.finfo(log_p.dtype).min)).sum(-1)
 
 
 def draw_by_logits(logits: Tensor, uniform: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokendiff.samplers.categorical import entropy_of
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
@@ -42,7 +44,7 @@ class Candidates:
         """
         log_p = logits.log_softmax(-1)
         confidence = log_p.gather(-1, tokens[:, None])[:, 0].exp()
-        entropy = -(log_p.exp() * log_p.clamp(min=torch.finfo().min)).sum(-1)
+        entropy = entropy_of(log_p)
         if self.tokens.device != tokens.device:  # float64 holds all three as they are
             columns = [column.double() for column in (tokens, confidence, entropy)]
             found = torch.stack(columns).to(self.tokens.device)
