@@ -56,7 +56,7 @@ class AutoregressiveSampler(OpenEndedSampler):
 
     def _logits(self, model: Decoder, hidden: Tensor) -> Tensor:
         """[n, V] float32 of hidden states [n, D], before temperature and filters."""
-        return without_token(model.head(hidden).float(), self.never_token_id)
+        return without_token(model.head(hidden), self.never_token_id)
 
     def _finished(self, slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
         end = slots["length"].clone()

@@ -245,9 +245,9 @@ class Predictor:
 
     def _belief(self, row: Tensor, position: Tensor, x_t: Tensor, time: Tensor) -> Tensor:
         sampler = self._sampler
-        logits = self._model.head(self._conditional.at(row, position)).float()
+        logits = self._model.head(self._conditional.at(row, position))
         if sampler.guidance_scale != 1.0:
-            logits = self._guided(logits, row, position)
+            logits = self._guided(logits.float(), row, position)
         logits = without_token(logits, sampler.kernel.mask_token_id)
         if sampler.prediction == "posterior":
             there = logits.device

@@ -171,7 +171,7 @@ class BlockSampler(CachedBlockSampler):
         size = positions_at_once(hidden.device)
         for row, place in zip(which.split(size), position.split(size), strict=True):
             at = sent_at((row, offset[row] + place), hidden.device)
-            logits = without_token(model.head(hidden[at]).float(), self.mask_token_id)
+            logits = without_token(model.head(hidden[at]), self.mask_token_id)
             drawn = self._draw(logits, sent(uniform[row, place], logits.device))
             candidates.put((row, place), drawn, logits)
         return candidates

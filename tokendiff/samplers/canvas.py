@@ -235,7 +235,7 @@ class CanvasSampler(CachedBlockSampler):
         size = positions_at_once(hidden.device)
         for row, place in zip(which.split(size), position.split(size), strict=True):
             states = hidden[sent_at((row, offset[row] + place), hidden.device)]
-            yield row, place, without_token(model.head(states).float(), self.mask_token_id)
+            yield row, place, without_token(model.head(states), self.mask_token_id)
 
     def _corrected(
         self,

@@ -28,13 +28,15 @@ def check_filters(temperature: float, top_k: int | None, top_p: float | None) ->
 
 
 def without_token(logits: Tensor, token: int | None) -> Tensor:
-    """A copy of logits [..., V] in which a token has no probability; as they are where that is
-    None, or an id that the model has no logit of. What the head gave is left alone.
+    """Logits [..., V] in float32, a token having no probability: a copy, since what the head gave
+    is left alone. Where the token is None, or an id that the model has no logit of, a copy is made
+    only of what is not float32 yet.
     """
     if token is None or token >= logits.shape[-1]:
-        return logits
-    at = torch.full((1,), token, device=logits.device)
-    return logits.index_fill(-1, at, -torch.inf)
+        return logits.float()
+    copy = logits.to(torch.float32, copy=True)
+    copy[..., token] = -torch.inf
+    return copy
 
 
 def filter_logits(
