@@ -54,7 +54,7 @@ class DraftedModel:
     """A `tokendiff.diffusion.interfaces.DraftedDecoder`.
 
     Args:
-        target, draft: on one device; `drafting.check_fit` says whether they go together.
+        target, draft: on one device; `planning.check_fit` says whether they go together.
     """
 
     def __init__(self, target: CausalModel, draft: DFlashDraftModel) -> None:
