@@ -165,7 +165,7 @@ class Packer:
         for length, size, before in zip(*columns, strict=True):
             counted = 0
             while length >= room:  # the row ends here
-                stop = size if length == room else before(room)
+                stop = before(room)
                 self._row_bytes.append(self._open_bytes + stop - counted)
                 self._open_bytes, counted = 0, stop
                 room += self._max_length
@@ -207,7 +207,7 @@ def cut_rows(
         tokens=tokens,
         row_lengths=np.diff(row_starts, append=len(tokens)),
         document_lengths=run_lengths.astype(np.int32),
-        documents_per_row=np.bincount(row_of_run, minlength=len(row_starts)),
+        documents_per_row=np.bincount(row_of_run),
         num_bytes=num_bytes,
     )
 

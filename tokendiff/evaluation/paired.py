@@ -51,7 +51,7 @@ class Ratio:
 
     def influence(self, rows: Rows) -> np.ndarray:
         """[n] what each row moves the metric by, to first order, times n; they sum to 0."""
-        y, x = (rows[name].astype(np.float64) for name in (self.numerator, self.denominator))
+        y, x = rows[self.numerator], rows[self.denominator]
         ratio = y.sum() / x.sum()
         influence: np.ndarray = self.slope(float(ratio)) * (y - ratio * x) / x.mean()
         return influence

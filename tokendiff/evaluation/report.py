@@ -312,8 +312,6 @@ def _chart(
     series, beside = _series(points), _series(heldout)
     if series is None:
         return None
-    if reference is not None and not math.isfinite(reference[1]):
-        reference = None
     drawn = [series] if beside is None else [series, beside]
     first, last = min(s.first_step for s in drawn), max(s.last_step for s in drawn)
     x_low, x_high = _widened(first, last, margin=0.0)
@@ -395,7 +393,7 @@ def _loss_png(report: Report) -> bytes:
                 label=report.curve_names[1],
             )
             axes.legend()
-        if report.loss_reference is not None and math.isfinite(report.loss_reference[1]):
+        if report.loss_reference is not None:
             label, value = report.loss_reference
             axes.axhline(value, color="tab:red", linestyle="--", label=f"{label}: {value:.3f}")
             axes.legend()
