@@ -10,9 +10,11 @@ import pytest
 
 from tokendiff.evaluation.acceptance import (
     acceptance_metrics,
+    accepted_by_row,
     speculation_tables,
     speedup_metrics,
 )
+from tokendiff.evaluation.paired import paired_standard_error
 
 
 def record(
@@ -52,6 +54,16 @@ def test_the_standard_error_is_that_of_repeating_the_whole() -> None:
         means.append(metrics["acceptance_length_mean"])
         errors.append(metrics["acceptance_length_standard_error"])
     assert statistics.stdev(means) == pytest.approx(statistics.mean(errors), rel=0.12)
+
+
+def test_the_standard_error_of_few_rows_is_the_one_that_a_gate_takes() -> None:
+    """A gate's error, against a figure without any, is that of the other alone."""
+    records = [record(gains) for gains in ([1, 4, 2], [2, 2], [3, 1, 1, 4, 4], [1])]
+    blocks = np.array([each["blocks_by_gain"] for each in records])
+    rows = {"row_id": np.arange(4), **accepted_by_row(blocks)}
+    certain = {**rows, "num_accepted": 2 * rows["num_blocks"]}
+    error = paired_standard_error("acceptance_length_mean", rows, certain)
+    assert acceptance_metrics(records)["acceptance_length_standard_error"] == pytest.approx(error)
 
 
 @pytest.mark.parametrize("gains", [[1, 4, 2], []])
@@ -100,6 +112,9 @@ def test_prompt_sources_are_told_apart() -> None:
     assert metrics["acceptance_length_mean/chat.jsonl"] == pytest.approx(5 / 3)
     assert metrics["acceptance_length_mean/prompt"] == 2.0
     assert metrics["acceptance_length_mean"] == pytest.approx(15 / 6)
+    # MLflow refuses names with other characters.
+    named = acceptance_metrics([record([2], source="my chats (1).jsonl"), record([4])])
+    assert named["acceptance_length_mean/my_chats__1_.jsonl"] == 2.0
 
 
 def test_rows_without_a_block_have_no_acceptance_length() -> None:
@@ -120,6 +135,8 @@ def test_speedup_is_a_ratio_of_tokens_per_second() -> None:
     }
     metrics = speedup_metrics(measured)
     assert metrics["speedup"] == pytest.approx((300 / 2) / (250 / 5))
+    assert metrics["tokens_per_second_with_draft"] == 150.0
+    assert metrics["tokens_per_second_alone"] == 50.0
     assert metrics["same_text_fraction"] == 0.75
     assert speedup_metrics({}) == {}
 

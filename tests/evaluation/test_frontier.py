@@ -44,11 +44,18 @@ def test_the_front_is_of_points_that_the_rule_allows() -> None:
         point(math.nan, 99.0),  # no quality
         point(40.0, 1.5),
     ]
-    figures = {"perplexity": 1.0, ENTROPY: 3.0}  # no speed
-    points.append(Point(sampler={"name": "sdar"}, figures=figures))
+    for lacking in ("tokens_per_forward", "perplexity"):
+        figures = {**point(1.0, 99.0).figures}
+        del figures[lacking]
+        points.append(Point(sampler={"name": "sdar"}, figures=figures))
     assert rule.front(points) == [0, 2]
     assert rule.choose(points) == 2
     assert draw(points, rule, 2).startswith(b"\x89PNG")
+    ((_, header, rows),) = frontier_report("toy", points, rule, 2, config_yaml="").tables
+    assert {len(row) for row in rows} == {len(header)}
+    assert dict(zip(header, rows[-1], strict=True))["perplexity"] == ""
+    higher = Rule(**{**vars(rule), "is_lower_better": False})
+    assert higher.choose([point(2.0, 1.0), point(math.inf, 9.0)]) == 0  # not a figure
 
 
 def test_the_report_states_the_rule() -> None:
@@ -90,6 +97,11 @@ def test_the_operating_point_is_the_fastest_that_is_good_enough(rule: dict, expe
     assert Rule(**{**vars(RULE), **higher}).choose(turned) == expected
 
 
+def test_of_equally_fast_points_the_better_one_is_chosen() -> None:
+    points = [point(21.0, 2.0), point(20.5, 2.0), point(20.5, 2.0), point(20.0, 1.0)]
+    assert Rule(**{**vars(RULE), "within": 0.1}).choose(points) == 1
+
+
 @pytest.mark.parametrize(("within", "expected"), [(0.0, 0), (0.05, 1), (0.5, 2)])
 def test_an_accuracy_may_fall_by_a_share_of_the_best(within: float, expected: int) -> None:
     points = [point(0.8, 1.0), point(0.77, 2.0), point(0.41, 3.0), point(0.39, 4.0)]
@@ -101,6 +113,9 @@ def test_a_rule_that_no_point_satisfies() -> None:
     points = [point(20.0, 1.0), point(30.0, 2.0)]
     with pytest.raises(InputError, match=r"no point reaches the limit 10 .*the best reaches 20;"):
         Rule(**{**vars(RULE), "limit": 10.0}).choose(points)
+    higher = {"limit": 40.0, "is_lower_better": False}
+    with pytest.raises(InputError, match=r"no point reaches the limit 40 .*the best reaches 30;"):
+        Rule(**{**vars(RULE), **higher}).choose(points)
     with pytest.raises(InputError, match=r"min_entropy_nats 4 \(the highest entropy is 3\)"):
         Rule(**{**vars(RULE), "min_entropy_nats": 4.0}).choose(points)
 

@@ -84,6 +84,12 @@ def test_ngrams_do_not_cross_samples() -> None:
     assert metrics["repeated_4gram_fraction"] == 0.0
 
 
+def test_ngrams_of_a_large_vocabulary_are_told_apart() -> None:
+    """Four ids of 17 bits are more than an int64 holds."""
+    every, sample = list(range(2**17)), [0, 1, 2, 3, 2**13, 1, 2, 3]
+    assert generation_metrics([every, sample])["repeated_4gram_fraction"] == 0.0
+
+
 def test_degenerate_samples_have_defined_values() -> None:
     degenerate: list[list[list[int]]] = [[[]], [[], []], [[7]], [[7, 7, 7]]]
     for samples in degenerate:
@@ -91,6 +97,8 @@ def test_degenerate_samples_have_defined_values() -> None:
         assert all(math.isfinite(value) for value in metrics.values()), (samples, metrics)
         assert metrics["repeated_4gram_fraction"] == 0.0
         assert math.copysign(1, metrics["unigram_entropy_sample_nats"]) == 1.0
+    for length in range(1, 60):  # N ln N / N is not always ln N
+        assert 0.0 <= generation_metrics([[7] * length])["unigram_entropy_sample_nats"] < 1e-12
     assert generation_metrics([[7, 7, 7]])["distinct_3"] == 1.0
     assert generation_metrics([[7] * 10])["repeated_4gram_fraction"] == pytest.approx(6 / 7)
     with pytest.raises(InputError, match="no samples"):

@@ -165,6 +165,23 @@ def test_each_task_has_a_file_of_its_documents(tmp_path: Path) -> None:
         assert read_rows(tmp_path, metric) is None
 
 
+def test_each_figure_is_read_from_the_file_that_has_its_rows(tmp_path: Path) -> None:
+    rows, _ = made_up(3)
+    sampled = ("num_accepted", "num_blocks", "num_new_tokens", "num_model_calls")
+    of_samples = {name: rows[name] + 1.0 for name in sampled}
+    write_rows(tmp_path / "sampled_rows.parquet", {"row_id": rows["row_id"], **of_samples})
+    of_rows = {name: column for name, column in rows.items() if name not in sampled[2:]}
+    write_rows(tmp_path / "rows.parquet", of_rows)
+    commit(tmp_path, kind="evaluation")
+    for metric in PAIRED_METRICS:
+        found = read_rows(tmp_path, metric)
+        assert found is not None
+        is_of_samples = metric in ("acceptance_length_mean", "tokens_per_target_forward")
+        expected = of_samples if is_of_samples else of_rows
+        for name in found.keys() - {"row_id"}:
+            assert found[name].tolist() == expected[name].tolist()
+
+
 def test_rows_come_back_from_their_file(tmp_path: Path) -> None:
     columns: dict[str, Any] = {
         "row_id": np.array([3, 2**40]),

@@ -165,6 +165,8 @@ def test_held_out_rows_are_drawn_beside_the_loss(tmp_path: Path) -> None:
     assert first < last
     assert "held out" in beside.text
     assert "held out" not in alone.text
+    longer = write(tmp_path / "longer", replace(report, heldout_curve=[(0, 4.0), (40, 2.5)]))
+    assert str(longer.named("path", "line")[0]["d"]).startswith("M250.0 ")
 
 
 def test_frames_survive_the_page(tmp_path: Path) -> None:
@@ -219,6 +221,8 @@ def test_every_value_appears_and_nan_is_said(tmp_path: Path) -> None:
         "rate": 2.5e-7,
         "lost": math.nan,
         "gone": math.inf,
+        "below": -math.inf,
+        "huge": 1e300,
         "numpy": np.float64(0.5),
     }
     report = Report(
@@ -233,7 +237,16 @@ def test_every_value_appears_and_nan_is_said(tmp_path: Path) -> None:
     page = write(tmp_path, report)
     expected = ["A run", "its checkpoint", "Bound", "4.31", "nats per token", "It has learnt."]
     expected += [*metrics, "4.31235", "74.61", "1,234,567", "2.5e-07", "not a number", "infinite"]
-    expected += ["0.5", "Speed", "ratio", "Ray", "0.987654", "train:\n  seed: 17\n"]
+    expected += [
+        "minus infinite",
+        "1e+300",
+        "0.5",
+        "Speed",
+        "ratio",
+        "Ray",
+        "0.987654",
+        "train:\n  seed: 17\n",
+    ]
     for text in expected:
         assert text in page.text, text
     assert "nan" not in page.text.lower().replace("nats", "")
@@ -276,7 +289,7 @@ def test_few_points_can_be_read_off_the_chart(tmp_path: Path) -> None:
     report = Report(
         title="t",
         loss_curve=points,
-        loss_reference=("unigram entropy", 6.0),
+        loss_reference=("unigram entropy", 9.0),  # above the curve, and in the chart
         curves={"learning rate": rates},
     )
     path = write_report(tmp_path, report)
@@ -284,13 +297,15 @@ def test_few_points_can_be_read_off_the_chart(tmp_path: Path) -> None:
     assert np.array(values_off_the_chart(path, "line")) == pytest.approx(expected, abs=0.02)
     assert np.array(values_off_the_chart(path, "dots")) == pytest.approx(expected, abs=0.02)
     assert values_off_the_chart(path, "band") == []
-    assert values_off_the_chart(path, "reference")[0][1] == pytest.approx(6.0, abs=0.01)
+    assert values_off_the_chart(path, "reference")[0][1] == pytest.approx(9.0, abs=0.01)
+    (reference,) = Page(path).named("path", "reference")
+    assert 0 < float(str(reference["d"]).removeprefix("M0 ").removesuffix("H1000")) < 1000
     assert np.array(values_off_the_chart(path, "line", chart=1))[:, 1] == pytest.approx(
         [value for _, value in rates], abs=1e-6
     )
     text = Page(path).text
     assert "loss, nats per token" in text
-    assert "unigram entropy: 6.000" in text
+    assert "unigram entropy: 9.000" in text
     assert "From 7.25 at step 10 to 3.5 at step 30; lowest 3.5 at step 30." in text
 
 
@@ -303,6 +318,7 @@ def test_many_points_are_drawn_as_means_and_extremes(tmp_path: Path) -> None:
     points = list(zip(steps.tolist(), losses.tolist(), strict=True))
     path = write_report(tmp_path, Report(title="t", loss_curve=points))
     assert path.stat().st_size < 100_000
+    assert not Page(path).named("path", "dots")
     band = np.array(values_off_the_chart(path, "band"))
     line = np.array(values_off_the_chart(path, "line"))
     upper, lower = band[:400], band[:399:-1]
@@ -376,7 +392,7 @@ def test_explanation_claims_only_what_the_bound_shows() -> None:
     assert better.startswith("This model uses context: the right token is at least 7.39 times")
     assert "2.000 nats (33%) lower" in better
     assert "at least" not in explain_bound(4.0, 6.0, standard_error=0.1, is_exact=True)
-    for bound, error in ((6.5, 0.1), (5.9, 0.1), (6.0, 0.0)):
+    for bound, error in ((6.5, 0.1), (5.9, 0.1), (5.85, 0.1), (6.0, 0.0)):
         text = explain_bound(bound, 6.0, standard_error=error)
         assert text.startswith("It is not shown that this model has learnt anything from context.")
         assert "not clearly below" in text

@@ -193,6 +193,18 @@ def test_grouped_attention_is_that_of_copied_keys(length: int) -> None:
         expected = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=0.3)
         found, _ = grouped_attention(torch.nn.Identity(), query, key, value, mask, scaling=0.3)
         torch.testing.assert_close(found, expected.transpose(1, 2))
+    # What transformers' own does: a mask for each head, a bias, and keys that nobody shares.
+    module, bias = torch.nn.Identity(), torch.rand(1, 6, length, 9, generator=generator).double()
+    module.num_key_value_groups = 3
+    how: dict[str, Any] = {"attn_mask": mask + bias, "scale": 0.3}
+    expected = scaled_dot_product_attention(query, keys, values, **how).transpose(1, 2)
+    found, _ = grouped_attention(module, query, key, value, mask + bias, scaling=0.3)
+    torch.testing.assert_close(found, expected)
+    found, _ = grouped_attention(module, query, key, value, mask, scaling=0.3, position_bias=bias)
+    torch.testing.assert_close(found, expected)
+    module.num_key_value_groups = 1
+    found, _ = grouped_attention(module, query, keys, values, mask + bias, scaling=0.3)
+    torch.testing.assert_close(found, expected)
 
 
 # A pass that cannot be recorded.
@@ -490,6 +502,18 @@ def test_what_has_come_before_is_replayed_and_results_stay() -> None:
 
 
 @torch.no_grad()
+def test_what_is_no_number_in_both_is_the_same() -> None:
+    """A query that sees nothing gives none, and nobody reads it."""
+    recorder = OperationRecorder()
+    replays, x = Replays(recorder), torch.tensor([[0.0, 0.0], [1.0, 2.0]])
+    for _ in range(RECORDED_AT + 1):
+        (found,) = replays(lambda given: [given["x"] / given["x"]], {"x": x}, num_tokens=2)
+        torch.testing.assert_close(found, x / x, equal_nan=True)
+    assert recorder.is_working
+    assert (recorder.num_recorded, recorder.num_replayed) == (1, 2)
+
+
+@torch.no_grad()
 def test_what_differs_is_recorded_by_itself() -> None:
     recorder = OperationRecorder()
     replays = Replays(recorder)
@@ -497,6 +521,7 @@ def test_what_differs_is_recorded_by_itself() -> None:
     kinds: list[tuple[Any, tuple[int, ...]]] = [
         ({"x": x, "y": None}, ()),
         ({"x": x, "y": x}, ()),
+        ({"y": x, "x": 3 * x}, ()),  # what is the same but for which is which
         ({"x": x, "y": 1}, ()),
         ({"x": x, "y": 1.0}, ()),
         ({"x": x, "y": 2}, ()),
@@ -544,7 +569,8 @@ def test_the_recording_that_was_not_used_for_longest_goes() -> None:
     use(1)
     assert use(count + 1, RECORDED_AT) == 1
     assert use(1, RECORDED_AT) == 0
-    assert use(2, RECORDED_AT) == 1
+    assert use(2, RECORDED_AT - 1) == 0  # as if it were new, or 33 shapes would record in turn
+    assert use(2) == 1
     replays.forget()
     assert use(1, RECORDED_AT) == 1
 
@@ -571,6 +597,7 @@ def test_a_weight_that_autocast_has_cast_is_not_part_of_a_recording() -> None:
         expected = torch.nn.functional.linear(x.bfloat16(), *weights)
         torch.testing.assert_close(found, expected)
     assert (recorder.num_recorded, recorder.num_replayed) == (1, 3)
+    assert torch.is_autocast_cache_enabled()
 
 
 def test_on_a_cpu_nothing_is_recorded() -> None:
