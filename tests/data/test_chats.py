@@ -199,6 +199,39 @@ def test_an_outline_finds_the_answers_that_prefixes_find(name: str, train_on: Tr
     assert slow < 100 if name == "forgetful" else slow == 0
 
 
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        # A question is written where its answer is, so that both are in one span.
+        (
+            "{% for m in messages %}{% if m.role == 'assistant' %}"
+            "{{ messages[loop.index0 - 1].content }} > {{ m.content }}\n{% endif %}{% endfor %}",
+            ["a question > yes", "why > because"],
+        ),
+        # What stands behind the last message depends on what that says.
+        (
+            CHATML + "{% if messages[-1].content == 'because' %}{{ 'end' }}{% endif %}",
+            ["yes<|im_end|>", "because<|im_end|>\nend"],
+        ),
+    ],
+)
+def test_a_text_of_no_outline_is_taken_by_prefixes(template: str, expected: list[str]) -> None:
+    messages = conversation("a question", "yes", "why", "because").messages
+    text, spans = ChatRenderer(tokenizer=chat_tokenizer(template))._by_outline(messages)
+    assert [text[start:stop] for start, stop in spans] == expected
+
+
+def test_an_answer_may_begin_the_text_with_what_the_tokenizer_drops() -> None:
+    core = Tokenizer(models.WordPiece({"[UNK]": 0, "hi": 1, "you": 2}, unk_token="[UNK]"))
+    core.normalizer = normalizers.BertNormalizer()  # drops control characters
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    renderer = ChatRenderer(tokenizer=PreTrainedTokenizerFast(tokenizer_object=core))
+    talk = conversation("", "\x01hi you")
+    rendered = renderer(Conversation(messages=talk.messages, plain=("", "\x01hi you")))
+    assert rendered.tokens.tolist() == [1, 2]
+    assert rendered.is_target.all()
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_conversations_that_are_refused_leave_the_others_of_their_batch(name: str) -> None:
     """One by the template, one before it; what is kept is what each gives by itself."""

@@ -27,7 +27,7 @@ from tokendiff.data.bad_rows import BadRow
 from tokendiff.data.lines import first_line, lines_in, num_lines_before
 from tokendiff.data.packing import PackedRows, Packer, TokenizedDocuments, tokenize_stream
 from tokendiff.data.partition import Partition, Piece, even_pieces, group_pieces
-from tokendiff.data.rows import TokenData
+from tokendiff.data.rows import TokenData, too_few_rows
 from tokendiff.data.sources import plan_input, plan_partitions, read_documents
 from tokendiff.data.tokenizers import build_tokenizer, open_tokenizer
 from tokendiff.diffusion.interfaces import TokenBatch
@@ -746,6 +746,21 @@ def test_a_packer_keeps_nothing_of_what_it_has_handed_out() -> None:
         packer.add(document)
         sizes.append(len(pickle.dumps(packer)))
     assert max(sizes) < 1.2 * sizes[0]
+
+
+def test_a_split_of_too_few_rows_is_told_what_gives_it_more() -> None:
+    parts = {name: {"rows": rows, "documents": 7} for name, rows in (("train", 1), ("heldout", 0))}
+    metadata = {"splits": parts, "config": {"heldout_fraction": 0.25}}
+    told = too_few_rows(metadata, "train")
+    assert told.startswith("split 'train' has 1 row, and an evaluation takes at least 2; lower ")
+    assert "heldout_fraction (it is 0.25)" in told
+    told = too_few_rows(metadata, "heldout")
+    assert told.startswith("split 'heldout' has no rows, and an evaluation takes at least 2; raise")
+    parts["train"]["rows"] = 2
+    assert too_few_rows(metadata, "train") == ""
+    one = {"train": {"rows": 1, "documents": 1}, "heldout": {"rows": 0, "documents": 0}}
+    for fields, remedy in (({"sample_by": "document"}, "sample_by line"), ({}, "more documents")):
+        assert remedy in too_few_rows({"splits": one, "config": fields}, "heldout")
 
 
 def test_other_tokens_in_as_many_bytes_are_other_data(tmp_path: Path) -> None:

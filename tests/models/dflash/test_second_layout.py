@@ -451,6 +451,8 @@ def test_scalars_stand_in_either_place() -> None:
         expected = [3.0 * math.tanh(2.0 * x / 3.0) for x in logits[0].tolist()]
         assert config.shaped(logits)[0].tolist() == pytest.approx(expected)
     logits = torch.tensor([[-4.0, 0.0, 1.5]])
+    capped = second_config(own={"final_logit_softcapping": 3.0}).shaped(logits.bfloat16())
+    torch.testing.assert_close(capped, 3.0 * torch.tanh(logits / 3.0))  # in float32
     uncapped = second_config(own={"attention_mode": "gqa", "final_logit_softcapping": 0.0})
     assert torch.equal(uncapped.shaped(logits), logits)
     draft = tiny_second(own={"input_embedding_scale": 2.0})
