@@ -27,7 +27,7 @@ from tokendiff.data.bad_rows import BadRow
 from tokendiff.data.lines import first_line, lines_in, num_lines_before
 from tokendiff.data.packing import PackedRows, Packer, TokenizedDocuments, tokenize_stream
 from tokendiff.data.partition import Partition, Piece, even_pieces, group_pieces
-from tokendiff.data.rows import TokenData, too_few_rows
+from tokendiff.data.rows import TokenData, TokenRows, too_few_rows
 from tokendiff.data.sources import plan_input, plan_partitions, read_documents
 from tokendiff.data.tokenizers import build_tokenizer, open_tokenizer
 from tokendiff.diffusion.interfaces import TokenBatch
@@ -795,6 +795,15 @@ def test_rows_know_where_their_documents_begin(tmp_path: Path) -> None:
         expected = [index for index, length in enumerate(runs[row]) for _ in range(length)]
         assert document == expected + [-1] * (8 - len(expected))
     assert torch.equal(batch.is_valid, batch.document >= 0)
+    lengths = [sum(runs[row]) for row in chosen]
+    for count in (0, 2, 6, 99):
+        assert read.first(count) == (len(lengths[:count]), sum(lengths[:count]))
+    # Row groups are kept for the next call alone, however many there are.
+    kept: dict[int, TokenRows] = {}
+    for some in ([0, 5], [4], [1, 0], [3, 4]):
+        again = data.read(*np.divmod(np.array(some), 4), kept=kept)
+        assert [row[0] for row in again.tokens.tolist()] == some
+        assert kept.keys() == {row // 4 for row in some}
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,22 @@ def test_tiles_give_the_numbers_and_gradients_of_the_whole_mask(
         torch.testing.assert_close(ours, whole)
 
 
+def test_tiles_have_no_keys_for_anchors_that_are_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(block_attention, "_TILE_QUERIES", 40)
+
+    def context_of(batch: TokenBatch) -> list[tuple[tuple[int, int], ...]]:
+        anchors, _ = draw_anchors(batch, RowGenerator(keys=torch.arange(2)), 60)
+        blocks = dflash_blocks(batch.document, anchors, 4)
+        return [tile.key_runs[:-1] for tile in tiles_of_blocks(blocks, dtype=torch.float64)]
+
+    # The short row's last anchors are filled up with 0, which its neighbour's do not see.
+    ((begin, end),) = context_of(some_rows(500, ((0, 250), (0,)), [500, 30]))[-1]
+    assert 250 <= begin < end <= 500
+    assert context_of(some_rows(20, ((0,), (0,)), [1, 1])) == [()]  # rows without an anchor
+
+
 @pytest.mark.slow
 def test_many_anchors_take_no_mask_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """512 of them in a row: loss and gradient are those under the whole mask, which is not made."""

@@ -182,6 +182,25 @@ def test_forward_is_the_published_arithmetic(attention: str) -> None:
         torch.testing.assert_close(output[0], expected, **CLOSE)
 
 
+def test_positions_count_on_from_the_cache() -> None:
+    draft, cache = tiny_draft().double(), DynamicCache()
+    block, context = torch.randn(1, BLOCK, D).double(), torch.randn(1, 5, 2 * D).double()
+    draft(torch.randn(1, BLOCK, D).double(), context[:, :3], past_key_values=cache)
+    cache.crop(-BLOCK)  # of the block that was drafted first, nothing is left
+    output = draft(block, context[:, 3:], past_key_values=cache).last_hidden_state
+    torch.testing.assert_close(output[0], plain_draft(draft, block[0], context[0], 0), **CLOSE)
+
+
+def test_dropout_is_of_training_alone() -> None:
+    draft = tiny_draft(attention_dropout=0.5)
+    block, context = torch.randn(1, BLOCK, D), torch.randn(1, 5, 2 * D)
+    first, second = (draft(block, context).last_hidden_state for _ in range(2))
+    assert torch.equal(first, second)
+    draft.train()
+    first, second = (draft(block, context).last_hidden_state for _ in range(2))
+    assert not torch.equal(first, second)
+
+
 def test_the_published_layout_opens_without_remote_code_and_is_saved_back(tmp_path: Path) -> None:
     folder = published_folder(tmp_path / "published")
     draft = AutoModel.from_pretrained(folder, trust_remote_code=False, dtype="auto")

@@ -50,6 +50,14 @@ def test_a_word_is_no_reserved_token(name: str) -> None:
     assert "id 10, a row of its embedding beyond the tokenizer's 10 tokens" in note
 
 
+def test_rows_beyond_the_tokenizer_are_beyond_its_highest_id() -> None:
+    from tokenizers import Tokenizer, models
+
+    backend = Tokenizer(models.WordLevel({"[END]": 0, "a": 1, "b": 3}, unk_token="[END]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[END]")
+    assert chosen(tokenizer, 8)[0] == 4
+
+
 def test_a_token_that_is_written_like_a_mask_is_one() -> None:
     assert chosen(tokenizer_of("<unused0>", "<|mask|>"), 64)[0] == 2
 

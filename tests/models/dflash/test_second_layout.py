@@ -429,6 +429,7 @@ def test_names_and_shapes_are_the_published_ones_and_files_open_again(tmp_path: 
         ({"new_field": 1}, {}, "new_field"),
         ({"attention_mode": "mla"}, {}, "attention_mode 'mla': this version implements gqa alone"),
         ({}, {"sliding_window": None}, "sliding_window None"),
+        ({}, {"sliding_window": 0}, "sliding_window 0: .* need the number of positions"),
         ({}, {"is_causal": True}, "is_causal true"),
         ({}, {"layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
     ],

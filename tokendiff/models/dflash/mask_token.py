@@ -68,6 +68,5 @@ def choose_mask_token(target: Any, tokenizer: Any, *, target_model_id: str) -> t
 
 def _ids_with_a_part(tokenizer: Any) -> list[int]:
     """Ids of the special tokens that the tokenizer names by what they do: BOS, EOS, padding, ..."""
-    named = tokenizer.special_tokens_map.values()
-    tokens = [t for value in named for t in (value if isinstance(value, list) else [value])]
-    return [int(index) for index in tokenizer.convert_tokens_to_ids([str(t) for t in tokens])]
+    named = [*tokenizer.special_tokens_map.values()]
+    return [int(index) for index in tokenizer.convert_tokens_to_ids(named)]
