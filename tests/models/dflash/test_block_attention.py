@@ -108,6 +108,29 @@ def test_tiles_have_no_keys_for_anchors_that_are_not_there(
     assert context_of(some_rows(20, ((0,), (0,)), [1, 1])) == [()]  # rows without an anchor
 
 
+def test_the_kernel_is_chosen_by_device_dropout_and_how_many_scores_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("compile_module", "compile_layers"):
+        monkeypatch.setattr(trainee, name, lambda module: None)
+    gpu, cpu, few, many = torch.device("cuda"), torch.device("cpu"), 2**20, 2**22 + 1
+    sizes: dict[str, Any] = {"head_dim": 16}
+
+    def kernel(
+        device: torch.device, num_scores: int, *, compiled: bool = False, **fields: Any
+    ) -> str:
+        pair = DraftTrainee(tiny_draft(**sizes, **fields), tiny_target())
+        if compiled:
+            pair.compile_encoder()
+        return pair.kernel_for(device, num_scores)
+
+    assert [kernel(gpu, few), kernel(gpu, few + 1), kernel(cpu, many)] == ["dense", "flex", "tiles"]
+    # flex_attention knows no dropout, and the edges of tiles differ by batch.
+    assert kernel(gpu, many, attention_dropout=0.1) == "tiles"
+    assert kernel(cpu, many, compiled=True) == "dense"
+    assert kernel(cpu, many - 1) == "dense"
+
+
 @pytest.mark.slow
 def test_many_anchors_take_no_mask_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """512 of them in a row: loss and gradient are those under the whole mask, which is not made."""

@@ -64,7 +64,10 @@ def test_it_holds_all_tokens_for_about_as_likely_under_any_head(
         target_model_id=str(tmp_path),
         draft_model_id=None,
     )
-    trainees = [load_trainee(plan, device=torch.device("cpu"), seed=seed) for seed in (1, 1, 2)]
+    trainees, state = [], torch.get_rng_state()
+    for seed in (1, 1, 2):
+        trainees.append(load_trainee(plan, device=torch.device("cpu"), seed=seed))
+    assert torch.equal(torch.get_rng_state(), state), "what is drawn elsewhere is drawn as before"
     same, other = (
         [torch.equal(a, b) for a, b in zip(trainees[0].model.parameters(), pair, strict=True)]
         for pair in (trainees[1].model.parameters(), trainees[2].model.parameters())

@@ -98,6 +98,7 @@ def test_a_convolution_is_a_loop_over_places_and_taps_of_a_block(taps: int) -> N
     delta = conv.deltas(h[:, :2])[1]
     front = conv(x[:, :2], delta, side=1)
     torch.testing.assert_close(front, conv(x, conv.deltas(h)[1], side=1)[:, :2])
+    assert conv(x.bfloat16(), conv.deltas(h)[0], side=0).dtype == torch.bfloat16
     with pytest.raises(ValueError, match=f"{BLOCK + 1} positions are not blocks"):
         conv(x[:, : BLOCK + 1], conv.deltas(h[:, : BLOCK + 1])[0], side=0)
 
