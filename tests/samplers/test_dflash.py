@@ -439,6 +439,21 @@ def test_drafts_in_a_batch_are_those_of_the_whole_text_at_once() -> None:
             )
 
 
+def test_pieces_of_few_tokens_are_all_read_without_a_block_between_them() -> None:
+    model, rows, most = drafted_model(), torch.arange(2), 6
+    texts = torch.randint(SIZE, (2, most), generator=torch.Generator().manual_seed(0))
+    cache, anchors = model.new_cache(2), torch.tensor([5, 6])
+    for piece in texts.split(2, dim=1):
+        counts = torch.full_like(rows, piece.shape[1])
+        model.encode(piece, counts, cache, rows, causal_by_position)
+        cache.extend(rows, counts)
+    cache.move(0, 1)  # with what waits for the next block
+    drafted = model.draft(anchors, cache, rows)
+    assert isinstance(drafted, Tensor)
+    for row in range(2):
+        assert torch.allclose(drafted[row], draft_at_once(model, texts[0], int(anchors[row])))
+
+
 def draft_at_once(model: DraftedModel, context: Tensor, anchor: int) -> Tensor:
     output = model.target.model(context[None], output_hidden_states=True)
     ids = model._draft.config.target_layer_ids

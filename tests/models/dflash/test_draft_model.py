@@ -332,6 +332,12 @@ def test_a_new_draft_is_as_wide_as_its_target() -> None:
     )
     assert config.target_layer_ids == [2]
     assert DFlashDraftModel(config).fc.weight.shape == (32, 32)
+    # Of the second layout, whose groups and candidates are as many as a small target allows.
+    small = GPT2Config(n_embd=40, n_layer=4, n_head=4, vocab_size=9, n_positions=64)
+    config = new_draft_config(
+        small, target_model_id="t", num_layers=1, block_size=2, mask_token_id=0, layout="dflash2"
+    )
+    assert (config.second("conv_group_size"), config.second("selector_top_k")) == (8, 9)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_it_holds_all_tokens_for_about_as_likely_under_any_head(
     assert not all(other)
     for trainee in trainees:
         # Independent logits of standard deviation 1 cost half a nat more than equal ones.
-        assert math.log(V) - 0.2 < first_nll(trainee) < math.log(V) + 1.2
+        assert math.log(V) + 0.25 < first_nll(trainee) < math.log(V) + 0.8
     torch.manual_seed(1)
     plain = DraftTrainee(DFlashDraftModel(config_of(target)), target)
     assert row_length == 1.0 or first_nll(plain) > math.log(V) + 10.0
