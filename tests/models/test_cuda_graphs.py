@@ -194,7 +194,8 @@ def test_grouped_attention_is_that_of_copied_keys(length: int) -> None:
         found, _ = grouped_attention(torch.nn.Identity(), query, key, value, mask, scaling=0.3)
         torch.testing.assert_close(found, expected.transpose(1, 2))
     # What transformers' own does: a mask for each head, a bias, and keys that nobody shares.
-    module, bias = torch.nn.Identity(), torch.rand(1, 6, length, 9, generator=generator).double()
+    module: Any = torch.nn.Identity()
+    bias = torch.rand(1, 6, length, 9, generator=generator).double()
     module.num_key_value_groups = 3
     how: dict[str, Any] = {"attn_mask": mask + bias, "scale": 0.3}
     expected = scaled_dot_product_attention(query, keys, values, **how).transpose(1, 2)
