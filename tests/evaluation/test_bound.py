@@ -186,6 +186,9 @@ def test_summary_has_the_standard_error_of_a_ratio() -> None:
 def test_the_standard_error_of_few_rows_counts_that_they_are_few() -> None:
     one = np.ones(2, dtype=np.int64)
     assert summarize(np.array([1.0, 3.0]), one, one).standard_error == pytest.approx(1.0)
+    # Of a prompt's continuation no bytes are known, and no float holds exp(9000).
+    far = summarize(np.array([8e3, 1e4]), one, 0 * one)
+    assert (far.bits_per_byte, far.perplexity) == (None, math.exp(700.0))
 
 
 @pytest.mark.parametrize("name", ["absorbing", "uniform", "hybrid"])
