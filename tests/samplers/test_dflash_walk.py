@@ -26,6 +26,7 @@ from tests.samplers.test_dflash import (
     completed,
     requests_of,
 )
+from tokendiff.diffusion.attention_masks import causal_by_position
 from tokendiff.diffusion.candidates import Candidates
 from tokendiff.diffusion.interfaces import DecodingCache, Request
 from tokendiff.models.causal import CausalModel
@@ -218,3 +219,21 @@ def test_drafts_of_a_ragged_batch_are_those_of_the_whole_text(
         )
         num_checked += 1
     assert num_checked > 10
+
+
+@torch.no_grad()
+def test_a_window_hides_the_first_token_as_soon_as_it_is_full() -> None:
+    length = 6
+    model = walking_model("qwen3", window=length + BLOCK - 1)
+    tokens, rows = torch.arange(length)[None] % SIZE, torch.arange(1)
+    cache, counts = model.new_cache(1), torch.tensor([length])
+    model.encode(tokens, counts, cache, rows, causal_by_position)
+    cache.extend(rows, counts)
+    found: Any = model.draft(torch.tensor([3]), cache, rows)
+    draft, target = model._draft, model.target.model
+    states = target(tokens, output_hidden_states=True).hidden_states
+    block = torch.tensor([[3, *[SIZE - 1] * (BLOCK - 1)]])
+    context = torch.cat([states[0], states[2]], dim=-1)
+    output = draft(target.get_input_embeddings()(block), context).last_hidden_state[:, 1:]
+    assert draft.candidate_selector is not None
+    torch.testing.assert_close(found.features, draft.candidate_selector(output))

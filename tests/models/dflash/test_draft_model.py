@@ -317,13 +317,15 @@ def test_layers_are_spread_as_in_the_published_drafts() -> None:
 
 
 def test_a_new_draft_is_as_wide_as_its_target() -> None:
-    target = Qwen3Config(**SIZES, num_hidden_layers=7, rope_parameters={"rope_theta": 5e5})
+    own: dict[str, Any] = {"rope_parameters": {"rope_theta": 5e5}, "rms_norm_eps": 1e-4}
+    target = Qwen3Config(**SIZES, num_hidden_layers=7, **own)
     config = new_draft_config(
         target, target_model_id="t", num_layers=2, block_size=8, mask_token_id=MASK
     )
     assert {name: getattr(config, name) for name in SIZES} == SIZES
     assert config.target_layer_ids == [1, 4]
     assert config.rope_parameters == target.rope_parameters
+    assert config.rms_norm_eps == 1e-4
     check_fit(config, target, draft_model_id="d", target_model_id="t")
     # A target without rotary positions: the draft has its own.
     other = GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=V, n_positions=64)
