@@ -45,7 +45,9 @@ def write_part(path: Location, records: list[dict[str, Any]]) -> None:
         }
     )
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(records, schema=schema), sink)
+    with pq.ParquetWriter(sink, schema) as writer:
+        if records:  # `datasets` fails at a row group without rows
+            writer.write_table(pa.Table.from_pylist(records, schema=schema))
     write_atomically(path, sink.getvalue().to_pybytes())
 
 
