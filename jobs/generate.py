@@ -15,7 +15,7 @@ the prompts that could not be used; running the same command again goes on where
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jobs import cli
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pipelines.builders import generate_stage, in_own_folder
     from pipelines.registered import checkpoint_folder, with_models
     from pipelines.runner import run_job
-    from pipelines.tables import failure_of, printable
+    from pipelines.tables import failure_of, printable, to_read
     from tokendiff.data.samples import first_records
 
     checkpoint = config.checkpoint_path and checkpoint_folder(config.checkpoint_path, args.config)
@@ -62,24 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         read = first_records(stage.output, min(_SHOWN * config.num_samples, _READ))
         shown = _of_many_prompts(read, _SHOWN)
         for record in shown:
-            print(f"--- {record['id']}\n{printable(_to_read(record, config.use_chat_template))}")
+            print(f"--- {record['id']}\n{printable(to_read(record))}")
             if record["completion"] == "":
                 print("(nothing: it ended at once)")
         print(f"--- {len(shown)} of {result['rows']} samples are shown")
     cli.print_result(result, as_json=args.json)
     message = failure_of([result])
     return cli.EXIT_OK if message is None else cli.fail(message)
-
-
-def _to_read(record: Mapping[str, Any], is_chat: bool) -> str:
-    """The text of a sample; of a question in a chat, what was asked and answered.
-
-    Without the special tokens that it is made of, a chat template reads like words of the chat.
-    """
-    prompt, completion = record["prompt"], record["completion"]
-    if not is_chat or record["gaps"] or prompt is None or prompt not in record["text"]:
-        return str(record["text"])
-    return f"{prompt}\n-> {completion}"
 
 
 def _of_many_prompts(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:

@@ -294,7 +294,7 @@ def _sampling_lines(samples: Mapping[str, Any]) -> list[Line]:
     folder = location(samples["output_dir"])
     verify(folder, kind=KIND, hashes=isinstance(folder, Path))  # two are shown, not all fetched
     records = first_records(folder, _SHOWN_SAMPLES)
-    return [*lines, *((f"sample {r['id']}", _shortened(r["text"])) for r in records)]
+    return [*lines, *((f"sample {r['id']}", _shortened(to_read(r))) for r in records)]
 
 
 def _bound_lines(figures: Mapping[str, Any]) -> list[Line]:
@@ -419,6 +419,18 @@ def _apart(bound: float, unigram: float) -> str:
 def _shortened(text: str) -> str:
     text = printable(text).strip()
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " ..."
+
+
+def to_read(record: Mapping[str, Any]) -> str:
+    """The text of a sample; of a question in a chat, what was asked and answered.
+
+    Without the special tokens that it is made of, a chat template reads like words of the chat.
+    """
+    text, prompt = str(record["text"]), record["prompt"] or ""
+    is_chat = prompt in text and not text.lstrip().startswith(prompt.strip())
+    if record["gaps"] or not is_chat or "completion" not in record:
+        return text
+    return f"{prompt}\n-> {record['completion']}"
 
 
 def printable(text: str) -> str:

@@ -1,0 +1,34 @@
+"""What the table at the end of a run, and a job of samples, show."""
+
+from typing import Any
+
+import pytest
+
+from pipelines import tables
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "gaps", "shown"),
+    [
+        ("Why?", "system\nBe kind.\nuser\nWhy?\nassistant\nSo.", [], "Why?\n-> So."),
+        ("Why?", "Why? So.", [], "Why? So."),
+        ("Why?", " Why? So.", [], " Why? So."),
+        ("Why?", "why? so.", [], "why? so."),
+        ("Why [MASK]?", "I ask: Why [MASK]?", [3], "I ask: Why [MASK]?"),
+        ('[{"role": "user", "content": "Why?"}]', "user\nWhy?\nSo.", [], "user\nWhy?\nSo."),
+        (None, "So.", [], "So."),
+    ],
+)
+def test_of_a_chat_question_and_answer_are_shown(
+    prompt: str | None, text: str, gaps: list[int], shown: str
+) -> None:
+    record: dict[str, Any] = {"prompt": prompt, "text": text, "completion": "So.", "gaps": gaps}
+    assert tables.to_read(record) == shown
+
+
+def test_the_table_of_a_run_shows_chats_so(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {"id": 0, "prompt": "Why?", "text": "user\nWhy?\nassistant\nSo.", "completion": "So."}
+    monkeypatch.setattr(tables, "verify", lambda *_, **__: None)
+    monkeypatch.setattr(tables, "first_records", lambda *_: [{**record, "gaps": []}])
+    result = {"tokens_per_second": None, "output_dir": str(tmp_path)}
+    assert tables._sampling_lines(result) == [("sample 0", "Why?\n-> So.")]
