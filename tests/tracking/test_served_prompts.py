@@ -122,6 +122,7 @@ def test_what_is_no_text_is_refused_in_every_form(
         {"dataframe_records": [{"prompt": "a"}, {"prompt": "5"}]},
         {"dataframe_split": {"columns": ["prompt"], "data": [["a"], ["5"]]}},
         {"inputs": [{"prompt": "a"}, {"prompt": "5"}], "params": {"seed": 3}},
+        {"inputs": [{"prompt": "a"}, {"prompt": "5"}], "params": {"seed": None}},
     ],
 )
 def test_texts_are_answered_in_every_form(

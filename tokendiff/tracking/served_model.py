@@ -82,7 +82,8 @@ class PromptModel(PythonModel):
         """
         from tokendiff.data.prompts import GenerationRow
 
-        seed = int((params or {}).get("seed", 0))
+        given = (params or {}).get("seed")
+        seed = 0 if given is None else int(given)  # clients send null for what is not set
         if not 0 <= seed <= MAX_SEED:
             raise _refusal(f"seed must be from 0 to {MAX_SEED}, got {seed}")
         prompts = list(model_input["prompt"])
