@@ -227,7 +227,11 @@ def figure_lines(stages: Sequence[StageRecord]) -> list[Line]:
         alike = [stage for stage in stages if stage.kind == kind and stage.result]
         for stage in alike:
             title = f" ({stage.stage})" if len(alike) > 1 else ""
-            lines += [(f"{label}{title}", text) for label, text in describe(stage.result)]
+            found = describe(stage.result)
+            if kind == "promote" and stage.state == "done" and found:
+                # A rollback or another promotion may have moved the alias since.
+                found[-1] = (found[-1][0], f"{found[-1][1]}, as an earlier run left it")
+            lines += [(f"{label}{title}", text) for label, text in found]
     return lines
 
 

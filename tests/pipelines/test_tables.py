@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from pipelines import tables
+from pipelines.record import StageRecord
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,14 @@ def test_the_table_of_a_run_shows_chats_so(tmp_path: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(tables, "first_records", lambda *_: [{**record, "gaps": []}])
     result = {"tokens_per_second": None, "output_dir": str(tmp_path)}
     assert tables._sampling_lines(result) == [("sample 0", "Why?\n-> So.")]
+
+
+@pytest.mark.parametrize(
+    ("state", "shown"), [("ran", "m is v2"), ("done", "m is v2, as an earlier run left it")]
+)
+def test_a_promotion_of_an_earlier_run_does_not_say_where_the_alias_is(
+    state: Any, shown: str
+) -> None:
+    result = {"gate": ["passed"], "decision": "promoted", "summary": "m is v2"}
+    record = StageRecord(stage="a", kind="promote", key="", folder="", state=state, result=result)
+    assert tables.figure_lines([record]) == [("gate", "passed"), ("promoted", shown)]
