@@ -416,7 +416,7 @@ def table_lines(tables: Sequence[tuple[str, list[str], list[list[Any]]]]) -> lis
 def _apart(bound: float, unigram: float) -> str:
     share = 100 * (1 - bound / unigram) if unigram else 0.0
     if share < 0:
-        return f"{-share:.0f} % above that entropy: nothing is learnt yet"
+        return f"{-share:.0f} % above that entropy: no use of context is shown yet"
     return f"{share:.0f} % below that entropy"
 
 

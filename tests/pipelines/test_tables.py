@@ -44,3 +44,9 @@ def test_a_promotion_of_an_earlier_run_does_not_say_where_the_alias_is(
     result = {"gate": ["passed"], "decision": "promoted", "summary": "m is v2"}
     record = StageRecord(stage="a", kind="promote", key="", folder="", state=state, result=result)
     assert tables.figure_lines([record]) == [("gate", "passed"), ("promoted", shown)]
+
+
+def test_a_bound_above_the_entropy_is_no_proof_that_nothing_was_learnt() -> None:
+    """The entropy of a few dozen held-out tokens is far below that of the language."""
+    assert tables._apart(3.0, 2.0) == "50 % above that entropy: no use of context is shown yet"
+    assert tables._apart(1.0, 2.0) == "50 % below that entropy"
