@@ -103,11 +103,7 @@ def _causes(error: BaseException) -> list[BaseException]:
         if current is not None and current not in found:
             found.append(current)
             inner = getattr(current, "cause", None)
-            waiting += [
-                current.__cause__,
-                inner if isinstance(inner, BaseException) else None,
-                *getattr(current, "worker_failures", {}).values(),
-            ]
+            waiting += [current.__cause__, inner if isinstance(inner, BaseException) else None]
     return found
 
 

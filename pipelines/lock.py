@@ -4,6 +4,7 @@ The system frees the first when its holder dies, the cluster the second: an acto
 driver that made it. A folder behind a URI has a lease besides (`alone`).
 """
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -112,43 +113,55 @@ def alone(
     here.mkdir(parents=True, exist_ok=True)
     holder = here / _HOLDER
     try:
-        with FileLock(here / ".lock", timeout=_GLANCE_SECONDS):
-            before, me = _read(holder), _myself()
-            write_atomically(holder, json.dumps(me).encode())
-            lease = None
-            try:
-                if isinstance(folder, RemotePath):
-                    renewal_s = RENEWAL_SECONDS if renewal_s is None else renewal_s
-                    pause_s = PAUSE_SECONDS if pause_s is None else pause_s
-                    over = folder if over is None else over
-                    assert isinstance(over, RemotePath)
-                    lease = _Lease(folder, over, me, renewal_s, hold)
-                    # One that died here left both; this machine's lock says that it is dead.
-                    lease.take(is_dead=before.get("token"), pause_s=pause_s)
-                    with hold.told(), Interrupt() as interrupt, lease.kept(interrupt):
-                        yield hold
-                else:
-                    yield hold
-            finally:
-                if lease is None or lease.is_given_back:  # else the next run here knows it by this
-                    holder.unlink(missing_ok=True)
+        locked = FileLock(here / ".lock", timeout=_GLANCE_SECONDS).acquire()
     except Timeout as error:
         raise _taken(folder, _read(holder)) from error
+    with locked:
+        before, me = _read(holder), _myself()
+        write_atomically(holder, json.dumps(me).encode())
+        lease = None
+        try:
+            if isinstance(folder, RemotePath):
+                renewal_s = RENEWAL_SECONDS if renewal_s is None else renewal_s
+                pause_s = PAUSE_SECONDS if pause_s is None else pause_s
+                over = folder if over is None else over
+                assert isinstance(over, RemotePath)
+                lease = _Lease(folder, over, me, renewal_s, hold)
+                # One that died here left both; this machine's lock says that it is dead.
+                lease.take(is_dead=before.get("token"), pause_s=pause_s)
+                with hold.told(), Interrupt() as interrupt, lease.kept(interrupt):
+                    yield hold
+            else:
+                yield hold
+        finally:
+            if lease is None or lease.is_given_back:  # else the next run here knows it by this
+                holder.unlink(missing_ok=True)
 
 
 def is_held(folder: Location) -> bool:
     """Whether a run holds the folder's lock; of another machine's, whether it seems to be alive."""
     here = mirror_of(folder)
-    if (here / ".lock").exists():
-        try:
-            with FileLock(here / ".lock", timeout=0):
-                pass
-        except Timeout:
-            return True
+    if (here / ".lock").exists() and _is_locked(here / ".lock"):
+        return True
     if isinstance(folder, Path):
         return False
     there, died_here = _read(folder / _HOLDER), _read(here / _HOLDER)
     return _fresh(there) and there.get("token") != died_here.get("token")
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except PermissionError:  # who watches may have no right to write there
+        with open(path, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
 
 
 class _Lease:

@@ -153,13 +153,17 @@ def last_runs(pipeline_folder: Location, count: int) -> list[RunRecord]:
     for folder in reversed(folders_in(pipeline_folder / RUNS)):
         try:
             records.append(RunRecord.load(folder))
-        except (OSError, ValueError, TypeError, KeyError):  # cut off before its first word
+        # Cut off before its first word, or none of ours; not one that a store does not give.
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
             continue
         if len(records) == count:
             break
-    is_alive = is_held(pipeline_folder)
-    for number, record in enumerate(records):
-        if record.state == "running" and (number > 0 or not is_alive):
+    is_alive = bool(records) and records[0].state == "running"
+    if is_alive and not is_held(pipeline_folder):
+        is_alive = False
+        records[0] = RunRecord.load(records[0].folder)  # it may have ended since it was read
+    for record in records[1 if is_alive else 0 :]:
+        if record.state == "running":
             record.state = "killed"
     return records
 

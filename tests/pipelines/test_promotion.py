@@ -608,6 +608,19 @@ def test_a_move_that_was_cut_off_is_noted_though_the_version_was_the_champion_be
         assert newest == ["v1 -> v2: better again", "v2 -> v1: rolled back"]
 
 
+def test_a_history_that_grows_too_long_for_a_tag_loses_its_oldest_words(shop: Shop) -> None:
+    registry = shop.registry
+    registry._create("told")
+    for _ in range(2):
+        registry._client.create_model_version("told", str(shop.folder))
+    for version, length in ((1, 3000), (2, 2000), (1, 9000)):
+        registry.promote("told", "champion", version, because="x" * length)
+        lines = registry.history("told", "champion")
+        assert f" v{version}: xxx" in lines[0]
+        assert len("\n".join(lines)) <= 5000
+    assert len(lines) == 1
+
+
 @pytest.mark.parametrize(
     "call",
     [

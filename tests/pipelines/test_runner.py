@@ -14,21 +14,22 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from jobs import pipeline as pipeline_job
-from pipelines import lock, runner, tables
+from pipelines import attempts, lock, runner, tables
 from pipelines import record as records
 from pipelines.attempts import StageTimeout, deadline, may_pass, with_retries
 from pipelines.comparison import comparison_table
 from pipelines.graph import Variant
 from pipelines.interrupt import Interrupt
-from pipelines.lock import alone
+from pipelines.lock import alone, is_held
 from pipelines.record import RunRecord, StageRecord, last_runs
 from pipelines.registered import PinnedModels
 from pipelines.runner import Plan, run_variants
@@ -419,6 +420,10 @@ def ray_error(name: str, *args: Any) -> BaseException:
     return error
 
 
+def task_error(cause: Exception) -> BaseException:
+    return ray_error("RayTaskError", "f", "traceback", cause)
+
+
 def wrapped(error: Exception, cause: BaseException) -> Exception:
     error.__cause__ = cause
     return error
@@ -450,6 +455,7 @@ def store_error(what: str) -> Exception:
         (lambda: store_error("ACCESS_DENIED during HeadObject operation"), False),
         (lambda: ConnectionResetError("by peer"), True),
         (lambda: TimeoutError("no answer"), True),
+        (lambda: wrapped(error := TimeoutError("raised from itself"), error), True),
         (lambda: OSError(errno.ESTALE, "stale file handle"), True),
         (lambda: ray_error("NodeDiedError", "node"), True),
         (lambda: ray_error("WorkerCrashedError"), True),
@@ -463,8 +469,13 @@ def store_error(what: str) -> Exception:
         (lambda: OSError(errno.ENOSPC, "no space left on device"), False),
         (lambda: ray_error("OutOfDiskError"), False),
         (lambda: wrapped(ConnectionError("lost"), OSError(errno.ENOSPC, "no space")), False),
-        (lambda: ray_error("RayTaskError", "f", "traceback", InputError("bad")), False),
-        (lambda: ray_error("RayTaskError", "f", "traceback", ConnectionError("lost")), True),
+        (lambda: wrapped(ConnectionError("lost"), OSError(errno.EDQUOT, "quota")), False),
+        (lambda: wrapped(ConnectionError("lost"), PermissionError("refused")), False),
+        (lambda: wrapped(ConnectionError("lost"), ray_error("RuntimeEnvSetupError")), False),
+        (lambda: ray_error("ActorDiedError", task_error(ValueError("in __init__"))), False),
+        (lambda: ray_error("ActorDiedError"), True),
+        (lambda: task_error(InputError("bad")), False),
+        (lambda: task_error(ConnectionError("lost")), True),
         (lambda: ValueError("a bug"), False),
         (lambda: FileNotFoundError("gone"), False),
         (lambda: MemoryError(), False),
@@ -486,11 +497,11 @@ def test_waits_double_and_attempts_end() -> None:
             raise outcome
         return int(outcome)
 
-    def run(max_retries: int) -> tuple[int, int]:
+    def run(max_retries: int, wait_s: float = 3.0) -> tuple[int, int]:
         return with_retries(
             work,
             max_retries=max_retries,
-            wait_s=3.0,
+            wait_s=wait_s,
             on_retry=lambda reason, wait: told.append((reason, wait)),
             sleep=waits.append,
         )
@@ -501,6 +512,10 @@ def test_waits_double_and_attempts_end() -> None:
     outcomes[:] = [ConnectionError("a"), ConnectionError("b"), 7]
     with pytest.raises(ConnectionError, match="b"):
         run(1)
+    waits.clear()
+    outcomes[:] = [ConnectionError("away")] * 4 + [7]
+    assert run(9, wait_s=100.0) == (7, 5)
+    assert waits == [100.0, 200.0, 400.0, 600.0]  # ten minutes at most
 
 
 def test_a_stage_is_tried_again_and_its_own_number_goes_first(toy: Toy) -> None:
@@ -572,6 +587,36 @@ def test_time_is_up_whoever_started_the_process(starter: str) -> None:
     ):
         time.sleep(10)
     assert time.monotonic() - started < 5
+
+
+def test_time_that_is_up_is_told_again_where_a_library_kept_it_to_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def keep_one_to_itself() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(10)
+        time.sleep(10)
+
+    monkeypatch.setattr(attempts, "_RESEND_SECONDS", 0.05)
+    started = time.monotonic()
+    with pytest.raises(StageTimeout), deadline(0.05, what="x"):
+        keep_one_to_itself()
+    assert time.monotonic() - started < 5
+
+
+def test_ctrl_c_is_no_timeout() -> None:
+    with pytest.raises(KeyboardInterrupt), deadline(30.0, what="x"):
+        raise KeyboardInterrupt
+
+
+def test_only_a_main_thread_can_be_timed_out() -> None:
+    def enter() -> str:
+        with pytest.raises(InputError, match="timeout_s: only a run in a process's main thread"):
+            deadline(30.0, what="x").__enter__()
+        return "refused"
+
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(enter).result() == "refused"
 
 
 @pytest.mark.parametrize("seconds", [30.0, 1e30])  # no clock can wait for so long
@@ -692,6 +737,26 @@ def test_who_looks_whether_a_run_is_under_way_refuses_none(tmp_path: Path) -> No
         pass
 
 
+def test_who_may_only_read_sees_whether_a_run_is_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, **options: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch, alone(tmp_path):
+        patch.setattr(lock, "FileLock", refuse)
+        assert is_held(tmp_path)
+    monkeypatch.setattr(lock, "FileLock", refuse)
+    assert not is_held(tmp_path)
+
+
+def test_a_lock_that_a_library_waited_for_in_vain_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    with pytest.raises(Timeout, match=r"compiled\.lock"), alone(tmp_path):
+        raise Timeout("compiled.lock")
+    with alone(tmp_path):
+        pass
+
+
 # What is told.
 
 
@@ -718,6 +783,36 @@ def test_the_record_is_there_from_the_start(toy: Toy) -> None:
     for damaged in ("", "{", "null", "[]", "5", "{}"):
         path.write_bytes(damaged.encode())
         assert last_runs(toy.root / "toy", 5) == []
+
+
+def test_a_run_that_ends_while_it_is_looked_at_was_not_killed(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = RunRecord.begin(toy.config, toy.root / "toy", [])
+
+    def end(folder: Location) -> bool:
+        record.state = "succeeded"
+        record.save()
+        return False
+
+    monkeypatch.setattr(records, "is_held", end)
+    assert [run.state for run in last_runs(toy.root / "toy", 5)] == ["succeeded"]
+
+
+def test_the_last_run_is_not_another_one_while_the_store_is_down(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy.run()
+    newest, load = toy.run().folder, RunRecord.load
+
+    def fail(folder: Location) -> RunRecord:
+        if folder == newest:
+            raise ConnectionError(f"{folder}: AWS Error SLOW_DOWN")
+        return load(folder)
+
+    monkeypatch.setattr(RunRecord, "load", fail)
+    with pytest.raises(ConnectionError, match="SLOW_DOWN"):
+        last_runs(toy.root / "toy", 5)
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -4,6 +4,7 @@ training does to the weights meanwhile does not show in them.
 
 import errno
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,28 @@ def test_what_fails_as_it_is_written_does_not_count_and_hinders_nothing(
     assert_same([[found]], [[weights_of(3.0, torch.device("cpu"))]])
     assert "left-over.safetensors" not in files_under(checkpoint)
     assert (checkpoint / "run" / "log.jsonl").is_file() == (place != "here")
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_a_whole_one_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = CheckpointSaver(tmp_path, World(rank=0, size=1, device=torch.device("cpu")))
+    checkpoint = tmp_path / "final"
+
+    def save() -> None:
+        saver.save("final", lambda: Contents(tensors={}, files={"a.json": "{}", "b.json": "{}"}))
+        saver.wait()
+
+    def cut_off(folder: Path, **options: Any) -> None:
+        monkeypatch.undo()
+        (folder / "a.json").unlink()
+        raise KeyboardInterrupt
+
+    save()
+    monkeypatch.setattr(shutil, "rmtree", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        save()
+    if is_committed(checkpoint):
+        verify(checkpoint, kind=KIND)
+    save()
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]

@@ -430,7 +430,8 @@ class Registry:
         return any(f" v{version}: " in line for line in self.history(name, alias)[:1])
 
     def _note(self, name: str, alias: str, text: str) -> None:
-        lines = [f"{_now()} {without_credentials(text)}", *self.history(name, alias)]
+        newest = f"{_now()} {without_credentials(text)}"[:_MAX_HISTORY]
+        lines = [newest, *self.history(name, alias)]
         while len("\n".join(lines)) > _MAX_HISTORY:
             lines.pop()
         self._client.set_registered_model_tag(name, f"{alias}.{_HISTORY}", "\n".join(lines))

@@ -376,9 +376,11 @@ class CheckpointSaver:
             for name in files_under(folder).keys() - known.keys():
                 to_disk(folder / name)
             commit(folder, kind=KIND, metadata=metadata, known_sha256=known)
+            before = _beside(target, "before")
             if target.exists():
-                shutil.rmtree(target)
+                target.rename(before)  # whole: its manifest would vouch for what is left of it
             folder.rename(target)
+            shutil.rmtree(before, ignore_errors=True)
         else:
             small = list(files_under(folder))
             upload(folder, target, small)
