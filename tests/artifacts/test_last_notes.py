@@ -1,9 +1,12 @@
 """Only a process that was killed leaves a note; a full disk ends nothing."""
 
 import contextlib
+import errno
 import os
 import signal
 from pathlib import Path
+
+import pytest
 
 from tokendiff.artifacts.last_notes import LastNote, take_note, take_notes, without_notes
 
@@ -35,10 +38,17 @@ def test_who_ends_by_an_error_or_between_steps_leaves_none(tmp_path: Path) -> No
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     (tmp_path / "run").write_bytes(b"")
     with LastNote(tmp_path, "a") as last:
         last.write("step 1")
     with LastNote(tmp_path / "other", "a") as last:
         last.write("\N{SNOWMAN}" * 1000)  # cut in the middle of one
         assert take_note(tmp_path / "other", "a").startswith("\N{SNOWMAN}")
+        monkeypatch.setattr(os, "pwrite", full)
+        last.write("step 2")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.builders import letter_tokenizer, random_rows, token_folder
+from tokendiff.artifacts import locations
 from tokendiff.artifacts.checkpoint import (
     committed_checkpoints,
     newest_sound_checkpoint,
@@ -16,7 +17,15 @@ from tokendiff.artifacts.checkpoint import (
     remove_old_checkpoints,
 )
 from tokendiff.artifacts.locations import RemotePath, files_under, is_uri, location
-from tokendiff.artifacts.manifest import claim_folder, commit, fetch, is_committed, publish, verify
+from tokendiff.artifacts.manifest import (
+    built_for,
+    claim_folder,
+    commit,
+    fetch,
+    is_committed,
+    publish,
+    verify,
+)
 from tokendiff.artifacts.model_folders import local_model
 from tokendiff.config.preprocess import PreprocessConfig
 from tokendiff.config.train import TrainConfig
@@ -66,6 +75,44 @@ def test_a_result_counts_once_its_manifest_is_there_and_is_replaced_as_a_whole(
     assert sorted(files_under(result)) == ["MANIFEST.json", "a.txt", "run/log.jsonl"]
     assert (fetch(result) / "a.txt").read_text() == "six"
     assert (copy / "a.txt").read_text() == "one"
+
+
+def test_while_a_result_is_replaced_no_manifest_vouches_for_a_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, copy = RemotePath(f"memory://{tmp_path.name}/result"), locations.upload_file
+    publish(folder_of(tmp_path / "first", {"a.txt": "one", "b.txt": "two"}), result)
+    seen = []
+
+    def look(source: Path, target: RemotePath) -> None:
+        seen.append((target.name, sorted(files_under(result))))
+        copy(source, target)
+
+    monkeypatch.setattr(locations, "upload_file", look)
+    publish(folder_of(tmp_path / "second", {"a.txt": "six"}), result)
+    assert seen == [("a.txt", ["a.txt", "b.txt"]), ("MANIFEST.json", ["a.txt"])]
+
+
+def test_what_was_not_built_to_its_end_is_not_published(tmp_path: Path) -> None:
+    result = RemotePath(f"memory://{tmp_path.name}/result")
+
+    def build() -> None:
+        with built_for(result) as folder:
+            folder_of(folder, {"a.txt": "one"})
+            raise ValueError("cut off")
+
+    with pytest.raises(ValueError, match="cut off"):
+        build()
+    assert not result.exists()
+
+
+def test_a_part_of_a_result_does_not_count_as_all_of_it(tmp_path: Path) -> None:
+    result = RemotePath(f"memory://{tmp_path.name}/result")
+    publish(folder_of(tmp_path / "toy", {"a.txt": "one", "deep/b.txt": "two"}), result)
+    part = fetch(result, under="deep/")
+    assert sorted(files_under(part)) == ["deep/b.txt"]
+    assert verify(fetch(result)) == verify(result)
+    assert not is_committed(part)
 
 
 def test_whether_a_folder_is_there_is_asked_of_its_first_files(

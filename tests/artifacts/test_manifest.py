@@ -1,8 +1,10 @@
 """What a manifest vouches for."""
 
 import errno
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from tokendiff.artifacts.manifest import (
     claim_folder,
     commit,
     fingerprint,
+    is_committed,
+    remove_committed,
     verify,
     write_atomically,
 )
@@ -45,6 +49,27 @@ def test_a_full_disk_is_told_with_the_file_that_was_written(
         write_atomically(tmp_path / "part", b"new")
     assert (tmp_path / "part").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["part"]
+
+
+def test_a_fingerprint_is_that_of_the_text_whatever_the_order() -> None:
+    """Keys of stages and of what was committed long ago are made of it."""
+    text = '{"a":[1,2.5,null],"b":"\u00e9"}'
+    expected = hashlib.sha256(text.encode()).hexdigest()
+    assert fingerprint({"b": "\u00e9", "a": [1, 2.5, None]}) == expected
+    assert fingerprint({"a": [1, 2.5, None], "b": "\u00e9"}) == expected
+
+
+def test_a_result_whose_deletion_is_cut_off_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        remove_committed(tmp_path, committed(tmp_path / "final"))
+    assert (tmp_path / "final" / "deep" / "part").exists()
+    assert not is_committed(tmp_path / "final")
 
 
 def committed(folder: Path) -> Path:

@@ -30,7 +30,7 @@ from pipelines.comparison import comparison_table
 from pipelines.graph import Variant
 from pipelines.interrupt import Interrupt
 from pipelines.lock import alone, is_held
-from pipelines.record import RunRecord, StageRecord, last_runs
+from pipelines.record import RunRecord, StageRecord, last_runs, run_facts
 from pipelines.registered import PinnedModels
 from pipelines.runner import Plan, run_variants
 from pipelines.schedule import Selection, plan_steps, read_facts, write_facts
@@ -799,6 +799,42 @@ def test_a_run_that_ends_while_it_is_looked_at_was_not_killed(
     assert [run.state for run in last_runs(toy.root / "toy", 5)] == ["succeeded"]
 
 
+def test_of_runs_that_say_that_they_run_the_newest_alone_may_be_alive(tmp_path: Path) -> None:
+    toy = Toy(tmp_path)
+    for _ in range(2):
+        RunRecord.begin(toy.config, tmp_path / "toy", [])
+    with alone(tmp_path / "toy"):
+        assert [run.state for run in last_runs(tmp_path / "toy", 5)] == ["running", "killed"]
+    assert [run.state for run in last_runs(tmp_path / "toy", 1)] == ["killed"]
+
+
+def test_a_run_begins_beside_what_others_keep_among_its_records(tmp_path: Path) -> None:
+    (tmp_path / "toy" / "runs" / "notes-of-mine").mkdir(parents=True)
+    record = RunRecord.begin(Config(name="toy"), tmp_path / "toy", [])
+    assert [run.folder for run in last_runs(tmp_path / "toy", 5)] == [record.folder]
+
+
+def test_a_run_says_which_code_and_which_job_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    for name in ("RAY_JOB_SUBMISSION_ID", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        monkeypatch.delenv(name, raising=False)
+    if commit := git("rev-parse", "HEAD"):
+        is_dirty = bool(git("status", "--porcelain", "-uno"))
+        assert run_facts(Config(name="toy"))["git_commit"] == commit + "-dirty" * is_dirty
+    monkeypatch.setattr(records, "_git", lambda *words: "")  # as where it is not installed
+    facts = run_facts(Config(name="toy"))
+    assert facts.keys() == {"config_hash", "host"}
+    assert run_facts(Config(name="other"))["config_hash"] != facts["config_hash"]
+    for told, job in (("{", None), ("{}", None), ('{"metadata": {"job_submission_id": "a"}}', "a")):
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", told)
+        assert run_facts(Config(name="toy")).get("ray_job_id") == job
+    monkeypatch.setenv("RAY_JOB_SUBMISSION_ID", "b")
+    assert run_facts(Config(name="toy"))["ray_job_id"] == "b"
+
+
 def test_the_last_run_is_not_another_one_while_the_store_is_down(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1082,6 +1118,7 @@ def test_status_tells_of_the_runs_though_the_corpus_is_away(
     "wrong",
     [
         {"seconds": "long"},
+        {"seconds": "2"},
         {"state": 3},
         {"started": None},
         {"stages": [{**vars(StageRecord(stage="a", kind="b", key="c", folder="d")), "why": 1}]},
