@@ -199,6 +199,8 @@ def test_who_lost_the_lease_can_write_nothing_more(
     assert (folder / "old").exists()
     assert (folder / "data" / "kept").exists()
     assert not (folder / "part").exists()
+    assert (folder / "runs" / "mine").exists()
+    assert (folder.parent / "toy2").exists()
     (folder / "part").write_bytes(b"")  # of the next holder in this process
 
 
@@ -403,6 +405,29 @@ def test_who_was_suspended_while_it_took_a_lease_gives_it_back(
     assert not (folder / ".lock.holder").exists()
 
 
+def test_a_lease_lives_from_when_it_began_to_be_written(
+    folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That time stands in it, and others go by it, however long the store took to write it."""
+    write, start = RemotePath.write_bytes, lock._now()
+
+    def write_for_long(path: RemotePath, data: bytes) -> None:
+        monkeypatch.setattr(lock, "_now", lambda: start + 200.0)
+        write(path, data)
+
+    def work() -> None:
+        with lock.alone(folder, renewal_s=60.0, pause_s=0.0):
+            monkeypatch.setattr(RemotePath, "write_bytes", write)
+            write_lease(folder)
+            monkeypatch.setattr(lock, "_now", lambda: start + 300.0)
+            (folder / "part").write_bytes(b"mine")
+
+    monkeypatch.setattr(RemotePath, "write_bytes", write_for_long)
+    with pytest.raises(BlockingIOError, match="process 7 on far"):
+        work()
+    assert not (folder / "part").exists()
+
+
 def test_a_store_that_never_answers_in_time_is_an_error(
     folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -435,6 +460,24 @@ def test_renewal_survives_whatever_the_store_raises(
         assert read_lease(folder)["renewed"] > before
 
 
+def test_a_renewal_that_is_under_way_as_the_run_ends_leaves_no_lease(
+    folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, has_begun, has_ended = RemotePath.write_bytes, threading.Event(), threading.Event()
+
+    def write_for_long(path: RemotePath, data: bytes) -> None:
+        has_begun.set()
+        time.sleep(0.1)
+        write(path, data)
+        has_ended.set()
+
+    with alone(folder):
+        monkeypatch.setattr(RemotePath, "write_bytes", write_for_long)
+        assert has_begun.wait(10)
+    assert has_ended.wait(10)
+    assert not (folder / ".lock.holder").exists()
+
+
 def test_a_start_that_is_interrupted_leaves_no_lease(
     folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -460,6 +503,28 @@ def test_a_lease_that_could_not_be_given_back_is_known_to_be_dead_here(
     assert not is_held(folder)
     with alone(folder):
         assert read_lease(folder)["token"] != token
+
+
+def test_a_lease_whose_writing_had_no_answer_is_known_to_be_dead_here(
+    folder: RemotePath, move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = RemotePath.write_bytes
+
+    def lose_the_answer(path: RemotePath, data: bytes) -> None:
+        write(path, data)
+        raise ConnectionError("no answer")
+
+    def refuse(path: RemotePath, *, missing_ok: bool = False) -> None:
+        raise ConnectionError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemotePath, "write_bytes", lose_the_answer)
+        patch.setattr(RemotePath, "unlink", refuse)
+        with pytest.raises(ConnectionError, match="no answer"):
+            alone(folder).__enter__()
+    assert not is_held(folder)
+    with alone(folder):
+        pass
 
 
 HOLD_ON_CLUSTER = """

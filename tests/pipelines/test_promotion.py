@@ -608,6 +608,30 @@ def test_a_move_that_was_cut_off_is_noted_though_the_version_was_the_champion_be
         assert newest == ["v1 -> v2: better again", "v2 -> v1: rolled back"]
 
 
+def test_a_move_that_is_cut_off_has_a_way_back_once_it_is_made(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = shop.registry
+    registry._create("cut-off")
+    for _ in range(2):
+        registry._client.create_model_version("cut-off", str(shop.folder))
+    registry.promote("cut-off", "champion", 1, because="new")
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    for step in ("_tag", "_note"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Registry, step, die)
+            with pytest.raises(KeyboardInterrupt):
+                registry.promote("cut-off", "champion", 2, because="better")
+    registry.promote("cut-off", "champion", 2, because="better")
+    monkeypatch.setattr(Registry, "_opened", lambda registry, version: None)
+    assert registry.roll_back("cut-off", "champion") == (2, 1)
+    tags = [registry._client.get_model_version("cut-off", str(v)).tags for v in (1, 2)]
+    assert ["rolled_back" in each for each in tags] == [False, True]
+
+
 def test_a_history_that_grows_too_long_for_a_tag_loses_its_oldest_words(shop: Shop) -> None:
     registry = shop.registry
     registry._create("told")
