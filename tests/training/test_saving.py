@@ -186,3 +186,33 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_a_whole_one_or_none(
         verify(checkpoint, kind=KIND)
     save()
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_checkpoint_is_made_once_the_last_one_is_written(tmp_path: Path) -> None:
+    saver = CheckpointSaver(tmp_path, World(rank=0, size=1, device=torch.device("cpu")))
+    told: list[str] = []
+
+    def save(name: str) -> None:
+        def make() -> Contents:
+            told.append(f"{name} is made")
+            return Contents(tensors={"model": [("a", torch.ones(2))]})
+
+        saver.save(name, make, then=lambda: told.append(f"{name} is written"))
+
+    save("checkpoint-1")
+    save("checkpoint-2")
+    saver.wait()
+    steps = ("is made", "is written")
+    assert told == [f"checkpoint-{number} {step}" for number in (1, 2) for step in steps]
+
+
+def test_a_tensor_of_another_shape_or_dtype_under_the_same_name_is_written_as_it_is(
+    tmp_path: Path,
+) -> None:
+    saver = CheckpointSaver(tmp_path, World(rank=0, size=1, device=torch.device("cpu")))
+    for tensor in (torch.ones(2), torch.ones(2, dtype=torch.bfloat16), torch.ones(3)):
+        contents = Contents(tensors={"model": [("a", tensor)]})
+        saver.save("final", lambda contents=contents: contents)  # type: ignore[misc]
+        saver.wait()
+        found = load_file(tmp_path / "final" / "model.safetensors")["a"]
+        assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
