@@ -117,6 +117,11 @@ FAULTS: list[tuple[Callable[[Path], Any], str, bool]] = [
         "its digest does not fit its content",
         True,
     ),
+    (
+        lambda folder: (folder / "MANIFEST.json").write_text("[" * 100_000),
+        r"MANIFEST\.json: not a manifest \(.*delete the folder to make it again",
+        True,
+    ),
     (lambda folder: rewritten(folder, kind="other"), "holds 'other', expected 'toy'", True),
     (
         lambda folder: rewritten(folder, files=part_of(size=True)),

@@ -26,7 +26,7 @@ from tests.models.diffusion_gemma import diffusion_gemma
 from tests.models.test_models import tiny_denoiser
 from tests.training.distributed import Job, Losses, one_of, run_distributed
 from tokendiff.artifacts.checkpoint import newest_sound_checkpoint, open_checkpoint
-from tokendiff.artifacts.locations import RemotePath
+from tokendiff.artifacts.locations import RemotePath, files_under
 from tokendiff.artifacts.manifest import fetch, load_manifest, verify
 from tokendiff.artifacts.tensor_files import TensorFiles
 from tokendiff.config.train import TrainConfig
@@ -462,8 +462,9 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_its_manifest_is(
         synced.append(os.fstat(file).st_ino)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer" / "vocab.txt").write_text("a")
+    (tmp_path / "tokenizer" / "deep").mkdir(parents=True)
+    for name in ("vocab.txt", "deep/merges.txt"):
+        (tmp_path / "tokenizer" / name).write_text("a")
     saver = saving.CheckpointSaver(tmp_path, World.current())
     contents = saving.Contents(
         tensors={"model": [("a", torch.ones(2))]},
@@ -472,7 +473,9 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_its_manifest_is(
     )
     saver.save("checkpoint-1", lambda: contents)
     saver.wait()
-    names = {path.stat().st_ino: path.name for path in (tmp_path / "checkpoint-1").iterdir()}
+    written = files_under(tmp_path / "checkpoint-1")
+    names = {(tmp_path / "checkpoint-1" / name).stat().st_ino: name for name in written}
+    assert "deep/merges.txt" in written
     assert names[synced[-1]] == "MANIFEST.json"
     assert sorted(names[inode] for inode in synced) == sorted(names.values())
 
