@@ -59,6 +59,15 @@ def test_a_fingerprint_is_that_of_the_text_whatever_the_order() -> None:
     assert fingerprint({"a": [1, 2.5, None], "b": "\u00e9"}) == expected
 
 
+def test_a_manifest_vouches_for_what_was_written_and_not_for_what_became_of_it(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "part").write_bytes(b"sows")
+    commit(tmp_path, kind="toy", known_sha256={"part": hashlib.sha256(b"rows").hexdigest()})
+    with pytest.raises(CorruptFileError, match=r"part does not match its MANIFEST \(sha256"):
+        verify(tmp_path)
+
+
 def test_a_result_whose_deletion_is_cut_off_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,7 @@ from tokendiff.config.pipeline import TrackingConfig
 from tokendiff.errors import InputError
 from tokendiff.tracking import mlflow_store, system_metrics
 from tokendiff.tracking.live import standing_of
-from tokendiff.tracking.mlflow_delivery import replay_pending
+from tokendiff.tracking.mlflow_delivery import Delivery, replay_pending
 from tokendiff.tracking.mlflow_entities import flatten_params, metrics_and_tags
 from tokendiff.tracking.mlflow_mirror import MlflowMirror
 from tokendiff.tracking.mlflow_outbox import Outbox, RunState, lock_folder
@@ -1052,6 +1052,58 @@ def test_a_stage_that_empties_its_folder_is_not_stopped(root: Path) -> None:
             log.write("metrics", step=1, loss=0.5)
     run_id = runs_of(sqlite_uri(root))["preprocess"].info.run_id
     assert history(sqlite_uri(root), run_id, "loss") == logged(folder, "loss")
+
+
+class Away:
+    """An outbox whose tracker takes nothing the first few times."""
+
+    name, place = "run", "Nowhere at all"
+
+    def __init__(self, num_failures: int) -> None:
+        self.num_failures, self.num_tries, self.status = num_failures, 0, ""
+        self.is_delivered = False
+
+    def add(self, items: list[list[Any]]) -> None:
+        pass
+
+    def finish(self, status: str, end_seconds: float) -> None:
+        self.status = status
+
+    def deliver(self, client: Any) -> None:
+        self.num_tries += 1
+        if self.num_tries <= self.num_failures:
+            raise ConnectionError("away")
+        self.is_delivered = bool(self.status)
+
+
+def test_news_is_delivered_while_the_run_lives_and_its_folder_is_free_afterwards(
+    tmp_path: Path,
+) -> None:
+    outbox, lock = Away(0), lock_folder(tmp_path, is_free_without_locks=True)
+    assert lock is not None
+    delivery = Delivery(outbox, None, lock)
+    wait_until(lambda: outbox.num_tries == 1)
+    delivery.add([["tag", "a", "1"]])
+    wait_until(lambda: outbox.num_tries == 2)
+    assert lock_folder(tmp_path, is_free_without_locks=True) is None
+    assert delivery.close("FINISHED", 1.0)
+    again = lock_folder(tmp_path, is_free_without_locks=True)
+    assert again is not None
+    os.close(again)
+
+
+def test_a_tracker_that_stays_away_is_told_once_and_so_is_what_it_lacks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    outbox = Away(99)
+    delivery = Delivery(outbox, None, os.open(tmp_path, os.O_RDONLY))
+    wait_until(lambda: outbox.num_tries == 1)
+    assert not delivery.close("FINISHED", 1.0)
+    assert outbox.num_tries == 2
+    assert [message.partition(" on run ")[0] for message in caplog.messages] == [
+        "Nowhere at all fails",
+        "Nowhere at all does not have all of run 'run' yet; the next start delivers the rest",
+    ]
 
 
 # A server that dies
