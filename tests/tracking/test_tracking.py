@@ -1043,6 +1043,37 @@ def test_without_file_locks_only_the_owner_takes_a_folder(
     assert replay_pending(root, uri) == 1
 
 
+def test_a_run_that_is_told_of_late_ended_when_it_did(root: Path) -> None:
+    """As it said; the one that was killed at its last word."""
+    uri = sqlite_uri(root)
+    fields: dict[str, Any] = {"experiment_id": "0", "start_time": 1}
+    for name in ("ended", "killed"):
+        (root / name).mkdir()
+        with RunLog(root / name / LOG_NAME) as log:
+            log.write("metrics", step=1, loss=0.5)
+        os.utime(root / name / LOG_NAME, (7, 7))
+    ended = RunState(uri=uri, name="ended", status="FAILED", end_time=5678, **fields)
+    for state in (ended, RunState(uri=uri, name="killed", **fields)):
+        Outbox(root / state.name, state).add([])
+    assert replay_pending(root, uri) == 2
+    found = [runs_of(uri)[name].info for name in ("ended", "killed")]
+    assert [(run.status, run.end_time) for run in found] == [("FAILED", 5678), ("KILLED", 7000)]
+
+
+def test_what_a_store_with_a_password_lacks_is_brought_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file has the password, so that a run's state is compared without it."""
+    asked: list[str] = []
+    monkeypatch.setattr("tokendiff.tracking.mlflow_delivery.make_client", asked.append)
+    state = RunState(uri="http://host", experiment_id="0", name="train", start_time=1)
+    Outbox(tmp_path, state).add([["tag", "a", "1"]])
+    assert replay_pending(tmp_path, "http://other") == 0
+    assert asked == []
+    assert replay_pending(tmp_path, "http://me:hunter2@host") == 0  # by a client that is none
+    assert asked == ["http://me:hunter2@host"]
+
+
 def test_a_stage_that_empties_its_folder_is_not_stopped(root: Path) -> None:
     folder = root / "data"
     with MlflowMirror.open(ON, root).stage("preprocess", folder=folder) as run:
