@@ -989,6 +989,44 @@ def test_a_finished_stage_that_is_run_again_gets_a_run_for_what_is_new(root: Pat
     assert steps == [[1], [2]]
 
 
+def test_a_finished_run_that_lacks_something_gets_it_before_another_one_begins(root: Path) -> None:
+    uri, folder = sqlite_uri(root), root / "train"
+    mirror = MlflowMirror.open(ON, root)
+    for step in (1, 2):
+        with RunLog(folder / LOG_NAME) as log:
+            log.write("metrics", step=step, loss=0.5)
+        with mirror.stage("train", folder=folder):
+            pass
+    run_id = runs_of(uri)["train"].info.run_id
+    assert history(uri, run_id, "loss") == logged(folder, "loss")
+
+
+def test_a_run_that_goes_on_tells_what_it_had_yet_to_tell(root: Path) -> None:
+    """In a process of its own, under the parent that another one keeps."""
+    mirror, folder = MlflowMirror.open(ON, root, parent_run_id="0123"), root / "train"
+    folder.mkdir()
+    state = RunState(uri=sqlite_uri(root), experiment_id="0", name="train", start_time=1)
+    Outbox(folder, state).add([["tag", "earlier", "1"]])
+    with mirror.stage("train", folder=folder):
+        pass
+    tags = runs_of(sqlite_uri(root))["train"].data.tags
+    assert {"earlier": "1", "mlflow.parentRunId": "0123"}.items() <= tags.items()
+
+
+def test_another_store_is_told_all_from_the_beginning(root: Path) -> None:
+    uri, folder = sqlite_uri(root), root / "train"
+    with RunLog(folder / LOG_NAME) as log:
+        log.write("metrics", step=1, loss=0.5)
+    state = RunState(uri="sqlite:////other.db", experiment_id="0", name="train", start_time=1)
+    state.run_id, state.offset = "0123", (folder / LOG_NAME).stat().st_size
+    Outbox(folder, state).add([["tag", "of", "the other"]])
+    with MlflowMirror.open(ON, root).stage("train", folder=folder):
+        pass
+    run = runs_of(uri)["train"]
+    assert history(uri, run.info.run_id, "loss") == logged(folder, "loss")
+    assert "of" not in run.data.tags
+
+
 def test_a_run_deleted_from_mlflow_is_made_anew_when_its_stage_goes_on(root: Path) -> None:
     from mlflow import MlflowClient
 
@@ -1043,18 +1081,23 @@ def test_without_file_locks_only_the_owner_takes_a_folder(
     assert replay_pending(root, uri) == 1
 
 
-def test_a_run_that_is_told_of_late_ended_when_it_did(root: Path) -> None:
+def test_a_run_that_is_told_of_late_ended_when_it_did(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As it said; the one that was killed at its last word."""
     uri = sqlite_uri(root)
     fields: dict[str, Any] = {"experiment_id": "0", "start_time": 1}
-    for name in ("ended", "killed"):
-        (root / name).mkdir()
-        with RunLog(root / name / LOG_NAME) as log:
+    folders = {name: root / "toy" / f"{name}-0" / "run" for name in ("ended", "killed")}
+    for folder in folders.values():
+        with RunLog(folder / LOG_NAME) as log:
             log.write("metrics", step=1, loss=0.5)
-        os.utime(root / name / LOG_NAME, (7, 7))
+        os.utime(folder / LOG_NAME, (7, 7))
     ended = RunState(uri=uri, name="ended", status="FAILED", end_time=5678, **fields)
     for state in (ended, RunState(uri=uri, name="killed", **fields)):
-        Outbox(root / state.name, state).add([])
+        Outbox(folders[state.name], state).add([])
+    with monkeypatch.context() as patch:  # where the store is slow, a start does not wait for all
+        patch.setattr("tokendiff.tracking.mlflow_delivery._REPLAY_SECONDS", -1.0)
+        assert replay_pending(root, uri) == 0
     assert replay_pending(root, uri) == 2
     found = [runs_of(uri)[name].info for name in ("ended", "killed")]
     assert [(run.status, run.end_time) for run in found] == [("FAILED", 5678), ("KILLED", 7000)]
