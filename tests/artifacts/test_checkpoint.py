@@ -57,6 +57,15 @@ def test_what_is_the_best_or_needed_is_kept_and_what_is_later_is_not(out: Locati
     assert steps(out) == ["8"]
 
 
+def test_what_a_killed_writer_left_is_deleted_and_what_is_being_written_is_not(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / ".checkpoint-32.0123abcd.tmp" / "deep").mkdir(parents=True)
+    (tmp_path / ".note.0123abcd.tmp").write_text("")
+    remove_old_checkpoints(tmp_path, newest=16, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == [".note.0123abcd.tmp"]
+
+
 def test_a_deletion_that_is_cut_off_leaves_nothing_that_counts(
     out: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1007,10 +1007,13 @@ def test_a_run_that_goes_on_tells_what_it_had_yet_to_tell(root: Path) -> None:
     folder.mkdir()
     state = RunState(uri=sqlite_uri(root), experiment_id="0", name="train", start_time=1)
     Outbox(folder, state).add([["tag", "earlier", "1"]])
-    with mirror.stage("train", folder=folder):
-        pass
-    tags = runs_of(sqlite_uri(root))["train"].data.tags
-    assert {"earlier": "1", "mlflow.parentRunId": "0123"}.items() <= tags.items()
+    for seed in (0, 1):
+        run = mirror.stage("train", folder=folder, params={"seed": seed, "rate": 0.5})
+        run.__exit__(KeyboardInterrupt)
+    data = runs_of(sqlite_uri(root))["train"].data
+    assert {"earlier": "1", "mlflow.parentRunId": "0123"}.items() <= data.tags.items()
+    assert data.params == {"seed": "0", "rate": "0.5"}
+    assert {name for name in data.tags if name.startswith("resumed.")} == {"resumed.seed"}
 
 
 def test_another_store_is_told_all_from_the_beginning(root: Path) -> None:
