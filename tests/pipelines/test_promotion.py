@@ -15,7 +15,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, TEMPORARILY_UNAVAILABLE
 from pydantic import ValidationError
 
 from pipelines.builders import promote_stage
@@ -606,6 +606,19 @@ def test_a_move_that_was_cut_off_is_noted_though_the_version_was_the_champion_be
         registry.promote("toy", "champion", 2, because="better again")
         newest = [line.split(" ", 2)[2] for line in registry.history("toy", "champion")][:2]
         assert newest == ["v1 -> v2: better again", "v2 -> v1: rolled back"]
+
+
+def test_a_store_that_refuses_to_say_is_not_one_without_a_champion(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any candidate would pass the gate."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise MlflowException("not for you", error_code=PERMISSION_DENIED)
+
+    monkeypatch.setattr(MlflowClient, "get_model_version_by_alias", refuse)
+    with pytest.raises(MlflowException, match="not for you"):
+        shop.registry.holder("toy", "champion")
 
 
 def test_a_move_that_is_cut_off_has_a_way_back_once_it_is_made(
