@@ -49,11 +49,11 @@ def test_a_cache_is_given_by_the_name_that_a_model_knows() -> None:
     class Renamed(torch.nn.Module):
         """As transformers marks what it has renamed."""
 
-        @functools.wraps(New.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             assert "past_key_values" not in kwargs
             return kwargs["cache"]
 
+    functools.update_wrapper(Renamed.forward, New.forward)
     for kind in (Old, New, Renamed):
         model, cache = kind(), object()
         assert model(None, **layers.cache_argument(model, cache)) is cache

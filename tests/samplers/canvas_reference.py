@@ -1,5 +1,6 @@
 """The released code that denoises canvases, made to draw the random numbers that ours draws."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -84,7 +85,16 @@ def by_pipeline(
         is_last = step == sampler.num_inference_steps - 1
         return {"canvas": kept["logits"].argmax(-1)} if is_last and writes_likeliest else {}
 
+    decoder = model.model.decoder
+    mask_of = decoder.create_diffusion_decoder_attention_mask
+
+    def mask_by_either_name(*, past_key_values: Any, **inputs: Any) -> Any:
+        """diffusers 0.42 knows the one before transformers 5.24."""
+        name = "cache" if "cache" in inspect.signature(mask_of).parameters else "past_key_values"
+        return mask_of(**inputs, **{name: past_key_values})
+
     with patch.context() as patched:
+        patched.setattr(decoder, "create_diffusion_decoder_attention_mask", mask_by_either_name)
         # Its constructor wants a processor, which only reads prompts.
         cls: Any = type("Bare", (diffusers.DiffusionGemmaPipeline,), {})
         patched.setattr(cls, "_execution_device", torch.device("cpu"), raising=False)

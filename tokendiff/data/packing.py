@@ -165,7 +165,7 @@ class Packer:
         for length, size, before in zip(*columns, strict=True):
             counted = 0
             while length >= room:  # the row ends here
-                stop = before(room)
+                stop = size if length == room else before(room)
                 self._row_bytes.append(self._open_bytes + stop - counted)
                 self._open_bytes, counted = 0, stop
                 room += self._max_length

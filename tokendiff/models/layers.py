@@ -4,6 +4,7 @@ transformers name differently.
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -117,10 +118,10 @@ def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
     """A cache by the name that `model.forward` has for it: `cache` since transformers 5.24, which
     warns of `past_key_values`; that name before, and in code that comes with a model.
     """
-    return {_name_of_cache(type(model)): cache}
+    return {_name_of_cache(type(model).forward): cache}
 
 
 @functools.cache
-def _name_of_cache(kind: type[nn.Module]) -> str:
-    known = inspect.signature(kind.forward).parameters
+def _name_of_cache(forward: Callable[..., Any]) -> str:
+    known = inspect.signature(forward).parameters
     return "cache" if "cache" in known else "past_key_values"
