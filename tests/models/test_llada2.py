@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CONFIG_MAPPING
 
 from tests.builders import letter_tokenizer, random_rows, token_folder
 from tests.models.published import (
@@ -284,6 +285,17 @@ def test_a_llada2_that_is_no_glm_is_refused(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLADA2_CONFIG | changes))
     with pytest.raises(InputError, match=rf"^model_id '.*' cannot be opened \(.*{says}.*; give"):
+        open_config(str(tmp_path), field="model_id", remedy="give another")
+
+
+def test_where_its_weights_cannot_be_converted_it_names_the_transformers_that_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokendiff.models.llada_moe import LLADA2_TYPE
+
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, LLADA2_TYPE)  # as before 5.20
+    (tmp_path / "config.json").write_text(json.dumps(LLADA2_CONFIG))
+    with pytest.raises(InputError, match=r"'llada2_moe' need transformers 5\.20 or newer; 5\."):
         open_config(str(tmp_path), field="model_id", remedy="give another")
 
 

@@ -20,12 +20,13 @@ from transformers import (
     Glm4MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    core_model_loading,
 )
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 LLADA_MOE_TYPE = "tokendiff_lladamoe"
 LLADA2_TYPE = "tokendiff_llada2"
@@ -56,27 +57,27 @@ class LLaDA2ForCausalLM(Glm4MoeForCausalLM):
 register_checkpoint_conversion_mapping(
     LLADA_MOE_TYPE, get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
 )
-register_checkpoint_conversion_mapping(
-    LLADA2_TYPE,
-    [
-        *get_checkpoint_conversion_mapping("glm4_moe"),  # experts, which are one tensor here
-        WeightRenaming(r"^model\.word_embeddings\.", "model.embed_tokens."),
-        WeightRenaming(r"\.attention\.", ".self_attn."),
-        WeightRenaming(r"\.self_attn\.dense\.", ".self_attn.o_proj."),
-        WeightRenaming(r"\.query_layernorm\.", ".q_norm."),
-        WeightRenaming(r"\.key_layernorm\.", ".k_norm."),
-        WeightRenaming(r"\.gate\.expert_bias", ".gate.e_score_correction_bias"),
-        WeightConverter(
-            source_patterns="query_key_value.weight",
-            target_patterns=["q_proj.weight", "k_proj.weight", "v_proj.weight"],
-            operations=[Split(dim=0)],
-        ),
-    ],
-    overwrite=True,
-)
-for model_type, config, model in (
-    (LLADA_MOE_TYPE, LLaDAMoEConfig, LLaDAMoEForCausalLM),
-    (LLADA2_TYPE, LLaDA2Config, LLaDA2ForCausalLM),
-):
-    AutoConfig.register(model_type, config, exist_ok=True)
-    AutoModelForCausalLM.register(config, model, exist_ok=True)
+AutoConfig.register(LLADA_MOE_TYPE, LLaDAMoEConfig, exist_ok=True)
+AutoModelForCausalLM.register(LLaDAMoEConfig, LLaDAMoEForCausalLM, exist_ok=True)
+
+if hasattr(core_model_loading, "Split"):  # since 5.20: into parts of several sizes
+    register_checkpoint_conversion_mapping(
+        LLADA2_TYPE,
+        [
+            *get_checkpoint_conversion_mapping("glm4_moe"),  # experts, which are one tensor here
+            WeightRenaming(r"^model\.word_embeddings\.", "model.embed_tokens."),
+            WeightRenaming(r"\.attention\.", ".self_attn."),
+            WeightRenaming(r"\.self_attn\.dense\.", ".self_attn.o_proj."),
+            WeightRenaming(r"\.query_layernorm\.", ".q_norm."),
+            WeightRenaming(r"\.key_layernorm\.", ".k_norm."),
+            WeightRenaming(r"\.gate\.expert_bias", ".gate.e_score_correction_bias"),
+            WeightConverter(
+                source_patterns="query_key_value.weight",
+                target_patterns=["q_proj.weight", "k_proj.weight", "v_proj.weight"],
+                operations=[core_model_loading.Split(dim=0)],
+            ),
+        ],
+        overwrite=True,
+    )
+    AutoConfig.register(LLADA2_TYPE, LLaDA2Config, exist_ok=True)
+    AutoModelForCausalLM.register(LLaDA2Config, LLaDA2ForCausalLM, exist_ok=True)

@@ -47,7 +47,7 @@ def open_config(name: str, *, field: str, remedy: str, trust_remote_code: bool =
     Raises:
         InputError: there is none, or transformers cannot read it.
     """
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, __version__
 
     # Registers our own architectures, which a checkpoint may be of.
     import tokendiff.models.diffusion_transformer
@@ -62,6 +62,11 @@ def open_config(name: str, *, field: str, remedy: str, trust_remote_code: bool =
             if not trust_remote_code:
                 _check_type(fields)
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if family.same_as not in CONFIG_MAPPING:
+            raise ValueError(
+                f"models of type {type_of(fields)!r} need transformers 5.20 or newer; "
+                f"{__version__} is installed"
+            )
         foreign = ("model_type", "architectures", "auto_map")
         own = family.layout.to_transformers(fields)
         kept = {key: value for key, value in own.items() if key not in foreign}
