@@ -137,7 +137,7 @@ def promote(
 
     Raises:
         InputError: the two were not evaluated on the same rows, or the champion that was evaluated
-            is no longer the champion.
+            is no longer the champion, now or when the candidate is registered.
     """
     claim = claim_folder(stage.output, kind=KIND)
     registry = Registry(config.tracking, root)
@@ -178,6 +178,14 @@ def promote(
             tags={"pipeline": config.name, STAGE_KEY: stage.key},
             target=target,
         )
+        # Registering copies the weights, and the alias may have been moved meanwhile.
+        if (now := registry.holder(section.registered_model, section.alias)) != holder:
+            raise InputError(
+                f"{uri} was {_as_version(holder)} when the candidate was judged and is "
+                f"{_as_version(now)} since; v{version} is registered, and the alias was left where "
+                "it is: run the pipeline again, with --force on the stage that evaluates the "
+                "champion"
+            )
         why = "; ".join(verdict.text for verdict in verdicts)
         if is_champion and version != holder:  # its figures are not better than its own
             why = "the same checkpoint, served otherwise"
@@ -427,6 +435,10 @@ def _check_champion(
             f"{uri} was moved to v{holder} after the champion was evaluated; run the pipeline again"
             " with new data, or with --force on the stage that evaluates the champion"
         )
+
+
+def _as_version(number: int | None) -> str:
+    return "not there" if number is None else f"v{number}"
 
 
 def _trained_on(stage: Stage) -> list[Any]:

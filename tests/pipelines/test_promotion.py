@@ -347,6 +347,40 @@ def test_what_must_not_be_compared_is_refused(shop: Shop, history: Any) -> None:
     assert shop.registry.holder("toy", "champion") == 2
 
 
+@pytest.mark.slow
+def test_an_alias_that_is_moved_while_the_candidate_is_registered_is_left_there(
+    shop: Shop, history: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another pipeline or by hand: the candidate was never compared with that version."""
+    first, second, third = history["checkpoints"]
+    mine = copy.copy(shop)
+    gate = [GateConfig(metric="perplexity", direction="lower")]
+    section = PromoteConfig(registered_model="contested", gate=gate)
+    mine.config = shop.config.model_copy(update={"promote": section})
+    mine.run(mine.evaluation("judge", first, 2.0))
+    register = Registry.register
+
+    def overtaken(registry: Registry, name: str, checkpoint: Any, **fields: Any) -> int:
+        version = register(registry, name, checkpoint, **fields)
+        others = register(registry, name, third, **fields)
+        registry.promote(name, "champion", others, because="of another pipeline")
+        return version
+
+    candidate, champion = (
+        mine.evaluation("judge", second, 1.0),
+        mine.evaluation("champion", first, 2.0),
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(Registry, "register", overtaken)
+        with pytest.raises(InputError, match=r"was v1 when the candidate was judged and is v3"):
+            mine.run(candidate, champion)
+    assert mine.registry.holder("contested", "champion") == 3
+    with pytest.raises(InputError, match=r"was moved to v3 after the champion was evaluated"):
+        mine.run(candidate, champion)
+    state, result = mine.run(candidate, mine.evaluation("champion", third, 2.0))
+    assert (state, result["version"], result["replaced_version"]) == ("succeeded", 2, 3)
+
+
 def test_a_candidate_that_is_rejected_is_not_fetched(
     shop: Shop, history: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
