@@ -4,6 +4,7 @@ The system frees the first when its holder dies, the cluster the second: an acto
 driver that made it. A folder behind a URI has a lease besides (`alone`).
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -155,13 +156,15 @@ def _is_locked(path: Path) -> bool:
             return False
     except Timeout:
         return True
-    except PermissionError:  # who watches may have no right to write there
-        with open(path, "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
+    except OSError as error:  # who watches may have no right to write there
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
 
 
 class _Lease:

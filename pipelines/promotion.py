@@ -180,11 +180,13 @@ def promote(
         )
         # Registering copies the weights, and the alias may have been moved meanwhile.
         if (now := registry.holder(section.registered_model, section.alias)) != holder:
+            remedy = "with --force on the stage that evaluates the champion"
+            if champion is None:
+                remedy = "with an input 'champion' of promote, an evaluate stage of that version"
             raise InputError(
                 f"{uri} was {_as_version(holder)} when the candidate was judged and is "
                 f"{_as_version(now)} since; v{version} is registered, and the alias was left where "
-                "it is: run the pipeline again, with --force on the stage that evaluates the "
-                "champion"
+                f"it is: run the pipeline again, {remedy}"
             )
         why = "; ".join(verdict.text for verdict in verdicts)
         if is_champion and version != holder:  # its figures are not better than its own

@@ -806,6 +806,28 @@ def test_rows_know_where_their_documents_begin(tmp_path: Path) -> None:
         assert kept.keys() == {row // 4 for row in some}
 
 
+def test_a_document_that_ends_with_its_row_has_its_own_bytes() -> None:
+    """Of samples the bytes are spread over the tokens before EOS, whose place has none."""
+
+    def before(size: int, num_tokens: int, token: int) -> int:
+        return token * size // num_tokens
+
+    packer = Packer(8, 1)
+    found: list[int] = []
+    for length, size in ((8, 21), (5, 8), (3, 6), (12, 22)):
+        documents = TokenizedDocuments(
+            tokens=np.zeros(length, dtype=np.int32),
+            lengths=np.array([length]),
+            num_bytes=np.array([size]),
+            bytes_before=[partial(before, size, length - 1)],
+        )
+        rows = packer.add(documents)
+        found += [] if rows is None else rows.num_bytes.tolist()
+    rest = packer.flush()
+    assert rest is not None
+    assert [*found, *rest.num_bytes.tolist()] == [21, 8 + 6, 16, 22 - 16]
+
+
 @pytest.mark.parametrize(
     ("sizes", "wanted"),
     [

@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -737,11 +738,12 @@ def test_who_looks_whether_a_run_is_under_way_refuses_none(tmp_path: Path) -> No
         pass
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
 def test_who_may_only_read_sees_whether_a_run_is_under_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path, **options: Any) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        raise OSError(number, "no", str(path))
 
     with monkeypatch.context() as patch, alone(tmp_path):
         patch.setattr(lock, "FileLock", refuse)
@@ -821,7 +823,7 @@ def test_a_run_says_which_code_and_which_job_it_is(monkeypatch: pytest.MonkeyPat
 
     for name in ("RAY_JOB_SUBMISSION_ID", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         monkeypatch.delenv(name, raising=False)
-    if commit := git("rev-parse", "HEAD"):
+    if shutil.which("git") and (commit := git("rev-parse", "HEAD")):
         is_dirty = bool(git("status", "--porcelain", "-uno"))
         assert run_facts(Config(name="toy"))["git_commit"] == commit + "-dirty" * is_dirty
     monkeypatch.setattr(records, "_git", lambda *words: "")  # as where it is not installed

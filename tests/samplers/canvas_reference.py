@@ -88,10 +88,11 @@ def by_pipeline(
     decoder = model.model.decoder
     mask_of = decoder.create_diffusion_decoder_attention_mask
 
-    def mask_by_either_name(*, past_key_values: Any, **inputs: Any) -> Any:
-        """diffusers 0.42 knows the one before transformers 5.24."""
-        name = "cache" if "cache" in inspect.signature(mask_of).parameters else "past_key_values"
-        return mask_of(**inputs, **{name: past_key_values})
+    def mask_by_either_name(**inputs: Any) -> Any:
+        """diffusers 0.42 calls the cache as transformers did before 5.24."""
+        if "cache" in inspect.signature(mask_of).parameters and "past_key_values" in inputs:
+            inputs["cache"] = inputs.pop("past_key_values")
+        return mask_of(**inputs)
 
     with patch.context() as patched:
         patched.setattr(decoder, "create_diffusion_decoder_attention_mask", mask_by_either_name)

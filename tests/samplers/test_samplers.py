@@ -32,7 +32,7 @@ from tokendiff.samplers import categorical
 from tokendiff.samplers.ancestral import AncestralSampler
 from tokendiff.samplers.base import Sampler
 from tokendiff.samplers.blockwise import BlockwiseSampler
-from tokendiff.samplers.categorical import draw, filter_logits
+from tokendiff.samplers.categorical import draw, filter_logits, without_token
 from tokendiff.samplers.first_hitting import FirstHittingSampler
 from tokendiff.samplers.remasking import RemaskingSampler
 from tokendiff.verification.oracles import chi_square, conditional, total_variation, toy_language
@@ -599,6 +599,18 @@ def test_filters_against_a_sort_in_plain_python() -> None:
     assert torch.equal(logits, kept)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("token", [None, 2, 9])
+def test_a_token_is_taken_away_in_float32_and_from_a_copy(
+    token: int | None, dtype: torch.dtype
+) -> None:
+    logits = torch.arange(4.0).to(dtype)[None]
+    found = without_token(logits, token)
+    assert found.dtype == torch.float32
+    assert found.tolist() == [[0.0, 1.0, -math.inf if token == 2 else 2.0, 3.0]]
+    assert logits.tolist() == [[0.0, 1.0, 2.0, 3.0]]
+
+
 def test_looking_at_the_likeliest_first_drops_the_same_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -623,7 +635,8 @@ def test_looking_at_the_likeliest_first_drops_the_same_tokens(
         with monkeypatch.context() as patch:
             patch.setattr(Tensor, "topk", noted)
             assert torch.equal(filter_logits(logits, top_p=top_p), whole)
-    assert sum(num_sorted) > 4 == max(num_sorted)
+    assert max(num_sorted) == 4
+    assert sum(num_sorted) > 4
     assert int((whole[0] > -torch.inf).sum()) == 200
 
 

@@ -1174,9 +1174,9 @@ def test_a_tracker_that_stays_away_is_told_once_and_so_is_what_it_lacks(
 ) -> None:
     outbox = Away(99)
     delivery = Delivery(outbox, None, os.open(tmp_path, os.O_RDONLY))
-    wait_until(lambda: outbox.num_tries == 1)
+    wait_until(lambda: outbox.num_tries >= 1)
     assert not delivery.close("FINISHED", 1.0)
-    assert outbox.num_tries == 2
+    assert outbox.num_tries >= 2
     assert [message.partition(" on run ")[0] for message in caplog.messages] == [
         "Nowhere at all fails",
         "Nowhere at all does not have all of run 'run' yet; the next start delivers the rest",

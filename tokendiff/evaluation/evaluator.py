@@ -61,8 +61,8 @@ class Evaluator:
                     num_mask_samples=self._config.num_mask_samples,
                 )
                 if is_joint:
-                    # A kept base model may not know the mask: where it stands in the text it is
-                    # context, as for the bound.
+                    # A kept base model may have no logit of the mask. A mask that stands in the
+                    # text is context, as for the bound.
                     is_known = token_batch.tokens < self._denoiser.vocab_size
                     known = replace(token_batch, is_target=token_batch.is_target & is_known)
                     of_ar.append(nats_by_row(self._denoiser, None, known, generator))

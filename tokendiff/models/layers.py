@@ -115,8 +115,8 @@ def _takes_indices() -> bool:
 
 
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """A cache by the name that `model.forward` has for it: `cache` since transformers 5.24, which
-    warns of `past_key_values`; that name before, and in code that comes with a model.
+    """A cache by the name that `model.forward` has for it. transformers 5.24 calls it `cache` and
+    warns of `past_key_values`, which older versions and code that comes with a model take.
     """
     return {_name_of_cache(type(model).forward): cache}
 

@@ -430,7 +430,7 @@ class Registry:
         return any(f" v{version}: " in line for line in self.history(name, alias)[:1])
 
     def _note(self, name: str, alias: str, text: str) -> None:
-        newest = f"{_now()} {without_credentials(text)}"[:_MAX_HISTORY]
+        newest = f"{_now()} {without_credentials(text)}"[: _MAX_HISTORY // 3]
         lines = [newest, *self.history(name, alias)]
         while len("\n".join(lines)) > _MAX_HISTORY:
             lines.pop()
