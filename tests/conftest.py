@@ -27,9 +27,12 @@ if TYPE_CHECKING:
     import psutil
 
 _SCRATCH = tempfile.mkdtemp(prefix="tokendiff-", dir="/tmp")  # unix sockets need a short path
-with socket.socket() as _socket:
-    _socket.bind(("127.0.0.1", 0))
-    S3_PORT = _socket.getsockname()[1]
+# Nobody else is given the port while this is bound. The server of the fixture `s3` may bind it too,
+# even where a fork still holds this, and would be waited for without end if it could not.
+_S3_SOCKET = socket.socket()
+_S3_SOCKET.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+_S3_SOCKET.bind(("127.0.0.1", 0))
+S3_PORT = _S3_SOCKET.getsockname()[1]
 
 # Read when ray, torch, datasets and transformers are imported, and inherited by Ray's processes.
 os.environ.update(
@@ -273,6 +276,7 @@ def s3() -> Iterator[str]:
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line per request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=S3_PORT, verbose=False)
+    _S3_SOCKET.close()
     server.start()
     bucket = urllib.request.Request(f"http://127.0.0.1:{S3_PORT}/bucket", method="PUT")
     # It looks its modules up at each request, in the file system.
