@@ -78,8 +78,8 @@ def config_of(prompts: list[str], **changes: Any) -> GenerateConfig:
 
 
 def contents(folder: Location) -> dict[str, bytes]:
-    """What the job has made: part files and errors/."""
-    kept = [name for name in files_under(folder) if "part-" in name]
+    """What the job has made: part files and errors/. Notes in run/ go while an actor still ends."""
+    kept = [n for n in files_under(folder) if "part-" in n and not n.startswith("run/")]
     return {name: (folder / name).read_bytes() for name in kept}
 
 
