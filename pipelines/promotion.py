@@ -313,10 +313,10 @@ def _served_with(
         make_check(opened, served)
         return fields, None
     given = section.target_model_id and model_path(section.target_model_id)
-    target = local_model(plan_of_checkpoint(opened, given).target_model_id)
+    target = plan_of_checkpoint(opened, given).target_model_id
     fields.pop("target_model_id", None)
-    if Path(target).is_dir():
-        return fields, Path(target)
+    if (folder := Path(local_model(target))).is_dir():
+        return fields, folder
     return {**fields, "target_model_id": target}, None
 
 

@@ -24,6 +24,7 @@ from tokendiff.artifacts.manifest import load_manifest
 from tokendiff.config.preprocess import PreprocessConfig
 from tokendiff.data import lines, packing
 from tokendiff.data.bad_rows import BadRow
+from tokendiff.data.hub import open_dataset
 from tokendiff.data.lines import first_line, lines_in, num_lines_before
 from tokendiff.data.packing import PackedRows, Packer, TokenizedDocuments, tokenize_stream
 from tokendiff.data.partition import Partition, Piece, even_pieces, group_pieces
@@ -466,6 +467,22 @@ def test_a_hub_that_does_not_answer_for_a_dataset_is_no_bad_input(
         plan_partitions(config(dataset_name="no/such"))
     assert caught.type is expected
     assert "'no/such'" in str(caught.value) or caught.value is raised
+
+
+def test_a_dataset_may_be_named_with_its_revision(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def load(name: str, *_: Any, revision: str | None, **__: Any) -> Any:
+        asked.append((name, revision))
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    local = tmp_path / "of@b"
+    local.mkdir()
+    for name in ("some/text", "some/text@v1", str(local)):
+        open_dataset(name, None, "train")
+    assert asked == [("some/text", None), ("some/text", "v1"), (str(local), None)]
 
 
 def test_a_dataset_that_the_hub_does_not_show_may_need_a_token(

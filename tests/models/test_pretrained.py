@@ -27,15 +27,17 @@ from transformers import (
 )
 
 from tests.builders import letter_tokenizer, tiny_causal
+from tokendiff.artifacts.model_folders import revision_of
 from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.errors import InputError, input_errors
 from tokendiff.evaluation.reference import check_reference, generative_perplexity
 from tokendiff.models.checkpoints import load_for_inference
 from tokendiff.models.decoding import find_stop_tokens, open_causal, open_causal_config
+from tokendiff.models.default_sampler import default_sampler
 from tokendiff.models.dflash.planning import DraftPlan, new_draft_config, open_target_config
 from tokendiff.models.dflash.trainee import load_trainee
 from tokendiff.models.opening import load_causal_denoiser, load_denoiser
-from tokendiff.models.pretrained import open_config, open_weights
+from tokendiff.models.pretrained import commit_of, dtype_in_files, open_config, open_weights
 
 V, LENGTH = 16, 9
 BERT: dict[str, Any] = {
@@ -384,6 +386,64 @@ def test_a_hub_that_does_not_answer_is_no_bad_input(monkeypatch: pytest.MonkeyPa
         open_weights(
             AutoModelForCausalLM, "org/model", config, field="model_id", dtype=torch.float32
         )
+
+
+OLD, NEW = "a" * 40, "b" * 40  # commits
+
+
+@pytest.fixture
+def published_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A hub model of which two commits are in the cache; the first has a tag, which has a slash."""
+    repository = tmp_path / "models--some--model"
+    for place, (commit, ref) in enumerate(((OLD, "refs/pr/1"), (NEW, "main"))):
+        folder = repository / "snapshots" / commit
+        causal(folder, seed=place)
+        letter_tokenizer(V - place).save_pretrained(folder)
+        ends = {"eos_token_id": 5 + place}
+        (folder / "generation_config.json").write_text(json.dumps(ends))
+        named = repository / "refs" / ref
+        named.parent.mkdir(parents=True, exist_ok=True)
+        named.write_text(commit)
+    weights = repository / "snapshots" / OLD / "model.safetensors"
+    save_file({k: v.bfloat16() for k, v in load_file(weights).items()}, weights, {"format": "pt"})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    return "some/model"
+
+
+@pytest.mark.parametrize(
+    ("revision", "commit"), [("", NEW), ("@refs/pr/1", OLD), (f"@{OLD}", OLD), (f"@{NEW}", NEW)]
+)
+def test_a_hub_name_may_end_in_its_revision(
+    published_twice: str, revision: str, commit: str, tmp_path: Path
+) -> None:
+    """Weights, config, tokenizer and what ends an answer are all of that commit."""
+    name = published_twice + revision
+    folder = tmp_path / "models--some--model" / "snapshots" / commit
+    model, tokenizer = open_causal(name)
+    assert tokenizer.get_vocab() == open_tokenizer(folder, field="model_id").get_vocab()
+    expected = load_file(folder / "model.safetensors")
+    found = model.model.state_dict()
+    assert all(torch.equal(found[key], value.float()) for key, value in expected.items())
+    config = open_causal_config(name, field="model_id")[0]
+    stops = {*find_stop_tokens(name, config, tokenizer)}
+    assert stops == {5 + (commit == NEW), tokenizer.eos_token_id}
+    assert dtype_in_files(name) == (torch.float32 if commit == NEW else torch.bfloat16)
+    assert default_sampler(name) == "ar"
+    assert commit_of(name) == commit
+
+
+def test_a_revision_that_is_not_there_is_named(published_twice: str) -> None:
+    with pytest.raises(InputError, match="model_id 'some/model@nowhere' cannot be opened"):
+        open_causal(f"{published_twice}@nowhere")
+    with pytest.raises(InputError, match="model_id 'some/model@nowhere' cannot be opened"):
+        default_sampler(f"{published_twice}@nowhere")
+
+
+def test_a_folder_may_have_an_at_in_its_name(tmp_path: Path) -> None:
+    name = causal(tmp_path / "a@b")
+    assert revision_of(name) == {}
+    assert commit_of(name) is None
+    open_causal(name)
 
 
 def test_what_ends_an_answer_is_not_forgotten_where_the_hub_does_not_answer(

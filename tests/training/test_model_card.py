@@ -91,6 +91,7 @@ def test_a_resumed_run_leaves_the_same_card(data: TokenData, tmp_path: Path) -> 
     [
         ({"model_name_or_path": "bert-base-uncased"}, "bert-base-uncased"),
         ({"model_name_or_path": "GSAI-ML/LLaDA-8B-Base"}, "GSAI-ML/LLaDA-8B-Base"),
+        ({"model_name_or_path": "GSAI-ML/LLaDA-8B-Base@v1"}, "GSAI-ML/LLaDA-8B-Base"),
         ({"model_name_or_path": "bert-base-uncased", "from_scratch": True}, None),
         (
             {

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BertConfig, BertForMaskedLM
 
 from tests.builders import letter_tokenizer, random_rows, token_folder
 from tests.training.distributed import Losses, run_distributed
@@ -240,6 +241,25 @@ def test_twice_is_identical_and_the_seed_matters(data: TokenData, tmp_path: Path
     first, _ = run(config(), data, tmp_path / "a")
     assert run(config(), data, tmp_path / "b")[0] == first
     assert run(config(seed=1), data, tmp_path / "c")[0] != first
+
+
+def test_the_commit_of_a_hub_model_is_recorded(
+    data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--some--model" / "snapshots" / ("a" * 40)
+    model = BertForMaskedLM(
+        BertConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1,
+                   num_attention_heads=1, intermediate_size=8)
+    )  # fmt: skip
+    model.save_pretrained(snapshot)
+    refs = tmp_path / "models--some--model" / "refs"
+    refs.mkdir()
+    (refs / "v1").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    named = config(model_name_or_path="some/model@v1")
+    _, events = run(named, data, tmp_path / "out")
+    (start,) = [event for event in events if event["event"] == "start"]
+    assert start["commits"] == {"model_name_or_path": "a" * 40}
 
 
 @pytest.mark.slow

@@ -22,14 +22,14 @@ _WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 def local_model(name: str) -> str:
     """A model or tokenizer as transformers takes it: the absolute path of a folder, a copy of what
-    a URI names, or else the name.
+    a URI names, or else the name on the hub, which `revision_of` belongs to.
 
     Raises:
         InputError: nothing was committed there.
     """
     if not is_uri(name):
         path = Path(name).expanduser()
-        return str(path.absolute()) if path.is_dir() else name
+        return str(path.absolute()) if path.is_dir() else split_revision(name)[0]
     folder = location(name)
     if isinstance(folder, Path):
         return str(folder)
@@ -44,6 +44,22 @@ def local_model(name: str) -> str:
     )
 
 
+def revision_of(name: str) -> dict[str, Any]:
+    """`revision` for a function of transformers that gets `local_model(name)`: what stands behind
+    the @ of a hub name, a commit, tag or branch as in `bert-base-uncased@86b5e093`. Empty where the
+    name has none, and for folders and URIs.
+    """
+    _, revision = split_revision(name)
+    is_on_hub = revision is not None and not is_uri(name) and not Path(name).expanduser().is_dir()
+    return {"revision": revision} if revision is not None and is_on_hub else {}
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """The parts of a hub name: the repository, and what stands behind the @, where it has one."""
+    repository, at, revision = name.partition("@")
+    return (repository, revision) if at and repository and revision else (name, None)
+
+
 def _is_listed(folder: Location) -> bool:
     """Whether the result that a folder is in has files there."""
     if not is_committed(folder.parent):
@@ -54,9 +70,9 @@ def _is_listed(folder: Location) -> bool:
 
 def check_there(name: str) -> None:
     """Raise FileNotFoundError where a name can only be that of a folder, and there is none: a name
-    of the hub has one slash at most, and no dot or slash in front.
+    of the hub has one slash at most before its revision, and no dot or slash in front.
     """
-    is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+    is_path = name.startswith(("/", "./", "../", "~")) or split_revision(name)[0].count("/") > 1
     if is_path and not is_uri(name) and not Path(name).expanduser().exists():
         raise FileNotFoundError(f"there is no folder {Path(name).expanduser().absolute()}")
 

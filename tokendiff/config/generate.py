@@ -22,8 +22,8 @@ class GenerateConfig(Section):
     model_id: str | None = Field(
         None,
         min_length=1,
-        description="transformers name or folder of a causal language model or a published "
-        "denoiser (LLaDA, Dream), in place of checkpoint_path",
+        description="transformers name (or name@revision) or folder of a causal language model or "
+        "a published denoiser (LLaDA, Dream), in place of checkpoint_path",
     )
     trust_remote_code: bool = Field(
         False,

@@ -22,7 +22,7 @@ class PreprocessConfig(Section):
         min_length=1,
         description="builtin (CPython's own documentation); text, jsonl (an object a line), json "
         "(one array), csv, tsv, parquet or samples (what jobs.generate wrote), all with "
-        "data_files; or a Hugging Face dataset: a hub name or a local folder",
+        "data_files; or a Hugging Face dataset: a hub name (or name@revision) or a local folder",
     )
     dataset_config_name: str | None = Field(
         None, description="configuration of a Hugging Face dataset"

@@ -28,8 +28,8 @@ class TrainConfig(Section):
     model_name_or_path: str = Field(
         "builtin:bert-mini",
         min_length=1,
-        description="transformers name or path, a checkpoint of tokendiff, or builtin:NAME (a "
-        "small model with new weights)",
+        description="transformers name (or name@revision) or path, a checkpoint of tokendiff, or "
+        "builtin:NAME (a small model with new weights)",
     )
     warm_start_from: str | None = Field(
         None,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tokendiff.artifacts.model_folders import split_revision
 from tokendiff.config.preprocess import FILE_FORMATS
 from tokendiff.data.bad_rows import Document
 from tokendiff.data.columns import arrow_cells, arrow_path, row_place, texts_of
@@ -35,7 +36,9 @@ def open_dataset(name: str, config_name: str | None, split: str) -> "Dataset":
     try:
         if _was_saved_to_disk(name):
             return _load_from_disk(name, config_name, split)
-        return load_dataset(name, config_name, split=split)
+        is_local = os.path.exists(name)
+        repository, revision = (name, None) if is_local else split_revision(name)
+        return load_dataset(repository, config_name, split=split, revision=revision)
     except InputError:
         raise
     except Exception as error:  # of the client of a hub too, whose errors have no class in common

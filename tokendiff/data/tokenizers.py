@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokendiff.artifacts.model_folders import check_there, local_model
+from tokendiff.artifacts.model_folders import check_there, local_model, revision_of
 from tokendiff.errors import InputError, input_errors
 
 if TYPE_CHECKING:
@@ -112,11 +112,14 @@ def open_tokenizer(
         folder = local_model(str(name))
         if Path(folder).is_dir() and not any(map(is_of_tokenizer, Path(folder).iterdir())):
             raise InputError(f"{place} holds no tokenizer (no tokenizer.json, for one); {remedy}")
-        same_as = _SAME_AS.get(get_tokenizer_config(folder).get("tokenizer_class", ""))
-        if same_as is not None:
-            tokenizer: Any = getattr(transformers, same_as).from_pretrained(folder)
+        revision = revision_of(str(name))
+        own_class = get_tokenizer_config(folder, **revision).get("tokenizer_class", "")
+        if (same_as := _SAME_AS.get(own_class)) is not None:
+            tokenizer: Any = getattr(transformers, same_as).from_pretrained(folder, **revision)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, **revision
+            )
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         # transformers makes an empty tokenizer up where the folder has no files of one.
         raise InputError(f"{place} holds no tokenizer; {remedy}")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG, local_model
+from tokendiff.artifacts.model_folders import SCHEDULER_CONFIG, local_model, revision_of
 from tokendiff.data.tokenizers import MASK_TOKENS, open_tokenizer
 from tokendiff.diffusion.attention_masks import block_causal_by_position, causal_by_position
 from tokendiff.errors import InputError, input_errors, raise_outage, reason_of
@@ -151,7 +151,7 @@ def find_stop_tokens(name: str, config: Any, tokenizer: Any) -> tuple[int, ...]:
             config = GenerationConfig.from_pretrained(path.parent)
     elif not path.parent.is_dir():
         try:
-            config = GenerationConfig.from_pretrained(name)
+            config = GenerationConfig.from_pretrained(local_model(name), **revision_of(name))
         except OSError as error:  # the hub has none, or could not be asked
             if not _is_known_missing(name, path.name):
                 raise_outage(error, f"{path.name} of {name!r} cannot be read")
@@ -167,7 +167,8 @@ def _is_known_missing(name: str, file: str) -> bool:
     """Whether the hub has said before that a model has no such file."""
     from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 
-    return try_to_load_from_cache(name, file) is _CACHED_NO_EXIST
+    found = try_to_load_from_cache(local_model(name), file, **revision_of(name))
+    return found is _CACHED_NO_EXIST
 
 
 @torch.no_grad()

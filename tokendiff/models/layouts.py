@@ -361,7 +361,8 @@ def write_beside(config: Any, layout: Layout, folder: Path) -> None:
     if mask != opened.get("mask_token_id"):
         fields["mask_token_id"] = mask
     fields |= {name: "float32" for name in ("torch_dtype", "dtype") if name in fields}
-    source, name = Path(local_model(config.published_name)), config.published_name
+    name = local_model(config.published_name)
+    source = Path(name)
     if source.is_dir():
         beside = list(source.glob("*.py"))
         known = json.loads((source / CONFIG_NAME).read_text())

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokendiff.artifacts.model_folders import (
+    CONFIG_NAME,
     DRAFT_ARCHITECTURES,
     check_there,
     lacks_weights,
     local_model,
     longest_row,
+    revision_of,
 )
 from tokendiff.data.tokenizers import errors_alone
 from tokendiff.errors import InputError, input_errors, raise_outage
@@ -56,12 +58,15 @@ def open_config(name: str, *, field: str, remedy: str, trust_remote_code: bool =
     with input_errors(f"{field} {name!r} cannot be opened", remedy):
         check_there(name)
         folder = local_model(name)
-        fields, _ = PreTrainedConfig.get_config_dict(folder)
+        revision = revision_of(name)
+        fields, _ = PreTrainedConfig.get_config_dict(folder, **revision)
         family = family_of(type_of(fields))
         if family.same_as is None or family.layout is None:
             if not trust_remote_code:
                 _check_type(fields)
-            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            return AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, **revision
+            )
         if family.same_as not in CONFIG_MAPPING:
             raise ValueError(
                 f"models of type {type_of(fields)!r} need transformers 5.20 or newer; "
@@ -136,7 +141,12 @@ def _cached_weights(name: str) -> list[Path]:
     from transformers.utils import cached_file
 
     def cached(file: str) -> str | None:
-        found: str | None = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        found: str | None = cached_file(
+            local_model(name),
+            file,
+            _raise_exceptions_for_missing_entries=False,
+            **revision_of(name),
+        )
         return found
 
     index = cached(f"{_WEIGHTS_NAME}.index.json")
@@ -152,12 +162,24 @@ def _ask_for_weights(name: str) -> None:
     """
     from transformers.utils import cached_file
 
-    if Path(name).is_dir():
+    if Path(local_model(name)).is_dir():
         return
     try:
-        cached_file(name, _WEIGHTS_NAME)
+        cached_file(local_model(name), _WEIGHTS_NAME, **revision_of(name))
     except OSError as error:
         raise_outage(error, f"{_WEIGHTS_NAME} of {name}")
+
+
+def commit_of(name: str) -> str | None:
+    """The commit of a hub model that was opened by this name; None of a folder, and of a built-in
+    model.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if ":" in name or Path(local_model(name)).is_dir():
+        return None
+    path = try_to_load_from_cache(local_model(name), CONFIG_NAME, **revision_of(name))
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,9 +282,10 @@ def open_weights(
                 output_loading_info=True,
                 key_mapping=own_names or None,
                 ignore_mismatched_sizes=True,  # said below, with the names
+                **revision_of(name),
             )
         except OSError:
-            _ask_for_weights(folder)
+            _ask_for_weights(name)
             raise
     if own_names:
         model._weight_conversions = None  # it is the layout that names weights in files again

@@ -3,7 +3,8 @@
 Each line is `{"time": unix seconds, "event": name, ...fields}`. Events, and the fields readers use:
 
     start       step (0, or the one resumed from), max_train_steps, and facts of the run: rows,
-                tokens_per_step, num_params, num_trained_params, num_workers
+                tokens_per_step, num_params, num_trained_params, num_workers; of models of the hub
+                commits, by the field that names one
     memory      total, bytes that a worker needs at the peak of a step; description: what for
     metrics     step, loss, lr, grad_norm, tokens_per_second, data_wait_fraction, and what the
                 objective tells: of a draft draft_nll, draft_accuracy, draft_accuracy_1, ... by

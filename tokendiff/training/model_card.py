@@ -13,6 +13,7 @@ from typing import Any
 
 from tokendiff.artifacts.checkpoint import BEST_STEP
 from tokendiff.artifacts.locations import is_uri
+from tokendiff.artifacts.model_folders import split_revision
 from tokendiff.artifacts.noise_process import NoiseProcess
 
 CARD_NAME = "README.md"
@@ -55,7 +56,7 @@ def model_card(
     objective = run["objective"]
     name, is_draft = objective["name"], run["target_model_id"] is not None
     start = _start_of(run)
-    base = start if _is_hub_id(start) and not run["from_scratch"] else None
+    base = split_revision(start)[0] if _is_hub_id(start) and not run["from_scratch"] else None
     matter = [
         "library_name: tokendiff",
         "pipeline_tag: text-generation",
@@ -106,7 +107,7 @@ def _start_of(run: Mapping[str, Any]) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    return _HUB_ID.fullmatch(split_revision(name)[0]) is not None and not Path(name).exists()
 
 
 def _license_of(start: str) -> str | None:

@@ -27,8 +27,9 @@ from tokendiff.data.rows import TokenData, step_batches, step_plan
 from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.models.dflash.config import DFlashDraftConfig
+from tokendiff.models.pretrained import commit_of
 from tokendiff.objectives.dflash import DFlash
-from tokendiff.training.building import build_trainee, states_reader
+from tokendiff.training.building import build_trainee, starting_point, states_reader
 from tokendiff.training.heldout import heldout_acceptance
 from tokendiff.training.identity import check_same_run, finished_run, run_identity
 from tokendiff.training.inputs import filling_notes
@@ -213,7 +214,18 @@ class TrainingRun:
             ),
             "num_workers": self.trainer.world.size,
             "device": str(self.trainer.world.device),
+            **self._commits(),
         }
+
+    def _commits(self) -> dict[str, Any]:
+        """Of models of the hub, by which they can be had again when they have changed there."""
+        config = self.config
+        models = [starting_point(config)]
+        if config.target_model_id is not None:
+            models = [("target_model_id", config.target_model_id)]
+            models += [("draft_model_id", config.draft_model_id)] if config.draft_model_id else []
+        commits = {field: commit for field, name in models if (commit := commit_of(name))}
+        return {"commits": commits} if commits else {}
 
     def _metadata(self) -> dict[str, Any]:
         return {

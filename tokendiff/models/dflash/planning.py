@@ -12,6 +12,7 @@ from tokendiff.artifacts.model_folders import (
     DRAFT_ARCHITECTURE,
     SECOND_DRAFT_ARCHITECTURE,
     local_model,
+    revision_of,
 )
 from tokendiff.errors import InputError, input_errors, reason_of
 from tokendiff.models.dflash.config import EMBEDDING_OUTPUT, DFlashDraftConfig, spread_layer_ids
@@ -154,7 +155,9 @@ def open_draft_config(draft_model_id: str) -> DFlashDraftConfig:
             f"{SECOND_DRAFT_ARCHITECTURE})"
         )
     with input_errors(f"{_DRAFT} {draft_model_id!r} cannot be opened", _DRAFT_REMEDY):
-        return DFlashDraftConfig.from_pretrained(local_model(draft_model_id))
+        return DFlashDraftConfig.from_pretrained(
+            local_model(draft_model_id), **revision_of(draft_model_id)
+        )
 
 
 def open_target_config(target_model_id: str) -> Any:
