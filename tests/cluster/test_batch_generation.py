@@ -31,6 +31,7 @@ pytestmark = pytest.mark.ray
 LENGTH = 12
 NUM_SAMPLES = 2
 BATCH_SIZE = 2
+NUM_STEPS = 10
 ONE = ClusterConfig(cpus_per_worker=0.5, threads_per_worker=1)
 TWO = ClusterConfig(cpus_per_worker=0.5, threads_per_worker=1, num_actors=2, min_actors=1)
 
@@ -71,7 +72,7 @@ def config_of(prompts: list[str], **changes: Any) -> GenerateConfig:
             "prompts": prompts,
             "num_samples": NUM_SAMPLES,
             "batch_size": BATCH_SIZE,
-            "sampler": {"num_inference_steps": 30},
+            "sampler": {"num_inference_steps": NUM_STEPS},
             **changes,
         }
     )
@@ -138,7 +139,7 @@ def test_killed_twice_it_ends_with_the_files_of_the_run_that_was_not(
     command = [
         *[sys.executable, "-m", "jobs.generate", f"--checkpoint_path={checkpoint}"],
         *[f"--prompts={prompts[0]}", f"--num_samples={NUM_SAMPLES}", f"--batch_size={BATCH_SIZE}"],
-        *["--num_inference_steps=30", f"--output_dir={out}", "--cpus_per_worker=0.5"],
+        *[f"--num_inference_steps={NUM_STEPS}", f"--output_dir={out}", "--cpus_per_worker=0.5"],
         *["--threads_per_worker=1", "--enabled=false", "--json"],
     ]
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}

@@ -232,7 +232,7 @@ def test_samples_survive_a_killed_actor_and_do_not_depend_on_their_number(
     from tokendiff.cluster.generate import generate
 
     checkpoint = str(plain_run[1])
-    config = generate_config(sampler={"num_inference_steps": 400})
+    config = generate_config(sampler={"num_inference_steps": 100})
     one = ClusterConfig(cpus_per_worker=0.5, num_actors=1, threads_per_worker=1)
     two = ClusterConfig(cpus_per_worker=0.5, num_actors=2, threads_per_worker=1)
 

@@ -1,7 +1,8 @@
 """The commands of the tutorial and of some how-to pages, one behind the other as they are written,
 and those of the published examples that the pages do not have, in our spelling. Models and text of
 the hub are folders made here, built-in models are the smallest, and training ends after a few
-steps; nothing else is changed. `tests.docs.test_blocks` validates the blocks of all other pages.
+steps of few rows; nothing else is changed. `tests.docs.test_blocks` validates the blocks of all
+other pages.
 
 What Ray would start a process for is done in this one; see `tests.in_this_process`.
 """
@@ -54,7 +55,10 @@ python -m jobs.generate --checkpoint_path qwen-dummy-output/final --sampler bloc
 """,
 )
 FEW_STEPS = {
-    "jobs.train": ["--max_train_steps", "2", "--num_workers", "1"],
+    "jobs.train": [
+        *("--max_train_steps", "2", "--num_workers", "1"),
+        *("--per_device_train_batch_size", "2"),
+    ],
 }
 # Stages side by side are processes of their own, which would start Ray.
 HERE = {"jobs.train": ["--num_workers", "1"], "jobs.pipeline": ["-o", "runner.max_parallel=1"]}
@@ -177,9 +181,10 @@ def hub(tmp_path: Path) -> dict[str, str]:
     }
     save_encoder(folders["bert-base-uncased"])
     save_causal(folders["Qwen/Qwen2.5-0.5B"], "qwen2", num_layers=1)
-    for size in ("4B", "8B"):
+    # A page begins a draft of five layers for the first.
+    for size, num_layers in (("4B", 8), ("8B", 4)):
         target = folders[f"Qwen/Qwen3-{size}"]
-        config = save_causal(target, "qwen3", num_layers=8)
+        config = save_causal(target, "qwen3", num_layers=num_layers)
         draft = folders[f"z-lab/Qwen3-{size}-DFlash-b16"]
         save_draft(draft, target, config, mask_token_id=310)
     sdar = folders["JetLM/SDAR-1.7B-Chat"]
