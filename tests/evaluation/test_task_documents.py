@@ -13,6 +13,8 @@ from tokendiff.evaluation.tasks.requests import TaskRequest
 
 pytest.importorskip("lm_eval", reason="the extra eval")
 
+from lm_eval.tasks import TaskManager
+
 from tokendiff.evaluation.tasks.harness import AnsweredModel
 from tokendiff.evaluation.tasks.suite import SuiteResult, ask_tasks, load_tasks
 
@@ -20,7 +22,6 @@ NUM_DOCUMENTS = {"first": 7, "second": 3}
 
 
 def write_tasks(folder: Path, *, has_groups: bool = False, **fields: Any) -> str:
-    """Groups make the harness read the index of its own tasks, which takes seconds."""
     folder.mkdir()
     for name, number in NUM_DOCUMENTS.items():
         documents = [{"q": f"{n} is", "choices": [" odd", " even"], "a": n % 2} for n in range(9)]
@@ -66,7 +67,6 @@ def asked(tasks_path: str, *names: str, **fields: Any) -> SuiteResult:
     return ask_tasks(loaded, AnsweredModel(answer, tokenizer=None), **fields)
 
 
-@pytest.mark.slow
 def test_a_group_has_the_documents_of_its_tasks(groups: str) -> None:
     result = asked(groups, "both")
     right = {0: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: 1.0, 6: 1.0}  # by the number asked about
@@ -86,6 +86,36 @@ def test_a_group_that_weighs_its_tasks_alike_is_no_mean_over_documents(groups: s
     result = asked(groups, "alike")
     assert result.metrics["alike/acc"] == pytest.approx((6 / 7 + 2 / 3) / 2)
     assert set(result.documents["alike"]) == {"row_id"}
+
+
+def test_the_harness_own_tasks_are_looked_for_where_a_group_needs_them(
+    groups: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are thousands of them, so that to look takes seconds."""
+    own = Path(write_tasks(tmp_path / "harness"))
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(own / "manager.py"))
+    members: tuple[list[Any], ...] = (["first", {"task": "second"}], ["both"])
+    for number, listed in enumerate(members):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        pooling = [{"metric": "acc", "aggregation": "mean", "weight_by_size": True}]
+        group = {"group": "mine", "task": listed, "aggregate_metric_list": pooling}
+        (folder / "mine.yaml").write_text(yaml.safe_dump(group))
+    assert asked(str(tmp_path / "0"), "mine").num_documents["mine"] == 10
+    (own / "both.yaml").write_text((Path(groups) / "both.yaml").read_text())
+    assert asked(str(tmp_path / "1"), "mine").num_documents["mine"] == 10
+    made: list[bool] = []
+
+    def noted(*, include_defaults: bool, **fields: Any) -> TaskManager:
+        made.append(include_defaults)
+        return TaskManager(include_defaults=include_defaults, **fields)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", noted)
+    whole = write_tasks(tmp_path / "whole", has_groups=True)
+    of_one = {"group": "one", "task": [{"task": "first"}], "aggregate_metric_list": pooling}
+    (Path(whole) / "one.yaml").write_text(yaml.safe_dump(of_one))
+    asked(whole, "alike")
+    assert made == [False]
 
 
 def test_evaluations_are_comparable_that_asked_and_answered_alike(

@@ -120,7 +120,7 @@ def load_tasks(
     builtin = builtin_tasks()
     manager = _manager(tasks_path, has_harness_own=False)
     is_known = all(name in {BUILTIN, *builtin, *manager.all_tasks} for name in names)
-    if not is_known or manager.all_groups:  # a group may be of the harness's own tasks
+    if not is_known or _has_others(manager):
         manager = _manager(tasks_path, has_harness_own=True)
     specs: list[Any] = []
     for name in dict.fromkeys(names):
@@ -170,6 +170,16 @@ def _manager(tasks_path: str | None, *, has_harness_own: bool) -> Any:
     content = json.dumps(identity_of(tasks_path))
     with _quiet(), input_errors(f"tasks_path {tasks_path}: cannot be read", "mend its task files"):
         return _indexed(tasks_path, has_harness_own, content)
+
+
+def _has_others(manager: Any) -> bool:
+    """Whether a group has members that are in no file here, so that they may be the harness's."""
+    members = []
+    for group in manager.all_groups:
+        listed = (manager.task_index[group].cfg or {}).get("task", ())
+        members += listed if isinstance(listed, list) else [listed]
+    names = [member.get("task") if isinstance(member, dict) else member for member in members]
+    return not all(name in manager.task_index for name in names)
 
 
 @lru_cache(maxsize=4)
