@@ -21,6 +21,7 @@ from tokendiff.diffusion.schedules import LogLinear
 from tokendiff.diffusion.splitmix import key_from
 from tokendiff.models.causal import CausalModel
 from tokendiff.models.diffusion_gemma import EncoderDecoder, uniform_noise
+from tokendiff.samplers import base
 from tokendiff.samplers.ancestral import AncestralSampler
 from tokendiff.samplers.autoregressive import AutoregressiveSampler
 from tokendiff.samplers.base import Sampler
@@ -141,6 +142,36 @@ def test_canvases_on_a_device_are_those_of_the_cpu(rule: str, kind: str, tmp_pat
         found = completed(sampler, model, requests, num_slots=3)
     assert [found[row].tokens for row in found] == [expected[row].tokens for row in found]
     assert len(found) == len(requests)
+
+
+def test_logits_of_a_large_vocabulary_come_in_more_parts_and_are_waited_for_no_oftener(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a canvas, whose parts of 4,096 places would hold 4 GiB for 262,144 tokens."""
+    assert base.positions_at_once(torch.device("cuda"), 262_144) == 1024
+    assert base.positions_at_once(torch.device("cuda"), 2**40) == 1
+    assert base.positions_at_once(torch.device("cuda"), 30_522) == 4096
+    kernel = UniformKernel(schedule=LogLinear(), vocab_size=CAUSAL_V, mask_token_id=3)
+    sampler = CanvasSampler(
+        kernel=kernel,
+        mask_token_id=3,
+        prediction="posterior",
+        block_length=4,
+        max_new_tokens=4,
+        num_inference_steps=3,
+    )
+    found, num_waits = list[Any](), list[int]()
+    for most in (CAUSAL_V * 4096, CAUSAL_V * 3):
+        monkeypatch.setattr(base, "_GPU_LOGITS", most)
+        model, device = causal_model(), emulated_device()
+        with count_waits() as waits:
+            model.to(device)
+            waits.sent.clear()
+            ended = completed(sampler, model, requests_of((3, 2)), num_slots=2)
+        found.append([ended[row].tokens for row in ended])
+        num_waits.append(waits.reads)
+    assert found[0] == found[1]
+    assert num_waits[0] == num_waits[1]
 
 
 def test_a_prompt_that_is_read_in_pieces_is_waited_for_once() -> None:

@@ -21,6 +21,7 @@ from tokendiff.samplers.commit_rules import Candidates
 from tokendiff.samplers.hidden_states import HiddenStates, fitted
 
 _CPU_CHUNK, _GPU_CHUNK = 256, 4096  # positions whose [N, V] logits exist at once
+_GPU_LOGITS = 2**28  # of them, at most: 1 GiB in float32, and a sampler makes a few of that size
 _PRIOR = -1  # steps are numbered from 0
 
 
@@ -126,9 +127,11 @@ class Sampler(ABC):
         return draw_by_logits(logits, sent(uniform, logits.device)).to(uniform.device)
 
 
-def positions_at_once(device: torch.device) -> int:
+def positions_at_once(device: torch.device, vocab_size: int = 1) -> int:
     """How many positions' logits are computed together."""
-    return _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK
+    if device.type == "cpu":
+        return _CPU_CHUNK
+    return max(1, min(_GPU_CHUNK, _GPU_LOGITS // vocab_size))
 
 
 def check_absorbing(kernel: ForwardKernel, reason: str) -> None:

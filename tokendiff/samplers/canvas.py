@@ -232,7 +232,7 @@ class CanvasSampler(CachedBlockSampler):
         [N, V], in chunks.
         """
         which, position = where.nonzero(as_tuple=True)
-        size = positions_at_once(hidden.device)
+        size = positions_at_once(hidden.device, self.kernel.vocab_size)
         for row, place in zip(which.split(size), position.split(size), strict=True):
             states = hidden[sent_at((row, offset[row] + place), hidden.device)]
             yield row, place, without_token(model.head(states), self.mask_token_id)
@@ -275,6 +275,7 @@ class CanvasSampler(CachedBlockSampler):
         is_told = isinstance(model, CanvasDecoder)
         belief = CanvasBelief.none(canvas.tokens, torch.zeros_like(hidden) if is_told else None)
         uniform = canvas.uniform(TOKEN)
+        places, figures = list[tuple[Tensor, Tensor]](), list[Tensor]()
         for row, place, logits in self._logits(model, hidden, offset, canvas.is_open):
             at = (row, place)
             tokens = sent(canvas.tokens[at], logits.device)
@@ -291,11 +292,17 @@ class CanvasSampler(CachedBlockSampler):
             if isinstance(model, CanvasDecoder) and belief.found is not None:
                 belief.found[sent_at(at, hidden.device)] = model.expected_embedding(logits)
             entropy = entropy_of(logits.log_softmax(-1)).double()
-            # Together, so that a device is waited for once; ids are exact in float64.
-            ids = (logits.argmax(-1).double(), drawn.double())
-            of_all = torch.stack([entropy, *ids, *chances]).cpu()
-            belief.entropy[at], belief.of_token[at], belief.confidence[at] = of_all[[0, 3, 4]]
-            belief.likeliest[at], belief.candidates[at] = of_all[1:3].long()
+            ids = (logits.argmax(-1).double(), drawn.double())  # exact in float64
+            places.append(at)
+            figures.append(torch.stack([entropy, *ids, *chances]))
+        # Together, so that a device is waited for once.
+        of_all, (row, place) = (
+            torch.cat(figures, dim=1).cpu(),
+            map(torch.cat, zip(*places, strict=True)),
+        )
+        at = (row, place)
+        belief.entropy[at], belief.of_token[at], belief.confidence[at] = of_all[[0, 3, 4]]
+        belief.likeliest[at], belief.candidates[at] = of_all[1:3].long()
         return belief
 
     def _converted(self, logits: Tensor, tokens: Tensor, t: Tensor, *, to: str) -> Tensor:
