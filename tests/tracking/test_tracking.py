@@ -27,7 +27,7 @@ import pytest
 import tokendiff
 from tokendiff.config.pipeline import TrackingConfig
 from tokendiff.errors import InputError
-from tokendiff.tracking import mlflow_store, system_metrics
+from tokendiff.tracking import mlflow_delivery, mlflow_store, system_metrics
 from tokendiff.tracking.live import standing_of
 from tokendiff.tracking.mlflow_delivery import Delivery, replay_pending
 from tokendiff.tracking.mlflow_entities import flatten_params, metrics_and_tags
@@ -1050,6 +1050,28 @@ def test_a_run_deleted_from_mlflow_is_made_anew_when_its_stage_goes_on(root: Pat
     again = runs_of(uri)["train"].info.run_id
     assert again != deleted
     assert history(uri, again, "loss") == logged(folder, "loss")
+
+
+@pytest.mark.parametrize("asked", ["load_state", "_last_sign_of_life", "lock_folder"])
+def test_a_folder_that_is_deleted_meanwhile_holds_no_start_up(
+    root: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    """By the retention of another pipeline below the same root."""
+    uri = sqlite_uri(root)
+    for name in ("a", "b"):
+        (root / name).mkdir()
+        state = RunState(uri=uri, experiment_id="0", name=name, start_time=1)
+        Outbox(root / name, state).add([["tag", "x", "1"]])
+    ask = getattr(mlflow_delivery, asked)
+
+    def ask_too_late(folder: Path, **fields: Any) -> Any:
+        if folder.name == "a":
+            shutil.rmtree(folder, ignore_errors=True)
+        return ask(folder, **fields)
+
+    monkeypatch.setattr(mlflow_delivery, asked, ask_too_late)
+    assert replay_pending(root, uri) == 1
+    assert set(runs_of(uri)) == {"b"}
 
 
 def test_a_folder_is_recorded_by_one_run_at_a_time(

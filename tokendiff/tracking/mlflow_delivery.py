@@ -129,21 +129,30 @@ def replay_pending(root: Path, uri: str) -> int:
     deadline = time.monotonic() + _REPLAY_SECONDS
     delivered = 0
     for folder in _folders_with_state(root):
-        state = load_state(folder)
-        if state is None or state.uri != without_credentials(uri):
-            continue
-        outbox = Outbox(folder, state)
-        if outbox.is_delivered and state.status != "RUNNING":
-            continue
         if time.monotonic() > deadline:
             break
-        if (lock := lock_folder(folder, is_free_without_locks=False)) is None:
-            continue
-        status, end = state.status, (state.end_time or 0) / 1000
-        if status == "RUNNING":
-            status, end = "KILLED", _last_sign_of_life(folder)
-        delivered += Delivery(outbox, make_client(uri), lock).close(status, end)
+        try:
+            delivered += _replay(folder, uri)
+        except FileNotFoundError:
+            if folder.exists():
+                raise  # else somebody has deleted it, perhaps the retention of another pipeline
     return delivered
+
+
+def _replay(folder: Path, uri: str) -> bool:
+    """Whether the run of a folder needed to be brought up to date, and now is."""
+    state = load_state(folder)
+    if state is None or state.uri != without_credentials(uri):
+        return False
+    outbox = Outbox(folder, state)
+    if outbox.is_delivered and state.status != "RUNNING":
+        return False
+    status, end = state.status, (state.end_time or 0) / 1000
+    if status == "RUNNING":
+        status, end = "KILLED", _last_sign_of_life(folder)
+    if (lock := lock_folder(folder, is_free_without_locks=False)) is None:
+        return False
+    return Delivery(outbox, make_client(uri), lock).close(status, end)
 
 
 def _last_sign_of_life(folder: Path) -> float:
