@@ -1,6 +1,8 @@
 import numpy as np
 import torch
+from torch import Tensor
 
+from benchmarks.device_reads import count_waits, emulated_device
 from tokendiff.data.order import permutation
 from tokendiff.diffusion.random import RowGenerator, strata_of
 from tokendiff.diffusion.splitmix import key_from, mix
@@ -24,6 +26,25 @@ def test_uniform_is_split_mix_64_read_at_an_index() -> None:
     assert expected[:2] == [6457827717110365317, 3203168211198807973]
     draws = RowGenerator(keys=torch.tensor([1234567])).uniform(5)[0]
     assert [int(u * 2**52) for u in draws.tolist()] == [value >> 12 for value in expected]
+
+
+def test_every_device_gives_the_same_numbers() -> None:
+    """On a CPU NumPy computes them."""
+    keys = torch.tensor([0, -1, 2**63 - 1, -(2**63), 1234567])
+    rows = torch.tensor([3, -3, 2**62, 0, 7])
+
+    def numbers(keys: Tensor, rows: Tensor) -> list[Tensor]:
+        generator = RowGenerator(keys=keys)
+        folded = [generator.fold_in(data) for data in (0, -7, 2**63 - 1, rows, rows[0])]
+        folded += [RowGenerator.for_rows(-(2**63), rows), generator.select(rows == 0)]
+        return [each.cpu() for one in folded for each in (one.keys, one.uniform(2, 3))]
+
+    device, expected = emulated_device(), numbers(keys, rows)
+    with count_waits():
+        found = numbers(keys.to(device), rows.to(device))
+    for here, there in zip(expected, found, strict=True):
+        assert here.dtype == there.dtype
+        assert torch.equal(here, there)
 
 
 def test_mix_is_a_bijection_on_a_sample() -> None:

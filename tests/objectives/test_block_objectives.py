@@ -38,17 +38,14 @@ class VisibleTable:
 
     def encode(self, tokens: Tensor, positions: Tensor, rule: MaskRule) -> Tensor:
         batch, length = tokens.shape
-        seen = dense(rule, batch, length, length)[:, 0]
-        states = torch.empty(batch, length, self.table.shape[0], dtype=torch.float64)
-        for row, query in itertools.product(range(batch), range(length)):
-            condition = {
-                (int(positions[row, key]), int(tokens[row, key]))
-                for key in seen[row, query].nonzero()[:, 0].tolist()
-                if tokens[row, key] != MASK
-            }
-            at = int(positions[row, query])
-            states[row, query] = self._belief(at, tuple(sorted(condition)))
-        return states
+        seen = dense(rule, batch, length, length)[:, 0].tolist()
+        states = []
+        for row, place, sees in zip(tokens.tolist(), positions.tolist(), seen, strict=True):
+            known = [(key, (place[key], row[key])) for key in range(length) if row[key] != MASK]
+            for query in range(length):
+                condition = {fact for key, fact in known if sees[query][key]}
+                states.append(self._belief(place[query], tuple(sorted(condition))))
+        return torch.stack(states).view(batch, length, -1)
 
     def head(self, hidden: Tensor) -> Tensor:
         return hidden

@@ -10,6 +10,8 @@ The generator is SplitMix64 (`splitmix`).
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,13 +38,12 @@ class RowGenerator:
     @classmethod
     def for_rows(cls, key: int, row_ids: Tensor, *, strata: Tensor | None = None) -> "RowGenerator":
         """Keys for rows by their ids ([B] int64), under a common key."""
-        root = torch.tensor(key, dtype=torch.int64, device=row_ids.device)
-        return cls(keys=_fold(root, row_ids), strata=strata)
+        root = torch.full_like(row_ids, key, dtype=torch.int64)
+        return cls(keys=_folded(root, row_ids), strata=strata)
 
     def fold_in(self, data: int | Tensor) -> "RowGenerator":
         """Independent generators for another purpose or step; `data` is an int or [B] int64."""
-        data = torch.as_tensor(data, dtype=torch.int64, device=self.keys.device)
-        return RowGenerator(keys=_fold(self.keys, data), strata=self.strata)
+        return RowGenerator(keys=_folded(self.keys, data), strata=self.strata)
 
     def select(self, rows: Tensor) -> "RowGenerator":
         """The generators of some rows; `rows` is an index or a bool mask over B."""
@@ -52,9 +53,13 @@ class RowGenerator:
 
     def uniform(self, *shape: int) -> Tensor:
         """[B, *shape] float64 in the open interval (0, 1); the same call gives the same numbers."""
-        index = torch.arange(1, math.prod(shape) + 1, device=self.keys.device)
-        bits = mix(self.keys[:, None] + index * GAMMA)
-        fraction = (shift_right(bits, 64 - _UNIFORM_BITS).double() + 0.5) * 2.0**-_UNIFORM_BITS
+        count = math.prod(shape)
+        index = torch.arange(1, count + 1, device=self.keys.device)
+        if _is_numpys(self.keys):
+            bits = torch.from_numpy(_bits(self.keys.numpy(), index.numpy()))
+        else:
+            bits = _bits(self.keys, index)
+        fraction = (bits.double() + 0.5) * 2.0**-_UNIFORM_BITS
         return fraction.reshape(-1, *shape)
 
     def stratified(self) -> Tensor:
@@ -75,5 +80,28 @@ def strata_of(key: int, positions: Tensor, batch_size: int) -> Tensor:
     return torch.remainder((u + positions.double()) / batch_size, 1.0)
 
 
-def _fold(keys: Tensor, data: Tensor) -> Tensor:
+def _bits(keys: Any, index: Any) -> Any:
+    """[B, N] of _UNIFORM_BITS bits, from [B] keys and [N] indices."""
+    return shift_right(mix(keys[:, None] + index * GAMMA), 64 - _UNIFORM_BITS)
+
+
+def _folded(keys: Tensor, data: int | Tensor) -> Tensor:
+    """[B] keys of keys [B] and data, an int or [B]."""
+    if isinstance(data, int) and _is_numpys(keys):
+        return torch.from_numpy(mix(keys.numpy() ^ _mixed(data)))
+    data = torch.as_tensor(data, dtype=torch.int64, device=keys.device)
+    if data.dim() and _is_numpys(keys):
+        return torch.from_numpy(mix(keys.numpy() ^ mix(data.numpy() + GAMMA)))
     return mix(keys ^ mix(data + GAMMA))
+
+
+@lru_cache(maxsize=4096)
+def _mixed(data: int) -> int:
+    return int(mix(torch.tensor([data]).numpy() + GAMMA)[0])
+
+
+def _is_numpys(values: Tensor) -> bool:
+    """Whether NumPy can compute with a tensor where it is, by the view of it that torch gives. That
+    takes a third of torch's time, and integers are the same.
+    """
+    return type(values) is Tensor and values.device.type == "cpu"
