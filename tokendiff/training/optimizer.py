@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from tokendiff.artifacts.tensor_files import local_part, whole
+from tokendiff.artifacts.tensor_files import whole
 from tokendiff.models.layers import find_layers
 from tokendiff.training.muon import Muon
 from tokendiff.training.schedules import lr_factor
@@ -92,15 +92,20 @@ class Optimizer:
 
     def scale_grad(self, factor: Tensor) -> None:
         """Multiply the gradient by a scalar, which stays on its device."""
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for gradient in self._gradients():
-            by_dtype.setdefault(gradient.dtype, []).append(local_part(gradient)[0])
-        for dtype, gradients in by_dtype.items():
+        for dtype, gradients in self._local_gradients().items():
             torch._foreach_mul_(gradients, factor.to(dtype))
 
     def clip_grad(self, max_norm: float) -> Tensor:
-        """Scale the gradient to at most `max_norm`; returns its norm before, a scalar."""
-        return whole(nn.utils.clip_grad_norm_(self._parameters.values(), max_norm))
+        """Scale the gradient to at most `max_norm`; returns its norm before, a scalar.
+
+        It is `torch.nn.utils.clip_grad_norm_`, but that each worker scales what it holds without
+        asking for each tensor how that lies on the others.
+        """
+        norm = whole(nn.utils.get_total_norm(self._gradients()))
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradients in self._local_gradients().values():
+            torch._foreach_mul_(gradients, factor)
+        return norm
 
     def step(self) -> None:
         for optimizer in self._optimizers:
@@ -157,6 +162,17 @@ class Optimizer:
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._parameters.values() if p.grad is not None]
+
+    @torch.no_grad()
+    def _local_gradients(self) -> dict[torch.dtype, list[Tensor]]:
+        """What this worker holds of the gradient, to be written to, by dtype."""
+        from torch.distributed.tensor import DTensor
+
+        found: dict[torch.dtype, list[Tensor]] = {}
+        for gradient in self._gradients():
+            held = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            found.setdefault(gradient.dtype, []).append(held)
+        return found
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
