@@ -18,6 +18,7 @@ import time
 import traceback
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from tokendiff.tracking.live import standing_of
 from tokendiff.tracking.mlflow_delivery import Delivery, replay_pending
 from tokendiff.tracking.mlflow_entities import flatten_params, metrics_and_tags
 from tokendiff.tracking.mlflow_mirror import MlflowMirror
-from tokendiff.tracking.mlflow_outbox import Outbox, RunState, lock_folder
+from tokendiff.tracking.mlflow_outbox import Outbox, RunState, load_state, lock_folder
 from tokendiff.tracking.mlflow_store import check_store, make_client, open_command, resolve_uri
 from tokendiff.tracking.progress import LogTailer, ProgressPrinter
 from tokendiff.tracking.run_log import (
@@ -915,7 +916,7 @@ from pathlib import Path
 from tokendiff.config.pipeline import TrackingConfig
 from tokendiff.tracking.mlflow_entities import flatten_params, metrics_and_tags
 from tokendiff.tracking.mlflow_mirror import MlflowMirror
-from tokendiff.tracking.mlflow_outbox import Outbox, RunState, lock_folder
+from tokendiff.tracking.mlflow_outbox import Outbox, RunState, load_state, lock_folder
 from tokendiff.tracking.run_log import LOG_NAME, RunLog
 root = Path(sys.argv[1])
 parent = MlflowMirror.open(TrackingConfig(), root, run_name="quick")
@@ -1072,6 +1073,26 @@ def test_a_folder_that_is_deleted_meanwhile_holds_no_start_up(
     monkeypatch.setattr(mlflow_delivery, asked, ask_too_late)
     assert replay_pending(root, uri) == 1
     assert set(runs_of(uri)) == {"b"}
+
+
+def test_a_run_that_ends_while_it_is_looked_at_is_not_said_to_be_killed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = RunState(uri=sqlite_uri(root), experiment_id="0", name="a", start_time=1)
+    Outbox(root, state).add([["tag", "x", "1"]])
+
+    def end_first(folder: Path, **fields: Any) -> Any:
+        Outbox(folder, replace(state, queue=[], delivered_status="FINISHED")).finish("FINISHED", 2)
+        return lock_folder(folder, **fields)
+
+    monkeypatch.setattr(mlflow_delivery, "lock_folder", end_first)
+    assert replay_pending(root, state.uri) == 0
+    ended = load_state(root)
+    assert ended is not None
+    assert ended.status == "FINISHED"
+    descriptor = lock_folder(root, is_free_without_locks=False)
+    assert descriptor is not None
+    os.close(descriptor)
 
 
 def test_a_folder_is_recorded_by_one_run_at_a_time(

@@ -141,18 +141,27 @@ def replay_pending(root: Path, uri: str) -> int:
 
 def _replay(folder: Path, uri: str) -> bool:
     """Whether the run of a folder needed to be brought up to date, and now is."""
-    state = load_state(folder)
-    if state is None or state.uri != without_credentials(uri):
+    if _pending(folder, uri) is None:
         return False
-    outbox = Outbox(folder, state)
-    if outbox.is_delivered and state.status != "RUNNING":
-        return False
-    status, end = state.status, (state.end_time or 0) / 1000
-    if status == "RUNNING":
-        status, end = "KILLED", _last_sign_of_life(folder)
+    sign_of_life = _last_sign_of_life(folder)
     if (lock := lock_folder(folder, is_free_without_locks=False)) is None:
         return False
+    if (outbox := _pending(folder, uri)) is None:  # its process has ended it meanwhile
+        os.close(lock)
+        return False
+    status, end = outbox.state.status, (outbox.state.end_time or 0) / 1000
+    if status == "RUNNING":
+        status, end = "KILLED", sign_of_life
     return Delivery(outbox, make_client(uri), lock).close(status, end)
+
+
+def _pending(folder: Path, uri: str) -> Outbox | None:
+    """The outbox of a folder, where this store does not have all of it."""
+    state = load_state(folder)
+    if state is None or state.uri != without_credentials(uri):
+        return None
+    outbox = Outbox(folder, state)
+    return None if outbox.is_delivered and state.status != "RUNNING" else outbox
 
 
 def _last_sign_of_life(folder: Path) -> float:
