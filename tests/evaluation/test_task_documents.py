@@ -114,7 +114,10 @@ def test_the_harness_own_tasks_are_looked_for_where_a_group_needs_them(
     whole = write_tasks(tmp_path / "whole", has_groups=True)
     of_one = {"group": "one", "task": [{"task": "first"}], "aggregate_metric_list": pooling}
     (Path(whole) / "one.yaml").write_text(yaml.safe_dump(of_one))
+    within = {"group": "two", "task": [{"group": "inner", "task": list(NUM_DOCUMENTS)}]}
+    (Path(whole) / "two.yaml").write_text(yaml.safe_dump(within))
     asked(whole, "alike")
+    assert asked(whole, "two").num_documents["first"] == 7
     assert made == [False]
 
 

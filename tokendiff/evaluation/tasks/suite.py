@@ -174,12 +174,17 @@ def _manager(tasks_path: str | None, *, has_harness_own: bool) -> Any:
 
 def _has_others(manager: Any) -> bool:
     """Whether a group has members that are in no file here, so that they may be the harness's."""
-    members = []
-    for group in manager.all_groups:
-        listed = (manager.task_index[group].cfg or {}).get("task", ())
-        members += listed if isinstance(listed, list) else [listed]
-    names = [member.get("task") if isinstance(member, dict) else member for member in members]
-    return not all(name in manager.task_index for name in names)
+    index = manager.task_index
+
+    def is_here(member: Any) -> bool:
+        if not isinstance(member, dict):
+            return member in index
+        listed = member.get("task")  # of a group that is written out within another, a list too
+        if isinstance(listed, list):
+            return all(map(is_here, listed))
+        return (member.get("group") if listed is None else listed) in index
+
+    return not all(is_here(index[group].cfg or {}) for group in manager.all_groups)
 
 
 @lru_cache(maxsize=4)
