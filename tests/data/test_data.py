@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import pickle
 import random
 from functools import partial
@@ -14,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset, DatasetInfo
+from datasets.arrow_writer import ArrowWriter
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.utils import httpx
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -476,6 +479,7 @@ def test_a_dataset_may_be_named_with_its_revision(
 
     def load(name: str, *_: Any, revision: str | None, **__: Any) -> Any:
         asked.append((name, revision))
+        return Dataset.from_dict({})
 
     monkeypatch.setattr("datasets.load_dataset", load)
     local = tmp_path / "of@b"
@@ -483,6 +487,49 @@ def test_a_dataset_may_be_named_with_its_revision(
     for name in ("some/text", "some/text@v1", str(local)):
         open_dataset(name, None, "train")
     assert asked == [("some/text", None), ("some/text", "v1"), (str(local), None)]
+    monkeypatch.chdir(tmp_path)
+    Path("of").mkdir()
+    with pytest.raises(InputError, match=r"of@c: there is no such folder, and of, .* leave @c out"):
+        open_dataset("of@c", None, "train")
+
+
+@pytest.mark.parametrize(
+    ("revision", "is_found"),
+    [("", True), ("@v2", True), ("@" + "b" * 40, True), ("@v1", False), ("@" + "a" * 40, False)],
+)
+def test_a_dataset_of_another_revision_is_not_taken_where_the_hub_cannot_be_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, revision: str, is_found: bool
+) -> None:
+    """`datasets` takes the newest of what is in its cache."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "datasets" / "some___text" / "default" / "0.0.0"
+    refs = tmp_path / "datasets--some--text" / "refs"
+    refs.mkdir(parents=True)
+    for age, (commit, tag) in enumerate((("b" * 40, "v2"), ("a" * 40, "v1"))):
+        dataset = Dataset.from_dict({"text": [commit]}, split="train")
+        (kept := folder / commit).mkdir(parents=True)
+        with ArrowWriter(path=str(kept / "text-train.arrow")) as writer:
+            writer.write_table(dataset.data.table)
+            num_examples, num_bytes = writer.finalize()
+        sizes = {"num_bytes": num_bytes, "num_examples": num_examples, "dataset_name": "text"}
+        info = DatasetInfo(
+            features=dataset.features,
+            config_name="default",
+            splits={"train": {"name": "train", **sizes}},
+        )
+        info.write_to_directory(str(kept))
+        os.utime(kept, (1e9 - age, 1e9 - age))
+        (refs / tag).write_text(commit)
+    if is_found:
+        assert open_dataset(f"some/text{revision}", None, "train")["text"][0] == "b" * 40
+        return
+    said = f"some/text{revision}': the newest in the cache is of another commit, {'b' * 40}, and "
+    with pytest.raises(InputError, match=f"{said}.*HF_HUB_OFFLINE"):
+        open_dataset(f"some/text{revision}", None, "train")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    with pytest.raises(ConnectionError, match=said):
+        open_dataset(f"some/text{revision}", None, "train")
 
 
 def test_a_dataset_that_the_hub_does_not_show_may_need_a_token(

@@ -439,6 +439,18 @@ def test_a_revision_that_is_not_there_is_named(published_twice: str) -> None:
         default_sampler(f"{published_twice}@nowhere")
 
 
+def test_a_folder_is_not_opened_in_place_of_a_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    causal(tmp_path / "runs" / "mine")
+    monkeypatch.chdir(tmp_path)
+    said = "runs/mine@v2: there is no such folder, and runs/mine, .* leave @v2 out"
+    with pytest.raises(InputError, match=said):
+        open_causal("runs/mine@v2")
+    with pytest.raises(InputError, match=said):
+        open_tokenizer("runs/mine@v2", field="model_id")
+
+
 def test_a_folder_may_have_an_at_in_its_name(tmp_path: Path) -> None:
     name = causal(tmp_path / "a@b")
     assert revision_of(name) == {}

@@ -25,11 +25,11 @@ def local_model(name: str) -> str:
     a URI names, or else the name on the hub, which `revision_of` belongs to.
 
     Raises:
-        InputError: nothing was committed there.
+        InputError: nothing was committed there; or a folder is named with a revision.
     """
     if not is_uri(name):
         path = Path(name).expanduser()
-        return str(path.absolute()) if path.is_dir() else split_revision(name)[0]
+        return str(path.absolute()) if path.is_dir() else hub_name(name)[0]
     folder = location(name)
     if isinstance(folder, Path):
         return str(folder)
@@ -52,6 +52,23 @@ def revision_of(name: str) -> dict[str, Any]:
     _, revision = split_revision(name)
     is_on_hub = revision is not None and not is_uri(name) and not Path(name).expanduser().is_dir()
     return {"revision": revision} if revision is not None and is_on_hub else {}
+
+
+def hub_name(name: str) -> tuple[str, str | None]:
+    """`split_revision` of what is no folder.
+
+    Raises:
+        InputError: the repository's name is also that of a folder here. Libraries open such a
+            folder, whatever the revision.
+    """
+    repository, revision = split_revision(name)
+    if revision is not None and Path(repository).expanduser().exists():
+        raise InputError(
+            f"{name}: there is no such folder, and {repository}, which is here, has no revisions; "
+            f"correct the name, leave @{revision} out, or start where no {repository} lies in the "
+            "way of the hub's"
+        )
+    return repository, revision
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

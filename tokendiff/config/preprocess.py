@@ -81,9 +81,9 @@ class PreprocessConfig(Section):
     num_dummy_samples: int = Field(2048, ge=1, le=MAX_COUNT, description="rows of random tokens")
     tokenizer_name_or_path: str | None = Field(
         None,
-        description="bytes, bpe (trained on the corpus), or a transformers name or path; "
-        "by default the model's own; where the model is a built-in one, that of warm_start_from, "
-        "or else bpe",
+        description="bytes, bpe (trained on the corpus), or a transformers name (or "
+        "name@revision) or path; by default the model's own; where the model is a built-in one, "
+        "that of warm_start_from, or else bpe",
     )
     vocab_size: int = Field(2048, ge=300, le=10_000_000, description="size of the bpe vocabulary")
     max_length: int = Field(128, ge=2, le=MAX_COUNT, description="tokens per packed row")

@@ -1,11 +1,13 @@
 """Hugging Face datasets: a name on the hub, a local folder, or one that `save_to_disk` wrote."""
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokendiff.artifacts.model_folders import split_revision
+from tokendiff.artifacts.model_folders import hub_name
 from tokendiff.config.preprocess import FILE_FORMATS
 from tokendiff.data.bad_rows import Document
 from tokendiff.data.columns import arrow_cells, arrow_path, row_place, texts_of
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _SLICE_ROWS = 256
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def open_dataset(name: str, config_name: str | None, split: str) -> "Dataset":
@@ -37,8 +40,8 @@ def open_dataset(name: str, config_name: str | None, split: str) -> "Dataset":
         if _was_saved_to_disk(name):
             return _load_from_disk(name, config_name, split)
         is_local = os.path.exists(name)
-        repository, revision = (name, None) if is_local else split_revision(name)
-        return load_dataset(repository, config_name, split=split, revision=revision)
+        repository, revision = (name, None) if is_local else hub_name(name)
+        dataset = load_dataset(repository, config_name, split=split, revision=revision)
     except InputError:
         raise
     except Exception as error:  # of the client of a hub too, whose errors have no class in common
@@ -49,6 +52,36 @@ def open_dataset(name: str, config_name: str | None, split: str) -> "Dataset":
             raise
         reason = " ".join(str(error.__cause__ or error).split())
         raise InputError(f"{place}: {reason}{_remedy(error)}") from error
+    if revision is not None:
+        _check_commit(dataset, repository, revision)
+    return dataset
+
+
+def _check_commit(dataset: "Dataset", repository: str, revision: str) -> None:
+    """See that a dataset is of the revision that was asked for: where `datasets` cannot ask the
+    hub, it takes the newest in its cache, of any revision.
+
+    Raises:
+        InputError: it is of another one, offline.
+        ConnectionError: it is, and the hub does not answer.
+    """
+    from datasets import config
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = repo_folder_name(repo_id=repository, repo_type="dataset")
+    ref = Path(constants.HF_HUB_CACHE, folder, "refs", revision)
+    commit = ref.read_text().strip() if ref.is_file() else revision
+    # The folder of a dataset in the cache is named after its commit; of old versions it was not.
+    found = {Path(file["filename"]).parent.name for file in dataset.cache_files}
+    others = [name for name in found if _COMMIT.fullmatch(name) and not name.startswith(commit)]
+    if not others:
+        return
+    problem = f"dataset_name '{repository}@{revision}': the newest in the cache is of another "
+    problem += f"commit, {others[0]}, and the hub "
+    if config.HF_HUB_OFFLINE:
+        raise InputError(f"{problem}is not asked (HF_HUB_OFFLINE is set); load it once without")
+    raise ConnectionError(f"{problem}does not answer as it should")
 
 
 def dataset_columns(name: str, config_name: str | None, split: str) -> list[str]:
