@@ -94,6 +94,9 @@ def test_the_token_comes_from_the_environment_alone(
 ) -> None:
     monkeypatch.delenv(hub.TOKEN_VARIABLE, raising=False)
     check_push(None)
+    for name in ("me/model@v1", "a/b/c"):
+        with pytest.raises(InputError, match=f"push_to_hub {name}: Repo id must .* Give ORG/NAME"):
+            check_push(name)
     with pytest.raises(InputError, match="HF_TOKEN is not set"):
         check_push("me/model")
     monkeypatch.setenv(hub.TOKEN_VARIABLE, "hunter2")

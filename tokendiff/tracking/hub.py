@@ -21,9 +21,15 @@ TOKEN_VARIABLE = "HF_TOKEN"
 
 
 def check_push(repo_id: str | None) -> None:
-    """Raise InputError where a push could not work as the environment stands."""
+    """Raise InputError where a push could not work: by the name, or as the environment stands."""
     if repo_id is None:
         return
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InputError(f"push_to_hub {repo_id}: {error} Give ORG/NAME, no revision") from error
     if not os.environ.get(TOKEN_VARIABLE):
         raise InputError(
             f"push_to_hub {repo_id}: {TOKEN_VARIABLE} is not set in the environment; set it to a "
