@@ -120,20 +120,19 @@ class ExactBlockDenoiser:
 
     def encode(self, tokens: Tensor, positions: Tensor, rule: MaskRule) -> Tensor:
         rows, width = len(tokens), tokens.shape[1]
-        seen = dense(rule, rows, width, width)[:, 0].tolist()
-        token_at, place_of = tokens.tolist(), positions.tolist()
+        seen = dense(rule, rows, width, width)[:, 0] & ~torch.eye(width, dtype=torch.bool)
+        is_noisy = [key < width // 2 for key in range(width)]
         states = torch.zeros(rows, width, VOCAB_SIZE, dtype=torch.float64)
-        for row, query in itertools.product(range(rows), range(width // 2)):
-            evidence = frozenset(
-                (place_of[row][key], token_at[row][key], key < width // 2)
-                for key in range(width)
-                if seen[row][query][key] and key != query
-            )
-            known = place_of[row][query], evidence
-            if known not in self._known:
-                belief = oracles.belief_given(self._table, self._q, *known)
-                self._known[known] = torch.from_numpy(belief).log()
-            states[row, query] = self._known[known]
+        for row, (places, row_tokens) in enumerate(
+            zip(positions.tolist(), tokens.tolist(), strict=True)
+        ):
+            facts = list(zip(places, row_tokens, is_noisy, strict=True))
+            for query, is_seen in enumerate(seen[row, : width // 2].tolist()):
+                known = places[query], frozenset(itertools.compress(facts, is_seen))
+                if known not in self._known:
+                    belief = oracles.belief_given(self._table, self._q, *known)
+                    self._known[known] = torch.from_numpy(belief).log()
+                states[row, query] = self._known[known]
         return states
 
     def head(self, hidden: Tensor) -> Tensor:
