@@ -41,7 +41,6 @@ KIND = "checkpoint"
 FINAL = "final"
 # In the metadata, where the best weights are kept: the step that final/ would be of, or is of.
 BEST_STEP = "best_step"
-COMMITS = "commits"  # of models of the hub that the run began with, by the field that names one
 STOPPED_EARLY = "stopped_early"  # of a final/ with fewer steps: why it has no more
 # Stems of the files of tensors (`tokendiff.artifacts.tensor_files`).
 WEIGHTS, EMA_WEIGHTS, OPTIMIZER = "model", "ema", "optimizer"

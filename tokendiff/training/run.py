@@ -11,7 +11,6 @@ import torch
 
 from tokendiff.artifacts.checkpoint import (
     BEST_STEP,
-    COMMITS,
     FINAL,
     KIND,
     STOPPED_EARLY,
@@ -22,8 +21,7 @@ from tokendiff.artifacts.checkpoint import (
 )
 from tokendiff.artifacts.last_notes import LastNote
 from tokendiff.artifacts.locations import Location, RemotePath
-from tokendiff.artifacts.manifest import fetch, load_manifest, verify
-from tokendiff.artifacts.model_folders import split_revision
+from tokendiff.artifacts.manifest import fetch, verify
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.rows import TokenData, step_batches, step_plan
 from tokendiff.data.tokenizers import open_tokenizer
@@ -55,7 +53,6 @@ class TrainingRun:
 
     Attributes:
         state, saver: what its checkpoints hold, and what writes them.
-        commits: of the models of the hub that the run began with, by the field that names one.
         notes: what a user should know of the model and the rows that the run begins with.
         memory: what a worker needs.
         watch: None where no held-out rows are judged.
@@ -75,7 +72,6 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         self.state = RunState(self.trainer, self.tokenizer, self.process)
-        self.commits = self._opened_commits()
         self.saver = CheckpointSaver(
             self.output_dir,
             self.trainer.world,
@@ -139,7 +135,6 @@ class TrainingRun:
     def resume(self, checkpoint: Location) -> None:
         """Continue from a checkpoint whose manifest was verified."""
         check_same_run(checkpoint, self.config, self.data)
-        self._keep_commits(load_manifest(checkpoint).metadata.get(COMMITS, self.commits))
         folder = fetch(checkpoint)
         self._check_blocks(folder)
         self.state.load(folder)
@@ -219,40 +214,24 @@ class TrainingRun:
             ),
             "num_workers": self.trainer.world.size,
             "device": str(self.trainer.world.device),
-            **({COMMITS: self.commits} if self.commits else {}),
+            **self._commits(),
         }
 
-    def _opened_commits(self) -> dict[str, str]:
+    def _commits(self) -> dict[str, Any]:
+        """Of models of the hub, by which they can be had again when they have changed there."""
         config = self.config
         models = [starting_point(config)]
         if config.target_model_id is not None:
             models = [("target_model_id", config.target_model_id)]
             models += [("draft_model_id", config.draft_model_id)] if config.draft_model_id else []
-        return {field: commit for field, name in models if (commit := commit_of(name))}
-
-    def _keep_commits(self, began: dict[str, str]) -> None:
-        """Go by the commits that the run began with. Where weights are in no checkpoint, because
-        they are not trained, say if they are of others now.
-        """
-        for field, commit in self.commits.items():
-            is_read_anew = field == "target_model_id" or self.config.lora_rank is not None
-            if is_read_anew and began.get(field, commit) != commit and self.trainer.world.is_main:
-                name = getattr(self.config, field)
-                self.on_event(
-                    "warning",
-                    message=f"{field} {name!r} has changed since this run began: the hub had "
-                    f"commit {began[field]} then, and has {commit} now, whose weights it goes on "
-                    "with; to stay at one commit, train in another output_dir with "
-                    f"{split_revision(name)[0]}@{began[field]}",
-                )
-        self.commits = began
+        commits = {field: commit for field, name in models if (commit := commit_of(name))}
+        return {"commits": commits} if commits else {}
 
     def _metadata(self) -> dict[str, Any]:
         return {
             "step": self.trainer.step,
             "run": run_identity(self.config, self.data),
             "data_path": str(self.data.folder),
-            **({COMMITS: self.commits} if self.commits else {}),
             **self._best_step(),
             **self._mask_of_draft(),
         }
