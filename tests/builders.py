@@ -114,6 +114,13 @@ def random_rows(count: int, length: int, *, vocab_size: int = 16, seed: int = 0)
     return (4 + (start + np.arange(length) + 3 * jumps) % (vocab_size - 4)).tolist()
 
 
+def save_ref(repository: Path, ref: str, commit: str) -> None:
+    """Let a branch or tag stand for a commit, in the cache that the client of a hub keeps."""
+    path = repository / "refs" / ref
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(commit)
+
+
 class TableDenoiser:
     """The exact x_theta of an enumerated language under masking, in the two parts that samplers and
     losses call.

@@ -8,6 +8,7 @@ import pickle
 import random
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset, DatasetInfo
+from datasets import DatasetInfo, Features, SplitDict, SplitInfo, Value
 from datasets.arrow_writer import ArrowWriter
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.utils import httpx
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from tests.builders import letter_tokenizer, token_folder
+from tests.builders import letter_tokenizer, save_ref, token_folder
 from tokendiff.artifacts.manifest import load_manifest
 from tokendiff.config.preprocess import PreprocessConfig
 from tokendiff.data import lines, packing
@@ -477,9 +478,9 @@ def test_a_dataset_may_be_named_with_its_revision(
 ) -> None:
     asked: list[tuple[str, str | None]] = []
 
-    def load(name: str, *_: Any, revision: str | None, **__: Any) -> Any:
+    def load(name: str, *_: Any, revision: str | None = None, **__: Any) -> Any:
         asked.append((name, revision))
-        return Dataset.from_dict({})
+        return SimpleNamespace(cache_files=[])
 
     monkeypatch.setattr("datasets.load_dataset", load)
     local = tmp_path / "of@b"
@@ -493,43 +494,94 @@ def test_a_dataset_may_be_named_with_its_revision(
         open_dataset("of@c", None, "train")
 
 
-@pytest.mark.parametrize(
-    ("revision", "is_found"),
-    [("", True), ("@v2", True), ("@" + "b" * 40, True), ("@v1", False), ("@" + "a" * 40, False)],
-)
-def test_a_dataset_of_another_revision_is_not_taken_where_the_hub_cannot_be_asked(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, revision: str, is_found: bool
-) -> None:
-    """`datasets` takes the newest of what is in its cache."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    folder = tmp_path / "datasets" / "some___text" / "default" / "0.0.0"
-    refs = tmp_path / "datasets--some--text" / "refs"
-    refs.mkdir(parents=True)
-    for age, (commit, tag) in enumerate((("b" * 40, "v2"), ("a" * 40, "v1"))):
-        dataset = Dataset.from_dict({"text": [commit]}, split="train")
-        (kept := folder / commit).mkdir(parents=True)
-        with ArrowWriter(path=str(kept / "text-train.arrow")) as writer:
-            writer.write_table(dataset.data.table)
+OLD, NEW = "a" * 40, "b" * 40  # commits
+
+
+@pytest.fixture
+def loaded_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A hub dataset of which two commits were loaded, the branch main last of all; no hub is there
+    any more.
+    """
+    for place, commit in enumerate((OLD, NEW)):
+        folder = tmp_path / "some___text/default/0.0.0" / commit
+        folder.mkdir(parents=True)
+        with ArrowWriter(path=str(folder / "text-train.arrow")) as writer:
+            for _ in range(4):
+                writer.write({"text": commit[0] * 8})
             num_examples, num_bytes = writer.finalize()
-        sizes = {"num_bytes": num_bytes, "num_examples": num_examples, "dataset_name": "text"}
-        info = DatasetInfo(
-            features=dataset.features,
+        split = SplitInfo("train", num_bytes, num_examples)
+        DatasetInfo(
+            features=Features({"text": Value("string")}),
+            splits=SplitDict({"train": split}),
+            dataset_name="text",
             config_name="default",
-            splits={"train": {"name": "train", **sizes}},
-        )
-        info.write_to_directory(str(kept))
-        os.utime(kept, (1e9 - age, 1e9 - age))
-        (refs / tag).write_text(commit)
-    if is_found:
-        assert open_dataset(f"some/text{revision}", None, "train")["text"][0] == "b" * 40
-        return
-    said = f"some/text{revision}': the newest in the cache is of another commit, {'b' * 40}, and "
-    with pytest.raises(InputError, match=f"{said}.*HF_HUB_OFFLINE"):
-        open_dataset(f"some/text{revision}", None, "train")
+        ).write_to_directory(str(folder))
+        os.utime(folder, (place, place))
+    for ref, commit in (("main", NEW), ("v1", OLD), ("gone", "c" * 40)):
+        save_ref(tmp_path / "datasets--some--text", ref, commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    return "some/text"
+
+
+@pytest.mark.parametrize(
+    ("revision", "letter"),
+    [("", "b"), ("@main", "b"), ("@v1", "a"), (f"@{OLD}", "a"), (f"@{NEW}", "b")],
+)
+def test_a_dataset_is_of_its_revision_where_the_hub_is_not_asked(
+    loaded_twice: str, revision: str, letter: str
+) -> None:
+    """`datasets` alone gives what it loaded last, whichever revision is asked for."""
+    named = config(dataset_name=loaded_twice + revision)
+    assert read_all(named) == [letter * 8] * 4
+    assert {p.commit for part in plan_partitions(named) for p in part.pieces} == {letter * 40}
+
+
+@pytest.mark.parametrize("revision", ["@nowhere", "@gone", f"@{'c' * 40}"])
+def test_another_revision_is_not_taken_for_one_that_is_not_there(
+    loaded_twice: str, revision: str
+) -> None:
+    said = rf"'{revision[1:]}' is not in the cache .* has {NEW}.* or give some/text@{NEW}"
+    with pytest.raises(InputError, match=said):
+        open_dataset(loaded_twice + revision, None, "train")
+
+
+def test_a_hub_that_was_down_for_a_revision_is_no_bad_input(
+    loaded_twice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        raise httpx.ConnectError("connection refused")
+
+    loaded = open_dataset(loaded_twice, None, "train")
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: loaded)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
-    with pytest.raises(ConnectionError, match=said):
-        open_dataset(f"some/text{revision}", None, "train")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", ask)
+    with pytest.raises(ConnectionError, match=r"'some/text@gone'.*connection refused"):
+        open_dataset(f"{loaded_twice}@gone", None, "train")
+
+
+def test_a_branch_that_moved_since_it_was_noted_is_of_the_hubs_word(
+    loaded_twice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program noted it, whose files `datasets` does not have."""
+    save_ref(tmp_path / "datasets--some--text", "main", "c" * 40)
+    with pytest.raises(InputError, match="its newest revision is not in the cache"):
+        open_dataset(loaded_twice, None, "train")
+    loaded = open_dataset(f"{loaded_twice}@{NEW}", None, "train")
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: loaded)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.dataset_info", lambda *args, **kwargs: SimpleNamespace(sha=NEW)
+    )
+    assert open_dataset(loaded_twice, None, "train") is loaded
+
+
+def test_every_task_reads_the_commit_that_the_job_began_with(
+    loaded_twice: str, tmp_path: Path
+) -> None:
+    (partition,) = plan_partitions(config(dataset_name=f"{loaded_twice}@v1"))
+    save_ref(tmp_path / "datasets--some--text", "v1", NEW)
+    assert list(read_documents(partition)) == ["a" * 8] * 4
 
 
 def test_a_dataset_that_the_hub_does_not_show_may_need_a_token(

@@ -147,6 +147,8 @@ def preprocess(
     _check_files(output_dir, known_sha256)
     metadata |= {"key": key, "notes": notes + warnings, "trained_on": file_identities(config)}
     metadata |= {"errors": errors.num_rows, "folders": folders}
+    if (sha := partitions[0].pieces[0].commit) is not None:
+        metadata["commits"] = {"dataset_name": sha}
     manifest = commit(output_dir, kind=KIND, metadata=metadata, known_sha256=known_sha256)
     mark.unlink()
     return manifest

@@ -18,11 +18,17 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _SLICE_ROWS = 256
+_TIMEOUT_SECONDS = 30
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def open_dataset(name: str, config_name: str | None, split: str) -> "Dataset":
+def open_dataset(
+    name: str, config_name: str | None, split: str, *, commit: str | None = None
+) -> "Dataset":
     """Load one split, from the cache of `datasets` where it has been loaded before.
+
+    Args:
+        commit: of a dataset of the hub, in place of what its name says.
 
     Raises:
         InputError: no such dataset, configuration or split, or its files cannot be read.
@@ -39,9 +45,12 @@ def open_dataset(name: str, config_name: str | None, split: str) -> "Dataset":
     try:
         if _was_saved_to_disk(name):
             return _load_from_disk(name, config_name, split)
-        is_local = os.path.exists(name)
-        repository, revision = (name, None) if is_local else hub_name(name)
+        if os.path.exists(name):
+            return load_dataset(name, config_name, split=split)
+        repository, revision = hub_name(name)
+        revision = commit or revision
         dataset = load_dataset(repository, config_name, split=split, revision=revision)
+        return _of_revision(dataset, repository, revision, split)
     except InputError:
         raise
     except Exception as error:  # of the client of a hub too, whose errors have no class in common
@@ -52,36 +61,69 @@ def open_dataset(name: str, config_name: str | None, split: str) -> "Dataset":
             raise
         reason = " ".join(str(error.__cause__ or error).split())
         raise InputError(f"{place}: {reason}{_remedy(error)}") from error
-    if revision is not None:
-        _check_commit(dataset, repository, revision)
-    return dataset
 
 
-def _check_commit(dataset: "Dataset", repository: str, revision: str) -> None:
-    """See that a dataset is of the revision that was asked for: where `datasets` cannot ask the
-    hub, it takes the newest in its cache, of any revision.
+def commit_of(dataset: "Dataset") -> str | None:
+    """The commit of a dataset of the hub, by the folder that `datasets` keeps it in; None of
+    others.
+    """
+    files = dataset.cache_files
+    folder = Path(files[0]["filename"]).parent.name if files else ""
+    return folder if _COMMIT.fullmatch(folder) else None
+
+
+def _of_revision(
+    dataset: "Dataset", repository: str, revision: str | None, split: str
+) -> "Dataset":
+    """The dataset, if it is of that revision. Where the hub cannot be asked, `datasets` gives
+    whichever revision it has loaded last; the right one is then taken from its cache.
 
     Raises:
-        InputError: it is of another one, offline.
-        ConnectionError: it is, and the hub does not answer.
+        InputError: it is not there.
+        Exception: of the hub's client; what is wrong with the hub, where it was to be asked.
     """
     from datasets import config
+    from datasets.packaged_modules.cache.cache import Cache
+    from huggingface_hub import HfApi
+
+    wanted, found = _cached_commit(repository, revision), commit_of(dataset)
+    if found is None or wanted == found or (wanted is None and revision is None):
+        return dataset
+    here = Path(dataset.cache_files[0]["filename"]).parent
+    if wanted is None or not (here.parent / wanted).is_dir():
+        if not config.HF_HUB_OFFLINE:
+            asked = HfApi().dataset_info(repository, revision=revision, timeout=_TIMEOUT_SECONDS)
+            if asked.sha == found:
+                return dataset
+        of = "its newest revision" if revision is None else f"revision {revision!r}"
+        raise InputError(
+            f"dataset_name {repository!r}: {of} is not in the cache of this machine, which has "
+            f"{found}, and the hub could not be asked; load it once while the hub can be reached, "
+            f"or give {repository}@{found}"
+        )
+
+    builder = Cache(
+        dataset_name=repository.rpartition("/")[2],
+        repo_id=repository,
+        config_name=here.parent.parent.name,
+        version=here.parent.name,
+        hash=wanted,
+    )
+    builder.download_and_prepare()
+    opened: Dataset = builder.as_dataset(split=split)
+    return opened
+
+
+def _cached_commit(repository: str, revision: str | None) -> str | None:
+    """What a revision stood for when the hub was last asked, or does by itself."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
     folder = repo_folder_name(repo_id=repository, repo_type="dataset")
-    ref = Path(constants.HF_HUB_CACHE, folder, "refs", revision)
-    commit = ref.read_text().strip() if ref.is_file() else revision
-    # The folder of a dataset in the cache is named after its commit; of old versions it was not.
-    found = {Path(file["filename"]).parent.name for file in dataset.cache_files}
-    others = [name for name in found if _COMMIT.fullmatch(name) and not name.startswith(commit)]
-    if not others:
-        return
-    problem = f"dataset_name '{repository}@{revision}': the newest in the cache is of another "
-    problem += f"commit, {others[0]}, and the hub "
-    if config.HF_HUB_OFFLINE:
-        raise InputError(f"{problem}is not asked (HF_HUB_OFFLINE is set); load it once without")
-    raise ConnectionError(f"{problem}does not answer as it should")
+    reference = Path(constants.HF_HUB_CACHE) / folder / "refs" / (revision or "main")
+    return reference.read_text() if reference.is_file() else None
 
 
 def dataset_columns(name: str, config_name: str | None, split: str) -> list[str]:
@@ -111,6 +153,7 @@ def dataset_pieces(
     """
     path = _local_path(name)
     dataset = open_dataset(path, config_name, split)
+    commit = commit_of(dataset)
     place = f"dataset_name {name!r}, split {split!r}"
     outer = [column for column in columns if column in dataset.column_names]
     if holds_text:
@@ -120,9 +163,8 @@ def dataset_pieces(
     step = max(1, max_bytes * len(dataset) // num_bytes)
     for start in range(0, len(dataset), step):
         stop = min(start + step, len(dataset))
-        yield Piece(
-            path=path, start=start, stop=stop, num_bytes=num_bytes * (stop - start) // len(dataset)
-        )
+        size = num_bytes * (stop - start) // len(dataset)
+        yield Piece(path=path, start=start, stop=stop, num_bytes=size, commit=commit)
 
 
 def read_dataset(
@@ -131,7 +173,7 @@ def read_dataset(
     """The cells of `column` in the piece's rows."""
 
     place = partial(row_place, f"dataset_name {piece.path!r}, split {split!r}")
-    dataset = open_dataset(piece.path, config_name, split)
+    dataset = open_dataset(piece.path, config_name, split, commit=piece.commit)
     names = arrow_path(dataset.features.arrow_schema, column, place(1))
     dataset = dataset.select_columns(names[:1]).with_format("arrow")
     _check_length(dataset, piece)
@@ -145,7 +187,7 @@ def dataset_rows(
     piece: Piece, config_name: str | None, split: str, columns: Sequence[str]
 ) -> Iterator[tuple[Callable[[], str], dict[str, Any]]]:
     """The piece's rows, of those columns that are there, each with what says its place."""
-    dataset = open_dataset(piece.path, config_name, split)
+    dataset = open_dataset(piece.path, config_name, split, commit=piece.commit)
     there = [name for name in columns if name in dataset.column_names]
     dataset = dataset.select_columns(there).with_format("arrow")
     _check_length(dataset, piece)

@@ -11,6 +11,7 @@ class Piece:
 
     Attributes:
         path: absolute path of a file, or a dataset's name.
+        commit: of a dataset of the hub, which all tasks are to read.
         start, stop: bytes of a text file, row groups of a parquet file, rows of a dataset.
         num_bytes: how much text that is, about.
     """
@@ -19,6 +20,7 @@ class Piece:
     start: int
     stop: int
     num_bytes: int
+    commit: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
