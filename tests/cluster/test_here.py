@@ -14,13 +14,16 @@ import pytest
 import torch
 
 from tests import ROOT
-from tests.builders import letter_tokenizer, random_rows, token_folder
+from tests.builders import letter_tokenizer, random_rows, save_ref, tiny_causal, token_folder
 from tests.in_this_process import jobs_here
+from tokendiff.artifacts.manifest import load_manifest
 from tokendiff.cluster import evaluate, session
+from tokendiff.cluster.generate import generate
 from tokendiff.cluster.progress import JobProgress
 from tokendiff.cluster.stopping import is_stop_requested
 from tokendiff.cluster.train import train
 from tokendiff.config.cluster import ClusterConfig
+from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.train import TrainConfig
 from tokendiff.data.rows import TokenData
 from tokendiff.errors import InputError
@@ -303,3 +306,45 @@ def test_what_is_kept_for_a_gpu_is_given_back_on_the_host_too(
     )
     session.give_back_memory()
     assert given_back == ["device", "host"]
+
+
+@pytest.mark.slow
+def test_samples_go_on_with_the_commit_that_they_began_with(
+    in_this_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "models--some--model"
+    for seed, commit in enumerate(("a" * 40, "b" * 40)):
+        folder = repository / "snapshots" / commit
+        tiny_causal(vocab_size=16, seed=seed, num_hidden_layers=1).float().save_pretrained(folder)
+        letter_tokenizer().save_pretrained(folder)
+        (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = GenerateConfig.model_validate(
+        {
+            "model_id": "some/model",
+            "prompt": ["abcd", "fade"],
+            "batch_size": 1,
+            "sampler": {"name": "ar", "max_new_tokens": 8},
+        }
+    )
+
+    def parts_of(name: str) -> list[bytes]:
+        def on_event(event: str, **fields: Any) -> None:
+            if (event, name) == ("part", "cut"):
+                raise KeyboardInterrupt
+
+        out = tmp_path / name
+        generate(config, ClusterConfig(), checkpoint_path=None, output_dir=out, on_event=on_event)
+        assert load_manifest(out).metadata["commits"] == {"model_id": commit}
+        return [path.read_bytes() for path in sorted(out.glob("part-*"))]
+
+    commit = "a" * 40
+    save_ref(repository, "main", commit)
+    whole = parts_of("whole")
+    with pytest.raises(KeyboardInterrupt):
+        parts_of("cut")
+    (tmp_path / "cut").rename(tmp_path / "resumed")
+    save_ref(repository, "main", "b" * 40)
+    assert parts_of("resumed") == whole
+    commit = "b" * 40
+    assert parts_of("anew")[1] != whole[1]

@@ -1,5 +1,6 @@
 """Hidden states of a draft's target, computed once: written by the stage, read in training."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,12 +18,13 @@ from transformers import AutoModelForCausalLM
 from pipelines.graph import pipeline_stages
 from pipelines.runner import plan, run_pipeline
 from pipelines.tables import plan_as_json
-from tests.builders import letter_tokenizer, random_rows, tiny_causal, token_folder
+from tests.builders import letter_tokenizer, random_rows, save_ref, tiny_causal, token_folder
 from tests.in_this_process import jobs_here
 from tests.training.test_dflash_training import DRAFT, LENGTH, config, runs_of
 from tests.training.test_training import run
 from tokendiff.artifacts.locations import RemotePath
 from tokendiff.artifacts.manifest import MANIFEST_NAME, commit, load_manifest
+from tokendiff.artifacts.model_folders import held_commits
 from tokendiff.cluster.session import works_here
 from tokendiff.cluster.target_states import cache_target_states
 from tokendiff.config.cluster import ClusterConfig
@@ -33,6 +35,7 @@ from tokendiff.data.rows import TokenData
 from tokendiff.data.target_states import REMEDY, StatesOf, TargetStates
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.models.dflash.trainee import DraftTrainee
+from tokendiff.training.commits import commits_of_run
 
 V, FILES = 20, (25, 9, 6)
 
@@ -163,6 +166,46 @@ def test_losses_are_those_of_a_target_that_reads_in_every_step(
     assert set(reads) == {1, 4}  # the check of the target; the held-out rows
     files = [load_file(tmp_path / n / "final/model.safetensors") for n in ("without", "cached")]
     assert all(torch.equal(value, files[1][name]) for name, value in files[0].items())
+
+
+@pytest.mark.slow
+def test_states_and_the_run_that_reads_them_are_of_one_commit(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new, repository = "a" * 40, "b" * 40, tmp_path / "models--some--model"
+    for seed, sha in enumerate((old, new)):
+        save_target(repository / "snapshots" / sha, seed=seed)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cfg = bench.config(target_model_id="some/model")
+    made = {}
+    for sha in (old, new):
+        save_ref(repository, "main", sha)
+        out = tmp_path / sha[0]
+        made[sha] = cache_target_states(cfg, ClusterConfig(), data_path=bench.rows, output_dir=out)
+        assert made[sha].metadata["commits"] == {"target_model_id": sha}
+    assert made[old].files != made[new].files
+    # An attempt that began with the old one goes on with it.
+    (tmp_path / "c/run").mkdir(parents=True)
+    begun = tmp_path / "c/run/target_states.unfinished"
+    begun.write_text(json.dumps({"target_model_id": old}))
+    again = cache_target_states(
+        cfg, ClusterConfig(), data_path=bench.rows, output_dir=tmp_path / "c"
+    )
+    assert again.files == made[old].files
+    with commits_of_run(reading(cfg, tmp_path / "a"), tmp_path / "run"):
+        assert held_commits() == {"some/model": old}
+    run = {"target_model_id": "some/model"}
+    (tmp_path / "run/checkpoint-1").mkdir(parents=True)
+    commit(
+        tmp_path / "run/checkpoint-1",
+        kind="checkpoint",
+        metadata={"run": run, "commits": {"target_model_id": new}},
+    )
+    with (
+        pytest.raises(InputError, match=rf"some/model at commit {old}, .* began with {new}"),
+        commits_of_run(reading(cfg, tmp_path / "a"), tmp_path / "run"),
+    ):
+        pass
 
 
 @pytest.mark.slow

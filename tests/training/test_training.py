@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM
 
-from tests.builders import letter_tokenizer, random_rows, token_folder
+from tests.builders import letter_tokenizer, random_rows, save_ref, tiny_causal, token_folder
 from tests.training.distributed import Losses, run_distributed
 from tokendiff.artifacts.checkpoint import (
     ADAPTERS,
@@ -23,7 +23,7 @@ from tokendiff.artifacts.checkpoint import (
     open_checkpoint,
 )
 from tokendiff.artifacts.identity import checkpoint_identity
-from tokendiff.artifacts.manifest import verify
+from tokendiff.artifacts.manifest import load_manifest, verify
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.config.generate import GenerateConfig
 from tokendiff.config.train import TrainConfig
@@ -252,14 +252,40 @@ def test_the_commit_of_a_hub_model_is_recorded(
                    num_attention_heads=1, intermediate_size=8)
     )  # fmt: skip
     model.save_pretrained(snapshot)
-    refs = tmp_path / "models--some--model" / "refs"
-    refs.mkdir()
-    (refs / "v1").write_text("a" * 40)
+    save_ref(tmp_path / "models--some--model", "v1", "a" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     named = config(model_name_or_path="some/model@v1")
     _, events = run(named, data, tmp_path / "out")
     (start,) = [event for event in events if event["event"] == "start"]
     assert start["commits"] == {"model_name_or_path": "a" * 40}
+    assert load_manifest(tmp_path / "out/final").metadata["commits"] == start["commits"]
+
+
+@pytest.mark.slow
+def test_adapters_go_on_with_the_commit_that_they_began_with(
+    data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    repository = tmp_path / "models--some--model"
+    for seed, commit in enumerate(("a" * 40, "b" * 40)):
+        model = tiny_causal(vocab_size=16, seed=seed, num_hidden_layers=1)
+        model.float().save_pretrained(repository / "snapshots" / commit)
+    save_ref(repository, "main", "a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cfg = config(model_name_or_path="some/model", lora_rank=2, objective={"name": "ar"})
+    cfg = cfg.model_copy(update={"max_train_steps": 2, "checkpointing_steps": 1})
+    losses, _ = run(cfg, data, tmp_path / "whole")
+    save_ref(repository, "main", "b" * 40)
+    (tmp_path / "cut").mkdir()
+    shutil.copytree(tmp_path / "whole/checkpoint-1", tmp_path / "cut/checkpoint-1")
+    resumed, events = run(cfg, data, tmp_path / "cut")
+    assert resumed == {2: losses[2]}
+    (start,) = [event for event in events if event["event"] == "start"]
+    assert start["commits"] == {"model_name_or_path": "a" * 40}
+    final = "final/model.safetensors"
+    assert (tmp_path / "cut" / final).read_bytes() == (tmp_path / "whole" / final).read_bytes()
+    anew, _ = run(cfg, data, tmp_path / "anew")
+    assert anew[1] != losses[1]
 
 
 @pytest.mark.slow

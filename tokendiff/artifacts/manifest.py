@@ -135,7 +135,7 @@ def claim_folder(folder: Location, *, kind: str) -> Location:
         InputError: the folder holds another kind of result, or files that no attempt of ours left.
     """
     check_claim(folder, kind=kind)
-    mark = _mark_of(folder, kind)
+    mark = mark_of(folder, kind)
     mark.parent.mkdir(parents=True, exist_ok=True)
     if not mark.exists():
         mark.write_bytes(b"")
@@ -150,14 +150,15 @@ def check_claim(folder: Location, *, kind: str) -> None:
     else:
         there_already = folder.iterdir() if folder.is_dir() else ()
         others = sorted(path.name for path in there_already if path.name != RECORD_FOLDER)
-        if others and not _mark_of(folder, kind).exists():
+        if others and not mark_of(folder, kind).exists():
             raise InputError(
                 f"output_dir {folder} holds other files ({', '.join(others[:3])}); "
                 "choose a folder that is empty or does not exist"
             )
 
 
-def _mark_of(folder: Location, kind: str) -> Location:
+def mark_of(folder: Location, kind: str) -> Location:
+    """The mark that `claim_folder` leaves."""
     return folder / RECORD_FOLDER / f"{kind}.unfinished"
 
 

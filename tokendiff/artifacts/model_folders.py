@@ -3,7 +3,9 @@ files in it say.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ DRAFT_ARCHITECTURES = frozenset({DRAFT_ARCHITECTURE, SECOND_DRAFT_ARCHITECTURE})
 # Their positions start behind the padding id, which is 1 where the config does not say.
 _OFFSET_TYPES = ("roberta", "xlm-roberta", "camembert")
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
+_held: ContextVar[Mapping[str, str]] = ContextVar("_held", default={})  # noqa: B039 (read only)
 
 
 def local_model(name: str) -> str:
@@ -46,10 +49,10 @@ def local_model(name: str) -> str:
 
 def revision_of(name: str) -> dict[str, Any]:
     """`revision` for a function of transformers that gets `local_model(name)`: what stands behind
-    the @ of a hub name, a commit, tag or branch as in `bert-base-uncased@86b5e093`. Empty where the
-    name has none, and for folders and URIs.
+    the @ of a hub name, a commit, tag or branch as in `bert-base-uncased@v1`, or the commit that
+    `hub_commits` holds it at. Empty where the name has neither, and for folders and URIs.
     """
-    _, revision = split_revision(name)
+    revision = _held.get().get(name) or split_revision(name)[1]
     is_on_hub = revision is not None and not is_uri(name) and not Path(name).expanduser().is_dir()
     return {"revision": revision} if revision is not None and is_on_hub else {}
 
@@ -69,6 +72,23 @@ def hub_name(name: str) -> tuple[str, str | None]:
             "way of the hub's"
         )
     return repository, revision
+
+
+@contextmanager
+def hub_commits(commits: Mapping[str, str]) -> Iterator[None]:
+    """In this block these hub names stand for these commits, wherever their branches and tags are
+    by now: work that goes on later, or in several processes, is to be on the same weights.
+    """
+    token = _held.set({**_held.get(), **commits})
+    try:
+        yield
+    finally:
+        _held.reset(token)
+
+
+def held_commits() -> Mapping[str, str]:
+    """What `hub_commits` holds here, to be held in another process too."""
+    return _held.get()
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

@@ -17,7 +17,7 @@ import math
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +33,11 @@ from tokendiff.artifacts.manifest import (
     fingerprint,
     is_committed,
     load_manifest,
+    mark_of,
     sha256_of,
     write_atomically,
 )
+from tokendiff.artifacts.model_folders import hub_commits
 from tokendiff.cluster.actors import Crew, Item
 from tokendiff.cluster.progress import JobProgress, Reporter
 from tokendiff.cluster.session import set_up_torch
@@ -47,6 +49,7 @@ from tokendiff.data.samples import KIND, num_new_tokens, read_part, write_part
 from tokendiff.errors import InputError, naming_memory
 from tokendiff.evaluation.acceptance import acceptance_metrics, speedup_metrics
 from tokendiff.models.completion import CompletionModel
+from tokendiff.models.pretrained import commits_of
 from tokendiff.models.requests import RowCheck, blank_note, check_given, check_source, make_check
 from tokendiff.models.sampling import PromptCheck, SamplingModel
 
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
 _MAX_PARTS = 256
 _MAX_BATCHES_PER_PART = 64
 _NAMED_ROWS = 8
+_HUB_FIELDS = ("model_id", "target_model_id", "draft_model_id")
 _MEMORY_REMEDY = "lower batch_size, ask for fewer tokens, or give more memory; what is done is kept"
 
 
@@ -105,6 +109,7 @@ class _PartSampler:
         index: PromptIndex,
         output_dir: Location,
         job: str,
+        commits: Mapping[str, str],
         reporter: Reporter,
         use_gpu: bool,
         num_actors: int,
@@ -114,13 +119,14 @@ class _PartSampler:
         self._index, self._output_dir, self._reporter = index, output_dir, reporter
         self._parts = _Parts(index.num_rows, config)
         self._job, self._config = job, config
-        self._check = make_check(folder, config)
         self._measures = config.measure_speedup
         self._model: SamplingModel | CompletionModel
-        if config.is_open_ended:
-            self._model = CompletionModel(config, checkpoint=folder, device=device)
-        else:
-            self._model = SamplingModel(folder, config, device=device)
+        with hub_commits(commits):
+            self._check = make_check(folder, config)
+            if config.is_open_ended:
+                self._model = CompletionModel(config, checkpoint=folder, device=device)
+            else:
+                self._model = SamplingModel(folder, config, device=device)
 
     def __call__(self, items: Item) -> Iterator[Item]:
         for number in items["item"]:
@@ -245,7 +251,10 @@ def generate(
     check_source(config, checkpoint_path)
     found = None if checkpoint_path is None else find_checkpoint(checkpoint_path)
     checkpoint = None if found is None else fetch(found)
-    check = make_check(checkpoint, config)
+    names = {name: getattr(config, name) for name in _HUB_FIELDS}
+    with hub_commits(_commits_begun_with(output_dir, names)):
+        check = make_check(checkpoint, config)
+        commits = commits_of(names)
     index = PromptIndex.of(config)
     check_given(index.given, check)
     source, source_files = _source(checkpoint, config)
@@ -268,7 +277,7 @@ def generate(
             on_event("warning", message=note)
     if (blank := blank_note(index.first_prompts(), check)) is not None:
         on_event("advice", message=blank)
-    mark = _claim(output_dir, identity)
+    mark = _claim(output_dir, identity, commits)
     if notes := take_notes(output_dir):
         on_event(
             "warning",
@@ -278,7 +287,8 @@ def generate(
     parts = _Parts(index.num_rows, config)
     totals = _Totals(parts, config.max_errors, output_dir, on_event)
     missing, done = totals.count_finished()
-    arguments = (found, config, cluster, index, output_dir, uuid.uuid4().hex)
+    held = {names[field]: commit for field, commit in commits.items()}
+    arguments = (found, config, cluster, index, output_dir, uuid.uuid4().hex, held)
     with JobProgress(on_event) as progress, without_notes(output_dir):
         progress.begin("rows", total=index.num_rows, done=done, errors=totals.errors.num_rows)
         for counts in _sample_parts(missing, arguments, cluster, output_dir, on_event, progress):
@@ -301,6 +311,7 @@ def generate(
         "config": config.result_fields(),
         "checkpoint": source if found is None else str(found),
         "checkpoint_files": source_files,
+        **({"commits": commits} if commits else {}),
         "rows": index.num_rows - num_errors * config.num_samples - totals.num_set_aside,
         "seq_len": check.seq_len if isinstance(check, PromptCheck) else None,
         "errors": num_errors,
@@ -457,14 +468,29 @@ def _problem_of(item: IndexedRow, check: RowCheck) -> InputError | None:
     return None
 
 
-def _claim(output_dir: Location, identity: str) -> Location:
-    """Note what is being sampled, so that parts of another job are never taken for this one's."""
+def _claim(output_dir: Location, identity: str, commits: Mapping[str, str]) -> Location:
+    """Note what is being sampled, so that parts of another job are never taken for this one's; on a
+    second line with which commits of hub models.
+    """
     mark = claim_folder(output_dir, kind=KIND)
     if there := mark.read_text():
-        _check_identity(there, identity, output_dir)
+        _check_identity(there.split("\n")[0], identity, output_dir)
     else:
-        write_atomically(mark, identity.encode())
+        lines = [identity, *([json.dumps(commits)] if commits else [])]
+        write_atomically(mark, "\n".join(lines).encode())
     return mark
+
+
+def _commits_begun_with(output_dir: Location, names: Mapping[str, str | None]) -> dict[str, str]:
+    """By name, the commits of hub models that an earlier attempt sampled with: parts of another
+    commit would be samples of another model.
+    """
+    try:
+        _, _, line = mark_of(output_dir, KIND).read_text().partition("\n")
+    except FileNotFoundError:
+        return {}
+    commits = json.loads(line) if line else {}
+    return {name: commits[field] for field, name in names.items() if name and field in commits}
 
 
 def _check_identity(there: str, here: str, output_dir: Location) -> None:

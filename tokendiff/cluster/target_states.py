@@ -5,7 +5,7 @@ write them beside one another; or in this process where one actor is asked for a
 import json
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,12 @@ from tokendiff.artifacts.manifest import (
     claim_folder,
     commit,
     is_committed,
+    mark_of,
     sha256_of,
     verify,
+    write_atomically,
 )
+from tokendiff.artifacts.model_folders import hub_commits
 from tokendiff.cluster.actors import Crew, Item
 from tokendiff.cluster.progress import JobProgress, Reporter
 from tokendiff.cluster.session import set_up_torch
@@ -38,6 +41,8 @@ from tokendiff.diffusion.interfaces import Figures, OnProgress
 from tokendiff.errors import InputError
 from tokendiff.models.dflash.planning import DraftPlan, plan_draft
 from tokendiff.models.dflash.target_states import TargetReader, states_wanted
+from tokendiff.models.pretrained import commits_of
+from tokendiff.training.commits import COMMITS, models_of
 from tokendiff.training.inputs import check_inputs
 
 if TYPE_CHECKING:
@@ -72,15 +77,20 @@ def cache_target_states(
     data, output_dir = TokenData.open(data_path, split="train"), location(output_dir)
     if isinstance(output_dir, Path):
         output_dir = output_dir.absolute()
-    check_inputs(config, data)
-    tokenizer = open_tokenizer(data.tokenizer_path, field="data_path")
-    plan = plan_draft(config, tokenizer=tokenizer, max_length=data.max_length)
+    models = models_of(config)
+    with hub_commits(_commits_begun_with(output_dir, models)):
+        check_inputs(config, data)
+        tokenizer = open_tokenizer(data.tokenizer_path, field="data_path")
+        plan = plan_draft(config, tokenizer=tokenizer, max_length=data.max_length)
+        commits = commits_of(models)
     of = states_wanted(config, plan, data)
     if is_committed(output_dir):
         manifest = verify(output_dir, kind=KIND, hashes=False)
         check_states(output_dir, manifest, of)
         return manifest
     mark = claim_folder(output_dir, kind=KIND)
+    write_atomically(mark, json.dumps(commits).encode())
+    held = {models[field]: sha for field, sha in commits.items()}
     shards = [{"shard": shard, "path": name} for shard, name in enumerate(_names(data)) if name]
     num_actors = min(cluster.num_actors, len(shards))
     crew = Crew(
@@ -96,7 +106,7 @@ def cache_target_states(
         answers = crew.answers(
             _Reader,
             lambda use_gpu: (
-                *(config, plan, data, of, output_dir, cluster),
+                *(config, plan, data, of, output_dir, cluster, held),
                 *(progress.reporter, use_gpu, num_actors),
             ),
             shards,
@@ -110,6 +120,7 @@ def cache_target_states(
     _check_arrived(output_dir, [file["path"] for file in written])
     metadata = {
         "of": vars(of),
+        **({COMMITS: commits} if commits else {}),
         "dtype": written[0]["dtype"],
         "width": written[0]["width"],
         "rows": sum(file["rows"] for file in written),
@@ -123,6 +134,16 @@ def cache_target_states(
     manifest = commit(output_dir, kind=KIND, metadata=metadata, known_sha256=known_sha256)
     mark.unlink()
     return manifest
+
+
+def _commits_begun_with(output_dir: Location, models: Mapping[str, str]) -> dict[str, str]:
+    """By name, the commits of hub models that an earlier attempt read with."""
+    try:
+        text = mark_of(output_dir, KIND).read_text()
+    except FileNotFoundError:
+        return {}
+    commits = json.loads(text) if text else {}
+    return {name: commits[field] for field, name in models.items() if field in commits}
 
 
 def check_objective(config: "TrainConfig") -> None:
@@ -174,12 +195,14 @@ class _Reader:
         of: StatesOf,
         output_dir: Location,
         cluster: "ClusterConfig",
+        commits: Mapping[str, str],
         reporter: Reporter,
         use_gpu: bool,
         num_actors: int,
     ) -> None:
         device = set_up_torch(cluster, use_gpu=use_gpu, num_processes=num_actors)
-        self._target = TargetReader(config, plan, device=device)
+        with hub_commits(commits):
+            self._target = TargetReader(config, plan, device=device)
         self._data, self._of, self._output_dir = data, of, output_dir
         self._reporter = reporter
 

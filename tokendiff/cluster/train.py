@@ -25,6 +25,7 @@ from tokendiff.cluster.stopping import (
     told_when_requested,
 )
 from tokendiff.data.rows import TokenData, step_batches, step_plan
+from tokendiff.training.commits import commits_as_opened, commits_of_run
 from tokendiff.training.identity import check_same_run, finished_run
 from tokendiff.training.inputs import check_inputs
 from tokendiff.training.run import TrainingRun
@@ -63,18 +64,31 @@ def train(
     """
     data = TokenData.open(data_path, split="train")
     step_plan(config, data, rank=0, world_size=cluster.max_workers)
-    check_inputs(config, data)
 
     def warn(message: str) -> None:
         on_event("warning", message=message)
 
-    if (final := finished_run(output_dir, config, data, warn=warn)) is not None:
-        return final
+    with commits_of_run(config, output_dir):
+        check_inputs(config, data)
+        if (final := finished_run(output_dir, config, data, warn=warn)) is not None:
+            return final
+        with commits_as_opened(config):
+            return _train(config, cluster, data, output_dir, on_event)
+
+
+def _train(
+    config: "TrainConfig",
+    cluster: "ClusterConfig",
+    data: TokenData,
+    output_dir: Location,
+    on_event: OnEvent,
+) -> Location:
     output_dir.mkdir(parents=True, exist_ok=True)
     if notes := take_notes(output_dir):
-        warn(
-            f"an earlier attempt was killed at {'; '.join(notes[:2])}; if its memory ran out, "
-            f"{MEMORY_REMEDY}"
+        on_event(
+            "warning",
+            message=f"an earlier attempt was killed at {'; '.join(notes[:2])}; if its memory ran "
+            f"out, {MEMORY_REMEDY}",
         )
     if works_here(cluster.max_workers):
         with memory_given_back():

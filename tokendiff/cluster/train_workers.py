@@ -18,6 +18,7 @@ from ray.train.torch import TorchTrainer
 from tokendiff.artifacts.checkpoint import newest_sound_checkpoint, step_of
 from tokendiff.artifacts.last_notes import take_note, without_notes
 from tokendiff.artifacts.locations import Location, remove
+from tokendiff.artifacts.model_folders import held_commits, hub_commits
 from tokendiff.cluster.elastic import Outlook, workers_to_start
 from tokendiff.cluster.process_group import RayNetwork
 from tokendiff.cluster.rank_rows import RankRows
@@ -159,6 +160,7 @@ def _fit_once(
     ray_folder = output_dir / ".ray-train"
     remove(ray_folder)
     driver_address = ray.util.get_node_ip_address()
+    commits = dict(held_commits())
 
     def work(driver: DriverLink) -> None:
         check_sees(mark)
@@ -176,7 +178,7 @@ def _fit_once(
         def report(event: str, **fields: Any) -> None:
             (driver.tell if event == "progress" else keep)(event, **fields)
 
-        with naming_node(driver_address):
+        with naming_node(driver_address), hub_commits(commits):
             run = TrainingRun.build(config, data, output_dir, world=world, on_event=report)
             if checkpoint is not None:
                 run.resume(checkpoint)

@@ -6,7 +6,7 @@ named by the error where one cannot be opened.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +168,14 @@ def _ask_for_weights(name: str) -> None:
         cached_file(local_model(name), _WEIGHTS_NAME, **revision_of(name))
     except OSError as error:
         raise_outage(error, f"{_WEIGHTS_NAME} of {name}")
+
+
+def commits_of(names: Mapping[str, str | None]) -> dict[str, str]:
+    """The commits of those of `names` (by the field that gave them) that are of hub models which
+    were opened, by the field.
+    """
+    found = {field: commit_of(name) for field, name in names.items() if name is not None}
+    return {field: commit for field, commit in found.items() if commit is not None}
 
 
 def commit_of(name: str) -> str | None:

@@ -3,6 +3,7 @@
 For other rooms:
     inputs            what a run starts from, checked before a cluster starts
     identity          which run a folder holds, and whether it is finished
+    commits           the commits of hub models that a run began with, and goes on with
     memory activations
                       what a worker will need of it; what a pass keeps of it
     run               from config and data to `checkpoint-N/` and `final/`

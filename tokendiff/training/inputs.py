@@ -30,6 +30,7 @@ from tokendiff.training.building import (
     takes_canvas,
     wanted_prediction,
 )
+from tokendiff.training.commits import commits_of_run
 from tokendiff.training.identity import check_same_run
 
 if TYPE_CHECKING:
@@ -60,9 +61,11 @@ def check_training(
         return
     data = TokenData.open(data_path, split="train")
     step_plan(config, data, rank=0, world_size=num_workers)
-    check_inputs(config, data)
     if output_dir is None:
+        check_inputs(config, data)
         return
+    with commits_of_run(config, output_dir):
+        check_inputs(config, data)
     final = output_dir / FINAL
     for folder in [*committed_checkpoints(output_dir), *([final] if is_committed(final) else [])]:
         with suppress(CorruptFileError):  # a damaged one is passed over, in its time

@@ -2,8 +2,8 @@
 that calls it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,9 +27,9 @@ from tokendiff.data.rows import TokenData, step_batches, step_plan
 from tokendiff.data.tokenizers import open_tokenizer
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.models.dflash.config import DFlashDraftConfig
-from tokendiff.models.pretrained import commit_of
 from tokendiff.objectives.dflash import DFlash
-from tokendiff.training.building import build_trainee, starting_point, states_reader
+from tokendiff.training.building import build_trainee, states_reader
+from tokendiff.training.commits import COMMITS, commits_of_run, commits_opened
 from tokendiff.training.heldout import heldout_acceptance
 from tokendiff.training.identity import check_same_run, finished_run, run_identity
 from tokendiff.training.inputs import filling_notes
@@ -54,6 +54,7 @@ class TrainingRun:
     Attributes:
         state, saver: what its checkpoints hold, and what writes them.
         notes: what a user should know of the model and the rows that the run begins with.
+        commits: of the hub models that it was built from, by the field that names them.
         memory: what a worker needs.
         watch: None where no held-out rows are judged.
     """
@@ -69,6 +70,7 @@ class TrainingRun:
     measure: Callable[[], dict[str, float]] = dict
     watch: Watch | None = None
     notes: Sequence[str] = ()
+    commits: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.state = RunState(self.trainer, self.tokenizer, self.process)
@@ -123,6 +125,7 @@ class TrainingRun:
             memory=memory,
             watch=watch,
             notes=notes,
+            commits=commits_opened(config),
             trainer=trainer,
             config=config,
             data=data,
@@ -218,20 +221,14 @@ class TrainingRun:
         }
 
     def _commits(self) -> dict[str, Any]:
-        """Of models of the hub, by which they can be had again when they have changed there."""
-        config = self.config
-        models = [starting_point(config)]
-        if config.target_model_id is not None:
-            models = [("target_model_id", config.target_model_id)]
-            models += [("draft_model_id", config.draft_model_id)] if config.draft_model_id else []
-        commits = {field: commit for field, name in models if (commit := commit_of(name))}
-        return {"commits": commits} if commits else {}
+        return {COMMITS: dict(self.commits)} if self.commits else {}
 
     def _metadata(self) -> dict[str, Any]:
         return {
             "step": self.trainer.step,
             "run": run_identity(self.config, self.data),
             "data_path": str(self.data.folder),
+            **self._commits(),
             **self._best_step(),
             **self._mask_of_draft(),
         }
@@ -350,7 +347,8 @@ def train_in_process(
     )
     if final is not None:
         return output_dir / FINAL
-    run = TrainingRun.build(config, data, output_dir, world=world, on_event=on_event)
+    with commits_of_run(config, output_dir):
+        run = TrainingRun.build(config, data, output_dir, world=world, on_event=on_event)
     checkpoint = newest_sound_checkpoint(
         output_dir, warn=lambda message: on_event("warning", message=message)
     )
