@@ -18,6 +18,7 @@ _UNANSWERED = {
     *("NetworkError", "TimeoutException", "RemoteProtocolError", "ProxyError"),
     *("ConnectionError", "Timeout", "ChunkedEncodingError"),
 }
+_NO_ANSWER = "the server does not answer as it should"
 
 
 class InputError(ValueError):
@@ -52,9 +53,9 @@ def input_errors(problem: str, remedy: str) -> Iterator[None]:
 def raise_outage(error: BaseException, problem: str) -> None:
     """Raise a ConnectionError where a library failed because a server did not answer."""
     if (outage := outage_behind(error)) is not None:
-        raise ConnectionError(
-            f"{problem}: the server does not answer as it should ({first_line(outage)})"
-        ) from error
+        reason = first_line(outage)
+        said = reason if _NO_ANSWER in reason else f"{_NO_ANSWER} ({reason})"
+        raise ConnectionError(f"{problem}: {said}") from error
 
 
 def outage_behind(error: BaseException) -> BaseException | None:

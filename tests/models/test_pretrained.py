@@ -481,3 +481,17 @@ def test_what_a_hub_refuses_is_bad_input(status: int, is_outage: bool) -> None:
         input_errors("model_id 'org/model' cannot be opened", "give another"),
     ):
         raise unanswered(status)
+
+
+def test_that_a_server_does_not_answer_is_said_once() -> None:
+    """With the first place and the last, and the reason."""
+    with (
+        pytest.raises(ConnectionError) as caught,
+        input_errors("model_id 'org/model' cannot be opened", "give another"),
+        input_errors("weights of 'org/model'", "give another"),
+    ):
+        raise unanswered()
+    said = str(caught.value)
+    assert said.startswith("model_id 'org/model' cannot be opened: weights of 'org/model': the ")
+    assert said.count("does not answer as it should") == 1
+    assert "503" in said
