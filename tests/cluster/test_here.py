@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -343,6 +344,18 @@ def test_samples_go_on_with_the_commit_that_they_began_with(
     whole = parts_of("whole")
     with pytest.raises(KeyboardInterrupt):
         parts_of("cut")
+    # Its commit is none of another model, whose samples these are not.
+    other = tmp_path / "models--other--model"
+    shutil.copytree(repository / "snapshots" / ("b" * 40), other / "snapshots" / ("c" * 40))
+    save_ref(other, "main", "c" * 40)
+    with pytest.raises(InputError, match="holds samples of another checkpoint"):
+        generate(
+            config.model_copy(update={"model_id": "other/model"}),
+            ClusterConfig(),
+            checkpoint_path=None,
+            output_dir=tmp_path / "cut",
+            on_event=lambda event, **fields: None,
+        )
     (tmp_path / "cut").rename(tmp_path / "resumed")
     save_ref(repository, "main", "b" * 40)
     assert parts_of("resumed") == whole

@@ -187,7 +187,7 @@ def test_states_and_the_run_that_reads_them_are_of_one_commit(
     # An attempt that began with the old one goes on with it.
     (tmp_path / "c/run").mkdir(parents=True)
     begun = tmp_path / "c/run/target_states.unfinished"
-    begun.write_text(json.dumps({"target_model_id": old}))
+    begun.write_text(json.dumps({"some/model": old, "some/other": "c" * 40}))
     again = cache_target_states(
         cfg, ClusterConfig(), data_path=bench.rows, output_dir=tmp_path / "c"
     )

@@ -252,9 +252,10 @@ def generate(
     found = None if checkpoint_path is None else find_checkpoint(checkpoint_path)
     checkpoint = None if found is None else fetch(found)
     names = {name: getattr(config, name) for name in _HUB_FIELDS}
-    with hub_commits(_commits_begun_with(output_dir, names)):
+    with hub_commits(_commits_begun_with(output_dir)):
         check = make_check(checkpoint, config)
         commits = commits_of(names)
+    held = {names[field]: commit for field, commit in commits.items()}
     index = PromptIndex.of(config)
     check_given(index.given, check)
     source, source_files = _source(checkpoint, config)
@@ -277,7 +278,7 @@ def generate(
             on_event("warning", message=note)
     if (blank := blank_note(index.first_prompts(), check)) is not None:
         on_event("advice", message=blank)
-    mark = _claim(output_dir, identity, commits)
+    mark = _claim(output_dir, identity, held)
     if notes := take_notes(output_dir):
         on_event(
             "warning",
@@ -287,7 +288,6 @@ def generate(
     parts = _Parts(index.num_rows, config)
     totals = _Totals(parts, config.max_errors, output_dir, on_event)
     missing, done = totals.count_finished()
-    held = {names[field]: commit for field, commit in commits.items()}
     arguments = (found, config, cluster, index, output_dir, uuid.uuid4().hex, held)
     with JobProgress(on_event) as progress, without_notes(output_dir):
         progress.begin("rows", total=index.num_rows, done=done, errors=totals.errors.num_rows)
@@ -470,18 +470,17 @@ def _problem_of(item: IndexedRow, check: RowCheck) -> InputError | None:
 
 def _claim(output_dir: Location, identity: str, commits: Mapping[str, str]) -> Location:
     """Note what is being sampled, so that parts of another job are never taken for this one's; on a
-    second line with which commits of hub models.
+    second line with which commits of hub models, by name.
     """
     mark = claim_folder(output_dir, kind=KIND)
     if there := mark.read_text():
         _check_identity(there.split("\n")[0], identity, output_dir)
-    else:
-        lines = [identity, *([json.dumps(commits)] if commits else [])]
-        write_atomically(mark, "\n".join(lines).encode())
+    lines = [identity, *([json.dumps(commits)] if commits else [])]
+    write_atomically(mark, "\n".join(lines).encode())
     return mark
 
 
-def _commits_begun_with(output_dir: Location, names: Mapping[str, str | None]) -> dict[str, str]:
+def _commits_begun_with(output_dir: Location) -> dict[str, str]:
     """By name, the commits of hub models that an earlier attempt sampled with: parts of another
     commit would be samples of another model.
     """
@@ -489,8 +488,8 @@ def _commits_begun_with(output_dir: Location, names: Mapping[str, str | None]) -
         _, _, line = mark_of(output_dir, KIND).read_text().partition("\n")
     except FileNotFoundError:
         return {}
-    commits = json.loads(line) if line else {}
-    return {name: commits[field] for field, name in names.items() if name and field in commits}
+    commits: dict[str, str] = json.loads(line) if line else {}
+    return commits
 
 
 def _check_identity(there: str, here: str, output_dir: Location) -> None:

@@ -77,8 +77,8 @@ def cache_target_states(
     data, output_dir = TokenData.open(data_path, split="train"), location(output_dir)
     if isinstance(output_dir, Path):
         output_dir = output_dir.absolute()
-    models = models_of(config)
-    with hub_commits(_commits_begun_with(output_dir, models)):
+    models, begun_with = models_of(config), _commits_begun_with(output_dir)
+    with hub_commits(begun_with):
         check_inputs(config, data)
         tokenizer = open_tokenizer(data.tokenizer_path, field="data_path")
         plan = plan_draft(config, tokenizer=tokenizer, max_length=data.max_length)
@@ -89,8 +89,8 @@ def cache_target_states(
         check_states(output_dir, manifest, of)
         return manifest
     mark = claim_folder(output_dir, kind=KIND)
-    write_atomically(mark, json.dumps(commits).encode())
-    held = {models[field]: sha for field, sha in commits.items()}
+    held = begun_with | {models[field]: sha for field, sha in commits.items()}
+    write_atomically(mark, json.dumps(held).encode())
     shards = [{"shard": shard, "path": name} for shard, name in enumerate(_names(data)) if name]
     num_actors = min(cluster.num_actors, len(shards))
     crew = Crew(
@@ -136,14 +136,14 @@ def cache_target_states(
     return manifest
 
 
-def _commits_begun_with(output_dir: Location, models: Mapping[str, str]) -> dict[str, str]:
-    """By name, the commits of hub models that an earlier attempt read with."""
+def _commits_begun_with(output_dir: Location) -> dict[str, str]:
+    """By name, the commits of hub models that earlier attempts read with."""
     try:
         text = mark_of(output_dir, KIND).read_text()
     except FileNotFoundError:
         return {}
-    commits = json.loads(text) if text else {}
-    return {name: commits[field] for field, name in models.items() if field in commits}
+    commits: dict[str, str] = json.loads(text) if text else {}
+    return commits
 
 
 def check_objective(config: "TrainConfig") -> None:
