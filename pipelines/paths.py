@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from tokendiff.artifacts.locations import Location, is_uri, location
+from tokendiff.artifacts.locations import Location, is_uri, local_path, location
 from tokendiff.errors import InputError
 
 # Ray sets it in a submitted job, whose working directory is a temporary upload folder.
@@ -21,7 +21,7 @@ def output_path(path: str) -> Location:
     """
     if is_uri(path):
         return location(path)
-    expanded = Path(path).expanduser()
+    expanded = local_path(path)
     if expanded.is_absolute():
         return expanded
     if root := os.environ.get(ROOT_VARIABLE):
@@ -38,7 +38,7 @@ def model_path(name: str) -> str:
     """
     if is_uri(name):
         return name
-    for place in (Path.cwd() / Path(name).expanduser(), output_path(name)):
+    for place in (Path.cwd() / local_path(name), output_path(name)):
         if place.is_dir():
             return str(place)
     return name
@@ -56,7 +56,7 @@ def input_path(path: str, *, what: str) -> str:
     """
     if is_uri(path):
         return path
-    places = [Path.cwd() / Path(path).expanduser(), output_path(path)]
+    places = [Path.cwd() / local_path(path), output_path(path)]
     for place in places:
         if place.exists():
             return str(place)

@@ -2,12 +2,14 @@
 
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pipelines.paths import model_path, output_path
 from tests.builders import letter_tokenizer, random_rows, token_folder
 from tokendiff.artifacts import locations
 from tokendiff.artifacts.checkpoint import (
@@ -368,6 +370,12 @@ def test_what_is_above_a_bucket_is_the_bucket() -> None:
     path = RemotePath("s3://bucket/a/b")
     assert path.parent == RemotePath("s3://bucket/a")
     assert path.parent.parent == path.parent.parent.parent == RemotePath("s3://bucket")
+
+
+@pytest.mark.parametrize("of", [location, local_model, output_path, model_path])
+def test_a_home_folder_that_nobody_has_is_bad_input(of: Callable[[str], Any]) -> None:
+    with pytest.raises(InputError, match=r"~no-such-user/a@b: .* no home folder ~no-such-user;"):
+        of("~no-such-user/a@b")
 
 
 @pytest.mark.parametrize("uri", ["s3://", "S3:///a", "gs:///a/b"])

@@ -77,7 +77,7 @@ def model_identity(name: str | Location, *, by_manifest: bool = True) -> Any:
     """
     if by_manifest and is_committed(place := location(name)):
         return checkpoint_identity(place)
-    folder = Path(local_model(str(name))).expanduser()
+    folder = Path(local_model(str(name)))
     if not folder.is_dir():
         return name
     return fingerprint([file_identity(path) for path in _files_in(folder)])

@@ -192,7 +192,23 @@ def location(path: "str | Location") -> Location:
         return Path(path.removeprefix("file://"))
     if isinstance(path, str) and is_uri(path):
         return RemotePath(path)
-    return Path(path).expanduser()
+    return local_path(path)
+
+
+def local_path(path: str | Path) -> Path:
+    """A path of this machine as a user gives it, with ~ or ~USER for a home folder.
+
+    Raises:
+        InputError: there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        user = Path(path).parts[0]
+        raise InputError(
+            f"{path}: this machine knows no home folder {user}; write the path out, or, where that "
+            f"is the name of a folder, ./{path}"
+        ) from error
 
 
 def files_under(folder: Location) -> dict[str, int]:
@@ -380,7 +396,7 @@ def cache_folder() -> Path:
     them; it may be deleted when nothing runs, after the tracking store has everything.
     """
     named = os.environ.get(CACHE_VARIABLE)
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "tokendiff"
+    return local_path(named) if named else Path.home() / ".cache" / "tokendiff"
 
 
 def has_copy(path: Location, *, sha256: str) -> bool:

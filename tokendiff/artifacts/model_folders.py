@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from tokendiff.artifacts.locations import Location, is_uri, location
+from tokendiff.artifacts.locations import Location, is_uri, local_path, location
 from tokendiff.artifacts.manifest import RECORD_FOLDER, fetch, is_committed, load_manifest
 from tokendiff.errors import InputError
 
@@ -31,7 +31,7 @@ def local_model(name: str) -> str:
         InputError: nothing was committed there; or a folder is named with a revision.
     """
     if not is_uri(name):
-        path = Path(name).expanduser()
+        path = local_path(name)
         return str(path.absolute()) if path.is_dir() else hub_name(name)[0]
     folder = location(name)
     if isinstance(folder, Path):
@@ -53,7 +53,7 @@ def revision_of(name: str) -> dict[str, Any]:
     `hub_commits` holds it at. Empty where the name has neither, and for folders and URIs.
     """
     revision = _held.get().get(name) or split_revision(name)[1]
-    is_on_hub = revision is not None and not is_uri(name) and not Path(name).expanduser().is_dir()
+    is_on_hub = revision is not None and not is_uri(name) and not local_path(name).is_dir()
     return {"revision": revision} if revision is not None and is_on_hub else {}
 
 
@@ -65,7 +65,7 @@ def hub_name(name: str) -> tuple[str, str | None]:
             folder, whatever the revision.
     """
     repository, revision = split_revision(name)
-    if revision is not None and Path(repository).expanduser().exists():
+    if revision is not None and local_path(repository).exists():
         raise InputError(
             f"{name}: there is no such folder, and {repository}, which is here, has no revisions; "
             f"correct the name, leave @{revision} out, or start where no {repository} lies in the "
@@ -110,8 +110,8 @@ def check_there(name: str) -> None:
     of the hub has one slash at most before its revision, and no dot or slash in front.
     """
     is_path = name.startswith(("/", "./", "../", "~")) or split_revision(name)[0].count("/") > 1
-    if is_path and not is_uri(name) and not Path(name).expanduser().exists():
-        raise FileNotFoundError(f"there is no folder {Path(name).expanduser().absolute()}")
+    if is_path and not is_uri(name) and not local_path(name).exists():
+        raise FileNotFoundError(f"there is no folder {local_path(name).absolute()}")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokendiff.artifacts.locations import glob_files, is_uri, location, open_binary
+from tokendiff.artifacts.locations import glob_files, is_uri, local_path, location, open_binary
 from tokendiff.artifacts.manifest import sha256_of
 from tokendiff.data.bad_rows import SHOWN_CHARS
 from tokendiff.data.columns import not_utf8
@@ -266,7 +266,7 @@ def prompt_paths(patterns: Iterable[str]) -> list[str]:
             except OSError as error:
                 raise InputError(f"prompts {pattern}: cannot be listed ({error})") from error
         else:
-            named = Path(pattern).expanduser().absolute()
+            named = local_path(pattern).absolute()
             matches = [str(named)] if named.is_file() else glob.glob(str(named), recursive=True)
             paths = sorted(match for match in matches if Path(match).is_file())
         if not paths:

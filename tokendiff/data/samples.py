@@ -9,7 +9,14 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from tokendiff.artifacts.locations import Location, is_uri, location, open_binary, size_of
+from tokendiff.artifacts.locations import (
+    Location,
+    is_uri,
+    local_path,
+    location,
+    open_binary,
+    size_of,
+)
 from tokendiff.artifacts.manifest import Manifest, verify, write_atomically
 from tokendiff.data.partition import Piece
 from tokendiff.errors import InputError
@@ -129,7 +136,7 @@ def find_sample_folders(patterns: Sequence[str]) -> list[Location]:
         if is_uri(pattern):
             found.add(location(pattern))
             continue
-        path = Path(pattern).expanduser().absolute()
+        path = local_path(pattern).absolute()
         folders = [
             Path(match)
             for match in ([str(path)] if path.is_dir() else glob.glob(str(path), recursive=True))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokendiff.artifacts.checkpoint import BEST_STEP
-from tokendiff.artifacts.locations import is_uri
+from tokendiff.artifacts.locations import is_uri, local_path
 from tokendiff.artifacts.model_folders import split_revision
 from tokendiff.artifacts.noise_process import NoiseProcess
 
@@ -112,7 +112,7 @@ def _is_hub_id(name: str) -> bool:
 
 def _license_of(start: str) -> str | None:
     """What the card beside local weights says of their license; it holds for what comes of them."""
-    card = Path(start).expanduser() / CARD_NAME
+    card = local_path(start) / CARD_NAME
     if is_uri(start) or not card.is_file():
         return None
     found = _LICENSE.match(card.read_text(encoding="utf-8", errors="replace"))
