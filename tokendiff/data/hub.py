@@ -63,7 +63,7 @@ def open_dataset(
         raise InputError(f"{place}: {reason}{_remedy(error)}") from error
 
 
-def commit_of(dataset: "Dataset") -> str | None:
+def _commit_of(dataset: "Dataset") -> str | None:
     """The commit of a dataset of the hub, by the folder that `datasets` keeps it in; None of
     others.
     """
@@ -86,7 +86,7 @@ def _of_revision(
     from datasets.packaged_modules.cache.cache import Cache
     from huggingface_hub import HfApi
 
-    wanted, found = _cached_commit(repository, revision), commit_of(dataset)
+    wanted, found = _cached_commit(repository, revision), _commit_of(dataset)
     if found is None or wanted == found or (wanted is None and revision is None):
         return dataset
     here = Path(dataset.cache_files[0]["filename"]).parent
@@ -153,7 +153,7 @@ def dataset_pieces(
     """
     path = _local_path(name)
     dataset = open_dataset(path, config_name, split)
-    commit = commit_of(dataset)
+    commit = _commit_of(dataset)
     place = f"dataset_name {name!r}, split {split!r}"
     outer = [column for column in columns if column in dataset.column_names]
     if holds_text:

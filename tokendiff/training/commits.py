@@ -51,7 +51,7 @@ def commits_of_run(config: "TrainConfig", output_dir: Location) -> Iterator[None
             raise InputError(
                 f"target_states_path {config.target_states_path} holds hidden states of {name} at "
                 f"commit {of_states[name]}, and the run in {output_dir} began with "
-                f"{of_run[name]}; choose another output_dir"
+                f"{of_run[name]}; leave it out, or choose another output_dir"
             )
     with hub_commits({**of_states, **of_run}):
         yield
