@@ -17,7 +17,8 @@ import torch
 from tests import ROOT
 from tests.builders import letter_tokenizer, random_rows, save_ref, tiny_causal, token_folder
 from tests.in_this_process import jobs_here
-from tokendiff.artifacts.manifest import load_manifest
+from tokendiff.artifacts.manifest import commit, load_manifest
+from tokendiff.artifacts.model_folders import held_commits
 from tokendiff.cluster import evaluate, session
 from tokendiff.cluster.generate import generate
 from tokendiff.cluster.progress import JobProgress
@@ -30,6 +31,8 @@ from tokendiff.data.rows import TokenData
 from tokendiff.errors import InputError
 from tokendiff.models import layers
 from tokendiff.tracking.run_log import RunLog, metrics_by_step, read_events
+from tokendiff.training.identity import run_identity
+from tokendiff.training.inputs import check_training
 from tokendiff.training.run import TrainingRun, train_in_process
 
 LENGTH = 12
@@ -309,13 +312,49 @@ def test_what_is_kept_for_a_gpu_is_given_back_on_the_host_too(
     assert given_back == ["device", "host"]
 
 
+def test_a_run_is_checked_and_trained_at_the_commits_that_it_began_with(
+    data_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new, repository = "a" * 40, "b" * 40, tmp_path / "models--some--model"
+    for sha in (old, new):
+        (repository / "snapshots" / sha).mkdir(parents=True)
+        (repository / "snapshots" / sha / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    held: list[dict[str, str]] = []
+
+    def note(*args: Any) -> None:
+        held.append(dict(held_commits()))
+
+    for place in ("cluster.train.check_inputs", "cluster.train._train"):
+        monkeypatch.setattr(f"tokendiff.{place}", note)
+    monkeypatch.setattr("tokendiff.training.inputs.check_inputs", note)
+    cfg, out = CONFIG.model_copy(update={"model_name_or_path": "some/model"}), tmp_path / "run"
+    options: dict[str, Any] = {"data_path": data_path, "output_dir": out}
+
+    def begin() -> None:
+        held.clear()
+        train(cfg, ClusterConfig(), **options, on_event=lambda event, **fields: None)
+        check_training(cfg, **options, num_workers=1)
+
+    save_ref(repository, "main", old)
+    begin()
+    assert held == [{}, {"some/model": old}, {}]
+    (out / "checkpoint-1").mkdir(parents=True)
+    metadata = {"run": run_identity(cfg, TokenData.open(data_path, split="train")), "step": 1}
+    metadata["commits"] = {"model_name_or_path": old}
+    commit(out / "checkpoint-1", kind="checkpoint", metadata=metadata)
+    save_ref(repository, "main", new)
+    begin()
+    assert held == [{"some/model": old}] * 3
+
+
 @pytest.mark.slow
 def test_samples_go_on_with_the_commit_that_they_began_with(
     in_this_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repository = tmp_path / "models--some--model"
-    for seed, commit in enumerate(("a" * 40, "b" * 40)):
-        folder = repository / "snapshots" / commit
+    for seed, sha in enumerate(("a" * 40, "b" * 40)):
+        folder = repository / "snapshots" / sha
         tiny_causal(vocab_size=16, seed=seed, num_hidden_layers=1).float().save_pretrained(folder)
         letter_tokenizer().save_pretrained(folder)
         (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
@@ -336,11 +375,11 @@ def test_samples_go_on_with_the_commit_that_they_began_with(
 
         out = tmp_path / name
         generate(config, ClusterConfig(), checkpoint_path=None, output_dir=out, on_event=on_event)
-        assert load_manifest(out).metadata["commits"] == {"model_id": commit}
+        assert load_manifest(out).metadata["commits"] == {"model_id": expected}
         return [path.read_bytes() for path in sorted(out.glob("part-*"))]
 
-    commit = "a" * 40
-    save_ref(repository, "main", commit)
+    expected = "a" * 40
+    save_ref(repository, "main", expected)
     whole = parts_of("whole")
     with pytest.raises(KeyboardInterrupt):
         parts_of("cut")
@@ -359,5 +398,5 @@ def test_samples_go_on_with_the_commit_that_they_began_with(
     (tmp_path / "cut").rename(tmp_path / "resumed")
     save_ref(repository, "main", "b" * 40)
     assert parts_of("resumed") == whole
-    commit = "b" * 40
+    expected = "b" * 40
     assert parts_of("anew")[1] != whole[1]

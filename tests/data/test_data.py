@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tests.builders import letter_tokenizer, save_ref, token_folder
 from tokendiff.artifacts.manifest import load_manifest
+from tokendiff.cluster.preprocess import preprocess
 from tokendiff.config.preprocess import PreprocessConfig
 from tokendiff.data import lines, packing
 from tokendiff.data.bad_rows import BadRow
@@ -582,6 +583,15 @@ def test_every_task_reads_the_commit_that_the_job_began_with(
     (partition,) = plan_partitions(config(dataset_name=f"{loaded_twice}@v1"))
     save_ref(tmp_path / "datasets--some--text", "v1", NEW)
     assert list(read_documents(partition)) == ["a" * 8] * 4
+
+
+def test_the_shards_manifest_names_the_commit(loaded_twice: str, tmp_path: Path) -> None:
+    manifest = preprocess(
+        config(dataset_name=f"{loaded_twice}@v1", heldout_fraction=0.0),
+        tokenizer_name_or_path="bytes",
+        output_dir=tmp_path / "shards",
+    )
+    assert manifest.metadata["commits"] == {"dataset_name": OLD}
 
 
 def test_a_dataset_that_the_hub_does_not_show_may_need_a_token(

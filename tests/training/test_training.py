@@ -40,6 +40,7 @@ from tokendiff.models.checkpoints import load_for_inference
 from tokendiff.models.sampling import SamplingModel
 from tokendiff.models.vocabulary import check_vocabulary
 from tokendiff.objectives.token_noise import TokenNoiseDiffusion
+from tokendiff.training.optimizer import Optimizer
 from tokendiff.training.run import TrainingRun, step_plan, train_in_process
 from tokendiff.training.trainer import Trainer
 from tokendiff.training.world import World
@@ -259,6 +260,25 @@ def test_the_commit_of_a_hub_model_is_recorded(
     (start,) = [event for event in events if event["event"] == "start"]
     assert start["commits"] == {"model_name_or_path": "a" * 40}
     assert load_manifest(tmp_path / "out/final").metadata["commits"] == start["commits"]
+
+
+def test_gradients_are_scaled_and_clipped_as_torch_does_it() -> None:
+    torch.manual_seed(0)
+    kinds = (torch.float32, torch.bfloat16, torch.float64)
+    model, expected = (
+        torch.nn.ParameterList([torch.zeros(5, 7, dtype=kind) for kind in kinds]) for _ in range(2)
+    )
+    optimizer = Optimizer(model, config())
+    assert optimizer.clip_grad(1.0) == 0.0  # there is none yet
+    for max_norm in (1.0, 1e-30, 1e6, float("inf")):
+        for ours, theirs in zip(model, expected, strict=True):
+            ours.grad = torch.randn(5, 7, dtype=ours.dtype)
+            theirs.grad = ours.grad * 3
+        optimizer.scale_grad(torch.tensor(3.0))
+        norm = optimizer.clip_grad(max_norm)
+        assert norm == torch.nn.utils.clip_grad_norm_(expected.parameters(), max_norm)
+        for ours, theirs in zip(model, expected, strict=True):
+            assert torch.equal(ours.grad, theirs.grad)
 
 
 @pytest.mark.slow
