@@ -585,7 +585,9 @@ def test_every_task_reads_the_commit_that_the_job_began_with(
     assert list(read_documents(partition)) == ["a" * 8] * 4
 
 
-def test_the_shards_manifest_names_the_commit(loaded_twice: str, tmp_path: Path) -> None:
+def test_the_shards_manifest_names_the_commit(
+    in_this_process: None, loaded_twice: str, tmp_path: Path
+) -> None:
     manifest = preprocess(
         config(dataset_name=f"{loaded_twice}@v1", heldout_fraction=0.0),
         tokenizer_name_or_path="bytes",
