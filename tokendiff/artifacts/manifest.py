@@ -33,6 +33,8 @@ from tokendiff.errors import CorruptFileError, InputError, naming
 MANIFEST_NAME = "MANIFEST.json"
 # A run's own log and tracking state, which go on being written after the result is committed.
 RECORD_FOLDER = "run"
+# In the metadata: the commits of models and datasets of the hub, by the field that names one.
+COMMITS = "commits"
 _READ_BYTES = 1 << 20
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # as `write_atomically` names them
 _MAX_LAID_OUT = 1000
@@ -135,7 +137,7 @@ def claim_folder(folder: Location, *, kind: str) -> Location:
         InputError: the folder holds another kind of result, or files that no attempt of ours left.
     """
     check_claim(folder, kind=kind)
-    mark = mark_of(folder, kind)
+    mark = _mark_of(folder, kind)
     mark.parent.mkdir(parents=True, exist_ok=True)
     if not mark.exists():
         mark.write_bytes(b"")
@@ -150,15 +152,22 @@ def check_claim(folder: Location, *, kind: str) -> None:
     else:
         there_already = folder.iterdir() if folder.is_dir() else ()
         others = sorted(path.name for path in there_already if path.name != RECORD_FOLDER)
-        if others and not mark_of(folder, kind).exists():
+        if others and not _mark_of(folder, kind).exists():
             raise InputError(
                 f"output_dir {folder} holds other files ({', '.join(others[:3])}); "
                 "choose a folder that is empty or does not exist"
             )
 
 
-def mark_of(folder: Location, kind: str) -> Location:
-    """The mark that `claim_folder` leaves."""
+def noted_in_claim(folder: Location, *, kind: str) -> str:
+    """What an attempt has written into the mark that `claim_folder` gave it; "" where none has."""
+    try:
+        return _mark_of(folder, kind).read_text()
+    except FileNotFoundError:
+        return ""
+
+
+def _mark_of(folder: Location, kind: str) -> Location:
     return folder / RECORD_FOLDER / f"{kind}.unfinished"
 
 

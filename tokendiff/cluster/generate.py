@@ -26,6 +26,7 @@ from tokendiff.artifacts.identity import checkpoint_identity, model_identity
 from tokendiff.artifacts.last_notes import LastNote, take_note, take_notes, without_notes
 from tokendiff.artifacts.locations import Location, files_under, remove
 from tokendiff.artifacts.manifest import (
+    COMMITS,
     Manifest,
     claim_folder,
     commit,
@@ -33,7 +34,7 @@ from tokendiff.artifacts.manifest import (
     fingerprint,
     is_committed,
     load_manifest,
-    mark_of,
+    noted_in_claim,
     sha256_of,
     write_atomically,
 )
@@ -311,7 +312,7 @@ def generate(
         "config": config.result_fields(),
         "checkpoint": source if found is None else str(found),
         "checkpoint_files": source_files,
-        **({"commits": commits} if commits else {}),
+        **({COMMITS: commits} if commits else {}),
         "rows": index.num_rows - num_errors * config.num_samples - totals.num_set_aside,
         "seq_len": check.seq_len if isinstance(check, PromptCheck) else None,
         "errors": num_errors,
@@ -484,10 +485,7 @@ def _commits_begun_with(output_dir: Location) -> dict[str, str]:
     """By name, the commits of hub models that an earlier attempt sampled with: parts of another
     commit would be samples of another model.
     """
-    try:
-        _, _, line = mark_of(output_dir, KIND).read_text().partition("\n")
-    except FileNotFoundError:
-        return {}
+    _, _, line = noted_in_claim(output_dir, kind=KIND).partition("\n")
     commits: dict[str, str] = json.loads(line) if line else {}
     return commits
 

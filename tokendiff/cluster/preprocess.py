@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tokendiff.artifacts.identity import file_identity
 from tokendiff.artifacts.locations import Location, files_under, location, remove, upload
 from tokendiff.artifacts.manifest import (
+    COMMITS,
     Manifest,
     claim_folder,
     commit,
@@ -148,7 +149,7 @@ def preprocess(
     metadata |= {"key": key, "notes": notes + warnings, "trained_on": file_identities(config)}
     metadata |= {"errors": errors.num_rows, "folders": folders}
     if (sha := partitions[0].pieces[0].commit) is not None:
-        metadata["commits"] = {"dataset_name": sha}
+        metadata[COMMITS] = {"dataset_name": sha}
     manifest = commit(output_dir, kind=KIND, metadata=metadata, known_sha256=known_sha256)
     mark.unlink()
     return manifest

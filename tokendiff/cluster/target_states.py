@@ -14,11 +14,12 @@ import numpy as np
 
 from tokendiff.artifacts.locations import Location, location, upload_file
 from tokendiff.artifacts.manifest import (
+    COMMITS,
     Manifest,
     claim_folder,
     commit,
     is_committed,
-    mark_of,
+    noted_in_claim,
     sha256_of,
     verify,
     write_atomically,
@@ -42,7 +43,7 @@ from tokendiff.errors import InputError
 from tokendiff.models.dflash.planning import DraftPlan, plan_draft
 from tokendiff.models.dflash.target_states import TargetReader, states_wanted
 from tokendiff.models.pretrained import commits_of
-from tokendiff.training.commits import COMMITS, models_of
+from tokendiff.training.commits import models_of
 from tokendiff.training.inputs import check_inputs
 
 if TYPE_CHECKING:
@@ -138,10 +139,7 @@ def cache_target_states(
 
 def _commits_begun_with(output_dir: Location) -> dict[str, str]:
     """By name, the commits of hub models that earlier attempts read with."""
-    try:
-        text = mark_of(output_dir, KIND).read_text()
-    except FileNotFoundError:
-        return {}
+    text = noted_in_claim(output_dir, kind=KIND)
     commits: dict[str, str] = json.loads(text) if text else {}
     return commits
 

@@ -296,10 +296,8 @@ class CanvasSampler(CachedBlockSampler):
             places.append(at)
             figures.append(torch.stack([entropy, *ids, *chances]))
         # Together, so that a device is waited for once.
-        of_all, (row, place) = (
-            torch.cat(figures, dim=1).cpu(),
-            map(torch.cat, zip(*places, strict=True)),
-        )
+        of_all = torch.cat(figures, dim=1).cpu()
+        row, place = map(torch.cat, zip(*places, strict=True))
         at = (row, place)
         belief.entropy[at], belief.of_token[at], belief.confidence[at] = of_all[[0, 3, 4]]
         belief.likeliest[at], belief.candidates[at] = of_all[1:3].long()

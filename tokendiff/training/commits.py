@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokendiff.artifacts.checkpoint import FINAL, committed_checkpoints
 from tokendiff.artifacts.locations import Location, location
-from tokendiff.artifacts.manifest import is_committed, load_manifest
+from tokendiff.artifacts.manifest import COMMITS, is_committed, load_manifest
 from tokendiff.artifacts.model_folders import hub_commits
 from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.models.pretrained import commits_of
@@ -16,8 +16,6 @@ from tokendiff.training.building import starting_point
 
 if TYPE_CHECKING:
     from tokendiff.config.train import TrainConfig
-
-COMMITS = "commits"  # in the metadata of checkpoints
 
 
 def models_of(config: "TrainConfig") -> dict[str, str]:

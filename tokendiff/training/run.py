@@ -21,7 +21,7 @@ from tokendiff.artifacts.checkpoint import (
 )
 from tokendiff.artifacts.last_notes import LastNote
 from tokendiff.artifacts.locations import Location, RemotePath
-from tokendiff.artifacts.manifest import fetch, verify
+from tokendiff.artifacts.manifest import COMMITS, fetch, verify
 from tokendiff.artifacts.noise_process import NoiseProcess
 from tokendiff.data.rows import TokenData, step_batches, step_plan
 from tokendiff.data.tokenizers import open_tokenizer
@@ -29,7 +29,7 @@ from tokendiff.errors import CorruptFileError, InputError
 from tokendiff.models.dflash.config import DFlashDraftConfig
 from tokendiff.objectives.dflash import DFlash
 from tokendiff.training.building import build_trainee, states_reader
-from tokendiff.training.commits import COMMITS, commits_of_run, commits_opened
+from tokendiff.training.commits import commits_of_run, commits_opened
 from tokendiff.training.heldout import heldout_acceptance
 from tokendiff.training.identity import check_same_run, finished_run, run_identity
 from tokendiff.training.inputs import filling_notes
